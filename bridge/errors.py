@@ -1,0 +1,204 @@
+"""The one tree of errors.
+
+Every error says *what* went wrong, *where*, what was *expected*, what it *got* and the *remedy*. Each class carries the
+process exit code that the command line uses for it. Errors cross process boundaries as plain data (`wire.ErrorInfo`),
+never pickled, and are rebuilt from `ERRORS_BY_NAME`.
+
+    BridgeError
+    ├── ConfigError 2            NotFound, Busy, LeaseHeld, Closed
+    ├── TransportError 3         PeerLost, DeadlineExceeded, ArenaFull
+    ├── ProtocolError 4
+    ├── IntegrityError 5         MissingTensor, UnexpectedTensor, DuplicateTensor, ShapeMismatch, DtypeMismatch,
+    │                            NonFinite, DigestMismatch, CanaryMismatch, UnsupportedLora
+    ├── StaleVersion 6
+    └── PushAborted 7            EngineQuarantined
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bridge.receipt import Receipt
+
+UNHEALTHY_EXIT = 1
+"""Exit code of a command that ran and found something unhealthy."""
+BUG_EXIT = 70
+"""Exit code for anything that is not in this tree: a bug of ours."""
+
+
+class BridgeError(Exception):
+    """Root of the tree.
+
+    Args:
+        what: one sentence; ends without a full stop.
+        where: tensor, file, engine, rank or option that it is about.
+        expected: what would have been right.
+        got: what came instead.
+        remedy: the next step for the person who reads it.
+        names: every tensor (or module) concerned, for programs; the message shows the first few.
+    """
+
+    exit_code: int = BUG_EXIT
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        remedy: str | None = None,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.got = got
+        self.remedy = remedy
+        self.names = tuple(names)
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        parts = [self.what]
+        for label in ("where", "expected", "got", "remedy"):
+            value = getattr(self, label)
+            if value is not None:
+                parts.append(f"{label}: {value}")
+        return "; ".join(parts)
+
+
+class ConfigError(BridgeError):
+    """The call, option or environment is wrong; nothing was attempted."""
+
+    exit_code = 2
+
+
+class NotFound(ConfigError):
+    """No daemon, engine, file or version of that name."""
+
+
+class Busy(ConfigError):
+    """Another push is in flight."""
+
+
+class LeaseHeld(ConfigError):
+    """Another trainer process holds the right to push."""
+
+
+class Closed(ConfigError):
+    """The Bridge (or daemon) was closed."""
+
+
+class TransportError(BridgeError):
+    """Bytes or messages could not be moved."""
+
+    exit_code = 3
+
+
+class PeerLost(TransportError):
+    """A process on the other side is gone."""
+
+
+class DeadlineExceeded(TransportError):
+    """A wait outlasted its deadline."""
+
+
+class ArenaFull(TransportError):
+    """Not enough shared memory for the arena; raised before anything is created."""
+
+
+class ProtocolError(BridgeError):
+    """A message, frame, plan or version does not fit the protocol."""
+
+    exit_code = 4
+
+
+class IntegrityError(BridgeError):
+    """Weights are not what they should be."""
+
+    exit_code = 5
+
+
+class MissingTensor(IntegrityError):
+    """The engine needs a tensor that was not sent."""
+
+
+class UnexpectedTensor(IntegrityError):
+    """A tensor was sent that nobody has a place for."""
+
+
+class DuplicateTensor(IntegrityError):
+    """One name was sent twice, or one engine element is written twice."""
+
+
+class ShapeMismatch(IntegrityError):
+    """A tensor's shape does not fit its destination."""
+
+
+class DtypeMismatch(IntegrityError):
+    """A tensor's dtype cannot travel, or changed since the plan was made."""
+
+
+class NonFinite(IntegrityError):
+    """A tensor holds NaN or infinity."""
+
+
+class DigestMismatch(IntegrityError):
+    """Bytes differ from what was sealed, or from what the trainer sent."""
+
+
+class CanaryMismatch(IntegrityError):
+    """The engine's log-probabilities are not the trainer's."""
+
+
+class UnsupportedLora(IntegrityError):
+    """A LoRA module that no mode can carry."""
+
+
+class StaleVersion(BridgeError):
+    """The pushed version is not newer than what was already issued."""
+
+    exit_code = 6
+
+
+class PushAborted(BridgeError):
+    """A push failed after the first engine write; every engine was put back or quarantined.
+
+    Attributes:
+        receipt: the record of the failed push, or None when it could not be written.
+        serving: engine id -> version that it serves now (None = quarantined, serves nothing).
+    """
+
+    exit_code = 7
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        receipt: Receipt | None = None,
+        serving: Mapping[str, int | None] | None = None,
+        where: str | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        remedy: str | None = None,
+        names: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, got=got, remedy=remedy, names=names)
+        self.receipt = receipt
+        self.serving: dict[str, int | None] = dict(serving or {})
+
+
+class EngineQuarantined(PushAborted):
+    """An engine holds weights that nobody verified; it refuses to generate."""
+
+
+def _tree(root: type[BridgeError]) -> Iterator[type[BridgeError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _tree(child)
+
+
+ERRORS_BY_NAME: Mapping[str, type[BridgeError]] = {cls.__name__: cls for cls in _tree(BridgeError)}
+"""Class name -> class, for errors that arrive as data from another process."""

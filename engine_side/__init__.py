@@ -1,0 +1,1 @@
+"""The engine's side: the arena's bytes -> live parameters, proven."""

@@ -1,0 +1,1 @@
+"""The engine-adapter protocol and who fills it."""

@@ -1,0 +1,116 @@
+"""The engine-adapter protocol: two small halves, filled by every engine.
+
+The *driver* half (`EngineAdapter`) lives in the process that holds the engine's handle. The *rank* half (`RankHost`)
+lives in each process that holds live parameters. Between them travel only opaque job frames, in whatever way the engine
+can run one Python function in all of its workers: a direct call (embedded, plain module), `collective_rpc` of a worker
+extension (vLLM), a custom weight loader inside the update bracket (SGLang, whose loader returns nothing). Answers never
+come back that way: each rank posts one page in the mailbox of the arena, so a worker neither raises across an engine's
+RPC nor needs a return value (engines.md 1.1, "Never raise in a worker").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from bridge.deadline import Deadline
+from bridge.wire import Completion, Sampling
+
+Prompts = Sequence[Sequence[int]]
+"""Token ids, one sequence per prompt."""
+
+
+class EngineAdapter(Protocol):
+    """The driver half. Called by EngineService only, from one thread at a time except `generate`."""
+
+    @property
+    def kind(self) -> str:
+        """Short word for messages and receipts: "embedded", "module", "vllm", "sglang"."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks hold live parameters; ranks are numbered 0 .. ranks-1."""
+        ...
+
+    @property
+    def can_generate(self) -> bool:
+        """False for a plain module: no generation, no canary, no caches."""
+        ...
+
+    def dispatch(self, job: bytes, deadline: Deadline) -> None:
+        """Have `engine_side.rank.Rank.run(job)` executed once in every rank and return when each has posted its answer
+        (or raise DeadlineExceeded / PeerLost). Works while the engine is paused."""
+        ...
+
+    def pause(self, inflight: str, deadline: Deadline) -> None:
+        """Stop scheduling; running requests are drained, aborted or kept ("drain" | "abort" | "keep"). Idempotent.
+        Raises ConfigError for a mode that this engine cannot do."""
+        ...
+
+    def resume(self) -> None:
+        """Let requests run again. Idempotent."""
+        ...
+
+    def refuse(self, reason: str | None) -> None:
+        """Make every way into the engine's generation raise EngineQuarantined with `reason`; None lifts it.
+        Pausing alone is not refusing: a paused engine hangs its callers."""
+        ...
+
+    def reset_caches(self) -> bool:
+        """Drop KV and prefix caches; the engine's own answer, checked by the caller."""
+        ...
+
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
+    ) -> list[Completion]:
+        """Sample one completion per prompt, as users do, prefix cache reads allowed. Blocks while paused, unless
+        `past_gate`: the cache check runs before the engine is opened to traffic."""
+        ...
+
+    def close(self) -> None:
+        """Stop what this adapter started; leave an engine that belongs to the user as it is, running."""
+        ...
+
+
+class RankHost(Protocol):
+    """The rank half: what one process with live parameters offers to `engine_side.rank.Rank`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The live root module, wrappers included."""
+        ...
+
+    def skeleton(self) -> nn.Module:
+        """The same model class, config and parallel state on the meta device: no LoRA wrappers, no post-load work, so
+        every parameter has its canonical shape and its loader attributes. Must not touch the live model."""
+        ...
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """The engine's own loader, run on a skeleton. Raises whatever that loader raises."""
+        ...
+
+    def post_load(self, module: nn.Module) -> bool:
+        """Run the engine's own post-load step of this one module; False when it has none."""
+        ...
+
+    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Call one unwrapped module on a batch of rows [n, features] or ids [n], without collectives: what this rank
+        alone contributes. Raises NotImplementedError for a module that cannot be called alone."""
+        ...
+
+    def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
+        """Log-probability of token i+1 given tokens 0..i, per prompt, computed past the scheduler (the engine is
+        paused) on fresh KV. All ranks call it together; the answer of rank 0 counts."""
+        ...
+
+    def checkpoint(self) -> Path | None:
+        """Folder of the checkpoint this engine was started from, if it knows (version 0)."""
+        ...

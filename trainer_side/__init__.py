@@ -1,0 +1,1 @@
+"""The trainer's side: a framework's model -> named canonical tensors in the arena."""
