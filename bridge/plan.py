@@ -139,8 +139,8 @@ def union_gaps(runs: Iterable[Runs], numel: int) -> tuple[int, int]:
 def dest_coverage(plan: RankPlan) -> Coverage:
     """Prove that every element of every target is written exactly once. Natively loaded modules are left out."""
     written: dict[str, list[Runs]] = {t.path: [] for t in plan.targets}
-    for item in (*plan.moves, *plan.fills):
-        written[item.target].append(runs_of(item.dest))
+    for target, region in [(m.target, m.dest) for m in plan.moves] + [(f.target, f.dest) for f in plan.fills]:
+        written[target].append(runs_of(region))
     holes: dict[str, int] = {}
     overlaps: dict[str, int] = {}
     for target in plan.targets:
@@ -186,46 +186,151 @@ def cut(nbytes: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def compose(view: Region, held: Region, origin: Region) -> Region | None:
-    """Translate `view` of a storage into the region it came from.
+    """The region of another storage that `view` shows, with `view`'s shape, or None.
 
-    The elements of region `held` of that storage are, one for one, the elements of `origin` in another storage (same
-    shape). Returns the region of the other storage that `view` shows, with `view`'s shape, or None when `view` is not
-    wholly inside `held` in an affine way. Used to follow casts, clones and concatenations between a sent tensor and the
-    parameter it ends in.
+    The elements of region `held` of `view`'s storage are, one for one, the elements of `origin` in the other storage
+    (same shape). None when `view` is not wholly inside `held`, or not one region of the other storage: see `follow`.
     """
+    found = follow(view, view, held, origin)
+    if found is None or found.outside or len(found.inside) != 1 or found.inside[0][0].shape != view.shape:
+        return None
+    return found.inside[0][0]
+
+
+class Followed(msgspec.Struct, frozen=True):
+    """What `follow` found, as disjoint pairs of regions of equal shape that together are all of the view.
+
+    `inside`: (region of the origin's storage, region of the companion). `outside`: (region of the view's storage,
+    region of the companion), for the elements that the held region does not hold.
+    """
+
+    inside: list[tuple[Region, Region]]
+    outside: list[tuple[Region, Region]]
+
+
+_Dim = tuple[int, int, int, int, int]
+"""size; stride still unexplained; strides in the view's, the companion's and the origin's storage."""
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """A box of the view on its way through the digits: what of its address is still unexplained, and where it lies."""
+
+    level: int
+    rest: int
+    view: int
+    other: int
+    origin: int
+    dims: tuple[_Dim, ...]
+
+    def window(self, dim: int, start: int, stop: int) -> _Part:
+        """Indices [start, stop) of one dimension."""
+        _, step, *strides = self.dims[dim]
+        changed: _Dim = (stop - start, step, strides[0], strides[1], strides[2])
+        return _Part(
+            self.level,
+            self.rest + start * step,
+            self.view + start * strides[0],
+            self.other + start * strides[1],
+            self.origin + start * strides[2],
+            (*self.dims[:dim], changed, *self.dims[dim + 1 :]),
+        )
+
+    def fold(self, dim: int, block: int) -> _Part:
+        """One dimension as two: whole blocks, and the positions inside a block."""
+        size, step, view, other, origin = self.dims[dim]
+        outer: _Dim = (size // block, step * block, view * block, other * block, origin * block)
+        inner: _Dim = (block, step, view, other, origin)
+        return msgspec.structs.replace(self, dims=(*self.dims[:dim], outer, inner, *self.dims[dim + 1 :]))
+
+    def region(self, which: int, offset: int) -> Region:
+        return Region(offset, tuple(d[0] for d in self.dims), tuple(d[which] for d in self.dims))
+
+
+def follow(view: Region, other: Region, held: Region, origin: Region, limit: int = 65536) -> Followed | None:
+    """Trace a view of a storage to where its elements came from, splitting it where it must be split.
+
+    The elements of region `held` of the view's storage are, one for one, the elements of `origin` in another storage
+    (same shape). `other` is a companion of the view with the same shape (where the view's elements go); it is split
+    alongside. None when `held` is not a nest of strides or when more than `limit` parts would be needed.
+    """
+    if view == held:
+        return Followed([(origin, other)] if view.numel else [], [])
     digits = _digits(held, origin)
-    start = view.offset - held.offset
-    source = origin.offset
-    position: list[int] = []
-    for size, stride, origin_stride in digits:
-        index = min(start // stride, size - 1) if start >= 0 else -1
-        if index < 0:
-            return None
-        position.append(index)
-        source += index * origin_stride
-        start -= index * stride
-    if start:
-        return None
-    strides: list[int] = []
-    reach = list(position)
-    for size, stride in zip(view.shape, view.strides, strict=True):
-        if size <= 1:
-            strides.append(0 if not digits else digits[-1][2])
+    found = Followed([], [])
+    if digits is None or view.numel == 0:
+        return None if digits is None else found
+    dims = tuple((n, s, s, o, 0) for n, s, o in zip(view.shape, view.strides, other.strides, strict=True))
+    todo = [_Part(0, view.offset - held.offset, view.offset, other.offset, origin.offset, dims)]
+    if held.numel == 0:
+        return Followed([], [(view, other)])
+    for _ in range(limit):
+        if not todo:
+            return found
+        part = todo.pop()
+        if part.level == len(digits):
+            found.inside.append((part.region(4, part.origin), part.region(3, part.other)))
             continue
-        for k, (_, held_stride, origin_stride) in enumerate(digits):
-            if stride >= held_stride and stride % held_stride == 0:
-                reach[k] += (size - 1) * (stride // held_stride)
-                strides.append(stride // held_stride * origin_stride)
-                break
-        else:
-            return None
-    if any(last >= size for last, (size, _, _) in zip(reach, digits, strict=True)):
+        size, stride, origin_stride = digits[part.level]
+        pieces = _without_carry(part, stride)
+        if pieces is None:
+            low = part.rest // stride
+            high = low + sum(d[1] // stride * (d[0] - 1) for d in part.dims)
+            if high < 0 or low >= size:
+                found.outside.append((part.region(2, part.view), part.region(3, part.other)))
+                continue
+            pieces = [_descend(part, stride, origin_stride)] if low >= 0 and high < size else _clip(part, stride, size)
+        todo.extend(reversed(pieces))
+    return None
+
+
+def _descend(part: _Part, stride: int, origin_stride: int) -> _Part:
+    """Explain the part's addresses by one digit and go on with what is left of them."""
+    dims = tuple((n, t % stride, v, o, g + t // stride * origin_stride) for n, t, v, o, g in part.dims)
+    origin = part.origin + part.rest // stride * origin_stride
+    return _Part(part.level + 1, part.rest % stride, part.view, part.other, origin, dims)
+
+
+def _without_carry(part: _Part, stride: int) -> list[_Part] | None:
+    """None when no two elements differ by a carry into this digit; else the part, split towards that."""
+    spans = [(n - 1) * (t % stride) for n, t, *_ in part.dims]
+    phase = part.rest % stride
+    if phase + sum(spans) < stride:
         return None
-    return Region(source, view.shape, tuple(strides))
+    dim = max((k for k in range(len(spans)) if spans[k]), key=lambda k: part.dims[k][1] % stride)
+    size, step = part.dims[dim][0], part.dims[dim][1] % stride
+    if stride % step == 0 and part.dims[dim][1] == step:
+        block = stride // step
+        head = -(phase // step) % block
+        whole = (size - head) // block * block
+        if head < size and whole and (head or whole < size or size > block):
+            cuts = [(0, head), (head, head + whole), (head + whole, size)]
+            parts = [part.window(dim, a, b) for a, b in cuts if a < b]
+            middle = 1 if head else 0
+            parts[middle] = parts[middle].fold(dim, block)
+            return parts
+    quiet = (stride - 1 - phase - (sum(spans) - spans[dim])) // step + 1
+    first = min(max(quiet, 1), size - 1)
+    return [part.window(dim, 0, first), part.window(dim, first, size)]
 
 
-def _digits(held: Region, origin: Region) -> list[tuple[int, int, int]]:
-    """(size, held stride, origin stride) by falling held stride; neighbours that run on in both are merged."""
+def _clip(part: _Part, stride: int, size: int) -> list[_Part]:
+    """Split a part that lies partly outside [0, size) of a digit, towards parts that lie in it or out of it."""
+    low = part.rest // stride
+    steps = [t // stride for _, t, *_ in part.dims]
+    dim = max((k for k in range(len(steps)) if part.dims[k][0] > 1), key=lambda k: steps[k])
+    count, step = part.dims[dim][0], steps[dim]
+    others = sum(s * (d[0] - 1) for k, (s, d) in enumerate(zip(steps, part.dims, strict=True)) if k != dim)
+    first = min(max(0, -(low // step)), count)
+    last = min(max((size - 1 - others - low) // step + 1, 0), count)
+    if first < last:
+        return [part.window(dim, a, b) for a, b in ((0, first), (first, last), (last, count)) if a < b]
+    cut = min(max(first, 1), count - 1)
+    return [part.window(dim, 0, cut), part.window(dim, cut, count)]
+
+
+def _digits(held: Region, origin: Region) -> list[tuple[int, int, int]] | None:
+    """(size, held stride, origin stride) by falling held stride, ending at stride 1; neighbours that run on in both are
+    merged. None when two indices of `held` could have the same address."""
     dims = sorted(
         ((n, s, o) for n, s, o in zip(held.shape, held.strides, origin.strides, strict=True) if n > 1),
         key=lambda dim: -dim[1],
@@ -236,4 +341,11 @@ def _digits(held: Region, origin: Region) -> list[tuple[int, int, int]]:
             merged[-1] = (merged[-1][0] * size, stride, origin_stride)
         else:
             merged.append((size, stride, origin_stride))
+    reach = 0
+    for size, stride, _ in reversed(merged):
+        if stride <= reach:
+            return None
+        reach += (size - 1) * stride
+    if not merged or merged[-1][1] != 1:
+        merged.append((1, 1, 0))
     return merged

@@ -1,1 +1,50 @@
-"""The engine-adapter protocol and who fills it."""
+"""The engine-adapter protocol (`base.py`) and who fills it. Entries are strings, imported on use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bridge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine_side.adapters.base import EngineAdapter
+
+HOSTED: Mapping[str, str] = {"embedded": "engine_side.adapters.embedded:host"}
+"""Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
+
+ATTACHED: tuple[str, ...] = ("engine_side.adapters.embedded:attach", "engine_side.adapters.module:attach")
+"""Tried in order: each takes an object and answers an adapter, or None when the object is not its kind."""
+
+
+def _load(target: str) -> Any:
+    import importlib
+
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
+    """Start the engine that a spec like "embedded:PATH" names, in this process. Blocks until it can serve. Raises
+    ConfigError for an unknown scheme, a missing folder or an unknown argument."""
+    scheme, colon, path = spec.partition(":")
+    if not colon or scheme not in HOSTED:
+        raise ConfigError(
+            "no such kind of engine", where="engine", expected=" | ".join(f"{name}:PATH" for name in HOSTED), got=repr(spec)
+        )
+    adapter: EngineAdapter = _load(HOSTED[scheme])(path, dict(arguments))
+    return adapter
+
+
+def adapt(engine: object) -> EngineAdapter:
+    """The adapter for an object of this process. Raises ConfigError for an object that nobody knows."""
+    for target in ATTACHED:
+        adapter: EngineAdapter | None = _load(target)(engine)
+        if adapter is not None:
+            return adapter
+    raise ConfigError(
+        "nobody knows how to push into this object",
+        where="engine",
+        expected="an embedded Engine or any torch.nn.Module",
+        got=type(engine).__name__,
+    )

@@ -56,6 +56,10 @@ class EngineAdapter(Protocol):
         """Let requests run again. Idempotent."""
         ...
 
+    def publish(self, version: int) -> None:
+        """Make `version` the one that completions report from now on."""
+        ...
+
     def refuse(self, reason: str | None) -> None:
         """Make every way into the engine's generation raise EngineQuarantined with `reason`; None lifts it.
         Pausing alone is not refusing: a paused engine hangs its callers."""

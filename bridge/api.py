@@ -1,0 +1,131 @@
+"""Three ways to a Bridge, and the same calls on the most recent one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bridge import daemon, sides
+from bridge.config import from_environment
+from bridge.coordinator import Coordinator
+from bridge.deadline import Deadline
+from bridge.errors import ConfigError
+from bridge.health import HealthReport
+from bridge.ledger import Ledger
+from bridge.messages import FromCoordinator, FromEngine, ToCoordinator, ToEngine
+from bridge.ports import TrainerPort
+from bridge.push import Bridge, Named
+
+
+@dataclass
+class _Default:
+    """The most recent Bridge of this process, for the module-level calls."""
+
+    bridge: Bridge | None = None
+
+
+_default = _Default()
+
+
+class LocalPort:
+    """A service of this process as a port: a plain call."""
+
+    def __init__(self, port_id: str, handle: Callable[[Any], Any]) -> None:
+        self.id = port_id
+        self._handle = handle
+
+    def call(self, request: ToEngine | ToCoordinator, deadline: Deadline) -> FromEngine | FromCoordinator | Any:
+        return self._handle(request)
+
+
+def _remember(made: Bridge, model: torch.nn.Module | None) -> Bridge:
+    if model is not None:
+        try:
+            made.bind(model)
+        except BaseException:
+            made.close()
+            raise
+    _default.bridge = made
+    return made
+
+
+def launch(
+    engine: str, *, name: str = "default", engines: int = 1, model: torch.nn.Module | None = None, **engine_args: Any
+) -> Bridge:
+    """Start a daemon with `engines` hosted engines on Ray and connect to it (a local Ray is started when none runs).
+
+    Args:
+        engine: what to host, "embedded:PATH" with PATH a Hugging Face checkpoint folder.
+        name: the daemon's name; other processes find it by `bridge.connect(name)`.
+        model: bound at once, as `Bridge.bind` does.
+        engine_args: passed to every engine (`tensor_parallel_size`, `dtype`, `layout`, ...).
+
+    Blocks until every engine can serve. Raises ConfigError for a bad spec, argument or a name that is taken.
+    """
+    if engines < 1:
+        raise ConfigError("at least one engine is needed", where="engines", got=str(engines))
+    config = from_environment()
+    daemon.ensure_ray()
+    coordinator, ports = daemon.start(name, [(engine, engine_args)] * engines, config)
+    trainer: TrainerPort = sides.load(sides.TRAINER)()
+    return _remember(Bridge(name, coordinator, ports, trainer, config), model)
+
+
+def connect(name: str = "default", *, model: torch.nn.Module | None = None) -> Bridge:
+    """Connect to a running daemon. Raises NotFound, naming those that run."""
+    coordinator, ports = daemon.find(name)
+    trainer: TrainerPort = sides.load(sides.TRAINER)()
+    return _remember(Bridge(name, coordinator, ports, trainer, from_environment()), model)
+
+
+def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | None = None) -> Bridge:
+    """A Bridge into an engine of this process, without Ray: an embedded Engine or any `torch.nn.Module`.
+
+    The engine stays the caller's: closing the Bridge leaves it running. Without a `name` the journal is not kept.
+    Raises ConfigError for an object that nobody knows how to load.
+    """
+    config = from_environment()
+    adapter = sides.load(sides.ADAPT)(engine)
+    node = socket.gethostname()
+    service = sides.load(sides.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
+    chosen = name or f"attached-{os.getpid()}-{secrets.token_hex(4)}"
+    port = LocalPort("engine0", service.handle)
+    coordinator = Coordinator(chosen, [port], Ledger.open(chosen, keep=name is not None), node=node, shm_dir=config.shm_dir)
+    trainer: TrainerPort = sides.load(sides.TRAINER)()
+    made = Bridge(
+        chosen,
+        LocalPort(chosen, coordinator.handle),
+        [port],
+        trainer,
+        config,
+        on_close=coordinator.close,
+        guard=getattr(adapter, "refuse_shared", None),
+    )
+    return _remember(made, model)
+
+
+def _current() -> Bridge:
+    if _default.bridge is None:
+        raise ConfigError("there is no Bridge yet", remedy="bridge.launch, bridge.connect or bridge.attach first")
+    return _default.bridge
+
+
+def push(named: Named, **options: Any) -> Any:
+    """`Bridge.push` on the most recent Bridge."""
+    return _current().push(named, **options)
+
+
+def bind(model: torch.nn.Module) -> None:
+    """`Bridge.bind` on the most recent Bridge."""
+    _current().bind(model)
+
+
+def health(timeout_s: float = 120.0) -> HealthReport:
+    """`Bridge.health` of the most recent Bridge."""
+    return _current().health(timeout_s)

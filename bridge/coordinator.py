@@ -1,0 +1,468 @@
+"""The daemon's half of a push: who may push, which slot, and what every engine does with a sealed version.
+
+It owns the arena files, the ledger and the fan-out to the engine services, and never sees a tensor's value. It runs in
+the TrainerActor (or in the user's process for `bridge.attach`), so a push that has been sealed outlives the trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bridge import planning
+from bridge.arena import Arena
+from bridge.deadline import Deadline
+from bridge.errors import (
+    BridgeError,
+    Busy,
+    Closed,
+    ConfigError,
+    NotFound,
+    ProtocolError,
+    StaleVersion,
+)
+from bridge.fanout import Fleet, Target, Verdict
+from bridge.ledger import Ledger, lease_holder
+from bridge.mailbox import Mailbox
+from bridge.manifest import TensorInfo
+from bridge.messages import (
+    Ask,
+    BeginRequest,
+    Begun,
+    CancelRequest,
+    CloseRequest,
+    DaemonIs,
+    Done,
+    Explained,
+    ExplainRequest,
+    Finished,
+    FromCoordinator,
+    Health,
+    HealthRequest,
+    History,
+    HistoryRequest,
+    Options,
+    Planned,
+    PlanRequest,
+    Reference,
+    Refused,
+    RollbackRequest,
+    SubmitRequest,
+    ToCoordinator,
+    WaitRequest,
+)
+from bridge.ports import EnginePort
+from bridge.receipt import Receipt
+from bridge.wire import ErrorInfo
+
+log = logging.getLogger(__name__)
+
+LEASE_GRACE_S = 2.0
+"""How long an unsubmitted push is kept after its trainer's lease was found free: a trainer that is just connecting."""
+
+
+@dataclass
+class Plan:
+    """One agreed manifest with its arena. `slots` says which version lies in which slot."""
+
+    id: int
+    tensors: tuple[TensorInfo, ...]
+    partial: bool
+    arena: Arena
+    slots: dict[int, int] = field(default_factory=dict)
+    dtypes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Held:
+    """A version that can be served or returned to: its number and where its bytes lie."""
+
+    version: int
+    plan: Plan
+    slot: int
+
+    @property
+    def plan_id(self) -> int:
+        return self.plan.id
+
+
+@dataclass
+class OpenPush:
+    """The one push in flight. `submitted` False: the trainer is still writing its snapshot."""
+
+    version: int
+    plan: Plan
+    slot: int
+    holder: str
+    submitted: bool = False
+    since: float = field(default_factory=time.monotonic)
+
+
+class Coordinator:
+    """One per daemon. `handle` may be called from several threads; pushes run one at a time on a thread of their own."""
+
+    def __init__(
+        self, name: str, engines: Sequence[EnginePort], ledger: Ledger, *, node: str, shm_dir: Path | None = None
+    ) -> None:
+        if not engines:
+            raise ConfigError(
+                "a bridge without engines has nobody to push to", where=name, remedy="attach or launch an engine first"
+            )
+        self.name = name
+        self.ledger = ledger
+        self.node = node
+        self._shm_dir = shm_dir
+        self._lock = threading.RLock()
+        self._finished = threading.Condition(self._lock)
+        self._closed = False
+        self._plan: Plan | None = None
+        self._plans: dict[int, Plan] = {}
+        self._next_plan = 1
+        self._committed: Held | None = None
+        self._previous: Held | None = None
+        self._push: OpenPush | None = None
+        self._results: dict[int, Finished] = {}
+        self._references: dict[int, Reference] = {}
+        self._epoch = 1
+        self._runner: threading.Thread | None = None
+        self.fleet = Fleet(engines)
+        infos = self.fleet.hello(Deadline.after(60))
+        self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir)
+        self.fleet.assign_pages(str(self._mailbox.path), Deadline.after(60))
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def handle(self, request: ToCoordinator) -> FromCoordinator:
+        """Answer one request. Errors of our tree come back as Refused; anything else is a bug and comes back as one."""
+        try:
+            return self._answer(request)
+        except BridgeError as error:
+            return Refused(ErrorInfo.of(error))
+        except Exception as error:  # process boundary: the client must get an answer whatever broke here
+            log.exception("request %s failed", type(request).__name__)
+            return Refused(ErrorInfo.of(error))
+
+    def _answer(self, request: ToCoordinator) -> FromCoordinator:
+        if self._closed and not isinstance(request, CloseRequest):
+            raise Closed("this daemon was closed", where=self.name)
+        match request:
+            case Ask():
+                return self._describe()
+            case PlanRequest():
+                return self._make_plan(request)
+            case BeginRequest():
+                return self._begin(request)
+            case CancelRequest():
+                return self._cancel(request)
+            case SubmitRequest():
+                return self._submit(request)
+            case WaitRequest():
+                return self._wait(request)
+            case RollbackRequest():
+                return self._rollback(request)
+            case HealthRequest():
+                return Health(self._health_facts(request))
+            case HistoryRequest():
+                return History(tuple(self.ledger.receipts(request.last)))
+            case ExplainRequest():
+                return self._explain(request)
+            case CloseRequest():
+                self.close()
+                return Done()
+
+    def _describe(self) -> DaemonIs:
+        with self._lock:
+            return DaemonIs(
+                name=self.name,
+                engines=tuple(self.fleet.hello(Deadline.after(30), strict=False)),
+                committed=self._committed.version if self._committed else None,
+                highest=self.ledger.highest,
+                epoch=self._epoch,
+                node=self.node,
+                pid=os.getpid(),
+                busy=self._push.version if self._push else None,
+            )
+
+    # ---- plan --------------------------------------------------------------------------------------------------------
+
+    def _make_plan(self, request: PlanRequest) -> Planned:
+        with self._lock:
+            self._refuse_when_busy()
+            plan = self._plan
+            if plan is None or not planning.serves(plan.arena.manifest, plan.tensors, request):
+                plan = self._new_plan(request)
+            return Planned(plan.id, self._epoch, plan.arena.manifest, str(plan.arena.path))
+
+    def _new_plan(self, request: PlanRequest) -> Plan:
+        deadline = Deadline.after(request.timeout_s)
+        plan_id, self._next_plan = self._next_plan, self._next_plan + 1
+        baked = self.fleet.bake(plan_id, request, deadline)
+        manifest = planning.agree(request, baked)
+        arena = Arena.create(manifest, name=self.name, directory=self._shm_dir)
+        try:
+            keep = tuple({held.plan.id for held in (self._committed, self._previous) if held is not None})
+            self.fleet.map(plan_id, str(arena.path), manifest, keep, deadline)
+        except BaseException:
+            arena.close()
+            arena.unlink()
+            raise
+        plan = Plan(plan_id, request.tensors, request.partial, arena, dtypes=frozenset(s.dtype for s in manifest.tensors))
+        if self._plan is not None and not self._is_held(self._plan):
+            self._drop(self._plan)
+        self._plan = self._plans[plan_id] = plan
+        self._carry(plan, deadline)
+        return plan
+
+    def _carry(self, plan: Plan, deadline: Deadline) -> None:
+        """Put what the engines serve now into a slot of the new arena, so that the first push through it can be undone.
+
+        Where it cannot be read back, a committed version in an older arena still serves, provided that it holds every
+        tensor that the new plan writes.
+        """
+        slot, held = 1, self._committed
+        version = held.version if held is not None else 0
+        if self.fleet.keep_current(plan.id, slot, plan.arena, version, deadline):
+            plan.slots[slot] = version
+            self._committed, self._previous = Held(version, plan, slot), None
+        elif held is not None and not planning.holds(held.plan.arena.manifest, plan.arena.manifest):
+            log.warning("version %d cannot be restored once the new layout was pushed", version)
+            self._committed = None
+
+    def _is_held(self, plan: Plan) -> bool:
+        return any(held is not None and held.plan is plan for held in (self._committed, self._previous))
+
+    def _drop(self, plan: Plan) -> None:
+        self._plans.pop(plan.id, None)
+        plan.arena.close()
+        plan.arena.unlink()
+
+    # ---- begin, cancel, submit, wait ---------------------------------------------------------------------------------
+
+    def _refuse_when_busy(self) -> None:
+        push = self._push
+        if push is None:
+            return
+        if not push.submitted and time.monotonic() - push.since > LEASE_GRACE_S and lease_holder(self.name) is None:
+            log.warning("push %d was begun by %s, which is gone; dropped", push.version, push.holder)
+            self._drop_open_push()
+            return
+        raise Busy(
+            "another push is in flight",
+            where=self.name,
+            got=f"version {push.version} by {push.holder}",
+            remedy="wait for its receipt before the next push",
+        )
+
+    def _drop_open_push(self) -> None:
+        if self._push is not None:
+            self.ledger.record("aborted", version=self._push.version, reason="dropped before it was sealed")
+            self._push = None
+
+    def _begin(self, request: BeginRequest) -> Begun:
+        with self._lock:
+            self._refuse_when_busy()
+            plan = self._plans.get(request.plan)
+            if plan is None or plan is not self._plan:
+                raise ProtocolError("the plan is out of date", got=str(request.plan), remedy="ask for a new plan")
+            version = self.ledger.issue(request.version)
+            committed = self._committed
+            taken = committed.slot if committed is not None and committed.plan is plan else None
+            slot = next(s for s in range(plan.arena.slots) if s != taken)
+            if self._previous is not None:
+                previous, self._previous = self._previous, None
+                if previous.plan is not plan and not self._is_held(previous.plan):
+                    self._drop(previous.plan)
+            plan.slots.pop(slot, None)
+            self._push = OpenPush(version, plan, slot, request.holder)
+            return Begun(version, slot, taken)
+
+    def _cancel(self, request: CancelRequest) -> Done:
+        with self._lock:
+            if self._push is not None and self._push.version == request.version and not self._push.submitted:
+                self._drop_open_push()
+            return Done()
+
+    def _submit(self, request: SubmitRequest) -> Done:
+        with self._lock:
+            push = self._push
+            if push is None or push.version != request.version or push.submitted:
+                raise ProtocolError("this push was not begun", got=f"version {request.version}")
+            seal = push.plan.arena.seal_of(push.slot)
+            if seal is None or seal.version != request.version or seal.root != request.root:
+                raise ProtocolError("the version is not sealed as announced", where=f"version {request.version}")
+            push.plan.slots[push.slot] = push.version
+            push.submitted = True
+            self.ledger.record("sealed", version=push.version, root=request.root.hex())
+            if request.reference is not None:
+                self._references[push.version] = request.reference
+            self._start(lambda: self._run(push, request))
+            return Done()
+
+    def _start(self, run: Callable[[], None]) -> None:
+        self._runner = threading.Thread(target=run, name=f"weighbridge-{self.name}", daemon=True)
+        self._runner.start()
+
+    def _wait(self, request: WaitRequest) -> Finished:
+        deadline = Deadline.after(request.timeout_s)
+        with self._finished:
+            while request.version not in self._results:
+                if deadline.expired:
+                    if self._push is None or self._push.version != request.version:
+                        raise NotFound("no such push", where=self.name, got=f"version {request.version}")
+                    return Finished(None)
+                self._finished.wait(deadline.remaining_s)
+            return self._results[request.version]
+
+    # ---- one push ----------------------------------------------------------------------------------------------------
+
+    def _run(self, push: OpenPush, request: SubmitRequest) -> None:
+        try:
+            result = self._push_sealed(push, request)
+        except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
+            log.exception("push %d failed", push.version)
+            result = Finished(None, ErrorInfo.of(error), serving=self.fleet.serving())
+        with self._finished:
+            self._results[push.version] = result
+            for old in sorted(self._results)[:-8]:
+                del self._results[old]
+            self._push = None
+            self._finished.notify_all()
+
+    def _target(self, push: OpenPush, options: Options, root: bytes) -> Target:
+        committed = self._committed
+        same = committed is not None and committed.plan is push.plan
+        return Target(
+            plan=push.plan.id,
+            slot=push.slot,
+            version=push.version,
+            root=root,
+            options=options,
+            reference=self._references.get(push.version),
+            dtypes=push.plan.dtypes,
+            changed=planning.changed(push.plan.arena, committed.slot, push.slot) if same and committed else None,
+            previous=committed.slot if same and committed else None,
+            base=committed.version if committed else None,
+        )
+
+    def _push_sealed(self, push: OpenPush, request: SubmitRequest) -> Finished:
+        target = self._target(push, request.options, request.root)
+        verdict = self.fleet.advance(target, self._committed, on_commit=lambda: self._commit(push))
+        receipt = self._receipt(push, request, target, verdict)
+        self.ledger.record("receipt", version=push.version, receipt=receipt.to_dict())
+        if verdict.error is None:
+            return Finished(receipt, serving=self.fleet.serving())
+        self.ledger.record("aborted", version=push.version, reason=str(verdict.error))
+        with self._lock:
+            push.plan.slots.pop(push.slot, None)
+            self._references.pop(push.version, None)
+        return Finished(receipt, ErrorInfo.of(verdict.error), aborted=verdict.touched, serving=self.fleet.serving())
+
+    def _commit(self, push: OpenPush) -> None:
+        """The point of no return: journalled before any engine resumes, so that nothing serves an unrecorded version."""
+        with self._lock:
+            self.ledger.record("committed", version=push.version)
+            self._previous, self._committed = self._committed, Held(push.version, push.plan, push.slot)
+            keep = {push.version, self._previous.version if self._previous else -1}
+            self._references = {v: ref for v, ref in self._references.items() if v in keep}
+
+    def _receipt(self, push: OpenPush, request: SubmitRequest, target: Target, verdict: Verdict) -> Receipt:
+        manifest = push.plan.arena.manifest
+        return Receipt(
+            version=push.version,
+            previous=target.base,
+            mode=request.options.mode,
+            reason=request.options.reason,
+            tensors=len(manifest.tensors),
+            nbytes=manifest.payload_nbytes,
+            wire_nbytes=request.wire_nbytes,
+            phases={**request.phases, **verdict.phases},
+            pause_s=max((report.pause_s for report in verdict.reports), default=0.0),
+            engines=verdict.reports,
+            verify=request.options.verify,
+            verified=verdict.verified,
+            at=time.time(),
+            error=None if verdict.error is None else str(verdict.error),
+            notes=(*request.notes, *verdict.notes),
+        )
+
+    # ---- rollback, questions, end ------------------------------------------------------------------------------------
+
+    def _rollback(self, request: RollbackRequest) -> FromCoordinator:
+        with self._lock:
+            self._refuse_when_busy()
+            back, now = self._previous, self._committed
+            if back is None or now is None:
+                raise StaleVersion(
+                    "there is no previous version to return to",
+                    where=self.name,
+                    expected="the version before the last committed one, one level deep",
+                    got=f"committed: {now.version if now else None}",
+                )
+            push = OpenPush(back.version, back.plan, back.slot, "rollback", submitted=True)
+            self._push = push
+        options = Options(verify="weights", reason="rollback", timeout_s=request.timeout_s)
+        seal = back.plan.arena.seal_of(back.slot)
+        try:
+            if seal is None:
+                raise ProtocolError("the previous version is no longer sealed", got=f"version {back.version}")
+            submit = SubmitRequest(back.version, seal.root, options, {}, 0)
+            target = self._target(push, options, seal.root)
+            verdict = self.fleet.advance(target, now, on_commit=lambda: self._commit_rollback(back))
+            receipt = self._receipt(push, submit, target, verdict)
+            self.ledger.record("receipt", version=back.version, receipt=receipt.to_dict())
+        finally:
+            with self._lock:
+                self._push = None
+        error = None if verdict.error is None else ErrorInfo.of(verdict.error)
+        return Finished(receipt, error, aborted=verdict.touched, serving=self.fleet.serving())
+
+    def _commit_rollback(self, back: Held) -> None:
+        with self._lock:
+            self.ledger.record("rolled_back", version=back.version)
+            self._committed, self._previous = back, None
+
+    def _explain(self, request: ExplainRequest) -> Explained:
+        with self._lock:
+            if self._plan is None:
+                raise NotFound("nothing was pushed yet, so there is no plan to explain", where=self.name)
+            plan = self._plan
+        return Explained(self.fleet.explain(plan.id, request.name, Deadline.after(60)))
+
+    def _health_facts(self, request: HealthRequest) -> dict[str, object]:
+        deadline = Deadline.after(request.timeout_s)
+        with self._lock:
+            held, push = self._committed, self._push
+            reference = self._references.get(held.version) if held else None
+            last = self.ledger.receipts(1)
+        facts: dict[str, object] = {
+            "name": self.name,
+            "committed": held.version if held else None,
+            "highest": self.ledger.highest,
+            "busy": push.version if push else None,
+            "last_receipt": last[-1] if last else None,
+            "engines": self.fleet.examine(held.plan.id, held.slot, reference, held.plan.dtypes, deadline)
+            if held is not None and push is None
+            else self.fleet.describe(deadline),
+        }
+        return facts
+
+    def close(self) -> None:
+        """Stop every engine gracefully and unlink the shared memory. Idempotent; waits for a running push."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            runner = self._runner
+        if runner is not None and runner is not threading.current_thread():
+            runner.join(timeout=60)
+        self.fleet.close(Deadline.after(30))
+        for plan in list(self._plans.values()):
+            self._drop(plan)
+        self._mailbox.close()
+        self._mailbox.unlink()
+        self.ledger.close()

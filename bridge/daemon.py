@@ -1,0 +1,321 @@
+"""The daemon's life on Ray: start, find, stop. Ray is imported on use.
+
+One TrainerActor (coordinator and ledger) and one EngineActor per engine, named, detached, in namespace `weighbridge`.
+Calls carry one `wire` frame each way; Ray moves bytes as they are, so nothing is pickled on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge import sides
+from bridge.config import Config
+from bridge.deadline import Deadline
+from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
+from bridge.ledger import state_dir
+from bridge.messages import (
+    CloseRequest,
+    EngineHello,
+    EngineIs,
+    FromCoordinator,
+    FromEngine,
+    ToCoordinator,
+    ToEngine,
+)
+from bridge.ports import expect
+from bridge.wire import pack, unpack
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "weighbridge"
+START_TIMEOUT_S = 180.0
+RAY_FILE = "ray.json"
+OBJECT_STORE_NBYTES = 100 << 20
+"""Ray's smallest comfortable store: tensors never go through it."""
+
+
+class RayPort:
+    """One actor as a port: `call` packs a request, waits for the reply's bytes, unpacks it."""
+
+    def __init__(self, actor_id: str, handle: Any, replies: Any) -> None:
+        self.id = actor_id
+        self._handle = handle
+        self._replies = replies
+
+    def call(self, request: Any, deadline: Deadline) -> Any:
+        """Blocks. Raises PeerLost when the actor is gone, DeadlineExceeded when it does not answer in time."""
+        import ray
+        from ray import exceptions
+
+        try:
+            frame = ray.get(self._handle.call.remote(pack(request)), timeout=max(deadline.remaining_s, 0.001))
+        except exceptions.GetTimeoutError as error:
+            raise DeadlineExceeded(
+                "an actor did not answer in time", where=self.id, got=type(request).__name__, remedy="look at its log"
+            ) from error
+        except (exceptions.RayActorError, exceptions.ActorUnavailableError) as error:
+            raise PeerLost(
+                "an actor is gone", where=self.id, got=str(error).splitlines()[0], remedy="weighbridge up starts it again"
+            ) from error
+        except exceptions.RayError as error:
+            raise TransportError("a call through Ray failed", where=self.id, got=str(error)[:500]) from error
+        return unpack(frame, self._replies)
+
+
+def engine_port(actor_id: str, handle: Any) -> RayPort:
+    return RayPort(actor_id, handle, FromEngine)
+
+
+# ---- Ray itself ------------------------------------------------------------------------------------------------------
+
+
+def ensure_ray(start: bool = True) -> None:
+    """Connect this process to the running Ray, or start a local one as a head process of its own, which outlives us.
+
+    A Ray that a driver starts dies with it, detached actors included; hence the separate head (DESIGN 10). Raises
+    NotFound when none runs and `start` is False, TransportError when it cannot be started.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or _our_ray()
+    if address is None:
+        if not start:
+            raise NotFound("no Ray is running here", remedy="weighbridge up starts one")
+        address = _start_ray()
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:
+        raise TransportError("cannot connect to Ray", where=address, got=str(error).splitlines()[0]) from error
+
+
+def _ray_file() -> Path:
+    return state_dir() / RAY_FILE
+
+
+def _our_ray() -> str | None:
+    """Address of the local Ray that we started earlier, if its process still runs."""
+    try:
+        known = json.loads(_ray_file().read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if _started_at(int(known["pid"])) != known["started"]:
+        return None
+    return str(known["address"])
+
+
+def _started_at(pid: int) -> str | None:
+    """The kernel's start time of a process: together with the pid it names one process for good."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start_ray() -> str:
+    port = _free_port()
+    executable = Path(sys.executable).with_name("ray")
+    program = str(executable) if executable.exists() else shutil.which("ray")
+    if program is None:
+        raise ConfigError("the ray command is not installed", remedy="pip install ray")
+    folder = state_dir()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    command = [
+        program, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1",
+        "--include-dashboard=false", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_NBYTES}",
+    ]  # fmt: skip
+    with (folder / "ray.log").open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=_child_environment()
+        )
+    address = f"127.0.0.1:{port}"
+    deadline = Deadline.after(START_TIMEOUT_S)
+    while not _listens(port):
+        if process.poll() is not None or deadline.expired:
+            raise TransportError("a local Ray could not be started", where=str(folder / "ray.log"))
+        time.sleep(0.1)
+    record = {"address": address, "pid": process.pid, "started": _started_at(process.pid)}
+    _ray_file().write_text(json.dumps(record))
+    return address
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _child_environment() -> dict[str, str]:
+    """The environment of processes we start: numpy's copies stream from 1 MiB up (transports.md 3.1)."""
+    tunable = "glibc.cpu.x86_non_temporal_threshold=0x100000"
+    return {"GLIBC_TUNABLES": tunable, **os.environ}
+
+
+def stop_ray() -> bool:
+    """Stop the local Ray that we started, and only that one. False when there is none."""
+    try:
+        known = json.loads(_ray_file().read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    pid = int(known["pid"])
+    alive = _started_at(pid) == known["started"]
+    if alive:
+        os.kill(pid, signal.SIGTERM)
+        deadline = Deadline.after(30)
+        while _started_at(pid) == known["started"] and not deadline.expired:
+            _reap(pid)
+            time.sleep(0.1)
+    _ray_file().unlink(missing_ok=True)
+    return alive
+
+
+def _reap(pid: int) -> None:
+    """Collect the head process if it is our own child, else it stays a zombie until we end."""
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+# ---- actors ----------------------------------------------------------------------------------------------------------
+
+
+def _trainer_name(name: str) -> str:
+    return f"{name}:trainer"
+
+
+def start(
+    name: str, specs: list[tuple[str, Mapping[str, Any]]], config: Config, *, threads: int | None = None
+) -> tuple[RayPort, list[RayPort]]:
+    """Start the actors of daemon `name` on the connected Ray: one EngineActor per (spec, arguments), then the
+    TrainerActor. Blocks until all answer. Raises ConfigError when the name is taken; on any failure everything that was
+    started is stopped again."""
+    import ray
+
+    if _find_actor(_trainer_name(name)) is not None:
+        raise ConfigError("a daemon of that name runs already", where=name, remedy="bridge.connect(name), or another name")
+    workers = threads or config.copy_threads
+    environment = {"OMP_NUM_THREADS": str(workers), "WEIGHBRIDGE_THREADS": str(workers)}
+    common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
+    started: list[Any] = []
+    try:
+        ports: list[RayPort] = []
+        engine_class = ray.remote(sides.load(sides.ENGINE_ACTOR))
+        for index, (spec, arguments) in enumerate(specs):
+            engine_id = f"engine{index}"
+            actor = engine_class.options(
+                name=f"{name}:{engine_id}", runtime_env={"env_vars": environment}, **common
+            ).remote(engine_id, spec, pack(dict(arguments)), workers)
+            started.append(actor)
+            ports.append(engine_port(engine_id, actor))
+        for port in ports:
+            expect(port.call(EngineHello(), Deadline.after(START_TIMEOUT_S)), EngineIs)
+        trainer_class = ray.remote(sides.load(sides.TRAINER_ACTOR))
+        trainer = trainer_class.options(
+            name=_trainer_name(name), runtime_env={"env_vars": environment}, scheduling_strategy=_here(), **common
+        ).remote(name, [port.id for port in ports], workers)
+        started.append(trainer)
+        port = RayPort(_trainer_name(name), trainer, FromCoordinator)
+        from bridge.messages import Ask, DaemonIs
+
+        expect(port.call(Ask(), Deadline.after(START_TIMEOUT_S)), DaemonIs)
+        return port, ports
+    except BaseException:
+        for actor in started:
+            ray.kill(actor, no_restart=True)
+        raise
+
+
+def _here() -> Any:
+    """Place the TrainerActor on this node: it shares the trainer's arena."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _find_actor(actor_name: str) -> Any | None:
+    import ray
+
+    try:
+        return ray.get_actor(actor_name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def find(name: str) -> tuple[RayPort, list[RayPort]]:
+    """Ports of a running daemon. Raises NotFound, naming the daemons that do run."""
+    ensure_ray(start=False)
+    actor = _find_actor(_trainer_name(name))
+    if actor is None:
+        raise NotFound(
+            "no daemon of that name",
+            where=name,
+            expected=", ".join(running()) or "none runs",
+            remedy="weighbridge up NAME --engine embedded:PATH, or bridge.launch",
+        )
+    from bridge.messages import Ask, DaemonIs
+
+    port = RayPort(_trainer_name(name), actor, FromCoordinator)
+    engines = expect(port.call(Ask(), Deadline.after(60)), DaemonIs).engines
+    return port, [engine_port(info.id, _find_actor(f"{name}:{info.id}")) for info in engines]
+
+
+def running() -> list[str]:
+    """Names of the daemons on the connected Ray."""
+    from ray.util import list_named_actors
+
+    names = [str(entry["name"]) for entry in list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE]
+    return sorted(name.removesuffix(":trainer") for name in names if name.endswith(":trainer"))
+
+
+def stop(name: str, *, and_ray: bool = True) -> None:
+    """Stop a daemon: engines gracefully first, then the actors, then the local Ray if we started it and nothing else of
+    ours runs on it. Raises NotFound when there is no such daemon."""
+    import ray
+
+    port, engines = find(name)
+    try:
+        port.call(CloseRequest(), Deadline.after(120))
+    except BridgeError as error:
+        log.warning("%s did not close gracefully: %s", name, error)
+    for actor_name in (*(f"{name}:{engine.id}" for engine in engines), _trainer_name(name)):
+        actor = _find_actor(actor_name)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+    if and_ray and not running():
+        ray.shutdown()
+        stop_ray()
+
+
+__all__ = [
+    "NAMESPACE",
+    "RayPort",
+    "ToCoordinator",
+    "ToEngine",
+    "engine_port",
+    "ensure_ray",
+    "find",
+    "running",
+    "start",
+    "stop",
+    "stop_ray",
+]

@@ -1,0 +1,411 @@
+"""All engines of a bridge, driven together: two-phase commit over engine services (transports.md 4.6).
+
+Stage and load on every engine, vote; reset caches on every engine, vote; journal; resume. Any failure or deadline before
+the journal entry puts every engine back. One thread per engine, so the slowest engine decides, not the sum.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from bridge import canary
+from bridge.arena import Arena, Seal
+from bridge.deadline import Deadline
+from bridge.digest import digest_slot, root_digest
+from bridge.errors import BridgeError, PeerLost, ProtocolError
+from bridge.ledger import EngineState
+from bridge.manifest import Manifest
+from bridge.messages import (
+    EngineBake,
+    EngineBaked,
+    EngineCheck,
+    EngineChecked,
+    EngineClose,
+    EngineCommit,
+    EngineExplain,
+    EngineExplained,
+    EngineHello,
+    EngineInfo,
+    EngineIs,
+    EngineLoad,
+    EngineLoaded,
+    EngineMap,
+    EngineOk,
+    EngineReadBack,
+    EngineRestore,
+    EngineResume,
+    EngineVersionZero,
+    Options,
+    PlanRequest,
+    Reference,
+)
+from bridge.ports import EnginePort, expect
+from bridge.receipt import EngineReport, Verified
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+WEIGHT_LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change")
+LEVELS_OF: Mapping[str, tuple[str, ...]] = {
+    "off": (),
+    "transfer": ("transfer",),
+    "weights": WEIGHT_LEVELS,
+    "outputs": (*WEIGHT_LEVELS, "canary", "cache"),
+}
+RESTORE_TIMEOUT_S = 120.0
+"""Putting engines back has a deadline of its own: a push that ran out of time must still be undone."""
+
+
+class HeldVersion(Protocol):
+    """What `advance` needs to know of a version it may return to."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def plan_id(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """A sealed version on its way into the engines. `changed` and `previous` refer to version `base`."""
+
+    plan: int
+    slot: int
+    version: int
+    root: bytes
+    options: Options
+    reference: Reference | None
+    dtypes: frozenset[str]
+    changed: tuple[int, ...] | None
+    previous: int | None
+    base: int | None
+
+
+@dataclass
+class Verdict:
+    """How a push ended. `error` None: committed everywhere. `touched`: some engine had been written to."""
+
+    reports: tuple[EngineReport, ...] = ()
+    error: BridgeError | None = None
+    touched: bool = False
+    phases: dict[str, float] = field(default_factory=dict)
+    verified: Verified = False
+    notes: tuple[str, ...] = ()
+
+
+class Fleet:
+    """The engines of one bridge. Not thread-safe except `serving`: the coordinator calls it from one push at a time."""
+
+    def __init__(self, engines: Sequence[EnginePort]) -> None:
+        self._engines = list(engines)
+        self._pool = ThreadPoolExecutor(max_workers=max(4, 2 * len(self._engines)), thread_name_prefix="weighbridge-fan")
+        self._infos: dict[str, EngineInfo] = {}
+        self._baseline: dict[str, float] = {}
+
+    # ---- fan-out -----------------------------------------------------------------------------------------------------
+
+    def _each(
+        self, call: Callable[[EnginePort], T], engines: Iterable[EnginePort] | None = None
+    ) -> dict[str, T | BridgeError]:
+        """Run `call` for every engine at once; an engine's BridgeError becomes its answer."""
+
+        def guarded(engine: EnginePort) -> T | BridgeError:
+            try:
+                return call(engine)
+            except BridgeError as error:
+                return error
+
+        chosen = self._engines if engines is None else list(engines)
+        return dict(zip((e.id for e in chosen), self._pool.map(guarded, chosen), strict=True))
+
+    def _all(self, call: Callable[[EnginePort], T]) -> dict[str, T]:
+        """Like `_each`, but the first engine's error is raised."""
+        answers = self._each(call)
+        for answer in answers.values():
+            if isinstance(answer, BridgeError):
+                raise answer
+        return {name: answer for name, answer in answers.items() if not isinstance(answer, BridgeError)}
+
+    def hello(self, deadline: Deadline, strict: bool = True) -> list[EngineInfo]:
+        """Ask every engine who it is. With `strict` an engine that does not answer raises, else it is shown as lost."""
+        answers = self._each(lambda e: expect(e.call(EngineHello(), deadline), EngineIs).info)
+        for engine, answer in answers.items():
+            if isinstance(answer, BridgeError):
+                if strict:
+                    raise answer
+                last = self._infos.get(engine)
+                self._infos[engine] = EngineInfo(
+                    engine, last.kind if last else "?", last.ranks if last else 0, False, "LOST", None, "?", 0, str(answer)
+                )
+            else:
+                self._infos[engine] = answer
+        return [self._infos[engine.id] for engine in self._engines]
+
+    def assign_pages(self, mailbox: str, deadline: Deadline) -> None:
+        """Give every engine its pages of the mailbox, in engine order."""
+        page = 0
+        for engine in self._engines:
+            expect(engine.call(EngineHello(mailbox, page), deadline), EngineIs)
+            page += self._infos[engine.id].ranks
+
+    def serving(self) -> dict[str, int | None]:
+        """Engine -> version it served when it was last heard of."""
+        return {name: info.serving for name, info in self._infos.items()}
+
+    # ---- plan --------------------------------------------------------------------------------------------------------
+
+    def bake(self, plan: int, request: PlanRequest, deadline: Deadline) -> dict[str, EngineBaked]:
+        message = EngineBake(plan, request.tensors, request.partial, deadline.remaining_s)
+        return self._all(lambda e: expect(e.call(message, deadline), EngineBaked))
+
+    def map(self, plan: int, path: str, manifest: Manifest, keep: tuple[int, ...], deadline: Deadline) -> None:
+        message = EngineMap(plan, path, manifest, keep, deadline.remaining_s)
+        self._all(lambda e: expect(e.call(message, deadline), EngineOk))
+
+    def keep_current(self, plan: int, slot: int, arena: Arena, version: int, deadline: Deadline) -> bool:
+        """Put what the engines serve now into `slot` and seal it as `version`. False when it cannot be had, or when the
+        engines do not all serve the same weights; then a failing next push ends in quarantine."""
+        first, *rest = self._engines
+        arena.begin(slot)
+        answer = expect(first.call(EngineReadBack(plan, slot, deadline.remaining_s), deadline), EngineVersionZero)
+        if not answer.ok:
+            log.warning("%s: what it serves cannot be kept for a rollback: %s", first.id, answer.reason)
+            return False
+        digests = digest_slot(arena, slot)
+        arena.seal(slot, Seal(version, root_digest(arena.manifest, digests), digests))
+        check = EngineCheck(plan, slot, ("read-back", "probe"), (), deadline.remaining_s)
+        for engine in (first, *rest) if answer.source == "checkpoint" else rest:
+            ranks = expect(engine.call(check, deadline), EngineChecked).ranks
+            if not all(level.ok for rank in ranks for level in rank):
+                log.warning("%s serves other weights than %s; a failed first push cannot be undone", engine.id, first.id)
+                arena.begin(slot)
+                return False
+        return True
+
+    def explain(self, plan: int, name: str, deadline: Deadline) -> tuple[dict[str, str], ...]:
+        message = EngineExplain(plan, name, deadline.remaining_s)
+        answers = self._all(lambda e: expect(e.call(message, deadline), EngineExplained))
+        return tuple({"engine": engine, **row} for engine, answer in answers.items() for row in answer.rows)
+
+    # ---- one push ----------------------------------------------------------------------------------------------------
+
+    def advance(self, target: Target, back: HeldVersion | None, on_commit: Callable[[], None]) -> Verdict:
+        """Bring every engine to `target`, or back to `back`. `on_commit` runs between the last vote and the first resume."""
+        verdict = Verdict()
+        deadline = Deadline.after(target.options.timeout_s)
+        loaded = self._load(target, deadline)
+        self._note_loads(verdict, target, loaded)
+        if verdict.error is None:
+            started = time.perf_counter()
+            commit = EngineCommit(target.version, target.options, deadline.remaining_s)
+            self._vote(verdict, self._each(lambda e: expect(e.call(commit, deadline), EngineOk).report))
+            if verdict.error is None:
+                on_commit()
+                resume = EngineResume(target.version, RESTORE_TIMEOUT_S)
+                answers = self._each(lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report)
+                self._after_resume(verdict, answers)
+            verdict.phases["commit"] = time.perf_counter() - started
+        if verdict.error is not None:
+            self._put_back(verdict, back)
+        else:
+            verdict.verified = _verified(target.options, verdict.reports)
+            if verdict.verified:
+                self._learn(verdict.reports)
+        return verdict
+
+    def _load(self, target: Target, deadline: Deadline) -> dict[str, EngineLoaded | BridgeError]:
+        checked: set[str] = set()
+        first_of_node = {}
+        for engine in self._engines:
+            node = self._infos[engine.id].node
+            first_of_node[engine.id] = node not in checked
+            checked.add(node)
+
+        def load(engine: EnginePort) -> EngineLoaded:
+            info = self._infos[engine.id]
+            current = info.state == EngineState.SERVING.value and info.serving == target.base
+            message = EngineLoad(
+                plan=target.plan,
+                slot=target.slot,
+                version=target.version,
+                root=target.root,
+                check=first_of_node[engine.id] and "transfer" in target.options.levels,
+                options=target.options,
+                reference=target.reference,
+                canary_floor=canary.floor_for(target.dtypes),
+                canary_baseline=self._baseline.get(engine.id),
+                # skipping unchanged tensors is only safe where read-back then weighs all of them
+                changed=target.changed if current and "read-back" in target.options.levels else None,
+                previous=target.previous if current else None,
+            )
+            return expect(engine.call(message, deadline), EngineLoaded)
+
+        return self._each(load)
+
+    def _note_loads(
+        self, verdict: Verdict, target: Target, loaded: Mapping[str, EngineLoaded | BridgeError]
+    ) -> None:
+        reports = []
+        for engine, answer in loaded.items():
+            if isinstance(answer, BridgeError):
+                # it may have begun to write before it was lost or ran out of time
+                verdict.touched = True
+                verdict.error = verdict.error or answer
+                reports.append(self._lost(engine, answer))
+                continue
+            verdict.touched |= answer.touched
+            reports.append(answer.report)
+            for name, seconds in answer.phases.items():
+                verdict.phases[name] = max(verdict.phases.get(name, 0.0), seconds)
+            if answer.error is not None:
+                verdict.error = verdict.error or answer.error.rebuild()
+        verdict.reports = tuple(reports)
+
+    def _vote(self, verdict: Verdict, answers: Mapping[str, EngineReport | BridgeError]) -> None:
+        reports = {report.id: report for report in verdict.reports}
+        for engine, answer in answers.items():
+            if isinstance(answer, BridgeError):
+                verdict.error = verdict.error or answer
+            else:
+                reports[engine] = _merge(reports[engine], answer)
+        verdict.reports = tuple(reports.values())
+
+    def _after_resume(self, verdict: Verdict, answers: Mapping[str, EngineReport | BridgeError]) -> None:
+        """After the journal entry nothing is undone: an engine that is lost now is STALE, the others serve."""
+        reports = {report.id: report for report in verdict.reports}
+        for engine, answer in answers.items():
+            if isinstance(answer, BridgeError):
+                reports[engine] = self._lost(engine, answer)
+                verdict.notes = (*verdict.notes, f"{engine} was lost after the commit: {answer}")
+            else:
+                reports[engine] = _merge(reports[engine], answer)
+                self._heard(answer)
+        verdict.reports = tuple(reports.values())
+
+    def _put_back(self, verdict: Verdict, back: HeldVersion | None) -> None:
+        message = EngineRestore(
+            plan=back.plan_id if back else 0,
+            slot=back.slot if back else None,
+            version=back.version if back else None,
+            reason=str(verdict.error),
+            timeout_s=RESTORE_TIMEOUT_S,
+        )
+        answers = self._each(lambda e: expect(e.call(message, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report)
+        reports = {report.id: report for report in verdict.reports}
+        for engine, answer in answers.items():
+            if isinstance(answer, BridgeError):
+                reports[engine] = self._lost(engine, answer)
+            else:
+                reports[engine] = _merge(reports[engine], answer)
+                self._heard(answer)
+        verdict.reports = tuple(reports.values())
+
+    def _heard(self, report: EngineReport) -> None:
+        info = self._infos[report.id]
+        self._infos[report.id] = EngineInfo(
+            info.id, info.kind, info.ranks, info.can_generate, report.state, report.serving, info.node, info.pid
+        )
+
+    def _lost(self, engine: str, error: BridgeError) -> EngineReport:
+        report = EngineReport(engine, EngineState.STALE.value, None, error=str(error))
+        self._heard(report)
+        return report
+
+    def _learn(self, reports: Iterable[EngineReport]) -> None:
+        """The first verified sync of an engine sets the scale for its later ones."""
+        for report in reports:
+            if report.canary is not None:
+                self._baseline.setdefault(report.id, report.canary.mean_abs)
+
+    # ---- health ------------------------------------------------------------------------------------------------------
+
+    def describe(self, deadline: Deadline) -> list[dict[str, Any]]:
+        """Facts for health when there is nothing to compare with."""
+        return [_facts(info) for info in self.hello(deadline, strict=False)]
+
+    def examine(
+        self, plan: int, slot: int, reference: Reference | None, dtypes: Iterable[str], deadline: Deadline
+    ) -> list[dict[str, Any]]:
+        """Fresh read-back, probes and canary of what every engine serves now. Writes nothing."""
+        prompts = reference.prompts if reference is not None else ()
+        check = EngineCheck(plan, slot, ("transfer", "read-back", "probe"), prompts, deadline.remaining_s)
+        infos = {info.id: info for info in self.hello(deadline, strict=False)}
+        alive = [engine for engine in self._engines if infos[engine.id].state != "LOST"]
+        answers = self._each(lambda e: expect(e.call(check, deadline), EngineChecked), alive)
+        out = []
+        for engine, info in infos.items():
+            facts = _facts(info)
+            answer = answers.get(engine)
+            if isinstance(answer, BridgeError):
+                facts["error"] = str(answer)
+            elif answer is not None:
+                facts["levels"] = [
+                    {"rank": rank, "level": level.level, "ok": level.ok, "checked": level.checked, "note": level.note,
+                     "failures": [[f.name, f.expected, f.got] for f in level.failures]}
+                    for rank, levels in enumerate(answer.ranks)
+                    for level in levels
+                ]
+                if reference is not None and answer.scores:
+                    result = canary.compare(
+                        reference.logprobs,
+                        answer.scores,
+                        floor=canary.floor_for(dtypes),
+                        baseline=self._baseline.get(engine),
+                    )
+                    facts["canary"] = {"mean_abs": result.mean_abs, "max_abs": result.max_abs, "limit": result.limit}
+            out.append(facts)
+        return out
+
+    def close(self, deadline: Deadline) -> None:
+        """Stop every engine gracefully; one that does not answer is logged and left."""
+        for engine, answer in self._each(lambda e: e.call(EngineClose(), deadline)).items():
+            if isinstance(answer, BridgeError) and not isinstance(answer, PeerLost):
+                log.warning("%s did not close: %s", engine, answer)
+        self._pool.shutdown(wait=False)
+
+
+def _facts(info: EngineInfo) -> dict[str, Any]:
+    return {"id": info.id, "kind": info.kind, "state": info.state, "serving": info.serving, "ranks": info.ranks,
+            "pid": info.pid, "detail": info.detail}  # fmt: skip
+
+
+def _merge(before: EngineReport, after: EngineReport) -> EngineReport:
+    """The later report's state over the earlier one's findings."""
+    if before.id != after.id:
+        raise ProtocolError("reports of different engines", expected=before.id, got=after.id)
+    extra = {rank.rank: rank.levels for rank in after.ranks}
+    ranks = tuple(
+        type(rank)(
+            rank.rank, (*rank.levels, *extra.get(rank.rank, ())), rank.strategies, rank.rebound, rank.canary_only,
+            rank.written, rank.load_s, rank.postload_s, rank.verify_s,
+        )
+        for rank in before.ranks
+    )  # fmt: skip
+    return EngineReport(
+        id=after.id,
+        state=after.state,
+        serving=after.serving,
+        ranks=ranks or after.ranks,
+        canary=before.canary or after.canary,
+        adapter=after.adapter or before.adapter,
+        pause_s=max(before.pause_s, after.pause_s),
+        error=after.error or before.error,
+    )
+
+
+def _verified(options: Options, reports: Iterable[EngineReport]) -> Verified:
+    """True: every level of the weights ran and passed on every rank. "partial": some, or a module by the canary alone."""
+    levels = set(options.levels)
+    if not levels - {"transfer"}:
+        return False
+    alone = any(rank.canary_only for report in reports for rank in report.ranks)
+    if alone and "canary" not in levels:
+        return False
+    return "partial" if alone or not levels.issuperset(WEIGHT_LEVELS) else True

@@ -1,0 +1,418 @@
+"""`Bridge`: the trainer's handle, and one push from the iterable to the receipt.
+
+    1. (this process)  lease, names, ties: `TrainerPort.collect`
+    2. (everyone)      plan, the first time or when the layout changed: PlanRequest
+    3. (this process)  snapshot into the arena's free slot, digests, finite check, canary reference; seal
+    4. (coordinator)   engines pause, load, verify, commit or go back: SubmitRequest, then WaitRequest
+
+After step 3 the trainer's tensors may change. After SubmitRequest is answered the push no longer needs this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge import health as health_module
+from bridge.arena import Arena, Seal
+from bridge.config import Config
+from bridge.deadline import Deadline
+from bridge.digest import root_digest
+from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, PushAborted
+from bridge.fanout import LEVELS_OF
+from bridge.health import HealthReport
+from bridge.ledger import Lease
+from bridge.messages import (
+    Ask,
+    BeginRequest,
+    Begun,
+    CancelRequest,
+    CloseRequest,
+    DaemonIs,
+    Done,
+    EngineGenerate,
+    EngineGenerated,
+    EngineInfo,
+    Explained,
+    ExplainRequest,
+    Finished,
+    Health,
+    HealthRequest,
+    History,
+    HistoryRequest,
+    Options,
+    Planned,
+    PlanRequest,
+    Reference,
+    RollbackRequest,
+    SubmitRequest,
+    WaitRequest,
+)
+from bridge.ports import CoordinatorPort, EnginePort, Snapshot, TrainerPort, expect
+from bridge.receipt import LEVELS, Receipt
+from bridge.wire import Completion, Sampling
+
+log = logging.getLogger(__name__)
+
+Named = Iterable[tuple[str, torch.Tensor]]
+CALL_TIMEOUT_S = 60.0
+MODES = ("auto", "full")
+INFLIGHT = ("drain", "abort", "keep")
+KV = ("reset", "keep")
+
+
+class EngineHandle:
+    """One engine of a bridge, for rollouts. Get it from `Bridge.engines`."""
+
+    def __init__(self, port: EnginePort) -> None:
+        self._port = port
+        self.id = port.id
+
+    def __repr__(self) -> str:
+        return f"<engine {self.id}>"
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        adapter: str = "current",
+        timeout_s: float = 600.0,
+    ) -> list[Completion]:
+        """Sample one completion per prompt (token ids in, token ids and log-probabilities out). Blocks, also while the
+        engine is paused for a push. Raises EngineQuarantined when the engine serves nothing."""
+        request = EngineGenerate(tuple(tuple(map(int, p)) for p in prompts), sampling or Sampling(), adapter)
+        return list(expect(self._port.call(request, Deadline.after(timeout_s)), EngineGenerated).completions)
+
+
+class PendingPush:
+    """A push whose snapshot is sealed and handed over (`wait=False`)."""
+
+    def __init__(self, coordinator: CoordinatorPort, version: int, timeout_s: float) -> None:
+        self.version = version
+        self._coordinator = coordinator
+        self._timeout_s = timeout_s
+        self._finished: Finished | None = None
+
+    def done(self) -> bool:
+        """Has it ended, one way or the other? Does not block."""
+        return self._poll(0.0) is not None
+
+    def result(self, timeout: float | None = None) -> Receipt:
+        """The receipt. Blocks at most `timeout` seconds (default: the push's own deadline and the way back after it).
+        Raises what `push` raises, and DeadlineExceeded when the push has not ended in time (it goes on)."""
+        seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
+        finished = self._poll(seconds)
+        if finished is None:
+            raise DeadlineExceeded(
+                "the push has not ended yet",
+                where=f"version {self.version}",
+                remedy="wait longer; it goes on without you",
+            )
+        return _receipt_or_raise(finished, self.version)
+
+    def _poll(self, seconds: float) -> Finished | None:
+        if self._finished is None:
+            wait = WaitRequest(self.version, seconds)
+            answer = expect(self._coordinator.call(wait, Deadline.after(seconds + CALL_TIMEOUT_S)), Finished)
+            if answer.receipt is not None or answer.error is not None:
+                self._finished = answer
+        return self._finished
+
+
+def _receipt_or_raise(finished: Finished, version: int) -> Receipt:
+    if finished.error is None and finished.receipt is not None:
+        return finished.receipt
+    cause = finished.error.rebuild() if finished.error else BridgeError("the push ended without a receipt")
+    if not finished.aborted:
+        raise cause
+    lost = [engine for engine, serving in finished.serving.items() if serving is None]
+    kind = EngineQuarantined if lost else PushAborted
+    now = ", ".join(f"{e}: {'nothing' if v is None else f'version {v}'}" for e, v in finished.serving.items())
+    raise kind(
+        f"the push of version {version} was aborted: {cause.what}",
+        receipt=finished.receipt,
+        serving=finished.serving,
+        where=cause.where,
+        expected=cause.expected,
+        got=cause.got,
+        remedy=f"engines now serve {now}; {cause.remedy or 'mend the cause and push again'}",
+        names=cause.names,
+    ) from cause
+
+
+class Bridge:
+    """The trainer's end of a bridge. Made by `bridge.launch`, `bridge.connect` and `bridge.attach`; one trainer process
+    holds the lease at a time. Methods may be called from one thread; `push` blocks unless `wait=False`."""
+
+    def __init__(
+        self,
+        name: str,
+        coordinator: CoordinatorPort,
+        engines: Sequence[EnginePort],
+        trainer: TrainerPort,
+        config: Config,
+        *,
+        on_close: Callable[[], None] | None = None,
+        guard: Callable[[frozenset[int]], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.engines = [EngineHandle(port) for port in engines]
+        self.config = config
+        self._coordinator = coordinator
+        self._trainer = trainer
+        self._on_close = on_close
+        self._guard = guard
+        self._pushing = threading.Lock()
+        self._lease: Lease | None = None
+        self._planned: tuple[Snapshot, bool, Planned] | None = None
+        self._arena: Arena | None = None
+        self._closed = False
+        self._warned = False
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Bridge {self.name}, {len(self.engines)} engine(s){', closed' if self._closed else ''}>"
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Tell the bridge the live model behind the names: checkpoint names, ties, persistent buffers and the canary's
+        reference come from it. Nothing of it is ever written. Call once, before the first push."""
+        self._require_open()
+        self._trainer.bind(model)
+        self._planned = None
+
+    def push(
+        self,
+        named: Named,
+        *,
+        version: int | None = None,
+        mode: str = "auto",
+        verify: str | Iterable[str] | None = None,
+        partial: bool = False,
+        inflight: str = "abort",
+        kv: str = "reset",
+        allow_nonfinite: bool = False,
+        wait: bool = True,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Bring every engine to these weights, verified, or leave every engine as it was.
+
+        Args:
+            named: `(name, tensor)` pairs, any iterable, read once; any device, dtype and stride.
+            version: default the highest ever issued plus one.
+            mode: "auto" or "full" (every tensor as it stands).
+            verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names (`bridge.receipt.LEVELS`).
+                Default "outputs" with a bound model, else "weights".
+            partial: a subset is meant; what is not sent stays as it is.
+            inflight: what happens to running requests: "drain", "abort" or "keep", as far as the engine can.
+            kv: "reset" or "keep" the engines' KV and prefix caches.
+            allow_nonfinite: let NaN and infinity pass.
+            wait: False returns a PendingPush as soon as the snapshot is sealed.
+            timeout_s: deadline of everything after the snapshot.
+
+        Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
+
+        Raises ConfigError (Busy, LeaseHeld, Closed), IntegrityError (which tensor, where, expected, got) and StaleVersion
+        before any engine was written; PushAborted *from* the cause after that, with every engine put back.
+        """
+        self._require_open()
+        options, wants_reference = self._options(mode, verify, partial, inflight, kv, timeout_s)
+        if not self._pushing.acquire(blocking=False):
+            raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
+        try:
+            self._hold_lease()
+            pending = self._seal_and_submit(named, version, options, wants_reference, allow_nonfinite)
+        finally:
+            self._pushing.release()
+        return pending.result() if wait else pending
+
+    def _seal_and_submit(
+        self, named: Named, version: int | None, options: Options, wants_reference: bool | None, allow_nonfinite: bool
+    ) -> PendingPush:
+        started = time.perf_counter()
+        snapshot = self._trainer.collect(named, partial=options.partial)
+        if self._guard is not None:
+            self._guard(self._trainer.storages())
+        planned, arena = self._agree(snapshot, options.partial)
+        planned_at = time.perf_counter()
+        begin = BeginRequest(planned.plan, version, f"pid {os.getpid()} on {socket.gethostname()}")
+        begun = self._call(begin, Begun)
+        try:
+            arena.begin(begun.slot)
+            written = self._trainer.write(
+                snapshot, arena, begun.slot, begun.base, allow_nonfinite=allow_nonfinite, threads=self.config.copy_threads
+            )
+            reference, options, notes = self._reference(options, wants_reference)
+            root = root_digest(arena.manifest, written.digests)
+            arena.seal(begun.slot, Seal(begun.version, root, written.digests))
+            phases = {"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at}
+            submit = SubmitRequest(begun.version, root, options, phases, written.nbytes, reference, notes)
+            self._call(submit, Done)
+        except BaseException:
+            self._call(CancelRequest(begun.version), Done)
+            raise
+        return PendingPush(self._coordinator, begun.version, options.timeout_s)
+
+    def _agree(self, snapshot: Snapshot, partial: bool) -> tuple[Planned, Arena]:
+        """The plan for this layout: the last one while nothing changed, else everybody is asked."""
+        last = self._planned
+        if last is not None and self._arena is not None and last[0].tensors is snapshot.tensors and last[1] == partial:
+            return last[2], self._arena
+        request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, self.config.plan_timeout_s)
+        planned = self._call(request, Planned, self.config.plan_timeout_s)
+        if self._arena is None or str(self._arena.path) != planned.path:
+            if self._arena is not None:
+                self._arena.close()
+            self._arena = Arena.open(Path(planned.path), planned.manifest, writable=True)
+        self._planned = (snapshot, partial, planned)
+        return planned, self._arena
+
+    def _reference(
+        self, options: Options, wanted: bool | None
+    ) -> tuple[Reference | None, Options, tuple[str, ...]]:
+        """The trainer's canary, when it is wanted. `wanted` None: only where the model can give one, else a note."""
+        if wanted is False:
+            return None, options, ()
+        try:
+            return self._trainer.reference(), options, ()
+        except ConfigError as error:
+            if wanted:
+                raise
+            lower = Options(
+                "weights",
+                LEVELS_OF["weights"],
+                options.inflight,
+                options.kv,
+                options.partial,
+                options.mode,
+                options.reason,
+                options.timeout_s,
+            )
+            return None, lower, (f"no canary: {error}",)
+
+    def _options(
+        self,
+        mode: str,
+        verify: str | Iterable[str] | None,
+        partial: bool,
+        inflight: str,
+        kv: str,
+        timeout_s: float | None,
+    ) -> tuple[Options, bool | None]:
+        """Checked options, and whether a canary reference is wanted (None: if the model can give one)."""
+        _one_of("mode", mode, MODES)
+        _one_of("inflight", inflight, INFLIGHT)
+        _one_of("kv", kv, KV)
+        wanted: bool | None
+        if verify is None:
+            name = "outputs" if self._trainer.bound else "weights"
+            levels = LEVELS_OF[name]
+            wanted = None if self._trainer.bound else False
+            if not self._trainer.bound and not self._warned:
+                self._warned = True
+                log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
+        elif isinstance(verify, str):
+            name = _one_of("verify", verify, tuple(LEVELS_OF))
+            levels = LEVELS_OF[name]
+            wanted = "canary" in levels
+        else:
+            levels = tuple(_one_of("verify", level, LEVELS) for level in verify)
+            name = "+".join(levels) or "off"
+            wanted = bool({"canary", "cache"} & set(levels))
+        if wanted and not self._trainer.bound:
+            raise ConfigError(
+                "the canary needs the live model", where="verify", got=name, remedy="b.bind(model), or verify='weights'"
+            )
+        timeout = self.config.push_timeout_s if timeout_s is None else timeout_s
+        if not timeout > 0:
+            raise ConfigError("a deadline must be positive", where="timeout_s", got=str(timeout_s))
+        reason = "a model without LoRA: every tensor as it stands" if mode == "auto" else "asked for"
+        return Options(name, levels, inflight, kv, partial, "full", reason, timeout), wanted
+
+    # ---- questions ---------------------------------------------------------------------------------------------------
+
+    def status(self) -> DaemonIs:
+        """Engines, versions and whether a push is in flight."""
+        return self._call(Ask(), DaemonIs)
+
+    def health(self, timeout_s: float = 120.0) -> HealthReport:
+        """Examine the live run: actors, versions, the last receipt, a fresh canary against the stored reference, a fresh
+        read-back against the arena, orphans. Blocks; writes nothing."""
+        facts = self._call(HealthRequest(timeout_s), Health, timeout_s + CALL_TIMEOUT_S).facts
+        return health_module.assess(facts, health_module.local_facts(self.config.shm_dir))
+
+    def history(self, last: int = 20) -> list[dict[str, Any]]:
+        """The newest receipts from the journal, as plain data, oldest first."""
+        return list(self._call(HistoryRequest(last), History).receipts)
+
+    def explain(self, name: str) -> list[dict[str, str]]:
+        """Where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises NotFound."""
+        return list(self._call(ExplainRequest(name), Explained).rows)
+
+    def rollback(self, timeout_s: float = 300.0) -> Receipt:
+        """Serve the version before the last committed one again, verified by bits or probes. One level; version numbers
+        go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
+        self._require_open()
+        self._hold_lease()
+        finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
+        version = finished.receipt.version if finished.receipt else 0
+        return _receipt_or_raise(finished, version)
+
+    def close(self) -> None:
+        """Give up the lease and what this process holds. Idempotent. A daemon goes on (`weighbridge down` stops it); an
+        attached engine stays the user's. Later calls raise Closed."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        try:
+            if self._on_close is not None:
+                self._on_close()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+                self._lease = None
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Stop the daemon: engines gracefully, shared memory unlinked. Used by `weighbridge down` and `attach`."""
+        self._coordinator.call(CloseRequest(), Deadline.after(CALL_TIMEOUT_S))
+
+    def infos(self) -> tuple[EngineInfo, ...]:
+        return self.status().engines
+
+    def _call(self, request: Any, kind: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        self._require_open()
+        return expect(self._coordinator.call(request, Deadline.after(timeout_s)), kind)
+
+    def _hold_lease(self) -> None:
+        if self._lease is None:
+            self._lease = Lease.acquire(self.name)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
+
+
+def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ConfigError("no such choice", where=what, expected=" | ".join(allowed), got=repr(value))
+    return value
+

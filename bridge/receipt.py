@@ -1,0 +1,141 @@
+"""The record of one push: what was sent, written, verified, by whom, how long each phase took."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+PHASES = ("plan", "snapshot", "transfer", "load", "postload", "verify", "commit")
+LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change", "canary", "cache")
+"""Verification levels in the order in which they run (DESIGN 9)."""
+
+Verified = bool | Literal["partial"]
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """One thing that a level found wrong: a tensor, parameter or module, with what should have been there."""
+
+    name: str
+    expected: str
+    got: str
+
+
+class LevelResult(msgspec.Struct, frozen=True):
+    """What one level found on one rank; `checked` counts tensors, parameters, modules or tokens, whichever it weighs."""
+
+    level: str
+    ok: bool
+    checked: int
+    failures: tuple[Failure, ...] = ()
+    note: str = ""
+
+
+class RankReport(msgspec.Struct, frozen=True):
+    """One rank's part of a push. `strategies` counts modules by strategy; `rebound` lists parameters whose storage
+    moved (captured graphs are then invalid); `canary_only` lists modules that no probe could call."""
+
+    rank: int
+    levels: tuple[LevelResult, ...] = ()
+    strategies: dict[str, int] = {}
+    rebound: tuple[str, ...] = ()
+    canary_only: tuple[str, ...] = ()
+    written: int = 0
+    load_s: float = 0.0
+    postload_s: float = 0.0
+    verify_s: float = 0.0
+
+
+class CanaryResult(msgspec.Struct, frozen=True):
+    """|trainer - engine| of log-probabilities on the canary prompts, in nats; `limit` bounds the mean."""
+
+    mean_abs: float
+    max_abs: float
+    kl: float
+    limit: float
+    tokens: int
+
+    @property
+    def ok(self) -> bool:
+        return self.mean_abs <= self.limit
+
+
+class EngineReport(msgspec.Struct, frozen=True):
+    """One engine's part of a push: its state afterwards, the version it serves (None: nothing), each rank's report."""
+
+    id: str
+    state: str
+    serving: int | None
+    ranks: tuple[RankReport, ...] = ()
+    canary: CanaryResult | None = None
+    adapter: str | None = None
+    pause_s: float = 0.0
+    error: str | None = None
+
+    @property
+    def coverage(self) -> bool | None:
+        """Did every rank prove that each engine element is written exactly once? None when not checked."""
+        found = [level.ok for rank in self.ranks for level in rank.levels if level.level == "coverage"]
+        return all(found) if found else None
+
+    @property
+    def strategies(self) -> dict[str, int]:
+        """Modules by strategy, over all ranks."""
+        total: dict[str, int] = {}
+        for rank in self.ranks:
+            for name, count in rank.strategies.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    @property
+    def rebound(self) -> tuple[str, ...]:
+        return tuple(sorted({name for rank in self.ranks for name in rank.rebound}))
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """The record of one push, as `push` returns it, the journal keeps it and `history` lists it.
+
+    `nbytes` counts the tensors of the version, `wire_nbytes` what was written to the arena for it (unchanged tensors
+    are not). `phases` and `pause_s` are seconds; `pause_s` is the longest time that any engine did not serve.
+    `verified` is "partial" when some module was checked by the canary alone.
+    """
+
+    version: int
+    previous: int | None
+    mode: str
+    reason: str
+    tensors: int
+    nbytes: int
+    wire_nbytes: int
+    phases: dict[str, float]
+    pause_s: float
+    engines: tuple[EngineReport, ...]
+    verify: str
+    verified: Verified
+    at: float = 0.0
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.phases.values())
+
+    def metrics(self, prefix: str = "weight_sync/") -> dict[str, float]:
+        """A flat dict for trackers: seconds per phase, pause, bytes, rate, version, verified, canary drift."""
+        out = {f"{prefix}{name}_s": seconds for name, seconds in self.phases.items()}
+        out[f"{prefix}total_s"] = self.total_s
+        out[f"{prefix}pause_s"] = self.pause_s
+        out[f"{prefix}nbytes"] = float(self.nbytes)
+        out[f"{prefix}wire_nbytes"] = float(self.wire_nbytes)
+        out[f"{prefix}gb_per_s"] = self.nbytes / self.total_s / 1e9 if self.total_s else 0.0
+        out[f"{prefix}version"] = float(self.version)
+        out[f"{prefix}verified"] = {True: 1.0, "partial": 0.5, False: 0.0}[self.verified]
+        drifts = [engine.canary.mean_abs for engine in self.engines if engine.canary is not None]
+        if drifts:
+            out[f"{prefix}canary_mean_abs"] = max(drifts)
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain

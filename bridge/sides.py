@@ -1,0 +1,32 @@
+"""The one place where `bridge` reaches the sides: by string, on use, so that importing bridge imports neither."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from bridge.errors import ConfigError
+
+TRAINER = "trainer_side.port:TrainerSide"
+ADAPT = "engine_side.adapters:adapt"
+HOST = "engine_side.adapters:host"
+SERVICE = "engine_side.service:EngineService"
+TRAINER_ACTOR = "trainer_side.actor:TrainerActor"
+ENGINE_ACTOR = "engine_side.actor:EngineActor"
+DEMO = "trainer_side.demo.run:run_demo"
+CHECKPOINT = "trainer_side.checkpoint:named_tensors"
+
+
+def load(target: str) -> Any:
+    """The object behind "module:attribute", one of the constants of this module. Raises ConfigError, naming the missing
+    package, when an extra is not installed."""
+    module_name, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "a package that this needs is not installed",
+            where=module_name,
+            got=f"no module named {error.name}",
+            remedy="pip install 'weighbridge[hf]' (or the extra named in the README)",
+        ) from error

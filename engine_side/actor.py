@@ -1,0 +1,38 @@
+"""EngineActor: one engine service as a Ray actor. Frames in, frames out; the engine lives in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.messages import ToEngine
+from bridge.wire import pack, unpack
+from engine_side.adapters import host
+from engine_side.service import EngineService
+
+
+class EngineActor:
+    """Made by `bridge.daemon.start` with `ray.remote`; `max_concurrency` threads call it, generation beside control."""
+
+    def __init__(self, engine_id: str, spec: str, arguments: bytes, threads: int) -> None:
+        # Ray's num_cpus=0 leaves one OpenMP thread; say what we want instead (transports.md 10)
+        torch.set_num_threads(threads)
+        adapter = host(spec, unpack(arguments, dict[str, Any]))
+        folder = Path(spec.partition(":")[2])
+        self._service = EngineService(engine_id, adapter, node=_node(), checkpoint=folder, threads=threads)
+
+    def call(self, frame: bytes) -> bytes:
+        """One request, one reply. Never raises for an error of ours: it comes back as Refused."""
+        return pack(self._service.handle(unpack(frame, ToEngine)))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def _node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())

@@ -1,0 +1,1 @@
+"""The default engine: a small, honest likeness of vLLM. Torch only; families by `config.json`."""

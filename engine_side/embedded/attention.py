@@ -1,0 +1,153 @@
+"""Rotary embedding and grouped-query attention over paged keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from engine_side.embedded.config import ModelConfig, RopeConfig
+from engine_side.embedded.kv import KVTensors
+from engine_side.embedded.layers import QKVParallelLinear, RMSNorm, RowParallelLinear
+from engine_side.embedded.layouts import Layout
+from engine_side.embedded.parallel import Parallel
+
+
+def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
+    """Long wavelengths slowed by `factor`, short ones kept, a smooth step between."""
+    factor = float(scaling["factor"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    context = float(scaling["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / inverse
+    smooth = (context / wavelength - low) / (high - low)
+    between = (1 - smooth) * inverse / factor + smooth * inverse
+    out = torch.where(wavelength > context / low, inverse / factor, between)
+    return torch.where(wavelength < context / high, inverse, out)
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin by position. The frequencies are derived from the config: a buffer that no checkpoint holds."""
+
+    inverse: torch.Tensor
+
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+        super().__init__()
+        inverse = 1.0 / (config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+        if config.kind == "llama3":
+            inverse = _llama3(inverse, config.scaling)
+        elif config.kind == "linear":
+            inverse = inverse / float(config.scaling["factor"])
+        self.register_buffer("inverse", inverse, persistent=False)
+
+    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [n] -> cos, sin [n, 1, head_dim]."""
+        angles = positions.float().unsqueeze(-1) * self.inverse
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary embedding (neox style) to [n, heads, head_dim]."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+@dataclass
+class Step:
+    """One forward over several sequences: which new tokens, where their keys and values go, and who sees what.
+
+    `row`, `column` [n] place the flat tokens in the padded [batch, queries] frame; `blocks` [batch, k] are the block
+    tables; `mask` [batch, 1, queries, k * block_size] is True where a query sees a key; `slots` [n] are flat KV places.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    blocks: torch.Tensor
+    mask: torch.Tensor
+    slots: torch.Tensor
+    kv: KVTensors
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+
+    @classmethod
+    def build(
+        cls, tokens: Sequence[int], counts: Sequence[int], starts: Sequence[int], tables: Sequence[Sequence[int]],
+        kv: KVTensors,
+    ) -> Step:  # fmt: skip
+        """`counts` new tokens of each sequence at positions `starts`..; `tables` name each sequence's blocks."""
+        number = torch.tensor(counts)
+        row = torch.repeat_interleave(torch.arange(len(counts)), number)
+        column = torch.arange(len(tokens)) - (number.cumsum(0) - number)[row]
+        positions = torch.tensor(starts)[row] + column
+        width = max(len(table) for table in tables)
+        blocks = torch.tensor([[*table, *[0] * (width - len(table))] for table in tables])
+        slots = blocks[row, positions // kv.block_size] * kv.block_size + positions % kv.block_size
+        frame = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+        frame[row, column] = positions
+        mask = torch.arange(width * kv.block_size) <= frame.unsqueeze(-1)
+        return cls(torch.tensor(tokens), positions, row, column, blocks, mask.unsqueeze(1), slots, kv)
+
+
+@dataclass(frozen=True)
+class AttentionTraits:
+    """What families differ in."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with a fused, sharded `qkv_proj`; query and key norms per head where the family has
+    them."""
+
+    def __init__(
+        self, config: ModelConfig, traits: AttentionTraits, layer: int, dtype: torch.dtype, tp: Parallel, layout: Layout
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, traits.qkv_bias
+        qkv = QKVParallelLinear(
+            hidden, config.head_dim, config.num_heads, config.num_kv_heads, bias, dtype, tp, layout
+        )
+        self.heads, self.kv_heads, self.split_sizes = qkv.heads, qkv.kv_heads, qkv.split_sizes
+        self.qkv_proj = qkv
+        self.o_proj = RowParallelLinear(
+            config.num_heads * config.head_dim, hidden, traits.output_bias, dtype, tp, layout
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if traits.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if traits.qk_norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """[n, hidden] -> [n, hidden]; writes the new keys and values first."""
+        n = x.shape[0]
+        q, k, v = self.qkv_proj(x).split(self.split_sizes, dim=-1)
+        q = self.q_norm(q.view(n, self.heads, self.head_dim))
+        k = self.k_norm(k.view(n, self.kv_heads, self.head_dim))
+        if step.cos is not None and step.sin is not None:
+            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        keys, values = step.kv.layer(self.layer)
+        keys.view(-1, self.kv_heads, self.head_dim)[step.slots] = k
+        values.view(-1, self.kv_heads, self.head_dim)[step.slots] = v.view(n, self.kv_heads, self.head_dim)
+        out: torch.Tensor = self.o_proj(self._attend(q, keys, values, step))
+        return out
+
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
+        batch, queries = step.blocks.shape[0], step.mask.shape[2]
+        frame = q.new_zeros(batch, queries, self.heads, self.head_dim)
+        frame[step.row, step.column] = q
+        past_k, past_v = (
+            cache[step.blocks].view(batch, -1, self.kv_heads, self.head_dim).transpose(1, 2) for cache in (keys, values)
+        )
+        out = functional.scaled_dot_product_attention(
+            frame.transpose(1, 2), past_k, past_v, attn_mask=step.mask, enable_gqa=self.heads != self.kv_heads
+        )
+        return out.transpose(1, 2)[step.row, step.column].flatten(1)

@@ -1,0 +1,256 @@
+"""The decoder and its families. A family is a class in `ARCHITECTURES`; adding one edits nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from bridge.errors import ConfigError, ShapeMismatch, UnexpectedTensor
+from engine_side.embedded.attention import Attention, AttentionTraits, RotaryEmbedding, Step
+from engine_side.embedded.config import ModelConfig
+from engine_side.embedded.layers import (
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from engine_side.embedded.layouts import Layout
+from engine_side.embedded.moe import FusedMoE, MoEConfig, SparseMoeBlock, activation
+from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.weights import default_weight_loader
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class MLP(nn.Module):
+    """Gated feed-forward with a fused `gate_up_proj`."""
+
+    def __init__(self, config: ModelConfig, bias: bool, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
+        super().__init__()
+        hidden, size = config.hidden_size, config.intermediate_size
+        self.act = activation(config.hidden_act)
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, dtype, tp, layout)
+        self.down_proj = RowParallelLinear(size, hidden, bias, dtype, tp, layout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: torch.Tensor = self.down_proj(self.act(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig, embedding: nn.Module, layers: list[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """The last hidden states [n, hidden] of the step's tokens."""
+        x: torch.Tensor = self.embed_tokens(step.tokens)
+        step.cos, step.sin = self.rotary_emb(step.positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, step)
+        out: torch.Tensor = self.norm(x)
+        return out
+
+
+class CausalLM(nn.Module):
+    """A decoder with a head. Families override the class methods that read their own config fields."""
+
+    stacked: ClassVar[Mapping[str, tuple[str, object]]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+    """Path segment in a checkpoint -> segment here and shard id."""
+    experts: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "gate_proj": ("w13_weight", "w1"),
+        "up_proj": ("w13_weight", "w3"),
+        "down_proj": ("w2_weight", "w2"),
+    }
+    """Segment after the expert's number -> parameter of FusedMoE and shard id."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
+        super().__init__()
+        self.config = config
+        embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, tp, layout)
+        layers: list[nn.Module] = [
+            DecoderLayer(
+                self.make_attention(config, index, dtype, tp, layout),
+                self.make_mlp(config, index, dtype, tp, layout),
+                config,
+                dtype,
+            )
+            for index in range(config.num_layers)
+        ]
+        self.model = Decoder(config, embedding, layers, dtype)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype, tp, layout)
+        if config.tied:
+            self.lm_head.tie_weights(embedding)
+
+    @classmethod
+    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
+        """Biases and norms of this family's attention."""
+        raise NotImplementedError
+
+    @classmethod
+    def make_attention(
+        cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout
+    ) -> nn.Module:
+        return Attention(config, cls.attention_traits(config), index, dtype, tp, layout)
+
+    @classmethod
+    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
+        return MLP(config, False, dtype, tp, layout)
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """Last hidden states [n, hidden]; `logits` turns chosen rows of them into logits. *(collective)*"""
+        out: torch.Tensor = self.model(step)
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> [n, vocabulary], padding cut off. *(collective)*"""
+        out: torch.Tensor = self.lm_head(hidden)
+        return out
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        """Write checkpoint tensors into this rank's parameters, each through the parameter's own loader.
+
+        Returns the checkpoint names that were used. Raises UnexpectedTensor or ShapeMismatch, naming the tensor.
+        """
+        params = dict(self.named_parameters(remove_duplicate=False))
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if self.config.tied and name == "lm_head.weight":
+                continue
+            target, arguments = self.resolve(name)
+            param = params.get(target)
+            if param is None:
+                what, remedy = "no parameter for this tensor", "send canonical checkpoint names of this architecture"
+                raise UnexpectedTensor(what, where=name, got=target, remedy=remedy, names=(name,))
+            loader = getattr(param, "weight_loader", default_weight_loader)
+            try:
+                loader(param, tensor, **arguments)
+            except ShapeMismatch as error:
+                where = f"{name} -> {target}"
+                raise ShapeMismatch(
+                    error.what, where=where, expected=error.expected, got=error.got, names=(name,)
+                ) from error
+            loaded.add(name)
+        return loaded
+
+    def resolve(self, name: str) -> tuple[str, dict[str, object]]:
+        """Checkpoint name -> parameter path here and the loader's further arguments."""
+        parts = name.split(".")
+        if len(parts) >= 4 and parts[-4] == "experts" and parts[-3].isdecimal() and parts[-2] in self.experts:
+            param, shard = self.experts[parts[-2]]
+            return ".".join([*parts[:-3], param]), {"shard_id": shard, "expert_id": int(parts[-3])}
+        if len(parts) >= 2 and parts[-2] in self.stacked:
+            fused, shard_id = self.stacked[parts[-2]]
+            return ".".join([*parts[:-2], fused, parts[-1]]), {"shard_id": shard_id}
+        return name, {}
+
+    def checkpoint_names(self) -> Iterator[str]:
+        """Every tensor that a checkpoint of this model holds; `resolve` the other way round."""
+        parts_of: dict[str, list[str]] = {}
+        for part, (fused, _) in self.stacked.items():
+            parts_of.setdefault(fused, []).append(part)
+        for path, module in self.named_modules():
+            parent, _, last = path.rpartition(".")
+            if isinstance(module, FusedMoE):
+                yield from (f"{path}.{i}.{part}.weight" for i in range(module.num_experts) for part in self.experts)
+                continue
+            for name, _ in module.named_parameters(recurse=False):
+                if module is self.lm_head and self.config.tied:
+                    continue
+                prefix = f"{parent}." if parent else ""
+                yield from (f"{prefix}{part}.{name}" for part in parts_of.get(last, [last]))
+
+
+class LlamaForCausalLM(CausalLM):
+    @classmethod
+    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
+        bias = bool(config.raw.get("attention_bias", False))
+        return AttentionTraits(qkv_bias=bias, output_bias=bias)
+
+    @classmethod
+    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
+        return MLP(config, bool(config.raw.get("mlp_bias", False)), dtype, tp, layout)
+
+
+class Qwen2ForCausalLM(CausalLM):
+    @classmethod
+    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
+        return AttentionTraits(qkv_bias=True)
+
+
+class Qwen3ForCausalLM(CausalLM):
+    @classmethod
+    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
+        bias = bool(config.raw.get("attention_bias", False))
+        return AttentionTraits(qkv_bias=bias, output_bias=bias, qk_norm=True)
+
+
+class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
+    @classmethod
+    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
+        raw = config.raw
+        experts = int(raw.get("num_experts") or raw.get("num_local_experts") or 0)
+        sparse = experts > 0 and (index + 1) % int(raw.get("decoder_sparse_step") or 1) == 0
+        if not sparse or index in (raw.get("mlp_only_layers") or ()):
+            return MLP(config, False, dtype, tp, layout)
+        routing = MoEConfig(
+            experts=experts,
+            top_k=int(raw["num_experts_per_tok"]),
+            intermediate_size=int(raw["moe_intermediate_size"]),
+            renormalize=bool(raw.get("norm_topk_prob", False)),
+        )
+        return SparseMoeBlock(routing, config.hidden_size, activation(config.hidden_act), dtype, tp, layout)
+
+
+ARCHITECTURES: Mapping[str, type[CausalLM]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
+}
+"""`architectures[0]` of a checkpoint -> model class."""
+
+
+def model_class(architecture: str) -> type[CausalLM]:
+    """The class of an architecture. Raises ConfigError, listing what is supported."""
+    try:
+        return ARCHITECTURES[architecture]
+    except KeyError:
+        raise ConfigError(
+            "the embedded engine does not know this architecture",
+            where="config.json: architectures",
+            expected=" | ".join(ARCHITECTURES),
+            got=repr(architecture),
+        ) from None

@@ -1,0 +1,254 @@
+"""The engine's face: generate, pause, caches, prompt log-probabilities; one thread that steps all running requests."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from bridge.deadline import Deadline
+from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded, EngineQuarantined
+from bridge.wire import Completion, Sampling
+from engine_side.embedded.config import EngineConfig
+from engine_side.embedded.kv import BlockPool
+from engine_side.embedded.ranks import Ranks
+from engine_side.embedded.runner import Batch, ModelRunner
+from engine_side.embedded.sampler import sample, stream
+from engine_side.embedded.scheduler import Request, Scheduler
+
+PAUSE_MODES = ("drain", "abort", "keep")
+
+
+class Engine:
+    """An inference engine of this process (rank 0) and, with tensor parallelism, of its child processes.
+
+    Thread-safe. `close()` ends its thread and its children; so does the end of this process.
+
+    Attributes:
+        weight_version: the version that completions report; set by the bridge at commit.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Blocks until weights are loaded in all ranks. Raises ConfigError, IntegrityError, PeerLost."""
+        self.config = config
+        self.weight_version = 0
+        self._ranks = Ranks(config)
+        limits = self._ranks.runner.limits
+        pool = BlockPool(limits.num_blocks, limits.block_size)
+        self._scheduler = Scheduler(pool, config.max_num_seqs, limits.max_seq_len)
+        self._execution = threading.RLock()  # one forward or job at a time, in the same order in all ranks
+        self._changed = threading.Condition()  # guards everything below, and the scheduler
+        self._gate_open = True  # False: new calls of generate wait
+        self._scheduling = True  # False: only privileged requests run
+        self._refusal: str | None = None
+        self._stepping = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, Ranks.close, self._ranks)  # runs at exit too
+
+    @property
+    def runner(self) -> ModelRunner:
+        """Rank 0: the live model and its forwards."""
+        return self._ranks.runner
+
+    @property
+    def child_pids(self) -> tuple[int, ...]:
+        """Process ids of ranks 1 and up."""
+        return self._ranks.pids
+
+    @property
+    def cached_blocks_read(self) -> int:
+        """How many KV blocks were taken from the prefix cache so far."""
+        return self._scheduler.pool.hits
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None, *, past_gate: bool = False
+    ) -> list[Completion]:
+        """One completion per prompt, in order; a stop token is part of its completion.
+
+        Blocks until all are done, and while the engine is paused. `past_gate` runs although paused or quarantined.
+        Raises EngineQuarantined, Closed, ConfigError (bad prompt), PeerLost (a rank died).
+        """
+        sampling = sampling or Sampling()
+        self.runner.check(prompts)
+        requests = [Request(list(p), sampling, stream(sampling, i), past_gate) for i, p in enumerate(prompts)]
+        with self._changed:
+            self._changed.wait_for(lambda: past_gate or self._gate_open or self._refusal is not None or self._closed)
+            self._check_open(past_gate)
+            for request in requests:
+                if not sampling.max_tokens or len(request.tokens) >= self._scheduler.max_seq_len:
+                    request.version, request.reason = self.weight_version, "length"
+            self._scheduler.add(r for r in requests if not r.done)
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: all(r.done for r in requests))
+            finally:
+                # Only an interrupted caller leaves anything to end here.
+                self._finish([r for r in requests if not r.done], "abort")
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return [request.completion() for request in requests]
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of token i+1 given tokens 0..i, past the scheduler on fresh KV; works while paused."""
+        with self._execution:
+            self._check_closed()
+            return self._ranks.prompt_logprobs([list(p) for p in prompts])
+
+    # -- what the bridge calls --------------------------------------------------------------------------------------
+
+    def pause(self, mode: str = "abort", deadline: Deadline | None = None) -> None:
+        """Stop scheduling: running requests finish first ("drain"), end as they are ("abort") or stay ("keep").
+
+        New calls of `generate` wait. Of an engine that is already paused only "abort" still asks something. Raises
+        ConfigError, or DeadlineExceeded, after which the engine runs as before.
+        """
+        if mode not in PAUSE_MODES:
+            raise ConfigError("unknown pause mode", expected=" | ".join(PAUSE_MODES), got=repr(mode))
+        deadline = deadline or Deadline.after(self.config.timeout_s)
+        with self._changed:
+            before = self._gate_open, self._scheduling
+            self._gate_open = False
+            if mode == "drain" and self._scheduling:
+                self._await(lambda: not self._ordinary(), before, deadline)
+            self._scheduling = False
+            self._await(lambda: not self._stepping, before, deadline)
+            if mode == "abort":
+                self._finish(self._ordinary(), "abort")
+
+    def resume(self) -> None:
+        """Schedule again; kept requests go on. Idempotent."""
+        with self._changed:
+            self._gate_open = self._scheduling = True
+            self._changed.notify_all()
+
+    @property
+    def paused(self) -> bool:
+        return not self._scheduling
+
+    def refuse(self, reason: str | None) -> None:
+        """Make `generate` raise EngineQuarantined, also for calls that wait or run now; None lifts it."""
+        with self._changed:
+            self._refusal = reason
+            if reason is not None:
+                self._finish(self._ordinary(), "abort", self._quarantined(reason))
+            self._changed.notify_all()
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget cached prefixes. False, and nothing forgotten, while requests hold keys and values, unless
+        `reset_running_requests` preempts them: they are then computed again when scheduling goes on."""
+        with self._execution, self._changed:
+            # Under the execution lock no step is between its forward and its bookkeeping.
+            return self._scheduler.reset(reset_running_requests)
+
+    def run_job(self, job: bytes, local: Callable[[bytes], None], deadline: Deadline) -> None:
+        """Run an opaque job in every rank: `local(job)` here, the worker's own in the children. Between two steps.
+
+        Raises DeadlineExceeded, PeerLost, or what a rank reported.
+        """
+        if not self._execution.acquire(timeout=max(deadline.remaining_s, 0.001)):
+            raise DeadlineExceeded("the engine's step outlasted the deadline", remedy="pause the engine first")
+        try:
+            self._check_closed()
+            self._ranks.run_job(job, local, deadline)
+        finally:
+            self._execution.release()
+
+    def close(self) -> None:
+        """End running requests, the thread and the children. Idempotent."""
+        with self._changed:
+            self._closed = True
+            everything = [*self._scheduler.running, *self._scheduler.waiting]
+            self._finish(everything, "abort", Closed("the engine was closed"))
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(self.config.timeout_s)
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the stepping thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._scheduler.has_work(not self._scheduling))
+                if self._closed:
+                    return
+            self._step()
+
+    def _step(self) -> None:
+        """Schedule, compute and book one step. Errors end the requests that took part, never this thread."""
+        with self._execution:
+            with self._changed:
+                if self._closed:
+                    return
+                planned = self._scheduler.schedule(not self._scheduling, self.weight_version)
+                self._stepping = planned is not None
+            if planned is None:
+                return
+            chosen, batch = planned
+            try:
+                tokens, logprobs = self._compute(chosen, batch)
+            except Exception as error:
+                failure = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
+                failure.__cause__ = None if failure is error else error
+                with self._changed:
+                    self._stepping = False
+                    self._finish(chosen, "abort", failure)
+                return
+            with self._changed:
+                self._stepping = False
+                # A request may have been ended while its step ran.
+                alive = [i for i, request in enumerate(chosen) if not request.done]
+                self._scheduler.advance(
+                    [chosen[i] for i in alive], [tokens[i] for i in alive], [logprobs[i] for i in alive]
+                )
+                self._changed.notify_all()
+
+    def _compute(self, chosen: list[Request], batch: Batch) -> tuple[list[int], list[float]]:
+        logits = self._ranks.forward(batch)
+        return sample(logits, [r.sampling for r in chosen], [r.stream for r in chosen])
+
+    # -- helpers, called with the lock held --------------------------------------------------------------------------
+
+    def _ordinary(self) -> list[Request]:
+        return [r for r in (*self._scheduler.running, *self._scheduler.waiting) if not r.privileged]
+
+    def _finish(self, requests: Sequence[Request], reason: str, error: BridgeError | None = None) -> None:
+        for request in requests:
+            self._scheduler.finish(request, reason, error)
+        self._changed.notify_all()
+
+    def _await(self, ready: Callable[[], bool], before: tuple[bool, bool], deadline: Deadline) -> None:
+        if self._changed.wait_for(lambda: ready() or self._closed, deadline.remaining_s):
+            return
+        self._gate_open, self._scheduling = before
+        self._changed.notify_all()
+        raise DeadlineExceeded(
+            "the engine could not be paused in time", remedy="give a longer timeout_s, or inflight='abort'"
+        )
+
+    def _check_open(self, past_gate: bool) -> None:
+        self._check_closed()
+        if self._refusal is not None and not past_gate:
+            raise self._quarantined(self._refusal)
+
+    def _check_closed(self) -> None:
+        if self._closed:
+            raise Closed("the engine was closed", remedy="start another Engine")
+
+    def _quarantined(self, reason: str) -> EngineQuarantined:
+        remedy = "push a verified version, or restart the engine"
+        return EngineQuarantined("this engine refuses to generate", got=reason, remedy=remedy)

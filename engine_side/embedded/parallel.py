@@ -1,0 +1,90 @@
+"""Tensor-parallel state as a value that layers are given: rank, size, and the collectives between ranks."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from bridge.deadline import Deadline
+from bridge.errors import ConfigError, PeerLost
+
+
+class Parallel:
+    """One rank's view of its tensor-parallel group. Of size 1 it holds no process group and its collectives are free.
+
+    The group is the engine's own, never the default group: the trainer may have one in the same process.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, timeout_s: float = 120.0) -> None:
+        self.rank = rank
+        self.size = size
+        self.timeout_s = timeout_s
+        self._group: Any = None  # ProcessGroupGloo; torch's stubs lack its collectives
+        self._deadline: Deadline | None = None
+
+    def connect(self, store_path: str) -> None:
+        """Join the group through a file that all ranks share. Blocks until all have; raises PeerLost. *(all ranks)*"""
+        timeout = datetime.timedelta(seconds=self.timeout_s)
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        # Loopback only: the ranks are one machine's, and gloo's sockets are not authenticated.
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timeout
+        try:
+            store = dist.distributed_c10d.FileStore(store_path, self.size)
+            store.set_timeout(timeout)
+            self._group = gloo(store, self.rank, self.size, options)
+        except RuntimeError as error:
+            raise PeerLost("the ranks could not form a group", where=f"rank {self.rank}", got=str(error)) from error
+
+    @contextmanager
+    def until(self, deadline: Deadline) -> Iterator[None]:
+        """Bound every collective inside by `deadline` as well as by the timeout."""
+        before, self._deadline = self._deadline, deadline
+        try:
+            yield
+        finally:
+            self._deadline = before
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place where `x` is contiguous. *(collective)*"""
+        if self._group is None:
+            return x
+        x = x.contiguous()
+        self._wait(self._group.allreduce([x]), "all_reduce")
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Concatenate equal pieces of all ranks along `dim`. *(collective)*"""
+        if self._group is None:
+            return x
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._wait(self._group.allgather([parts], [x]), "all_gather")
+        return torch.cat(parts, dim)
+
+    def _wait(self, work: dist.Work, what: str) -> None:
+        limit = self.timeout_s if self._deadline is None else min(self.timeout_s, self._deadline.remaining_s)
+        try:
+            work.wait(datetime.timedelta(seconds=max(limit, 0.001)))
+        except RuntimeError as error:
+            where = f"{what} on rank {self.rank} of {self.size}"
+            remedy = "a rank died or hung; restart the engine"
+            raise PeerLost("a collective failed", where=where, got=str(error)[:200], remedy=remedy) from error
+
+
+def divide(total: int, parts: int, what: str) -> int:
+    """`total / parts`. Raises ConfigError, naming `what`, when it does not divide."""
+    if total % parts:
+        raise ConfigError(
+            f"{what} cannot be divided over the tensor-parallel ranks",
+            expected=f"a multiple of {parts}",
+            got=str(total),
+            remedy="choose another tensor_parallel_size",
+        )
+    return total // parts

@@ -1,0 +1,209 @@
+"""The processes of the other tensor-parallel ranks, seen from rank 0: start, tell, wait, end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from bridge.deadline import Deadline
+from bridge.errors import BridgeError, PeerLost
+from bridge.wire import Count, ErrorInfo, Message
+from engine_side.embedded.channel import Channel
+from engine_side.embedded.config import EngineConfig
+from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.runner import Batch, ModelRunner
+
+T = TypeVar("T")
+_GRACE_S = 5.0
+
+
+class Setup(Message, tag=True, frozen=True):
+    """First frame to a child: who it is. It answers `Done` when its weights are loaded, then joins the group."""
+
+    config: EngineConfig
+    rank: int
+    threads: int
+    store: str
+
+
+class Job(Message, tag=True, frozen=True):
+    """Run one opaque job of the bridge; answered by `Done` with the same number."""
+
+    number: Count
+    job: bytes
+
+
+class Prompts(Message, tag=True, frozen=True):
+    """Take part in one `prompt_logprobs`; not answered."""
+
+    prompts: tuple[tuple[Count, ...], ...]
+
+
+class Stop(Message, tag=True, frozen=True):
+    """End the process."""
+
+
+class Done(Message, tag=True, frozen=True):
+    """A child's answer. An `error` to number 0 outside the start means that the child is ending."""
+
+    number: Count
+    error: ErrorInfo | None = None
+
+
+Command = Setup | Job | Prompts | Stop | Batch
+
+
+class Child:
+    """One process and its channel."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        ours, theirs = socket.socketpair()
+        os.set_inheritable(theirs.fileno(), True)
+        environment = dict(os.environ)
+        root = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "engine_side.embedded.worker", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=sys.__stderr__ if sys.__stderr__ is not None else subprocess.DEVNULL,
+                env=environment,
+            )
+        self.channel = Channel(ours, f"rank {rank}, pid {self.process.pid}")
+
+    def wait_done(self, number: int, deadline: Deadline) -> ErrorInfo | None:
+        """The answer to `number`; late answers to earlier jobs are dropped. Raises what a dying child said last."""
+        while True:
+            done = self.channel.receive(Done, deadline)
+            if done.number == number:
+                return done.error
+            if done.number == 0 and done.error is not None:
+                raise done.error.rebuild()
+
+    def last_words(self) -> BridgeError | None:
+        """Why the child ended, if it did and said so."""
+        try:
+            while self.channel.ready():
+                done = self.channel.receive(Done, Deadline.after(1.0))
+                if done.number == 0 and done.error is not None:
+                    return done.error.rebuild()
+        except BridgeError as error:
+            return error
+        return None
+
+    def end(self) -> None:
+        """Stop gracefully, then by force. Never raises for a process that is gone already."""
+        try:
+            self.channel.send(Stop(), Deadline.after(_GRACE_S))
+        except BridgeError:
+            pass  # it is gone, or hangs; the wait below decides
+        self.channel.close()
+        try:
+            self.process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Ranks:
+    """Rank 0's runner and the children that mirror it. Used by one thread at a time (the engine's execution lock).
+
+    After a child has died, or a collective has failed, every call raises PeerLost: the group is out of step for good.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.size = config.tensor_parallel_size
+        self._timeout_s = config.timeout_s
+        self._number = 0
+        self._lost: BridgeError | None = None
+        self._children: list[Child] = []
+        tp = Parallel(0, self.size, config.timeout_s)
+        folder = tempfile.mkdtemp(prefix="weighbridge-ranks-") if self.size > 1 else None
+        try:
+            if folder is not None:
+                self._start(config, f"{folder}/store")
+            self.runner = ModelRunner(config, tp)
+            if folder is not None:
+                self._join(tp, f"{folder}/store")
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of ranks 1 .. size-1."""
+        return tuple(child.process.pid for child in self._children)
+
+    def _start(self, config: EngineConfig, store: str) -> None:
+        threads = config.threads or max(1, torch.get_num_threads() // self.size)
+        deadline = Deadline.after(self._timeout_s)
+        for rank in range(1, self.size):
+            self._children.append(Child(rank))
+        for child in self._children:
+            child.channel.send(Setup(config, child.rank, threads, store), deadline)
+
+    def _join(self, tp: Parallel, store: str) -> None:
+        deadline = Deadline.after(self._timeout_s)
+        for child in self._children:
+            error = child.wait_done(0, deadline)
+            if error is not None:
+                raise error.rebuild()
+        tp.connect(store)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """One step in all ranks; logits [sequences, vocabulary]."""
+        return self._together(batch, lambda: self.runner.forward(batch))
+
+    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+        """`ModelRunner.prompt_logprobs` in all ranks; rank 0's answer."""
+        self.runner.check(prompts)  # before the children are told: what rank 0 refuses must not leave them waiting
+        message = Prompts(tuple(tuple(p) for p in prompts))
+        return self._together(message, lambda: self.runner.prompt_logprobs(prompts))
+
+    def run_job(self, job: bytes, local: Callable[[bytes], None], deadline: Deadline) -> None:
+        """Have the children run `job` while this process runs `local(job)`; returns when all have."""
+        self._number += 1
+        number = self._number
+        message = Job(number, job)
+        with self.runner.tp.until(deadline):
+            self._together(message, lambda: local(job))
+        errors = [child.wait_done(number, deadline) for child in self._children]
+        for error in errors:
+            if error is not None:
+                raise error.rebuild()
+        deadline.check("a job in the engine's ranks")
+
+    def _together(self, message: Command, local: Callable[[], T]) -> T:
+        if self._lost is not None:
+            raise PeerLost("a rank of this engine is gone", got=self._lost.what, remedy="restart the engine")
+        deadline = Deadline.after(self._timeout_s)
+        try:
+            for child in self._children:
+                if child.process.poll() is not None:
+                    raise child.last_words() or PeerLost("a rank is gone", where=f"rank {child.rank}")
+                child.channel.send(message, deadline)
+            return local()
+        except PeerLost as error:
+            self._lost = error
+            told = [words for child in self._children if (words := child.last_words()) is not None]
+            raise next((words for words in told if not isinstance(words, PeerLost)), error) from error
+
+    def close(self) -> None:
+        """End the children. Idempotent."""
+        for child in self._children:
+            child.end()
+        self._children.clear()

@@ -1,0 +1,164 @@
+"""One rank: the model, its keys and values, and the forwards over them. Runs alike in every rank's process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bridge.errors import ConfigError
+from bridge.wire import Count, Message
+from engine_side.embedded.attention import Attention, Step
+from engine_side.embedded.config import EngineConfig, Limits, ModelConfig
+from engine_side.embedded.decoder import CausalLM, Weights, model_class
+from engine_side.embedded.kv import KVTensors
+from engine_side.embedded.layouts import layout_of
+from engine_side.embedded.loading import load_checkpoint, load_dummy
+from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.wrappers import unwrap, wrap_linears
+
+_FRAME_TOKENS = 8192
+_LOGIT_ROWS = 256
+
+
+class Batch(Message, tag=True, frozen=True):
+    """The new tokens of one step: flat token ids, how many of each sequence, their first positions, block tables."""
+
+    tokens: tuple[Count, ...]
+    counts: tuple[Count, ...]
+    starts: tuple[Count, ...]
+    tables: tuple[tuple[Count, ...], ...]
+
+
+class ModelRunner:
+    """Built in each rank with the same config. Blocks while weights are read. Raises ConfigError or IntegrityError.
+
+    Methods marked *(collective)* must be called by all ranks together when there are several.
+    """
+
+    def __init__(self, config: EngineConfig, tp: Parallel) -> None:
+        self.config = config
+        self.tp = tp
+        self.model_config = ModelConfig.read(config.path)
+        self.limits = Limits.of(config, self.model_config)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.model: nn.Module = self._build()
+        self._load(self.causal_lm)
+        for module in list(self.model.modules()):
+            self.post_load(module)
+        if config.wrap_linears:
+            wrap_linears(self.model)
+        self._kv: KVTensors | None = None
+
+    @property
+    def causal_lm(self) -> CausalLM:
+        """The live root as the class that it is."""
+        model = self.model
+        if not isinstance(model, CausalLM):
+            raise ConfigError("the root module is not a CausalLM", got=type(model).__name__)
+        return model
+
+    def _build(self) -> CausalLM:
+        cls = model_class(self.model_config.architecture)
+        return cls(self.model_config, self.limits.dtype, self.tp, layout_of(self.config.layout)).eval()
+
+    def _load(self, model: CausalLM) -> None:
+        if self.config.load == "dummy":
+            load_dummy(model)
+        else:
+            load_checkpoint(model, Path(self.config.path))
+
+    def skeleton(self) -> CausalLM:
+        """The same class, config and parallel state on the meta device, unwrapped, before post-load."""
+        with torch.device("meta"):
+            return self._build()
+
+    def load_weights(self, skeleton: nn.Module, weights: Weights) -> None:
+        """The engine's own loader, on a skeleton."""
+        if not isinstance(skeleton, CausalLM):
+            raise ConfigError("not a skeleton of this engine", got=type(skeleton).__name__)
+        skeleton.load_weights(weights)
+
+    @torch.no_grad()
+    def post_load(self, module: nn.Module) -> bool:
+        """The post-load step of one module, False where it has none. Not idempotent."""
+        method = getattr(unwrap(module), "quant_method", None)
+        if method is None:
+            return False
+        method.process_weights_after_loading(unwrap(module))
+        return True
+
+    def _make_kv(self, blocks: int) -> KVTensors:
+        heads = next(m.kv_heads for m in self.model.modules() if isinstance(m, Attention))
+        c = self.model_config
+        return KVTensors(c.num_layers, blocks, self.limits.block_size, heads, c.head_dim, self.limits.dtype)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Run one step over the engine's own KV; logits [sequences, vocabulary] of each last token. *(collective)*"""
+        if self._kv is None:
+            self._kv = self._make_kv(self.limits.num_blocks)
+        step = Step.build(batch.tokens, batch.counts, batch.starts, batch.tables, self._kv)
+        hidden = self.causal_lm(step)
+        last = torch.tensor(batch.counts).cumsum(0) - 1
+        return self.causal_lm.logits(hidden[last])
+
+    def check(self, prompts: Iterable[Sequence[int]]) -> None:
+        """Raises ConfigError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
+        vocab, longest = self.model_config.vocab_size, self.limits.max_seq_len
+        for index, prompt in enumerate(prompts):
+            where = f"prompt {index}"
+            if not 0 < len(prompt) <= longest:
+                expected, got = f"1 to {longest} tokens", str(len(prompt))
+                raise ConfigError("a prompt's length does not fit", where=where, expected=expected, got=got)
+            low, high = min(prompt), max(prompt)
+            if low < 0 or high >= vocab:
+                got = str(low if low < 0 else high)
+                raise ConfigError("a token id outside the vocabulary", where=where, expected=f"< {vocab}", got=got)
+
+    @torch.no_grad()
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of token i+1 given 0..i, per prompt, on fresh KV that nobody else sees. *(collective)*"""
+        self.check(prompts)
+        answers: list[list[float]] = []
+        for group in _groups(prompts):
+            answers += self._logprobs(group)
+        return answers
+
+    def _logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        size = self.limits.block_size
+        tables: list[range] = []
+        for prompt in prompts:
+            start = tables[-1].stop if tables else 0
+            tables.append(range(start, start + -(-len(prompt) // size)))
+        tokens = [token for prompt in prompts for token in prompt]
+        counts = [len(prompt) for prompt in prompts]
+        kv = self._make_kv(tables[-1].stop)
+        hidden = self.causal_lm(Step.build(tokens, counts, [0] * len(prompts), tables, kv))
+        targets = torch.tensor([*tokens[1:], 0])
+        flat: list[float] = []
+        for start in range(0, len(tokens), _LOGIT_ROWS):
+            rows = slice(start, start + _LOGIT_ROWS)
+            logits = self.causal_lm.logits(hidden[rows]).float().log_softmax(dim=-1)
+            flat += logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1).tolist()
+        answers: list[list[float]] = []
+        for count in counts:
+            answers.append(flat[: count - 1])
+            flat = flat[count:]
+        return answers
+
+
+def _groups(prompts: Sequence[Sequence[int]]) -> Iterable[list[Sequence[int]]]:
+    """Consecutive prompts whose padded frame stays small."""
+    group: list[Sequence[int]] = []
+    for prompt in prompts:
+        longest = max(len(p) for p in (*group, prompt))
+        if group and longest * (len(group) + 1) > _FRAME_TOKENS:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group

@@ -1,0 +1,178 @@
+"""Which requests run in the next step. No threads, no tensors: the engine calls it under its own lock.
+
+Requests wait, run and finish. A preempted request loses its blocks, keeps its tokens, and is computed again from the
+start when it is admitted again, under whatever weights are there by then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from bridge.errors import BridgeError
+from bridge.wire import Completion, Sampling
+from engine_side.embedded.kv import BlockPool, block_hash
+from engine_side.embedded.runner import Batch
+
+_STEP_TOKENS = 8192
+"""Largest padded frame (sequences x longest) of one prefill step."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt on its way to a completion. `tokens` is prompt and output; `computed` of them have keys and values."""
+
+    tokens: list[int]
+    sampling: Sampling
+    stream: random.Random
+    privileged: bool = False
+    prompt_len: int = 0
+    computed: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    version: int | None = None
+    reason: str | None = None
+    error: BridgeError | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.tokens)
+
+    @property
+    def done(self) -> bool:
+        return self.reason is not None or self.error is not None
+
+    def completion(self) -> Completion:
+        output = tuple(self.tokens[self.prompt_len :])
+        return Completion(output, tuple(self.logprobs), self.reason or "abort", self.version or 0)
+
+
+class Scheduler:
+    """Waiting and running requests over one pool of blocks."""
+
+    def __init__(self, pool: BlockPool, max_seqs: int, max_seq_len: int) -> None:
+        self.pool = pool
+        self.max_seqs = max_seqs
+        self.max_seq_len = max_seq_len
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self.waiting.extend(requests)
+
+    def has_work(self, privileged: bool) -> bool:
+        """Anything to do; with `privileged`, only requests that may pass the gate count."""
+        return any(r.privileged or not privileged for r in (*self.running, *self.waiting))
+
+    def schedule(self, privileged: bool, version: int) -> tuple[list[Request], Batch] | None:
+        """The next step: newly admitted requests if any, else one token for each running one; None when idle.
+
+        With `privileged`, only requests that may pass the gate run. A request keeps the version it first ran under.
+        """
+        chosen = self._admit(privileged)
+        if not chosen:
+            chosen = self._decode(privileged)
+        if not chosen:
+            return None
+        for request in chosen:
+            if request.version is None:
+                request.version = version
+        return chosen, Batch(
+            tuple(token for r in chosen for token in r.tokens[r.computed :]),
+            tuple(len(r.tokens) - r.computed for r in chosen),
+            tuple(r.computed for r in chosen),
+            tuple(tuple(r.blocks) for r in chosen),
+        )
+
+    def _admit(self, privileged: bool) -> list[Request]:
+        chosen: list[Request] = []
+        longest = 0
+        for request in [r for r in self.waiting if r.privileged or not privileged]:
+            cached = self.pool.match(request.tokens)
+            fresh = len(request.tokens) - len(cached) * self.pool.block_size
+            longest = max(longest, fresh)
+            if chosen and longest * (len(chosen) + 1) > _STEP_TOKENS:
+                break
+            if len(self.running) >= self.max_seqs and not request.privileged:
+                break
+            # One block more than the prompt: a request that is admitted can also take its first step.
+            need = len(request.tokens) // self.pool.block_size + 1
+            need = min(need, -(-self.max_seq_len // self.pool.block_size)) - len(cached)
+            if not self._room(need + self.pool.idle(cached), request.privileged):
+                break
+            self.pool.share(cached)
+            request.blocks = [*cached, *(self.pool.take() for _ in range(need))]
+            request.computed = len(cached) * self.pool.block_size
+            self.waiting.remove(request)
+            self.running.append(request)
+            chosen.append(request)
+        return chosen
+
+    def _room(self, blocks: int, privileged: bool) -> bool:
+        """Are so many blocks free? A privileged request may push running ones out."""
+        while self.pool.free < blocks:
+            victim = next((r for r in reversed(self.running) if not r.privileged), None)
+            if not privileged or victim is None:
+                return False
+            self.preempt([victim])
+        return True
+
+    def _decode(self, privileged: bool) -> list[Request]:
+        for request in [r for r in self.running if r.privileged or not privileged]:
+            while request in self.running and len(request.blocks) * self.pool.block_size < len(request.tokens):
+                if self.pool.free:
+                    request.blocks.append(self.pool.take())
+                else:
+                    self.preempt([self.running[-1]])
+        return [r for r in self.running if r.privileged or not privileged]
+
+    def preempt(self, requests: Sequence[Request]) -> None:
+        """Send running requests back to the head of the queue, without their keys and values."""
+        for request in reversed(requests):
+            self.running.remove(request)
+            self._drop_blocks(request)
+            self.waiting.appendleft(request)
+
+    def advance(self, chosen: Sequence[Request], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """The step was computed and these tokens were sampled."""
+        for request, token, logprob in zip(chosen, tokens, logprobs):
+            self._remember(request)
+            request.computed = len(request.tokens)
+            request.tokens.append(token)
+            request.logprobs.append(logprob)
+            if token in request.sampling.stop_token_ids:
+                self.finish(request, "stop")
+            elif (
+                len(request.tokens) - request.prompt_len >= request.sampling.max_tokens
+                or len(request.tokens) >= self.max_seq_len
+            ):
+                self.finish(request, "length")
+
+    def finish(self, request: Request, reason: str, error: BridgeError | None = None) -> None:
+        """End a request, wherever it is."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._drop_blocks(request)
+        request.reason, request.error = reason, error
+
+    def reset(self, preempt_running: bool) -> bool:
+        """Forget all prefixes; running requests are preempted first where allowed. False: nothing was forgotten."""
+        if preempt_running:
+            self.preempt(list(self.running))
+        return self.pool.reset()
+
+    def _remember(self, request: Request) -> None:
+        """All of `request.tokens` have keys and values now: name the blocks that are full."""
+        size = self.pool.block_size
+        for index in range(len(request.names), len(request.tokens) // size):
+            before = request.names[-1] if request.names else b""
+            request.names.append(block_hash(before, request.tokens[index * size : (index + 1) * size]))
+            self.pool.remember(request.blocks[index], request.names[-1])
+
+    def _drop_blocks(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.blocks, request.names, request.computed = [], [], 0

@@ -1,0 +1,85 @@
+"""The process of one further tensor-parallel rank: `python -m engine_side.embedded.worker FD`.
+
+Started by `ranks.Child` only. It obeys frames on the inherited socket until told to stop or until the socket ends,
+which it does when the engine's process ends for whatever reason.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import torch
+
+from bridge.deadline import Deadline
+from bridge.errors import BridgeError, PeerLost, ProtocolError
+from bridge.wire import ErrorInfo
+from engine_side.embedded.channel import Channel
+from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.ranks import Batch, Command, Done, Job, Prompts, Setup, Stop
+from engine_side.embedded.runner import ModelRunner
+
+_SEND_S = 30.0
+
+
+def _job_runner(runner: ModelRunner) -> Callable[[bytes], None]:
+    """The bridge's rank half, made at the first job: an engine that nobody syncs needs none of it."""
+    from engine_side.adapters.embedded import rank_runner
+
+    return rank_runner(runner)
+
+
+def serve(channel: Channel) -> None:
+    """Set up, then obey. Returns at `Stop`; raises PeerLost when the engine's process is gone."""
+    setup = channel.receive(Setup, Deadline.after(_SEND_S))
+    torch.set_num_threads(setup.threads)
+    tp = Parallel(setup.rank, setup.config.tensor_parallel_size, setup.config.timeout_s)
+    runner = ModelRunner(setup.config, tp)
+    channel.send(Done(0), Deadline.after(_SEND_S))
+    tp.connect(setup.store)
+    run: Callable[[bytes], None] | None = None
+    while True:
+        command = channel.receive(Command, None)
+        if isinstance(command, Batch):
+            runner.forward(command)
+        elif isinstance(command, Prompts):
+            runner.prompt_logprobs(command.prompts)
+        elif isinstance(command, Job):
+            run = run or _job_runner(runner)
+            channel.send(Done(command.number, _attempt(run, command.job)), Deadline.after(_SEND_S))
+        elif isinstance(command, Stop):
+            return
+        else:
+            raise ProtocolError("a second setup")
+
+
+def _attempt(run: Callable[[bytes], None], job: bytes) -> ErrorInfo | None:
+    """Errors of a job travel back as data: raising here would leave the ranks out of step."""
+    try:
+        run(job)
+    except Exception as error:
+        return ErrorInfo.of(error)
+    return None
+
+
+def main() -> int:
+    """Exit code 0 when told to stop or orphaned; otherwise the error is sent as the last frame."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it ends us
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])), f"the engine, pid {os.getppid()}")
+    try:
+        serve(channel)
+    except Exception as error:
+        # Dying is the signal: rank 0's collective fails at once, then it reads why.
+        try:
+            channel.send(Done(0, ErrorInfo.of(error)), Deadline.after(1.0))
+        except PeerLost:
+            return 0
+        return error.exit_code if isinstance(error, BridgeError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""TrainerActor: the coordinator and its ledger as a Ray actor, on the trainer's node but outlasting the trainer."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from bridge import daemon
+from bridge.coordinator import Coordinator
+from bridge.ledger import Ledger
+from bridge.messages import ToCoordinator
+from bridge.wire import pack, unpack
+
+
+class TrainerActor:
+    """Made by `bridge.daemon.start` with `ray.remote`; several threads call it, so a wait does not block a question."""
+
+    def __init__(self, name: str, engines: list[str], threads: int) -> None:
+        import ray
+
+        torch.set_num_threads(threads)
+        ports = [
+            daemon.engine_port(engine, ray.get_actor(f"{name}:{engine}", namespace=daemon.NAMESPACE)) for engine in engines
+        ]
+        node = str(ray.get_runtime_context().get_node_id())
+        self._coordinator = Coordinator(name, ports, Ledger.open(name), node=node)
+
+    def call(self, frame: bytes) -> bytes:
+        """One request, one reply. Never raises for an error of ours: it comes back as Refused."""
+        return pack(self._coordinator.handle(unpack(frame, ToCoordinator)))
+
+    def pid(self) -> int:
+        return os.getpid()

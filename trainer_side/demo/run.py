@@ -1,0 +1,213 @@
+"""The demo's loop: roll out on the engine, one GRPO step, push, weigh; then the health check and the files.
+
+`weighbridge demo` calls `run_demo` and then `print_result`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bridge.receipt import Receipt
+from bridge.wire import Completion, Sampling
+from trainer_side.demo import policy, report
+from trainer_side.demo.grpo import Grpo, GrpoConfig, make_batch
+from trainer_side.demo.task import Task, grouped_prompts, reward, task_for, uniform_reward
+from trainer_side.demo.values import CheckRow, DemoOptions, DemoResult, StepRow
+
+__all__ = ["DemoOptions", "DemoResult", "StepRow", "print_result", "run_demo"]
+
+COMPLETION_TOKENS = 12
+LARGE_MODEL = 20_000_000
+"""Parameters above which rollouts are fewer and passed through the trainer in small pieces."""
+
+
+class Engine(Protocol):
+    """The part of a hosted engine that the demo uses."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Sequence[Completion]: ...
+
+
+class SyncBridge(Protocol):
+    """The part of `bridge.Bridge` that the demo uses."""
+
+    @property
+    def engines(self) -> Sequence[Any]: ...
+
+    def push(self, named: Iterable[tuple[str, Tensor]]) -> Receipt: ...
+
+    def health(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+Opener = Callable[[DemoOptions, Path, nn.Module], SyncBridge]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many rollouts a step takes: `groups` prompts, `group_size` completions of each."""
+
+    groups: int = 16
+    group_size: int = 16
+    micro_batch: int = 256
+
+
+def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoResult:
+    """Run the demo as `options` says; progress on stderr, files in `options.out_dir`.
+
+    Args:
+        open_bridge: starts engines and connects; None launches them on Ray.
+
+    Raises:
+        ConfigError: an extra or the checkpoint is missing; nothing was started.
+    """
+    began = time.monotonic()
+    report.require_matplotlib()
+    with report.view_for(options) as view, _one_thread():
+        model, checkpoint = _prepare(options)
+        task = task_for(policy.vocab_size(model), policy.special_ids(model))
+        view.say(f"task: {task.description}")
+        bridge = (open_bridge or _launch)(options, checkpoint, model)
+        record = report.Record(options.out_dir)
+        try:
+            run = _Run(options, model, task, bridge)
+            for row, receipt in run.steps():
+                record.step(row, receipt)
+                view.row(row)
+            result = run.result(began)
+            record.result(result)
+        finally:
+            record.close()
+            bridge.close()
+        report.draw(result.rows, result, options.out_dir / report.PICTURE_FILE)
+    return result
+
+
+def print_result(result: DemoResult, *, as_json: bool = False) -> None:
+    """The result on stdout, for a person or as one JSON object."""
+    text = json.dumps(result.to_dict()) if as_json else report.closing_text(result)
+    sys.stdout.write(text + "\n")
+
+
+class _Run:
+    """One loop's state: the policy, its optimiser, the bridge, and the rows so far."""
+
+    def __init__(self, options: DemoOptions, model: nn.Module, task: Task, bridge: SyncBridge) -> None:
+        self.options = options
+        self.model = model
+        self.task = task
+        self.bridge = bridge
+        self.rng = random.Random(options.seed)
+        self.scale = _scale_for(model)
+        rate = options.learning_rate if options.learning_rate is not None else _learning_rate(model)
+        self.grpo = Grpo(model, GrpoConfig(learning_rate=rate, micro_batch=self.scale.micro_batch))
+        self.rows: list[StepRow] = []
+
+    def steps(self) -> Iterator[tuple[StepRow, Receipt | None]]:
+        for step in range(1, self.options.steps + 1):
+            row, receipt = self._step(step)
+            self.rows.append(row)
+            yield row, receipt
+
+    def _step(self, step: int) -> tuple[StepRow, Receipt | None]:
+        prompts = grouped_prompts(self.task, self.rng, self.scale.groups, self.scale.group_size)
+        marks = [time.monotonic()]
+        sampling = Sampling(max_tokens=COMPLETION_TOKENS, seed=self.options.seed * 1_000_003 + step)
+        completions = self.bridge.engines[0].generate(prompts, sampling)
+        rewards = [reward(self.task, p, c.token_ids) for p, c in zip(prompts, completions, strict=True)]
+        marks.append(time.monotonic())
+        stats = self.grpo.step(make_batch(prompts, completions, rewards, self.scale.group_size))
+        marks.append(time.monotonic())
+        receipt = self.bridge.push(self.model.named_parameters()) if self.options.push else None
+        row = StepRow(
+            step=step, reward=sum(rewards) / len(rewards), version=min(c.weight_version for c in completions),
+            rollout_s=marks[1] - marks[0], train_s=marks[2] - marks[1], loss=stats.loss, clipped=stats.clipped,
+            **(_sync_columns(receipt, time.monotonic() - marks[2]) if receipt is not None else {}),
+        )  # fmt: skip
+        return row, receipt
+
+    def result(self, began: float) -> DemoResult:
+        """The closing figures; runs the health check against the live engines."""
+        rewards = [row.reward for row in self.rows]
+        window = max(1, min(5, len(rewards) // 4))
+        health = self.bridge.health()
+        checks = tuple(CheckRow(c.name, bool(c.ok), str(c.expected), str(c.got), str(c.remedy)) for c in health.checks)
+        return DemoResult(
+            task=self.task.description, push=self.options.push, seed=self.options.seed, window=window,
+            start=sum(rewards[:window]) / window, end=sum(rewards[-window:]) / window,
+            random=uniform_reward(self.task, random.Random(0), samples=2048, tokens=COMPLETION_TOKENS),
+            untrained=rewards[0], trainer=self._trainer_reward(), wall_s=time.monotonic() - began,
+            healthy=bool(health.healthy), out_dir=str(self.options.out_dir), health=checks, rows=tuple(self.rows),
+        )  # fmt: skip
+
+    def _trainer_reward(self) -> float:
+        """What the trainer's own copy of the policy earns: the engine's last figure should not be far from it."""
+        prompts = grouped_prompts(self.task, self.rng, self.scale.groups * self.scale.group_size, 1)
+        self.model.eval()
+        generator = torch.Generator().manual_seed(self.options.seed)
+        tokens = policy.sample(self.model, torch.tensor(prompts), COMPLETION_TOKENS, generator).tolist()
+        return sum(reward(self.task, p, c) for p, c in zip(prompts, tokens, strict=True)) / len(prompts)
+
+
+def _prepare(options: DemoOptions) -> tuple[nn.Module, Path]:
+    """The policy, and the checkpoint folder from which the engines start: the user's, or the random policy's."""
+    if options.model is not None:
+        return policy.load_policy(options.model), options.model
+    model = policy.tiny_qwen2(seed=options.seed, tied=options.tied)
+    checkpoint = options.out_dir / "policy_at_start"
+    policy.save_policy(model, checkpoint)
+    return model, checkpoint
+
+
+def _launch(options: DemoOptions, checkpoint: Path, model: nn.Module) -> SyncBridge:
+    import bridge
+
+    name = options.name or f"demo-{os.getpid()}"
+    opened: SyncBridge = bridge.launch(f"embedded:{checkpoint.resolve()}", name=name, engines=1, model=model)
+    return opened
+
+
+def _sync_columns(receipt: Receipt, seconds: float) -> dict[str, Any]:
+    """A receipt as a row's columns; `seconds` is what the training loop waited, Ray calls included."""
+    drifts = [engine.canary.mean_abs for engine in receipt.engines if engine.canary is not None]
+    return {
+        "sync_ms": seconds * 1e3,
+        "pause_ms": receipt.pause_s * 1e3,
+        "gb_per_s": receipt.nbytes / seconds / 1e9,
+        "drift": max(drifts, default=None),
+        "verified": receipt.verified,
+    }
+
+
+def _scale_for(model: nn.Module) -> Scale:
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return Scale(groups=8, group_size=8, micro_batch=8) if size > LARGE_MODEL else Scale()
+
+
+def _learning_rate(model: nn.Module) -> float:
+    """3e-3 at the tiny policy's width, less in proportion for wider ones: AdamW's step on a logit grows with width."""
+    config: Any = model.config
+    return min(3e-3, 3e-3 * 64 / int(config.get_text_config().hidden_size))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread for the trainer: on two cores the engine's actor needs the other one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
