@@ -5,10 +5,17 @@
     b = bridge.launch("embedded:PATH", name="run1", model=model)
     receipt = b.push(model.named_parameters())
 
-The public names, nothing else. Importing this loads neither ray, transformers nor any engine.
+The public names, nothing else. Importing this loads neither ray, transformers nor any engine; all but the errors are
+loaded on first use, so that the command line answers `--help` without torch.
 """
 
-from bridge.api import attach, bind, connect, health, launch, push
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from bridge.errors import (
     ArenaFull,
     BridgeError,
@@ -35,10 +42,13 @@ from bridge.errors import (
     UnexpectedTensor,
     UnsupportedLora,
 )
-from bridge.health import Check, HealthReport
-from bridge.push import Bridge, EngineHandle, PendingPush
-from bridge.receipt import EngineReport, Receipt
-from bridge.wire import Completion, Sampling
+
+if TYPE_CHECKING:
+    from bridge.api import attach, bind, connect, health, launch, push
+    from bridge.health import Check, HealthReport
+    from bridge.push import Bridge, EngineHandle, PendingPush
+    from bridge.receipt import EngineReport, Receipt
+    from bridge.wire import Completion, Sampling
 
 __all__ = [
     "ArenaFull",
@@ -81,3 +91,45 @@ __all__ = [
     "launch",
     "push",
 ]
+
+_ON_USE = {
+    "Bridge": "bridge.push",
+    "Check": "bridge.health",
+    "Completion": "bridge.wire",
+    "EngineHandle": "bridge.push",
+    "EngineReport": "bridge.receipt",
+    "HealthReport": "bridge.health",
+    "PendingPush": "bridge.push",
+    "Receipt": "bridge.receipt",
+    "Sampling": "bridge.wire",
+    "attach": "bridge.api",
+    "bind": "bridge.api",
+    "connect": "bridge.api",
+    "health": "bridge.api",
+    "launch": "bridge.api",
+    "push": "bridge.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ON_USE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `bridge.push` and `bridge.health` the functions: the import system would bind the submodules of these names
+    in their place. `from bridge.push import Bridge` works as ever."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _ON_USE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -33,14 +36,18 @@ class _Default:
 _default = _Default()
 
 
-class LocalPort:
+Request = TypeVar("Request", contravariant=True)
+Reply = TypeVar("Reply", covariant=True)
+
+
+class LocalPort(Generic[Request, Reply]):
     """A service of this process as a port: a plain call."""
 
-    def __init__(self, port_id: str, handle: Callable[[Any], Any]) -> None:
+    def __init__(self, port_id: str, handle: Callable[[Request], Reply]) -> None:
         self.id = port_id
         self._handle = handle
 
-    def call(self, request: ToEngine | ToCoordinator, deadline: Deadline) -> FromEngine | FromCoordinator | Any:
+    def call(self, request: Request, deadline: Deadline) -> Reply:
         return self._handle(request)
 
 
@@ -95,17 +102,25 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     node = socket.gethostname()
     service = sides.load(sides.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
     chosen = name or f"attached-{os.getpid()}-{secrets.token_hex(4)}"
-    port = LocalPort("engine0", service.handle)
-    coordinator = Coordinator(chosen, [port], Ledger.open(chosen, keep=name is not None), node=node, shm_dir=config.shm_dir)
+    state = None if name else Path(tempfile.mkdtemp(prefix="weighbridge-"))
+    port = LocalPort[ToEngine, FromEngine]("engine0", service.handle)
+    coordinator = Coordinator(chosen, [port], Ledger.open(chosen, directory=state), node=node, shm_dir=config.shm_dir)
     trainer: TrainerPort = sides.load(sides.TRAINER)()
+
+    def detach() -> None:
+        coordinator.close()
+        if state is not None:
+            shutil.rmtree(state, ignore_errors=True)
+
     made = Bridge(
         chosen,
-        LocalPort(chosen, coordinator.handle),
+        LocalPort[ToCoordinator, FromCoordinator](chosen, coordinator.handle),
         [port],
         trainer,
         config,
-        on_close=coordinator.close,
-        guard=getattr(adapter, "refuse_shared", None),
+        on_close=detach,
+        guard=adapter.refuse_shared,
+        state=state,
     )
     return _remember(made, model)
 

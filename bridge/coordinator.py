@@ -27,7 +27,7 @@ from bridge.errors import (
     StaleVersion,
 )
 from bridge.fanout import Fleet, Target, Verdict
-from bridge.ledger import Ledger, lease_holder
+from bridge.ledger import EngineState, Ledger
 from bridge.mailbox import Mailbox
 from bridge.manifest import TensorInfo
 from bridge.messages import (
@@ -56,6 +56,7 @@ from bridge.messages import (
     ToCoordinator,
     WaitRequest,
 )
+from bridge.orphans import clean_orphans
 from bridge.ports import EnginePort
 from bridge.receipt import Receipt
 from bridge.wire import ErrorInfo
@@ -132,10 +133,11 @@ class Coordinator:
         self._runner: threading.Thread | None = None
         self.fleet = Fleet(engines)
         infos = self.fleet.hello(Deadline.after(60))
-        self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir)
+        clean_orphans(shm_dir)
+        self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir, journal=ledger.path)
         self.fleet.assign_pages(str(self._mailbox.path), Deadline.after(60))
 
-    # ---- requests ----------------------------------------------------------------------------------------------------
+    # ---- requests ---------------------------------------------------------------------------------------------------
 
     def handle(self, request: ToCoordinator) -> FromCoordinator:
         """Answer one request. Errors of our tree come back as Refused; anything else is a bug and comes back as one."""
@@ -188,7 +190,7 @@ class Coordinator:
                 busy=self._push.version if self._push else None,
             )
 
-    # ---- plan --------------------------------------------------------------------------------------------------------
+    # ---- plan -------------------------------------------------------------------------------------------------------
 
     def _make_plan(self, request: PlanRequest) -> Planned:
         with self._lock:
@@ -203,7 +205,7 @@ class Coordinator:
         plan_id, self._next_plan = self._next_plan, self._next_plan + 1
         baked = self.fleet.bake(plan_id, request, deadline)
         manifest = planning.agree(request, baked)
-        arena = Arena.create(manifest, name=self.name, directory=self._shm_dir)
+        arena = Arena.create(manifest, name=self.name, directory=self._shm_dir, journal=self.ledger.path)
         try:
             keep = tuple({held.plan.id for held in (self._committed, self._previous) if held is not None})
             self.fleet.map(plan_id, str(arena.path), manifest, keep, deadline)
@@ -211,7 +213,9 @@ class Coordinator:
             arena.close()
             arena.unlink()
             raise
-        plan = Plan(plan_id, request.tensors, request.partial, arena, dtypes=frozenset(s.dtype for s in manifest.tensors))
+        plan = Plan(
+            plan_id, request.tensors, request.partial, arena, dtypes=frozenset(s.dtype for s in manifest.tensors)
+        )
         if self._plan is not None and not self._is_held(self._plan):
             self._drop(self._plan)
         self._plan = self._plans[plan_id] = plan
@@ -241,13 +245,13 @@ class Coordinator:
         plan.arena.close()
         plan.arena.unlink()
 
-    # ---- begin, cancel, submit, wait ---------------------------------------------------------------------------------
+    # ---- begin, cancel, submit, wait --------------------------------------------------------------------------------
 
     def _refuse_when_busy(self) -> None:
         push = self._push
         if push is None:
             return
-        if not push.submitted and time.monotonic() - push.since > LEASE_GRACE_S and lease_holder(self.name) is None:
+        if not push.submitted and time.monotonic() - push.since > LEASE_GRACE_S and self.ledger.holder is None:
             log.warning("push %d was begun by %s, which is gone; dropped", push.version, push.holder)
             self._drop_open_push()
             return
@@ -297,7 +301,9 @@ class Coordinator:
                 raise ProtocolError("the version is not sealed as announced", where=f"version {request.version}")
             push.plan.slots[push.slot] = push.version
             push.submitted = True
-            self.ledger.record("sealed", version=push.version, root=request.root.hex())
+            self.ledger.record(
+                "sealed", version=push.version, root=request.root.hex(), slot=push.slot, arena=str(push.plan.arena.path)
+            )
             if request.reference is not None:
                 self._references[push.version] = request.reference
             self._start(lambda: self._run(push, request))
@@ -318,7 +324,7 @@ class Coordinator:
                 self._finished.wait(deadline.remaining_s)
             return self._results[request.version]
 
-    # ---- one push ----------------------------------------------------------------------------------------------------
+    # ---- one push ---------------------------------------------------------------------------------------------------
 
     def _run(self, push: OpenPush, request: SubmitRequest) -> None:
         try:
@@ -357,15 +363,21 @@ class Coordinator:
         if verdict.error is None:
             return Finished(receipt, serving=self.fleet.serving())
         self.ledger.record("aborted", version=push.version, reason=str(verdict.error))
+        self._journal_quarantines(verdict)
         with self._lock:
             push.plan.slots.pop(push.slot, None)
             self._references.pop(push.version, None)
         return Finished(receipt, ErrorInfo.of(verdict.error), aborted=verdict.touched, serving=self.fleet.serving())
 
+    def _journal_quarantines(self, verdict: Verdict) -> None:
+        for report in verdict.reports:
+            if report.state == EngineState.QUARANTINED.value:
+                self.ledger.record("quarantined", engine=report.id, reason=report.error or "")
+
     def _commit(self, push: OpenPush) -> None:
         """The point of no return: journalled before any engine resumes, so that nothing serves an unrecorded version."""
         with self._lock:
-            self.ledger.record("committed", version=push.version)
+            self.ledger.record("committed", version=push.version, engines=tuple(self.fleet.serving()))
             self._previous, self._committed = self._committed, Held(push.version, push.plan, push.slot)
             keep = {push.version, self._previous.version if self._previous else -1}
             self._references = {v: ref for v, ref in self._references.items() if v in keep}
@@ -390,7 +402,7 @@ class Coordinator:
             notes=(*request.notes, *verdict.notes),
         )
 
-    # ---- rollback, questions, end ------------------------------------------------------------------------------------
+    # ---- rollback, questions, end -----------------------------------------------------------------------------------
 
     def _rollback(self, request: RollbackRequest) -> FromCoordinator:
         with self._lock:
@@ -423,7 +435,7 @@ class Coordinator:
 
     def _commit_rollback(self, back: Held) -> None:
         with self._lock:
-            self.ledger.record("rolled_back", version=back.version)
+            self.ledger.record("rolled_back", version=back.version, engines=tuple(self.fleet.serving()))
             self._committed, self._previous = back, None
 
     def _explain(self, request: ExplainRequest) -> Explained:

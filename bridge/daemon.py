@@ -6,6 +6,7 @@ Calls carry one `wire` frame each way; Ray moves bytes as they are, so nothing i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,17 +24,17 @@ from bridge import sides
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
-from bridge.ledger import state_dir
 from bridge.messages import (
+    Ask,
     CloseRequest,
+    DaemonIs,
     EngineHello,
     EngineIs,
     FromCoordinator,
     FromEngine,
-    ToCoordinator,
-    ToEngine,
 )
 from bridge.ports import expect
+from bridge.statedir import state_dir
 from bridge.wire import pack, unpack
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,10 @@ class RayPort:
             ) from error
         except (exceptions.RayActorError, exceptions.ActorUnavailableError) as error:
             raise PeerLost(
-                "an actor is gone", where=self.id, got=str(error).splitlines()[0], remedy="weighbridge up starts it again"
+                "an actor is gone",
+                where=self.id,
+                got=str(error).splitlines()[0],
+                remedy="weighbridge up starts it again",
             ) from error
         except exceptions.RayError as error:
             raise TransportError("a call through Ray failed", where=self.id, got=str(error)[:500]) from error
@@ -77,7 +81,7 @@ def engine_port(actor_id: str, handle: Any) -> RayPort:
     return RayPort(actor_id, handle, FromEngine)
 
 
-# ---- Ray itself ------------------------------------------------------------------------------------------------------
+# ---- Ray itself ----------------------------------------------------------------------------------------------------
 
 
 def ensure_ray(start: bool = True) -> None:
@@ -102,7 +106,7 @@ def ensure_ray(start: bool = True) -> None:
 
 
 def _ray_file() -> Path:
-    return state_dir() / RAY_FILE
+    return state_dir("_ray") / RAY_FILE
 
 
 def _our_ray() -> str | None:
@@ -136,15 +140,19 @@ def _start_ray() -> str:
     program = str(executable) if executable.exists() else shutil.which("ray")
     if program is None:
         raise ConfigError("the ray command is not installed", remedy="pip install ray")
-    folder = state_dir()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = _ray_file().parent
     command = [
         program, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1",
         "--include-dashboard=false", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_NBYTES}",
     ]  # fmt: skip
     with (folder / "ray.log").open("ab") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=_child_environment()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=_child_environment(),
         )
     address = f"127.0.0.1:{port}"
     deadline = Deadline.after(START_TIMEOUT_S)
@@ -160,7 +168,8 @@ def _start_ray() -> str:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        refused: int = probe.connect_ex(("127.0.0.1", port))
+    return refused == 0
 
 
 def _child_environment() -> dict[str, str]:
@@ -189,13 +198,11 @@ def stop_ray() -> bool:
 
 def _reap(pid: int) -> None:
     """Collect the head process if it is our own child, else it stays a zombie until we end."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
 
 
-# ---- actors ----------------------------------------------------------------------------------------------------------
+# ---- actors --------------------------------------------------------------------------------------------------------
 
 
 def _trainer_name(name: str) -> str:
@@ -211,7 +218,9 @@ def start(
     import ray
 
     if _find_actor(_trainer_name(name)) is not None:
-        raise ConfigError("a daemon of that name runs already", where=name, remedy="bridge.connect(name), or another name")
+        raise ConfigError(
+            "a daemon of that name runs already", where=name, remedy="bridge.connect(name), or another name"
+        )
     workers = threads or config.copy_threads
     environment = {"OMP_NUM_THREADS": str(workers), "WEIGHBRIDGE_THREADS": str(workers)}
     common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
@@ -234,8 +243,6 @@ def start(
         ).remote(name, [port.id for port in ports], workers)
         started.append(trainer)
         port = RayPort(_trainer_name(name), trainer, FromCoordinator)
-        from bridge.messages import Ask, DaemonIs
-
         expect(port.call(Ask(), Deadline.after(START_TIMEOUT_S)), DaemonIs)
         return port, ports
     except BaseException:
@@ -272,8 +279,6 @@ def find(name: str) -> tuple[RayPort, list[RayPort]]:
             expected=", ".join(running()) or "none runs",
             remedy="weighbridge up NAME --engine embedded:PATH, or bridge.launch",
         )
-    from bridge.messages import Ask, DaemonIs
-
     port = RayPort(_trainer_name(name), actor, FromCoordinator)
     engines = expect(port.call(Ask(), Deadline.after(60)), DaemonIs).engines
     return port, [engine_port(info.id, _find_actor(f"{name}:{info.id}")) for info in engines]
@@ -304,18 +309,3 @@ def stop(name: str, *, and_ray: bool = True) -> None:
     if and_ray and not running():
         ray.shutdown()
         stop_ray()
-
-
-__all__ = [
-    "NAMESPACE",
-    "RayPort",
-    "ToCoordinator",
-    "ToEngine",
-    "engine_port",
-    "ensure_ray",
-    "find",
-    "running",
-    "start",
-    "stop",
-    "stop_ray",
-]

@@ -105,11 +105,13 @@ class Fleet:
 
     def __init__(self, engines: Sequence[EnginePort]) -> None:
         self._engines = list(engines)
-        self._pool = ThreadPoolExecutor(max_workers=max(4, 2 * len(self._engines)), thread_name_prefix="weighbridge-fan")
+        self._pool = ThreadPoolExecutor(
+            max_workers=max(4, 2 * len(self._engines)), thread_name_prefix="weighbridge-fan"
+        )
         self._infos: dict[str, EngineInfo] = {}
         self._baseline: dict[str, float] = {}
 
-    # ---- fan-out -----------------------------------------------------------------------------------------------------
+    # ---- fan-out ----------------------------------------------------------------------------------------------------
 
     def _each(
         self, call: Callable[[EnginePort], T], engines: Iterable[EnginePort] | None = None
@@ -142,7 +144,15 @@ class Fleet:
                     raise answer
                 last = self._infos.get(engine)
                 self._infos[engine] = EngineInfo(
-                    engine, last.kind if last else "?", last.ranks if last else 0, False, "LOST", None, "?", 0, str(answer)
+                    engine,
+                    last.kind if last else "?",
+                    last.ranks if last else 0,
+                    False,
+                    "LOST",
+                    None,
+                    "?",
+                    0,
+                    str(answer),
                 )
             else:
                 self._infos[engine] = answer
@@ -159,7 +169,7 @@ class Fleet:
         """Engine -> version it served when it was last heard of."""
         return {name: info.serving for name, info in self._infos.items()}
 
-    # ---- plan --------------------------------------------------------------------------------------------------------
+    # ---- plan -------------------------------------------------------------------------------------------------------
 
     def bake(self, plan: int, request: PlanRequest, deadline: Deadline) -> dict[str, EngineBaked]:
         message = EngineBake(plan, request.tensors, request.partial, deadline.remaining_s)
@@ -184,7 +194,9 @@ class Fleet:
         for engine in (first, *rest) if answer.source == "checkpoint" else rest:
             ranks = expect(engine.call(check, deadline), EngineChecked).ranks
             if not all(level.ok for rank in ranks for level in rank):
-                log.warning("%s serves other weights than %s; a failed first push cannot be undone", engine.id, first.id)
+                log.warning(
+                    "%s serves other weights than %s; a failed first push cannot be undone", engine.id, first.id
+                )
                 arena.begin(slot)
                 return False
         return True
@@ -194,7 +206,7 @@ class Fleet:
         answers = self._all(lambda e: expect(e.call(message, deadline), EngineExplained))
         return tuple({"engine": engine, **row} for engine, answer in answers.items() for row in answer.rows)
 
-    # ---- one push ----------------------------------------------------------------------------------------------------
+    # ---- one push ---------------------------------------------------------------------------------------------------
 
     def advance(self, target: Target, back: HeldVersion | None, on_commit: Callable[[], None]) -> Verdict:
         """Bring every engine to `target`, or back to `back`. `on_commit` runs between the last vote and the first resume."""
@@ -209,7 +221,9 @@ class Fleet:
             if verdict.error is None:
                 on_commit()
                 resume = EngineResume(target.version, RESTORE_TIMEOUT_S)
-                answers = self._each(lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report)
+                answers = self._each(
+                    lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report
+                )
                 self._after_resume(verdict, answers)
             verdict.phases["commit"] = time.perf_counter() - started
         if verdict.error is not None:
@@ -249,9 +263,7 @@ class Fleet:
 
         return self._each(load)
 
-    def _note_loads(
-        self, verdict: Verdict, target: Target, loaded: Mapping[str, EngineLoaded | BridgeError]
-    ) -> None:
+    def _note_loads(self, verdict: Verdict, target: Target, loaded: Mapping[str, EngineLoaded | BridgeError]) -> None:
         reports = []
         for engine, answer in loaded.items():
             if isinstance(answer, BridgeError):
@@ -324,7 +336,7 @@ class Fleet:
             if report.canary is not None:
                 self._baseline.setdefault(report.id, report.canary.mean_abs)
 
-    # ---- health ------------------------------------------------------------------------------------------------------
+    # ---- health -----------------------------------------------------------------------------------------------------
 
     def describe(self, deadline: Deadline) -> list[dict[str, Any]]:
         """Facts for health when there is nothing to compare with."""
@@ -347,8 +359,14 @@ class Fleet:
                 facts["error"] = str(answer)
             elif answer is not None:
                 facts["levels"] = [
-                    {"rank": rank, "level": level.level, "ok": level.ok, "checked": level.checked, "note": level.note,
-                     "failures": [[f.name, f.expected, f.got] for f in level.failures]}
+                    {
+                        "rank": rank,
+                        "level": level.level,
+                        "ok": level.ok,
+                        "checked": level.checked,
+                        "note": level.note,
+                        "failures": [[f.name, f.expected, f.got] for f in level.failures],
+                    }
                     for rank, levels in enumerate(answer.ranks)
                     for level in levels
                 ]

@@ -93,7 +93,9 @@ def _receipt(facts: Mapping[str, Any]) -> Iterator[Check]:
     what = f"version {last['version']}, verify={last['verify']}, verified={last['verified']}"
     failed = last["error"] is not None
     if failed:
-        yield Check("last receipt", False, "a verified push", f"{what}: {last['error']}", "mend the cause and push again")
+        yield Check(
+            "last receipt", False, "a verified push", f"{what}: {last['error']}", "mend the cause and push again"
+        )
         return
     whole = last["verified"] is True and any(e["canary"] is not None for e in last["engines"])
     missing = "bind the model and push with verify='outputs'" if not whole else ""
@@ -120,7 +122,9 @@ def _outputs(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Ch
     name = f"{engine['id']} canary"
     if canary is None:
         if engine["state"] != "LOST":
-            yield Check(name, True, "a fresh canary", "no stored reference", "bind the model before the push", degraded=True)
+            yield Check(
+                name, True, "a fresh canary", "no stored reference", "bind the model before the push", degraded=True
+            )
         return
     ok = canary["mean_abs"] <= canary["limit"]
     got = f"mean {canary['mean_abs']:.4f}, max {canary['max_abs']:.4f} nats"

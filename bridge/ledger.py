@@ -184,7 +184,7 @@ class Ledger:
             os.close(fd)
             raise
 
-    # ---- versions ----------------------------------------------------------------------------------------------------
+    # ---- versions ---------------------------------------------------------------------------------------------------
 
     def issue(self, version: int | None = None) -> int:
         """Give out a version: the one asked for, or the highest ever issued + 1.
@@ -230,7 +230,7 @@ class Ledger:
             entries = [_decode_line(os.pread(fd, length, start)) for start, length in wanted]
         return [entry.receipt for entry in entries if isinstance(entry, ReceiptEntry)]
 
-    # ---- engines, slots, lease ---------------------------------------------------------------------------------------
+    # ---- engines, slots, lease --------------------------------------------------------------------------------------
 
     @property
     def engines(self) -> Mapping[str, EngineEntry]:
@@ -293,7 +293,7 @@ class Ledger:
                 os.close(self._fd)
                 self._fd = None
 
-    # ---- the journal -------------------------------------------------------------------------------------------------
+    # ---- the journal ------------------------------------------------------------------------------------------------
 
     def _descriptor(self) -> int:
         if self._fd is None:

@@ -18,6 +18,8 @@ from bridge.errors import DuplicateTensor, ProtocolError
 
 ALIGN = 256
 """Every tensor starts at a multiple of this many bytes, so that any dtype view is aligned (transports.md 4.1)."""
+MAX_NBYTES = 2**62
+"""Largest tensor: offsets stay inside 64 bits."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -102,7 +104,10 @@ def aligned(nbytes: int, align: int = ALIGN) -> int:
 
 
 def lay_out(tensors: Iterable[TensorInfo]) -> Manifest:
-    """Give every tensor its offset, in the order given. Raises DuplicateTensor for a name that comes twice."""
+    """Give every tensor its offset, in the order given.
+
+    Raises DuplicateTensor for a name that comes twice, ProtocolError for a shape that no tensor has, DtypeMismatch.
+    """
     specs: list[TensorSpec] = []
     seen: set[str] = set()
     offset = 0
@@ -112,6 +117,9 @@ def lay_out(tensors: Iterable[TensorInfo]) -> Manifest:
                 raise DuplicateTensor("the same canonical name was sent twice", where=name, names=(name,))
             seen.add(name)
         spec = TensorSpec(info.name, info.dtype, info.shape, offset, info.aliases)
+        # a negative size would move the next offset back over the tensors before it
+        if any(size < 0 for size in info.shape) or spec.nbytes > MAX_NBYTES:
+            raise ProtocolError("not the shape of a tensor", where=info.name, got=str(info.shape), names=(info.name,))
         specs.append(spec)
         offset = aligned(offset + spec.nbytes)
     return Manifest(tuple(specs), offset)

@@ -56,7 +56,7 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detail: str = ""
 
 
-# ---- rank: jobs and answers -------------------------------------------------------------------------------------------
+# ---- rank: jobs and answers ----------------------------------------------------------------------------------------
 
 
 class BakeJob(Message, frozen=True):
@@ -179,7 +179,7 @@ class RankAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     answer: AnyAnswer
 
 
-# ---- coordinator -> engine service ------------------------------------------------------------------------------------
+# ---- coordinator -> engine service ---------------------------------------------------------------------------------
 
 
 class EngineHello(Message, frozen=True):
@@ -360,7 +360,7 @@ FromEngine = (
 )
 
 
-# ---- trainer process -> coordinator -----------------------------------------------------------------------------------
+# ---- trainer process -> coordinator --------------------------------------------------------------------------------
 
 
 class Ask(Message, frozen=True):
@@ -498,4 +498,3 @@ class Explained(Message, frozen=True):
 
 
 FromCoordinator = DaemonIs | Planned | Begun | Done | Finished | Health | History | Explained | Refused
-

@@ -1,8 +1,8 @@
 """Shared files that a crash left behind: found, and removed when nobody can miss them.
 
-A file is an orphan when all of this holds: its exclusive lock can be had, no process maps it, the journal that it names is
-not open, and nobody changed it for a minute. Each alone can lie: an actor's restart leaves the lock free for up to a second,
-a forked child keeps it, a file being created has no header yet.
+A file is an orphan when all of this holds: its exclusive lock can be had, no process maps it, the journal that it names
+is not open, and nobody changed it for a minute. Each alone can lie: an actor's restart leaves the lock free for up to a
+second, a forked child keeps it, a file being created has no header yet.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _candidates(folder: Path, min_age_s: float) -> Iterator[Path]:
 
 
 def _age_s(info: os.stat_result) -> float:
-    # Writes through a mapping do not always touch mtime: this can only make a file look older, and the lock decides then.
+    # Writes through a mapping do not touch mtime: a file may look older than it is, and then the lock decides.
     return time.time() - max(info.st_mtime, info.st_ctime)
 
 

@@ -103,6 +103,8 @@ def dense(shape: Sequence[int], offset: int = 0) -> Region:
 
 def runs_of(region: Region) -> Runs:
     """The sorted runs of consecutive elements that a region touches; the order of its dimensions does not matter."""
+    if len(region.shape) != len(region.strides):
+        raise ProtocolError("a region's shape and strides differ in length", got=f"{region.shape}, {region.strides}")
     if region.numel == 0:
         return np.empty((0, 2), dtype=np.int64)
     dims = sorted(((s, n) for n, s in zip(region.shape, region.strides, strict=True) if n > 1), reverse=True)
@@ -120,7 +122,7 @@ def runs_of(region: Region) -> Runs:
 
 
 def union_gaps(runs: Iterable[Runs], numel: int) -> tuple[int, int]:
-    """(elements of [0, numel) that no run touches, elements touched more than once)."""
+    """(elements of [0, numel) that no run touches, touches beyond the first of each element)."""
     parts = [r for r in runs if len(r)]
     if not parts:
         return numel, 0
@@ -137,10 +139,21 @@ def union_gaps(runs: Iterable[Runs], numel: int) -> tuple[int, int]:
 
 
 def dest_coverage(plan: RankPlan) -> Coverage:
-    """Prove that every element of every target is written exactly once. Natively loaded modules are left out."""
+    """Prove that every element of every target is written exactly once. Natively loaded modules are left out.
+
+    Raises ProtocolError for a move to no target, between different shapes or outside its target.
+    """
     written: dict[str, list[Runs]] = {t.path: [] for t in plan.targets}
-    for target, region in [(m.target, m.dest) for m in plan.moves] + [(f.target, f.dest) for f in plan.fills]:
-        written[target].append(runs_of(region))
+    for move in plan.moves:
+        if move.source.shape != move.dest.shape:
+            raise ProtocolError(
+                "a move between different shapes", where=f"{move.tensor} -> {move.target}",
+                expected=str(move.dest.shape), got=str(move.source.shape),
+            )  # fmt: skip
+    for path, region in [(m.target, m.dest) for m in plan.moves] + [(f.target, f.dest) for f in plan.fills]:
+        if path not in written:
+            raise ProtocolError("a plan writes to a parameter that it does not list", where=path)
+        written[path].append(runs_of(region))
     holes: dict[str, int] = {}
     overlaps: dict[str, int] = {}
     for target in plan.targets:
@@ -161,6 +174,8 @@ def source_coverage(sizes: dict[str, int], regions: Iterable[tuple[str, Region]]
     """
     read: dict[str, list[Runs]] = {name: [] for name in sizes}
     for name, region in regions:
+        if name not in read:
+            raise ProtocolError("a plan reads a tensor that was not sent", where=name)
         read[name].append(runs_of(region))
     holes = {name: union_gaps(read[name], numel)[0] for name, numel in sizes.items()}
     return {name: missing for name, missing in holes.items() if missing}

@@ -17,19 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from bridge import health as health_module
 from bridge.arena import Arena, Seal
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.digest import root_digest
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.fanout import LEVELS_OF
-from bridge.health import HealthReport
-from bridge.ledger import Lease
+from bridge.health import HealthReport, assess, local_facts
+from bridge.lease import Lease
 from bridge.messages import (
     Ask,
     BeginRequest,
@@ -54,6 +53,7 @@ from bridge.messages import (
     Reference,
     RollbackRequest,
     SubmitRequest,
+    ToCoordinator,
     WaitRequest,
 )
 from bridge.ports import CoordinatorPort, EnginePort, Snapshot, TrainerPort, expect
@@ -62,6 +62,7 @@ from bridge.wire import Completion, Sampling
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Named = Iterable[tuple[str, torch.Tensor]]
 CALL_TIMEOUT_S = 60.0
 MODES = ("auto", "full")
@@ -162,6 +163,7 @@ class Bridge:
         *,
         on_close: Callable[[], None] | None = None,
         guard: Callable[[frozenset[int]], None] | None = None,
+        state: Path | None = None,
     ) -> None:
         self.name = name
         self.engines = [EngineHandle(port) for port in engines]
@@ -170,6 +172,7 @@ class Bridge:
         self._trainer = trainer
         self._on_close = on_close
         self._guard = guard
+        self._state = state
         self._pushing = threading.Lock()
         self._lease: Lease | None = None
         self._planned: tuple[Snapshot, bool, Planned] | None = None
@@ -186,7 +189,7 @@ class Bridge:
     def __repr__(self) -> str:
         return f"<Bridge {self.name}, {len(self.engines)} engine(s){', closed' if self._closed else ''}>"
 
-    # ---- the loop ----------------------------------------------------------------------------------------------------
+    # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def bind(self, model: torch.nn.Module) -> None:
         """Tell the bridge the live model behind the names: checkpoint names, ties, persistent buffers and the canary's
@@ -254,7 +257,12 @@ class Bridge:
         try:
             arena.begin(begun.slot)
             written = self._trainer.write(
-                snapshot, arena, begun.slot, begun.base, allow_nonfinite=allow_nonfinite, threads=self.config.copy_threads
+                snapshot,
+                arena,
+                begun.slot,
+                begun.base,
+                allow_nonfinite=allow_nonfinite,
+                threads=self.config.copy_threads,
             )
             reference, options, notes = self._reference(options, wants_reference)
             root = root_digest(arena.manifest, written.digests)
@@ -281,9 +289,7 @@ class Bridge:
         self._planned = (snapshot, partial, planned)
         return planned, self._arena
 
-    def _reference(
-        self, options: Options, wanted: bool | None
-    ) -> tuple[Reference | None, Options, tuple[str, ...]]:
+    def _reference(self, options: Options, wanted: bool | None) -> tuple[Reference | None, Options, tuple[str, ...]]:
         """The trainer's canary, when it is wanted. `wanted` None: only where the model can give one, else a note."""
         if wanted is False:
             return None, options, ()
@@ -343,7 +349,7 @@ class Bridge:
         reason = "a model without LoRA: every tensor as it stands" if mode == "auto" else "asked for"
         return Options(name, levels, inflight, kv, partial, "full", reason, timeout), wanted
 
-    # ---- questions ---------------------------------------------------------------------------------------------------
+    # ---- questions --------------------------------------------------------------------------------------------------
 
     def status(self) -> DaemonIs:
         """Engines, versions and whether a push is in flight."""
@@ -353,7 +359,7 @@ class Bridge:
         """Examine the live run: actors, versions, the last receipt, a fresh canary against the stored reference, a fresh
         read-back against the arena, orphans. Blocks; writes nothing."""
         facts = self._call(HealthRequest(timeout_s), Health, timeout_s + CALL_TIMEOUT_S).facts
-        return health_module.assess(facts, health_module.local_facts(self.config.shm_dir))
+        return assess(facts, local_facts(self.config.shm_dir))
 
     def history(self, last: int = 20) -> list[dict[str, Any]]:
         """The newest receipts from the journal, as plain data, oldest first."""
@@ -389,7 +395,7 @@ class Bridge:
                 self._lease.release()
                 self._lease = None
 
-    # ---- inside ------------------------------------------------------------------------------------------------------
+    # ---- inside -----------------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Stop the daemon: engines gracefully, shared memory unlinked. Used by `weighbridge down` and `attach`."""
@@ -398,13 +404,13 @@ class Bridge:
     def infos(self) -> tuple[EngineInfo, ...]:
         return self.status().engines
 
-    def _call(self, request: Any, kind: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    def _call(self, request: ToCoordinator, kind: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
         self._require_open()
         return expect(self._coordinator.call(request, Deadline.after(timeout_s)), kind)
 
     def _hold_lease(self) -> None:
         if self._lease is None:
-            self._lease = Lease.acquire(self.name)
+            self._lease = Lease.acquire(self.name, directory=self._state)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -415,4 +421,3 @@ def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ConfigError("no such choice", where=what, expected=" | ".join(allowed), got=repr(value))
     return value
-

@@ -8,7 +8,7 @@ length. Tensor bytes never travel in frames; they lie in the arena.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import msgpack
 import msgspec
@@ -93,15 +93,25 @@ def _refuse_ext(code: int, data: bytes) -> Any:
 
 
 def pack(value: msgspec.Struct | tuple[Any, ...] | list[Any] | dict[str, Any]) -> bytes:
-    """The MessagePack form of a struct (or of plain data). Raises ProtocolError above MAX_FRAME."""
-    plain = msgspec.to_builtins(value, builtin_types=(bytes,))
-    frame: bytes = msgpack.packb([PROTOCOL, plain], use_bin_type=True)
+    """The MessagePack form of a struct (or of plain data).
+
+    Raises ProtocolError above MAX_FRAME and for what has no form: integers past 64 bits, text that is not Unicode.
+    """
+    try:
+        plain = msgspec.to_builtins(value, builtin_types=(bytes,))
+        frame: bytes = msgpack.packb([PROTOCOL, plain], use_bin_type=True)
+    except (ValueError, OverflowError) as error:
+        raise ProtocolError("a message cannot be packed", got=str(error)) from error
     if len(frame) > MAX_FRAME:
         raise ProtocolError("a frame is too large to send", expected=f"at most {MAX_FRAME} bytes", got=str(len(frame)))
     return frame
 
 
-def unpack(frame: bytes | bytearray | memoryview, kind: type[T] | Any) -> T:
+@overload
+def unpack(frame: bytes | bytearray | memoryview, kind: type[T]) -> T: ...
+@overload
+def unpack(frame: bytes | bytearray | memoryview, kind: Any) -> Any: ...
+def unpack(frame: bytes | bytearray | memoryview, kind: Any) -> Any:
     """Decode and validate one frame as `kind` (a struct class or a union of them). Raises ProtocolError, naming the
     path inside the message, for anything that is not exactly that."""
     if len(frame) > MAX_FRAME:
@@ -118,13 +128,13 @@ def unpack(frame: bytes | bytearray | memoryview, kind: type[T] | Any) -> T:
         )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise ProtocolError("a frame is not valid MessagePack", got=str(error) or type(error).__name__) from error
-    if not isinstance(raw, list) or len(raw) != 2 or raw[0] != PROTOCOL:
+    # True and 1.0 equal 1
+    if not isinstance(raw, list) or len(raw) != 2 or type(raw[0]) is not int or raw[0] != PROTOCOL:
         got = raw[0] if isinstance(raw, list) and raw else type(raw).__name__
         raise ProtocolError(
             "a frame of another protocol", expected=f"version {PROTOCOL}", got=repr(got)[:80], remedy="run one version"
         )
     try:
-        value: T = msgspec.convert(raw[1], kind, builtin_types=(bytes,))
+        return msgspec.convert(raw[1], kind, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise ProtocolError("a message does not fit its form", got=str(error)) from error
-    return value

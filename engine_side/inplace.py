@@ -147,7 +147,7 @@ def _follow_transpose(param: torch.Tensor, i: int, j: int) -> None:
                 param.__dict__[key] = turn.get(at, at)
 
 
-# ---- attribute snapshot -----------------------------------------------------------------------------------------------
+# ---- attribute snapshot --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

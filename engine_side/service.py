@@ -28,7 +28,7 @@ from bridge.errors import (
     MissingTensor,
     ProtocolError,
 )
-from bridge.ledger import EngineState
+from bridge.ledger import EngineState, transition
 from bridge.mailbox import Mailbox
 from bridge.messages import (
     AnyAnswer,
@@ -122,7 +122,7 @@ class EngineService:
         self._canary_s = 0.0
         self._warm_prompt: list[int] = []
 
-    # ---- requests ----------------------------------------------------------------------------------------------------
+    # ---- requests ---------------------------------------------------------------------------------------------------
 
     def handle(self, request: ToEngine) -> FromEngine:
         """Answer one request; every error comes back as Refused."""
@@ -176,14 +176,25 @@ class EngineService:
         a = self.adapter
         return EngineIs(
             EngineInfo(
-                self.id, a.kind, a.ranks, a.can_generate, self._state.value, self._serving, self._node, os.getpid(), self._detail
+                self.id,
+                a.kind,
+                a.ranks,
+                a.can_generate,
+                self._state.value,
+                self._serving,
+                self._node,
+                os.getpid(),
+                self._detail,
             )
         )
 
     def _report(self, ranks: tuple[RankReport, ...] = (), error: str | None = None) -> EngineReport:
         return EngineReport(self.id, self._state.value, self._serving, ranks, pause_s=self._pause_s, error=error)
 
-    # ---- ranks -------------------------------------------------------------------------------------------------------
+    def _move(self, to: EngineState) -> None:
+        self._state = transition(self.id, self._state, to)
+
+    # ---- ranks ------------------------------------------------------------------------------------------------------
 
     def _answers(self, job: AnyJob, deadline: Deadline) -> list[AnyAnswer]:
         """Run a job on every rank and collect the answers from the mailbox, in rank order."""
@@ -229,7 +240,7 @@ class EngineService:
             out.append(answer)
         return out
 
-    # ---- plan --------------------------------------------------------------------------------------------------------
+    # ---- plan -------------------------------------------------------------------------------------------------------
 
     def _map(self, request: EngineMap) -> EngineOk:
         arena = Arena.open(Path(request.path), request.manifest)
@@ -266,7 +277,7 @@ class EngineService:
             return EngineVersionZero(False, "none", f"{self._checkpoint} does not hold {missing[0]}")
         return EngineVersionZero(True, "checkpoint")
 
-    # ---- load and verify ---------------------------------------------------------------------------------------------
+    # ---- load and verify --------------------------------------------------------------------------------------------
 
     def _load(self, request: EngineLoad) -> EngineLoaded:
         deadline = Deadline.after(request.options.timeout_s)
@@ -275,19 +286,19 @@ class EngineService:
         phases: dict[str, float] = {}
         ranks: tuple[RankReport, ...] = ()
         drift: CanaryResult | None = None
-        self._state = EngineState.STAGING
+        self._move(EngineState.STAGING)
         try:
             ranks = self._stage(request, phases)
             self._warm_cache(request)
             self._pause(request.options.inflight, deadline)
             ranks = self._write(request, ranks, phases, deadline)
-            self._state = EngineState.LOADED
+            self._move(EngineState.LOADED)
             _raise_first_failure(self.id, ranks)
             drift = self._canary(request, deadline)
             phases["verify"] = phases.get("verify", 0.0) + self._canary_s
             if drift is not None and not drift.ok:
                 raise _canary_error(self.id, drift)
-            self._state = EngineState.VERIFIED
+            self._move(EngineState.VERIFIED)
         except BridgeError as error:
             report = _with_canary(self._report(ranks, str(error)), drift)
             return EngineLoaded(report, self._touched, ErrorInfo.of(error), phases)
@@ -298,7 +309,7 @@ class EngineService:
             log.warning("%s is quarantined (%s); a verified push will lift it", self.id, self._detail)
 
     def _stage(self, request: EngineLoad, phases: dict[str, float]) -> tuple[RankReport, ...]:
-        """Before anything is written: the version is sealed, it is the announced one, and its bytes are what was sealed."""
+        """Before anything is written: the announced version is sealed, and its bytes are what was sealed."""
         arena = self._arena(request.plan)
         seal = arena.seal_of(request.slot)
         if seal is None or seal.root != request.root or seal.version != request.version:
@@ -329,7 +340,15 @@ class EngineService:
             phases[phase] = max(getattr(report, f"{phase}_s") for report in loaded)
         return tuple(
             RankReport(
-                r.rank, (*s.levels, *r.levels), r.strategies, r.rebound, r.canary_only, r.written, r.load_s, r.postload_s, r.verify_s
+                r.rank,
+                (*s.levels, *r.levels),
+                r.strategies,
+                r.rebound,
+                r.canary_only,
+                r.written,
+                r.load_s,
+                r.postload_s,
+                r.verify_s,
             )
             for s, r in zip(staged, loaded, strict=True)
         )
@@ -349,7 +368,7 @@ class EngineService:
     def _scores(self, prompts: tuple[tuple[int, ...], ...], deadline: Deadline) -> Scores:
         return self._ask(LogprobsJob(prompts), RankScores, deadline)[0].logprobs
 
-    # ---- pause, commit, resume ---------------------------------------------------------------------------------------
+    # ---- pause, commit, resume --------------------------------------------------------------------------------------
 
     def _pause(self, inflight: str, deadline: Deadline) -> None:
         if self._paused_at is None:
@@ -370,7 +389,7 @@ class EngineService:
         wanted = "cache" in request.options.levels and request.options.kv == "reset" and request.reference is not None
         if not wanted or not self.adapter.can_generate or self._serving is None or request.reference is None:
             return
-        prompt = list(max(request.reference.prompts, key=len))
+        prompt = max((list(p) for p in request.reference.prompts), key=len)
         self.adapter.generate([prompt], Sampling(max_tokens=ABORT_TOKENS, temperature=0.0), past_gate=True)
         self._warm_prompt = prompt
 
@@ -390,8 +409,8 @@ class EngineService:
         return EngineOk(self._report(tuple(RankReport(0, levels) for _ in levels)))
 
     def _check_cache(self, answered: bool, deadline: Deadline) -> LevelResult:
-        """A prompt cached before the sync is generated again with cache reads allowed. Its first token's log-probability
-        must be what the new weights give past the cache, which the canary has just weighed against the trainer."""
+        """A prompt cached before the sync is generated again with cache reads allowed. Its first token's
+        log-probability must be what the new weights give past the cache, which the canary has just weighed."""
         if not answered:
             return LevelResult("cache", False, 1, (Failure("reset", "caches dropped", "the engine refused"),))
         prompt = self._warm_prompt
@@ -415,20 +434,25 @@ class EngineService:
         return EngineOk(self._report())
 
     def _publish(self, version: int) -> None:
-        self._serving, self._state, self._detail = version, EngineState.SERVING, ""
+        self._move(EngineState.SERVING)
+        self._serving, self._detail = version, ""
         self.adapter.publish(version)
         self.adapter.refuse(None)
         self._unpause()
 
-    # ---- put back ----------------------------------------------------------------------------------------------------
+    # ---- put back ---------------------------------------------------------------------------------------------------
 
     def _restore(self, request: EngineRestore) -> EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
         if not self._touched and self._serving is not None:
-            self._state = EngineState.SERVING
+            if self._state is EngineState.SERVING:
+                return EngineOk(self._report())
+            self._move(EngineState.SERVING)
             self._unpause()
             return EngineOk(self._report())
         deadline = Deadline.after(request.timeout_s)
+        if self._state is not EngineState.STAGING:
+            self._move(EngineState.STAGING)
         try:
             if request.slot is None or request.version is None:
                 raise EngineQuarantined("there is no previous version to return to", where=self.id)
@@ -436,7 +460,9 @@ class EngineService:
             levels = ("coverage", "read-back", "probe")
             job = LoadJob(request.plan, request.slot, levels)
             ranks = tuple(answer.report for answer in self._ask(job, RankLoaded, deadline))
+            self._move(EngineState.LOADED)
             _raise_first_failure(self.id, ranks)
+            self._move(EngineState.VERIFIED)
             if self.adapter.can_generate and not self.adapter.reset_caches():
                 raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
         except BridgeError as error:
@@ -448,10 +474,11 @@ class EngineService:
 
     def _quarantine(self, reason: str) -> None:
         log.error("%s is quarantined: %s", self.id, reason)
-        self._state, self._serving, self._detail = EngineState.QUARANTINED, None, reason
+        self._move(EngineState.QUARANTINED)
+        self._serving, self._detail = None, reason
         self.adapter.refuse(reason)
 
-    # ---- health, generation, end -------------------------------------------------------------------------------------
+    # ---- health, generation, end ------------------------------------------------------------------------------------
 
     def _check(self, request: EngineCheck) -> EngineChecked:
         deadline = Deadline.after(request.timeout_s)
@@ -532,4 +559,3 @@ def _raise_first_failure(engine: str, ranks: tuple[RankReport, ...]) -> None:
         for level in report.levels:
             if not level.ok:
                 raise _level_error(engine, report.rank, level)
-

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import bridge
+from bridge import daemon
 from trainer_side.demo.grpo import clipped_objective
 from trainer_side.demo.policy import save_policy, tiny_qwen2
 from trainer_side.demo.task import CountOn, grouped_prompts
@@ -63,7 +64,8 @@ def update(
         _, values = model(prompts, completions)
     advantages = advantages_of(rewards, values)
     returns = advantages + values
-    scaled = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
+    # a floor under the spread: once nearly every token is right, what is left is noise, not to be blown up to one
+    scaled = (advantages - advantages.mean()) / advantages.std().clamp_min(0.2)
     for _ in range(EPOCHS):
         logprobs, predicted = model(prompts, completions)
         objective, _ = clipped_objective(logprobs, behaviour, scaled, CLIP)
@@ -97,6 +99,7 @@ def main(steps: int) -> float:
                 print(f"step {step}  reward {mean:.3f}  version {receipt.version}  verified {receipt.verified}")
         finally:
             b.close()
+            daemon.stop(b.name)  # a daemon outlives its trainer on purpose; nobody needs this one any more
     return mean
 
 

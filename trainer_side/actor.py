@@ -21,7 +21,8 @@ class TrainerActor:
 
         torch.set_num_threads(threads)
         ports = [
-            daemon.engine_port(engine, ray.get_actor(f"{name}:{engine}", namespace=daemon.NAMESPACE)) for engine in engines
+            daemon.engine_port(engine, ray.get_actor(f"{name}:{engine}", namespace=daemon.NAMESPACE))
+            for engine in engines
         ]
         node = str(ray.get_runtime_context().get_node_id())
         self._coordinator = Coordinator(name, ports, Ledger.open(name), node=node)

@@ -30,7 +30,10 @@ def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
     scheme, colon, path = spec.partition(":")
     if not colon or scheme not in HOSTED:
         raise ConfigError(
-            "no such kind of engine", where="engine", expected=" | ".join(f"{name}:PATH" for name in HOSTED), got=repr(spec)
+            "no such kind of engine",
+            where="engine",
+            expected=" | ".join(f"{name}:PATH" for name in HOSTED),
+            got=repr(spec),
         )
     adapter: EngineAdapter = _load(HOSTED[scheme])(path, dict(arguments))
     return adapter

@@ -76,6 +76,11 @@ class EngineAdapter(Protocol):
         `past_gate`: the cache check runs before the engine is opened to traffic."""
         ...
 
+    def refuse_shared(self, storages: frozenset[int]) -> None:
+        """Raise ConfigError, naming a parameter, when live weights of this process lie in one of these storages (data
+        addresses): the trainer must not be pushed into itself. A no-op for engines in other processes."""
+        ...
+
     def close(self) -> None:
         """Stop what this adapter started; leave an engine that belongs to the user as it is, running."""
         ...

@@ -115,9 +115,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, traits.qkv_bias
-        qkv = QKVParallelLinear(
-            hidden, config.head_dim, config.num_heads, config.num_kv_heads, bias, dtype, tp, layout
-        )
+        qkv = QKVParallelLinear(hidden, config.head_dim, config.num_heads, config.num_kv_heads, bias, dtype, tp, layout)
         self.heads, self.kv_heads, self.split_sizes = qkv.heads, qkv.kv_heads, qkv.split_sizes
         self.qkv_proj = qkv
         self.o_proj = RowParallelLinear(

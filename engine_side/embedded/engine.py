@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 from bridge.deadline import Deadline
@@ -43,10 +44,11 @@ class Engine:
         self._scheduling = True  # False: only privileged requests run
         self._refusal: str | None = None
         self._stepping = False
+        self._visitors = 0  # callers that want the execution lock: the stepping thread lets them go first
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
         self._thread.start()
-        self._finalizer = weakref.finalize(self, Ranks.close, self._ranks)  # runs at exit too
+        atexit.register(self.close)
 
     @property
     def runner(self) -> ModelRunner:
@@ -96,8 +98,7 @@ class Engine:
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of token i+1 given tokens 0..i, past the scheduler on fresh KV; works while paused."""
-        with self._execution:
-            self._check_closed()
+        with self._exclusive(Deadline.after(self.config.timeout_s)):
             return self._ranks.prompt_logprobs([list(p) for p in prompts])
 
     # -- what the bridge calls --------------------------------------------------------------------------------------
@@ -142,22 +143,16 @@ class Engine:
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forget cached prefixes. False, and nothing forgotten, while requests hold keys and values, unless
         `reset_running_requests` preempts them: they are then computed again when scheduling goes on."""
-        with self._execution, self._changed:
-            # Under the execution lock no step is between its forward and its bookkeeping.
+        with self._exclusive(Deadline.after(self.config.timeout_s)), self._changed:
             return self._scheduler.reset(reset_running_requests)
 
-    def run_job(self, job: bytes, local: Callable[[bytes], None], deadline: Deadline) -> None:
-        """Run an opaque job in every rank: `local(job)` here, the worker's own in the children. Between two steps.
+    def run_job(self, job: bytes, deadline: Deadline) -> None:
+        """Run an opaque job of the bridge in every rank, between two steps; returns when all ranks have.
 
         Raises DeadlineExceeded, PeerLost, or what a rank reported.
         """
-        if not self._execution.acquire(timeout=max(deadline.remaining_s, 0.001)):
-            raise DeadlineExceeded("the engine's step outlasted the deadline", remedy="pause the engine first")
-        try:
-            self._check_closed()
-            self._ranks.run_job(job, local, deadline)
-        finally:
-            self._execution.release()
+        with self._exclusive(deadline):
+            self._ranks.run_job(job, deadline)
 
     def close(self) -> None:
         """End running requests, the thread and the children. Idempotent."""
@@ -168,7 +163,8 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(self.config.timeout_s)
-        self._finalizer()
+        self._ranks.close()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -183,7 +179,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._scheduler.has_work(not self._scheduling))
+                self._changed.wait_for(self._may_step)
                 if self._closed:
                     return
             self._step()
@@ -221,7 +217,28 @@ class Engine:
         logits = self._ranks.forward(batch)
         return sample(logits, [r.sampling for r in chosen], [r.stream for r in chosen])
 
+    @contextmanager
+    def _exclusive(self, deadline: Deadline) -> Iterator[None]:
+        """Hold the execution lock: no step is under way, not even between its forward and its bookkeeping."""
+        with self._changed:
+            self._check_closed()
+            self._visitors += 1
+        try:
+            if not self._execution.acquire(timeout=max(deadline.remaining_s, 0.001)):
+                raise DeadlineExceeded("the engine's step outlasted the deadline", remedy="pause the engine first")
+            try:
+                yield
+            finally:
+                self._execution.release()
+        finally:
+            with self._changed:
+                self._visitors -= 1
+                self._changed.notify_all()
+
     # -- helpers, called with the lock held --------------------------------------------------------------------------
+
+    def _may_step(self) -> bool:
+        return self._closed or (not self._visitors and self._scheduler.has_work(not self._scheduling))
 
     def _ordinary(self) -> list[Request]:
         return [r for r in (*self._scheduler.running, *self._scheduler.waiting) if not r.privileged]

@@ -24,21 +24,24 @@ class Parallel:
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
-        self._group: Any = None  # ProcessGroupGloo; torch's stubs lack its collectives
+        self._group: Any = None  # a ProcessGroupGloo; torch's stubs lack it
         self._deadline: Deadline | None = None
 
     def connect(self, store_path: str) -> None:
         """Join the group through a file that all ranks share. Blocks until all have; raises PeerLost. *(all ranks)*"""
         timeout = datetime.timedelta(seconds=self.timeout_s)
-        gloo: Any = dist.ProcessGroupGloo
+        c10d: Any = dist
+        gloo = c10d.ProcessGroupGloo
         options = gloo._Options()
         # Loopback only: the ranks are one machine's, and gloo's sockets are not authenticated.
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = timeout
         try:
-            store = dist.distributed_c10d.FileStore(store_path, self.size)
+            store = c10d.FileStore(store_path, self.size)
             store.set_timeout(timeout)
             self._group = gloo(store, self.rank, self.size, options)
+            # The file is gone after this returns, so every rank has to have met every other one by then.
+            self._group.barrier().wait(timeout)
         except RuntimeError as error:
             raise PeerLost("the ranks could not form a group", where=f"rank {self.rank}", got=str(error)) from error
 

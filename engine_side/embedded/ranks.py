@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -80,22 +81,29 @@ class Child:
                 stdout=sys.__stderr__ if sys.__stderr__ is not None else subprocess.DEVNULL,
                 env=environment,
             )
+        self.answered = 0
         self.channel = Channel(ours, f"rank {rank}, pid {self.process.pid}")
 
     def wait_done(self, number: int, deadline: Deadline) -> ErrorInfo | None:
         """The answer to `number`; late answers to earlier jobs are dropped. Raises what a dying child said last."""
         while True:
-            done = self.channel.receive(Done, deadline)
+            done: Done = self.channel.receive(Done, deadline)
+            self.answered = done.number
             if done.number == number:
                 return done.error
-            if done.number == 0 and done.error is not None:
+            if done.error is not None and done.number == 0:
                 raise done.error.rebuild()
 
+    def catch_up(self, number: int, deadline: Deadline) -> None:
+        """A job that outlasted its deadline may still run: wait, or the next collective would meet the wrong one."""
+        if self.answered < number:
+            self.wait_done(number, deadline)
+
     def last_words(self) -> BridgeError | None:
-        """Why the child ended, if it did and said so."""
+        """Why the child ended, if it did."""
         try:
             while self.channel.ready():
-                done = self.channel.receive(Done, Deadline.after(1.0))
+                done: Done = self.channel.receive(Done, Deadline.after(1.0))
                 if done.number == 0 and done.error is not None:
                     return done.error.rebuild()
         except BridgeError as error:
@@ -104,16 +112,21 @@ class Child:
 
     def end(self) -> None:
         """Stop gracefully, then by force. Never raises for a process that is gone already."""
-        try:
+        with contextlib.suppress(BridgeError):  # it is gone, or hangs: the wait below decides
             self.channel.send(Stop(), Deadline.after(_GRACE_S))
-        except BridgeError:
-            pass  # it is gone, or hangs; the wait below decides
         self.channel.close()
         try:
             self.process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def job_runner(runner: ModelRunner) -> Callable[[bytes], None]:
+    """The bridge's rank half, made at the first job: an engine that nobody syncs needs none of it."""
+    from engine_side.adapters.embedded import rank_run
+
+    return rank_run(runner)
 
 
 class Ranks:
@@ -127,6 +140,7 @@ class Ranks:
         self._timeout_s = config.timeout_s
         self._number = 0
         self._lost: BridgeError | None = None
+        self._run: Callable[[bytes], None] | None = None
         self._children: list[Child] = []
         tp = Parallel(0, self.size, config.timeout_s)
         folder = tempfile.mkdtemp(prefix="weighbridge-ranks-") if self.size > 1 else None
@@ -166,41 +180,61 @@ class Ranks:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """One step in all ranks; logits [sequences, vocabulary]."""
-        return self._together(batch, lambda: self.runner.forward(batch))
+        return self._in_step(batch, lambda: self.runner.forward(batch))
 
     def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
         """`ModelRunner.prompt_logprobs` in all ranks; rank 0's answer."""
         self.runner.check(prompts)  # before the children are told: what rank 0 refuses must not leave them waiting
         message = Prompts(tuple(tuple(p) for p in prompts))
-        return self._together(message, lambda: self.runner.prompt_logprobs(prompts))
+        return self._in_step(message, lambda: self.runner.prompt_logprobs(prompts))
 
-    def run_job(self, job: bytes, local: Callable[[bytes], None], deadline: Deadline) -> None:
-        """Have the children run `job` while this process runs `local(job)`; returns when all have."""
+    def run_job(self, job: bytes, deadline: Deadline) -> None:
+        """Have every rank run `job`, this one in the calling thread; returns when all have."""
+        self._tell(Job(self._number + 1, job), deadline)
         self._number += 1
-        number = self._number
-        message = Job(number, job)
+        self._run = self._run or job_runner(self.runner)
         with self.runner.tp.until(deadline):
-            self._together(message, lambda: local(job))
-        errors = [child.wait_done(number, deadline) for child in self._children]
+            self._run(job)
+        errors = [self._watch(child, lambda c: c.wait_done(self._number, deadline)) for child in self._children]
         for error in errors:
             if error is not None:
                 raise error.rebuild()
         deadline.check("a job in the engine's ranks")
 
-    def _together(self, message: Command, local: Callable[[], T]) -> T:
-        if self._lost is not None:
-            raise PeerLost("a rank of this engine is gone", got=self._lost.what, remedy="restart the engine")
-        deadline = Deadline.after(self._timeout_s)
+    def _in_step(self, message: Command, local: Callable[[], T]) -> T:
+        """Tell the children and take part in their collectives."""
+        self._tell(message, Deadline.after(self._timeout_s))
         try:
-            for child in self._children:
-                if child.process.poll() is not None:
-                    raise child.last_words() or PeerLost("a rank is gone", where=f"rank {child.rank}")
-                child.channel.send(message, deadline)
             return local()
+        except Exception as error:
+            # The children are in the middle of collectives that this rank has left, or the other way round.
+            if self._children:
+                self._lost = self._cause(error)
+                raise self._lost from error
+            raise
+
+    def _tell(self, message: Command, deadline: Deadline) -> None:
+        if self._lost is not None:
+            remedy = "restart the engine"
+            raise PeerLost("the ranks of this engine are out of step", got=self._lost.what, remedy=remedy)
+        for child in self._children:
+            self._watch(child, lambda c: c.catch_up(self._number, deadline))
+            self._watch(child, lambda c: c.channel.send(message, deadline))
+
+    def _watch(self, child: Child, action: Callable[[Child], T]) -> T:
+        try:
+            return action(child)
         except PeerLost as error:
             self._lost = error
-            told = [words for child in self._children if (words := child.last_words()) is not None]
-            raise next((words for words in told if not isinstance(words, PeerLost)), error) from error
+            raise
+
+    def _cause(self, error: Exception) -> BridgeError:
+        """What a dying child said, rather than the broken collective that it left behind."""
+        told = [words for child in self._children if (words := child.last_words()) is not None]
+        best = sorted(told, key=lambda words: isinstance(words, PeerLost))
+        if best:
+            return best[0]
+        return error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
 
     def close(self) -> None:
         """End the children. Idempotent."""

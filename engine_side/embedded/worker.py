@@ -19,22 +19,15 @@ from bridge.errors import BridgeError, PeerLost, ProtocolError
 from bridge.wire import ErrorInfo
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.ranks import Batch, Command, Done, Job, Prompts, Setup, Stop
-from engine_side.embedded.runner import ModelRunner
+from engine_side.embedded.ranks import Command, Done, Job, Prompts, Setup, Stop, job_runner
+from engine_side.embedded.runner import Batch, ModelRunner
 
 _SEND_S = 30.0
 
 
-def _job_runner(runner: ModelRunner) -> Callable[[bytes], None]:
-    """The bridge's rank half, made at the first job: an engine that nobody syncs needs none of it."""
-    from engine_side.adapters.embedded import rank_runner
-
-    return rank_runner(runner)
-
-
 def serve(channel: Channel) -> None:
     """Set up, then obey. Returns at `Stop`; raises PeerLost when the engine's process is gone."""
-    setup = channel.receive(Setup, Deadline.after(_SEND_S))
+    setup: Setup = channel.receive(Setup, Deadline.after(_SEND_S))
     torch.set_num_threads(setup.threads)
     tp = Parallel(setup.rank, setup.config.tensor_parallel_size, setup.config.timeout_s)
     runner = ModelRunner(setup.config, tp)
@@ -42,13 +35,13 @@ def serve(channel: Channel) -> None:
     tp.connect(setup.store)
     run: Callable[[bytes], None] | None = None
     while True:
-        command = channel.receive(Command, None)
+        command: Command = channel.receive(Command, None)
         if isinstance(command, Batch):
             runner.forward(command)
         elif isinstance(command, Prompts):
             runner.prompt_logprobs(command.prompts)
         elif isinstance(command, Job):
-            run = run or _job_runner(runner)
+            run = run or job_runner(runner)
             channel.send(Done(command.number, _attempt(run, command.job)), Deadline.after(_SEND_S))
         elif isinstance(command, Stop):
             return

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -89,9 +90,6 @@ class LocalBridge:
     def health(self) -> LocalHealth:
         return LocalHealth([LocalCheck(ok=self.healthy, got="1" if self.healthy else "0")])
 
-    def close(self) -> None:
-        self.closed = True
-
 
 @dataclass
 class Opened:
@@ -101,10 +99,14 @@ class Opened:
     bridge: LocalBridge | None = None
     checkpoint: Path | None = None
 
-    def __call__(self, options: DemoOptions, checkpoint: Path, model: nn.Module) -> LocalBridge:
+    @contextmanager
+    def __call__(self, options: DemoOptions, checkpoint: Path, model: nn.Module) -> Iterator[LocalBridge]:
         self.checkpoint = checkpoint
         self.bridge = LocalBridge(model, healthy=self.healthy)
-        return self.bridge
+        try:
+            yield self.bridge
+        finally:
+            self.bridge.closed = True
 
 
 def _options(tmp_path: Path, **changes: object) -> DemoOptions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +57,31 @@ def load_policy(path: Path) -> nn.Module:
             "no checkpoint there", where=str(path), expected="a folder with config.json and safetensors",
             remedy="pass --model the folder that save_pretrained wrote",
         )  # fmt: skip
-    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-        path, local_files_only=True, dtype=torch.float32
-    )
+    with _without_bars():
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, dtype=torch.float32
+        )
     return model
 
 
 def save_policy(model: nn.Module, path: Path | str) -> None:
     """Write `model` as a Hugging Face checkpoint folder, from which an engine starts."""
     saver: Any = model
-    saver.save_pretrained(path)
+    with _without_bars():
+        saver.save_pretrained(path)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of transformers while inside: they would tear the demo's own table."""
+    logs = require_transformers().utils.logging
+    shown = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logs.enable_progress_bar()
 
 
 def vocab_size(model: nn.Module) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,10 +50,8 @@ class SyncBridge(Protocol):
 
     def health(self) -> Any: ...
 
-    def close(self) -> None: ...
 
-
-Opener = Callable[[DemoOptions, Path, nn.Module], SyncBridge]
+Opener = Callable[[DemoOptions, Path, nn.Module], AbstractContextManager[SyncBridge]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoRes
     """Run the demo as `options` says; progress on stderr, files in `options.out_dir`.
 
     Args:
-        open_bridge: starts engines and connects; None launches them on Ray.
+        open_bridge: starts engines, connects, and stops both again on exit; None launches them on Ray.
 
     Raises:
         ConfigError: an extra or the checkpoint is missing; nothing was started.
@@ -79,18 +78,14 @@ def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoRes
         model, checkpoint = _prepare(options)
         task = task_for(policy.vocab_size(model), policy.special_ids(model))
         view.say(f"task: {task.description}")
-        bridge = (open_bridge or _launch)(options, checkpoint, model)
         record = report.Record(options.out_dir)
-        try:
+        with closing(record), (open_bridge or _launched)(options, checkpoint, model) as bridge:
             run = _Run(options, model, task, bridge)
             for row, receipt in run.steps():
                 record.step(row, receipt)
                 view.row(row)
             result = run.result(began)
-            record.result(result)
-        finally:
-            record.close()
-            bridge.close()
+        record.result(result)
         report.draw(result.rows, result, options.out_dir / report.PICTURE_FILE)
     return result
 
@@ -147,7 +142,7 @@ class _Run:
         return DemoResult(
             task=self.task.description, push=self.options.push, seed=self.options.seed, window=window,
             start=sum(rewards[:window]) / window, end=sum(rewards[-window:]) / window,
-            random=uniform_reward(self.task, random.Random(0), samples=2048, tokens=COMPLETION_TOKENS),
+            random=uniform_reward(self.task, random.Random(0), samples=8192, tokens=COMPLETION_TOKENS),
             untrained=rewards[0], trainer=self._trainer_reward(), wall_s=time.monotonic() - began,
             healthy=bool(health.healthy), out_dir=str(self.options.out_dir), health=checks, rows=tuple(self.rows),
         )  # fmt: skip
@@ -171,12 +166,19 @@ def _prepare(options: DemoOptions) -> tuple[nn.Module, Path]:
     return model, checkpoint
 
 
-def _launch(options: DemoOptions, checkpoint: Path, model: nn.Module) -> SyncBridge:
+@contextmanager
+def _launched(options: DemoOptions, checkpoint: Path, model: nn.Module) -> Iterator[SyncBridge]:
+    """An embedded engine in a Ray actor of its own, and a daemon that ends with the run instead of outliving it."""
     import bridge
+    from bridge import daemon
 
-    name = options.name or f"demo-{os.getpid()}"
-    opened: SyncBridge = bridge.launch(f"embedded:{checkpoint.resolve()}", name=name, engines=1, model=model)
-    return opened
+    name = options.name or f"demo-{os.getpid()}-{secrets.token_hex(2)}"
+    opened = bridge.launch(f"embedded:{checkpoint.resolve()}", name=name, engines=1, model=model, layout=options.layout)
+    try:
+        yield opened
+    finally:
+        opened.close()
+        daemon.stop(name)
 
 
 def _sync_columns(receipt: Receipt, seconds: float) -> dict[str, Any]:

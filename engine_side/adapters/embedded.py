@@ -1,0 +1,134 @@
+"""The embedded engine behind the adapter protocol: `EmbeddedAdapter` (driver) and `EmbeddedRankHost` (each rank)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bridge.deadline import Deadline
+from bridge.errors import ConfigError, NotFound
+from bridge.wire import Completion, Sampling
+from engine_side.adapters.base import Prompts
+from engine_side.embedded.engine import Engine
+from engine_side.embedded.layers import LinearBase, RMSNorm, VocabParallelEmbedding
+from engine_side.embedded.moe import FusedMoE
+from engine_side.embedded.runner import ModelRunner
+from engine_side.embedded.wrappers import unwrap
+
+_ADAPTERS = ("current", "base")
+
+
+class EmbeddedAdapter:
+    """The driver half, over an Engine of this process. The engine stays its owner's: `close` leaves it running."""
+
+    kind = "embedded"
+    can_generate = True
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def ranks(self) -> int:
+        return self.engine.config.tensor_parallel_size
+
+    def dispatch(self, job: bytes, deadline: Deadline) -> None:
+        """Run `job` in rank 0 (this thread) and, at the same time, in the children."""
+        self.engine.run_job(job, deadline)
+
+    def pause(self, inflight: str, deadline: Deadline) -> None:
+        self.engine.pause(inflight, deadline)
+
+    def resume(self) -> None:
+        self.engine.resume()
+
+    def publish(self, version: int) -> None:
+        self.engine.weight_version = version
+
+    def refuse(self, reason: str | None) -> None:
+        self.engine.refuse(reason)
+
+    def reset_caches(self) -> bool:
+        """Kept requests are preempted and computed again under the new weights."""
+        return self.engine.reset_prefix_cache(reset_running_requests=True)
+
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
+    ) -> list[Completion]:
+        if adapter not in _ADAPTERS:
+            raise NotFound("the engine holds no such adapter", expected=" | ".join(_ADAPTERS), got=repr(adapter))
+        return self.engine.generate(prompts, sampling, past_gate=past_gate)
+
+    def refuse_shared(self, storages: frozenset[int]) -> None:
+        """Only rank 0 lies in this process; storage that post-load has emptied has no address."""
+        for name, param in self.engine.runner.model.named_parameters():
+            address = param.untyped_storage().data_ptr()
+            if address and address in storages:
+                raise ConfigError(
+                    "the trainer and the engine share storage",
+                    where=name,
+                    expected="an engine with weights of its own",
+                    got=f"address {address:#x} on both sides",
+                    remedy="clone one of them",
+                    names=(name,),
+                )
+
+    def close(self) -> None:
+        """Nothing was started here."""
+
+
+class EmbeddedRankHost:
+    """The rank half, in the process of each rank."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    @property
+    def rank(self) -> int:
+        return self._runner.tp.rank
+
+    @property
+    def model(self) -> nn.Module:
+        return self._runner.model
+
+    def skeleton(self) -> nn.Module:
+        return self._runner.skeleton()
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._runner.load_weights(skeleton, weights)
+
+    def post_load(self, module: nn.Module) -> bool:
+        return self._runner.post_load(module)
+
+    @torch.no_grad()
+    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What this rank alone contributes: linear layers and heads take [n, features of this rank], embeddings ids
+        [n] (rows of other ranks are zeros), norms [n, features]; experts [n, hidden] with row i sent to expert i % E
+        at weight 1."""
+        module = unwrap(module)
+        if isinstance(module, FusedMoE):
+            ids = torch.arange(len(x)).remainder(module.num_experts).unsqueeze(1)
+            rows = x.to(module.params_dtype)
+            return module.local(rows, torch.ones_like(ids, dtype=rows.dtype), ids)
+        if isinstance(module, VocabParallelEmbedding | LinearBase):
+            return module.local(x.to(module.params_dtype) if x.is_floating_point() else x)
+        if isinstance(module, RMSNorm):
+            out: torch.Tensor = module(x.to(module.weight.dtype))
+            return out
+        raise NotImplementedError(f"{type(module).__name__} cannot be called alone")
+
+    def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
+        return self._runner.prompt_logprobs(prompts)
+
+    def checkpoint(self) -> Path | None:
+        """None for an engine that was started without weights."""
+        return Path(self._runner.config.path) if self._runner.config.load == "checkpoint" else None
+
+
+def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:
+    """`Rank.run` over this process's runner: what `dispatch` executes in every rank."""
+    from engine_side.rank import Rank
+
+    return Rank(EmbeddedRankHost(runner)).run

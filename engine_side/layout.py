@@ -1,0 +1,150 @@
+"""Find out how a post-load step rearranged a tensor, from the outside.
+
+A tensor is filled with the digits of each element's own index (small integers that its dtype holds exactly), the engine's
+step is run, and what lies where is read back. An affine permutation (transposes, tiles, any nest of strides) is derived
+from a handful of positions and then proven on every element; it is kept as two regions, never as an index tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bridge.plan import Region, follow
+
+PROBE_RANGE = 256
+"""Digits are below this: bf16 and fp16 hold these integers exactly, smaller types fewer (`exact_base`)."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one canonical tensor lies in its module after post-load.
+
+    `held` are the canonical elements as digits, `origin` the same digits in the live storage, both relative to the
+    tensor's first element. Both None: the values are not there any more, `why` says what is.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    held: Region | None
+    origin: Region | None
+    why: str = ""
+
+    @property
+    def readable(self) -> bool:
+        return self.held is not None
+
+    @property
+    def identity(self) -> bool:
+        return self.held is not None and self.held == self.origin
+
+    def locate(self, dest: Region, source: Region) -> list[tuple[Region, Region]] | None:
+        """(live region, source region) pairs for a move to canonical `dest`; None when it cannot be followed."""
+        if self.held is None or self.origin is None:
+            return None
+        if self.identity:
+            return [(dest, source)]
+        found = follow(dest, source, self.held, self.origin)
+        return None if found is None or found.outside else list(found.inside)
+
+
+def exact_base(dtype: torch.dtype) -> int:
+    """How many consecutive integers from 0 a dtype tells apart, at most PROBE_RANGE."""
+    wide = torch.arange(PROBE_RANGE, dtype=torch.int32)
+    same = wide.to(dtype).to(torch.int32) == wide
+    return PROBE_RANGE if bool(same.all()) else int((~same).to(torch.int8).argmax())
+
+
+def digits_needed(numel: int, base: int) -> int:
+    """Passes that tell `numel` indices apart."""
+    passes, reach = 1, base
+    while reach < numel:
+        passes, reach = passes + 1, reach * base
+    return passes
+
+
+def code(numel: int, base: int, digit: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[numel]: digit number `digit` of each index, in `base`."""
+    span = base**digit
+    blocks = torch.arange(min(base, -(-numel // span)), dtype=torch.uint8, device=device)
+    period = blocks.repeat_interleave(min(span, numel))
+    return period.repeat(-(-numel // len(period)))[:numel].to(dtype)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory, as a view."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Do the elements fill a stretch of memory without gaps or overlaps?"""
+    reach = 1
+    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride != reach:
+            return False
+        reach *= size
+    return True
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements as integers of their size: NaN equals itself, -0 differs from +0."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if tensor.dtype.is_complex:
+        return torch.view_as_real(tensor).view(sizes[tensor.element_size() // 2])
+    return tensor.view(sizes[tensor.element_size()])
+
+
+def affine(shown: Sequence[torch.Tensor], base: int) -> tuple[Region, Region] | None:
+    """(canonical digits, live digits) of the permutation that made `code(.., digit k)` into `shown[k]`, or None when it
+    is not a nest of strides. Proven on every element."""
+    numel = shown[0].numel()
+
+    def decode(position: int) -> int:
+        return sum(int(seen[position].item()) * base**k for k, seen in enumerate(shown))
+
+    levels = _levels(decode, numel)
+    if levels is None or not _is_compact(levels):
+        return None
+    shape = tuple(size for size, _, _ in reversed(levels))
+    canonical = Region(0, shape, tuple(step for _, step, _ in reversed(levels)))
+    live = Region(0, shape, tuple(at for _, _, at in reversed(levels)))
+    for k, seen in enumerate(shown):
+        want = code(numel, base, k, seen.dtype, seen.device).as_strided(shape, canonical.strides).reshape(-1)
+        if not torch.equal(bits(want), bits(seen)):
+            return None
+    return canonical, live
+
+
+def _levels(decode: Callable[[int], int], numel: int) -> list[tuple[int, int, int]] | None:
+    """(size, canonical stride, live stride), innermost live stride first, read off the positions where a level ends."""
+    if decode(0) != 0:
+        return None
+    levels: list[tuple[int, int, int]] = []
+    inner = 1
+    while inner < numel:
+        step, rest = decode(inner), numel // inner
+        if numel % inner or step <= 0:
+            return None
+        size = next((d for d in _divisors(rest) if d == rest or decode(inner * d) != d * step), rest)
+        levels.append((size, step, inner))
+        inner *= size
+    return levels
+
+
+def _is_compact(levels: Sequence[tuple[int, int, int]]) -> bool:
+    reach = 1
+    for step, size in sorted((step, size) for size, step, _ in levels):
+        if step != reach:
+            return False
+        reach *= size
+    return True
+
+
+def _divisors(n: int) -> list[int]:
+    """Divisors of n above 1, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({d for pair in ((d, n // d) for d in small) for d in pair if d > 1})

@@ -1,0 +1,176 @@
+"""Call one module on a few rows and judge its output against the weights it should hold.
+
+What a module takes (rows or ids) and what reference describes it (a matrix product, a table look-up, or only a twin of
+itself) is found by trying, on a twin with known weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from engine_side.adapters.base import RankHost
+from engine_side.diagnose import LOADER_ERRORS
+
+ROWS = 8
+MAX_ROWS = 256
+MAX_IDS = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How to call a module and what to expect.
+
+    kind: "rows" of `size` features in `dtype`, or "ids" from `start` on, `size` of them. form: "linear" (x W^T + b),
+    "turned" (x W + b), "rows" (W[ids]) or "twin" (a twin's own output). `weight`, `bias` name canonical parameters.
+    """
+
+    kind: str
+    size: int
+    count: int
+    dtype: torch.dtype
+    start: int = 0
+    form: str = "twin"
+    weight: str = ""
+    bias: str = ""
+
+    def inputs(self, device: torch.device, seed: int = 0) -> torch.Tensor:
+        """[count, size] rows, the last of them zero so that a bias shows alone; or [n] ids, first and last included."""
+        if self.kind == "ids":
+            n = min(self.size, MAX_IDS)
+            steps = torch.linspace(0, self.size - 1, n, dtype=torch.float64).round().to(torch.int64)
+            return (steps + self.start).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(self.count, self.size, generator=generator)
+        rows[-1] = 0
+        return rows.to(device=device, dtype=self.dtype)
+
+    def reference(self, x: torch.Tensor, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, tolerance per element) in float64 from canonical weights. Not for form "twin"."""
+        weight = values[self.weight]
+        if self.form == "rows":
+            found = weight[x - self.start].double()
+            return found, torch.zeros_like(found)
+        wide = weight.double() if self.form == "linear" else weight.double().t()
+        rows = x.double()
+        out = rows @ wide.t()
+        spread = (rows.square() @ wide.square().t()).sqrt()
+        if self.bias:
+            bias = values[self.bias].double()
+            out, spread = out + bias, spread + bias.abs()
+        narrow, accumulate = _eps(weight.dtype, weight.device), _eps(torch.float32, weight.device)
+        factor = 4 * narrow + 2 * math.sqrt(wide.shape[1]) * min(accumulate, narrow)
+        return out, factor * (out.abs() + spread)
+
+
+def twin_tolerance(reference: torch.Tensor) -> torch.Tensor:
+    """Per element: the same code on the same values may differ by rounding in another order, no more."""
+    wide = reference.double()
+    return 4 * _eps(reference.dtype, reference.device) * (wide.abs() + wide.square().mean().sqrt())
+
+
+def call(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The module's output on `x`, or None where it cannot be called so."""
+    try:
+        with torch.no_grad():
+            y = host.apply(module, x)
+    except LOADER_ERRORS:
+        return None
+    return y.detach().clone() if isinstance(y, torch.Tensor) and y.numel() else None
+
+
+def find(
+    host: RankHost, module: nn.Module, values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]
+) -> Probe | None:
+    """A way to call `module`, which holds canonical `values` by name. `first_row` maps names to (first global row,
+    number of sent rows) on this rank. None when no input is accepted."""
+    for probe in _candidates(values, first_row):
+        x = probe.inputs(next(iter(values.values())).device)
+        y = call(host, module, x)
+        if y is not None:
+            return _with_form(probe, x, y, values)
+    return None
+
+
+def _candidates(values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]) -> list[Probe]:
+    # the largest parameter says most about the inputs: a matrix before its bias and its scales
+    ordered = sorted(values.items(), key=lambda item: -item[1].numel())
+    count = ROWS
+    for _, value in ordered:
+        if value.dim() > 2:
+            count = max(count, min(2 * value.shape[0] + 1, MAX_ROWS))
+    out: list[Probe] = []
+    for name, value in ordered:
+        if value.dim() == 2:
+            start, rows = first_row.get(name, (0, value.shape[0]))
+            out.append(Probe("ids", rows, count, torch.int64, start))
+    for _, value in ordered:
+        floating = value.dtype if value.is_floating_point() and value.element_size() > 1 else torch.float32
+        for size in dict.fromkeys(reversed(value.shape)):
+            out.extend(Probe("rows", size, count, dtype) for dtype in dict.fromkeys((floating, torch.float32)))
+    return out
+
+
+def _with_form(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Probe:
+    """The simplest reference that describes what the module did with `x`."""
+    matrices = [name for name, value in values.items() if value.dim() == 2 and value.is_floating_point()]
+    vectors = [name for name, value in values.items() if value.dim() == 1 and value.is_floating_point()]
+    forms = ("rows",) if probe.kind == "ids" else ("linear", "turned")
+    for weight in matrices:
+        for form in forms:
+            for bias in ("",) if form == "rows" else ("", *vectors):
+                tried = replace(probe, form=form, weight=weight, bias=bias)
+                if matches(tried, x, y, values) is None:
+                    return tried
+    return probe
+
+
+def matches(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str, torch.Tensor]) -> str | None:
+    """None when `y` is what `values` give, else how far off it is."""
+    try:
+        want, limit = probe.reference(x, values)
+    except (RuntimeError, IndexError) as error:
+        return str(error)
+    return deviation(y, want, limit)
+
+
+def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str | None:
+    """None when |y - want| <= limit everywhere, else a text that says where it is worst."""
+    if y.shape != want.shape:
+        return f"output of shape {tuple(y.shape)} instead of {tuple(want.shape)}"
+    if torch.equal(y, want.to(y.dtype)):
+        return None
+    off = (y.double() - want.double()).abs()
+    bad = ~(off <= limit)
+    same = torch.isnan(y.double()) & torch.isnan(want.double())
+    bad &= ~same
+    bad &= ~(y.double() == want.double())  # equal infinities have no finite difference
+    if not bool(bad.any()):
+        return None
+    worst = int(torch.where(bad, torch.nan_to_num(off, nan=torch.inf), -1.0).argmax())
+    at = tuple(int(k) for k in torch.unravel_index(torch.tensor(worst), off.shape))
+    got, expected = float(y.double()[at]), float(want.double()[at])
+    return f"{int(bad.sum())} of {y.numel()} outputs off, at {at} {got:.6g} instead of {expected:.6g}"
+
+
+def random_values(shapes: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Values like those of each tensor's kind, different for each seed: experiments tell versions apart by them."""
+    out: list[torch.Tensor] = []
+    for k, like in enumerate(shapes):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
+        if like.is_floating_point():
+            noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+        else:
+            noise = torch.randint(0, 2 if like.dtype is torch.bool else 100, like.shape, generator=generator)
+        out.append(noise.to(dtype=like.dtype).to(like.device))
+    return out
+
+
+def _eps(dtype: torch.dtype, device: torch.device) -> float:
+    if dtype is torch.float32 and device.type == "cuda":
+        return 2.0**-11  # matrix units may round inputs of fp32 products to tf32
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge import digest
+from bridge.arena import Arena, Seal
+from bridge.digest import CHUNK, check_slot, digest_slot, root_digest, seal_slot, tensor_digest
+from bridge.errors import DigestMismatch
+from bridge.manifest import TensorInfo, lay_out
+
+INFOS = [
+    TensorInfo("small.0", "fp32", (33,)),
+    TensorInfo("big", "uint8", (2 * CHUNK + 77,)),
+    TensorInfo("empty", "bf16", (0,)),
+    TensorInfo("middle.0", "bf16", (40_000,)),
+    TensorInfo("exact", "uint8", (CHUNK,)),
+    TensorInfo("scalar", "fp32", ()),
+    TensorInfo("middle.1", "bf16", (40_000,)),
+    *(TensorInfo(f"small.{i}", "fp16", (i,)) for i in range(1, 30)),
+]
+MANIFEST = lay_out(INFOS)
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    with Arena.create(MANIFEST, name="test", directory=tmp_path) as made:
+        rng = np.random.default_rng(0)
+        made.flat(0)[:] = rng.integers(0, 256, MANIFEST.nbytes, dtype=np.uint8)
+        seal_slot(made, 0, 3, digest_slot(made, 0))
+        yield made
+    made.unlink()
+
+
+def test_a_small_tensor_is_plain_xxh3() -> None:
+    # pinned: a peer of another release has to compute the same
+    assert tensor_digest(b"weights") == xxhash.xxh3_64_intdigest(b"weights").to_bytes(8, "little")
+    assert tensor_digest(b"").hex() == "c28d4a4b1ac5d12d"
+
+
+def test_a_large_tensor_is_the_digest_of_its_chunks() -> None:
+    data = bytes(range(256)) * (CHUNK // 256) + b"tail"
+    parts = b"".join(xxhash.xxh3_64_intdigest(p).to_bytes(8, "little") for p in (data[:CHUNK], data[CHUNK:]))
+    assert tensor_digest(data) == xxhash.xxh3_64_intdigest(parts).to_bytes(8, "little")
+    assert tensor_digest(data) == digest.fold(
+        [digest.chunk_digest(data[:CHUNK]), digest.chunk_digest(data[CHUNK:])]
+    ).to_bytes(8, "little")
+
+
+def test_one_chunk_folds_to_itself() -> None:
+    data = bytes(100)
+    assert digest.fold([digest.chunk_digest(data)]).to_bytes(8, "little") == tensor_digest(data)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_slot_is_digested_tensor_by_tensor(arena: Arena, threads: int) -> None:
+    one_by_one = b"".join(tensor_digest(bytes(view)) for view in arena.views(0))
+    assert digest_slot(arena, 0, threads) == one_by_one
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+def test_one_flipped_bit_names_its_tensor(arena: Arena, info: TensorInfo, threads: int) -> None:
+    spec = MANIFEST.by_name[info.name]
+    if not spec.nbytes:
+        return
+    assert check_slot(arena, 0, threads).version == 3
+    arena.flat(0)[spec.offset + spec.nbytes - 1] ^= 1
+    with pytest.raises(DigestMismatch, match=info.name) as caught:
+        check_slot(arena, 0, threads)
+    assert caught.value.names == (info.name,)
+    index = MANIFEST.tensors.index(spec)
+    seal = arena.seal_of(0)
+    assert seal is not None
+    assert caught.value.expected == seal.digests[8 * index : 8 * index + 8].hex()
+    assert caught.value.got == tensor_digest(bytes(arena.views(0)[index])).hex()
+    arena.flat(0)[spec.offset + spec.nbytes - 1] ^= 1
+
+
+def test_every_differing_tensor_is_listed(arena: Arena) -> None:
+    for name in ("scalar", "big", "small.7"):
+        arena.flat(0)[MANIFEST.by_name[name].offset] ^= 0xFF
+    with pytest.raises(DigestMismatch) as caught:
+        check_slot(arena, 0)
+    assert caught.value.names == ("big", "scalar", "small.7")
+
+
+def test_swapped_rows_are_seen(arena: Arena) -> None:
+    arena.tensors(0)[1][:CHUNK], arena.tensors(0)[1][CHUNK : 2 * CHUNK] = (
+        arena.tensors(0)[1][CHUNK : 2 * CHUNK].clone(),
+        arena.tensors(0)[1][:CHUNK].clone(),
+    )
+    with pytest.raises(DigestMismatch) as caught:
+        check_slot(arena, 0, 2)
+    assert caught.value.names == ("big",)
+
+
+def test_an_unsealed_slot_is_refused(arena: Arena) -> None:
+    with pytest.raises(DigestMismatch, match="not sealed"):
+        check_slot(arena, 1)
+    arena.begin(0)
+    with pytest.raises(DigestMismatch, match="not sealed"):
+        check_slot(arena, 0)
+
+
+def test_digests_that_are_not_those_of_the_root_are_refused(arena: Arena) -> None:
+    digests = digest_slot(arena, 0)
+    arena.seal(0, Seal(3, bytes(16), digests))
+    with pytest.raises(DigestMismatch, match="root"):
+        check_slot(arena, 0)
+
+
+@given(st.permutations(range(4)))
+def test_the_root_sees_the_order(order: list[int]) -> None:
+    digests = [bytes([i]) * 8 for i in range(4)]
+    manifest = lay_out(TensorInfo(f"t{i}", "fp32", (2,)) for i in range(4))
+    root = root_digest(manifest, b"".join(digests))
+    assert (root_digest(manifest, b"".join(digests[i] for i in order)) == root) == (order == [0, 1, 2, 3])
+    assert len(root) == 16
+
+
+def test_the_root_sees_names_dtypes_shapes_and_offsets() -> None:
+    manifests = [
+        lay_out([TensorInfo("a", "fp32", (2, 3))]),
+        lay_out([TensorInfo("b", "fp32", (2, 3))]),
+        lay_out([TensorInfo("a", "int32", (2, 3))]),
+        lay_out([TensorInfo("a", "fp32", (3, 2))]),
+    ]
+    roots = [root_digest(manifest, bytes(8)) for manifest in manifests]
+    assert all(a != b for a, b in itertools.combinations(roots, 2))
+
+
+def test_a_model_without_tensors_has_a_digest_too(tmp_path: Path) -> None:
+    manifest = lay_out([])
+    with Arena.create(manifest, name="x", directory=tmp_path) as arena:
+        assert digest_slot(arena, 0, 2) == b""
+        seal_slot(arena, 0, 1, b"")
+        assert check_slot(arena, 0).version == 1

@@ -1,0 +1,95 @@
+"""What several rooms of the tests share: tiny real models, their checkpoints, engines and bridges."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Two cores are shared by everything that runs here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Journals of a test never meet those of the user."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_in_shared_memory() -> Iterator[None]:
+    """Every test session ends with as many of our files in shared memory as it began with."""
+    before = _ours()
+    yield
+    left = _ours() - before
+    if left:
+        raise AssertionError(f"left in shared memory: {sorted(left)}")
+
+
+def _ours() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("weighbridge")}
+
+
+def tiny_qwen2(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A random Qwen2 with awkward sizes: q/k/v biases, grouped KV heads, a vocabulary that needs padding."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        **{
+            "vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+            "tie_word_embeddings": tied, **changes,
+        }
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model.to(dtype).eval()
+
+
+def tiny_qwen3_moe(*, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **{
+            "vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "moe_intermediate_size": 24,
+            "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 256, "norm_topk_prob": True, **changes,
+        }
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(config).to(dtype).eval()
+
+
+def perturb(model: Any, seed: int = 1, scale: float = 0.05) -> None:
+    """An optimiser's step: every parameter moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_((noise * scale).to(parameter.dtype))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint(model)` saves a model once and gives its folder."""
+
+    def save(model: Any) -> Path:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        model.save_pretrained(folder)
+        return folder
+
+    return save

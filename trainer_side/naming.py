@@ -1,0 +1,308 @@
+"""Live name -> canonical name: what a trainer's module tree calls a tensor, and what its checkpoint calls it.
+
+Wrappers (torch.compile, data parallel, FSDP, activation checkpointing) only add segments to names. transformers >= 5
+also *stores* some weights otherwise than the checkpoint does: experts fused into 3-D tensors, renamed prefixes,
+interleaved stacks. Nothing here knows such a table: transformers' own `revert_weight_conversion` is run once on meta
+stand-ins of the live tensors under a `Recorder`, and what comes out says for each checkpoint tensor which regions of
+which live tensors it is made of. A push then only copies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from bridge.dtypes import dtype_name
+from bridge.errors import ConfigError, IntegrityError, MissingTensor
+from bridge.manifest import TensorInfo
+from bridge.plan import Region, dense
+from bridge.recorder import Recorder
+
+RESERVED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Segments that only a wrapper puts into a name; no model names a submodule so."""
+ROOT_WRAPPER = "module"
+"""What data-parallel wrappers call the model inside; also an ordinary name for a submodule, so structure decides."""
+
+StateDict = dict[str, torch.Tensor]
+Revert = Callable[[nn.Module, StateDict], StateDict]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements `source` of the live tensor are elements `dest` of the canonical one.
+
+    Both regions count in the row-major order of their tensor, whatever its strides, and have the same shape.
+    """
+
+    live: str
+    source: Region
+    dest: Region
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalTensor:
+    """One tensor of the checkpoint and the live tensors it is made of."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.name, dtype_name(self.dtype, self.name), self.shape, self.aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A parameter or persistent buffer as the model holds it, by its name without wrappers."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    buffer: bool
+
+
+@dataclass(frozen=True)
+class CanonicalMap:
+    """How one model's live tensors make up its checkpoint. Made once per bound model by `bake_names`.
+
+    Attributes:
+        tensors: in the order of the live tensors.
+        live: every live tensor that travels, by clean name; a tie is listed once.
+        ties: clean name of a tied live tensor -> the clean name that stands for it in `live`.
+        raw: name with wrappers, as the bound model's own `named_parameters` gives it -> clean name.
+        ignored: live tensors that the checkpoint does not hold.
+    """
+
+    tensors: tuple[CanonicalTensor, ...]
+    live: Mapping[str, LiveTensor]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    raw: Mapping[str, str] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+
+    @cached_property
+    def by_name(self) -> Mapping[str, CanonicalTensor]:
+        """Canonical name or alias -> tensor."""
+        return {name: tensor for tensor in self.tensors for name in (tensor.name, *tensor.aliases)}
+
+    @cached_property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """What a full push of the model is expected to announce."""
+        return tuple(tensor.info for tensor in self.tensors)
+
+    def resolve(self, name: str) -> str | None:
+        """The clean name of a live tensor under any name that an iterable over the model, wrapped or not, may give it;
+        None for a name that is not the model's. Ties are not resolved."""
+        clean = self.raw.get(name)
+        if clean is None and (name in self.live or name in self.ties or name in self.ignored):
+            return name
+        if clean is None:
+            bare = canonical_unbound(name)
+            clean = bare if bare != name and (bare in self.live or bare in self.ties or bare in self.ignored) else None
+        return clean
+
+
+def canonical_unbound(name: str) -> str:
+    """A name without its wrappers' segments, when no model is bound to look at.
+
+    Reserved segments go wherever they stand; `module` goes only where it leads, since deeper down it may be a
+    submodule's own name.
+    """
+    segments = [s for s in name.split(".") if s not in RESERVED]
+    while len(segments) > 1 and segments[0] == ROOT_WRAPPER:
+        segments = segments[1:]
+    return ".".join(segments)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside any chain of wrappers around it."""
+    while (inner := _wrapped_child(model, root=True)) is not None:
+        model = model.get_submodule(inner)
+    return model
+
+
+def _wrapped_child(module: nn.Module, *, root: bool) -> str | None:
+    """The name of the one child that a wrapper wraps; None for a module that is no wrapper."""
+    for name in module._modules:
+        if name in RESERVED:
+            return name
+    if ROOT_WRAPPER not in module._modules:
+        return None
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return ROOT_WRAPPER
+    # A root that holds nothing but one `module` forwards to it: a data-parallel engine of some framework.
+    alone = len(module._modules) == 1 and not module._parameters and not module._buffers
+    return ROOT_WRAPPER if root and alone else None
+
+
+def bake_names(model: nn.Module) -> CanonicalMap:
+    """Read the names, ties and persistent buffers of a model and how its checkpoint holds them.
+
+    Called once when a model is bound; reads no values, copies nothing, takes milliseconds to a second. Works for any
+    module; for a transformers >= 5 model the checkpoint form is the one its `save_pretrained` writes.
+
+    Raises ConfigError for a model without tensors; IntegrityError when transformers computes a checkpoint tensor in a
+    way that is not copying, naming it.
+    """
+    entries = list(_live_tensors(model))
+    if not entries:
+        raise ConfigError("the model has no parameters", got=type(model).__name__, remedy="bind the model itself")
+    inner = unwrapped(model)
+    tensors = {clean: tensor for _, clean, tensor, _ in entries}
+    dropped = _never_saved(inner) & tensors.keys()
+    ties = _ties({n: t for n, t in tensors.items() if n not in dropped}, _declared_ties(inner))
+    buffers = {clean for _, clean, _, buffer in entries if buffer}
+    kept = {n: t for n, t in tensors.items() if n not in ties and n not in dropped}
+    baked = _bake(inner, kept, ties)
+    used = {piece.live for tensor in baked for piece in tensor.pieces}
+    order = {name: k for k, name in enumerate(kept)}
+    baked.sort(key=lambda t: min((order[p.live] for p in t.pieces), default=0))
+    return CanonicalMap(
+        tensors=tuple(baked),
+        live={n: LiveTensor(n, tuple(t.shape), t.dtype, n in buffers) for n, t in kept.items() if n in used},
+        ties={alias: name for alias, name in ties.items() if name in used},
+        raw={raw: clean for raw, clean, _, _ in entries},
+        ignored=frozenset(tensors.keys() - used - ties.keys()) | {a for a, n in ties.items() if n not in used},
+    )
+
+
+def _live_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
+    """(name with wrappers, clean name, tensor, is a buffer) of every parameter and persistent buffer, ties included."""
+    for prefix, clean_prefix, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield prefix + name, clean_prefix + name, parameter, False
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield prefix + name, clean_prefix + name, buffer, True
+
+
+def walk(
+    module: nn.Module, prefix: str = "", clean: str = "", *, root: bool = True
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """(prefix with wrappers, prefix without, module) of every module, shared ones under each of their names.
+
+    A wrapper's own hop adds nothing to the clean prefix.
+    """
+    yield prefix, clean, module
+    hop = _wrapped_child(module, root=root)
+    for name, child in module._modules.items():
+        if child is not None:
+            below = clean if name == hop else f"{clean}{name}."
+            yield from walk(child, f"{prefix}{name}.", below, root=root and name == hop)
+
+
+def _ties(tensors: Mapping[str, torch.Tensor], declared: frozenset[str]) -> dict[str, str]:
+    """Tied name -> the name that stands for it: the first that the model does not declare as tied to another."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(_identity(name, tensor), []).append(name)
+    ties: dict[str, str] = {}
+    for names in groups.values():
+        kept = next((n for n in names if n not in declared), sorted(names)[-1])
+        ties.update({name: kept for name in names if name != kept})
+    return ties
+
+
+def _identity(name: str, tensor: torch.Tensor) -> object:
+    """Equal for two tensors that are the same elements of one storage."""
+    if tensor.numel() == 0:
+        return name
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _declared_ties(model: nn.Module) -> frozenset[str]:
+    """Names that a transformers model declares as tied to another one: save_pretrained leaves those out."""
+    declared = getattr(model, "all_tied_weights_keys", None)
+    return frozenset(map(str, declared)) if isinstance(declared, Mapping) else frozenset()
+
+
+def _never_saved(model: nn.Module) -> set[str]:
+    """Names that a transformers model leaves out of its checkpoint."""
+    keys: Iterable[str] | None = getattr(model, "_keys_to_ignore_on_save", None) if _is_transformers(model) else None
+    return set(keys or ())
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether a model is transformers' own; without importing transformers for one that is not."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
+def _revert(model: nn.Module) -> Revert | None:
+    """transformers' own way back from live tensors to checkpoint tensors; None where live and checkpoint agree."""
+    if not _is_transformers(model):
+        return None
+    try:
+        library = importlib.import_module("transformers.core_model_loading")
+    except ModuleNotFoundError:  # transformers < 5 stores what the checkpoint holds
+        return None
+    revert: Revert = library.revert_weight_conversion
+    return revert
+
+
+def _bake(model: nn.Module, kept: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> list[CanonicalTensor]:
+    stand_ins = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in kept.items()}
+    revert = _revert(model)
+    aliases: dict[str, list[str]] = {}
+    if revert is None:
+        for alias, name in ties.items():
+            aliases.setdefault(name, []).append(alias)
+        return [_whole(name, t, tuple(aliases.get(name, ()))) for name, t in stand_ins.items()]
+    plain = _traced(revert, model, stand_ins, stand_ins)
+    if ties:
+        known = {tensor.name for tensor in plain}
+        by_pieces = {_content(tensor): tensor.name for tensor in plain}
+        for tensor in _traced(revert, model, stand_ins, stand_ins | {a: stand_ins[n] for a, n in ties.items()}):
+            same = by_pieces.get(_content(tensor))
+            if tensor.name not in known and same is not None:
+                aliases.setdefault(same, []).append(tensor.name)
+    return [CanonicalTensor(t.name, t.dtype, t.shape, t.pieces, tuple(aliases.get(t.name, ()))) for t in plain]
+
+
+def _content(tensor: CanonicalTensor) -> object:
+    return tensor.shape, tensor.dtype, frozenset(tensor.pieces)
+
+
+def _whole(name: str, tensor: torch.Tensor, aliases: tuple[str, ...]) -> CanonicalTensor:
+    shape = tuple(tensor.shape)
+    return CanonicalTensor(name, tensor.dtype, shape, (Piece(name, dense(shape), dense(shape)),), aliases)
+
+
+def _traced(revert: Revert, model: nn.Module, sources: StateDict, state: StateDict) -> list[CanonicalTensor]:
+    """Run the conversion on stand-ins and ask of each result where it comes from."""
+    with Recorder(sources) as recorder:
+        results = revert(model, dict(state))
+    baked = []
+    for name, tensor in results.items():
+        found = recorder.provenance(tensor)
+        if found.taint is not None or found.fills:
+            raise IntegrityError(
+                "transformers' conversion to checkpoint form computes this tensor instead of copying it",
+                where=name,
+                expected="every element copied from one live tensor",
+                got=found.taint or "a constant",
+                remedy="push without binding this model, giving checkpoint names and tensors",
+                names=(name,),
+            )
+        pieces = tuple(Piece(live, origin, held) for live, held, origin in found.pieces)
+        if tensor.numel() == 0:
+            pieces = _empty_piece(name, tensor, state)
+        baked.append(CanonicalTensor(name, tensor.dtype, tuple(tensor.shape), pieces))
+    return baked
+
+
+def _empty_piece(name: str, tensor: torch.Tensor, state: StateDict) -> tuple[Piece, ...]:
+    """A tensor without elements has no provenance; it stands for the live tensor of its name."""
+    if name not in state:
+        raise MissingTensor("an empty tensor whose live name is unknown", where=name, names=(name,))
+    return (Piece(name, dense(tuple(state[name].shape)), dense(tuple(tensor.shape))),)
