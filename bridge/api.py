@@ -7,7 +7,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,7 +22,7 @@ from bridge.errors import ConfigError
 from bridge.health import HealthReport
 from bridge.ledger import Ledger
 from bridge.messages import FromCoordinator, FromEngine, ToCoordinator, ToEngine
-from bridge.ports import TrainerPort
+from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
 from bridge.push import Bridge, Named
 
 
@@ -80,15 +80,18 @@ def launch(
     config = from_environment()
     daemon.ensure_ray()
     coordinator, ports = daemon.start(name, [(engine, engine_args)] * engines, config)
-    trainer: TrainerPort = sides.load(sides.TRAINER)()
-    return _remember(Bridge(name, coordinator, ports, trainer, config), model)
+    return _remember(_on_ray(name, coordinator, ports), model)
 
 
 def connect(name: str = "default", *, model: torch.nn.Module | None = None) -> Bridge:
     """Connect to a running daemon. Raises NotFound, naming those that run."""
     coordinator, ports = daemon.find(name)
+    return _remember(_on_ray(name, coordinator, ports), model)
+
+
+def _on_ray(name: str, coordinator: CoordinatorPort, engines: Sequence[EnginePort]) -> Bridge:
     trainer: TrainerPort = sides.load(sides.TRAINER)()
-    return _remember(Bridge(name, coordinator, ports, trainer, from_environment()), model)
+    return Bridge(name, coordinator, engines, trainer, from_environment(), on_shutdown=lambda: daemon.stop(name))
 
 
 def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | None = None) -> Bridge:
@@ -98,6 +101,7 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     Raises ConfigError for an object that nobody knows how to load.
     """
     config = from_environment()
+    trainer: TrainerPort = sides.load(sides.TRAINER)()
     adapter = sides.load(sides.ADAPT)(engine)
     node = socket.gethostname()
     service = sides.load(sides.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
@@ -105,7 +109,6 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     state = None if name else Path(tempfile.mkdtemp(prefix="weighbridge-"))
     port = LocalPort[ToEngine, FromEngine]("engine0", service.handle)
     coordinator = Coordinator(chosen, [port], Ledger.open(chosen, directory=state), node=node, shm_dir=config.shm_dir)
-    trainer: TrainerPort = sides.load(sides.TRAINER)()
 
     def detach() -> None:
         coordinator.close()

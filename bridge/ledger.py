@@ -80,7 +80,7 @@ class EngineEntry:
     serving: int | None
 
 
-Version = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Version = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", kw_only=True):

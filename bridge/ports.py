@@ -93,3 +93,7 @@ class TrainerPort(Protocol):
     def storages(self) -> frozenset[int]:
         """Addresses of the storages of the bound model and of the last snapshot."""
         ...
+
+    def close(self) -> None:
+        """Stop the copying threads and let go of the arena. Idempotent."""
+        ...

@@ -34,12 +34,10 @@ from bridge.messages import (
     BeginRequest,
     Begun,
     CancelRequest,
-    CloseRequest,
     DaemonIs,
     Done,
     EngineGenerate,
     EngineGenerated,
-    EngineInfo,
     Explained,
     ExplainRequest,
     Finished,
@@ -162,6 +160,7 @@ class Bridge:
         config: Config,
         *,
         on_close: Callable[[], None] | None = None,
+        on_shutdown: Callable[[], None] | None = None,
         guard: Callable[[frozenset[int]], None] | None = None,
         state: Path | None = None,
     ) -> None:
@@ -171,6 +170,7 @@ class Bridge:
         self._coordinator = coordinator
         self._trainer = trainer
         self._on_close = on_close
+        self._on_shutdown = on_shutdown
         self._guard = guard
         self._state = state
         self._pushing = threading.Lock()
@@ -384,6 +384,7 @@ class Bridge:
         if self._closed:
             return
         self._closed = True
+        self._trainer.close()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -395,14 +396,14 @@ class Bridge:
                 self._lease.release()
                 self._lease = None
 
-    # ---- inside -----------------------------------------------------------------------------------------------------
-
     def shutdown(self) -> None:
-        """Stop the daemon: engines gracefully, shared memory unlinked. Used by `weighbridge down` and `attach`."""
-        self._coordinator.call(CloseRequest(), Deadline.after(CALL_TIMEOUT_S))
+        """Close this Bridge and stop its daemon: engines gracefully, shared memory unlinked, and the local Ray if we
+        started it and nothing else of ours runs there. What `weighbridge down` does. For `attach` the same as close."""
+        self.close()
+        if self._on_shutdown is not None:
+            self._on_shutdown()
 
-    def infos(self) -> tuple[EngineInfo, ...]:
-        return self.status().engines
+    # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _call(self, request: ToCoordinator, kind: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
         self._require_open()

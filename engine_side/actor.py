@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ class EngineActor:
         # Ray's num_cpus=0 leaves one OpenMP thread; say what we want instead (transports.md 10)
         torch.set_num_threads(threads)
         adapter = host(spec, unpack(arguments, dict[str, Any]))
-        folder = Path(spec.partition(":")[2])
-        self._service = EngineService(engine_id, adapter, node=_node(), checkpoint=folder, threads=threads)
+        self._service = EngineService(engine_id, adapter, node=_node(), threads=threads)
 
     def call(self, frame: bytes) -> bytes:
         """One request, one reply. Never raises for an error of ours: it comes back as Refused."""

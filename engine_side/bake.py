@@ -1,14 +1,14 @@
 """Ask the engine's own loader, once, where every element of a checkpoint goes.
 
 `bake` runs the loader of a meta skeleton on meta stand-ins of the announced tensors under a `Recorder`; the recorded
-moves are the plan, and interval arithmetic proves that each engine element is written exactly once. `bind` finds the live
-tensor of each target by module path. Nothing here touches a live weight; both run once per plan, never in steady state.
+moves are the plan, and interval arithmetic proves that each engine element is written exactly once. `bind` finds the
+live module of each skeleton module by path. Nothing here touches a live weight; both run once per plan.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +104,8 @@ class Trace:
 def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) -> Baked:
     """Trace the loader of `host` on `infos` (global shapes). Once per plan; milliseconds, no weight memory.
 
-    With `partial` only the targets that are written count: a subset of the model is meant. Weights that do not fit are
-    no exception here but `Baked.problems`. Raises ConfigError when the loader fails for a reason that no tensor explains.
+    With `partial` a subset of the model is meant: elements that nothing reaches are no problem. Weights that do not fit
+    are no exception here but `Baked.problems`. Raises ConfigError when the loader fails and no tensor explains it.
     """
     wanted = tuple(infos)
     offenders: dict[str, BridgeError] = {}
@@ -115,7 +115,7 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     coverage = dest_coverage(plan)
     problems = list(offenders.values())
     problems.extend(diagnose.broadcasts(plan.moves, {i.name: i for i in wanted}))
-    problems.extend(diagnose.uncovered(plan, coverage, wanted))
+    problems.extend(diagnose.uncovered(plan, coverage, wanted, partial))
     sources = {path: names for path, (_, names) in native.items()}
     used = {move.tensor for move in plan.moves}.union(offenders, *sources.values())
     return Baked(
@@ -151,7 +151,7 @@ def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Target
                     continue
                 tensor = _to_meta(module, name, tensor, buffer)
             path = f"{module_path}.{name}" if module_path else name
-            key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
             first = seen.setdefault(key, path) if tensor.numel() else path
             places.append(Place(module_path, name, first, buffer))
             if first == path:
@@ -327,36 +327,13 @@ def _to_meta(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool) -
 # ---- binding -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A skeleton place and the live module that holds it."""
-
-    place: Place
-    module: nn.Module
-
-    @property
-    def tensor(self) -> torch.Tensor | None:
-        """What the live module holds under that name now."""
-        found = self.module._parameters.get(self.place.name)
-        if found is None:
-            found = self.module._buffers.get(self.place.name)
-        if found is None:
-            plain = self.module.__dict__.get(self.place.name)
-            found = plain if isinstance(plain, torch.Tensor) else None
-        return found
-
-
-def bind(skeleton: nn.Module, live: nn.Module, places: Sequence[Place]) -> tuple[Bound, ...]:
-    """The live module of every place, by module path, walking through any chain of `base_layer` wrappers.
+def bind(skeleton: nn.Module, live: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """The live module of every skeleton path, walking through any chain of `base_layer` wrappers at each hop.
 
     Raises ConfigError, naming the path and the live class, where a hop is missing. Whether the live module holds the
-    *name* is not asked here: post-load may have taken it away.
+    same names is not asked here: post-load may have taken them away.
     """
-    found: dict[str, nn.Module] = {}
-    for place in places:
-        if place.module not in found:
-            found[place.module] = find_live(skeleton, live, place.module)
-    return tuple(Bound(place, found[place.module]) for place in places)
+    return {path: find_live(skeleton, live, path) for path in paths}
 
 
 def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
@@ -380,7 +357,7 @@ def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
 
 
 def _unwrapped(live: nn.Module, skeleton: nn.Module) -> nn.Module:
-    """`live` behind its wrappers. A skeleton module that has a `base_layer` of its own is no wrapper to walk through."""
+    """`live` behind its wrappers; a skeleton module with a `base_layer` of its own is walked into by name instead."""
     while "base_layer" not in skeleton._modules:
         inner = live._modules.get("base_layer")
         if inner is None:

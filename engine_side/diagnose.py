@@ -1,7 +1,7 @@
 """Say what is wrong with weights that an engine's loader did not take, in the words of the sender.
 
-Mechanism only: which tensor is found in the frames of the exception, whether the loader had already chosen a destination
-tells an unknown name from a wrong shape, and the likely name of a missing tensor is read off a sibling that was written.
+Mechanism only: which tensor it was is found in the frames of the exception, whether the loader had already chosen a
+destination tells an unknown name from a wrong shape, and the likely name of a missing tensor is read off a sibling.
 """
 
 from __future__ import annotations
@@ -166,11 +166,11 @@ def broadcasts(moves: Sequence[Move], infos: Mapping[str, TensorInfo]) -> Iterat
         )
 
 
-def uncovered(plan: RankPlan, coverage: Coverage, infos: Sequence[TensorInfo]) -> Iterator[BridgeError]:
-    """Missing and duplicate writes as errors, the ones that name a tensor first."""
+def uncovered(plan: RankPlan, coverage: Coverage, infos: Sequence[TensorInfo], partial: bool) -> Iterator[BridgeError]:
+    """Duplicate and missing writes as errors; in a partial plan what nothing reaches is not missing."""
     if coverage.overlaps:
         yield _overlap(plan, coverage)
-    if not coverage.holes:
+    if partial or not coverage.holes:
         return
     sent = {i.name for i in infos} | {alias for i in infos for alias in i.aliases}
     likely = {path: likely_names(plan, path, sent) for path in coverage.holes}
@@ -245,9 +245,8 @@ def _span(move: Move, numel: int) -> tuple[float, float]:
 
 def _hole_spans(plan: RankPlan, path: str) -> list[tuple[float, float]]:
     numel = next(t.numel for t in plan.targets if t.path == path)
-    runs = sorted(
-        (int(a), int(b)) for item in (*plan.moves, *plan.fills) if item.target == path for a, b in runs_of(item.dest)
-    )
+    dests = [m.dest for m in plan.moves if m.target == path] + [f.dest for f in plan.fills if f.target == path]
+    runs = sorted((int(a), int(b)) for dest in dests for a, b in runs_of(dest))
     spans: list[tuple[float, float]] = []
     at = 0
     for start, end in [*runs, (numel, numel)]:

@@ -7,7 +7,7 @@ attributes level compares: object, address, strides, dtype, shape, class, attrib
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import is_
 from types import MethodType
@@ -34,19 +34,16 @@ def copy_or_rebind_param(
 ) -> Outcome:
     """Make `module.name` hold `value`, touching as little as possible. Blocks; no collective.
 
-    Same shape, dtype and device: the value is copied into the live storage (COPIED), also when it is a view of that very
-    storage. Otherwise the storage is swapped under the same object (REBOUND). A name that is absent, or registered as
-    None, becomes a Parameter (CREATED) with the class, attributes and `requires_grad` of `like`. A buffer stays a buffer,
-    a plain tensor attribute stays one. Sharding attributes follow when the value is the transpose of what was there.
+    Same shape, dtype and device: the value is copied into the live storage (COPIED), also when it is a view of that
+    very storage. Otherwise the storage is swapped under the same object (REBOUND). A name that is absent, or registered
+    as None, becomes a Parameter (CREATED) with the class, attributes and `requires_grad` of `like`. A buffer stays a
+    buffer, a plain tensor attribute stays one. Sharding attributes follow when the value is the transpose of what was
+    there.
 
     Called by the loader after an engine's own post-load step. Raises ConfigError when the storage cannot be swapped.
     """
     new = value.detach()
-    old = module._parameters.get(name)
-    if old is None:
-        old = module._buffers.get(name)
-    if old is None and isinstance(plain := module.__dict__.get(name), torch.Tensor):
-        old = plain
+    old = held(module, name)
     if old is None:
         _create(module, name, new, like)
         return Outcome.CREATED
@@ -60,6 +57,15 @@ def copy_or_rebind_param(
     if swapped is not None:
         _follow_transpose(old, *swapped)
     return outcome
+
+
+def held(module: nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter, buffer or plain tensor attribute of that name, if there is one."""
+    for registry in (module._parameters, module._buffers, module.__dict__):
+        found = registry.get(name)
+        if isinstance(found, torch.Tensor):
+            return found
+    return None
 
 
 def twin_parameter(
@@ -109,7 +115,7 @@ def _swap_storage(old: torch.Tensor, new: torch.Tensor, where: str) -> None:
     except (RuntimeError, TypeError):
         # another device or layout: `.data =` refuses, exchanging the implementations under the object does not
         try:
-            torch.utils.swap_tensors(old, twin_parameter(old, new))
+            torch.utils.swap_tensors(old, twin_parameter(old, new))  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ConfigError(
                 "the storage of a live parameter cannot be swapped",
@@ -212,19 +218,24 @@ class AttributeSnapshot:
     entries: dict[str, Fingerprint]
     _watches: list[_Watch] = field(default_factory=list, repr=False)
     _root: nn.Module | None = field(default=None, repr=False)
+    _modules: Container[int] | None = field(default=None, repr=False)
 
     @classmethod
-    def take(cls, root: nn.Module) -> AttributeSnapshot:
-        """Walk `root` once. Costs about 10 us per tensor; taken when a plan is compiled."""
+    def take(cls, root: nn.Module, modules: Container[int] | None = None) -> AttributeSnapshot:
+        """Walk `root` once. Costs about 10 us per tensor; taken when a plan is compiled.
+
+        `modules` (ids) restricts the entries to what hangs on these modules; their aliases elsewhere in `root` count.
+        """
         found = list(_tensors(root))
         shared: dict[int, list[str]] = {}
-        for path, _, _, tensor, _ in found:
+        for path, _, _, tensor, _, _ in found:
             shared.setdefault(id(tensor), []).append(path)
+        found = [entry for entry in found if modules is None or entry[5] in modules]
         entries = {
-            path: _fingerprint(tensor, buffer, tuple(shared[id(tensor)])) for path, _, _, tensor, buffer in found
+            path: _fingerprint(tensor, buffer, tuple(shared[id(tensor)])) for path, _, _, tensor, buffer, _ in found
         }
-        watches = [_watch(path, registry, name, tensor) for path, registry, name, tensor, _ in found]
-        return cls(entries, watches, root)
+        watches = [_watch(path, registry, name, tensor) for path, registry, name, tensor, _, _ in found]
+        return cls(entries, watches, root, modules)
 
     def unchanged(self) -> bool:
         """Is every entry still what it was, about 1 us each? Does not see entries that were added."""
@@ -234,7 +245,7 @@ class AttributeSnapshot:
         """The same module, now."""
         if self._root is None:
             raise ConfigError("this snapshot was built from values; it has no module to look at again")
-        return AttributeSnapshot.take(self._root)
+        return AttributeSnapshot.take(self._root, self._modules)
 
 
 def diff(before: AttributeSnapshot, after: AttributeSnapshot, allowed: Iterable[str] = ()) -> list[Difference]:
@@ -271,12 +282,14 @@ def _show(what: str, value: object) -> str:
     return value.__name__ if isinstance(value, type) else str(value)
 
 
-def _tensors(root: nn.Module) -> Iterator[tuple[str, Mapping[str, torch.Tensor | None], str, torch.Tensor, bool]]:
+def _tensors(
+    root: nn.Module,
+) -> Iterator[tuple[str, Mapping[str, torch.Tensor | None], str, torch.Tensor, bool, int]]:
     for prefix, module in root.named_modules(remove_duplicate=False):
         for registry, buffer in ((module._parameters, False), (module._buffers, True)):
             for name, tensor in registry.items():
                 if tensor is not None:
-                    yield f"{prefix}.{name}" if prefix else name, registry, name, tensor, buffer
+                    yield f"{prefix}.{name}" if prefix else name, registry, name, tensor, buffer, id(module)
 
 
 def _watch(path: str, registry: Mapping[str, torch.Tensor | None], name: str, tensor: torch.Tensor) -> _Watch:

@@ -1,8 +1,8 @@
 """Find out how a post-load step rearranged a tensor, from the outside.
 
-A tensor is filled with the digits of each element's own index (small integers that its dtype holds exactly), the engine's
-step is run, and what lies where is read back. An affine permutation (transposes, tiles, any nest of strides) is derived
-from a handful of positions and then proven on every element; it is kept as two regions, never as an index tensor.
+A tensor is filled with the digits of each element's own index (small integers that its dtype holds exactly), the
+engine's step is run, and what lies where is read back. An affine permutation (transposes, tiles, any nest of strides)
+is derived from a handful of positions and then proven on every element; it is kept as two regions, never as indices.
 """
 
 from __future__ import annotations

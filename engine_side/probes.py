@@ -19,6 +19,8 @@ from engine_side.diagnose import LOADER_ERRORS
 ROWS = 8
 MAX_ROWS = 256
 MAX_IDS = 64
+_PART = 8 << 20
+"""Elements of a weight that are widened at once."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,31 @@ class Probe:
         return rows.to(device=device, dtype=self.dtype)
 
     def reference(self, x: torch.Tensor, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, tolerance per element) in float64 from canonical weights. Not for form "twin"."""
+        """(output, tolerance per element) from canonical weights, in more precision than theirs. Not for "twin".
+
+        A row of the weight that is another's, or a bias left out, is many tolerances away: rounding grows with the root
+        of the reduction length, such an error with the size of the output itself.
+        """
         weight = values[self.weight]
         if self.form == "rows":
             found = weight[x - self.start].double()
             return found, torch.zeros_like(found)
-        wide = weight.double() if self.form == "linear" else weight.double().t()
-        rows = x.double()
-        out = rows @ wide.t()
-        spread = (rows.square() @ wide.square().t()).sqrt()
+        weight = weight if self.form == "linear" else weight.t()
+        wide = torch.float64 if weight.element_size() >= 4 else torch.float32
+        rows = x.to(wide)
+        size = rows.norm(dim=1, keepdim=True) / math.sqrt(max(rows.shape[1], 1))
+        outs, spreads = [], []
+        for part in weight.split(max(1, _PART // max(weight.shape[1], 1))):  # type: ignore[no-untyped-call]
+            block = part.to(wide)
+            outs.append(rows @ block.t())
+            spreads.append(size * block.norm(dim=1))
+        out, spread = torch.cat(outs, dim=1), torch.cat(spreads, dim=1)
         if self.bias:
-            bias = values[self.bias].double()
+            bias = values[self.bias].to(wide)
             out, spread = out + bias, spread + bias.abs()
         narrow, accumulate = _eps(weight.dtype, weight.device), _eps(torch.float32, weight.device)
-        factor = 4 * narrow + 2 * math.sqrt(wide.shape[1]) * min(accumulate, narrow)
-        return out, factor * (out.abs() + spread)
+        factor = 4 * narrow + 2 * math.sqrt(weight.shape[1]) * min(accumulate, narrow)
+        return out.double(), (factor * (out.abs() + spread)).double()
 
 
 def twin_tolerance(reference: torch.Tensor) -> torch.Tensor:

@@ -101,12 +101,11 @@ class EngineService:
     """Serves one engine. `handle` is called by the coordinator, one request at a time except EngineGenerate."""
 
     def __init__(
-        self, engine_id: str, adapter: EngineAdapter, *, node: str, checkpoint: Path | None = None, threads: int = 1
+        self, engine_id: str, adapter: EngineAdapter, *, node: str, threads: int = 1
     ) -> None:
         self.id = engine_id
         self.adapter = adapter
         self._node = node
-        self._checkpoint = checkpoint
         self._threads = threads
         self._state = EngineState.SERVING
         self._serving: int | None = 0
@@ -268,13 +267,14 @@ class EngineService:
         unreadable = sorted({name for answer in found for name in answer.unreadable})
         if not unreadable:
             return EngineVersionZero(True, "live")
-        if self._checkpoint is None:
+        checkpoint = self.adapter.checkpoint
+        if checkpoint is None or self._serving != 0:
             got = f"{len(unreadable)} tensors packed away, {unreadable[0]} among them"
             return EngineVersionZero(False, "none", f"{got}, and the engine's checkpoint is not known")
         arena = self._arena(request.plan)
-        missing = write_checkpoint(self._checkpoint, arena, request.slot)
+        missing = write_checkpoint(checkpoint, arena, request.slot)
         if missing:
-            return EngineVersionZero(False, "none", f"{self._checkpoint} does not hold {missing[0]}")
+            return EngineVersionZero(False, "none", f"{checkpoint} does not hold {missing[0]}")
         return EngineVersionZero(True, "checkpoint")
 
     # ---- load and verify --------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """One strategy per module, found by experiment on twins.
 
 A module is *in place* when its storage after post-load is canonical and its output follows what is written there;
-*permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *twin* when it has to run
-on a fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin). Nothing is
-looked up by class or name: the storage is read back after post-load of known values, and what a strategy wrote must show
-in the module's output as it does in a freshly loaded twin.
+*permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *twin* when it has to
+run on a fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin).
+Nothing is looked up by class or name: the storage is read back after post-load of known values, and what a strategy
+wrote must show in the module's output as it does in a freshly loaded twin.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 from torch import nn
 
 from bridge.errors import BridgeError, ConfigError
-from bridge.plan import Move
+from bridge.plan import Move, Region, dense
 from engine_side import layout, probes
 from engine_side.adapters.base import RankHost
-from engine_side.bake import Baked, find_live
+from engine_side.bake import Baked, Place, bind
 from engine_side.diagnose import LOADER_ERRORS
+from engine_side.inplace import held
 from engine_side.layout import Stored
 from engine_side.probes import Probe
-from engine_side.twins import Cluster, Role, Twin, TwinSource, device_of, graft, held, reachable, redo, tensor_of
+from engine_side.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
 
 
 class Strategy(StrEnum):
@@ -95,7 +96,7 @@ def decide(host: RankHost, baked: Baked) -> Decided:
     template = host.skeleton()
     groups = _groups(template, baked, _clusters(template, baked))
     paths = [path for group in groups for cluster in group for path in cluster.paths]
-    live = {path: find_live(template, host.model, path) for path in paths}
+    live = bind(template, host.model, paths)
     twins = TwinSource(host, template)
     decided = Decided({}, {}, {}, live, (), twins)
     found: dict[str, Choice] = {}
@@ -139,14 +140,14 @@ def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
     return out
 
 
-def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[object]]) -> Cluster:
+def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[Place]]) -> Cluster:
     targets: dict[str, int] = {}
     roles: list[Role] = []
     places: list[dict[str, int]] = []
     for path in paths:
         names: dict[str, int] = {}
         for place in modules[path]:
-            name, target = place.name, place.target  # type: ignore[attr-defined]
+            name, target = place.name, place.target
             if target not in targets:
                 tensor = tensor_of(template.get_submodule(path), name)
                 targets[target] = len(roles)
@@ -173,7 +174,7 @@ def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> l
 
 def _marks(module: nn.Module) -> object:
     """Class, flags and numbers of a module and of the objects that hang on it. Strings are names of places."""
-    own = [(type(module),)]
+    own: list[tuple[object, ...]] = [(type(module),)]
     for name, value in module.__dict__.items():
         own.extend(_mark(name, value))
         if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type)):
@@ -342,7 +343,7 @@ class _Experiment:
                 out[k][name] = replace(now, held=found[0], origin=found[1]) if found else now
         return out
 
-    def _permutations(self, doubtful: set[tuple[int, str]]) -> dict[tuple[int, str], object]:
+    def _permutations(self, doubtful: set[tuple[int, str]]) -> dict[tuple[int, str], tuple[Region, Region] | None]:
         bases = [layout.exact_base(r.dtype) for r in self.cluster.roles]
         sizes = [blank.numel() for blank in self.blank]
         role_of = {key: self.cluster.places[key[0]][key[1]] for key in doubtful}
@@ -398,8 +399,6 @@ def _compare_storage(now: torch.Tensor | None, filled: torch.Tensor) -> tuple[St
         return replace(lies, why="post-load left gaps between its elements"), True
     whole = layout.flat(filled)
     if torch.equal(layout.bits(layout.flat(now)), layout.bits(whole)):
-        from bridge.plan import dense
-
         plain = dense((now.numel(),))
         return replace(lies, held=plain, origin=plain), True
     return replace(lies, why="post-load changed its values"), False

@@ -12,7 +12,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.adapters.base import RankHost
-from engine_side.inplace import Outcome, copy_or_rebind_param, twin_parameter
+from engine_side.inplace import Outcome, copy_or_rebind_param, held, twin_parameter
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _DEPTH = 4
@@ -87,6 +87,13 @@ class TwinSource:
             materialise(module, live[path], made)
         return Twin(choice, modules, templates)
 
+    @property
+    def skeleton(self) -> nn.Module:
+        """The skeleton that the last twin came from."""
+        if self._skeleton is None:
+            raise ConfigError("no twin was taken yet")
+        return self._skeleton
+
     def forget(self) -> None:
         """Let the memory of used twins go."""
         self._skeleton, self._used = None, set()
@@ -100,7 +107,7 @@ def materialise(module: nn.Module, live: nn.Module, made: dict[tuple[int, int, t
         for name, tensor in list(registry.items()):
             if tensor is None or tensor.device.type != "meta":
                 continue
-            key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape))
+            key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape))
             if key not in made or not tensor.numel():
                 data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 known = live._buffers.get(name) if name in module._non_persistent_buffers_set else None
@@ -117,17 +124,6 @@ def device_of(module: nn.Module) -> torch.device:
             if tensor is not None and tensor.device.type != "meta":
                 return tensor.device
     return next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
-
-
-def held(module: nn.Module, name: str) -> torch.Tensor | None:
-    """The parameter, buffer or plain tensor of that name, if there is one."""
-    found = module._parameters.get(name)
-    if found is None:
-        found = module._buffers.get(name)  # type: ignore[assignment]
-    if found is None:
-        plain = module.__dict__.get(name)
-        return plain if isinstance(plain, torch.Tensor) else None
-    return found
 
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
@@ -223,13 +219,15 @@ def graft(twin: nn.Module, before: State, live: nn.Module) -> dict[str, Outcome]
             continue  # came over as a whole object
         into = _dict_of(live, twin, owner)
         there = into.get(name)
-        if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor):
-            if value.shape == there.shape and value.dtype == there.dtype and value.device == there.device:
-                there.detach().copy_(value.detach())
-                continue
-        if fresh:
+        if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor) and _same_kind(value, there):
+            there.detach().copy_(value.detach())
+        elif fresh:
             into[name] = value
     return outcomes
+
+
+def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def _dict_of(live: nn.Module, twin: nn.Module, owner: str) -> dict[str, object]:

@@ -36,7 +36,9 @@ def named_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise NotFound("no such checkpoint folder", where=str(root), remedy="give the folder of a Hugging Face checkpoint")
+        raise NotFound(
+            "no such checkpoint folder", where=str(root), remedy="give the folder of a Hugging Face checkpoint"
+        )
     opener = _opener()
     index = _index_file(root)
     if index is not None:

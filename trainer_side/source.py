@@ -176,6 +176,8 @@ class _Names:
         self._given: list[str] = []
 
     def add(self, given: str) -> None:
+        if not isinstance(given, str):
+            raise _not_pairs(f"item {len(self._given)}", f"a name of type {type(given).__name__}")
         clean = canonical_unbound(given) if self.known is None else self._live(self.known, given)
         if clean in self.index:
             earlier = self._given[self.index[clean]]
@@ -214,14 +216,17 @@ def _exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
     names: list[str] = []
     tensors: list[torch.Tensor] = []
     try:
-        # Two plain lists: thousands of kept tuples would set the garbage collector off in every push.
-        for name, tensor in named:
-            names.append(name)
-            tensors.append(tensor)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            "push takes an iterable of (name, tensor) pairs", expected="model.named_parameters()", got=str(error)
-        ) from error
+        stream = iter(named)
+    except TypeError as error:
+        raise _not_pairs("the argument of push", str(error)) from error
+    # Two plain lists: thousands of kept tuples would set the garbage collector off in every push.
+    for item in stream:
+        try:
+            name, tensor = item
+        except (TypeError, ValueError) as error:
+            raise _not_pairs(f"item {len(names)}", f"{type(item).__name__}: {error}") from error
+        names.append(name)
+        tensors.append(tensor)
     if not names:
         raise MissingTensor(
             "nothing was sent: the iterable is empty",
@@ -231,6 +236,16 @@ def _exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
             remedy="a generator can be used only once: call model.named_parameters() again for each push",
         )
     return names, tensors
+
+
+def _not_pairs(where: str, got: str) -> ConfigError:
+    return ConfigError(
+        "push takes an iterable of (name, tensor) pairs",
+        where=where,
+        expected="pairs of str and torch.Tensor",
+        got=got,
+        remedy="push model.named_parameters()",
+    )
 
 
 def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> bool:
@@ -296,7 +311,7 @@ def _bound_layout(
     infos: dict[object, TensorInfo] = {}
     parts: dict[object, tuple[Part, ...]] = {}
     for tensor in known.tensors:
-        made_of = _parts_of(tensor, came)
+        made_of = _parts_of(known, tensor, came)
         if made_of is None:
             continue
         dtype = _common_dtype(tensor, [sources[p.index] for p in made_of])
@@ -313,7 +328,7 @@ def _bound_layout(
     return Layout(tuple(infos.values()), tuple(parts.values()))
 
 
-def _parts_of(tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[Part, ...] | None:
+def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[Part, ...] | None:
     """What a canonical tensor is made of in this push; None when nothing of it came."""
     live = [piece.live for piece in tensor.pieces]
     absent = sorted({name for name in live if name not in came})
@@ -331,7 +346,8 @@ def _parts_of(tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[Part, .
         return (Part(direct),)
     if not absent:
         whole = dense(tensor.shape)
-        if len(tensor.pieces) == 1 and tensor.pieces[0] == Piece(live[0], whole, whole):
+        alike = known.live[live[0]].shape == tensor.shape
+        if alike and tensor.pieces == (Piece(live[0], whole, whole),):
             return (Part(came[live[0]]),)
         return tuple(Part(came[p.live], p.source, p.dest) for p in tensor.pieces)
     if len(absent) == len(set(live)):
@@ -369,13 +385,8 @@ def _check_shapes(known: CanonicalMap, came: Mapping[str, int], sources: Sequenc
 
 def _plain(name: str, tensor: object) -> torch.Tensor:
     """The tensor itself, checked to have values that can be copied; a replicated DTensor becomes its local tensor."""
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise ConfigError(
-            "push takes an iterable of (name, tensor) pairs",
-            where=str(name),
-            expected="a name and a torch.Tensor",
-            got=f"{type(name).__name__} and {type(tensor).__name__}",
-        )
+    if not isinstance(tensor, torch.Tensor):
+        raise _not_pairs(name, type(tensor).__name__)
     tensor = _local(name, tensor)
     if tensor.is_meta:
         raise IntegrityError(

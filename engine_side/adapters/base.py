@@ -42,6 +42,12 @@ class EngineAdapter(Protocol):
         """False for a plain module: no generation, no canary, no caches."""
         ...
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """Folder of the checkpoint that this engine serves until its first push, if it knows: a source of version 0 for
+        modules whose live storage is packed away."""
+        ...
+
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
         """Have `engine_side.rank.Rank.run(job)` executed once in every rank and return when each has posted its answer
         (or raise DeadlineExceeded / PeerLost). Works while the engine is paused."""
@@ -118,8 +124,4 @@ class RankHost(Protocol):
     def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
         """Log-probability of token i+1 given tokens 0..i, per prompt, computed past the scheduler (the engine is
         paused) on fresh KV. All ranks call it together; the answer of rank 0 counts."""
-        ...
-
-    def checkpoint(self) -> Path | None:
-        """Folder of the checkpoint this engine was started from, if it knows (version 0)."""
         ...

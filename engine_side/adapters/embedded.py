@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -12,6 +14,7 @@ from bridge.deadline import Deadline
 from bridge.errors import ConfigError, NotFound
 from bridge.wire import Completion, Sampling
 from engine_side.adapters.base import Prompts
+from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import LinearBase, RMSNorm, VocabParallelEmbedding
 from engine_side.embedded.moe import FusedMoE
@@ -22,13 +25,20 @@ _ADAPTERS = ("current", "base")
 
 
 class EmbeddedAdapter:
-    """The driver half, over an Engine of this process. The engine stays its owner's: `close` leaves it running."""
+    """The driver half, over an Engine of this process. An `owned` engine ends with `close`, another one runs on."""
 
     kind = "embedded"
     can_generate = True
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, owned: bool = False) -> None:
         self.engine = engine
+        self._owned = owned
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """None for an engine that was started without weights."""
+        config = self.engine.config
+        return Path(config.path) if config.load == "checkpoint" else None
 
     @property
     def ranks(self) -> int:
@@ -76,7 +86,8 @@ class EmbeddedAdapter:
                 )
 
     def close(self) -> None:
-        """Nothing was started here."""
+        if self._owned:
+            self.engine.close()
 
 
 class EmbeddedRankHost:
@@ -122,13 +133,29 @@ class EmbeddedRankHost:
     def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
         return self._runner.prompt_logprobs(prompts)
 
-    def checkpoint(self) -> Path | None:
-        """None for an engine that was started without weights."""
-        return Path(self._runner.config.path) if self._runner.config.load == "checkpoint" else None
-
 
 def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:
     """`Rank.run` over this process's runner: what `dispatch` executes in every rank."""
     from engine_side.rank import Rank
 
     return Rank(EmbeddedRankHost(runner)).run
+
+
+def attach(engine: object) -> EmbeddedAdapter | None:
+    """The adapter of an Engine of this process; None for anything else."""
+    return EmbeddedAdapter(engine) if isinstance(engine, Engine) else None
+
+
+def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedAdapter:
+    """Start an engine from a checkpoint folder in this process. Raises ConfigError, naming the argument, for one that
+    `EngineConfig` does not have."""
+    try:
+        config = msgspec.convert({"path": path, **arguments}, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            "an engine argument does not fit",
+            where="embedded",
+            expected=", ".join(name for name in EngineConfig.__struct_fields__ if name != "path"),
+            got=str(error),
+        ) from error
+    return EmbeddedAdapter(Engine(config), owned=True)

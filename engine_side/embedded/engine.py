@@ -28,12 +28,14 @@ class Engine:
 
     Attributes:
         weight_version: the version that completions report; set by the bridge at commit.
+        steps: forwards of the scheduler so far.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         """Blocks until weights are loaded in all ranks. Raises ConfigError, IntegrityError, PeerLost."""
         self.config = config
         self.weight_version = 0
+        self.steps = 0
         self._ranks = Ranks(config)
         limits = self._ranks.runner.limits
         pool = BlockPool(limits.num_blocks, limits.block_size)
@@ -206,6 +208,7 @@ class Engine:
                 return
             with self._changed:
                 self._stepping = False
+                self.steps += 1
                 # A request may have been ended while its step ran.
                 alive = [i for i, request in enumerate(chosen) if not request.done]
                 self._scheduler.advance(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -23,8 +24,9 @@ from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import Batch, ModelRunner
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
-_GRACE_S = 5.0
+_GRACE_S = 3.0
 
 
 class Setup(Message, tag=True, frozen=True):
@@ -122,11 +124,25 @@ class Child:
             self.process.wait()
 
 
-def job_runner(runner: ModelRunner) -> Callable[[bytes], None]:
-    """The bridge's rank half, made at the first job: an engine that nobody syncs needs none of it."""
-    from engine_side.adapters.embedded import rank_run
+class Jobs:
+    """The bridge's half in one rank, made at the first job: an engine that nobody syncs needs none of it."""
 
-    return rank_run(runner)
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._run: Callable[[bytes], None] | None = None
+
+    def attempt(self, job: bytes) -> ErrorInfo | None:
+        """Run one job; errors come back as data, for raising here would leave the other ranks out of step."""
+        try:
+            if self._run is None:
+                from engine_side.adapters.embedded import rank_run
+
+                self._run = rank_run(self._runner)
+            self._run(job)
+        except Exception as error:
+            log.debug("a job failed in rank %d", self._runner.tp.rank, exc_info=True)
+            return ErrorInfo.of(error)
+        return None
 
 
 class Ranks:
@@ -140,7 +156,6 @@ class Ranks:
         self._timeout_s = config.timeout_s
         self._number = 0
         self._lost: BridgeError | None = None
-        self._run: Callable[[bytes], None] | None = None
         self._children: list[Child] = []
         tp = Parallel(0, self.size, config.timeout_s)
         folder = tempfile.mkdtemp(prefix="weighbridge-ranks-") if self.size > 1 else None
@@ -148,6 +163,7 @@ class Ranks:
             if folder is not None:
                 self._start(config, f"{folder}/store")
             self.runner = ModelRunner(config, tp)
+            self._jobs = Jobs(self.runner)
             if folder is not None:
                 self._join(tp, f"{folder}/store")
         except BaseException:
@@ -192,10 +208,9 @@ class Ranks:
         """Have every rank run `job`, this one in the calling thread; returns when all have."""
         self._tell(Job(self._number + 1, job), deadline)
         self._number += 1
-        self._run = self._run or job_runner(self.runner)
         with self.runner.tp.until(deadline):
-            self._run(job)
-        errors = [self._watch(child, lambda c: c.wait_done(self._number, deadline)) for child in self._children]
+            own = self._jobs.attempt(job)  # an error is held back until the children have answered too
+        errors = [own] + [self._watch(child, lambda c: c.wait_done(self._number, deadline)) for child in self._children]
         for error in errors:
             if error is not None:
                 raise error.rebuild()

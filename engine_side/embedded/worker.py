@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 
 import torch
 
@@ -19,7 +18,7 @@ from bridge.errors import BridgeError, PeerLost, ProtocolError
 from bridge.wire import ErrorInfo
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.ranks import Command, Done, Job, Prompts, Setup, Stop, job_runner
+from engine_side.embedded.ranks import Command, Done, Job, Jobs, Prompts, Setup, Stop
 from engine_side.embedded.runner import Batch, ModelRunner
 
 _SEND_S = 30.0
@@ -33,7 +32,7 @@ def serve(channel: Channel) -> None:
     runner = ModelRunner(setup.config, tp)
     channel.send(Done(0), Deadline.after(_SEND_S))
     tp.connect(setup.store)
-    run: Callable[[bytes], None] | None = None
+    jobs = Jobs(runner)
     while True:
         command: Command = channel.receive(Command, None)
         if isinstance(command, Batch):
@@ -41,21 +40,11 @@ def serve(channel: Channel) -> None:
         elif isinstance(command, Prompts):
             runner.prompt_logprobs(command.prompts)
         elif isinstance(command, Job):
-            run = run or job_runner(runner)
-            channel.send(Done(command.number, _attempt(run, command.job)), Deadline.after(_SEND_S))
+            channel.send(Done(command.number, jobs.attempt(command.job)), Deadline.after(_SEND_S))
         elif isinstance(command, Stop):
             return
         else:
             raise ProtocolError("a second setup")
-
-
-def _attempt(run: Callable[[bytes], None], job: bytes) -> ErrorInfo | None:
-    """Errors of a job travel back as data: raising here would leave the ranks out of step."""
-    try:
-        run(job)
-    except Exception as error:
-        return ErrorInfo.of(error)
-    return None
 
 
 def main() -> int:

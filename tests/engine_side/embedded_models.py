@@ -42,11 +42,20 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
         },
     ),
     "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 1}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
+    "qwen3": (
+        transformers.Qwen3Config,
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+    ),
     "qwen3-biased": (transformers.Qwen3Config, {"head_dim": 10, "attention_bias": True}),
     "moe": (
         transformers.Qwen3MoeConfig,
-        {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 26, "norm_topk_prob": True},
+        {
+            "head_dim": 8,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 26,
+            "norm_topk_prob": True,
+        },
     ),
     "moe-mixed": (
         transformers.Qwen3MoeConfig,
@@ -92,7 +101,8 @@ def prompts() -> tuple[tuple[int, ...], ...]:
     """Lengths around the block size."""
     generator = torch.Generator().manual_seed(11)
     return tuple(
-        tuple(torch.randint(0, COMMON["vocab_size"], (n,), generator=generator).tolist()) for n in (1, 2, 15, 16, 17, 40)
+        tuple(torch.randint(0, COMMON["vocab_size"], (n,), generator=generator).tolist())
+        for n in (1, 2, 15, 16, 17, 40)
     )
 
 

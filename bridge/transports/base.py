@@ -1,0 +1,65 @@
+"""What every transport promises: one sealed version of one arena arrives in an arena of another process, proven.
+
+A transport knows bytes and digests, not tensors' meaning; who sends to whom, when, and what follows from a failure is
+the orchestrator's. One contract test runs on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from bridge.arena import Arena
+from bridge.deadline import Deadline
+from bridge.errors import DeadlineExceeded, PeerLost, TransportError
+
+
+class Transport(Protocol):
+    """One end of a group of one source and its receivers. Called from one thread at a time.
+
+    Each round is one `send` at the source and one `receive` at every receiver, in the same order on all of them, on
+    arenas of the same manifest. A failed transfer may end the group: later calls then raise Closed, and the
+    orchestrator makes a new group (a new epoch) over those that live.
+    """
+
+    def send(self, arena: Arena, slot: int, deadline: Deadline) -> None:
+        """*(source)* Replicate a sealed slot; returns when every receiver has checked and sealed it.
+
+        `slot` must not be written meanwhile. Raises ProtocolError (the slot is not sealed, or a receiver's arena has
+        another manifest), DigestMismatch (a receiver got other bytes), DeadlineExceeded (naming the receivers that did
+        not come), PeerLost, Closed.
+        """
+        ...
+
+    def receive(self, arena: Arena, slot: int, deadline: Deadline) -> int:
+        """*(receiver)* Take the source's next version into `slot` of a writable arena; returns the version.
+
+        It is checked where it now lies and sealed. The slot's seal goes only when bytes are about to come, and comes
+        back only when every digest is right: after any error the slot is either as it was or open.
+        Raises as `send`, and TransportError when the round was called off because another receiver failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the group and let go of its memory. Idempotent; never waits for a peer."""
+        ...
+
+
+@contextmanager
+def torch_errors(what: str, deadline: Deadline) -> Iterator[None]:
+    """Turn what torch.distributed raises (RuntimeError and its Dist* subclasses) into our TransportError tree.
+
+    Past the deadline it is a DeadlineExceeded, before it a PeerLost: a dead peer closes its connections at once.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        if deadline.expired:
+            raise DeadlineExceeded(
+                f"{what} outlasted its deadline", got=text, remedy="raise timeout_s, or look for a hung peer"
+            ) from error
+        raise PeerLost(f"{what} lost its peer", got=text, remedy="make a new group over those that live") from error
+    except OSError as error:
+        raise TransportError(f"{what} failed", got=str(error)) from error

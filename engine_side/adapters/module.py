@@ -1,0 +1,247 @@
+"""Any `torch.nn.Module` as an engine: an evaluation copy, a reference model, a reward model.
+
+A module has no loader of its own, so its plan is the identity over its names, or what `canonical` says of a module
+whose names are not the checkpoint's. It has no post-load step and generates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from bridge.deadline import Deadline
+from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
+from bridge.plan import Move
+from bridge.wire import Completion, Sampling
+from engine_side.adapters.base import Prompts
+from engine_side.inplace import twin_parameter
+
+RunJob = Callable[[bytes], None]
+"""`engine_side.rank.Rank.run` of this process."""
+
+
+@dataclass(frozen=True)
+class CanonicalMap:
+    """How checkpoint tensors reach live ones: `moves` from canonical names (`tensor`) to live names (`target`, with
+    `dest` counted from the live tensor's first element), `shapes` of the canonical tensors."""
+
+    moves: tuple[Move, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+Canonical = Callable[[nn.Module], CanonicalMap]
+"""Given the live module, says how checkpoint names map onto it."""
+
+
+class ModuleAdapter:
+    """The driver half: one rank, in this process. `module` is the live module; never moved, copied or replaced."""
+
+    kind = "module"
+    ranks = 1
+    can_generate = False
+    checkpoint: Path | None = None
+
+    def __init__(self, module: nn.Module, canonical: Canonical | None = None) -> None:
+        self.module = module
+        self._canonical = canonical
+        self._run: RunJob | None = None
+        self._gate: RemovableHandle | None = None
+
+    def dispatch(self, job: bytes, deadline: Deadline) -> None:
+        """Run the job here, in the calling thread."""
+        deadline.check("a job on a module")
+        if self._run is None:
+            from engine_side.rank import Rank
+
+            self._run = Rank(ModuleRankHost(self.module, self._canonical)).run
+        self._run(job)
+
+    def pause(self, inflight: str, deadline: Deadline) -> None:
+        """Nothing to stop: a module is called by its owner, who does not call it during a push."""
+
+    def resume(self) -> None:
+        """Nothing to start."""
+
+    def refuse(self, reason: str | None) -> None:
+        """Make every call of the module raise EngineQuarantined; None lifts it."""
+        if self._gate is not None:
+            self._gate.remove()
+            self._gate = None
+        if reason is not None:
+            self._gate = self.module.register_forward_pre_hook(_refusal(reason, type(self.module).__name__))
+
+    def reset_caches(self) -> bool:
+        """There are none."""
+        return True
+
+    def publish(self, version: int) -> None:
+        """A module keeps no label."""
+
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
+    ) -> list[Completion]:
+        """Raises ConfigError: a module does not generate."""
+        raise ConfigError("a plain module does not generate", remedy="attach an inference engine for rollouts")
+
+    def refuse_shared(self, storages: frozenset[int]) -> None:
+        """Raises ConfigError when one of these storage addresses is the module's own."""
+        shared = sorted(name for name, address in storages_of(self.module).items() if address in storages)
+        if shared:
+            raise ConfigError(
+                "the trainer and the attached module share storage",
+                where=f"{', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}",
+                expected="a module with weights of its own",
+                got=f"{len(shared)} tensors at the same address on both sides",
+                remedy="attach a copy (copy.deepcopy(module))",
+                names=tuple(shared),
+            )
+
+    def close(self) -> None:
+        """Lift the gate; the module stays its owner's."""
+        self.refuse(None)
+
+
+class ModuleRankHost:
+    """The rank half."""
+
+    rank = 0
+
+    def __init__(self, module: nn.Module, canonical: Canonical | None = None) -> None:
+        self._module = module
+        self._map = canonical(module) if canonical is not None else None
+
+    @property
+    def model(self) -> nn.Module:
+        return self._module
+
+    def skeleton(self) -> nn.Module:
+        """The module tree with meta tensors: same classes, same attributes by reference, no hooks, no memory."""
+        return _mirror(self._module, {}, {})
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Strict: an unknown name is UnexpectedTensor, another shape ShapeMismatch."""
+        tensors = _by_name(skeleton)
+        routes: dict[str, list[Move]] = {}
+        for move in self._map.moves if self._map is not None else ():
+            routes.setdefault(move.tensor, []).append(move)
+        for name, weight in weights:
+            if self._map is None:
+                _copy_whole(name, weight, tensors)
+                continue
+            _expect(name, weight, self._map.shapes.get(name))
+            for move in routes.get(name, ()):
+                live = tensors[move.target].detach()
+                into = live.as_strided(move.dest.shape, move.dest.strides, live.storage_offset() + move.dest.offset)
+                into.copy_(weight.as_strided(move.source.shape, move.source.strides, move.source.offset))
+
+    def post_load(self, module: nn.Module) -> bool:
+        """A plain module has no such step."""
+        return False
+
+    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Only modules without children are sure to be callable on one batch of rows."""
+        if module._modules:
+            raise NotImplementedError(f"{type(module).__name__} has children")
+        y: torch.Tensor = module.forward(x)
+        if not isinstance(y, torch.Tensor):
+            raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
+        return y
+
+    def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
+        """Raises ConfigError: a plain module has no canary."""
+        raise ConfigError("a plain module computes no prompt log-probabilities", remedy="verify='weights'")
+
+
+def attach(engine: object, canonical: Canonical | None = None) -> ModuleAdapter | None:
+    """The adapter of a module of this process; None for anything else."""
+    return ModuleAdapter(engine, canonical) if isinstance(engine, nn.Module) else None
+
+
+def storages_of(module: nn.Module) -> dict[str, int]:
+    """Name -> storage address of every parameter and buffer that has memory."""
+    found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: t.untyped_storage().data_ptr() for name, t in found if t.device.type != "meta" and t.numel()}
+
+
+def _refusal(reason: str, where: str) -> Callable[..., None]:
+    def refuse(module: nn.Module, args: object) -> None:
+        raise EngineQuarantined(
+            "this module holds weights that nobody verified",
+            where=where,
+            got=reason,
+            remedy="push again, or call rollback()",
+        )
+
+    return refuse
+
+
+def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, torch.Tensor]) -> nn.Module:
+    """A module object of the same class whose registries are its own; no code of the module runs."""
+    if id(module) in made:
+        return made[id(module)]
+    copy = nn.Module.__new__(type(module))
+    made[id(module)] = copy
+    copy.__dict__.update(nn.Module().__dict__)
+    hooks = {key for key in copy.__dict__ if "hook" in key}
+    copy.__dict__.update({key: value for key, value in module.__dict__.items() if key not in hooks})
+    copy.__dict__["_parameters"] = {name: _meta(p, tensors) for name, p in module._parameters.items()}
+    copy.__dict__["_buffers"] = {name: _meta(b, tensors) for name, b in module._buffers.items()}
+    copy.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    copy.__dict__["_modules"] = {
+        name: None if child is None else _mirror(child, made, tensors) for name, child in module._modules.items()
+    }
+    return copy
+
+
+def _meta(tensor: torch.Tensor | None, tensors: dict[int, torch.Tensor]) -> torch.Tensor | None:
+    """The same tensor object gives the same meta tensor, and views of one storage stay views of one storage."""
+    if tensor is None:
+        return None
+    if id(tensor) not in tensors:
+        storage = tensor.untyped_storage()
+        base = tensors.setdefault(-storage._cdata, _flat_meta(tensor, storage.nbytes()))
+        view = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        tensors[id(tensor)] = twin_parameter(tensor, view)
+    return tensors[id(tensor)]
+
+
+def _flat_meta(tensor: torch.Tensor, nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes // tensor.element_size(), dtype=tensor.dtype, device="meta")
+
+
+def _by_name(module: nn.Module) -> dict[str, torch.Tensor]:
+    found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return dict(found)
+
+
+def _copy_whole(name: str, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    into = tensors.get(name)
+    _expect(name, weight, None if into is None else tuple(into.shape))
+    if into is not None:
+        into.detach().copy_(weight)
+
+
+def _expect(name: str, weight: torch.Tensor, shape: tuple[int, ...] | None) -> None:
+    if shape is None:
+        raise UnexpectedTensor(
+            "the attached module has no such tensor",
+            where=name,
+            expected="a name of its named_parameters() or persistent buffers",
+            got=f"shape {list(weight.shape)}",
+            remedy="bind the model, so that live names become checkpoint names, or leave this tensor out",
+            names=(name,),
+        )
+    if tuple(weight.shape) != shape:
+        raise ShapeMismatch(
+            "a tensor's shape does not fit the attached module",
+            where=name,
+            expected=f"{list(shape)}",
+            got=f"{list(weight.shape)}",
+            remedy="the module must have the trainer's configuration",
+            names=(name,),
+        )

@@ -1,0 +1,499 @@
+"""Bake once, apply many: a sealed version in the local arena becomes live weights.
+
+`Loader(host, tensors)` bakes and finds strategies; `map` compiles the plan onto an arena's slots into pairs of views;
+`apply` then copies. The steady state walks no module tree and matches no name: it checks that bound tensors lie where
+they lay, runs precomputed work lists on threads, and repeats post-load for the modules that need it. One thread at a
+time; blocks; no collectives of its own (an engine's post-load may have some, so all ranks apply together).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
+from bridge.manifest import Manifest, TensorInfo
+from bridge.messages import RankBake
+from bridge.plan import Fill, Move, Region, dense
+from engine_side.adapters.base import RankHost
+from engine_side.bake import Baked, bake, bind
+from engine_side.copies import Batch, Pair, batches, pair, run_all
+from engine_side.inplace import AttributeSnapshot, Outcome, held
+from engine_side.strategies import Choice, Decided, Strategy, decide
+from engine_side.twins import Cluster, Twin, device_of, graft, redo
+
+Slot = Sequence[torch.Tensor]
+"""The tensors of one version in manifest order: views of the arena."""
+
+
+@dataclass(frozen=True)
+class LoadOutcome:
+    """What one `apply` did.
+
+    Attributes:
+        written: bytes copied into live or temporary storage.
+        rebound: "module.name" of parameters whose storage moved; `created`: of those that were not there before.
+        post_loaded: modules whose post-load step ran again.
+    """
+
+    written: int
+    rebound: tuple[str, ...]
+    created: tuple[str, ...]
+    post_loaded: tuple[str, ...]
+    load_s: float
+    postload_s: float
+
+
+@dataclass
+class _Watch:
+    """A live tensor and where it lay when views of it were made."""
+
+    module: nn.Module
+    name: str
+    tensor: torch.Tensor
+    address: int
+
+    def moved(self) -> bool:
+        now = held(self.module, self.name)
+        return now is not self.tensor or now.data_ptr() != self.address
+
+
+@dataclass
+class _Compiled:
+    """Work lists of one slot."""
+
+    pairs: list[Pair]
+    batches: list[Batch]
+    constants: list[tuple[str, torch.Tensor, float]]
+
+
+@dataclass
+class _Map:
+    """A plan on an arena. `slots` keep the mapping's tensors alive."""
+
+    manifest: Manifest
+    slots: list[Slot]
+    index: Mapping[str, int]
+    direct: dict[int, _Compiled] = field(default_factory=dict)
+    readable: dict[int, dict[str, list[Pair]]] = field(default_factory=dict)
+
+
+class Loader:
+    """One rank's way from the arena into its live model.
+
+    Args:
+        host: the engine's rank half.
+        tensors: what the trainer announced; baked at once.
+        partial: a subset of the model is meant; the rest stays untouched.
+        threads: how many threads copy and compare; torch's own thread count is left alone.
+
+    `baked.problems` is filled instead of raising for weights that do not fit; such a loader can do nothing else.
+    Raises ConfigError when a module has no strategy or the live model is not what the skeleton becomes.
+    """
+
+    def __init__(
+        self, host: RankHost, tensors: Sequence[TensorInfo], *, partial: bool = False, threads: int = 1
+    ) -> None:
+        self.host = host
+        self.threads = max(1, threads)
+        self.baked: Baked = bake(host, tensors, partial=partial)
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
+        self.problems: tuple[BridgeError, ...] = self.baked.problems
+        self._map: _Map | None = None
+        self._touched = False
+        if self.problems:
+            return
+        self.decided: Decided = decide(host, self.baked)
+        self.problems = tuple(_packed_in_part(self.baked, self.decided))
+        self._moves: dict[str, list[Move]] = {}
+        self._fills: dict[str, list[Fill]] = {}
+        for move in self.baked.plan.moves:
+            self._moves.setdefault(move.target, []).append(move)
+        for fill in self.baked.plan.fills:
+            self._fills.setdefault(fill.target, []).append(fill)
+        self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
+        self._feeds: dict[str, frozenset[int]] = {}
+        template = self.decided.twins.template
+        self._derived = list(bind(template, host.model, self.decided.derived).items())
+
+    def close(self) -> None:
+        """Stop the threads and let go of the arena. Idempotent."""
+        self._map = None
+        self.pool.shutdown(wait=True)
+
+    # ---- what the driver asks ----------------------------------------------------------------------------------------
+
+    def check(self) -> Loader:
+        """Raises the first problem of the plan."""
+        if self.problems:
+            raise self.problems[0]
+        return self
+
+    def rank_bake(self) -> RankBake:
+        """The answer to a BakeJob. Raises the first problem of the plan."""
+        self.check()
+        baked = self.baked
+        return RankBake(
+            digest=baked.plan.digest,
+            dtypes=baked.dtypes,
+            unread=baked.unread,
+            read=baked.read,
+            strategies=self.decided.counts(),
+            native=self.decided.native,
+            moves=len(baked.plan.moves),
+        )
+
+    def explain(self, name: str) -> tuple[dict[str, str], ...]:
+        """Where one canonical tensor goes: a row per move (tensor, parameter, regions, module, strategy, reason)."""
+        rows: list[dict[str, str]] = []
+        aliases = {alias: info.name for info in self.baked.infos for alias in info.aliases}
+        wanted = aliases.get(name, name)
+        for path, choice in self.decided.choices.items():
+            cluster = self.decided.clusters[path]
+            for attribute, role in self._places(choice):
+                target = cluster.targets[role]
+                for move in self._moves.get(target, ()):
+                    if move.tensor == wanted:
+                        rows.append(_row(name, move, choice, attribute))
+        return tuple(rows)
+
+    # ---- compile -----------------------------------------------------------------------------------------------------
+
+    def map(self, manifest: Manifest, slots: Iterable[Slot]) -> None:
+        """Compile the plan onto the versions of an arena: `slots[k]` are the tensors of slot k in manifest order.
+
+        The tensors must stay mapped until the next `map` or `close`. Raises ProtocolError for a manifest that lacks a
+        tensor of the plan or has it in another shape.
+        """
+        self.check()
+        for info in self.baked.infos:
+            spec = manifest.by_name.get(info.name)
+            if spec is None or spec.shape != info.shape:
+                raise ProtocolError(
+                    "the arena's manifest is not the plan's",
+                    where=info.name,
+                    expected=f"shape {list(info.shape)}",
+                    got="absent" if spec is None else f"shape {list(spec.shape)}",
+                )
+        index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
+        self._map = _Map(manifest, [list(slot) for slot in slots], index)
+        self._feeds = {c.path: self._fed_by(c, index) for c in self.decided.choices.values()}
+        bound = {id(module) for module in self.decided.live.values()}
+        self.snapshot = AttributeSnapshot.take(self.host.model, bound)
+        self._watch()
+        for slot in range(len(self._map.slots)):
+            self._compile(slot)
+
+    @property
+    def mapped(self) -> _Map:
+        """The current mapping. Raises ConfigError before `map`."""
+        if self._map is None:
+            raise ConfigError("this plan is not mapped onto an arena yet")
+        return self._map
+
+    def _watch(self) -> None:
+        self._watches: list[_Watch] = []
+        for choice in self.decided.choices.values():
+            module = self.decided.live[choice.path]
+            for name, _ in self._places(choice):
+                tensor = held(module, name)
+                if choice.direct and tensor is not None:
+                    self._watches.append(_Watch(module, name, tensor, tensor.data_ptr()))
+        self._written_directly = {watch.address for watch in self._watches}
+
+    def _compile(self, slot: int) -> None:
+        """Pairs for everything that is written straight into live storage."""
+        direct = [c for c in self.decided.choices.values() if c.direct]
+        pairs = list(self._pairs(direct, slot))
+        self.mapped.direct[slot] = _Compiled(pairs, batches(pairs, self.threads), list(self.constants()))
+        self.mapped.readable.pop(slot, None)
+
+    def _pairs(self, choices: Iterable[Choice], slot: int) -> Iterable[Pair]:
+        """A pair per move and live place; storage that two places share comes once."""
+        seen: set[tuple[int, str]] = set()
+        for choice in choices:
+            module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
+            for name, role in self._places(choice):
+                stored, live = choice.stored[name], held(module, name)
+                target = cluster.targets[role]
+                if live is None or not stored.readable or (live.data_ptr(), target) in seen:
+                    continue
+                seen.add((live.data_ptr(), target))
+                for move in self._moves.get(target, ()):
+                    tensor = self.mapped.index[move.tensor]
+                    sent = self.mapped.slots[slot][tensor]
+                    for at, of in stored.locate(move.dest, move.source) or ():
+                        made = pair(live, at, sent, of, tensor, target, choice.path)
+                        if made is not None:
+                            yield made
+
+    def readable_pairs(self, slot: int) -> dict[str, list[Pair]]:
+        """Module path -> pairs of all its tensors that can be read back, whatever the strategy."""
+        cache = self.mapped.readable.get(slot)
+        if cache is None:
+            cache = {}
+            for item in self._pairs(self.decided.choices.values(), slot):
+                cache.setdefault(item.module, []).append(item)
+            self.mapped.readable[slot] = cache
+        return cache
+
+    def constants(self) -> Iterable[tuple[str, torch.Tensor, float]]:
+        """(target, live view, value) of every fill that lies in readable storage."""
+        for choice in self.decided.choices.values():
+            module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
+            for name, role in self._places(choice):
+                live, stored = held(module, name), choice.stored[name]
+                for fill in self._fills.get(cluster.targets[role], ()):
+                    if live is None:
+                        continue
+                    for at, _ in stored.locate(fill.dest, fill.dest) or ():
+                        view = live.detach().as_strided(at.shape, at.strides, live.storage_offset() + at.offset)
+                        yield cluster.targets[role], view, fill.value
+
+    def feeds(self, path: str) -> frozenset[int]:
+        """Manifest indices of the tensors that reach the module at `path`."""
+        return self._feeds[path]
+
+    # ---- apply -------------------------------------------------------------------------------------------------------
+
+    def apply(self, slot: int, changed: Iterable[int] | None = None) -> LoadOutcome:
+        """Make the live model hold the version in `slot`; with `changed` (manifest indices) only what these feed.
+
+        After an error the live model is undefined: apply another version over it. Post-load runs once per touched
+        module, after its last shard.
+        """
+        began = time.perf_counter()
+        self._rebind_if_moved()
+        wanted = None if changed is None else set(changed)
+        compiled = self.mapped.direct[slot]
+        work = compiled.batches
+        if wanted is not None:
+            work = batches([p for p in compiled.pairs if p.tensor in wanted], self.threads)
+        with torch.no_grad():
+            run_all(self.pool, [batch.copy for batch in work])
+            if wanted is None:
+                for _, view, value in compiled.constants:
+                    view.fill_(value)
+        loaded = time.perf_counter()
+        written = sum(batch.nbytes for batch in work)
+        outcomes, post_loaded, more = self._rebuild(slot, wanted)
+        rebound = tuple(name for name, what in outcomes.items() if what is Outcome.REBOUND)
+        created = tuple(name for name, what in outcomes.items() if what is Outcome.CREATED)
+        return LoadOutcome(written + more, rebound, created, post_loaded, loaded - began, time.perf_counter() - loaded)
+
+    def apply_subset(self, slot: int, names: Iterable[str]) -> LoadOutcome:
+        """`apply` for canonical names. Raises ConfigError for one that is not in the manifest."""
+        try:
+            return self.apply(slot, [self.mapped.index[name] for name in names])
+        except KeyError as error:
+            raise ConfigError("no such tensor in this plan", where=str(error)) from error
+
+    def _rebuild(self, slot: int, wanted: set[int] | None) -> tuple[dict[str, Outcome], tuple[str, ...], int]:
+        """Redo, twin and native modules, then the modules that derive something from what was touched."""
+        outcomes: dict[str, Outcome] = {}
+        done: list[str] = []
+        written = 0
+        for choice in self._rebuilt:
+            if wanted is not None and wanted.isdisjoint(self._feeds[choice.path]):
+                continue
+            found, nbytes = self._rebuild_one(choice, slot)
+            outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
+            written += nbytes
+            done.append(choice.path)
+        touched = [p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)]
+        for path, module in self._derived:
+            parent = path.rpartition(".")[0]
+            if not parent or any(p.startswith(f"{parent}.") for p in touched):
+                self.host.post_load(module)
+                done.append(path)
+        self.decided.twins.forget()
+        if done:
+            self.mapped.readable.clear()
+        return outcomes, tuple(done), written
+
+    def _rebuild_one(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
+        module = self.decided.live[choice.path]
+        if choice.strategy is Strategy.REDO:
+            values = self.values(choice, slot, reuse=True)
+            template = self.decided.twins.template.get_submodule(choice.path)
+            outcomes = redo(self.host, module, template, values)
+            return outcomes, sum(v.numel() * v.element_size() for v in values.values())
+        twin, k = self.twin(choice, slot)
+        return graft(twin.modules[k], twin.before[k], module), sum(
+            t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
+        )
+
+    def _rebind_if_moved(self) -> None:
+        """Views of a storage that is no longer the live one would write into nowhere."""
+        if any(watch.moved() for watch in self._watches):
+            self._watch()
+            for slot in range(len(self.mapped.slots)):
+                self._compile(slot)
+
+    # ---- canonical values from the arena -----------------------------------------------------------------------------
+
+    def values(self, choice: Choice, slot: int, *, reuse: bool = False) -> dict[str, torch.Tensor]:
+        """Name -> canonical tensor of a module, from the arena, in the engine's dtype on its device.
+
+        With `reuse`, a tensor that the module still stores canonically is filled and returned itself, so that nothing
+        is allocated and its object survives; only for `apply`.
+        """
+        module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
+        out: dict[str, torch.Tensor] = {}
+        for name, role in self._places(choice):
+            target, kind = cluster.targets[role], cluster.roles[role]
+            live = held(module, name) if choice.stored[name].identity else None
+            complete = bool(self._moves.get(target) or self._fills.get(target))
+            if live is not None and (reuse or not complete):
+                value = live.detach()
+                if tuple(value.shape) != kind.shape or value.stride() != kind.strides:
+                    value = value.as_strided(kind.shape, kind.strides, value.storage_offset())
+            else:
+                value = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=device_of(module))
+            if complete and not (reuse and value.data_ptr() in self._written_directly):
+                self.fill(target, value, slot)
+            out[name] = value
+        return out
+
+    def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
+        """Write a target's moves and constants into a canonical tensor."""
+        pairs: list[Pair] = []
+        with torch.no_grad():
+            for fill in self._fills.get(target, ()):
+                at = fill.dest
+                value.as_strided(at.shape, at.strides, value.storage_offset() + at.offset).fill_(fill.value)
+            for move in self._moves.get(target, ()):
+                tensor = self.mapped.index[move.tensor]
+                sent = self.mapped.slots[slot][tensor]
+                made = pair(value, move.dest, sent, move.source, tensor, target, "")
+                if made is not None:
+                    pairs.append(made)
+            run_all(self.pool, [batch.copy for batch in batches(pairs, self.threads)])
+
+    def twin(self, choice: Choice, slot: int) -> tuple[Twin, int]:
+        """A fresh twin of the module's cluster holding the version in `slot`, post-loaded; the module's index in it."""
+        cluster = self.decided.clusters[choice.path]
+        k = cluster.paths.index(choice.path)
+        if choice.strategy is Strategy.NATIVE:
+            return self._native_twin(choice, cluster, slot), k
+        twin = self.decided.twins.take(self.decided.alike[choice.path], self.decided.live)
+        with torch.no_grad():
+            for role, target in enumerate(cluster.targets):
+                place = next((m, n) for m, names in enumerate(cluster.places) for n, r in names.items() if r == role)
+                into = held(twin.modules[place[0]], place[1])
+                if into is not None:
+                    self._fill_or_keep(cluster, role, target, into.detach(), slot)
+        twin.post_load(self.host)
+        return twin, k
+
+    def _fill_or_keep(self, cluster: Cluster, role: int, target: str, into: torch.Tensor, slot: int) -> None:
+        """From the arena, or from the live module for a target that a partial push leaves alone."""
+        if self._moves.get(target) or self._fills.get(target):
+            self.fill(target, into, slot)
+            return
+        for path, names in zip(cluster.paths, cluster.places, strict=True):
+            for name, r in names.items():
+                live = held(self.decided.live[path], name)
+                if r == role and live is not None and self.decided.choices[path].stored[name].identity:
+                    into.copy_(live.detach().view_as(into))
+                    return
+
+    def _native_twin(self, choice: Choice, cluster: Cluster, slot: int) -> Twin:
+        """The engine's own loader, on a skeleton in which only this module has memory."""
+        twins = self.decided.twins
+        twins.forget()
+        twin = twins.take((cluster,), self.decided.live)
+        sources = [name for path in cluster.paths for name in self.baked.native_sources.get(path, ())]
+        weights = {name: self.mapped.slots[slot][self.mapped.index[name]] for name in dict.fromkeys(sources)}
+        with torch.no_grad():
+            self.host.load_weights(twins.skeleton, iter(weights.items()))
+        twin.post_load(self.host)
+        return twin
+
+    # ---- read back ---------------------------------------------------------------------------------------------------
+
+    def read_back(self, into: Slot) -> tuple[str, ...]:
+        """Write the live weights into a writable slot (the tensors in manifest order), as version 0.
+
+        Returns the tensors whose values the live model no longer holds in canonical form (packed, cast, native), or
+        holds in a dtype that the wire dtype cannot carry exactly. This rank writes only the regions it reads.
+        """
+        lost: set[str] = {name for names in self.baked.native_sources.values() for name in names}
+        slot = len(self.mapped.slots)
+        self.mapped.slots.append(into)
+        try:
+            pairs = [p for items in self.readable_pairs(slot).values() for p in items]
+        finally:
+            self.mapped.slots.pop()
+            self.mapped.readable.pop(slot, None)
+        names = [spec.name for spec in self.mapped.manifest.tensors]
+        lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
+        covered = {(p.tensor, p.target) for p in pairs}
+        lost |= {m.tensor for m in self.baked.plan.moves if (self.mapped.index[m.tensor], m.target) not in covered}
+        turned = [Pair(p.sent, p.live, p.tensor, p.target, p.module, _turn(p.run)) for p in pairs]
+        with torch.no_grad():
+            run_all(self.pool, [batch.copy for batch in batches(turned, self.threads)])
+        return tuple(name for name in names if name in lost)
+
+    # ---- small helpers -----------------------------------------------------------------------------------------------
+
+    def _places(self, choice: Choice) -> list[tuple[str, int]]:
+        cluster = self.decided.clusters[choice.path]
+        return list(cluster.places[cluster.paths.index(choice.path)].items())
+
+    def _fed_by(self, choice: Choice, index: Mapping[str, int]) -> frozenset[int]:
+        """Manifest indices of the tensors that reach a module."""
+        cluster = self.decided.clusters[choice.path]
+        targets = {cluster.targets[role] for _, role in self._places(choice)}
+        names = {m.tensor for target in targets for m in self._moves.get(target, ())}
+        names.update(self.baked.native_sources.get(choice.path, ()))
+        return frozenset(index[name] for name in names)
+
+
+def _turn(run: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+    return None if run is None else (run[1], run[0], run[2])
+
+
+def _row(name: str, move: Move, choice: Choice, attribute: str) -> dict[str, str]:
+    return {
+        "tensor": name,
+        "parameter": f"{choice.path}.{attribute}",
+        "source": _show(move.source),
+        "dest": _show(move.dest),
+        "module": choice.cls,
+        "strategy": choice.strategy.value,
+        "reason": choice.reason,
+    }
+
+
+def _show(region: Region) -> str:
+    whole = "" if region != dense(region.shape, region.offset) else " dense"
+    return f"{list(region.shape)} at {region.offset} strides {list(region.strides)}{whole}"
+
+
+def _packed_in_part(baked: Baked, decided: Decided) -> Iterable[MissingTensor]:
+    """A module whose storage is packed can only be rebuilt from all of its tensors."""
+    if not baked.partial:
+        return
+    planned = {t.path for t in baked.plan.targets}
+    for choice in decided.choices.values():
+        cluster = decided.clusters[choice.path]
+        names = cluster.places[cluster.paths.index(choice.path)]
+        for name, role in names.items():
+            target = cluster.targets[role]
+            whole = target in planned and target not in baked.coverage.holes
+            if choice.direct or whole or choice.stored[name].identity:
+                continue
+            yield MissingTensor(
+                "a module whose storage is packed needs all of its tensors",
+                where=f"{target} -> {choice.path} ({choice.cls})",
+                expected="every tensor that feeds this module, or none",
+                got=f"strategy {choice.strategy.value}: {choice.reason}",
+                remedy="send the module's other tensors too",
+                names=(target,),
+            )

@@ -1,0 +1,178 @@
+"""One rank's end of the conversation: a job frame in, one page of the mailbox out.
+
+`Rank.run` is the one Python function that every engine has to be able to execute in each of its workers. It never
+raises for an error of a job (engines.md 1.1: a raising worker poisons an engine's own RPC): the answer says so by value.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.arena import Arena
+from bridge.config import from_environment
+from bridge.errors import BridgeError, ProtocolError
+from bridge.mailbox import Mailbox
+from bridge.messages import (
+    AnyAnswer,
+    AnyJob,
+    BakeJob,
+    ExplainJob,
+    LoadJob,
+    LogprobsJob,
+    MapJob,
+    RankAnswer,
+    RankDone,
+    RankExplanation,
+    RankFailed,
+    RankJob,
+    RankLoaded,
+    RankReadBack,
+    RankScores,
+    ReadBackJob,
+    VerifyJob,
+)
+from bridge.receipt import RankReport
+from bridge.wire import ErrorInfo, pack, unpack
+from engine_side.adapters.base import RankHost
+from engine_side.loader import Loader
+from engine_side.verify import Verifier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Planned:
+    """A baked plan of this rank and, once mapped, its arena."""
+
+    loader: Loader
+    arena: Arena | None = None
+    verifier: Verifier | None = None
+
+    def close(self) -> None:
+        self.verifier = None
+        self.loader.close()
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+
+
+class Rank:
+    """Keeps this rank's plans between jobs. One job at a time."""
+
+    def __init__(self, host: RankHost, threads: int | None = None) -> None:
+        self.host = host
+        self._threads = threads or from_environment().copy_threads
+        self._plans: dict[int, Planned] = {}
+        self._mailbox: Mailbox | None = None
+        self._touched = False
+
+    def run(self, frame: bytes) -> None:
+        """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
+        job = unpack(frame, RankJob)
+        mailbox = self._open_mailbox(job.mailbox)
+        self._touched = False
+        try:
+            answer = self._answer(job.job)
+        except Exception as error:  # process boundary: a worker must answer by value whatever broke
+            if not isinstance(error, BridgeError):
+                log.exception("rank %d: %s failed", self.host.rank, type(job.job).__name__)
+            answer = RankFailed(ErrorInfo.of(error), self._touched)
+        mailbox.post(job.page + self.host.rank, job.nonce, pack(RankAnswer(self.host.rank, job.nonce, answer)))
+
+    def close(self) -> None:
+        """Let go of arenas and mailbox. Idempotent."""
+        for planned in self._plans.values():
+            planned.close()
+        self._plans.clear()
+        if self._mailbox is not None:
+            self._mailbox.close()
+            self._mailbox = None
+
+    def _open_mailbox(self, path: str) -> Mailbox:
+        if self._mailbox is None or str(self._mailbox.path) != path:
+            if self._mailbox is not None:
+                self._mailbox.close()
+            self._mailbox = Mailbox.open(Path(path))
+        return self._mailbox
+
+    def _answer(self, job: AnyJob) -> AnyAnswer:
+        match job:
+            case BakeJob():
+                return self._bake(job)
+            case MapJob():
+                return self._map(job)
+            case LoadJob():
+                return RankLoaded(self._load(job))
+            case VerifyJob():
+                return RankLoaded(self._verify(job))
+            case LogprobsJob():
+                return RankScores(tuple(tuple(row) for row in self.host.prompt_logprobs(job.prompts)))
+            case ReadBackJob():
+                return self._read_back(job)
+            case ExplainJob():
+                return RankExplanation(self._planned(job.plan).loader.explain(job.name))
+
+    def _planned(self, plan: int) -> Planned:
+        try:
+            return self._plans[plan]
+        except KeyError:
+            raise ProtocolError("this rank does not know that plan", got=str(plan)) from None
+
+    def _verifier(self, plan: int) -> Verifier:
+        verifier = self._planned(plan).verifier
+        if verifier is None:
+            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(plan))
+        return verifier
+
+    def _bake(self, job: BakeJob) -> AnyAnswer:
+        loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+        try:
+            answer = loader.rank_bake()
+        except BaseException:
+            loader.close()
+            raise
+        self._plans[job.plan] = Planned(loader)
+        return answer
+
+    def _map(self, job: MapJob) -> RankDone:
+        planned = self._planned(job.plan)
+        arena = Arena.open(Path(job.path), job.manifest)
+        planned.loader.map(job.manifest, [arena.tensors(slot) for slot in range(arena.slots)])
+        planned.arena = arena
+        planned.verifier = Verifier(planned.loader)
+        for plan in [p for p in self._plans if p != job.plan and p not in job.keep]:
+            self._plans.pop(plan).close()
+        return RankDone()
+
+    def _load(self, job: LoadJob) -> RankReport:
+        planned, verifier = self._planned(job.plan), self._verifier(job.plan)
+        self._touched = True
+        outcome = planned.loader.apply(job.slot, job.changed)
+        started = time.perf_counter()
+        levels = verifier.run(job.levels, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
+        return RankReport(
+            rank=self.host.rank,
+            levels=levels,
+            strategies=planned.loader.rank_bake().strategies,
+            rebound=(*outcome.rebound, *outcome.created),
+            canary_only=verifier.canary_only(),
+            written=outcome.written,
+            load_s=outcome.load_s,
+            postload_s=outcome.postload_s,
+            verify_s=time.perf_counter() - started,
+        )
+
+    def _verify(self, job: VerifyJob) -> RankReport:
+        started = time.perf_counter()
+        levels = self._verifier(job.plan).run(job.levels, job.slot)
+        return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
+
+    def _read_back(self, job: ReadBackJob) -> RankReadBack:
+        planned = self._planned(job.plan)
+        if planned.arena is None:
+            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(job.plan))
+        with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
+            return RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))

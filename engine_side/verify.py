@@ -1,0 +1,274 @@
+"""Is the live model the version in the arena? One function per level, each on its own, none of which writes weights.
+
+    coverage    every engine element is written exactly once by this plan
+    attributes  parameters are the same objects in the same place, with the same attributes and aliases
+    read-back   live storage, mapped back to canonical order, has the arena's bits (after the plan's cast)
+    probe       modules answer a few rows as the arena's weights say; needed where storage is packed, and once after
+                baking everywhere, because bits in a storage do not prove that the output reads that storage
+    change      where the trainer's bits changed, what the engine shows is no longer the version before
+
+Called by the rank's job dispatcher while the engine is paused. Blocks; no collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+
+import torch
+
+from bridge.errors import ConfigError
+from bridge.plan import dest_coverage
+from bridge.receipt import Failure, LevelResult
+from engine_side import probes
+from engine_side.copies import Chunk, chunks, differing, first_difference, run_all, same_bits
+from engine_side.inplace import AttributeSnapshot, diff
+from engine_side.layout import bits
+from engine_side.loader import Loader, LoadOutcome
+from engine_side.strategies import Choice
+from engine_side.twins import device_of, reachable
+
+RANK_LEVELS = ("coverage", "attributes", "read-back", "probe", "change")
+"""The levels of `bridge.receipt.LEVELS` that one rank decides alone, in the order in which they run."""
+SHOWN = 16
+"""Failures listed per level; `got` of the last says how many more there are."""
+
+
+class Verifier:
+    """The levels of one mapped Loader. Holds what one push leaves for the next: proven plan digests, whether every
+    module was probed once since the plan was made."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self._covered: dict[bytes, LevelResult] = {}
+        self._probed = False
+        self._chunks: dict[int, tuple[object, list[list[Chunk]]]] = {}
+
+    def run(
+        self,
+        levels: Collection[str],
+        slot: int,
+        *,
+        outcome: LoadOutcome | None = None,
+        previous: int | None = None,
+        changed: Collection[int] | None = None,
+    ) -> tuple[LevelResult, ...]:
+        """The named levels of this rank against `slot`, in order; levels that are not this rank's are left out.
+
+        `outcome` is the load that went before (None: a check without one), `previous` the slot of the version before
+        and `changed` the manifest indices whose bits differ between the two (None: unknown, all are looked at).
+        """
+        out: list[LevelResult] = []
+        if "coverage" in levels:
+            out.append(self.coverage())
+        if "attributes" in levels:
+            out.append(self.attributes(outcome))
+        if "read-back" in levels:
+            out.append(self.read_back(slot))
+        if "probe" in levels:
+            out.append(self.probe(slot, every=not self._probed))
+            self._probed |= out[-1].ok
+        if "change" in levels and previous is not None:
+            out.append(self.change(slot, previous, changed))
+        return tuple(out)
+
+    def canary_only(self) -> tuple[str, ...]:
+        """Modules that neither read-back nor a probe can judge."""
+        return tuple(
+            path
+            for path, choice in self.loader.decided.choices.items()
+            if choice.probe is None and not choice.direct and reachable(self.loader.decided.live[path])[1]
+        )
+
+    # ---- levels ------------------------------------------------------------------------------------------------------
+
+    def coverage(self) -> LevelResult:
+        """Proven anew for every plan digest, remembered for the same."""
+        plan = self.loader.baked.plan
+        key = plan.digest
+        if key not in self._covered:
+            found = dest_coverage(plan)
+            holes = {} if self.loader.baked.partial else found.holes
+            sizes = {t.path: t.numel for t in plan.targets}
+            failures = [
+                Failure(path, f"{sizes[path]} elements written once", f"{n} never written") for path, n in holes.items()
+            ]
+            failures += [
+                Failure(path, f"{sizes[path]} elements written once", f"{n} written more than once")
+                for path, n in found.overlaps.items()
+            ]
+            self._covered[key] = _result("coverage", len(plan.targets), failures)
+        return self._covered[key]
+
+    def attributes(self, outcome: LoadOutcome | None = None) -> LevelResult:
+        """Compare with the snapshot taken when the plan was mapped; what `outcome` says was rebound may have moved."""
+        before = self.loader.snapshot
+        if before.unchanged():
+            return _result("attributes", len(before.entries), [])
+        after = before.retake()
+        allowed = self._live_paths(() if outcome is None else (*outcome.rebound, *outcome.created))
+        found = diff(before, after, allowed)
+        failures = [Failure(d.path, f"{d.what} {d.before}", d.after) for d in found]
+        if not found:
+            self.loader.snapshot = after
+        return _result("attributes", len(before.entries), failures)
+
+    def read_back(self, slot: int) -> LevelResult:
+        """Bit for bit; constants (vocabulary padding) included."""
+        loader = self.loader
+        readable = loader.readable_pairs(slot)
+        cached = self._chunks.get(slot)
+        if cached is None or cached[0] is not readable:
+            pairs = [p for items in readable.values() for p in items]
+            self._chunks[slot] = cached = (readable, chunks(pairs, loader.threads))
+        bad: list[list[Chunk]] = [[] for _ in cached[1]]
+        run_all(loader.pool, [partial(_compare_into, found, work) for found, work in zip(bad, cached[1], strict=True)])
+        names = [spec.name for spec in loader.mapped.manifest.tensors]
+        wrong = {id(c.pair): c.pair for found in bad for c in found}
+        failures: list[Failure] = []
+        for item in wrong.values():
+            difference = first_difference(item) if len(failures) < SHOWN else None
+            expected, got = ("the arena's bits", "other bits")
+            if difference is not None:
+                at, want, have = difference
+                expected, got = f"{want!r} at element {at} of this part", f"{have!r}"
+            failures.append(Failure(f"{names[item.tensor]} -> {item.target}", expected, got))
+        constants = loader.mapped.direct[slot].constants
+        failures += [
+            Failure(target, f"{value} in padding", "another value")
+            for target, view, value in constants
+            if not bool((view == view.new_full((), value)).all())
+        ]
+        return _result("read-back", len({p.tensor for items in readable.values() for p in items}), failures)
+
+    def probe(self, slot: int, *, every: bool = False) -> LevelResult:
+        """Call the modules whose storage does not show their weights (`every`: all that can be called)."""
+        failures: list[Failure] = []
+        checked = 0
+        for choice in self.loader.decided.choices.values():
+            if choice.direct and (not every or choice.probe is None):
+                continue
+            why = self._probe_one(choice, slot)
+            checked += 1
+            if why is not None:
+                failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
+        self.loader.decided.twins.forget()
+        return _result("probe", checked, failures)
+
+    def change(self, slot: int, previous: int, changed: Collection[int] | None = None) -> LevelResult:
+        """What changed in the trainer must not still show the version before."""
+        wanted = set(range(len(self.loader.mapped.manifest.tensors))) if changed is None else set(changed)
+        failures = self._unmoved_storage(slot, previous, wanted)
+        for choice in self.loader.decided.choices.values():
+            if choice.direct or choice.probe is None or wanted.isdisjoint(self.loader.feeds(choice.path)):
+                continue
+            why = self._unmoved_output(choice, slot, previous)
+            if why is not None:
+                failures.append(Failure(choice.path, f"an output unlike the previous version's ({choice.cls})", why))
+        self.loader.decided.twins.forget()
+        return _result("change", len(wanted), failures)
+
+    # ---- how ---------------------------------------------------------------------------------------------------------
+
+    def _unmoved_storage(self, slot: int, previous: int, wanted: set[int]) -> list[Failure]:
+        now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
+        names = [spec.name for spec in self.loader.mapped.manifest.tensors]
+        moved: dict[int, bool] = {}
+        for module, items in now.items():
+            for new, old in zip(items, before[module], strict=True):
+                if new.tensor not in wanted or moved.get(new.tensor):
+                    continue
+                if not same_bits(old):
+                    moved[new.tensor] = True
+                elif not torch.equal(_as_live(new.sent, new.live), _as_live(old.sent, old.live)):
+                    moved[new.tensor] = False
+        return [
+            Failure(names[k], "bits of the new version", "still those of the version before")
+            for k, ok in moved.items()
+            if not ok
+        ]
+
+    def _unmoved_output(self, choice: Choice, slot: int, previous: int) -> str | None:
+        seen = self._output(choice)
+        new, old = self._reference(choice, slot), self._reference(choice, previous)
+        if seen is None or new is None or old is None:
+            return "it cannot be called any more"
+        if probes.deviation(new[0].to(seen.dtype), old[0], old[1]) is None:
+            return None  # the change is smaller than what an output of this dtype can show
+        still = probes.deviation(seen, *old) is None
+        return "the output is still that of the version before" if still else None
+
+    def _probe_one(self, choice: Choice, slot: int) -> str | None:
+        if choice.probe is None:
+            return self._compare_state(choice, slot)
+        seen, want = self._output(choice), self._reference(choice, slot)
+        if seen is None or want is None:
+            return "it cannot be called any more"
+        return probes.deviation(seen, *want)
+
+    def _output(self, choice: Choice) -> torch.Tensor | None:
+        module = self.loader.decided.live[choice.path]
+        if choice.probe is None:
+            raise ConfigError("this module cannot be called alone", where=choice.path)
+        return probes.call(self.loader.host, module, choice.probe.inputs(self._device(choice)))
+
+    def _reference(self, choice: Choice, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(output, tolerance) of the arena's weights."""
+        probe = choice.probe
+        if probe is None:
+            raise ConfigError("this module cannot be called alone", where=choice.path)
+        x = probe.inputs(self._device(choice))
+        if probe.form != "twin":
+            return probe.reference(x, self.loader.values(choice, slot))
+        twin, k = self.loader.twin(choice, slot)
+        y = probes.call(self.loader.host, twin.modules[k], x)
+        return None if y is None else (y, probes.twin_tolerance(y))
+
+    def _compare_state(self, choice: Choice, slot: int) -> str | None:
+        """A module that cannot be called: everything it holds against a twin's. Closed state is the canary's."""
+        here, opaque = reachable(self.loader.decided.live[choice.path])
+        twin, k = self.loader.twin(choice, slot)
+        there, _ = reachable(twin.modules[k])
+        if opaque:
+            return None
+        for name, want in there.items():
+            have = here.get(name)
+            if have is None:
+                return f"{name} is missing"
+            why = probes.deviation(have, want, probes.twin_tolerance(want))
+            if why is not None:
+                return f"{name}: {why}"
+        return None
+
+    def _device(self, choice: Choice) -> torch.device:
+        return device_of(self.loader.decided.live[choice.path])
+
+    def _live_paths(self, names: Iterable[str]) -> set[str]:
+        """ "module.name" in skeleton paths -> the paths under which the live model shows the same modules."""
+        by_id: dict[int, list[str]] = {}
+        for path, module in self.loader.host.model.named_modules(remove_duplicate=False):
+            by_id.setdefault(id(module), []).append(path)
+        out: set[str] = set()
+        for full in names:
+            module_path, _, name = full.rpartition(".")
+            live = self.loader.decided.live[module_path]
+            out.update(f"{path}.{name}" if path else name for path in by_id.get(id(live), ()))
+        return out | _aliases(self.loader.snapshot, out)
+
+
+def _compare_into(found: list[Chunk], work: Sequence[Chunk]) -> None:
+    found.extend(differing(work))
+
+
+def _aliases(snapshot: AttributeSnapshot, paths: Iterable[str]) -> set[str]:
+    return {alias for path in paths if path in snapshot.entries for alias in snapshot.entries[path].aliases}
+
+
+def _as_live(sent: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    return bits(sent.to(device=live.device, dtype=live.dtype).contiguous())
+
+
+def _result(level: str, checked: int, failures: Sequence[Failure]) -> LevelResult:
+    shown = tuple(failures[:SHOWN])
+    note = f"{len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+    return LevelResult(level, not failures, checked, shown, note)

@@ -1,0 +1,101 @@
+"""What `import bridge` offers, what it loads, and how long it takes beyond torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+HEAVY = ("ray", "vllm", "sglang", "transformers", "peft", "click", "rich", "safetensors", "matplotlib", "trainer_side",
+         "engine_side")  # fmt: skip
+
+PUBLIC = [
+    "ArenaFull",
+    "Bridge",
+    "BridgeError",
+    "Busy",
+    "CanaryMismatch",
+    "Check",
+    "Closed",
+    "Completion",
+    "ConfigError",
+    "DeadlineExceeded",
+    "DigestMismatch",
+    "DtypeMismatch",
+    "DuplicateTensor",
+    "EngineHandle",
+    "EngineQuarantined",
+    "EngineReport",
+    "HealthReport",
+    "IntegrityError",
+    "LeaseHeld",
+    "MissingTensor",
+    "NonFinite",
+    "NotFound",
+    "PeerLost",
+    "PendingPush",
+    "ProtocolError",
+    "PushAborted",
+    "Receipt",
+    "Sampling",
+    "ShapeMismatch",
+    "StaleVersion",
+    "TransportError",
+    "UnexpectedTensor",
+    "UnsupportedLora",
+    "attach",
+    "bind",
+    "connect",
+    "health",
+    "launch",
+    "push",
+]
+
+
+def _python(code: str) -> Any:
+    """Run code in a fresh interpreter; its last line of output as JSON."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_public_names_are_these() -> None:
+    import bridge
+
+    assert sorted(bridge.__all__) == PUBLIC
+    assert [name for name in PUBLIC if not hasattr(bridge, name)] == []
+    assert set(PUBLIC) <= set(dir(bridge))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = bridge.no_such_name  # type: ignore[attr-defined]
+
+
+def test_everything_public_loads_none_of_the_heavy_packages() -> None:
+    code = "import bridge, json, sys; [getattr(bridge, n) for n in bridge.__all__]\n"
+    code += f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    assert _python(code) == []
+
+
+def test_a_bare_import_does_not_even_load_torch() -> None:
+    assert _python("import bridge, json, sys; print(json.dumps('torch' in sys.modules))") is False
+
+
+@pytest.mark.parametrize(
+    "first", ["from bridge.push import Bridge", "from bridge import health as h", "import bridge.api"]
+)
+def test_push_and_health_are_functions_whatever_was_imported_first(first: str) -> None:
+    code = f"{first}\nimport bridge, json, inspect\n"
+    code += "from bridge.push import PendingPush\nfrom bridge.health import assess\n"
+    code += "print(json.dumps([inspect.isfunction(f) for f in (bridge.push, bridge.health)]))"
+    assert _python(code) == [True, True]
+
+
+def test_all_of_it_takes_at_most_a_quarter_second_beyond_torch() -> None:
+    code = (
+        "import torch, time, json; t = time.perf_counter()\n"
+        "import bridge; [getattr(bridge, n) for n in bridge.__all__]\n"
+        "print(json.dumps(time.perf_counter() - t))"
+    )
+    assert min(_python(code) for _ in range(3)) <= 0.25

@@ -1,0 +1,324 @@
+"""Generation: greedy equals transformers, caches, sampling, pausing in the middle of a sequence, the gate."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.deadline import Deadline
+from bridge.errors import Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
+from bridge.wire import Completion, Sampling
+from engine_side.adapters.embedded import EmbeddedAdapter
+from engine_side.embedded.config import EngineConfig
+from engine_side.embedded.engine import Engine
+from tests.engine_side import embedded_models as tiny
+
+GREEDY = Sampling(max_tokens=24, temperature=0)
+LONG = Sampling(max_tokens=200, temperature=0)
+PROMPT = tiny.prompts()[-1]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    return tiny.save(tmp_path, "qwen2")
+
+
+@pytest.fixture
+def engine(tmp_path: Path, model: Any) -> Iterator[Engine]:
+    with Engine(EngineConfig(str(tmp_path))) as engine:
+        yield engine
+
+
+class Call:
+    """generate in a thread; `result` returns or raises what it did."""
+
+    def __init__(self, work: Callable[[], list[Completion]]) -> None:
+        self._answer: list[Any] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], list[Completion]]) -> None:
+        try:
+            self._answer.append(work())
+        except Exception as error:
+            self._answer.append(error)
+
+    def waits(self) -> bool:
+        self._thread.join(0.1)
+        return self._thread.is_alive()
+
+    def result(self) -> list[Completion]:
+        self._thread.join(20)
+        answer = self._answer[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+
+def until_steps(engine: Engine, steps: int) -> None:
+    deadline = Deadline.after(20)
+    while engine.steps < steps:
+        deadline.check("waiting for the engine")
+        time.sleep(0.001)
+
+
+def replace_weights(engine: Engine, tmp_path: Path) -> Any:
+    """Other weights in place, by the engine's own loader."""
+    other = tiny.make_model("qwen2", seed=99)
+    other.save_pretrained(tmp_path / "other")
+    from engine_side.embedded.loading import load_checkpoint
+
+    load_checkpoint(engine.runner.causal_lm, tmp_path / "other")
+    return other
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "qwen3", "moe-mixed"])
+def test_greedy_is_transformers_greedy(tmp_path: Path, family: str) -> None:
+    model = tiny.save(tmp_path, family, tied=True)
+    with Engine(EngineConfig(str(tmp_path), layout="packed")) as engine:
+        got = engine.generate(tiny.prompts(), GREEDY)
+        scored = engine.prompt_logprobs([(*p, *c.token_ids) for p, c in zip(tiny.prompts(), got)])
+    for prompt, completion, scores in zip(tiny.prompts(), got, scored):
+        assert list(completion.token_ids) == tiny.reference_greedy(model, prompt, 24)
+        assert completion.finish_reason == "length"
+        assert completion.logprobs == pytest.approx(scores[len(prompt) - 1 :], abs=1e-4)
+
+
+def test_prefix_cache_is_read_and_changes_nothing(engine: Engine) -> None:
+    (cold,) = engine.generate([PROMPT], GREEDY)
+    assert engine.cached_blocks_read == 0
+    (warm,) = engine.generate([PROMPT], GREEDY)
+    assert engine.cached_blocks_read == len(PROMPT) // 16
+    assert warm.token_ids == cold.token_ids
+    assert warm.logprobs == pytest.approx(cold.logprobs, abs=1e-5)
+    (longer,) = engine.generate([(*PROMPT, *cold.token_ids[:20])], Sampling(max_tokens=4, temperature=0))
+    assert longer.token_ids == cold.token_ids[20:24]
+    assert engine.cached_blocks_read == len(PROMPT) // 16 + (len(PROMPT) + 20) // 16
+
+
+def test_a_block_is_known_by_all_that_came_before_it(engine: Engine, model: Any) -> None:
+    a, b, c, d = ([token] * 16 for token in (3, 50, 90, 120))
+    engine.generate([[*a, *b, 1], [*c, *d, 1]], GREEDY)
+    (got,) = engine.generate([[*c, *b, 1]], GREEDY)
+    assert engine.cached_blocks_read == 1
+    assert list(got.token_ids) == tiny.reference_greedy(model, [*c, *b, 1], 24)
+
+
+def test_a_stale_cache_is_wrong_until_it_is_reset(engine: Engine, tmp_path: Path) -> None:
+    engine.generate([PROMPT], GREEDY)
+    model = replace_weights(engine, tmp_path)
+    (fresh,) = tiny.reference_logprobs(model, [(*PROMPT, 7)])
+    assert engine.prompt_logprobs([(*PROMPT, 7)])[0][-1] == pytest.approx(fresh[-1], abs=1e-4)
+    wanted = tiny.reference_greedy(model, PROMPT, 24)
+    (stale,) = engine.generate([PROMPT], GREEDY)
+    assert list(stale.token_ids) != wanted
+    assert engine.reset_prefix_cache()
+    (again,) = engine.generate([PROMPT], GREEDY)
+    assert list(again.token_ids) == wanted
+
+
+def test_a_small_pool_preempts_and_gives_the_same(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [tiny.reference_greedy(model, prompt, 24) for prompt in tiny.prompts()]
+    config = EngineConfig(str(tmp_path), max_seq_len=64, block_size=8, num_blocks=9)
+    with Engine(config) as engine:
+        preempted: list[int] = []
+        preempt = engine._scheduler.preempt
+        monkeypatch.setattr(engine._scheduler, "preempt", lambda rs: preempted.append(len(rs)) or preempt(rs))
+        for _ in range(2):
+            assert [list(c.token_ids) for c in engine.generate(tiny.prompts(), GREEDY)] == wanted
+        assert preempted
+        assert engine.reset_prefix_cache(), "no block leaked"
+
+
+def test_many_threads_get_their_own_answers(engine: Engine, model: Any) -> None:
+    calls = [(prompt, Call(lambda p=prompt: engine.generate([p], GREEDY))) for prompt in tiny.prompts() * 2]  # type: ignore[misc]
+    for prompt, call in calls:
+        assert list(call.result()[0].token_ids) == tiny.reference_greedy(model, prompt, 24)
+
+
+def test_a_seed_repeats_a_call_but_not_a_prompt(engine: Engine) -> None:
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=5)
+    group = [PROMPT] * 4
+    first, second = engine.generate(group, sampling), engine.generate(group, sampling)
+    assert [c.token_ids for c in first] == [c.token_ids for c in second]
+    assert len({c.token_ids for c in first}) == 4
+    other = engine.generate(group, Sampling(max_tokens=12, temperature=1.0, seed=6))
+    assert [c.token_ids for c in first] != [c.token_ids for c in other]
+
+
+def test_temperature_and_top_p_sample_what_they_should(engine: Engine, model: Any) -> None:
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT])).logits[0, -1].float()
+    probs = (logits / 0.7).softmax(-1)
+    n = 3000
+    got = engine.generate([PROMPT] * n, Sampling(max_tokens=1, temperature=0.7, seed=1))
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in got]), minlength=len(probs)) / n
+    assert (counts - probs).abs().sum() < 0.25
+    ordered, order = probs.sort(descending=True)
+    kept = int((ordered.cumsum(0) - ordered < 0.3).sum())
+    nucleus = set(order[:kept].tolist())
+    cut = engine.generate([PROMPT] * 500, Sampling(max_tokens=1, temperature=0.7, top_p=0.3, seed=1))
+    assert {c.token_ids[0] for c in cut} <= nucleus
+    assert len({c.token_ids[0] for c in cut}) > min(2, kept - 1)
+    # at temperature 1 and before top-p, whatever was sampled with
+    logprobs = logits.log_softmax(-1)
+    assert cut[0].logprobs[0] == pytest.approx(float(logprobs[cut[0].token_ids[0]]), abs=1e-4)
+
+
+def test_stop_tokens_end_a_completion_and_belong_to_it(engine: Engine, model: Any) -> None:
+    greedy = tiny.reference_greedy(model, PROMPT, 24)
+    stop = greedy[9]
+    (got,) = engine.generate([PROMPT], Sampling(max_tokens=24, temperature=0, stop_token_ids=(stop,)))
+    assert list(got.token_ids) == greedy[: greedy.index(stop) + 1]
+    assert got.finish_reason == "stop"
+    assert len(got.logprobs) == len(got.token_ids)
+
+
+def test_limits(engine: Engine) -> None:
+    (none,) = engine.generate([PROMPT], Sampling(max_tokens=0))
+    assert none == Completion((), (), "length")
+    (full,) = engine.generate([[1] * 250], Sampling(max_tokens=100, temperature=0))
+    assert (len(full.token_ids), full.finish_reason) == (6, "length")
+    assert engine.generate([], GREEDY) == []
+    for prompt, words in (([], "1 to 256"), ([1] * 257, "257"), ([5, 173], "173"), ([-1], "-1")):
+        with pytest.raises(ConfigError, match=words):
+            engine.generate([[3], prompt], GREEDY)
+        with pytest.raises(ConfigError, match="prompt 1"):
+            engine.prompt_logprobs([[3], prompt])
+
+
+def test_pause_keep_goes_on_under_the_new_weights(engine: Engine, model: Any, tmp_path: Path) -> None:
+    engine.weight_version = 4
+    call = Call(lambda: engine.generate([PROMPT], LONG))
+    until_steps(engine, 5)
+    engine.pause("keep")
+    done = engine.steps
+    assert 5 <= done < 200
+    assert call.waits()
+    assert engine.steps == done, "a paused engine computes nothing"
+    other = replace_weights(engine, tmp_path)
+    engine.weight_version = 5
+    assert not engine.reset_prefix_cache(), "a kept request holds keys and values"
+    assert engine.reset_prefix_cache(reset_running_requests=True)
+    engine.resume()
+    (got,) = call.result()
+    old, new = list(got.token_ids[:done]), list(got.token_ids[done:])
+    assert old == tiny.reference_greedy(model, PROMPT, done)
+    assert new == tiny.reference_greedy(other, (*PROMPT, *old), 200 - done)
+    assert got.weight_version == 4
+    assert engine.generate([PROMPT], GREEDY)[0].weight_version == 5
+
+
+def test_pause_abort_returns_what_there_is(engine: Engine, model: Any) -> None:
+    call = Call(lambda: engine.generate([PROMPT], LONG))
+    until_steps(engine, 3)
+    engine.pause("abort")
+    (got,) = call.result()
+    assert got.finish_reason == "abort"
+    assert 3 <= len(got.token_ids) < 200
+    assert list(got.token_ids) == tiny.reference_greedy(model, PROMPT, len(got.token_ids))
+    assert engine.reset_prefix_cache()
+    waiting = Call(lambda: engine.generate([PROMPT], GREEDY))
+    assert waiting.waits()
+    engine.resume()
+    assert waiting.result()[0].finish_reason == "length"
+
+
+def test_pause_drain_lets_running_requests_finish_and_holds_new_ones(engine: Engine) -> None:
+    call = Call(lambda: engine.generate([PROMPT], LONG))
+    until_steps(engine, 3)
+    pausing = Call(lambda: engine.pause("drain") or [])  # type: ignore[func-returns-value]
+    pausing.waits()
+    late = Call(lambda: engine.generate([PROMPT], GREEDY))
+    assert len(call.result()[0].token_ids) == 200
+    pausing.result()
+    assert engine.paused
+    assert late.waits()
+    engine.pause("drain")
+    engine.resume()
+    engine.resume()
+    assert late.result()[0].finish_reason == "length"
+
+
+def test_a_drain_that_takes_too_long_leaves_the_engine_running(engine: Engine) -> None:
+    call = Call(lambda: engine.generate([PROMPT], LONG))
+    until_steps(engine, 1)
+    with pytest.raises(DeadlineExceeded, match="paused in time"):
+        engine.pause("drain", Deadline.after(0.01))
+    assert len(call.result()[0].token_ids) == 200
+    with pytest.raises(ConfigError, match=r"drain \| abort \| keep"):
+        engine.pause("gently")
+
+
+def test_past_gate_reads_the_cache_while_others_wait(engine: Engine) -> None:
+    adapter = EmbeddedAdapter(engine)
+    kept = Call(lambda: engine.generate([PROMPT], LONG))
+    until_steps(engine, 3)
+    adapter.pause("keep", Deadline.after(5))
+    before = engine.cached_blocks_read
+    (got,) = adapter.generate([PROMPT], Sampling(max_tokens=2, temperature=0), past_gate=True)
+    assert len(got.token_ids) == 2
+    assert engine.cached_blocks_read > before
+    assert kept.waits()
+    adapter.refuse("not verified")
+    assert adapter.generate([PROMPT], GREEDY, past_gate=True)[0].finish_reason == "length"
+    with pytest.raises(EngineQuarantined, match="not verified"):
+        kept.result()
+
+
+def test_refusing_raises_instead_of_hanging(engine: Engine) -> None:
+    engine.pause("keep")
+    waiting = Call(lambda: engine.generate([PROMPT], GREEDY))
+    assert waiting.waits()
+    engine.refuse("weights of version 7 are half written")
+    with pytest.raises(EngineQuarantined, match="version 7"):
+        waiting.result()
+    engine.resume()
+    with pytest.raises(EngineQuarantined, match="version 7"):
+        engine.generate([PROMPT], GREEDY)
+    assert engine.prompt_logprobs([PROMPT])
+    engine.refuse(None)
+    assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
+
+
+def test_a_failing_step_raises_in_its_caller_and_the_engine_lives(engine: Engine) -> None:
+    norm = engine.runner.causal_lm.model.norm
+    norm.forward = lambda x: 1 / 0  # type: ignore[method-assign,assignment]
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        engine.generate([PROMPT], GREEDY)
+    del norm.forward
+    assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
+
+
+def test_closing_ends_callers(tmp_path: Path, model: Any) -> None:
+    engine = Engine(EngineConfig(str(tmp_path)))
+    call = Call(lambda: engine.generate([PROMPT], LONG))
+    until_steps(engine, 1)
+    engine.close()
+    engine.close()
+    with pytest.raises(Closed):
+        call.result()
+    with pytest.raises(Closed):
+        engine.generate([PROMPT], GREEDY)
+    with pytest.raises(Closed):
+        engine.prompt_logprobs([PROMPT])
+
+
+def test_the_adapter_knows_no_other_adapter_and_no_shared_storage(engine: Engine) -> None:
+    adapter = EmbeddedAdapter(engine)
+    assert (adapter.kind, adapter.ranks, adapter.can_generate) == ("embedded", 1, True)
+    with pytest.raises(NotFound, match="current"):
+        adapter.generate([PROMPT], GREEDY, adapter="someone")
+    adapter.refuse_shared(frozenset({torch.zeros(1).untyped_storage().data_ptr()}))
+    mine = engine.runner.model.get_parameter("model.norm.weight")
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
+        adapter.refuse_shared(frozenset({mine.untyped_storage().data_ptr()}))
+    adapter.publish(9)
+    assert engine.generate([PROMPT], GREEDY)[0].weight_version == 9
+    assert adapter.reset_caches()

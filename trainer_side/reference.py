@@ -1,0 +1,178 @@
+"""The trainer's own canary: log-probabilities of fixed prompts under the bound model, which is left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from bridge.errors import ConfigError
+
+_ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
+_TRANSPARENT = ("_orig_mod", "module")
+"""Wrappers that the forward can go around: a compiled one would compile anew, a data-parallel one would communicate.
+An FSDP wrapper cannot be left out, since it gathers the weights."""
+
+
+def reference_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probability (nats, from float32 logits) of token i+1 given tokens 0..i: len(prompt) - 1 numbers per prompt.
+
+    One no-grad forward per prompt length, in eval mode, outside autocast. *(all ranks when the model is sharded)*
+    Training flags, random states and buffers are put back before it returns or raises. Blocks for the forward.
+
+    Raises ConfigError for a model that is not a causal language model (no `logits` of shape [batch, tokens, vocabulary]
+    from `model(input_ids=...)`), or whose vocabulary is smaller than a token id.
+    """
+    core = _core(model)
+    scores: list[list[float]] = [[] for _ in prompts]
+    lengths = sorted({len(prompt) for prompt in prompts if len(prompt) > 1})
+    _check_ids(core, prompts)
+    with torch.no_grad(), _left_as_it_was(core), _no_autocast(core):
+        for length in lengths:
+            rows = [k for k, prompt in enumerate(prompts) if len(prompt) == length]
+            ids = torch.tensor([list(prompts[k]) for k in rows], dtype=torch.long, device=_input_device(core))
+            logits = _logits(core, ids)
+            values = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+            picked = values.gather(-1, ids[:, 1:].to(values.device).unsqueeze(-1)).squeeze(-1)
+            for k, row in zip(rows, picked.tolist(), strict=True):
+                scores[k] = row
+    return scores
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many token ids the model's input embedding knows. Raises ConfigError for a model that has none."""
+    size = _embedding_rows(_core(model))
+    if size is None:
+        raise ConfigError(
+            "the model has no input embedding, so the canary has no prompts",
+            where=type(model).__name__,
+            expected="a causal language model with get_input_embeddings()",
+            got="none",
+            remedy=_ADVICE,
+        )
+    return size
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that add nothing to its forward."""
+    while True:
+        inner = next((model._modules[n] for n in _TRANSPARENT if n in model._modules), None)
+        if inner is None or len(model._modules) != 1 or model._parameters:
+            return model
+        model = inner
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    find = getattr(model, "get_input_embeddings", None)
+    if callable(find):
+        try:
+            embedding = find()
+        except (NotImplementedError, AttributeError):
+            embedding = None
+        rows = getattr(embedding, "num_embeddings", None)
+        if isinstance(rows, int):
+            return rows
+        weight = getattr(embedding, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            return int(weight.shape[0])
+    return None
+
+
+def _check_ids(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+    rows = _embedding_rows(model)
+    highest = max((max(prompt, default=0) for prompt in prompts), default=0)
+    lowest = min((min(prompt, default=0) for prompt in prompts), default=0)
+    if lowest < 0 or (rows is not None and highest >= rows):
+        raise ConfigError(
+            "a canary prompt has a token that the model does not know",
+            where=type(model).__name__,
+            expected=f"ids in 0 .. {rows - 1}" if rows is not None else "ids from 0",
+            got=str(highest if lowest >= 0 else lowest),
+            remedy="make the prompts for this vocabulary: bridge.canary.prompts(vocabulary_size(model))",
+        )
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """Where token ids have to lie: with the input embedding, else with the first parameter."""
+    find = getattr(model, "get_input_embeddings", None)
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        weight = getattr(find() if callable(find) else None, "weight", None)
+        if isinstance(weight, torch.Tensor):
+            return weight.device
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """[rows, tokens, vocabulary] from one forward."""
+    try:
+        logits = getattr(model(input_ids=ids), "logits", None)
+    except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError) as error:
+        raise _not_a_language_model(model, f"{type(error).__name__}: {error}") from error
+    if not isinstance(logits, torch.Tensor):
+        raise _not_a_language_model(model, "an output without logits")
+    if logits.dim() != 3 or tuple(logits.shape[:2]) != tuple(ids.shape) or logits.shape[2] <= int(ids.max()):
+        raise _not_a_language_model(model, f"logits of shape {list(logits.shape)} for {list(ids.shape)} token ids")
+    return logits
+
+
+def _not_a_language_model(model: nn.Module, got: str) -> ConfigError:
+    return ConfigError(
+        "the bound model gives no canary: it is not a causal language model",
+        where=type(model).__name__,
+        expected="model(input_ids=...).logits of shape [rows, tokens, vocabulary]",
+        got=got,
+        remedy=_ADVICE,
+    )
+
+
+@contextlib.contextmanager
+def _no_autocast(model: nn.Module) -> Iterator[None]:
+    """Weights are compared, so the forward runs in their own dtype, not in one the caller happens to be in."""
+    with contextlib.ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; flags, buffers and random states are put back after."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for buffer in module._buffers.values()
+    ]
+    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    legacy, plain = np.random.get_state(), random.getstate()
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            # Not `model.eval()`: models override it with more than the flag.
+            for module, _ in flags:
+                module.training = False
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for module, before in registered:
+                if module._buffers.keys() != before.keys() or any(module._buffers[n] is not before[n] for n in before):
+                    module._buffers.clear()
+                    module._buffers.update(before)
+            for buffer, value in buffers:
+                if buffer is not None and value is not None and not _same_bits(buffer, value):
+                    buffer.copy_(value)
+            np.random.set_state(legacy)
+            random.setstate(plain)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal values, NaN equal to itself."""
+    if a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or bool(torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
