@@ -27,6 +27,8 @@ from engine_side.embedded.runner import Batch, ModelRunner
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _GRACE_S = 3.0
+_START_S = 60.0
+"""A process needs this long to import torch on a busy machine, however short the waits are meant to be later."""
 
 
 class Setup(Message, tag=True, frozen=True):
@@ -180,14 +182,14 @@ class Ranks:
 
     def _start(self, config: EngineConfig, store: str) -> None:
         threads = config.threads or max(1, torch.get_num_threads() // self.size)
-        deadline = Deadline.after(self._timeout_s)
+        deadline = Deadline.after(max(self._timeout_s, _START_S))
         for rank in range(1, self.size):
             self._children.append(Child(rank))
         for child in self._children:
             child.channel.send(Setup(config, child.rank, threads, store), deadline)
 
     def _join(self, tp: Parallel, store: str) -> None:
-        deadline = Deadline.after(self._timeout_s)
+        deadline = Deadline.after(max(self._timeout_s, _START_S))
         for child in self._children:
             error = child.wait_done(0, deadline)
             if error is not None:

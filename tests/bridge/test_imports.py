@@ -98,4 +98,4 @@ def test_all_of_it_takes_at_most_a_quarter_second_beyond_torch() -> None:
         "import bridge; [getattr(bridge, n) for n in bridge.__all__]\n"
         "print(json.dumps(time.perf_counter() - t))"
     )
-    assert min(_python(code) for _ in range(3)) <= 0.25
+    assert any(_python(code) <= 0.25 for _ in range(3)), "the best of three, on a busy machine"

@@ -14,7 +14,7 @@ import torch
 from bridge.deadline import Deadline
 from bridge.errors import Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
 from bridge.wire import Completion, Sampling
-from engine_side.adapters.embedded import EmbeddedAdapter
+from engine_side.adapters.embedded import EmbeddedAdapter, attach, host
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from tests.engine_side import embedded_models as tiny
@@ -322,3 +322,19 @@ def test_the_adapter_knows_no_other_adapter_and_no_shared_storage(engine: Engine
     adapter.publish(9)
     assert engine.generate([PROMPT], GREEDY)[0].weight_version == 9
     assert adapter.reset_caches()
+
+
+def test_a_hosted_engine_ends_with_its_adapter_and_an_attached_one_does_not(tmp_path: Path, engine: Engine) -> None:
+    hosted = host(str(tmp_path), {"layout": "packed", "timeout_s": 20})
+    assert hosted.generate([PROMPT], GREEDY) == engine.generate([PROMPT], GREEDY)
+    hosted.close()
+    with pytest.raises(Closed):
+        hosted.generate([PROMPT], GREEDY)
+    attached = attach(engine)
+    assert attached is not None
+    attached.close()
+    assert attached.generate([PROMPT], GREEDY)
+    assert attach(torch.nn.Linear(1, 1)) is None
+    for wrong in ({"lay_out": "packed"}, {"tensor_parallel_size": "2"}, {"layout": "zigzag"}):
+        with pytest.raises(ConfigError, match="lay_?out|tensor_parallel_size"):
+            host(str(tmp_path), wrong)
