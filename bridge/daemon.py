@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -85,7 +86,9 @@ def engine_port(actor_id: str, handle: Any) -> RayPort:
 
 
 def ensure_ray(start: bool = True) -> None:
-    """Connect this process to the running Ray, or start a local one as a head process of its own, which outlives us.
+    """Connect this process to Ray: the one it is connected to already, `RAY_ADDRESS`, or a local one of ours, started as
+    a head process of its own when none runs. (Not Ray's "auto": it follows addresses of clusters that are long gone and
+    then blocks for minutes.)
 
     A Ray that a driver starts dies with it, detached actors included; hence the separate head (DESIGN 10). Raises
     NotFound when none runs and `start` is False, TransportError when it cannot be started.
@@ -94,15 +97,36 @@ def ensure_ray(start: bool = True) -> None:
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS") or _our_ray()
+    address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        if not start:
-            raise NotFound("no Ray is running here", remedy="weighbridge up starts one")
-        address = _start_ray()
+        address = _our_ray()
+        if address is None and not start:
+            raise NotFound("no Ray is running here", remedy="weighbridge up starts one; RAY_ADDRESS names another")
+        _authenticate()
+        address = address or _start_ray()
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
         raise TransportError("cannot connect to Ray", where=address, got=str(error).splitlines()[0]) from error
+
+
+def _authenticate() -> None:
+    """Keep Ray's token authentication on for the Ray that we start: `ray start` alone leaves it off where no token
+    exists. A mode or token that the user has set is left alone."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        token = state_dir("_ray") / "token"
+        if not token.exists():
+            descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    from ray._raylet import Config as RayConfig
+
+    # Ray reads its environment when it is imported; this is the refresh that ray.init does when it turns the mode on
+    RayConfig.initialize("")
 
 
 def _ray_file() -> Path:

@@ -3,8 +3,8 @@
 A loader (an engine's `load_weights`, transformers' weight conversion) is run on meta stand-ins under a `Recorder`.
 Views share their storage, so at each write the region that is read and the region that is written are known, whatever
 names, slices, transposes or experts the loader deals in. Every storage that matters has a *log* of what was written
-into it; the last writer of an element supplies it. Casts, clones and concatenations make storages whose logs point back to
-the sent tensors; arithmetic leaves a taint with the name of the operation.
+into it; the last writer of an element supplies it. Casts, clones and concatenations make storages whose logs point back
+to the sent tensors; arithmetic leaves a taint with the name of the operation.
 
 Nothing here reads values: everything runs on the meta device. Used by the engine's bake and by the trainer's naming.
 """

@@ -127,7 +127,7 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
         unread=tuple(i.name for i in wanted if i.name not in used),
         read=_partly_read(wanted, plan.moves, sources),
         native_sources=sources,
-        problems=tuple(problems),
+        problems=diagnose.together(problems),
         partial=partial,
     )
 
@@ -310,11 +310,17 @@ def _partly_read(
 ) -> dict[str, tuple[Region, ...]]:
     regions: dict[str, list[Region]] = {}
     for move in moves:
-        regions.setdefault(move.tensor, []).append(move.source)
+        regions.setdefault(move.tensor, []).append(_once(move.source))
     whole = {name for names in native.values() for name in names}
     sizes = {i.name: math.prod(i.shape) for i in infos if i.name in regions and i.name not in whole}
-    used = [(move.tensor, move.source) for move in moves if move.tensor in sizes]
+    used = [(name, region) for name in sizes for region in regions[name]]
     return {name: tuple(regions[name]) for name in source_coverage(sizes, used)}
+
+
+def _once(region: Region) -> Region:
+    """The elements of a region that a broadcast reads several times, each once."""
+    kept = [(n, s) for n, s in zip(region.shape, region.strides, strict=True) if s or n == 1]
+    return Region(region.offset, tuple(n for n, _ in kept), tuple(s for _, s in kept))
 
 
 def _to_meta(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool) -> torch.Tensor:

@@ -26,6 +26,10 @@ _STEP = 4 << 20
 _memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.CDLL(None).memmove, ctypes.c_void_p).value or 0
 )
+# Giving up the interpreter lock for a few kilobytes can cost 5 ms: another thread may take it for that long.
+_memcmp_held = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.CDLL(None).memcmp, ctypes.c_void_p).value or 0
+)
 _memcmp = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.CDLL(None).memcmp, ctypes.c_void_p).value or 0
 )
@@ -148,10 +152,15 @@ def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> Non
         future.result()
 
 
+def _compare(run: tuple[int, int, int]) -> bool:
+    """Do the two sides of a run differ?"""
+    return bool(_memcmp(*run)) if run[2] >= SMALL else bool(_memcmp_held(*run))
+
+
 def same_bits(item: Pair) -> bool:
     """Does the live side hold exactly the bits of the sent side, after the cast to the live dtype?"""
     if item.run is not None:
-        return bool(_memcmp(*item.run) == 0)
+        return not _compare(item.run)
     return _first_difference(item.live, item.sent) is None
 
 
@@ -217,4 +226,4 @@ def chunks(pairs: Iterable[Pair], threads: int) -> list[list[Chunk]]:
 
 def differing(work: Iterable[Chunk]) -> list[Chunk]:
     """Chunks whose two sides differ."""
-    return [c for c in work if (_memcmp(*c.run) != 0 if c.run is not None else not same_bits(c.pair))]
+    return [c for c in work if (_compare(c.run) if c.run is not None else not same_bits(c.pair))]

@@ -93,7 +93,7 @@ def explain_raise(
     parameter, the name is known and the shape is wrong; otherwise the name is unknown.
     """
     if isinstance(raised.error, (UnexpectedTensor, ShapeMismatch)) and raised.error.names:
-        return raised.error
+        return _with_remedy(raised.error, _fits_otherwise(host, name, weight, trace))
     try:
         trace(host, {name: weight})
         alone = raised
@@ -126,6 +126,43 @@ def explain_raise(
         remedy="the transpose was sent" if turned is not None else "trainer and engine must run the same configuration",
         names=(name,),
     )
+
+
+def _with_remedy(error: BridgeError, turned: tuple[int, ...] | None) -> BridgeError:
+    """An engine's error that is of our tree already, with what the sender can do about it."""
+    remedy = error.remedy or "trainer and engine must run the same configuration"
+    return type(error)(
+        error.what,
+        where=error.where,
+        expected=error.expected,
+        got=error.got,
+        remedy="the transpose was sent" if turned is not None else remedy,
+        names=error.names,
+    )
+
+
+def together(problems: Sequence[BridgeError]) -> tuple[BridgeError, ...]:
+    """The same problems; the first of each class names the tensors of all of its class."""
+    names: dict[type[BridgeError], list[str]] = {}
+    for problem in problems:
+        names.setdefault(type(problem), []).extend(problem.names)
+    out: list[BridgeError] = []
+    for problem in problems:
+        every = tuple(dict.fromkeys((*problem.names, *names.pop(type(problem), ()))))
+        more = len(every) - len(problem.names)
+        out.append(
+            type(problem)(
+                f"{problem.what} (and {more} more)"
+                if more and not isinstance(problem, MissingTensor)
+                else problem.what,
+                where=problem.where,
+                expected=problem.expected,
+                got=problem.got,
+                remedy=problem.remedy,
+                names=every,
+            )
+        )
+    return tuple(out)
 
 
 def _fits_otherwise(

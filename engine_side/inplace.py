@@ -224,13 +224,15 @@ class AttributeSnapshot:
     def take(cls, root: nn.Module, modules: Container[int] | None = None) -> AttributeSnapshot:
         """Walk `root` once. Costs about 10 us per tensor; taken when a plan is compiled.
 
-        `modules` (ids) restricts the entries to what hangs on these modules; their aliases elsewhere in `root` count.
+        `modules` (ids) restricts the entries to tensors that hang on these modules, under all their names in `root`.
         """
         found = list(_tensors(root))
         shared: dict[int, list[str]] = {}
         for path, _, _, tensor, _, _ in found:
             shared.setdefault(id(tensor), []).append(path)
-        found = [entry for entry in found if modules is None or entry[5] in modules]
+        if modules is not None:
+            ours = {id(tensor) for _, _, _, tensor, _, owner in found if owner in modules}
+            found = [entry for entry in found if id(entry[3]) in ours]
         entries = {
             path: _fingerprint(tensor, buffer, tuple(shared[id(tensor)])) for path, _, _, tensor, buffer, _ in found
         }

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
 from bridge.manifest import Manifest, TensorInfo
@@ -49,18 +48,17 @@ class LoadOutcome:
     postload_s: float
 
 
-@dataclass
+@dataclass(slots=True)
 class _Watch:
     """A live tensor and where it lay when views of it were made."""
 
-    module: nn.Module
+    registry: Mapping[str, object]
     name: str
     tensor: torch.Tensor
     address: int
 
     def moved(self) -> bool:
-        now = held(self.module, self.name)
-        return now is not self.tensor or now.data_ptr() != self.address
+        return self.registry.get(self.name) is not self.tensor or self.tensor.data_ptr() != self.address
 
 
 @dataclass
@@ -203,7 +201,9 @@ class Loader:
             for name, _ in self._places(choice):
                 tensor = held(module, name)
                 if choice.direct and tensor is not None:
-                    self._watches.append(_Watch(module, name, tensor, tensor.data_ptr()))
+                    registries = (module._parameters, module._buffers, module.__dict__)
+                    registry = next(r for r in registries if r.get(name) is tensor)
+                    self._watches.append(_Watch(registry, name, tensor, tensor.data_ptr()))
         self._written_directly = {watch.address for watch in self._watches}
 
     def _compile(self, slot: int) -> None:

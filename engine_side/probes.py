@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -170,16 +171,18 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
 
 
 def random_values(shapes: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Values like those of each tensor's kind, different for each seed: experiments tell versions apart by them."""
-    out: list[torch.Tensor] = []
-    for k, like in enumerate(shapes):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
-        if like.is_floating_point():
-            noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-        else:
-            noise = torch.randint(0, 2 if like.dtype is torch.bool else 100, like.shape, generator=generator)
-        out.append(noise.to(dtype=like.dtype).to(like.device))
-    return out
+    """Values of about unit variance, different for each seed: experiments tell versions apart by them. Cheap: a byte of
+    randomness per element is enough for that."""
+    return [_random(like, np.random.default_rng((seed, k))) for k, like in enumerate(shapes)]
+
+
+def _random(like: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+    if not like.is_floating_point():
+        high = 2 if like.dtype is torch.bool else 100
+        return torch.from_numpy(generator.integers(0, high, like.shape, dtype=np.uint8)).to(like.device, like.dtype)
+    noise = torch.from_numpy(generator.integers(-128, 128, like.shape, dtype=np.int8)).to(like.device)
+    wide = noise.to(torch.bfloat16 if like.element_size() <= 2 else like.dtype).mul_(1 / 74)
+    return wide.to(like.dtype)
 
 
 def _eps(dtype: torch.dtype, device: torch.device) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -379,9 +380,9 @@ def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
     if numel <= base:
         values = torch.arange(numel)
     else:
-        values = torch.randint(0, base, (numel,), generator=torch.Generator().manual_seed(seed), dtype=torch.int16)
+        values = torch.from_numpy(np.random.default_rng(seed).integers(0, base, numel, dtype=np.uint8))
     out = torch.empty_like(like)
-    layout.flat(out).copy_(values.to(like.dtype))
+    layout.flat(out).copy_(values)
     return out
 
 

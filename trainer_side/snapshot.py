@@ -3,9 +3,6 @@
 A big tensor is cut at the digest's CHUNK; each chunk is a unit of work, copied, digested and checked in blocks that
 stay in cache. Small tensors are copied many at a time into views made once per slot, then digested, and checked with
 one pass over the stretch of the arena where they lie side by side.
-
-The finite check looks at bit patterns: in any of the floating formats the patterns that are not finite are, per sign,
-the largest when read as an integer. So two maxima per block, one signed and one unsigned, decide it exactly.
 """
 
 from __future__ import annotations
@@ -13,8 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,54 +20,19 @@ import xxhash
 from bridge.arena import Arena
 from bridge.digest import CHUNK, fold
 from bridge.dtypes import dtype_of, itemsize
-from bridge.errors import ConfigError, NonFinite, ProtocolError
-from bridge.manifest import Manifest, TensorSpec
-from bridge.plan import Region, cut, dense, follow
+from bridge.errors import ConfigError, ProtocolError
+from bridge.manifest import Manifest
+from bridge.plan import cut, dense
 from bridge.ports import Written
-from trainer_side.source import Collected, Layout, Part
+from trainer_side.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
+from trainer_side.finite import is_finite, nonfinite_error
+from trainer_side.source import Collected, Layout
 
 BLOCK = 1 << 20
 """Bytes that are copied, digested and checked before the next ones: they fit a core's cache."""
-SMALL = 256 << 10
-"""Bytes; tensors up to this are copied and checked many at a time."""
-_BATCH = 4 << 20
-"""Bytes of small tensors in one unit of work."""
-_BATCH_TENSORS = 2048
-
-_LIMITS: dict[str, tuple[type[np.signedinteger[Any]], type[np.unsignedinteger[Any]], int]] = {
-    "bf16": (np.int16, np.uint16, 0x7F80),
-    "fp16": (np.int16, np.uint16, 0x7C00),
-    "fp32": (np.int32, np.uint32, 0x7F800000),
-    "fp64": (np.int64, np.uint64, 0x7FF0000000000000),
-    "fp8_e4m3": (np.int8, np.uint8, 0x7F),
-    "fp8_e5m2": (np.int8, np.uint8, 0x7C),
-}
-"""Wire dtype -> signed and unsigned integer of its size, and the smallest pattern that is not finite, sign bit off."""
 
 Bytes = npt.NDArray[np.uint8]
 Job = Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One tensor of the manifest that this layout writes."""
-
-    index: int
-    spec: TensorSpec
-    parts: tuple[Part, ...]
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Small tensors that are copied by one call. `spans`: stretches of the arena of one dtype: its name, bytes from
-    and to, manifest indices from and to (exclusive)."""
-
-    items: list[_Item]
-    spans: list[tuple[str, int, int, int, int]]
-    whole: list[int] | None
-    """Source index per item when every one is one whole tensor, the usual case."""
-    into: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    """Slot -> views of the whole tensors there, made once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,19 +40,9 @@ class _Program:
     """What a layout means for a manifest; made once for both."""
 
     layout: Layout
-    big: list[_Item]
-    batches: list[_Batch]
+    big: list[Item]
+    batches: list[Batch]
     carried: list[int]
-
-
-@dataclass(slots=True)
-class _Slot:
-    """Views of one slot, made once."""
-
-    slot: int
-    views: list[memoryview]
-    flat: Bytes
-    dests: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
 class _Problems:
@@ -120,7 +71,7 @@ class Snapshotter:
         self.arena = arena
         self.manifest: Manifest = arena.manifest
         self._pool = _single_threaded_pool(threads)
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._program: _Program | None = None
 
     def close(self) -> None:
@@ -151,7 +102,7 @@ class Snapshotter:
         for index, pieces in later:
             digests[index] = fold(pieces)
         if problems.indices and not allow_nonfinite:
-            raise _nonfinite(self.manifest, self.arena.tensors(slot), sorted(problems.indices))
+            raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(problems.indices))
         nbytes = sum(item.spec.nbytes for item in program.big)
         nbytes += sum(item.spec.nbytes for batch in program.batches for item in batch.items)
         nbytes += self._carry(program.carried, slot, base, digests)
@@ -160,7 +111,7 @@ class Snapshotter:
     def _run(
         self,
         program: _Program,
-        place: _Slot,
+        place: Slot,
         sources: list[torch.Tensor],
         digests: npt.NDArray[np.uint64],
         problems: _Problems,
@@ -208,9 +159,9 @@ class Snapshotter:
             digests[index] = known[index]
         return sum(self.manifest.tensors[index].nbytes for index in carried)
 
-    def _slot(self, slot: int) -> _Slot:
+    def _slot(self, slot: int) -> Slot:
         if slot not in self._slots:
-            self._slots[slot] = _Slot(slot, self.arena.views(slot), self.arena.flat(slot))
+            self._slots[slot] = Slot(slot, self.arena.views(slot), self.arena.flat(slot))
         return self._slots[slot]
 
     def _compiled(self, layout: Layout) -> _Program:
@@ -237,144 +188,49 @@ def _compile(manifest: Manifest, layout: Layout) -> _Program:
                 remedy="plan again before the snapshot",
                 names=(info.name,),
             )
-        items.append(_Item(index, spec, parts))
+        items.append(Item(index, spec, parts))
     items.sort(key=lambda item: item.index)
     written = {item.index for item in items}
     return _Program(
         layout,
         [item for item in items if item.spec.nbytes > SMALL],
-        list(_batches([item for item in items if item.spec.nbytes <= SMALL])),
+        list(batches([item for item in items if item.spec.nbytes <= SMALL])),
         [k for k in range(len(manifest.tensors)) if k not in written],
     )
 
 
-def _batches(items: Sequence[_Item]) -> Iterator[_Batch]:
-    group: list[_Item] = []
-    nbytes = 0
-    for item in items:
-        group.append(item)
-        nbytes += item.spec.nbytes
-        if nbytes >= _BATCH or len(group) >= _BATCH_TENSORS:
-            yield _batch(group)
-            group, nbytes = [], 0
-    if group:
-        yield _batch(group)
-
-
-def _batch(items: list[_Item]) -> _Batch:
-    whole = [item.parts[0].index for item in items if len(item.parts) == 1 and item.parts[0].source is None]
-    return _Batch(items, list(_spans(items)), whole if len(whole) == len(items) else None)
-
-
-def _spans(items: Sequence[_Item]) -> Iterator[tuple[str, int, int, int, int]]:
-    """Neighbours in the arena of the same floating dtype. Padding between them is never written and reads as zero."""
-    run: list[_Item] = []
-    for item in items:
-        if run and (item.index != run[-1].index + 1 or item.spec.dtype != run[-1].spec.dtype):
-            yield from _span(run)
-            run = []
-        run.append(item)
-    yield from _span(run)
-
-
-def _span(run: Sequence[_Item]) -> Iterator[tuple[str, int, int, int, int]]:
-    if run and run[0].spec.dtype in _LIMITS:
-        last = run[-1].spec
-        yield run[0].spec.dtype, run[0].spec.offset, last.offset + last.nbytes, run[0].index, run[-1].index + 1
-
-
 def _small_job(
-    batch: _Batch,
-    place: _Slot,
+    batch: Batch,
+    place: Slot,
     sources: list[torch.Tensor],
     digests: npt.NDArray[np.uint64],
     problems: _Problems,
 ) -> Job:
     def job() -> None:
         with torch.no_grad():
-            if batch.whole is None:
-                into, out_of = _copies(batch.items, place, sources)
-            else:
-                if place.slot not in batch.into:
-                    batch.into[place.slot] = [_dest(item, item.parts[0], place) for item in batch.items]
-                into, out_of = batch.into[place.slot], [sources[k] for k in batch.whole]
-            torch._foreach_copy_(into, out_of)
+            torch._foreach_copy_(*pairs(batch, place, sources))
         views = place.views
         indices = [item.index for item in batch.items]
         digests[indices] = np.fromiter(map(xxhash.xxh3_64_intdigest, [views[k] for k in indices]), dtype="<u8")
         for dtype, start, end, first, stop in batch.spans:
-            if not _finite(place.flat[start:end], dtype):
+            if not is_finite(place.flat[start:end], dtype):
                 problems.add(
                     item.index
                     for item in batch.items
-                    if first <= item.index < stop and not _finite(_bytes_of(item.spec, place), dtype)
+                    if first <= item.index < stop and not is_finite(bytes_of(item.spec, place), dtype)
                 )
 
     return job
 
 
-def _copies(
-    items: Sequence[_Item], place: _Slot, sources: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    into: list[torch.Tensor] = []
-    out_of: list[torch.Tensor] = []
-    dests = place.dests
-    for item in items:
-        for number, part in enumerate(item.parts):
-            dest = dests.get((item.index, number))
-            if dest is None:
-                dest = dests[item.index, number] = _dest(item, part, place)
-            source = sources[part.index]
-            if part.source is None:
-                into.append(dest)
-                out_of.append(source)
-                continue
-            for view, where in _shown(source, part, item.spec):
-                into.append(dest if where is None else dest.as_strided(*where))
-                out_of.append(view)
-    return into, out_of
-
-
-def _dest(item: _Item, part: Part, place: _Slot) -> torch.Tensor:
-    """The part's place in the arena, in the shape that it has in the source."""
-    whole = torch.from_numpy(_bytes_of(item.spec, place)).view(dtype_of(item.spec.dtype)).view(item.spec.shape)
-    if part.dest is None:
-        return whole
-    return whole.as_strided(part.dest.shape, part.dest.strides, part.dest.offset)
-
-
-Where = tuple[tuple[int, ...], tuple[int, ...], int]
-
-
-def _shown(source: torch.Tensor, part: Part, spec: TensorSpec) -> Iterator[tuple[torch.Tensor, Where | None]]:
-    """Views of a live tensor that show a part's region, and where each goes when the part had to be split.
-
-    Regions count row-major; a live tensor with strides of its own may need several views.
-    """
-    region = part.source
-    if region is None or part.dest is None:
-        yield source, None
-    elif source.is_contiguous():
-        yield source.as_strided(region.shape, region.strides, source.storage_offset() + region.offset), None
-    else:
-        held = dense(tuple(source.shape))
-        origin = Region(int(source.storage_offset()), tuple(source.shape), tuple(source.stride()))
-        found = follow(region, part.dest, held, origin)
-        if found is None or found.outside:
-            yield from _shown(source.contiguous(), part, spec)
-            return
-        for at, to in found.inside:
-            yield source.as_strided(at.shape, at.strides, at.offset), (to.shape, to.strides, to.offset)
-
-
 def _big_jobs(
-    item: _Item, place: _Slot, sources: list[torch.Tensor], pieces: list[int], problems: _Problems
+    item: Item, place: Slot, sources: list[torch.Tensor], pieces: list[int], problems: _Problems
 ) -> Iterator[Job]:
     """Units of work of one big tensor: its chunks when its elements lie in order, else the tensor as a whole."""
-    raw, dtype = _bytes_of(item.spec, place), dtype_of(item.spec.dtype)
+    raw, dtype = bytes_of(item.spec, place), dtype_of(item.spec.dtype)
     source = _in_order(item, sources)
     if source is None:
-        into, out_of = _copies([item], place, sources)
+        into, out_of = copies([item], place, sources)
         yield lambda: _scattered(item, into, out_of, raw, pieces, problems)
         return
     size = itemsize(item.spec.dtype)
@@ -385,7 +241,7 @@ def _big_jobs(
         yield _chunk_job(item, piece, into_piece, raw[start:end], pieces, number, problems)
 
 
-def _in_order(item: _Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
+def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
     """The tensor's elements as one flat view of the live tensor, when they lie so."""
     if len(item.parts) != 1:
         return None
@@ -400,7 +256,7 @@ def _in_order(item: _Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def _chunk_job(
-    item: _Item,
+    item: Item,
     source: torch.Tensor,
     into: torch.Tensor,
     raw: Bytes,
@@ -418,7 +274,7 @@ def _chunk_job(
             block.copy_(source[start : start + step])
             written = raw[start * block.itemsize : (start + len(block)) * block.itemsize]
             hasher.update(written.data)
-            finite = finite and _finite(written, dtype)
+            finite = finite and is_finite(written, dtype)
         pieces[number] = hasher.intdigest()
         if not finite:
             problems.add((item.index,))
@@ -427,7 +283,7 @@ def _chunk_job(
 
 
 def _scattered(
-    item: _Item,
+    item: Item,
     into: list[torch.Tensor],
     out_of: list[torch.Tensor],
     raw: Bytes,
@@ -440,53 +296,9 @@ def _scattered(
     finite = True
     for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
         pieces[number] = xxhash.xxh3_64_intdigest(raw[start:end].data)
-        finite = finite and _finite(raw[start:end], item.spec.dtype)
+        finite = finite and is_finite(raw[start:end], item.spec.dtype)
     if not finite:
         problems.add((item.index,))
-
-
-def _bytes_of(spec: TensorSpec, place: _Slot) -> Bytes:
-    return place.flat[spec.offset : spec.offset + spec.nbytes]
-
-
-def _finite(raw: Bytes, dtype: str) -> bool:
-    """Whether all elements are finite, exactly, from their bit patterns; True for dtypes that cannot be otherwise."""
-    limits = _LIMITS.get(dtype)
-    if limits is None or not len(raw):
-        return True
-    signed, unsigned, limit = limits
-    # Positive patterns are the largest of the signed reading, negative ones the largest of the unsigned reading.
-    top = 1 << (8 * np.dtype(unsigned).itemsize - 1)
-    return bool(raw.view(signed).max() < limit) and bool(raw.view(unsigned).max() < (top | limit))
-
-
-def _nonfinite(manifest: Manifest, tensors: Sequence[torch.Tensor], indices: list[int]) -> NonFinite:
-    """The error for tensors that are known not to be finite, exact about the first one."""
-    first = manifest.tensors[indices[0]]
-    count, index, value = _scan(tensors[indices[0]].view(-1))
-    at = [int(k) for k in np.unravel_index(index, first.shape)] if first.shape else []
-    names = tuple(manifest.tensors[k].name for k in indices)
-    more = f", and {len(names) - 1} more tensors" if len(names) > 1 else ""
-    return NonFinite(
-        f"{first.name} holds values that are not finite{more}",
-        where=f"{first.name}{at}",
-        expected=f"finite values after the cast to {first.dtype}",
-        got=f"{count} of {first.numel} elements, the first is {value}",
-        remedy="look for a diverged step or an overflow of the cast; allow_nonfinite=True sends them as they are",
-        names=names,
-    )
-
-
-def _scan(flat: torch.Tensor) -> tuple[int, int, float]:
-    """(how many elements are not finite, index of the first, its value), by blocks."""
-    count, index, value = 0, 0, float("nan")
-    for start in range(0, len(flat), BLOCK):
-        block = flat[start : start + BLOCK].to(torch.float64)
-        bad = torch.nonzero(~torch.isfinite(block)).flatten()
-        if len(bad) and not count:
-            index, value = start + int(bad[0]), float(block[bad[0]])
-        count += len(bad)
-    return count, index, value
 
 
 def _wait_for_devices(sources: Sequence[torch.Tensor]) -> None:

@@ -15,7 +15,6 @@ from bridge.errors import ConfigError, NotFound
 from bridge.wire import Completion, Sampling
 from engine_side.adapters.base import Prompts
 from engine_side.embedded.config import EngineConfig
-from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import LinearBase, RMSNorm, VocabParallelEmbedding
 from engine_side.embedded.moe import FusedMoE
@@ -160,22 +159,3 @@ def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedAdapter:
             got=str(error),
         ) from error
     return EmbeddedAdapter(Engine(config), owned=True)
-
-
-def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedAdapter:
-    """Start an engine on the checkpoint folder `path`; `arguments` are the other fields of EngineConfig. Blocks until
-    its weights are loaded. Raises ConfigError, naming an argument that does not fit, and what Engine raises."""
-    try:
-        config = msgspec.convert({**arguments, "path": path}, EngineConfig)
-    except msgspec.ValidationError as error:
-        expected = ", ".join(field.name for field in msgspec.structs.fields(EngineConfig))
-        where = "engine arguments"
-        raise ConfigError(
-            "an engine argument does not fit", where=where, expected=f"fields among {expected}", got=str(error)
-        ) from error
-    return EmbeddedAdapter(Engine(config), owned=True)
-
-
-def attach(engine: object) -> EmbeddedAdapter | None:
-    """An adapter for an Engine of this process, None for anything else."""
-    return EmbeddedAdapter(engine) if isinstance(engine, Engine) else None

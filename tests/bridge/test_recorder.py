@@ -172,6 +172,7 @@ def test_repeated_writes_are_all_kept() -> None:
         (lambda s, t: t["w"].copy_(-torch.exp(s["a"])), "neg"),
         (lambda s, t: t["w"].copy_(s["a"].clone().mul_(2)), "mul_"),
         (lambda s, t: t["w"].copy_(s["a"]).add_(1), "add_"),
+        (lambda s, t: t["w"].copy_(torch.empty_like(s["a"]).sub_(s["a"])), "sub_"),
         (lambda s, t: t["w"].copy_(s["a"].half()), "rounds through"),
         (lambda s, t: t["w"].copy_(torch.empty_like(s["a"])), NOT_SENT),
         (lambda s, t: t["w"].copy_(s["a"].view(torch.int32)), "reinterprets"),

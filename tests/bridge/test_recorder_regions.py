@@ -53,7 +53,7 @@ def windows(draw: st.DrawFn) -> tuple[Region, Region]:
     return view, held
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(windows(), st.permutations(range(4)))
 def test_follow_agrees_with_enumeration(pair: tuple[Region, Region], order: list[int]) -> None:
     view, held = pair

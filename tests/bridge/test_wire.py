@@ -124,6 +124,12 @@ def test_extension_types_are_refused() -> None:
             unpack(msgpack.packb([wire.PROTOCOL, {"kind": "Sampling", "max_tokens": ext}]), Sampling)
 
 
+def test_extension_types_are_refused_where_any_value_may_stand() -> None:
+    body = {"kind": "Health", "facts": {"x": msgpack.ExtType(5, b"payload")}}
+    with pytest.raises(ProtocolError, match="extension type 5"):
+        unpack(msgpack.packb([wire.PROTOCOL, body]), messages.Health)
+
+
 def test_a_key_that_comes_twice_is_refused() -> None:
     twice = b"\x92\x01\x83\xa4kind\xa8Sampling\xaamax_tokens\x01\xaamax_tokens\x02"
     with pytest.raises(ProtocolError, match="duplicate"):

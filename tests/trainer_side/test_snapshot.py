@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,9 @@ from bridge.dtypes import DTYPES, dtype_of
 from bridge.errors import ConfigError, NonFinite, ProtocolError
 from bridge.manifest import TensorInfo, lay_out
 from trainer_side import naming
-from trainer_side.snapshot import BLOCK, SMALL, Snapshotter
+from trainer_side.batches import SMALL
+from trainer_side.finite import is_finite
+from trainer_side.snapshot import BLOCK, Snapshotter
 from trainer_side.source import Collected, WeightSource
 
 Pairs = list[tuple[str, torch.Tensor]]
@@ -119,6 +122,29 @@ def test_converted_tensors(arena_for: MakeArena, monkeypatch: pytest.MonkeyPatch
         written = snapshotter.write(slot, source.collect(model.named_parameters()))
         wanted = unfused(model, dict(model.named_parameters()))
         assert_written(arena, slot, wanted, written.digests)
+    snapshotter.close()
+
+
+def halves(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Runs of consecutive elements only, with gaps where something was left out, beside a whole tensor."""
+    both = state["both"]
+    made = {f"{k}.{j}": half for k in (2, 0) for j, half in enumerate(both[k].chunk(2))}
+    return {"tail": both[1, -1], "norm": state["norm"], **made}
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_runs_of_a_fused_tensor(arena_for: MakeArena, monkeypatch: pytest.MonkeyPatch, strided: bool) -> None:
+    monkeypatch.setattr(naming, "_revert", lambda model: halves)
+    model = Experts(4)
+    source = WeightSource(model)
+    arena = arena_for(source.collect(model.named_parameters()), {"2.1": "bf16"})
+    snapshotter = Snapshotter(arena)
+    if strided:
+        # the same shape, so the layout stays, but the runs are no longer runs
+        model.both = nn.Parameter(torch.randn(8, 8, 3).permute(2, 1, 0))
+    for slot in (0, 1):
+        written = snapshotter.write(slot, source.collect(model.named_parameters()))
+        assert_written(arena, slot, halves(model, dict(model.named_parameters())), written.digests)
     snapshotter.close()
 
 
@@ -232,6 +258,11 @@ def test_tensors_may_change_and_torch_threads_stay(tmp_path: Path) -> None:
             assert torch.equal(arena.tensors(0)[0], torch.ones(3))
             snapshotter.close()
         assert torch.get_num_threads() == 3
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [3]
     finally:
         torch.set_num_threads(kept)
 
@@ -239,11 +270,9 @@ def test_tensors_may_change_and_torch_threads_stay(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.binary(min_size=4, max_size=64), st.sampled_from(["bf16", "fp16", "fp32", "fp8_e5m2", "fp8_e4m3"]))
 def test_the_bit_check_is_torch_isfinite(raw: bytes, dtype: str) -> None:
-    from trainer_side.snapshot import _finite
-
     tensor = torch.frombuffer(bytearray(raw[: len(raw) // 4 * 4]), dtype=dtype_of(dtype))
     values = tensor.to(torch.float64)
-    assert _finite(tensor.view(torch.uint8).numpy(), dtype) == bool(torch.isfinite(values).all())
+    assert is_finite(tensor.view(torch.uint8).numpy(), dtype) == bool(torch.isfinite(values).all())
 
 
 def test_small_tensors_are_cheap(arena_for: MakeArena) -> None:

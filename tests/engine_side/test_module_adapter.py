@@ -1,0 +1,152 @@
+"""Any nn.Module behind the adapter protocol."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bridge.dtypes import dtype_name
+from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
+from bridge.manifest import TensorInfo, lay_out
+from bridge.plan import Move, dense
+from bridge.wire import Sampling
+from engine_side.adapters.module import CanonicalMap, ModuleAdapter, ModuleRankHost, attach, storages_of
+from engine_side.loader import Loader
+from engine_side.verify import RANK_LEVELS, Verifier
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.BatchNorm1d(8))
+        self.gain = nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+        self.lock: Any = object()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(ids)) * self.gain)
+
+
+def announced(module: nn.Module) -> list[TensorInfo]:
+    tensors = dict(module.named_parameters())
+    tensors |= {n: b for n, b in module.named_buffers() if n in module.state_dict()}
+    return [TensorInfo(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()]
+
+
+def push(live: nn.Module, source: nn.Module, canonical: Any = None) -> tuple[Loader, Verifier]:
+    infos = announced(source)
+    manifest = lay_out(infos)
+    loader = Loader(ModuleRankHost(live, canonical), infos)
+    state = source.state_dict()
+    loader.map(manifest, [[state[s.name].detach().clone() for s in manifest.tensors]])
+    loader.apply(0)
+    return loader, Verifier(loader)
+
+
+def test_a_push_makes_the_copy_answer_as_the_original() -> None:
+    torch.manual_seed(0)
+    source, live = Net().eval(), Net().eval()
+    objects = {n: (id(p), p.data_ptr()) for n, p in live.named_parameters()}
+    loader, verifier = push(live, source)
+    ids = torch.arange(11)
+    assert torch.equal(live(ids), source(ids))
+    assert objects == {n: (id(p), p.data_ptr()) for n, p in live.named_parameters()}
+    assert all(r.ok for r in verifier.run(RANK_LEVELS, 0))
+    assert set(loader.decided.counts()) == {"in place"}
+    assert verifier.canary_only() == ()
+    live.body[0].bias.data[2] += 1
+    assert [r.level for r in verifier.run(RANK_LEVELS, 0) if not r.ok] == ["read-back"]
+    loader.close()
+
+
+def test_the_skeleton_has_no_memory_and_runs_no_code() -> None:
+    live = Net()
+    calls: list[str] = []
+    live.body.register_forward_hook(lambda *a: calls.append("hook"))
+    before = {n: t.clone() for n, t in live.state_dict().items()}
+    skeleton = ModuleRankHost(live).skeleton()
+    tensors = [*skeleton.parameters(), *skeleton.buffers()]
+    assert all(t.device.type == "meta" for t in tensors)
+    assert type(skeleton) is Net
+    assert skeleton.head.weight is skeleton.embed.weight
+    assert not skeleton.body._forward_hooks
+    assert live.body._forward_hooks
+    assert skeleton.lock is live.lock
+    assert "cache" not in skeleton.state_dict()
+    assert not calls
+    assert all(torch.equal(t, before[n]) for n, t in live.state_dict().items())
+
+
+def test_strict_names_and_shapes() -> None:
+    live = Net()
+    infos = announced(live)
+    with pytest.raises(UnexpectedTensor, match=r"ghost\.weight") as caught:
+        Loader(ModuleRankHost(live), [*infos, TensorInfo("ghost.weight", "fp32", (2,))]).check()
+    assert caught.value.names == ("ghost.weight",)
+    assert "bind" in str(caught.value)
+    wrong = [TensorInfo(i.name, i.dtype, (8, 11)) if i.name == "embed.weight" else i for i in infos]
+    with pytest.raises(ShapeMismatch, match=r"\[11, 8\]") as wrong_shape:
+        Loader(ModuleRankHost(live), wrong).check()
+    assert wrong_shape.value.names == ("embed.weight",)
+
+
+def fused(module: nn.Module) -> CanonicalMap:
+    """The live `body` of two matrices is one stacked parameter; the checkpoint has both by name."""
+    halves = [Move(name, dense((4, 4)), "both", dense((4, 4), 16 * k)) for k, name in enumerate(("a", "b"))]
+    return CanonicalMap(tuple(halves), {"a": (4, 4), "b": (4, 4)})
+
+
+def test_canonical_names_that_are_not_the_live_ones() -> None:
+    live = nn.Module()
+    live.both = nn.Parameter(torch.zeros(2, 4, 4))
+    infos = [TensorInfo("a", "fp32", (4, 4)), TensorInfo("b", "fp32", (4, 4))]
+    loader = Loader(ModuleRankHost(live, fused), infos).check()
+    a, b = torch.randn(4, 4), torch.randn(4, 4)
+    loader.map(lay_out(infos), [[a, b]])
+    loader.apply(0)
+    assert torch.equal(live.both, torch.stack([a, b]))
+    assert all(r.ok for r in Verifier(loader).run(RANK_LEVELS, 0))
+    with pytest.raises(UnexpectedTensor, match="both"):
+        Loader(ModuleRankHost(live, fused), [*infos, TensorInfo("both", "fp32", (2, 4, 4))]).check()
+    loader.close()
+
+
+def test_refusal_is_lifted() -> None:
+    live = Net().eval()
+    adapter = ModuleAdapter(live)
+    adapter.refuse("read-back failed")
+    adapter.refuse("read-back failed")
+    with pytest.raises(EngineQuarantined, match="read-back failed"):
+        live(torch.arange(3))
+    adapter.refuse(None)
+    live(torch.arange(3))
+    adapter.refuse("again")
+    adapter.close()
+    live(torch.arange(3))
+
+
+def test_what_a_module_cannot_do() -> None:
+    adapter = attach(Net())
+    assert adapter is not None
+    assert not adapter.can_generate
+    assert adapter.ranks == 1
+    assert adapter.checkpoint is None
+    assert attach("nonsense") is None
+    with pytest.raises(ConfigError, match="generate"):
+        adapter.generate([[1]], Sampling())
+
+
+def test_shared_storage_is_refused_by_name() -> None:
+    live = Net()
+    adapter = ModuleAdapter(live)
+    adapter.refuse_shared(frozenset(storages_of(copy.deepcopy(live)).values()))
+    with pytest.raises(ConfigError, match="share storage") as caught:
+        adapter.refuse_shared(frozenset({live.gain.untyped_storage().data_ptr()}))
+    assert caught.value.names == ("gain",)

@@ -1,0 +1,138 @@
+"""Strategies found by experiment, the permutation finder, and the reasons given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bridge.errors import ConfigError
+from engine_side import layout
+from engine_side.bake import bake
+from engine_side.strategies import Strategy, decide
+from tests.engine_side import toy_engine as toy
+
+
+def chosen(method: Any, **options: Any) -> Any:
+    host = toy.ToyHost(method=method, **options)
+    return decide(host, bake(host, host.infos).check())
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [
+        (toy.Plain, Strategy.IN_PLACE),
+        (toy.Transposed, Strategy.PERMUTED),
+        (toy.Shuffled, Strategy.PERMUTED),
+        (toy.Packed, Strategy.REDO),
+        (toy.HiddenCopy, Strategy.REDO),
+        (toy.Latched, Strategy.TWIN),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [0, 2])
+def test_strategy_by_experiment(method: Any, strategy: Strategy, wrapped: int) -> None:
+    found = chosen(method, wrapped=wrapped)
+    assert found.choices["layers.0.qkv"].strategy is strategy
+    assert found.choices["layers.1.norm"].strategy is Strategy.IN_PLACE
+    assert found.choices["embed"].strategy is found.choices["head"].strategy is Strategy.IN_PLACE
+    assert sum(found.counts().values()) == 8
+
+
+def test_reference_forms() -> None:
+    found = chosen(toy.Plain).choices
+    probe = found["layers.0.qkv"].probe
+    assert (probe.form, probe.weight, probe.bias) == ("linear", "weight", "bias")
+    assert found["embed"].probe.form == "rows"
+    assert found["embed"].probe.kind == "ids"
+    assert found["head"].probe.form == "linear"
+    assert found["layers.0.norm"].probe.form == "twin"
+    assert found["layers.0"].probe is None
+
+
+def test_a_module_that_nothing_can_update_is_an_error_with_its_class() -> None:
+    with pytest.raises(ConfigError, match=r"layers\.0\.qkv \(Fused\)"):
+        chosen(toy.Elsewhere)
+
+
+def test_native_has_its_reason() -> None:
+    found = chosen(toy.Plain, decay=True)
+    assert found.choices["decay"].strategy is Strategy.NATIVE
+    assert "aten.neg" in found.native["decay"]
+
+
+def test_experiments_leave_the_live_model_alone() -> None:
+    host = toy.ToyHost(method=toy.Packed)
+    before = {n: t.clone() for n, t in host.model.state_dict().items()}
+    kernel = host.model.layers[0].qkv.kernel
+    decide(host, bake(host, host.infos))
+    assert host.model.layers[0].qkv.kernel is kernel
+    assert all(torch.equal(t, before[n]) for n, t in host.model.state_dict().items())
+
+
+def test_a_live_module_that_is_not_what_post_load_makes() -> None:
+    host = toy.ToyHost(method=toy.Transposed)
+    host.model.layers[1].qkv.weight.data = host.model.layers[1].qkv.weight.data.t()
+    with pytest.raises(ConfigError, match=r"layers\.1\.qkv\.weight"):
+        decide(host, bake(host, host.infos))
+
+
+class Derived(toy.ToyHost):
+    """A module without weights whose post-load derives something from a sibling."""
+
+    def skeleton(self) -> nn.Module:
+        made = super().skeleton()
+        made.layers[0].absorbed = nn.Identity()
+        return made
+
+    def post_load(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Identity) or super().post_load(module)
+
+
+def test_modules_without_weights_that_derive_something() -> None:
+    host = Derived()
+    host.model.layers[0].absorbed = nn.Identity()
+    assert decide(host, bake(host, host.infos)).derived == ("layers.0.absorbed",)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_affine_permutation_is_found(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
+    order = data.draw(st.permutations(range(len(sizes))))
+    base = data.draw(st.sampled_from([3, 16, 256]))
+    numel = int(torch.tensor(sizes).prod())
+    cpu = torch.device("cpu")
+
+    def rearrange(x: torch.Tensor) -> torch.Tensor:
+        return x.view(sizes).permute(order).reshape(-1)
+
+    digits = [layout.code(numel, base, k, torch.float32, cpu) for k in range(layout.digits_needed(numel, base))]
+    found = layout.affine([rearrange(d) for d in digits], base)
+    assert found is not None
+    held, origin = found
+    canonical = torch.randn(numel)
+    live = rearrange(canonical)
+    assert torch.equal(canonical.as_strided(held.shape, held.strides), live.as_strided(origin.shape, origin.strides))
+
+
+def test_what_is_not_affine_is_refused() -> None:
+    n, base, cpu = 24, 5, torch.device("cpu")
+    order = torch.arange(n)
+    order[[3, 17]] = order[[17, 3]]
+    digits = [layout.code(n, base, k, torch.float32, cpu)[order] for k in range(layout.digits_needed(n, base))]
+    assert layout.affine(digits, base) is None
+    rolled = [layout.code(n, base, k, torch.float32, cpu).roll(1) for k in range(layout.digits_needed(n, base))]
+    assert layout.affine(rolled, base) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.int8, torch.bool])
+def test_codes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
+    base = layout.exact_base(dtype)
+    n = 700
+    digits = [layout.code(n, base, k, dtype, torch.device("cpu")) for k in range(layout.digits_needed(n, base))]
+    index = sum(d.to(torch.int64) * base**k for k, d in enumerate(digits))
+    assert torch.equal(index, torch.arange(n))

@@ -1,0 +1,224 @@
+"""Small tensors, copied many at a time: which go together, and the views that one copy call takes.
+
+Views of the arena are made once per slot. Views of the trainer's tensors are made anew for each push, since none may be
+kept: fused experts are cut into runs by one call per live tensor, which is far cheaper than a view at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bridge.dtypes import dtype_of
+from bridge.manifest import TensorSpec
+from bridge.plan import Region, dense, follow
+from trainer_side.finite import checked
+from trainer_side.source import Part
+
+SMALL = 256 << 10
+"""Bytes; tensors up to this are copied and checked many at a time."""
+_BATCH = 4 << 20
+"""Bytes of small tensors in one unit of work."""
+_BATCH_TENSORS = 2048
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor of the manifest that this layout writes."""
+
+    index: int
+    spec: TensorSpec
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One source cut into consecutive runs of `sizes` elements; run `picks[i]` goes to `parts[i]`."""
+
+    index: int
+    sizes: list[int]
+    picks: list[int]
+    parts: list[tuple[Item, Part]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Small tensors that are copied by one call. `spans`: stretches of the arena of one dtype: its name, bytes from
+    and to, manifest indices from and to (exclusive)."""
+
+    items: list[Item]
+    spans: list[tuple[str, int, int, int, int]]
+    whole: list[int] | None
+    """Source index per item when every one is one whole tensor, the usual case."""
+    splits: list[Split] | None
+    """How to cut the sources when every part is a run of consecutive elements, the usual case for fused experts."""
+    into: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Slot -> views of what is written there, made once, in the order of `whole` or `splits`."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """Views of one slot, made once."""
+
+    slot: int
+    views: list[memoryview]
+    flat: Bytes
+    dests: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+
+def batches(items: Sequence[Item]) -> Iterator[Batch]:
+    group: list[Item] = []
+    nbytes = 0
+    for item in items:
+        group.append(item)
+        nbytes += item.spec.nbytes
+        if nbytes >= _BATCH or len(group) >= _BATCH_TENSORS:
+            yield _batch(group)
+            group, nbytes = [], 0
+    if group:
+        yield _batch(group)
+
+
+def _batch(items: list[Item]) -> Batch:
+    whole = [item.parts[0].index for item in items if len(item.parts) == 1 and item.parts[0].source is None]
+    if len(whole) == len(items):
+        return Batch(items, list(_spans(items)), whole, None)
+    return Batch(items, list(_spans(items)), None, _splits(items))
+
+
+def _splits(items: Sequence[Item]) -> list[Split] | None:
+    """The parts by source and in its order, when they are disjoint runs of consecutive elements on both sides."""
+    by_source: dict[int, list[tuple[int, int, Item, Part]]] = {}
+    for item in items:
+        for part in item.parts:
+            source, dest = part.source or dense(item.spec.shape), part.dest or dense(item.spec.shape)
+            if not _is_run(source) or not _is_run(dest) or not source.numel:
+                return None
+            by_source.setdefault(part.index, []).append((source.offset, source.numel, item, part))
+    splits = []
+    for index, runs in by_source.items():
+        split, at = Split(index, [], [], []), 0
+        for offset, numel, item, part in sorted(runs, key=lambda run: run[0]):
+            if offset < at:
+                return None
+            if offset > at:
+                split.sizes.append(offset - at)
+            split.picks.append(len(split.sizes))
+            split.sizes.append(numel)
+            split.parts.append((item, part))
+            at = offset + numel
+        splits.append(split)
+    return splits
+
+
+def _is_run(region: Region) -> bool:
+    plain = dense(region.shape).strides
+    return all(n == 1 or a == b for n, a, b in zip(region.shape, region.strides, plain, strict=True))
+
+
+def _cut(splits: Sequence[Split], sources: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The runs of every split, as flat views; None when a source has strides of its own."""
+    out_of: list[torch.Tensor] = []
+    for split in splits:
+        source = sources[split.index]
+        if not source.is_contiguous():
+            return None
+        runs = source.view(-1)[: sum(split.sizes)].split_with_sizes(split.sizes)
+        out_of += runs if len(split.picks) == len(runs) else [runs[k] for k in split.picks]
+    return out_of
+
+
+def _spans(items: Sequence[Item]) -> Iterator[tuple[str, int, int, int, int]]:
+    """Neighbours in the arena of the same floating dtype. Padding between them is never written and reads as zero."""
+    run: list[Item] = []
+    for item in items:
+        if run and (item.index != run[-1].index + 1 or item.spec.dtype != run[-1].spec.dtype):
+            yield from _span(run)
+            run = []
+        run.append(item)
+    yield from _span(run)
+
+
+def _span(run: Sequence[Item]) -> Iterator[tuple[str, int, int, int, int]]:
+    if run and checked(run[0].spec.dtype):
+        last = run[-1].spec
+        yield run[0].spec.dtype, run[0].spec.offset, last.offset + last.nbytes, run[0].index, run[-1].index + 1
+
+
+def pairs(batch: Batch, place: Slot, sources: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Where a batch goes and where it comes from, equal shapes side by side."""
+    if batch.whole is not None:
+        if place.slot not in batch.into:
+            batch.into[place.slot] = [_dest(item, item.parts[0], place) for item in batch.items]
+        return batch.into[place.slot], [sources[k] for k in batch.whole]
+    out_of = None if batch.splits is None else _cut(batch.splits, sources)
+    if out_of is None or batch.splits is None:
+        return copies(batch.items, place, sources)
+    if place.slot not in batch.into:
+        parts = [pair for split in batch.splits for pair in split.parts]
+        batch.into[place.slot] = [_dest(item, part, place).view(-1) for item, part in parts]
+    return batch.into[place.slot], out_of
+
+
+def copies(
+    items: Sequence[Item], place: Slot, sources: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    into: list[torch.Tensor] = []
+    out_of: list[torch.Tensor] = []
+    dests = place.dests
+    for item in items:
+        for number, part in enumerate(item.parts):
+            dest = dests.get((item.index, number))
+            if dest is None:
+                dest = dests[item.index, number] = _dest(item, part, place)
+            source = sources[part.index]
+            if part.source is None:
+                into.append(dest)
+                out_of.append(source)
+                continue
+            for view, where in _shown(source, part, item.spec):
+                into.append(dest if where is None else dest.as_strided(*where))
+                out_of.append(view)
+    return into, out_of
+
+
+def _dest(item: Item, part: Part, place: Slot) -> torch.Tensor:
+    """The part's place in the arena, in the shape that it has in the source."""
+    whole = torch.from_numpy(bytes_of(item.spec, place)).view(dtype_of(item.spec.dtype)).view(item.spec.shape)
+    if part.dest is None:
+        return whole
+    return whole.as_strided(part.dest.shape, part.dest.strides, part.dest.offset)
+
+
+Where = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+def _shown(source: torch.Tensor, part: Part, spec: TensorSpec) -> Iterator[tuple[torch.Tensor, Where | None]]:
+    """Views of a live tensor that show a part's region, and where each goes when the part had to be split.
+
+    Regions count row-major; a live tensor with strides of its own may need several views.
+    """
+    region = part.source
+    if region is None or part.dest is None:
+        yield source, None
+    elif source.is_contiguous():
+        yield source.as_strided(region.shape, region.strides, source.storage_offset() + region.offset), None
+    else:
+        held = dense(tuple(source.shape))
+        origin = Region(int(source.storage_offset()), tuple(source.shape), tuple(source.stride()))
+        found = follow(region, part.dest, held, origin)
+        if found is None or found.outside:
+            yield from _shown(source.contiguous(), part, spec)
+            return
+        for at, to in found.inside:
+            yield source.as_strided(at.shape, at.strides, at.offset), (to.shape, to.strides, to.offset)
+
+
+def bytes_of(spec: TensorSpec, place: Slot) -> Bytes:
+    return place.flat[spec.offset : spec.offset + spec.nbytes]
