@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import shutil
@@ -111,10 +112,12 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     coordinator = Coordinator(chosen, [port], Ledger.open(chosen, directory=state), node=node, shm_dir=config.shm_dir)
 
     def detach() -> None:
+        atexit.unregister(detach)
         coordinator.close()
         if state is not None:
             shutil.rmtree(state, ignore_errors=True)
 
+    atexit.register(detach)
     made = Bridge(
         chosen,
         LocalPort[ToCoordinator, FromCoordinator](chosen, coordinator.handle),

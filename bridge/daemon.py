@@ -60,6 +60,8 @@ class RayPort:
         import ray
         from ray import exceptions
 
+        if self._handle is None:
+            raise PeerLost("an actor is gone", where=self.id, remedy="weighbridge down, then up again")
         try:
             frame = ray.get(self._handle.call.remote(pack(request)), timeout=max(deadline.remaining_s, 0.001))
         except exceptions.GetTimeoutError as error:

@@ -224,6 +224,11 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.recorder = recorder
         self.handlers = handlers()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is ever compiled under this mode; True would import the whole compiler, for seconds, to say so."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -6,13 +6,13 @@ A pair is made once; in the steady state nothing is sliced, looked up or named. 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
+from bridge.memory import memcmp, memcmp_held, memmove
 from bridge.plan import Region
 from engine_side.layout import bits
 
@@ -22,17 +22,6 @@ INLINE = 1 << 20
 """Bytes below which handing work to threads costs more than it saves."""
 _STEP = 4 << 20
 """Bytes that are cast or compared at once where plain memory comparison cannot be used."""
-
-_memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.CDLL(None).memmove, ctypes.c_void_p).value or 0
-)
-# Giving up the interpreter lock for a few kilobytes can cost 5 ms: another thread may take it for that long.
-_memcmp_held = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.CDLL(None).memcmp, ctypes.c_void_p).value or 0
-)
-_memcmp = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.CDLL(None).memcmp, ctypes.c_void_p).value or 0
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +84,7 @@ class Batch:
 
     def copy(self) -> None:
         for into, out_of, nbytes in self.runs:
-            _memmove(into, out_of, nbytes)
+            memmove(into, out_of, nbytes)
         if self.live:
             torch._foreach_copy_(self.live, self.sent)
 
@@ -154,7 +143,7 @@ def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> Non
 
 def _compare(run: tuple[int, int, int]) -> bool:
     """Do the two sides of a run differ?"""
-    return bool(_memcmp(*run)) if run[2] >= SMALL else bool(_memcmp_held(*run))
+    return bool(memcmp(*run)) if run[2] >= SMALL else bool(memcmp_held(*run))
 
 
 def same_bits(item: Pair) -> bool:

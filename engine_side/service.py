@@ -128,6 +128,8 @@ class EngineService:
         try:
             if isinstance(request, EngineGenerate):
                 return self._generate(request)
+            if isinstance(request, EngineHello) and request.mailbox is None:
+                return self._hello(request)  # a question never waits for a push
             with self._busy:
                 return self._answer(request)
         except BridgeError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,19 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_left_in_shared_memory() -> Iterator[None]:
-    """Every test session ends with as many of our files in shared memory as it began with."""
-    before = _ours()
+def _own_shared_memory() -> Iterator[None]:
+    """Arenas of a test session lie in a folder of their own, which has to be empty when it ends."""
+    folder = tempfile.mkdtemp(prefix="weighbridge-tests-", dir="/dev/shm")
+    before = os.environ.get("WEIGHBRIDGE_SHM_DIR")
+    os.environ["WEIGHBRIDGE_SHM_DIR"] = folder
     yield
-    left = _ours() - before
+    left = os.listdir(folder)
+    shutil.rmtree(folder)
+    os.environ.pop("WEIGHBRIDGE_SHM_DIR")
+    if before is not None:
+        os.environ["WEIGHBRIDGE_SHM_DIR"] = before
     if left:
         raise AssertionError(f"left in shared memory: {sorted(left)}")
-
-
-def _ours() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("weighbridge")}
 
 
 def tiny_qwen2(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -21,6 +21,7 @@ from bridge.arena import Arena
 from bridge.digest import CHUNK, fold
 from bridge.dtypes import dtype_of, itemsize
 from bridge.errors import ConfigError, ProtocolError
+from bridge.memory import memcmp, memcmp_held
 from bridge.manifest import Manifest
 from bridge.plan import cut, dense
 from bridge.ports import Written
@@ -28,6 +29,8 @@ from trainer_side.batches import SMALL, Batch, Item, Slot, batches, bytes_of, co
 from trainer_side.finite import is_finite, nonfinite_error
 from trainer_side.source import Collected, Layout
 
+_HELD = 64 << 10
+"""Bytes below which a comparison keeps the interpreter lock."""
 BLOCK = 1 << 20
 """Bytes that are copied, digested and checked before the next ones: they fit a core's cache."""
 
@@ -45,16 +48,21 @@ class _Program:
     carried: list[int]
 
 
-class _Problems:
-    """Tensors that a check found suspicious; filled by worker threads."""
+class _Tally:
+    """What worker threads found: tensors that are not finite, bytes that had to be written."""
 
     def __init__(self) -> None:
         self.indices: set[int] = set()
+        self.nbytes = 0
         self._lock = threading.Lock()
 
-    def add(self, indices: Iterable[int]) -> None:
+    def suspect(self, indices: Iterable[int]) -> None:
         with self._lock:
             self.indices.update(indices)
+
+    def add_bytes(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes += nbytes
 
 
 class Snapshotter:
@@ -96,17 +104,15 @@ class Snapshotter:
         place = self._slot(slot)
         digests = np.zeros(len(self.manifest.tensors), dtype="<u8")
         _wait_for_devices(collected.sources)
-        problems = _Problems()
+        tally = _Tally()
         with torch.no_grad():
-            later = self._run(program, place, collected.sources, digests, problems)
+            later = self._run(program, place, collected.sources, digests, tally)
         for index, pieces in later:
             digests[index] = fold(pieces)
-        if problems.indices and not allow_nonfinite:
-            raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(problems.indices))
-        nbytes = sum(item.spec.nbytes for item in program.big)
-        nbytes += sum(item.spec.nbytes for batch in program.batches for item in batch.items)
-        nbytes += self._carry(program.carried, slot, base, digests)
-        return Written(digests.tobytes(), nbytes)
+        if tally.indices and not allow_nonfinite:
+            raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(tally.indices))
+        carried = self._carry(program.carried, slot, base, digests)
+        return Written(digests.tobytes(), tally.nbytes + carried)
 
     def _run(
         self,
@@ -114,7 +120,7 @@ class Snapshotter:
         place: Slot,
         sources: list[torch.Tensor],
         digests: npt.NDArray[np.uint64],
-        problems: _Problems,
+        tally: _Tally,
     ) -> list[tuple[int, list[int]]]:
         """Run all units of work; (manifest index, chunk digests) of the tensors that were cut come back."""
         jobs: list[Job] = []
@@ -122,8 +128,8 @@ class Snapshotter:
         for item in program.big:
             pieces = [0] * -(-item.spec.nbytes // CHUNK)
             later.append((item.index, pieces))
-            jobs += _big_jobs(item, place, sources, pieces, problems)
-        jobs += [_small_job(batch, place, sources, digests, problems) for batch in program.batches]
+            jobs += _big_jobs(item, place, sources, pieces, tally)
+        jobs += [_small_job(batch, place, sources, digests, tally) for batch in program.batches]
         futures = [self._pool.submit(job) for job in jobs]
         try:
             for future in futures:
@@ -153,11 +159,15 @@ class Snapshotter:
             )
         known = np.frombuffer(seal.digests, dtype="<u8")
         here, there = self.arena.flat(slot), self.arena.flat(base)
+        nbytes = 0
         for index in carried:
             spec = self.manifest.tensors[index]
-            np.copyto(here[spec.offset : spec.offset + spec.nbytes], there[spec.offset : spec.offset + spec.nbytes])
+            into, out_of = (flat[spec.offset : spec.offset + spec.nbytes] for flat in (here, there))
+            if memcmp(into.ctypes.data, out_of.ctypes.data, spec.nbytes):
+                np.copyto(into, out_of)
+                nbytes += spec.nbytes
             digests[index] = known[index]
-        return sum(self.manifest.tensors[index].nbytes for index in carried)
+        return nbytes
 
     def _slot(self, slot: int) -> Slot:
         if slot not in self._slots:
@@ -204,17 +214,20 @@ def _small_job(
     place: Slot,
     sources: list[torch.Tensor],
     digests: npt.NDArray[np.uint64],
-    problems: _Problems,
+    tally: _Tally,
 ) -> Job:
     def job() -> None:
         with torch.no_grad():
-            torch._foreach_copy_(*pairs(batch, place, sources))
+            into, out_of = pairs(batch, place, sources)
+            if not all(map(holds, into, out_of)):
+                torch._foreach_copy_(into, out_of)
+                tally.add_bytes(sum(item.spec.nbytes for item in batch.items))
         views = place.views
         indices = [item.index for item in batch.items]
         digests[indices] = np.fromiter(map(xxhash.xxh3_64_intdigest, [views[k] for k in indices]), dtype="<u8")
         for dtype, start, end, first, stop in batch.spans:
             if not is_finite(place.flat[start:end], dtype):
-                problems.add(
+                tally.suspect(
                     item.index
                     for item in batch.items
                     if first <= item.index < stop and not is_finite(bytes_of(item.spec, place), dtype)
@@ -223,22 +236,20 @@ def _small_job(
     return job
 
 
-def _big_jobs(
-    item: Item, place: Slot, sources: list[torch.Tensor], pieces: list[int], problems: _Problems
-) -> Iterator[Job]:
+def _big_jobs(item: Item, place: Slot, sources: list[torch.Tensor], pieces: list[int], tally: _Tally) -> Iterator[Job]:
     """Units of work of one big tensor: its chunks when its elements lie in order, else the tensor as a whole."""
     raw, dtype = bytes_of(item.spec, place), dtype_of(item.spec.dtype)
     source = _in_order(item, sources)
     if source is None:
         into, out_of = copies([item], place, sources)
-        yield lambda: _scattered(item, into, out_of, raw, pieces, problems)
+        yield lambda: _scattered(item, into, out_of, raw, pieces, tally)
         return
     size = itemsize(item.spec.dtype)
     flat = torch.from_numpy(raw).view(dtype)
     for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
         piece = source[start // size : end // size]
         into_piece = flat[start // size : end // size]
-        yield _chunk_job(item, piece, into_piece, raw[start:end], pieces, number, problems)
+        yield _chunk_job(item, piece, into_piece, raw[start:end], pieces, number, tally)
 
 
 def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
@@ -262,24 +273,37 @@ def _chunk_job(
     raw: Bytes,
     pieces: list[int],
     number: int,
-    problems: _Problems,
+    tally: _Tally,
 ) -> Job:
     dtype = item.spec.dtype
     step = BLOCK // itemsize(dtype)
 
     def job() -> None:
-        hasher, finite = xxhash.xxh3_64(), True
+        hasher, finite, copied = xxhash.xxh3_64(), True, 0
         for start in range(0, len(into), step):
-            block = into[start : start + step]
-            block.copy_(source[start : start + step])
+            block, wanted = into[start : start + step], source[start : start + step]
             written = raw[start * block.itemsize : (start + len(block)) * block.itemsize]
+            # Bits that lie there from two versions ago need no write; where they differ, the comparison ends at once.
+            if not holds(block, wanted):
+                block.copy_(wanted)
+                copied += len(written)
             hasher.update(written.data)
             finite = finite and is_finite(written, dtype)
         pieces[number] = hasher.intdigest()
+        tally.add_bytes(copied)
         if not finite:
-            problems.add((item.index,))
+            tally.suspect((item.index,))
 
     return job
+
+
+def holds(into: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether a view of the arena already has a tensor's bits, where that is cheap to tell."""
+    if source.dtype != into.dtype or not source.is_contiguous() or source.device.type != "cpu":
+        return False
+    nbytes = into.numel() * into.itemsize
+    compare = memcmp_held if nbytes < _HELD else memcmp
+    return compare(into.data_ptr(), source.data_ptr(), nbytes) == 0
 
 
 def _scattered(
@@ -288,7 +312,7 @@ def _scattered(
     out_of: list[torch.Tensor],
     raw: Bytes,
     pieces: list[int],
-    problems: _Problems,
+    tally: _Tally,
 ) -> None:
     """A big tensor whose elements lie in some other order in the trainer."""
     with torch.no_grad():
@@ -298,7 +322,8 @@ def _scattered(
         pieces[number] = xxhash.xxh3_64_intdigest(raw[start:end].data)
         finite = finite and is_finite(raw[start:end], item.spec.dtype)
     if not finite:
-        problems.add((item.index,))
+        tally.suspect((item.index,))
+    tally.add_bytes(item.spec.nbytes)
 
 
 def _wait_for_devices(sources: Sequence[torch.Tensor]) -> None:
