@@ -103,7 +103,7 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     """
     config = from_environment()
     trainer: TrainerPort = sides.load(sides.TRAINER)()
-    adapter = sides.load(sides.ADAPT)(engine)
+    adapter = sides.load(sides.ADAPT)(engine, sides.load(sides.ROUTES))
     node = socket.gethostname()
     service = sides.load(sides.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
     chosen = name or f"attached-{os.getpid()}-{secrets.token_hex(4)}"

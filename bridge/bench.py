@@ -61,8 +61,8 @@ class Timed(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):
-    """What the worker answers. Sizes in bytes; `extra_nbytes` is what pushes added to the process's resident peak and
-    to shared memory, the arena included; `steal` is the share of CPU time that the host took away."""
+    """What the worker answers. Sizes in bytes; `extra_nbytes` is what warm pushes added to the process's resident
+    peak, the arena included, `first_extra_nbytes` what the first one did while it planned; `steal` is the share of CPU time that the host took away."""
 
     job: Job
     tensors: int
@@ -71,6 +71,7 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
     variants: dict[str, list[Timed]]
     unchanged: list[Timed]
     first: Timed
+    first_extra_nbytes: int
     extra_nbytes: int
     shm_nbytes: int
     load: float
@@ -122,7 +123,7 @@ Runner = Callable[[Job, Mapping[str, str]], Measured]
 def run_bench(
     options: BenchOptions, *, say: Callable[[str], None] = lambda text: None, run: Runner | None = None
 ) -> dict[str, Any]:
-    """Measure everything that `options` ask for and return one plain report. Blocks for minutes; needs about 7 GiB.
+    """Measure everything that `options` ask for and return one plain report. Blocks for minutes; needs 7 GiB and what planning needs.
 
     Args:
         say: progress, one line at a time.
@@ -206,6 +207,7 @@ def _result(group: Sequence[Measured]) -> dict[str, Any]:
         "per_tensor": {name: fit_line(group, name) for name in one.variants} if len(group) > 1 else {},
         "memory": {
             "version_nbytes": one.nbytes,
+            "first_extra_nbytes": one.first_extra_nbytes,
             "extra_nbytes": one.extra_nbytes,
             "extra_of_version": one.extra_nbytes / one.nbytes,
             "shm_nbytes": one.shm_nbytes,

@@ -221,6 +221,7 @@ class Bench:
     reference: list[Timed] = field(default_factory=list)
     variants: dict[str, list[Timed]] = field(default_factory=lambda: {name: [] for name in VARIANTS})
     unchanged: list[Timed] = field(default_factory=list)
+    first_peak: int = 0
 
     def push(self, verify: str, *, change: bool = True) -> Timed:
         """One timed push and its untimed check. Raises DigestMismatch when the engine's bytes are not the trainer's."""
@@ -241,6 +242,8 @@ class Bench:
     def run(self) -> Timed:
         """All rounds. Returns the first push, which plans, makes the arena and touches it."""
         first = self.push("weights")
+        self.first_peak = _status_nbytes("VmHWM")
+        _reset_peak()
         for verify in (*VARIANTS, *VARIANTS)[: max(WARM_UP, len(VARIANTS))]:
             self.push(verify)
         self.copy()
@@ -280,7 +283,7 @@ def measure(job: Job) -> Measured:
         shm, peak, after = _shm_nbytes(), _status_nbytes("VmHWM"), _jiffies()
     spent = [now - then for now, then in zip(after, jiffies, strict=True)]
     return Measured(
-        job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, peak - resident,
+        job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, bench.first_peak - resident, peak - resident,
         shm - shm_before, os.getloadavg()[0], spent[7] / max(sum(spent), 1),
     )  # fmt: skip
 

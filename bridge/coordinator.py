@@ -26,7 +26,7 @@ from bridge.errors import (
     ProtocolError,
     StaleVersion,
 )
-from bridge.fanout import Fleet, Target, Verdict
+from bridge.fanout import LEVELS_OF, Fleet, Target, Verdict
 from bridge.ledger import EngineState, Ledger
 from bridge.mailbox import Mailbox
 from bridge.manifest import TensorInfo
@@ -105,7 +105,7 @@ class OpenPush:
 
 
 class Coordinator:
-    """One per daemon. `handle` may be called from several threads; pushes run one at a time on a thread of their own."""
+    """One per daemon. `handle` may be called from several threads; pushes run one at a time on their own thread."""
 
     def __init__(
         self, name: str, engines: Sequence[EnginePort], ledger: Ledger, *, node: str, shm_dir: Path | None = None
@@ -196,7 +196,7 @@ class Coordinator:
         with self._lock:
             self._refuse_when_busy()
             plan = self._plan
-            if plan is None or not planning.serves(plan.arena.manifest, plan.tensors, request):
+            if plan is None or not planning.serves(plan.tensors, plan.partial, request):
                 plan = self._new_plan(request)
             return Planned(plan.id, self._epoch, plan.arena.manifest, str(plan.arena.path))
 
@@ -331,7 +331,8 @@ class Coordinator:
             result = self._push_sealed(push, request)
         except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
             log.exception("push %d failed", push.version)
-            result = Finished(None, ErrorInfo.of(error), serving=self.fleet.serving())
+            self.fleet.put_back(self._committed, f"an error of ours: {error}")
+            result = Finished(None, ErrorInfo.of(error), aborted=True, serving=self.fleet.serving())
         with self._finished:
             self._results[push.version] = result
             for old in sorted(self._results)[:-8]:
@@ -375,7 +376,7 @@ class Coordinator:
                 self.ledger.record("quarantined", engine=report.id, reason=report.error or "")
 
     def _commit(self, push: OpenPush) -> None:
-        """The point of no return: journalled before any engine resumes, so that nothing serves an unrecorded version."""
+        """The point of no return: journalled before any engine resumes; nothing serves an unrecorded version."""
         with self._lock:
             self.ledger.record("committed", version=push.version, engines=tuple(self.fleet.serving()))
             self._previous, self._committed = self._committed, Held(push.version, push.plan, push.slot)
@@ -417,7 +418,8 @@ class Coordinator:
                 )
             push = OpenPush(back.version, back.plan, back.slot, "rollback", submitted=True)
             self._push = push
-        options = Options(verify="weights", reason="rollback", timeout_s=request.timeout_s)
+        verify = "outputs" if back.version in self._references else "weights"
+        options = Options(verify, LEVELS_OF[verify], reason="rollback", timeout_s=request.timeout_s)
         seal = back.plan.arena.seal_of(back.slot)
         try:
             if seal is None:

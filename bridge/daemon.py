@@ -125,10 +125,10 @@ def _authenticate() -> None:
                 file.write(secrets.token_hex(32))
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ["RAY_AUTH_MODE"] = "token"
-    from ray._raylet import Config as RayConfig
+    import ray
 
     # Ray reads its environment when it is imported; this is the refresh that ray.init does when it turns the mode on
-    RayConfig.initialize("")
+    ray._raylet.Config.initialize("")
 
 
 def _ray_file() -> Path:
@@ -194,8 +194,7 @@ def _start_ray() -> str:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
-        refused: int = probe.connect_ex(("127.0.0.1", port))
-    return refused == 0
+        return bool(probe.connect_ex(("127.0.0.1", port)) == 0)
 
 
 def _child_environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """All engines of a bridge, driven together: two-phase commit over engine services (transports.md 4.6).
 
-Stage and load on every engine, vote; reset caches on every engine, vote; journal; resume. Any failure or deadline before
-the journal entry puts every engine back. One thread per engine, so the slowest engine decides, not the sum.
+Stage and load on every engine, vote; reset caches on every engine, vote; journal; resume. Any failure or deadline
+before the journal entry puts every engine back. One thread per engine, so the slowest engine decides, not the sum.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class Fleet:
     # ---- one push ---------------------------------------------------------------------------------------------------
 
     def advance(self, target: Target, back: HeldVersion | None, on_commit: Callable[[], None]) -> Verdict:
-        """Bring every engine to `target`, or back to `back`. `on_commit` runs between the last vote and the first resume."""
+        """Bring all engines to `target`, or back to `back`. `on_commit` comes after the last vote, before any resume."""
         verdict = Verdict()
         deadline = Deadline.after(target.options.timeout_s)
         loaded = self._load(target, deadline)
@@ -219,7 +219,8 @@ class Fleet:
             commit = EngineCommit(target.version, target.options, deadline.remaining_s)
             self._vote(verdict, self._each(lambda e: expect(e.call(commit, deadline), EngineOk).report))
             if verdict.error is None:
-                on_commit()
+                verdict.error = _attempt(on_commit)
+            if verdict.error is None:
                 resume = EngineResume(target.version, RESTORE_TIMEOUT_S)
                 answers = self._each(
                     lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report
@@ -227,9 +228,11 @@ class Fleet:
                 self._after_resume(verdict, answers)
             verdict.phases["commit"] = time.perf_counter() - started
         if verdict.error is not None:
-            self._put_back(verdict, back)
+            verdict.reports = self._restored(verdict.reports, back, str(verdict.error))
         else:
             verdict.verified = _verified(target.options, verdict.reports)
+            if "canary" in target.options.levels and not any(report.canary for report in verdict.reports):
+                verdict.notes = (*verdict.notes, "no canary: no engine answers log-probabilities")
             if verdict.verified:
                 self._learn(verdict.reports)
         return verdict
@@ -301,23 +304,29 @@ class Fleet:
                 self._heard(answer)
         verdict.reports = tuple(reports.values())
 
-    def _put_back(self, verdict: Verdict, back: HeldVersion | None) -> None:
+    def put_back(self, back: HeldVersion | None, reason: str) -> None:
+        """Have every engine that was written to return to `back`, or quarantine."""
+        self._restored((), back, reason)
+
+    def _restored(
+        self, before: tuple[EngineReport, ...], back: HeldVersion | None, reason: str
+    ) -> tuple[EngineReport, ...]:
         message = EngineRestore(
             plan=back.plan_id if back else 0,
             slot=back.slot if back else None,
             version=back.version if back else None,
-            reason=str(verdict.error),
+            reason=reason,
             timeout_s=RESTORE_TIMEOUT_S,
         )
         answers = self._each(lambda e: expect(e.call(message, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report)
-        reports = {report.id: report for report in verdict.reports}
+        reports = {report.id: report for report in before}
         for engine, answer in answers.items():
             if isinstance(answer, BridgeError):
                 reports[engine] = self._lost(engine, answer)
             else:
-                reports[engine] = _merge(reports[engine], answer)
+                reports[engine] = _merge(reports.get(engine, answer), answer)
                 self._heard(answer)
-        verdict.reports = tuple(reports.values())
+        return tuple(reports.values())
 
     def _heard(self, report: EngineReport) -> None:
         info = self._infos[report.id]
@@ -389,6 +398,14 @@ class Fleet:
         self._pool.shutdown(wait=False)
 
 
+def _attempt(action: Callable[[], None]) -> BridgeError | None:
+    try:
+        action()
+    except BridgeError as error:
+        return error
+    return None
+
+
 def _facts(info: EngineInfo) -> dict[str, Any]:
     return {"id": info.id, "kind": info.kind, "state": info.state, "serving": info.serving, "ranks": info.ranks,
             "pid": info.pid, "detail": info.detail}  # fmt: skip
@@ -419,7 +436,7 @@ def _merge(before: EngineReport, after: EngineReport) -> EngineReport:
 
 
 def _verified(options: Options, reports: Iterable[EngineReport]) -> Verified:
-    """True: every level of the weights ran and passed on every rank. "partial": some, or a module by the canary alone."""
+    """True: every level of the weights ran and passed on every rank. "partial": some did, or one module by canary."""
     levels = set(options.levels)
     if not levels - {"transfer"}:
         return False

@@ -129,8 +129,8 @@ class RankJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RankBake(Message, frozen=True):
-    """A rank's plan in summary. `dtypes` maps sent tensors to the dtype they land in; `read` holds the source regions of
-    tensors that this rank reads only in part (absent: whole), `unread` those it does not touch at all."""
+    """A rank's plan in summary. `dtypes` maps sent tensors to the dtype they land in; `read` holds the source regions
+    of tensors that this rank reads only in part (absent: whole), `unread` those it does not touch at all."""
 
     digest: bytes
     dtypes: dict[str, str]
@@ -244,8 +244,8 @@ class EngineResume(Message, frozen=True):
 
 
 class EngineRestore(Message, frozen=True):
-    """Go back to `version`: from `slot`, verified, then resume. Without a slot, quarantine. An engine whose weights were
-    not touched only resumes."""
+    """Go back to `version`: from `slot`, verified, then resume. Without a slot, quarantine. An engine whose weights
+    were not touched only resumes."""
 
     plan: int
     slot: int | None

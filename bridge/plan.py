@@ -45,6 +45,14 @@ class Move(msgspec.Struct, frozen=True, array_like=True):
     dest: Region
 
 
+class Routes(msgspec.Struct, frozen=True):
+    """How a module takes checkpoint tensors: `moves` from sent names to its live tensors, whose regions count from the
+    live tensor's first element in its storage; `shapes` of every name that it takes."""
+
+    moves: tuple[Move, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+
 class Fill(msgspec.Struct, frozen=True, array_like=True):
     """The engine's loader writes a constant here (vocabulary padding)."""
 

@@ -15,18 +15,20 @@ DIGEST_NBYTES = 8
 """Bytes per tensor in `Seal.digests`."""
 
 
-def serves(manifest: Manifest, planned: tuple[TensorInfo, ...], request: PlanRequest) -> bool:
-    """Can an existing plan carry this request? The same announcement can; so can a subset of it, when a subset is meant."""
-    if planned == request.tensors:
-        return True
+def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest) -> bool:
+    """Can an existing plan carry this request?
+
+    The same announcement can, unless that plan was made for a subset and the whole model is meant now; so can a subset
+    of it, when a subset is meant.
+    """
     if not request.partial:
-        return False
+        return planned == request.tensors and not partial
     known = {(info.name, info.shape) for info in planned}
-    return all((info.name, info.shape) in known for info in request.tensors) and bool(manifest.tensors)
+    return all((info.name, info.shape) in known for info in request.tensors)
 
 
 def agree(request: PlanRequest, baked: Mapping[str, EngineBaked]) -> Manifest:
-    """The manifest that all engines' plans agree on: per tensor the dtype that every rank shares, else the trainer's own.
+    """The manifest that all plans agree on: per tensor the dtype that every rank shares, else the trainer's own.
 
     Raises UnexpectedTensor for a tensor that some engine uses nowhere, ShapeMismatch for one it reads only in part.
     """
@@ -42,7 +44,7 @@ def agree(request: PlanRequest, baked: Mapping[str, EngineBaked]) -> Manifest:
 
 def _all_used(engine: str, request: PlanRequest, answer: EngineBaked) -> None:
     """Every sent element must be read by some rank: experts and pipeline stages split tensors over ranks."""
-    unread = set(info.name for info in request.tensors)
+    unread = {info.name for info in request.tensors}
     for rank in answer.ranks:
         unread &= set(rank.unread)
     if unread:

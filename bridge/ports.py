@@ -83,7 +83,7 @@ class TrainerPort(Protocol):
     def write(
         self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
     ) -> Written:
-        """Cast every tensor into the unsealed slot; tensors that are not in the snapshot are carried over from `base`."""
+        """Cast every tensor into the unsealed slot; tensors not in the snapshot are carried over from `base`."""
         ...
 
     def reference(self) -> Reference:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
 
@@ -29,6 +29,7 @@ from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceed
 from bridge.fanout import LEVELS_OF
 from bridge.health import HealthReport, assess, local_facts
 from bridge.lease import Lease
+from bridge.manifest import TensorInfo
 from bridge.messages import (
     Ask,
     BeginRequest,
@@ -66,6 +67,19 @@ CALL_TIMEOUT_S = 60.0
 MODES = ("auto", "full")
 INFLIGHT = ("drain", "abort", "keep")
 KV = ("reset", "keep")
+
+
+class PushOptions(TypedDict, total=False):
+    """The options of `Bridge.push` besides `wait`, for type checkers."""
+
+    version: int | None
+    mode: str
+    verify: str | Iterable[str] | None
+    partial: bool
+    inflight: str
+    kv: str
+    allow_nonfinite: bool
+    timeout_s: float | None
 
 
 class EngineHandle:
@@ -175,7 +189,7 @@ class Bridge:
         self._state = state
         self._pushing = threading.Lock()
         self._lease: Lease | None = None
-        self._planned: tuple[Snapshot, bool, Planned] | None = None
+        self._planned: tuple[tuple[TensorInfo, ...], bool, Planned] | None = None
         self._arena: Arena | None = None
         self._closed = False
         self._warned = False
@@ -198,6 +212,10 @@ class Bridge:
         self._trainer.bind(model)
         self._planned = None
 
+    @overload
+    def push(self, named: Named, *, wait: Literal[True] = True, **options: Unpack[PushOptions]) -> Receipt: ...
+    @overload
+    def push(self, named: Named, *, wait: Literal[False], **options: Unpack[PushOptions]) -> PendingPush: ...
     def push(
         self,
         named: Named,
@@ -211,7 +229,7 @@ class Bridge:
         allow_nonfinite: bool = False,
         wait: bool = True,
         timeout_s: float | None = None,
-    ) -> Any:
+    ) -> Receipt | PendingPush:
         """Bring every engine to these weights, verified, or leave every engine as it was.
 
         Args:
@@ -229,8 +247,8 @@ class Bridge:
 
         Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
 
-        Raises ConfigError (Busy, LeaseHeld, Closed), IntegrityError (which tensor, where, expected, got) and StaleVersion
-        before any engine was written; PushAborted *from* the cause after that, with every engine put back.
+        Raises ConfigError (Busy, LeaseHeld, Closed), IntegrityError (which tensor, where, expected, got) and
+        StaleVersion before any engine was written; PushAborted *from* the cause after that, every engine put back.
         """
         self._require_open()
         options, wants_reference = self._options(mode, verify, partial, inflight, kv, timeout_s)
@@ -278,7 +296,7 @@ class Bridge:
     def _agree(self, snapshot: Snapshot, partial: bool) -> tuple[Planned, Arena]:
         """The plan for this layout: the last one while nothing changed, else everybody is asked."""
         last = self._planned
-        if last is not None and self._arena is not None and last[0].tensors is snapshot.tensors and last[1] == partial:
+        if last is not None and self._arena is not None and last[0] is snapshot.tensors and last[1] == partial:
             return last[2], self._arena
         request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, self.config.plan_timeout_s)
         planned = self._call(request, Planned, self.config.plan_timeout_s)
@@ -286,7 +304,7 @@ class Bridge:
             if self._arena is not None:
                 self._arena.close()
             self._arena = Arena.open(Path(planned.path), planned.manifest, writable=True)
-        self._planned = (snapshot, partial, planned)
+        self._planned = (snapshot.tensors, partial, planned)
         return planned, self._arena
 
     def _reference(self, options: Options, wanted: bool | None) -> tuple[Reference | None, Options, tuple[str, ...]]:
@@ -356,8 +374,8 @@ class Bridge:
         return self._call(Ask(), DaemonIs)
 
     def health(self, timeout_s: float = 120.0) -> HealthReport:
-        """Examine the live run: actors, versions, the last receipt, a fresh canary against the stored reference, a fresh
-        read-back against the arena, orphans. Blocks; writes nothing."""
+        """Examine the live run: actors, versions, the last receipt, a fresh canary against the stored reference, a
+        fresh read-back against the arena, orphans. Blocks; writes nothing."""
         facts = self._call(HealthRequest(timeout_s), Health, timeout_s + CALL_TIMEOUT_S).facts
         return assess(facts, local_facts(self.config.shm_dir))
 

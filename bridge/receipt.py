@@ -22,7 +22,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class LevelResult(msgspec.Struct, frozen=True):
-    """What one level found on one rank; `checked` counts tensors, parameters, modules or tokens, whichever it weighs."""
+    """What one level found on one rank; `checked` counts the tensors, parameters, modules or tokens that it weighs."""
 
     level: str
     ok: bool

@@ -193,7 +193,8 @@ def show_bench(out: Console, report: Payload) -> None:
         out.print(
             f"{result['shapes']}, {result['engine']}, {result['threads']} thread(s):"
             f" first push {_ms(result['first']['seconds'])}, unchanged weights {_ms(result['unchanged']['median_s'])},"
-            f" extra memory {_size(memory['extra_nbytes'])} = {memory['extra_of_version']:.2f} versions{noisy}",
+            f" extra memory {_size(memory['extra_nbytes'])} = {memory['extra_of_version']:.2f} versions"
+            f" ({_size(memory['first_extra_nbytes'])} while the first push planned){noisy}",
             soft_wrap=True,
         )
         for name, fit in result["per_tensor"].items():

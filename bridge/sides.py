@@ -8,6 +8,7 @@ from typing import Any
 from bridge.errors import ConfigError
 
 TRAINER = "trainer_side.port:TrainerSide"
+ROUTES = "trainer_side.naming:routes_into"
 ADAPT = "engine_side.adapters:adapt"
 HOST = "engine_side.adapters:host"
 SERVICE = "engine_side.service:EngineService"

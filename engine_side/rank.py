@@ -1,7 +1,7 @@
 """One rank's end of the conversation: a job frame in, one page of the mailbox out.
 
 `Rank.run` is the one Python function that every engine has to be able to execute in each of its workers. It never
-raises for an error of a job (engines.md 1.1: a raising worker poisons an engine's own RPC): the answer says so by value.
+raises for an error of a job (a raising worker poisons vLLM's RPC for later calls): the answer says so by value.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ which live tensors it is made of. A push then only copies.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ from torch import nn
 from bridge.dtypes import dtype_name
 from bridge.errors import ConfigError, IntegrityError, MissingTensor
 from bridge.manifest import TensorInfo
-from bridge.plan import Region, dense
+from bridge.plan import Move, Region, Routes, dense, follow
 from bridge.recorder import Recorder
+
+log = logging.getLogger(__name__)
 
 RESERVED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that only a wrapper puts into a name; no model names a submodule so."""
@@ -306,3 +309,56 @@ def _empty_piece(name: str, tensor: torch.Tensor, state: StateDict) -> tuple[Pie
     if name not in state:
         raise MissingTensor("an empty tensor whose live name is unknown", where=name, names=(name,))
     return (Piece(name, dense(tuple(state[name].shape)), dense(tuple(tensor.shape))),)
+
+
+# ---- the other way: checkpoint tensors into a module ----------------------------------------------------------------
+
+
+def routes_into(module: nn.Module) -> Routes:
+    """How a module that is attached as an engine takes checkpoint tensors: its own name conversion, inverted.
+
+    Called on the engine's behalf (`bridge.attach`), once per shape of the module. Besides checkpoint names it takes live
+    names, with wrappers and without, which is what an unbound trainer sends; where a name means both, the checkpoint's
+    counts. A module whose conversion is not copying takes its live names only.
+    """
+    live = {clean: (raw, tensor) for raw, clean, tensor, _ in _live_tensors(module)}
+    routes: dict[str, list[Move]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for clean, (raw, tensor) in live.items():
+        whole = dense(tensor.shape)
+        for name in (raw, clean):
+            shapes[name] = tuple(tensor.shape)
+            routes[name] = list(_moves(name, raw, tensor, whole, whole))
+    for made in _converted(module) if live else ():
+        for name in (made.name, *made.aliases):
+            shapes[name] = made.shape
+            routes[name] = [m for p in made.pieces for m in _moves(name, *live[p.live], p.source, p.dest)]
+    return Routes(tuple(move for moves in routes.values() for move in moves), shapes)
+
+
+def _converted(module: nn.Module) -> tuple[CanonicalTensor, ...]:
+    try:
+        return bake_names(module).tensors
+    except IntegrityError as error:
+        log.warning("%s takes its live names only: %s", type(module).__name__, error)
+        return ()
+
+
+def _moves(name: str, raw: str, tensor: torch.Tensor, live: Region, sent: Region) -> Iterator[Move]:
+    """From elements `sent` of the checkpoint tensor to elements `live`, counted row-major, of a live tensor as it lies
+    in its storage."""
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    if tensor.is_contiguous():
+        yield Move(name, sent, raw, live)
+        return
+    found = follow(live, sent, dense(shape), Region(0, shape, strides))
+    if found is None:
+        raise IntegrityError(
+            "elements of a live tensor share memory in a way that no copy can fill",
+            where=raw,
+            got=f"shape {list(shape)}, strides {list(strides)}",
+            remedy="attach a module with tensors of its own (.contiguous())",
+            names=(raw,),
+        )
+    for at, of in found.inside:
+        yield Move(name, of, raw, at)

@@ -9,12 +9,15 @@ from bridge.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine_side.adapters.base import EngineAdapter
+    from engine_side.adapters.module import Canonical
 
 HOSTED: Mapping[str, str] = {"embedded": "engine_side.adapters.embedded:host"}
 """Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
 
 ATTACHED: tuple[str, ...] = ("engine_side.adapters.embedded:attach", "engine_side.adapters.module:attach")
-"""Tried in order: each takes an object and answers an adapter, or None when the object is not its kind."""
+"""Tried in order: each takes an object and what `adapt` was given, and answers an adapter, or None when the object is
+not
+its kind."""
 
 
 def _load(target: str) -> Any:
@@ -39,10 +42,14 @@ def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
     return adapter
 
 
-def adapt(engine: object) -> EngineAdapter:
-    """The adapter for an object of this process. Raises ConfigError for an object that nobody knows."""
+def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
+    """The adapter for an object of this process. Raises ConfigError for an object that nobody knows.
+
+    Args:
+        canonical: how checkpoint names map onto a module that has no loader of its own; None: by its live names.
+    """
     for target in ATTACHED:
-        adapter: EngineAdapter | None = _load(target)(engine)
+        adapter: EngineAdapter | None = _load(target)(engine, canonical)
         if adapter is not None:
             return adapter
     raise ConfigError(

@@ -141,8 +141,9 @@ def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:
     return Rank(EmbeddedRankHost(runner)).run
 
 
-def attach(engine: object) -> EmbeddedAdapter | None:
-    """The adapter of an Engine of this process; None for anything else."""
+def attach(engine: object, canonical: object = None) -> EmbeddedAdapter | None:
+    """The adapter of an Engine of this process; None for anything else. It has a loader of its own, so `canonical` is
+    not asked."""
     return EmbeddedAdapter(engine) if isinstance(engine, Engine) else None
 
 

@@ -7,7 +7,6 @@ whose names are not the checkpoint's. It has no post-load step and generates not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bridge.deadline import Deadline
 from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
-from bridge.plan import Move
+from bridge.plan import Move, Routes
 from bridge.wire import Completion, Sampling
 from engine_side.adapters.base import Prompts
 from engine_side.inplace import twin_parameter
@@ -25,16 +24,7 @@ RunJob = Callable[[bytes], None]
 """`engine_side.rank.Rank.run` of this process."""
 
 
-@dataclass(frozen=True)
-class CanonicalMap:
-    """How checkpoint tensors reach live ones: `moves` from canonical names (`tensor`) to live names (`target`, with
-    `dest` counted from the live tensor's first element), `shapes` of the canonical tensors."""
-
-    moves: tuple[Move, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-
-
-Canonical = Callable[[nn.Module], CanonicalMap]
+Canonical = Callable[[nn.Module], Routes]
 """Given the live module, says how checkpoint names map onto it."""
 
 
@@ -113,7 +103,9 @@ class ModuleRankHost:
 
     def __init__(self, module: nn.Module, canonical: Canonical | None = None) -> None:
         self._module = module
-        self._map = canonical(module) if canonical is not None else None
+        self._canonical = canonical
+        self._routes: Routes | None = None
+        self._routes_of: dict[str, torch.Size] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -126,18 +118,28 @@ class ModuleRankHost:
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Strict: an unknown name is UnexpectedTensor, another shape ShapeMismatch."""
         tensors = _by_name(skeleton)
-        routes: dict[str, list[Move]] = {}
-        for move in self._map.moves if self._map is not None else ():
-            routes.setdefault(move.tensor, []).append(move)
+        routes = self._current_routes()
+        by_name: dict[str, list[Move]] = {}
+        for move in routes.moves if routes is not None else ():
+            by_name.setdefault(move.tensor, []).append(move)
         for name, weight in weights:
-            if self._map is None:
+            if routes is None:
                 _copy_whole(name, weight, tensors)
                 continue
-            _expect(name, weight, self._map.shapes.get(name))
-            for move in routes.get(name, ()):
+            _expect(name, weight, routes.shapes.get(name))
+            for move in by_name.get(name, ()):
                 live = tensors[move.target].detach()
                 into = live.as_strided(move.dest.shape, move.dest.strides, live.storage_offset() + move.dest.offset)
                 into.copy_(weight.as_strided(move.source.shape, move.source.strides, move.source.offset))
+
+    def _current_routes(self) -> Routes | None:
+        """Asked again only when the module has other tensors than last time (a resized embedding)."""
+        if self._canonical is None:
+            return None
+        shapes = {name: tensor.shape for name, tensor in _by_name(self._module).items()}
+        if self._routes is None or shapes != self._routes_of:
+            self._routes, self._routes_of = self._canonical(self._module), shapes
+        return self._routes
 
     def post_load(self, module: nn.Module) -> bool:
         """A plain module has no such step."""

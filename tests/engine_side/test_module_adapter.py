@@ -12,9 +12,9 @@ from torch import nn
 from bridge.dtypes import dtype_name
 from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
 from bridge.manifest import TensorInfo, lay_out
-from bridge.plan import Move, dense
+from bridge.plan import Move, Routes, dense
 from bridge.wire import Sampling
-from engine_side.adapters.module import CanonicalMap, ModuleAdapter, ModuleRankHost, attach, storages_of
+from engine_side.adapters.module import ModuleAdapter, ModuleRankHost, attach, storages_of
 from engine_side.loader import Loader
 from engine_side.verify import RANK_LEVELS, Verifier
 
@@ -97,10 +97,10 @@ def test_strict_names_and_shapes() -> None:
     assert wrong_shape.value.names == ("embed.weight",)
 
 
-def fused(module: nn.Module) -> CanonicalMap:
+def fused(module: nn.Module) -> Routes:
     """The live `body` of two matrices is one stacked parameter; the checkpoint has both by name."""
     halves = [Move(name, dense((4, 4)), "both", dense((4, 4), 16 * k)) for k, name in enumerate(("a", "b"))]
-    return CanonicalMap(tuple(halves), {"a": (4, 4), "b": (4, 4)})
+    return Routes(tuple(halves), {"a": (4, 4), "b": (4, 4)})
 
 
 def test_canonical_names_that_are_not_the_live_ones() -> None:
