@@ -52,12 +52,12 @@ class LocalPort(Generic[Request, Reply]):
         return self._handle(request)
 
 
-def _remember(made: Bridge, model: torch.nn.Module | None) -> Bridge:
+def _remember(made: Bridge, model: torch.nn.Module | None, undo: Callable[[], None] | None = None) -> Bridge:
     if model is not None:
         try:
             made.bind(model)
         except BaseException:
-            made.close()
+            (undo or made.close)()
             raise
     _default.bridge = made
     return made
@@ -80,8 +80,13 @@ def launch(
         raise ConfigError("at least one engine is needed", where="engines", got=str(engines))
     config = from_environment()
     daemon.ensure_ray()
-    coordinator, ports = daemon.start(name, [(engine, engine_args)] * engines, config)
-    return _remember(_on_ray(name, coordinator, ports), model)
+    try:
+        coordinator, ports = daemon.start(name, [(engine, engine_args)] * engines, config)
+    except BaseException:
+        daemon.stop_ray_if_idle()
+        raise
+    made = _on_ray(name, coordinator, ports)
+    return _remember(made, model, undo=made.shutdown)
 
 
 def connect(name: str = "default", *, model: torch.nn.Module | None = None) -> Bridge:

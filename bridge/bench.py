@@ -61,8 +61,9 @@ class Timed(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):
-    """What the worker answers. Sizes in bytes; `extra_nbytes` is what warm pushes added to the process's resident
-    peak, the arena included, `first_extra_nbytes` what the first one did while it planned; `steal` is the share of CPU time that the host took away."""
+    """What the worker answers. Sizes in bytes: `extra_nbytes` is the arena and the most private memory that warm pushes
+    added to this process, `first_extra_nbytes` the same while the first push planned, `shm_nbytes` the arena alone.
+    `steal` is the share of CPU time that the host took away."""
 
     job: Job
     tensors: int
@@ -123,7 +124,7 @@ Runner = Callable[[Job, Mapping[str, str]], Measured]
 def run_bench(
     options: BenchOptions, *, say: Callable[[str], None] = lambda text: None, run: Runner | None = None
 ) -> dict[str, Any]:
-    """Measure everything that `options` ask for and return one plain report. Blocks for minutes; needs 7 GiB and what planning needs.
+    """Measure everything that `options` ask for and return one plain report. Blocks for minutes, in about 8 GiB.
 
     Args:
         say: progress, one line at a time.

@@ -15,6 +15,7 @@ import random
 import resource
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,7 +45,6 @@ QWEN2_05B = {
 """The published config.json of Qwen2-0.5B: 290 tensors, 988 MB in bf16, embeddings tied."""
 MANTISSA = 0x7F
 """The bits of a bf16 value that the rounds change: 128 states, so that no arena slot holds a value again by chance."""
-WARM_UP = 2
 UNCHANGED = 5
 
 
@@ -221,7 +221,7 @@ class Bench:
     reference: list[Timed] = field(default_factory=list)
     variants: dict[str, list[Timed]] = field(default_factory=lambda: {name: [] for name in VARIANTS})
     unchanged: list[Timed] = field(default_factory=list)
-    first_peak: int = 0
+    peaks: list[int] = field(default_factory=list)
 
     def push(self, verify: str, *, change: bool = True) -> Timed:
         """One timed push and its untimed check. Raises DigestMismatch when the engine's bytes are not the trainer's."""
@@ -241,11 +241,11 @@ class Bench:
 
     def run(self) -> Timed:
         """All rounds. Returns the first push, which plans, makes the arena and touches it."""
-        first = self.push("weights")
-        self.first_peak = _status_nbytes("VmHWM")
-        _reset_peak()
-        for verify in (*VARIANTS, *VARIANTS)[: max(WARM_UP, len(VARIANTS))]:
-            self.push(verify)
+        with _private_peak(self.peaks):
+            first = self.push("weights")
+        with _private_peak(self.peaks):
+            for verify in VARIANTS:
+                self.push(verify)
         self.copy()
         order = random.Random(self.job.seed)
         for _ in range(self.job.rounds):
@@ -277,14 +277,15 @@ def measure(job: Job) -> Measured:
     source, sink = np.full(nbytes, 1, dtype=np.uint8), np.full(nbytes, 2, dtype=np.uint8)
     with opened(job, shapes) as engine:
         gc.collect()
-        shm_before, resident, jiffies = _shm_nbytes(), _reset_peak(), _jiffies()
+        shm_before, private, jiffies = _shm_nbytes(), _private_nbytes(), _jiffies()
         bench = Bench(job, trainer, engine, lambda: np.copyto(sink, source))
         first = bench.run()
-        shm, peak, after = _shm_nbytes(), _status_nbytes("VmHWM"), _jiffies()
+        shm, after = _shm_nbytes() - shm_before, _jiffies()
+    planning, steady = (shm + peak - private for peak in bench.peaks)
     spent = [now - then for now, then in zip(after, jiffies, strict=True)]
     return Measured(
-        job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, bench.first_peak - resident, peak - resident,
-        shm - shm_before, os.getloadavg()[0], spent[7] / max(sum(spent), 1),
+        job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, planning, steady, shm,
+        os.getloadavg()[0], spent[7] / max(sum(spent), 1),
     )  # fmt: skip
 
 
@@ -293,16 +294,31 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _reset_peak() -> int:
-    """Make the resident peak start from now; returns what is resident, in bytes."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status_nbytes("VmRSS")
+@contextlib.contextmanager
+def _private_peak(peaks: list[int]) -> Iterator[None]:
+    """Append the most private memory that this process had meanwhile, in bytes, looked at every few milliseconds.
+
+    The kernel's own peak also counts shared pages, and those once for each time that a process maps them.
+    """
+    done, seen = threading.Event(), [_private_nbytes()]
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen.append(_private_nbytes())
+
+    watcher = threading.Thread(target=watch, name="bench-memory", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        peaks.append(max(*seen, _private_nbytes()))
 
 
-def _status_nbytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
+def _private_nbytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
 
 
 def _shm_nbytes() -> int:

@@ -133,6 +133,15 @@ class Coordinator:
         self._runner: threading.Thread | None = None
         self.fleet = Fleet(engines)
         infos = self.fleet.hello(Deadline.after(60))
+        for info in infos:
+            if info.node != node:
+                raise ConfigError(
+                    "an engine on another node cannot be reached yet",
+                    where=info.id,
+                    expected=f"node {node}, where the arena lies",
+                    got=f"node {info.node}",
+                    remedy="start the engine on the trainer's node",
+                )
         clean_orphans(shm_dir)
         self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir, journal=ledger.path)
         self.fleet.assign_pages(str(self._mailbox.path), Deadline.after(60))

@@ -35,7 +35,7 @@ from bridge.messages import (
     FromEngine,
 )
 from bridge.ports import expect
-from bridge.statedir import state_dir
+from bridge.statedir import checked_name, state_dir
 from bridge.wire import pack, unpack
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ def engine_port(actor_id: str, handle: Any) -> RayPort:
 
 
 def ensure_ray(start: bool = True) -> None:
-    """Connect this process to Ray: the one it is connected to already, `RAY_ADDRESS`, or a local one of ours, started as
-    a head process of its own when none runs. (Not Ray's "auto": it follows addresses of clusters that are long gone and
-    then blocks for minutes.)
+    """Connect this process to Ray: the one it is connected to already, `RAY_ADDRESS`, or a local one of ours, started
+    as a head process of its own when none runs. (Not Ray's "auto": it follows addresses of clusters that are long gone
+    and then blocks for minutes.)
 
     A Ray that a driver starts dies with it, detached actors included; hence the separate head (DESIGN 10). Raises
     NotFound when none runs and `start` is False, TransportError when it cannot be started.
@@ -210,7 +210,7 @@ def stop_ray() -> bool:
     except (FileNotFoundError, ValueError):
         return False
     pid = int(known["pid"])
-    alive = _started_at(pid) == known["started"]
+    alive = bool(_started_at(pid) == known["started"])
     if alive:
         os.kill(pid, signal.SIGTERM)
         deadline = Deadline.after(30)
@@ -219,6 +219,24 @@ def stop_ray() -> bool:
             time.sleep(0.1)
     _ray_file().unlink(missing_ok=True)
     return alive
+
+
+def stop_ray_if_idle() -> None:
+    """Disconnect from the local Ray that we started, and stop it, when no daemon runs on it any more. A Ray of somebody
+    else is left alone, and so is this process's connection to it."""
+    import ray
+
+    if not ray.is_initialized() or ray.get_runtime_context().gcs_address.rpartition(":")[2] != _our_port():
+        return
+    if not running():
+        ray.shutdown()
+        stop_ray()
+
+
+def _our_port() -> str | None:
+    # by port: Ray turns the loopback address that it is given into the machine's own
+    ours = _our_ray()
+    return None if ours is None else ours.rpartition(":")[2]
 
 
 def _reap(pid: int) -> None:
@@ -238,46 +256,61 @@ def start(
     name: str, specs: list[tuple[str, Mapping[str, Any]]], config: Config, *, threads: int | None = None
 ) -> tuple[RayPort, list[RayPort]]:
     """Start the actors of daemon `name` on the connected Ray: one EngineActor per (spec, arguments), then the
-    TrainerActor. Blocks until all answer. Raises ConfigError when the name is taken; on any failure everything that was
-    started is stopped again."""
+    TrainerActor. Blocks until all answer. Raises ConfigError when the name is taken or an engine cannot be started as
+    asked; on any failure everything that was started is stopped again."""
     import ray
 
+    checked_name(name)
     if _find_actor(_trainer_name(name)) is not None:
         raise ConfigError(
             "a daemon of that name runs already", where=name, remedy="bridge.connect(name), or another name"
         )
     workers = threads or config.copy_threads
-    environment = {"OMP_NUM_THREADS": str(workers), "WEIGHBRIDGE_THREADS": str(workers)}
-    common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
     started: list[Any] = []
     try:
-        ports: list[RayPort] = []
-        engine_class = ray.remote(sides.load(sides.ENGINE_ACTOR))
+        engines: list[RayPort] = []
         for index, (spec, arguments) in enumerate(specs):
-            engine_id = f"engine{index}"
-            actor = engine_class.options(
-                name=f"{name}:{engine_id}", runtime_env={"env_vars": environment}, **common
-            ).remote(engine_id, spec, pack(dict(arguments)), workers)
+            engine = f"engine{index}"
+            actor = _actor(
+                sides.ENGINE_ACTOR, f"{name}:{engine}", workers, engine, spec, pack(dict(arguments)), workers
+            )
             started.append(actor)
-            ports.append(engine_port(engine_id, actor))
-        for port in ports:
-            expect(port.call(EngineHello(), Deadline.after(START_TIMEOUT_S)), EngineIs)
-        trainer_class = ray.remote(sides.load(sides.TRAINER_ACTOR))
-        trainer = trainer_class.options(
-            name=_trainer_name(name), runtime_env={"env_vars": environment}, scheduling_strategy=_here(), **common
-        ).remote(name, [port.id for port in ports], workers)
+            engines.append(engine_port(engine, actor))
+        for engine_actor in engines:
+            expect(engine_actor.call(EngineHello(), Deadline.after(START_TIMEOUT_S)), EngineIs)
+        trainer = _actor(sides.TRAINER_ACTOR, _trainer_name(name), workers, name, [e.id for e in engines], workers)
         started.append(trainer)
         port = RayPort(_trainer_name(name), trainer, FromCoordinator)
         expect(port.call(Ask(), Deadline.after(START_TIMEOUT_S)), DaemonIs)
-        return port, ports
     except BaseException:
         for actor in started:
             ray.kill(actor, no_restart=True)
         raise
+    return port, engines
+
+
+def _actor(target: str, actor_name: str, threads: int, *arguments: Any) -> Any:
+    """A detached, named actor on this node, with its thread count said explicitly."""
+    import ray
+
+    environment = {"OMP_NUM_THREADS": str(threads), "WEIGHBRIDGE_THREADS": str(threads)}
+    return (
+        ray.remote(sides.load(target))
+        .options(
+            name=actor_name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=0,
+            max_concurrency=16,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=_here(),
+        )
+        .remote(*arguments)
+    )
 
 
 def _here() -> Any:
-    """Place the TrainerActor on this node: it shares the trainer's arena."""
+    """Place the actors on this node: they share the trainer's arena (replication between nodes is not wired yet)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -331,6 +364,5 @@ def stop(name: str, *, and_ray: bool = True) -> None:
         actor = _find_actor(actor_name)
         if actor is not None:
             ray.kill(actor, no_restart=True)
-    if and_ray and not running():
-        ray.shutdown()
-        stop_ray()
+    if and_ray:
+        stop_ray_if_idle()

@@ -209,7 +209,7 @@ class Fleet:
     # ---- one push ---------------------------------------------------------------------------------------------------
 
     def advance(self, target: Target, back: HeldVersion | None, on_commit: Callable[[], None]) -> Verdict:
-        """Bring all engines to `target`, or back to `back`. `on_commit` comes after the last vote, before any resume."""
+        """Bring all engines to `target` or back to `back`. `on_commit` comes between the last vote and any resume."""
         verdict = Verdict()
         deadline = Deadline.after(target.options.timeout_s)
         loaded = self._load(target, deadline)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from bridge.messages import ToEngine
-from bridge.wire import pack, unpack
+from bridge.messages import Refused, ToEngine
+from bridge.wire import ErrorInfo, pack, unpack
 from engine_side.adapters import host
 from engine_side.service import EngineService
 
@@ -19,11 +19,19 @@ class EngineActor:
     def __init__(self, engine_id: str, spec: str, arguments: bytes, threads: int) -> None:
         # Ray's num_cpus=0 leaves one OpenMP thread; say what we want instead (transports.md 10)
         torch.set_num_threads(threads)
-        adapter = host(spec, unpack(arguments, dict[str, Any]))
-        self._service = EngineService(engine_id, adapter, node=_node(), threads=threads)
+        self._service: EngineService | None = None
+        self._refused: Refused | None = None
+        try:
+            adapter = host(spec, unpack(arguments, dict[str, Any]))
+        except Exception as error:  # process boundary: whoever starts us is told what was wrong with the engine
+            self._refused = Refused(ErrorInfo.of(error))
+        else:
+            self._service = EngineService(engine_id, adapter, node=_node(), threads=threads)
 
     def call(self, frame: bytes) -> bytes:
         """One request, one reply. Never raises for an error of ours: it comes back as Refused."""
+        if self._service is None:
+            return pack(self._refused or Refused(ErrorInfo("PeerLost", "this engine was never started")))
         return pack(self._service.handle(unpack(frame, ToEngine)))
 
     def pid(self) -> int:

@@ -22,6 +22,7 @@ from bridge.recorder import Recorder
 from engine_side import diagnose
 from engine_side.adapters.base import RankHost
 from engine_side.inplace import twin_parameter
+from engine_side.layout import is_dense
 
 MAX_OFFENDERS = 32
 """How many tensors that make a loader raise are looked for before the error is reported."""
@@ -124,7 +125,7 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
         infos=wanted,
         coverage=coverage,
         dtypes=_landing_dtypes(plan),
-        unread=tuple(i.name for i in wanted if i.name not in used),
+        unread=tuple(i.name for i in wanted if i.name not in used and math.prod(i.shape)),
         read=_partly_read(wanted, plan.moves, sources),
         native_sources=sources,
         problems=diagnose.together(problems),
@@ -139,7 +140,8 @@ def stand_ins(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
 
 def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Targets:
     """The targets of a skeleton, in the order of its modules. Tensors whose storage the live engine owns (`shared`) are
-    none of ours; a tensor that is not on meta is replaced by a meta one, so that tracing cannot write it."""
+    none of ours; a tensor that is not on meta is replaced by a meta one, so that tracing cannot write it. Raises
+    ConfigError for one whose elements have gaps between them or share memory."""
     targets: list[Target] = []
     places: list[Place] = []
     tensors: dict[str, torch.Tensor] = {}
@@ -151,6 +153,8 @@ def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Target
                     continue
                 tensor = _to_meta(module, name, tensor, buffer)
             path = f"{module_path}.{name}" if module_path else name
+            if not is_dense(tensor):
+                raise _with_gaps(path, tensor)
             key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
             first = seen.setdefault(key, path) if tensor.numel() else path
             places.append(Place(module_path, name, first, buffer))
@@ -158,6 +162,17 @@ def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Target
                 tensors[path] = tensor
                 targets.append(Target(path, _dtype_word(tensor.dtype), tuple(tensor.shape), buffer))
     return Targets(tuple(targets), tuple(places), tensors)
+
+
+def _with_gaps(path: str, tensor: torch.Tensor) -> ConfigError:
+    return ConfigError(
+        "a parameter's elements do not fill one stretch of memory",
+        where=path,
+        expected="a dense tensor, in any order of its dimensions",
+        got=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
+        remedy="give the module a parameter of its own: nn.Parameter(tensor.contiguous())",
+        names=(path,),
+    )
 
 
 def _dtype_word(dtype: torch.dtype) -> str:

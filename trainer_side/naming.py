@@ -317,9 +317,9 @@ def _empty_piece(name: str, tensor: torch.Tensor, state: StateDict) -> tuple[Pie
 def routes_into(module: nn.Module) -> Routes:
     """How a module that is attached as an engine takes checkpoint tensors: its own name conversion, inverted.
 
-    Called on the engine's behalf (`bridge.attach`), once per shape of the module. Besides checkpoint names it takes live
-    names, with wrappers and without, which is what an unbound trainer sends; where a name means both, the checkpoint's
-    counts. A module whose conversion is not copying takes its live names only.
+    Called on the engine's behalf (`bridge.attach`), once per shape of the module. Besides checkpoint names it takes
+    live names, with wrappers and without, which is what an unbound trainer sends; where a name means both, the
+    checkpoint's counts. A module whose conversion is not copying takes its live names only.
     """
     live = {clean: (raw, tensor) for raw, clean, tensor, _ in _live_tensors(module)}
     routes: dict[str, list[Move]] = {}

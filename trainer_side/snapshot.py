@@ -21,8 +21,8 @@ from bridge.arena import Arena
 from bridge.digest import CHUNK, fold
 from bridge.dtypes import dtype_of, itemsize
 from bridge.errors import ConfigError, ProtocolError
-from bridge.memory import memcmp, memcmp_held
 from bridge.manifest import Manifest
+from bridge.memory import memcmp, memcmp_held
 from bridge.plan import cut, dense
 from bridge.ports import Written
 from trainer_side.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs

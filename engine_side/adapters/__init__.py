@@ -15,9 +15,7 @@ HOSTED: Mapping[str, str] = {"embedded": "engine_side.adapters.embedded:host"}
 """Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
 
 ATTACHED: tuple[str, ...] = ("engine_side.adapters.embedded:attach", "engine_side.adapters.module:attach")
-"""Tried in order: each takes an object and what `adapt` was given, and answers an adapter, or None when the object is
-not
-its kind."""
+"""Tried in order: each takes what `adapt` was given and answers an adapter, or None for an object not of its kind."""
 
 
 def _load(target: str) -> Any:

@@ -146,10 +146,21 @@ class ModuleRankHost:
         return False
 
     def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Only modules without children are sure to be callable on one batch of rows."""
+        """Only modules without children are sure to be callable on one batch of rows.
+
+        In eval mode, on copies of its buffers and with random numbers of its own: a look must not move the statistics
+        of a normalisation layer, nor the random state of the trainer that lives in this process.
+        """
         if module._modules:
             raise NotImplementedError(f"{type(module).__name__} has children")
-        y: torch.Tensor = module.forward(x)
+        own = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+        training, module.training = module.training, False
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                y: object = torch.func.functional_call(module, own, (x,))
+        finally:
+            module.training = training
         if not isinstance(y, torch.Tensor):
             raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
         return y

@@ -25,7 +25,7 @@ def drift(engine: Engine, model: Any) -> float:
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
-@pytest.fixture()
+@pytest.fixture
 def attached(checkpoint: Save) -> Iterator[Callable[..., tuple[Engine, bridge.Bridge]]]:
     made: list[Any] = []
 
