@@ -225,10 +225,10 @@ class Coordinator:
         plan = Plan(
             plan_id, request.tensors, request.partial, arena, dtypes=frozenset(s.dtype for s in manifest.tensors)
         )
-        if self._plan is not None and not self._is_held(self._plan):
-            self._drop(self._plan)
         self._plan = self._plans[plan_id] = plan
         self._carry(plan, deadline)
+        for old in [p for p in self._plans.values() if p is not plan and not self._is_held(p)]:
+            self._drop(old)
         return plan
 
     def _carry(self, plan: Plan, deadline: Deadline) -> None:

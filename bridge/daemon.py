@@ -328,7 +328,10 @@ def _find_actor(actor_name: str) -> Any | None:
 
 def find(name: str) -> tuple[RayPort, list[RayPort]]:
     """Ports of a running daemon. Raises NotFound, naming the daemons that do run."""
-    ensure_ray(start=False)
+    try:
+        ensure_ray(start=False)
+    except NotFound as error:
+        raise NotFound(f"no daemon of that name: {error.what}", where=name, remedy=error.remedy) from error
     actor = _find_actor(_trainer_name(name))
     if actor is None:
         raise NotFound(

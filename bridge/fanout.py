@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from bridge import canary
-from bridge.arena import Arena, Seal
+from bridge.arena import Arena
 from bridge.deadline import Deadline
-from bridge.digest import digest_slot, root_digest
+from bridge.digest import digest_slot, seal_slot
 from bridge.errors import BridgeError, PeerLost, ProtocolError
 from bridge.ledger import EngineState
 from bridge.manifest import Manifest
@@ -188,8 +188,7 @@ class Fleet:
         if not answer.ok:
             log.warning("%s: what it serves cannot be kept for a rollback: %s", first.id, answer.reason)
             return False
-        digests = digest_slot(arena, slot)
-        arena.seal(slot, Seal(version, root_digest(arena.manifest, digests), digests))
+        seal_slot(arena, slot, version, digest_slot(arena, slot))
         check = EngineCheck(plan, slot, ("read-back", "probe"), (), deadline.remaining_s)
         for engine in (first, *rest) if answer.source == "checkpoint" else rest:
             ranks = expect(engine.call(check, deadline), EngineChecked).ranks

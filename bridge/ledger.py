@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -24,7 +23,7 @@ from bridge.errors import Busy, Closed, NotFound, ProtocolError, StaleVersion, T
 from bridge.lease import Holder, Lease, lease_holder
 from bridge.statedir import state_dir
 
-__all__ = ["EngineEntry", "EngineState", "Holder", "Lease", "Ledger", "lease_holder", "transition"]
+__all__ = ["EngineState", "Holder", "Lease", "Ledger", "Standing", "lease_holder", "transition"]
 
 JOURNAL = "journal.jsonl"
 _LOCK_RETRY_S = 1.0
@@ -72,12 +71,30 @@ def transition(engine: str, now: EngineState, to: EngineState) -> EngineState:
     return to
 
 
-@dataclass(frozen=True)
-class EngineEntry:
-    """One engine: its state and the version it serves (None: nothing that was verified)."""
+class Standing:
+    """Where one engine stands and what it serves; moves only along TRANSITIONS. Kept by its engine service."""
 
-    state: EngineState
-    serving: int | None
+    def __init__(self, engine: str, state: EngineState = EngineState.STALE, serving: int | None = None) -> None:
+        self.engine = engine
+        self.state = state
+        self.serving = serving
+        """The version it serves; None: nothing that was verified."""
+
+    @property
+    def may_generate(self) -> bool:
+        return self.state is EngineState.SERVING
+
+    def move(self, to: EngineState, serving: int | None = None) -> None:
+        """Take a step; `serving` is the version it serves from now on (kept when None). A quarantine serves nothing.
+
+        Raises ProtocolError for an illegal step or a SERVING without a version; then nothing has changed.
+        """
+        transition(self.engine, self.state, to)
+        version = self.serving if serving is None else serving
+        if to is EngineState.SERVING and version is None:
+            raise ProtocolError("an engine cannot serve without a version", where=self.engine)
+        self.state = to
+        self.serving = None if to is EngineState.QUARANTINED else version
 
 
 Version = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -140,7 +157,7 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ledger:
-    """The one owner of versions and engine states of a daemon. Thread safe; `open` makes one."""
+    """The one owner of a daemon's versions and of its journal. Thread safe; `open` makes one."""
 
     def __init__(self, path: Path, fd: int, *, readonly: bool) -> None:
         """Use `open`. Takes over `fd` of the journal and replays it."""
@@ -154,11 +171,9 @@ class Ledger:
         self._fd: int | None = fd
         self._readonly = readonly
         self._lock = threading.RLock()
-        self._engines: dict[str, EngineEntry] = {}
         self._slots: dict[int, int] = {}
         self._receipts: list[tuple[int, int]] = []
         self._end = 0
-        self._replaying = True
         self._replay()
 
     @classmethod
@@ -230,50 +245,7 @@ class Ledger:
             entries = [_decode_line(os.pread(fd, length, start)) for start, length in wanted]
         return [entry.receipt for entry in entries if isinstance(entry, ReceiptEntry)]
 
-    # ---- engines, slots, lease --------------------------------------------------------------------------------------
-
-    @property
-    def engines(self) -> Mapping[str, EngineEntry]:
-        """Engine id -> its entry; a copy."""
-        with self._lock:
-            return dict(self._engines)
-
-    def enroll(self, engine: str, state: EngineState = EngineState.STALE, serving: int | None = None) -> None:
-        """Enter an engine that was just attached; what was known of it is replaced, except a quarantine.
-
-        A quarantine outlives the daemon. It ends with a verified sync (STAGING ... SERVING), or by `move` to STALE for
-        an engine process that was started again.
-        """
-        with self._lock:
-            known = self._engines.get(engine)
-            if known is None or known.state is not EngineState.QUARANTINED:
-                self._engines[engine] = EngineEntry(state, serving)
-
-    def move(self, engine: str, to: EngineState, serving: int | None = None) -> EngineEntry:
-        """Take an engine to another state; `serving` is the version it serves from now on (kept when None).
-
-        Raises ProtocolError for an illegal step or a SERVING without a version, NotFound for an unknown engine. A
-        quarantine is journalled and serves nothing.
-        """
-        with self._lock:
-            entry = self._engines.get(engine)
-            if entry is None:
-                raise NotFound("no such engine in this ledger", where=engine)
-            transition(engine, entry.state, to)
-            version = entry.serving if serving is None else serving
-            if to is EngineState.SERVING and version is None:
-                raise ProtocolError("an engine cannot serve without a version", where=engine)
-            if to is EngineState.QUARANTINED:
-                self.record("quarantined", engine=engine)
-            else:
-                self._engines[engine] = replace(entry, state=to, serving=version)
-            return self._engines[engine]
-
-    def may_generate(self, engine: str) -> bool:
-        """Whether this engine may answer requests: it is SERVING."""
-        with self._lock:
-            entry = self._engines.get(engine)
-            return entry is not None and entry.state is EngineState.SERVING
+    # ---- slots, lease ---------------------------------------------------------------------------------------------
 
     @property
     def slots(self) -> Mapping[int, int]:
@@ -326,22 +298,14 @@ class Ledger:
                     self._slots[entry.slot] = entry.version
             case Committed():
                 self.previous, self.committed = self.committed, entry.version
-                self._lift(entry.engines)
             case RolledBack():
                 self.previous, self.committed = None, entry.version
-                self._lift(entry.engines)
             case Quarantined():
-                self._engines[entry.engine] = EngineEntry(EngineState.QUARANTINED, None)
+                pass  # for people who read the journal: the engine itself refuses, and a new one begins STALE
             case ReceiptEntry():
                 self._receipts.append((start, length))
             case Aborted():
                 self._slots = {slot: held for slot, held in self._slots.items() if held != entry.version}
-
-    def _lift(self, engines: tuple[str, ...]) -> None:
-        for engine in engines:
-            known = self._engines.get(engine)
-            if self._replaying and known is not None and known.state is EngineState.QUARANTINED:
-                del self._engines[engine]
 
     def _replay(self) -> None:
         start = 0
@@ -360,7 +324,6 @@ class Ledger:
             self._take(entry, start, len(line))
             start += len(line)
         self._end = start
-        self._replaying = False
 
 
 def _encode_line(entry: AnyEntry) -> bytes:

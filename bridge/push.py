@@ -11,6 +11,7 @@ After step 3 the trainer's tensors may change. After SubmitRequest is answered t
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import socket
 import threading
@@ -21,15 +22,15 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
 
-from bridge.arena import Arena, Seal
+from bridge.arena import Arena
 from bridge.config import Config
 from bridge.deadline import Deadline
-from bridge.digest import root_digest
+from bridge.digest import seal_slot
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.fanout import LEVELS_OF
 from bridge.health import HealthReport, assess, local_facts
 from bridge.lease import Lease
-from bridge.manifest import TensorInfo
+from bridge.manifest import TensorInfo, validate
 from bridge.messages import (
     Ask,
     BeginRequest,
@@ -64,6 +65,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Named = Iterable[tuple[str, torch.Tensor]]
 CALL_TIMEOUT_S = 60.0
+MAX_VERSION = 1 << 62
 MODES = ("auto", "full")
 INFLIGHT = ("drain", "abort", "keep")
 KV = ("reset", "keep")
@@ -252,6 +254,7 @@ class Bridge:
         """
         self._require_open()
         options, wants_reference = self._options(mode, verify, partial, inflight, kv, timeout_s)
+        version = None if version is None else _whole("version", version)
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
@@ -283,10 +286,9 @@ class Bridge:
                 threads=self.config.copy_threads,
             )
             reference, options, notes = self._reference(options, wants_reference)
-            root = root_digest(arena.manifest, written.digests)
-            arena.seal(begun.slot, Seal(begun.version, root, written.digests))
+            seal = seal_slot(arena, begun.slot, begun.version, written.digests)
             phases = {"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at}
-            submit = SubmitRequest(begun.version, root, options, phases, written.nbytes, reference, notes)
+            submit = SubmitRequest(begun.version, seal.root, options, phases, written.nbytes, reference, notes)
             self._call(submit, Done)
         except BaseException:
             self._call(CancelRequest(begun.version), Done)
@@ -303,7 +305,7 @@ class Bridge:
         if self._arena is None or str(self._arena.path) != planned.path:
             if self._arena is not None:
                 self._arena.close()
-            self._arena = Arena.open(Path(planned.path), planned.manifest, writable=True)
+            self._arena = Arena.open(Path(planned.path), validate(planned.manifest), writable=True)
         self._planned = (snapshot.tensors, partial, planned)
         return planned, self._arena
 
@@ -312,6 +314,9 @@ class Bridge:
         if wanted is False:
             return None, options, ()
         try:
+            if wanted is None and options.partial:
+                # What was not sent may have moved on in the trainer: then the two models differ, and rightly so.
+                raise ConfigError("only a subset was sent", remedy="verify='outputs' when the rest is unchanged")
             return self._trainer.reference(), options, ()
         except ConfigError as error:
             if wanted:
@@ -353,6 +358,10 @@ class Bridge:
             name = _one_of("verify", verify, tuple(LEVELS_OF))
             levels = LEVELS_OF[name]
             wanted = "canary" in levels
+        elif not isinstance(verify, Iterable):
+            raise ConfigError(
+                "no such choice", where="verify", expected=" | ".join((*LEVELS_OF, "level names")), got=repr(verify)
+            )
         else:
             levels = tuple(_one_of("verify", level, LEVELS) for level in verify)
             name = "+".join(levels) or "off"
@@ -362,8 +371,8 @@ class Bridge:
                 "the canary needs the live model", where="verify", got=name, remedy="b.bind(model), or verify='weights'"
             )
         timeout = self.config.push_timeout_s if timeout_s is None else timeout_s
-        if not timeout > 0:
-            raise ConfigError("a deadline must be positive", where="timeout_s", got=str(timeout_s))
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise ConfigError("a deadline must be positive", where="timeout_s", got=repr(timeout_s))
         reason = "a model without LoRA: every tensor as it stands" if mode == "auto" else "asked for"
         return Options(name, levels, inflight, kv, partial, "full", reason, timeout), wanted
 
@@ -434,6 +443,18 @@ class Bridge:
     def _require_open(self) -> None:
         if self._closed:
             raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
+
+
+def _whole(what: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number <= MAX_VERSION:
+        raise ConfigError(
+            "not a version", where=what, expected=f"a whole number from 0 to {MAX_VERSION}", got=repr(value)
+        )
+    return number
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:

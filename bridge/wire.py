@@ -68,12 +68,12 @@ class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return cls(type(e).__name__, e.what, e.where, e.expected, e.got, e.remedy, e.names)
         return cls(type(error).__name__, f"{type(error).__name__}: {error}")
 
-    def rebuild(self) -> BridgeError:
-        """The exception again, as the class it had, or plain BridgeError for one that is not ours."""
+    def rebuild(self, at: str | None = None) -> BridgeError:
+        """The exception again, as the class it had, or plain BridgeError for one that is not ours; `at` is added to
+        its `where`."""
         cls = ERRORS_BY_NAME.get(self.name, BridgeError)
-        return cls(
-            self.what, where=self.where, expected=self.expected, got=self.got, remedy=self.remedy, names=self.names
-        )
+        where = f"{self.where} ({at})" if self.where and at else self.where or at
+        return cls(self.what, where=where, expected=self.expected, got=self.got, remedy=self.remedy, names=self.names)
 
 
 T = TypeVar("T")

@@ -130,11 +130,14 @@ def explain_raise(
 
 def _with_remedy(error: BridgeError, turned: tuple[int, ...] | None) -> BridgeError:
     """An engine's error that is of our tree already, with what the sender can do about it."""
-    remedy = error.remedy or "trainer and engine must run the same configuration"
+    remedy, expected = "trainer and engine must run the same configuration", error.expected
+    if isinstance(error, UnexpectedTensor):
+        remedy = "leave it out, or bind the model so that live names become checkpoint names"
+        expected = expected or "a name of the checkpoint that this engine runs"
     return type(error)(
         error.what,
         where=error.where,
-        expected=error.expected,
+        expected=expected,
         got=error.got,
         remedy="the transpose was sent" if turned is not None else remedy,
         names=error.names,

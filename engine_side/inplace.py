@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import is_
 from types import MethodType
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
@@ -86,6 +87,29 @@ def twin_parameter(
             item = MethodType(item.__func__, owner[1])
         made.__dict__[key] = item
     return made
+
+
+def reflect(value: object, swap: Mapping[int, torch.Tensor], depth: int = 4) -> object:
+    """`value` with each tensor whose id `swap` knows exchanged, in plain containers and weak references too, `depth`
+    levels down.
+
+    For attributes of a copied module: what a recurrent layer keeps in a list besides its registry must be the copy's.
+    """
+    if isinstance(value, torch.Tensor):
+        return swap.get(id(value), value)
+    if type(value) is ReferenceType:
+        made = swap.get(id(value()))
+        return value if made is None else ref(made)
+    if not depth:
+        return value
+    if type(value) is dict:
+        items = {key: reflect(item, swap, depth - 1) for key, item in value.items()}
+        return items if any(items[key] is not item for key, item in value.items()) else value
+    if type(value) in (list, tuple):
+        listed = [reflect(item, swap, depth - 1) for item in value]  # type: ignore[attr-defined]
+        same = all(a is b for a, b in zip(listed, value, strict=True))  # type: ignore[call-overload]
+        return value if same else type(value)(listed)  # type: ignore[call-arg]
+    return value
 
 
 def _create(module: nn.Module, name: str, new: torch.Tensor, like: torch.Tensor | None) -> None:

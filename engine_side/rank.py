@@ -15,6 +15,7 @@ from bridge.arena import Arena
 from bridge.config import from_environment
 from bridge.errors import BridgeError, ProtocolError
 from bridge.mailbox import Mailbox
+from bridge.manifest import validate
 from bridge.messages import (
     AnyAnswer,
     AnyJob,
@@ -139,7 +140,7 @@ class Rank:
 
     def _map(self, job: MapJob) -> RankDone:
         planned = self._planned(job.plan)
-        arena = Arena.open(Path(job.path), job.manifest)
+        arena = Arena.open(Path(job.path), validate(job.manifest))
         planned.loader.map(job.manifest, [arena.tensors(slot) for slot in range(arena.slots)])
         planned.arena = arena
         planned.verifier = Verifier(planned.loader)

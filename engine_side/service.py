@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import TypeVar
 
 from bridge import canary
 from bridge.arena import Arena
@@ -24,15 +23,10 @@ from bridge.errors import (
     ConfigError,
     DigestMismatch,
     EngineQuarantined,
-    IntegrityError,
-    MissingTensor,
     ProtocolError,
 )
-from bridge.ledger import EngineState, transition
-from bridge.mailbox import Mailbox
+from bridge.ledger import EngineState, Standing
 from bridge.messages import (
-    AnyAnswer,
-    AnyJob,
     BakeJob,
     EngineBake,
     EngineBaked,
@@ -60,12 +54,9 @@ from bridge.messages import (
     LoadJob,
     LogprobsJob,
     MapJob,
-    RankAnswer,
     RankBake,
     RankDone,
     RankExplanation,
-    RankFailed,
-    RankJob,
     RankLoaded,
     RankReadBack,
     RankScores,
@@ -76,45 +67,29 @@ from bridge.messages import (
     VerifyJob,
 )
 from bridge.receipt import CanaryResult, EngineReport, Failure, LevelResult, RankReport
-from bridge.wire import ErrorInfo, Sampling, pack, unpack
+from bridge.wire import ErrorInfo, Sampling
 from engine_side.adapters.base import EngineAdapter
 from engine_side.checkpoint import write_checkpoint
+from engine_side.failures import canary_error, level_error, raise_first_failure
+from engine_side.rankline import RankLine
 
 log = logging.getLogger(__name__)
-A = TypeVar("A")
 
-ERROR_OF_LEVEL: dict[str, type[IntegrityError]] = {
-    "transfer": DigestMismatch,
-    "coverage": MissingTensor,
-    "attributes": IntegrityError,
-    "read-back": DigestMismatch,
-    "probe": IntegrityError,
-    "change": IntegrityError,
-    "canary": CanaryMismatch,
-    "cache": CanaryMismatch,
-}
 RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change"})
-ABORT_TOKENS = 1
 
 
 class EngineService:
     """Serves one engine. `handle` is called by the coordinator, one request at a time except EngineGenerate."""
 
-    def __init__(
-        self, engine_id: str, adapter: EngineAdapter, *, node: str, threads: int = 1
-    ) -> None:
+    def __init__(self, engine_id: str, adapter: EngineAdapter, *, node: str, threads: int = 1) -> None:
         self.id = engine_id
         self.adapter = adapter
         self._node = node
         self._threads = threads
-        self._state = EngineState.SERVING
-        self._serving: int | None = 0
+        self._standing = Standing(engine_id, EngineState.SERVING, 0)  # its own checkpoint is version 0
         self._detail = ""
-        self._touched = False
         self._busy = threading.RLock()
-        self._nonce = int.from_bytes(os.urandom(4), "little") << 16
-        self._mailbox: Mailbox | None = None
-        self._page = 0
+        self._ranks = RankLine(engine_id, adapter)
         self._arenas: dict[int, Arena] = {}
         self._paused_at: float | None = None
         self._pause_s = 0.0
@@ -144,7 +119,7 @@ class EngineService:
                 return self._hello(request)
             case EngineBake():
                 job = BakeJob(request.plan, request.tensors, request.partial)
-                return EngineBaked(tuple(self._ask(job, RankBake, Deadline.after(request.timeout_s))))
+                return EngineBaked(tuple(self._ranks.ask(job, RankBake, Deadline.after(request.timeout_s))))
             case EngineMap():
                 return self._map(request)
             case EngineReadBack():
@@ -161,7 +136,7 @@ class EngineService:
                 return self._check(request)
             case EngineExplain():
                 job2 = ExplainJob(request.plan, request.name)
-                found = self._ask(job2, RankExplanation, Deadline.after(request.timeout_s))
+                found = self._ranks.ask(job2, RankExplanation, Deadline.after(request.timeout_s))
                 return EngineExplained(tuple({"rank": str(r), **row} for r, x in enumerate(found) for row in x.rows))
             case EngineClose():
                 self.close()
@@ -171,9 +146,7 @@ class EngineService:
 
     def _hello(self, request: EngineHello) -> EngineIs:
         if request.mailbox is not None:
-            if self._mailbox is not None:
-                self._mailbox.close()
-            self._mailbox, self._page = Mailbox.open(Path(request.mailbox)), request.page
+            self._ranks.assign(Path(request.mailbox), request.page)
         a = self.adapter
         return EngineIs(
             EngineInfo(
@@ -181,8 +154,8 @@ class EngineService:
                 a.kind,
                 a.ranks,
                 a.can_generate,
-                self._state.value,
-                self._serving,
+                self._standing.state.value,
+                self._standing.serving,
                 self._node,
                 os.getpid(),
                 self._detail,
@@ -190,56 +163,9 @@ class EngineService:
         )
 
     def _report(self, ranks: tuple[RankReport, ...] = (), error: str | None = None) -> EngineReport:
-        return EngineReport(self.id, self._state.value, self._serving, ranks, pause_s=self._pause_s, error=error)
-
-    def _move(self, to: EngineState) -> None:
-        self._state = transition(self.id, self._state, to)
-
-    # ---- ranks ------------------------------------------------------------------------------------------------------
-
-    def _answers(self, job: AnyJob, deadline: Deadline) -> list[AnyAnswer]:
-        """Run a job on every rank and collect the answers from the mailbox, in rank order."""
-        if self._mailbox is None:
-            raise ProtocolError("this engine has no mailbox yet", where=self.id)
-        self._nonce += 1
-        frame = pack(RankJob(str(self._mailbox.path), self._page, self._nonce, job))
-        self.adapter.dispatch(frame, deadline)
-        pages = range(self._page, self._page + self.adapter.ranks)
-        payloads = self._mailbox.wait(pages, self._nonce, deadline)
-        answers = []
-        for rank, payload in enumerate(payloads):
-            answer = unpack(payload, RankAnswer)
-            if answer.rank != rank or answer.nonce != self._nonce:
-                raise ProtocolError(
-                    "an answer of another rank or job",
-                    where=self.id,
-                    expected=f"rank {rank}, nonce {self._nonce}",
-                    got=f"rank {answer.rank}, nonce {answer.nonce}",
-                )
-            answers.append(answer.answer)
-        return answers
-
-    def _ask(self, job: AnyJob, kind: type[A], deadline: Deadline) -> list[A]:
-        """Like `_answers`, all of one kind. Raises the first rank's error, with its rank and engine in the message."""
-        out: list[A] = []
-        for rank, answer in enumerate(self._answers(job, deadline)):
-            if isinstance(answer, RankFailed):
-                error = answer.error.rebuild()
-                where = f"{error.where} ({self.id} rank {rank})" if error.where else f"{self.id} rank {rank}"
-                located = type(error)(
-                    error.what,
-                    where=where,
-                    expected=error.expected,
-                    got=error.got,
-                    remedy=error.remedy,
-                    names=error.names,
-                )
-                self._touched |= answer.touched
-                raise located
-            if not isinstance(answer, kind):
-                raise ProtocolError("an answer of the wrong kind", expected=kind.__name__, got=type(answer).__name__)
-            out.append(answer)
-        return out
+        return EngineReport(
+            self.id, self._standing.state.value, self._standing.serving, ranks, pause_s=self._pause_s, error=error
+        )
 
     # ---- plan -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +173,7 @@ class EngineService:
         arena = Arena.open(Path(request.path), request.manifest)
         try:
             job = MapJob(request.plan, request.path, request.manifest, request.keep)
-            self._ask(job, RankDone, Deadline.after(request.timeout_s))
+            self._ranks.ask(job, RankDone, Deadline.after(request.timeout_s))
         except BaseException:
             arena.close()
             raise
@@ -265,12 +191,12 @@ class EngineService:
     def _read_back(self, request: EngineReadBack) -> EngineVersionZero:
         """Live weights into the slot; where post-load work packed some away, the engine's own checkpoint instead."""
         deadline = Deadline.after(request.timeout_s)
-        found = self._ask(ReadBackJob(request.plan, request.slot), RankReadBack, deadline)
+        found = self._ranks.ask(ReadBackJob(request.plan, request.slot), RankReadBack, deadline)
         unreadable = sorted({name for answer in found for name in answer.unreadable})
         if not unreadable:
             return EngineVersionZero(True, "live")
         checkpoint = self.adapter.checkpoint
-        if checkpoint is None or self._serving != 0:
+        if checkpoint is None or self._standing.serving != 0:
             got = f"{len(unreadable)} tensors packed away, {unreadable[0]} among them"
             return EngineVersionZero(False, "none", f"{got}, and the engine's checkpoint is not known")
         arena = self._arena(request.plan)
@@ -284,30 +210,30 @@ class EngineService:
     def _load(self, request: EngineLoad) -> EngineLoaded:
         deadline = Deadline.after(request.options.timeout_s)
         self._require_usable()
-        self._touched = False
+        self._ranks.touched = False
         phases: dict[str, float] = {}
         ranks: tuple[RankReport, ...] = ()
         drift: CanaryResult | None = None
-        self._move(EngineState.STAGING)
+        self._standing.move(EngineState.STAGING)
         try:
             ranks = self._stage(request, phases)
             self._warm_cache(request)
             self._pause(request.options.inflight, deadline)
             ranks = self._write(request, ranks, phases, deadline)
-            self._move(EngineState.LOADED)
-            _raise_first_failure(self.id, ranks)
+            self._standing.move(EngineState.LOADED)
+            raise_first_failure(self.id, ranks)
             drift = self._canary(request, deadline)
             phases["verify"] = phases.get("verify", 0.0) + self._canary_s
             if drift is not None and not drift.ok:
-                raise _canary_error(self.id, drift)
-            self._move(EngineState.VERIFIED)
+                raise canary_error(self.id, drift)
+            self._standing.move(EngineState.VERIFIED)
         except BridgeError as error:
             report = _with_canary(self._report(ranks, str(error)), drift)
-            return EngineLoaded(report, self._touched, ErrorInfo.of(error), phases)
+            return EngineLoaded(report, self._ranks.touched, ErrorInfo.of(error), phases)
         return EngineLoaded(_with_canary(self._report(ranks), drift), True, None, phases)
 
     def _require_usable(self) -> None:
-        if self._state is EngineState.QUARANTINED:
+        if self._standing.state is EngineState.QUARANTINED:
             log.warning("%s is quarantined (%s); a verified push will lift it", self.id, self._detail)
 
     def _stage(self, request: EngineLoad, phases: dict[str, float]) -> tuple[RankReport, ...]:
@@ -334,10 +260,10 @@ class EngineService:
     def _write(
         self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
     ) -> tuple[RankReport, ...]:
-        self._touched = True
+        self._ranks.touched = True
         levels = tuple(level for level in request.options.levels if level in RANK_LEVELS)
         job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous)
-        loaded = [answer.report for answer in self._ask(job, RankLoaded, deadline)]
+        loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         for phase in ("load", "postload", "verify"):
             phases[phase] = max(getattr(report, f"{phase}_s") for report in loaded)
         return tuple(
@@ -368,7 +294,7 @@ class EngineService:
         )
 
     def _scores(self, prompts: tuple[tuple[int, ...], ...], deadline: Deadline) -> Scores:
-        return self._ask(LogprobsJob(prompts), RankScores, deadline)[0].logprobs
+        return self._ranks.ask(LogprobsJob(prompts), RankScores, deadline)[0].logprobs
 
     # ---- pause, commit, resume --------------------------------------------------------------------------------------
 
@@ -389,15 +315,17 @@ class EngineService:
         find stale. Only an engine that serves can; a busy one does this like any request of its users."""
         self._warm_prompt = []
         wanted = "cache" in request.options.levels and request.options.kv == "reset" and request.reference is not None
-        if not wanted or not self.adapter.can_generate or self._serving is None or request.reference is None:
+        if not wanted or not self.adapter.can_generate or self._standing.serving is None or request.reference is None:
             return
         prompt = max((list(p) for p in request.reference.prompts), key=len)
-        self.adapter.generate([prompt], Sampling(max_tokens=ABORT_TOKENS, temperature=0.0), past_gate=True)
+        self.adapter.generate([prompt], Sampling(max_tokens=1, temperature=0.0), past_gate=True)
         self._warm_prompt = prompt
 
     def _commit(self, request: EngineCommit) -> EngineOk:
-        if self._state is not EngineState.VERIFIED:
-            raise ProtocolError("a commit of a version that was not verified", where=self.id, got=self._state.value)
+        if self._standing.state is not EngineState.VERIFIED:
+            raise ProtocolError(
+                "a commit of a version that was not verified", where=self.id, got=self._standing.state.value
+            )
         levels: tuple[LevelResult, ...] = ()
         if request.options.kv == "reset" and self.adapter.can_generate:
             answered = self.adapter.reset_caches()
@@ -407,7 +335,7 @@ class EngineService:
                 raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
         for level in levels:
             if not level.ok:
-                raise _level_error(self.id, 0, level)
+                raise level_error(self.id, 0, level)
         return EngineOk(self._report(tuple(RankReport(0, levels) for _ in levels)))
 
     def _check_cache(self, answered: bool, deadline: Deadline) -> LevelResult:
@@ -430,14 +358,16 @@ class EngineService:
         return LevelResult("cache", True, 2)
 
     def _resume(self, request: EngineResume) -> EngineOk:
-        if self._state is not EngineState.VERIFIED:
-            raise ProtocolError("a resume of a version that was not verified", where=self.id, got=self._state.value)
+        if self._standing.state is not EngineState.VERIFIED:
+            raise ProtocolError(
+                "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
+            )
         self._publish(request.version)
         return EngineOk(self._report())
 
     def _publish(self, version: int) -> None:
-        self._move(EngineState.SERVING)
-        self._serving, self._detail = version, ""
+        self._standing.move(EngineState.SERVING, version)
+        self._detail = ""
         self.adapter.publish(version)
         self.adapter.refuse(None)
         self._unpause()
@@ -446,38 +376,38 @@ class EngineService:
 
     def _restore(self, request: EngineRestore) -> EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
-        if not self._touched and self._serving is not None:
-            if self._state is EngineState.SERVING:
+        if not self._ranks.touched and self._standing.serving is not None:
+            if self._standing.state is EngineState.SERVING:
                 return EngineOk(self._report())
-            self._move(EngineState.SERVING)
+            self._standing.move(EngineState.SERVING)
             self._unpause()
             return EngineOk(self._report())
         deadline = Deadline.after(request.timeout_s)
-        if self._state is not EngineState.STAGING:
-            self._move(EngineState.STAGING)
+        if self._standing.state is not EngineState.STAGING:
+            self._standing.move(EngineState.STAGING)
         try:
             if request.slot is None or request.version is None:
                 raise EngineQuarantined("there is no previous version to return to", where=self.id)
             self._pause("abort", deadline)
             levels = ("coverage", "read-back", "probe")
             job = LoadJob(request.plan, request.slot, levels)
-            ranks = tuple(answer.report for answer in self._ask(job, RankLoaded, deadline))
-            self._move(EngineState.LOADED)
-            _raise_first_failure(self.id, ranks)
-            self._move(EngineState.VERIFIED)
+            ranks = tuple(answer.report for answer in self._ranks.ask(job, RankLoaded, deadline))
+            self._standing.move(EngineState.LOADED)
+            raise_first_failure(self.id, ranks)
+            self._standing.move(EngineState.VERIFIED)
             if self.adapter.can_generate and not self.adapter.reset_caches():
                 raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
         except BridgeError as error:
             self._quarantine(f"{request.reason}; then the way back failed: {error}")
             return EngineOk(self._report(error=self._detail))
-        self._touched = False
+        self._ranks.touched = False
         self._publish(request.version)
         return EngineOk(self._report(error=request.reason))
 
     def _quarantine(self, reason: str) -> None:
         log.error("%s is quarantined: %s", self.id, reason)
-        self._move(EngineState.QUARANTINED)
-        self._serving, self._detail = None, reason
+        self._standing.move(EngineState.QUARANTINED)
+        self._detail = reason
         self.adapter.refuse(reason)
 
     # ---- health, generation, end ------------------------------------------------------------------------------------
@@ -488,7 +418,7 @@ class EngineService:
         if "transfer" in request.levels:
             transfer = (self._check_arena(request),)
         levels = tuple(level for level in request.levels if level in RANK_LEVELS)
-        found = self._ask(VerifyJob(request.plan, request.slot, levels), RankLoaded, deadline)
+        found = self._ranks.ask(VerifyJob(request.plan, request.slot, levels), RankLoaded, deadline)
         scores: Scores = ()
         if request.prompts and self.adapter.can_generate:
             scores = self._scores(request.prompts, deadline)
@@ -504,14 +434,14 @@ class EngineService:
         return LevelResult("transfer", True, len(arena.manifest.tensors))
 
     def _generate(self, request: EngineGenerate) -> EngineGenerated:
-        if self._state is EngineState.QUARANTINED:
+        if self._standing.state is EngineState.QUARANTINED:
             raise EngineQuarantined(
                 "this engine holds weights that nobody verified and serves nothing",
                 where=self.id,
                 got=self._detail,
                 remedy="push a version that verifies",
             )
-        if self._state is EngineState.STALE:
+        if self._standing.state is EngineState.STALE:
             raise ConfigError("this engine is stale and serves nothing until a verified push", where=self.id)
         completions = self.adapter.generate(request.prompts, request.sampling, request.adapter)
         return EngineGenerated(tuple(completions))
@@ -522,42 +452,10 @@ class EngineService:
         for arena in self._arenas.values():
             arena.close()
         self._arenas.clear()
-        if self._mailbox is not None:
-            self._mailbox.close()
-            self._mailbox = None
+        self._ranks.close()
 
 
 def _with_canary(report: EngineReport, drift: CanaryResult | None) -> EngineReport:
     return EngineReport(
         report.id, report.state, report.serving, report.ranks, drift, report.adapter, report.pause_s, report.error
     )
-
-
-def _canary_error(engine: str, drift: CanaryResult) -> CanaryMismatch:
-    return CanaryMismatch(
-        "the engine's log-probabilities are not the trainer's",
-        where=f"{engine}, {drift.tokens} canary tokens",
-        expected=f"mean |difference| at most {drift.limit:.4f} nats",
-        got=f"mean {drift.mean_abs:.4f}, max {drift.max_abs:.4f}",
-        remedy="bits and probes passed: look for derived state that a load does not reach (rope, caches, scales)",
-    )
-
-
-def _level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
-    first = level.failures[0] if level.failures else Failure("?", "", "")
-    more = f" (and {len(level.failures) - 1} more)" if len(level.failures) > 1 else ""
-    return ERROR_OF_LEVEL[level.level](
-        f"the {level.level} check failed",
-        where=f"{first.name}{more} on {engine} rank {rank}",
-        expected=first.expected,
-        got=first.got,
-        remedy="weighbridge explain TENSOR shows where it goes",
-        names=tuple(failure.name for failure in level.failures),
-    )
-
-
-def _raise_first_failure(engine: str, ranks: tuple[RankReport, ...]) -> None:
-    for report in ranks:
-        for level in report.levels:
-            if not level.ok:
-                raise _level_error(engine, report.rank, level)

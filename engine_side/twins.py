@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
+from weakref import ReferenceType
 
 import torch
 from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.adapters.base import RankHost
-from engine_side.inplace import Outcome, copy_or_rebind_param, held, twin_parameter
+from engine_side.inplace import Outcome, copy_or_rebind_param, held, reflect, twin_parameter
 
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
 _DEPTH = 4
@@ -103,6 +104,7 @@ def materialise(module: nn.Module, live: nn.Module, made: dict[tuple[int, int, t
     """Give a meta module's own parameters and buffers memory on the live module's device, keeping class, attributes and
     ties (`made`). Non-persistent buffers take the live values: no checkpoint holds them."""
     device = device_of(live)
+    swap: dict[int, torch.Tensor] = {}
     for registry in (module._parameters, module._buffers):
         for name, tensor in list(registry.items()):
             if tensor is None or tensor.device.type != "meta":
@@ -115,6 +117,8 @@ def materialise(module: nn.Module, live: nn.Module, made: dict[tuple[int, int, t
                     data.copy_(known)
                 made[key] = twin_parameter(tensor, data)
             registry[name] = made[key]  # type: ignore[assignment]
+            swap[id(tensor)] = made[key]
+    module.__dict__.update({n: reflect(v, swap) for n, v in module.__dict__.items() if n not in _INTERNAL})
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -280,6 +284,8 @@ def _inside(value: object) -> Iterator[tuple[str, object]]:
             yield f"default{k}", item
     elif isinstance(value, MethodType):
         yield "self", value.__self__
+    elif isinstance(value, ReferenceType):
+        yield "referent", value()
     elif isinstance(value, partial):
         yield "func", value.func
         yield from ((f"arg{k}", item) for k, item in enumerate(value.args))

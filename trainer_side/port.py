@@ -27,7 +27,7 @@ class TrainerSide:
         self._complete: Layout | None = None
         self._snapshotter: Snapshotter | None = None
         self._storages: frozenset[int] = frozenset()
-        self._storages_of: Layout | None = None
+        self._addresses: list[int] = []
 
     @property
     def bound(self) -> bool:
@@ -44,9 +44,10 @@ class TrainerSide:
         if collected.layout is not self._complete and not partial:
             self._require_all(collected.tensors)
             self._complete = collected.layout
-        if collected.layout is not self._storages_of:
+        addresses = [t.data_ptr() for t in collected.sources]
+        if addresses != self._addresses:  # the same tensors as last time lie in the same storages
             self._storages = frozenset(t.untyped_storage().data_ptr() for t in collected.sources if t.numel())
-            self._storages_of = collected.layout
+            self._addresses = addresses
         return collected
 
     def _require_all(self, tensors: tuple[TensorInfo, ...]) -> None:
@@ -85,7 +86,7 @@ class TrainerSide:
         return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)))
 
     def storages(self) -> frozenset[int]:
-        """Storage addresses of the last snapshot's tensors, as of its layout's first push."""
+        """Storage addresses of the last snapshot's tensors."""
         return self._storages
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, Unexpec
 from bridge.plan import Move, Routes
 from bridge.wire import Completion, Sampling
 from engine_side.adapters.base import Prompts
-from engine_side.inplace import twin_parameter
+from engine_side.inplace import reflect, twin_parameter
 
 RunJob = Callable[[bytes], None]
 """`engine_side.rank.Rank.run` of this process."""
@@ -204,6 +204,9 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, to
     copy.__dict__.update({key: value for key, value in module.__dict__.items() if key not in hooks})
     copy.__dict__["_parameters"] = {name: _meta(p, tensors) for name, p in module._parameters.items()}
     copy.__dict__["_buffers"] = {name: _meta(b, tensors) for name, b in module._buffers.items()}
+    own = {id(t): tensors[id(t)] for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
+    registries = nn.Module().__dict__
+    copy.__dict__.update({n: reflect(v, own) for n, v in copy.__dict__.items() if n not in registries})
     copy.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     copy.__dict__["_modules"] = {
         name: None if child is None else _mirror(child, made, tensors) for name, child in module._modules.items()

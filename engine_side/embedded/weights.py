@@ -29,7 +29,7 @@ def set_attributes(param: nn.Parameter, **attributes: Any) -> nn.Parameter:
 def expect_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises ShapeMismatch unless the checkpoint tensor is exactly that large; `load_weights` adds its name."""
     if tuple(loaded.shape) != shape:
-        raise ShapeMismatch("a weight has another shape", expected=str(shape), got=str(tuple(loaded.shape)))
+        raise ShapeMismatch("a weight has another shape", expected=str(list(shape)), got=str(list(loaded.shape)))
 
 
 def write(dest: torch.Tensor, loaded: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from bridge.errors import (
     StaleVersion,
     TransportError,
 )
-from bridge.ledger import TRANSITIONS, EngineState, Lease, Ledger, lease_holder, transition
+from bridge.ledger import TRANSITIONS, EngineState, Lease, Ledger, Standing, lease_holder, transition
 from bridge.statedir import state_dir
 
 S = EngineState
@@ -274,15 +274,16 @@ def test_a_closed_ledger_refuses(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize(("now", "to"), itertools.product(S, S))
-def test_only_the_steps_of_the_table_are_taken(ledger: Ledger, now: EngineState, to: EngineState) -> None:
-    ledger.enroll("e", now, serving=4)
+def test_only_the_steps_of_the_table_are_taken(now: EngineState, to: EngineState) -> None:
+    standing = Standing("e", now, serving=4)
     if to in TRANSITIONS[now]:
-        assert ledger.move("e", to).state is to
+        standing.move(to)
+        assert standing.state is to
         assert transition("e", now, to) is to
     else:
         with pytest.raises(ProtocolError, match=f"got: {to.name}"):
-            ledger.move("e", to)
-        assert ledger.engines["e"].state is now
+            standing.move(to)
+        assert standing.state is now
 
 
 def test_serving_is_reached_only_through_verified_or_untouched() -> None:
@@ -293,47 +294,18 @@ def test_serving_is_reached_only_through_verified_or_untouched() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(S), st.none() | st.integers(1, 9)), max_size=30))
 @settings(deadline=None)
-def test_no_walk_generates_outside_serving(
-    tmp_path_factory: pytest.TempPathFactory, walk: list[tuple[EngineState, int | None]]
-) -> None:
-    ledger = Ledger.open("run", directory=tmp_path_factory.mktemp("walk"))
-    ledger.enroll("e")
-    assert not ledger.may_generate("e")
+def test_no_walk_generates_outside_serving(walk: list[tuple[EngineState, int | None]]) -> None:
+    standing = Standing("e")
+    assert not standing.may_generate
     for to, serving in walk:
-        before = ledger.engines["e"]
+        before = standing.state, standing.serving
         try:
-            ledger.move("e", to, serving)
+            standing.move(to, serving)
         except ProtocolError:
-            assert ledger.engines["e"] == before
-        entry = ledger.engines["e"]
-        assert ledger.may_generate("e") == (entry.state is S.SERVING)
-        assert entry.state is not S.SERVING or entry.serving is not None
-        assert entry.state is not S.QUARANTINED or entry.serving is None
-    ledger.close()
-
-
-def test_an_unknown_engine_never_generates(ledger: Ledger) -> None:
-    assert not ledger.may_generate("ghost")
-    with pytest.raises(NotFound, match="ghost"):
-        ledger.move("ghost", S.STAGING)
-
-
-def test_a_quarantine_outlives_the_daemon(ledger: Ledger) -> None:
-    ledger.enroll("bad", S.LOADED, serving=1)
-    ledger.enroll("good", S.SERVING, serving=1)
-    ledger.move("bad", S.QUARANTINED)
-    again = reopened(ledger)
-    assert again.engines["bad"].state is S.QUARANTINED
-    assert "good" not in again.engines
-    again.enroll("bad", S.SERVING, serving=1)
-    assert not again.may_generate("bad")
-    for to in (S.STAGING, S.LOADED, S.VERIFIED):
-        again.move("bad", to)
-    assert again.move("bad", S.SERVING, again.issue()).serving == 1
-    again.record("committed", version=1, engines=["bad"])
-    third = reopened(again)
-    assert "bad" not in third.engines
-    third.close()
+            assert (standing.state, standing.serving) == before
+        assert standing.may_generate == (standing.state is S.SERVING)
+        assert standing.state is not S.SERVING or standing.serving is not None
+        assert standing.state is not S.QUARANTINED or standing.serving is None
 
 
 # ---- the lease -------------------------------------------------------------------------------------------------------

@@ -109,6 +109,9 @@ def test_layers_of_many_kinds_with_their_buffers(attach: Attach) -> None:
         model.mask.logical_not_()
     live.derived.fill_(7.0)
     pushed(b, model, live)
+    assert all(p is q for p, q in zip(live.recurrent._flat_weights, live.recurrent.parameters(), strict=True))
+    x = torch.randn(2, 1, 8)
+    assert torch.equal(live.recurrent(x)[0], model.recurrent(x)[0])
     assert int(live.count) == 9
     assert float(live.derived[0]) == 7.0, "a derived buffer does not travel"
 

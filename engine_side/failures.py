@@ -1,0 +1,52 @@
+"""From what a level found to the error that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from bridge.errors import CanaryMismatch, DigestMismatch, IntegrityError, MissingTensor
+from bridge.receipt import CanaryResult, Failure, LevelResult, RankReport
+
+ERROR_OF_LEVEL: Mapping[str, type[IntegrityError]] = {
+    "transfer": DigestMismatch,
+    "coverage": MissingTensor,
+    "attributes": IntegrityError,
+    "read-back": DigestMismatch,
+    "probe": IntegrityError,
+    "change": IntegrityError,
+    "canary": CanaryMismatch,
+    "cache": CanaryMismatch,
+}
+
+
+def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
+    """The error of a level that failed: its first finding in the message, all of them in `names`."""
+    first = level.failures[0] if level.failures else Failure("?", "", "")
+    more = f" (and {len(level.failures) - 1} more)" if len(level.failures) > 1 else ""
+    return ERROR_OF_LEVEL[level.level](
+        f"the {level.level} check failed",
+        where=f"{first.name}{more} on {engine} rank {rank}",
+        expected=first.expected,
+        got=first.got,
+        remedy="weighbridge explain NAME TENSOR shows where a tensor goes and by which strategy",
+        names=tuple(failure.name for failure in level.failures),
+    )
+
+
+def raise_first_failure(engine: str, ranks: Iterable[RankReport]) -> None:
+    """Raises the error of the first failed level, by rank."""
+    for report in ranks:
+        for level in report.levels:
+            if not level.ok:
+                raise level_error(engine, report.rank, level)
+
+
+def canary_error(engine: str, drift: CanaryResult) -> CanaryMismatch:
+    """The error of a canary above its limit."""
+    return CanaryMismatch(
+        "the canary check failed: the engine's log-probabilities are not the trainer's",
+        where=f"{engine}, {drift.tokens} canary tokens",
+        expected=f"mean |difference| at most {drift.limit:.4f} nats",
+        got=f"mean {drift.mean_abs:.4f}, max {drift.max_abs:.4f}",
+        remedy="bits and probes passed: look for derived state that a load does not reach (rope, caches, scales)",
+    )
