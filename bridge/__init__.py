@@ -45,8 +45,9 @@ from bridge.errors import (
 
 if TYPE_CHECKING:
     from bridge.api import attach, bind, connect, health, launch, push
+    from bridge.handles import EngineHandle, PendingPush
     from bridge.health import Check, HealthReport
-    from bridge.push import Bridge, EngineHandle, PendingPush
+    from bridge.push import Bridge
     from bridge.receipt import EngineReport, Receipt
     from bridge.wire import Completion, Sampling
 
@@ -96,10 +97,10 @@ _ON_USE = {
     "Bridge": "bridge.push",
     "Check": "bridge.health",
     "Completion": "bridge.wire",
-    "EngineHandle": "bridge.push",
+    "EngineHandle": "bridge.handles",
     "EngineReport": "bridge.receipt",
     "HealthReport": "bridge.health",
-    "PendingPush": "bridge.push",
+    "PendingPush": "bridge.handles",
     "Receipt": "bridge.receipt",
     "Sampling": "bridge.wire",
     "attach": "bridge.api",

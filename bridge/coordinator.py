@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridge import planning
@@ -29,7 +28,6 @@ from bridge.errors import (
 from bridge.fanout import LEVELS_OF, Fleet, Target, Verdict
 from bridge.ledger import EngineState, Ledger
 from bridge.mailbox import Mailbox
-from bridge.manifest import TensorInfo
 from bridge.messages import (
     Ask,
     BeginRequest,
@@ -59,49 +57,13 @@ from bridge.messages import (
 from bridge.orphans import clean_orphans
 from bridge.ports import EnginePort
 from bridge.receipt import Receipt
+from bridge.versions import Held, OpenPush, Plan
 from bridge.wire import ErrorInfo
 
 log = logging.getLogger(__name__)
 
 LEASE_GRACE_S = 2.0
 """How long an unsubmitted push is kept after its trainer's lease was found free: a trainer that is just connecting."""
-
-
-@dataclass
-class Plan:
-    """One agreed manifest with its arena. `slots` says which version lies in which slot."""
-
-    id: int
-    tensors: tuple[TensorInfo, ...]
-    partial: bool
-    arena: Arena
-    slots: dict[int, int] = field(default_factory=dict)
-    dtypes: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Held:
-    """A version that can be served or returned to: its number and where its bytes lie."""
-
-    version: int
-    plan: Plan
-    slot: int
-
-    @property
-    def plan_id(self) -> int:
-        return self.plan.id
-
-
-@dataclass
-class OpenPush:
-    """The one push in flight. `submitted` False: the trainer is still writing its snapshot."""
-
-    version: int
-    plan: Plan
-    slot: int
-    holder: str
-    submitted: bool = False
-    since: float = field(default_factory=time.monotonic)
 
 
 class Coordinator:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 import torch
 
@@ -26,8 +26,9 @@ from bridge.arena import Arena
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.digest import seal_slot
-from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, PushAborted
+from bridge.errors import Busy, Closed, ConfigError
 from bridge.fanout import LEVELS_OF
+from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, PushOptions, receipt_or_raise
 from bridge.health import HealthReport, assess, local_facts
 from bridge.lease import Lease
 from bridge.manifest import TensorInfo, validate
@@ -38,8 +39,6 @@ from bridge.messages import (
     CancelRequest,
     DaemonIs,
     Done,
-    EngineGenerate,
-    EngineGenerated,
     Explained,
     ExplainRequest,
     Finished,
@@ -54,113 +53,18 @@ from bridge.messages import (
     RollbackRequest,
     SubmitRequest,
     ToCoordinator,
-    WaitRequest,
 )
 from bridge.ports import CoordinatorPort, EnginePort, Snapshot, TrainerPort, expect
 from bridge.receipt import LEVELS, Receipt
-from bridge.wire import Completion, Sampling
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Named = Iterable[tuple[str, torch.Tensor]]
-CALL_TIMEOUT_S = 60.0
 MAX_VERSION = 1 << 62
 MODES = ("auto", "full")
 INFLIGHT = ("drain", "abort", "keep")
 KV = ("reset", "keep")
-
-
-class PushOptions(TypedDict, total=False):
-    """The options of `Bridge.push` besides `wait`, for type checkers."""
-
-    version: int | None
-    mode: str
-    verify: str | Iterable[str] | None
-    partial: bool
-    inflight: str
-    kv: str
-    allow_nonfinite: bool
-    timeout_s: float | None
-
-
-class EngineHandle:
-    """One engine of a bridge, for rollouts. Get it from `Bridge.engines`."""
-
-    def __init__(self, port: EnginePort) -> None:
-        self._port = port
-        self.id = port.id
-
-    def __repr__(self) -> str:
-        return f"<engine {self.id}>"
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling | None = None,
-        adapter: str = "current",
-        timeout_s: float = 600.0,
-    ) -> list[Completion]:
-        """Sample one completion per prompt (token ids in, token ids and log-probabilities out). Blocks, also while the
-        engine is paused for a push. Raises EngineQuarantined when the engine serves nothing."""
-        request = EngineGenerate(tuple(tuple(map(int, p)) for p in prompts), sampling or Sampling(), adapter)
-        return list(expect(self._port.call(request, Deadline.after(timeout_s)), EngineGenerated).completions)
-
-
-class PendingPush:
-    """A push whose snapshot is sealed and handed over (`wait=False`)."""
-
-    def __init__(self, coordinator: CoordinatorPort, version: int, timeout_s: float) -> None:
-        self.version = version
-        self._coordinator = coordinator
-        self._timeout_s = timeout_s
-        self._finished: Finished | None = None
-
-    def done(self) -> bool:
-        """Has it ended, one way or the other? Does not block."""
-        return self._poll(0.0) is not None
-
-    def result(self, timeout: float | None = None) -> Receipt:
-        """The receipt. Blocks at most `timeout` seconds (default: the push's own deadline and the way back after it).
-        Raises what `push` raises, and DeadlineExceeded when the push has not ended in time (it goes on)."""
-        seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
-        finished = self._poll(seconds)
-        if finished is None:
-            raise DeadlineExceeded(
-                "the push has not ended yet",
-                where=f"version {self.version}",
-                remedy="wait longer; it goes on without you",
-            )
-        return _receipt_or_raise(finished, self.version)
-
-    def _poll(self, seconds: float) -> Finished | None:
-        if self._finished is None:
-            wait = WaitRequest(self.version, seconds)
-            answer = expect(self._coordinator.call(wait, Deadline.after(seconds + CALL_TIMEOUT_S)), Finished)
-            if answer.receipt is not None or answer.error is not None:
-                self._finished = answer
-        return self._finished
-
-
-def _receipt_or_raise(finished: Finished, version: int) -> Receipt:
-    if finished.error is None and finished.receipt is not None:
-        return finished.receipt
-    cause = finished.error.rebuild() if finished.error else BridgeError("the push ended without a receipt")
-    if not finished.aborted:
-        raise cause
-    lost = [engine for engine, serving in finished.serving.items() if serving is None]
-    kind = EngineQuarantined if lost else PushAborted
-    now = ", ".join(f"{e}: {'nothing' if v is None else f'version {v}'}" for e, v in finished.serving.items())
-    raise kind(
-        f"the push of version {version} was aborted: {cause.what}",
-        receipt=finished.receipt,
-        serving=finished.serving,
-        where=cause.where,
-        expected=cause.expected,
-        got=cause.got,
-        remedy=f"engines now serve {now}; {cause.remedy or 'mend the cause and push again'}",
-        names=cause.names,
-    ) from cause
 
 
 class Bridge:
@@ -403,7 +307,7 @@ class Bridge:
         self._hold_lease()
         finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
         version = finished.receipt.version if finished.receipt else 0
-        return _receipt_or_raise(finished, version)
+        return receipt_or_raise(finished, version)
 
     def close(self) -> None:
         """Give up the lease and what this process holds. Idempotent. A daemon goes on (`weighbridge down` stops it); an

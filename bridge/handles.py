@@ -1,0 +1,109 @@
+"""What `Bridge` hands out: engines for rollouts, pushes that are under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+from bridge.deadline import Deadline
+from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
+from bridge.messages import EngineGenerate, EngineGenerated, Finished, WaitRequest
+from bridge.ports import CoordinatorPort, EnginePort, expect
+from bridge.receipt import Receipt
+from bridge.wire import Completion, Sampling
+
+CALL_TIMEOUT_S = 60.0
+
+
+class PushOptions(TypedDict, total=False):
+    """The options of `Bridge.push` besides `wait`, for type checkers."""
+
+    version: int | None
+    mode: str
+    verify: str | Iterable[str] | None
+    partial: bool
+    inflight: str
+    kv: str
+    allow_nonfinite: bool
+    timeout_s: float | None
+
+
+class EngineHandle:
+    """One engine of a bridge, for rollouts. Get it from `Bridge.engines`."""
+
+    def __init__(self, port: EnginePort) -> None:
+        self._port = port
+        self.id = port.id
+
+    def __repr__(self) -> str:
+        return f"<engine {self.id}>"
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        adapter: str = "current",
+        timeout_s: float = 600.0,
+    ) -> list[Completion]:
+        """Sample one completion per prompt (token ids in, token ids and log-probabilities out). Blocks, also while the
+        engine is paused for a push. Raises EngineQuarantined when the engine serves nothing."""
+        request = EngineGenerate(tuple(tuple(map(int, p)) for p in prompts), sampling or Sampling(), adapter)
+        return list(expect(self._port.call(request, Deadline.after(timeout_s)), EngineGenerated).completions)
+
+
+class PendingPush:
+    """A push whose snapshot is sealed and handed over (`wait=False`)."""
+
+    def __init__(self, coordinator: CoordinatorPort, version: int, timeout_s: float) -> None:
+        self.version = version
+        self._coordinator = coordinator
+        self._timeout_s = timeout_s
+        self._finished: Finished | None = None
+
+    def done(self) -> bool:
+        """Has it ended, one way or the other? Does not block."""
+        return self._poll(0.0) is not None
+
+    def result(self, timeout: float | None = None) -> Receipt:
+        """The receipt. Blocks at most `timeout` seconds (default: the push's own deadline and the way back after it).
+        Raises what `push` raises, and DeadlineExceeded when the push has not ended in time (it goes on)."""
+        seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
+        finished = self._poll(seconds)
+        if finished is None:
+            raise DeadlineExceeded(
+                "the push has not ended yet",
+                where=f"version {self.version}",
+                remedy="wait longer; it goes on without you",
+            )
+        return receipt_or_raise(finished, self.version)
+
+    def _poll(self, seconds: float) -> Finished | None:
+        if self._finished is None:
+            wait = WaitRequest(self.version, seconds)
+            answer = expect(self._coordinator.call(wait, Deadline.after(seconds + CALL_TIMEOUT_S)), Finished)
+            if answer.receipt is not None or answer.error is not None:
+                self._finished = answer
+        return self._finished
+
+
+def receipt_or_raise(finished: Finished, version: int) -> Receipt:
+    """The receipt of a push that ended well. Raises the cause of one that touched nothing, PushAborted (or
+    EngineQuarantined) *from* the cause of one that had to be undone."""
+    if finished.error is None and finished.receipt is not None:
+        return finished.receipt
+    cause = finished.error.rebuild() if finished.error else BridgeError("the push ended without a receipt")
+    if not finished.aborted:
+        raise cause
+    lost = [engine for engine, serving in finished.serving.items() if serving is None]
+    kind = EngineQuarantined if lost else PushAborted
+    now = ", ".join(f"{e}: {'nothing' if v is None else f'version {v}'}" for e, v in finished.serving.items())
+    raise kind(
+        f"the push of version {version} was aborted: {cause.what}",
+        receipt=finished.receipt,
+        serving=finished.serving,
+        where=cause.where,
+        expected=cause.expected,
+        got=cause.got,
+        remedy=f"engines now serve {now}; {cause.remedy or 'mend the cause and push again'}",
+        names=cause.names,
+    ) from cause

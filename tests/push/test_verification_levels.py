@@ -1,0 +1,368 @@
+"""Each level is broken on purpose: it fires alone, the others are blind to that fault, and the engine comes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bridge
+from bridge import canary
+from bridge.errors import (
+    BridgeError,
+    CanaryMismatch,
+    DigestMismatch,
+    EngineQuarantined,
+    IntegrityError,
+    MissingTensor,
+    PushAborted,
+)
+from bridge.fanout import LEVELS_OF
+from bridge.receipt import LEVELS
+from engine_side.embedded.config import LAYOUTS
+from tests.conftest import tiny_qwen2, tiny_qwen3_moe
+from tests.push import faults
+from tests.push.rig import Rig, said
+
+Save = Callable[[Any], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Save) -> Path:
+    return checkpoint(tiny_qwen2())
+
+
+@pytest.fixture(scope="module")
+def rigs(folder: Path) -> Iterator[Callable[[str], Rig]]:
+    """One bridge per layout, shared: after each fault it has to be as good as new anyway."""
+    made: dict[str, Rig] = {}
+
+    def get(layout: str) -> Rig:
+        if layout not in made:
+            made[layout] = Rig(folder, tiny_qwen2(), layout=layout)
+            made[layout].good_push()
+        return made[layout]
+
+    yield get
+    for rig in made.values():
+        rig.close()
+
+
+@pytest.fixture()
+def fresh(folder: Path) -> Iterator[Callable[..., Rig]]:
+    made: list[Rig] = []
+
+    def make(**options: Any) -> Rig:
+        made.append(Rig(folder, tiny_qwen2(), **options))
+        return made[-1]
+
+    yield make
+    for rig in made:
+        rig.close()
+
+
+@dataclass(frozen=True)
+class Case:
+    """`blind`: levels that cannot see this fault; together they let it pass. `wrong`: what the engine then says is
+    not what the trainer says. `planned`: the fault is in the plan, so the bridge must be new."""
+
+    level: str
+    inject: faults.Inject
+    kind: type[BridgeError]
+    words: tuple[str, ...]
+    blind: tuple[str, ...]
+    layout: str = "canonical"
+    wrong: bool = True
+    planned: bool = False
+
+
+def without(*levels: str) -> tuple[str, ...]:
+    return tuple(level for level in LEVELS if level not in levels)
+
+
+CASES = {
+    "corrupt byte": Case(
+        "transfer", faults.corrupt_a_byte, DigestMismatch, (faults.DOWN, "sealed"), without("transfer", "canary"),
+    ),
+    "dropped move": Case(
+        "coverage", faults.drop_a_move, MissingTensor, (faults.QKV, "never written"),
+        without("coverage", "probe", "canary"), planned=True,
+    ),
+    "lost loader": Case(
+        "attributes", faults.lose_a_loader, IntegrityError, (faults.QKV, "weight_loader"), without("attributes"),
+        wrong=False,
+    ),
+    "replaced object": Case(
+        "attributes", faults.replace_a_parameter, IntegrityError, (faults.QKV, "object_id"), without("attributes"),
+        wrong=False,
+    ),
+    "swapped rows": Case(
+        "read-back", faults.swap_rows, DigestMismatch, ("q_proj.weight", faults.QKV), without("read-back", "canary"),
+    ),
+    "no post-load": Case(
+        "probe", faults.skip_post_load, IntegrityError, ("outputs off",), without("probe", "change", "canary"),
+        layout="packed",
+    ),
+    "frozen tensor": Case(
+        "change", faults.freeze_a_tensor, IntegrityError, (faults.DOWN, "version before"),
+        without("change", "read-back", "canary"),
+    ),
+    "bent rope": Case(
+        "canary", faults.bend_rope, CanaryMismatch, ("log-probabilities", "nats"), without("canary"),
+    ),
+    "swapped in the plan": Case(
+        "canary", faults.swap_in_the_plan, CanaryMismatch, ("log-probabilities", "nats"), without("canary"),
+        planned=True,
+    ),
+    "lying cache": Case(
+        "cache", faults.lie_about_the_cache, CanaryMismatch, ("cached prompt",), without("cache"), wrong=False,
+    ),
+}  # fmt: skip
+
+
+def pick(case: Case, rigs: Callable[[str], Rig], fresh: Callable[..., Rig], patch: pytest.MonkeyPatch) -> Rig:
+    """The bridge for a case, with the fault in it, and a step that is to be pushed."""
+    rig = fresh(layout=case.layout) if case.planned else rigs(case.layout)
+    case.inject(rig, patch)
+    rig.step()
+    return rig
+
+
+def found_bad(receipt: Any) -> set[str]:
+    return {level.level for engine in receipt.engines for rank in engine.ranks for level in rank.levels if not level.ok}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exactly_this_level_fires(
+    name: str, rigs: Callable[[str], Rig], fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    rig = pick(case, rigs, fresh, monkeypatch)
+    with rig.unmoved(then_push=False):
+        with pytest.raises(BridgeError) as caught:
+            rig.push(verify=[case.level])
+        error = caught.value
+        if case.level == "transfer":
+            assert type(error) is case.kind, "nothing was written yet: the cause itself is raised"
+        else:
+            assert type(error) is PushAborted and type(error.__cause__) is case.kind
+            assert error.exit_code == 7 and error.receipt is not None
+            assert found_bad(error.receipt) <= {case.level}
+            if case.level in ("coverage", "attributes", "read-back", "probe", "change"):
+                assert found_bad(error.receipt) == {case.level}
+                said(error, f"the {case.level} check failed")
+            assert list(error.serving.values()) == [rig.b.status().committed or 0]
+        said(error, *case.words)
+    last = rig.b.history(1)[0]
+    assert last["error"] and last["verify"] == case.level and not last["verified"]
+    monkeypatch.undo()
+    if case.planned:
+        rig.b.close()
+        rig.b = bridge.attach(rig.engine, model=rig.model)
+    rig.engine.reset_prefix_cache(reset_running_requests=True)
+    rig.good_push()
+    assert rig.b.health().healthy
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_others_are_blind_to_it(
+    name: str, rigs: Callable[[str], Rig], fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that level the push reports success, and the fault is really there: so it is this level that catches it."""
+    case = CASES[name]
+    rig = rigs(case.layout) if not case.planned else fresh(layout=case.layout)
+    prompt = canary.prompts(131)[0]
+    rig.engine.generate([prompt], bridge.Sampling(max_tokens=1, temperature=0.0))
+    case.inject(rig, monkeypatch)
+    rig.step()
+    receipt = rig.push(verify=case.blind)
+    assert receipt.error is None and not found_bad(receipt)
+    assert rig.serves(rig.model) is not case.wrong
+    if case.level == "cache":
+        (token,) = rig.engine.generate([prompt], bridge.Sampling(max_tokens=1, temperature=0.0))
+        (right,) = rig.engine.prompt_logprobs([[*prompt, *token.token_ids]])
+        assert abs(right[-1] - token.logprobs[0]) > 0.05, "the cache must really be stale"
+    monkeypatch.undo()
+    rig.engine.reset_prefix_cache(reset_running_requests=True)
+    if case.planned:
+        return
+    if case.level == "attributes":
+        with pytest.raises(PushAborted, match="attributes"):
+            rig.push()
+    elif case.level == "canary":
+        rig.engine.runner.model.get_buffer("model.rotary_emb.inverse").div_(3)
+    rig.good_push()
+
+
+@pytest.mark.parametrize("verify", ["weights", "outputs"])
+def test_named_sets_of_levels_run_all_of_theirs(rigs: Callable[[str], Rig], verify: str) -> None:
+    rig = rigs("canonical")
+    receipt = rig.good_push(verify=verify)
+    ran = {level.level for level in receipt.engines[0].ranks[0].levels}
+    if receipt.engines[0].canary is not None:
+        ran.add("canary")
+    assert ran == set(LEVELS_OF[verify])
+
+
+def test_verify_off_says_so(rigs: Callable[[str], Rig]) -> None:
+    rig = rigs("canonical")
+    rig.step()
+    for verify in ("off", [], "transfer"):
+        receipt = rig.push(verify=verify)
+        assert receipt.verified is False
+        assert not rig.b.health().healthy
+    rig.good_push()
+    assert rig.b.health().healthy
+
+
+# ---- a write that fails ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_failure_at_any_write_leads_back(
+    layout: str, rigs: Callable[[str], Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = rigs(layout)
+    with monkeypatch.context() as patch:
+        counter = faults.Breaker(patch)
+        rig.good_push()
+        total = counter.count
+    assert total > 8
+    for k in sorted({0, 1, total // 2, total - 1}):
+        rig.step()
+        with rig.unmoved(then_push=False), monkeypatch.context() as patch:
+            breaker = faults.Breaker(patch, k)
+            with pytest.raises(PushAborted, match=f"write {k} failed") as caught:
+                rig.push()
+            assert type(caught.value) is PushAborted and breaker.fired
+    rig.good_push()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("make", [tiny_qwen2, tiny_qwen3_moe], ids=["dense", "moe"])
+def test_a_first_push_that_fails_half_way_leaves_version_0(
+    layout: str, make: Any, checkpoint: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    rig = Rig(checkpoint(model), model, layout=layout)
+    try:
+        rig.step()
+        with rig.unmoved(), monkeypatch.context() as patch:
+            faults.Breaker(patch, 9)
+            with pytest.raises(PushAborted, match="write 9 failed") as caught:
+                rig.push()
+            assert caught.value.serving == {"engine0": 0}
+    finally:
+        rig.close()
+
+
+def quarantine(rig: Rig, patch: pytest.MonkeyPatch) -> EngineQuarantined:
+    with patch.context() as inner:
+        faults.Breaker(inner, 3, always=True)
+        with pytest.raises(EngineQuarantined, match="write 3 failed") as caught:
+            rig.push()
+    return caught.value
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_way_back_that_fails_too_is_quarantine(
+    layout: str, first: bool, fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = fresh(layout=layout)
+    if not first:
+        rig.good_push()
+    rig.step()
+    error = quarantine(rig, monkeypatch)
+    assert error.exit_code == 7 and error.serving == {"engine0": None} and error.receipt is not None
+    assert error.receipt.engines[0].state == "QUARANTINED" and "the way back failed" in str(error.receipt.engines[0].error)
+    answers: list[BaseException] = []
+
+    def ask(generate: Callable[..., Any]) -> None:
+        try:
+            generate([[1, 2, 3]], bridge.Sampling(max_tokens=2))
+        except BaseException as refusal:
+            answers.append(refusal)
+
+    threads = [threading.Thread(target=ask, args=(g,)) for g in (rig.b.engines[0].generate, rig.engine.generate)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [type(a) for a in answers] == [EngineQuarantined] * 2, "refused at once, on both ways in"
+    report = rig.b.health()
+    assert not report.healthy and "QUARANTINED" in str(report.to_dict())
+    rig.good_push()
+    assert rig.b.health().healthy
+    assert rig.b.engines[0].generate([[1, 2, 3]], bridge.Sampling(max_tokens=2))[0].token_ids
+
+
+def test_a_caller_that_waits_is_told_of_the_quarantine(
+    fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = fresh()
+    answers: list[Any] = []
+    asked = threading.Event()
+
+    def ask() -> None:
+        try:
+            answers.append(rig.b.engines[0].generate([[1, 2, 3]], bridge.Sampling(max_tokens=2)))
+        except EngineQuarantined as refusal:
+            answers.append(refusal)
+
+    pause = rig.engine.pause
+
+    def pause_then_ask(*args: Any) -> None:
+        pause(*args)
+        if not asked.is_set():
+            asked.set()
+            thread.start()
+
+    thread = threading.Thread(target=ask)
+    monkeypatch.setattr(rig.engine, "pause", pause_then_ask)
+    quarantine(rig, monkeypatch)
+    thread.join(20)
+    assert len(answers) == 1 and isinstance(answers[0], EngineQuarantined)
+
+
+def test_the_way_back_is_weighed_by_the_canary_too(fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derived state that a load cannot mend: bits and probes of the previous version are right, its answers are not."""
+    rig = fresh()
+    rig.good_push()
+    rig.step()
+    inverse = rig.engine.runner.model.get_buffer("model.rotary_emb.inverse")
+    right = inverse.clone()
+    with monkeypatch.context() as patch:
+        faults.bend_rope(rig, patch, forever=True)
+        with pytest.raises(EngineQuarantined, match="log-probabilities") as caught:
+            rig.push()
+    assert caught.value.serving == {"engine0": None}
+    with pytest.raises(EngineQuarantined):
+        rig.b.engines[0].generate([[1, 2, 3]])
+    inverse.copy_(right)
+    rig.good_push()
+
+
+def test_the_way_back_from_a_first_push_is_weighed_too(
+    fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = fresh()
+    rig.step()
+    faults.bend_rope(rig, monkeypatch, forever=True)
+    with pytest.raises(EngineQuarantined):
+        rig.push()
+
+
+def test_storage_that_the_engine_itself_moved_is_listed(rigs: Callable[[str], Rig]) -> None:
+    """An engine that slept and woke up has its parameters elsewhere: said in the receipt, once, and no failure."""
+    rig = rigs("canonical")
+    weight = rig.engine.runner.model.get_parameter(faults.DOWN)
+    weight.data = weight.data.clone()
+    assert faults.DOWN in rig.good_push().engines[0].rebound
+    assert rig.good_push().engines[0].rebound == ()
+    assert torch.equal(weight, dict(rig.model.named_parameters())[faults.DOWN])
