@@ -48,7 +48,8 @@ def compare(
     """Weigh an engine's log-probabilities against the trainer's.
 
     `baseline` is the mean of the first verified sync, None before it: a first sync above the floor is a failure, not a
-    baseline. Raises CanaryMismatch when the two do not even have the same form; NaN anywhere gives an infinite mean.
+    baseline. Raises CanaryMismatch when the two do not even have the same form. Where both are NaN, or the same infinity,
+    they agree (weights that are not finite were let pass); where only one is, the mean is infinite.
     """
     if [len(row) for row in reference] != [len(row) for row in got]:
         raise CanaryMismatch(
@@ -58,10 +59,14 @@ def compare(
         )
     pairs = [(a, b) for left, right in zip(reference, got, strict=True) for a, b in zip(left, right, strict=True)]
     limit = floor if baseline is None else max(floor, BASELINE_FACTOR * baseline)
-    if any(not math.isfinite(a) or not math.isfinite(b) for a, b in pairs):
+    deltas = [a - b for a, b in pairs if not _both_undefined(a, b)]
+    if not all(map(math.isfinite, deltas)):
         return CanaryResult(math.inf, math.inf, math.inf, limit, len(pairs))
-    deltas = [a - b for a, b in pairs]
     count = max(len(deltas), 1)
     # k3 estimator on the canary's own tokens: a number to watch, not a divergence over samples of the policy
     kl = sum(math.exp(min(-d, 50.0)) - 1 + d for d in deltas) / count
     return CanaryResult(sum(map(abs, deltas)) / count, max(map(abs, deltas), default=0.0), kl, limit, len(deltas))
+
+
+def _both_undefined(a: float, b: float) -> bool:
+    return (math.isnan(a) and math.isnan(b)) or (math.isinf(a) and a == b)

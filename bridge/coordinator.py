@@ -201,7 +201,7 @@ class Coordinator:
         """
         slot, held = 1, self._committed
         version = held.version if held is not None else 0
-        if self.fleet.keep_current(plan.id, slot, plan.arena, version, deadline):
+        if self.fleet.keep_current(plan.id, slot, plan.arena, held, deadline):
             plan.slots[slot] = version
             self._committed, self._previous = Held(version, plan, slot), None
         elif held is not None and not planning.holds(held.plan.arena.manifest, plan.arena.manifest):
@@ -222,7 +222,10 @@ class Coordinator:
         push = self._push
         if push is None:
             return
-        if not push.submitted and time.monotonic() - push.since > LEASE_GRACE_S and self.ledger.holder is None:
+        holder = self.ledger.holder
+        # who pushes holds the lease: once another process has it, the one that began is gone
+        gone = time.monotonic() - push.since > LEASE_GRACE_S if holder is None else str(holder) != push.holder
+        if not push.submitted and gone:
             log.warning("push %d was begun by %s, which is gone; dropped", push.version, push.holder)
             self._drop_open_push()
             return
@@ -416,7 +419,15 @@ class Coordinator:
             if self._plan is None:
                 raise NotFound("nothing was pushed yet, so there is no plan to explain", where=self.name)
             plan = self._plan
-        return Explained(self.fleet.explain(plan.id, request.name, Deadline.after(60)))
+        rows = self.fleet.explain(plan.id, request.name, Deadline.after(60))
+        if not rows and not any(request.name in (info.name, *info.aliases) for info in plan.tensors):
+            raise NotFound(
+                "no such tensor in the plan",
+                where=request.name,
+                expected=f"a checkpoint name, such as {plan.tensors[0].name}",
+                remedy="the manifest holds what the last push sent",
+            )
+        return Explained(rows)
 
     def _health_facts(self, request: HealthRequest) -> dict[str, object]:
         deadline = Deadline.after(request.timeout_s)

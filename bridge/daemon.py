@@ -25,15 +25,7 @@ from bridge import sides
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
-from bridge.messages import (
-    Ask,
-    CloseRequest,
-    DaemonIs,
-    EngineHello,
-    EngineIs,
-    FromCoordinator,
-    FromEngine,
-)
+from bridge.messages import Ask, CloseRequest, DaemonIs, EngineHello, EngineIs, FromCoordinator, FromEngine
 from bridge.ports import expect
 from bridge.statedir import checked_name, state_dir
 from bridge.wire import pack, unpack

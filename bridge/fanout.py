@@ -118,14 +118,9 @@ class Fleet:
     ) -> dict[str, T | BridgeError]:
         """Run `call` for every engine at once; an engine's BridgeError becomes its answer."""
 
-        def guarded(engine: EnginePort) -> T | BridgeError:
-            try:
-                return call(engine)
-            except BridgeError as error:
-                return error
-
         chosen = self._engines if engines is None else list(engines)
-        return dict(zip((e.id for e in chosen), self._pool.map(guarded, chosen), strict=True))
+        answers = self._pool.map(lambda engine: _outcome(call, engine), chosen)
+        return dict(zip((e.id for e in chosen), answers, strict=True))
 
     def _all(self, call: Callable[[EnginePort], T]) -> dict[str, T]:
         """Like `_each`, but the first engine's error is raised."""
@@ -179,18 +174,23 @@ class Fleet:
         message = EngineMap(plan, path, manifest, keep, deadline.remaining_s)
         self._all(lambda e: expect(e.call(message, deadline), EngineOk))
 
-    def keep_current(self, plan: int, slot: int, arena: Arena, version: int, deadline: Deadline) -> bool:
-        """Put what the engines serve now into `slot` and seal it as `version`. False when it cannot be had, or when the
+    def keep_current(
+        self, plan: int, slot: int, arena: Arena, held: HeldVersion | None, deadline: Deadline
+    ) -> bool:
+        """Put what the engines serve now into `slot` and seal it as the version `held` (0 without one). False when it cannot be had, or when the
         engines do not all serve the same weights; then a failing next push ends in quarantine."""
         first, *rest = self._engines
         arena.begin(slot)
-        answer = expect(first.call(EngineReadBack(plan, slot, deadline.remaining_s), deadline), EngineVersionZero)
+        version = held.version if held is not None else 0
+        older = (held.plan_id, held.slot) if held is not None else (None, None)
+        request = EngineReadBack(plan, slot, deadline.remaining_s, *older)
+        answer = expect(first.call(request, deadline), EngineVersionZero)
         if not answer.ok:
             log.warning("%s: what it serves cannot be kept for a rollback: %s", first.id, answer.reason)
             return False
         seal_slot(arena, slot, version, digest_slot(arena, slot))
         check = EngineCheck(plan, slot, ("read-back", "probe"), (), deadline.remaining_s)
-        for engine in (first, *rest) if answer.source == "checkpoint" else rest:
+        for engine in (first, *rest) if answer.source != "live" else rest:
             ranks = expect(engine.call(check, deadline), EngineChecked).ranks
             if not all(level.ok for rank in ranks for level in rank):
                 log.warning(
@@ -391,10 +391,25 @@ class Fleet:
 
     def close(self, deadline: Deadline) -> None:
         """Stop every engine gracefully; one that does not answer is logged and left."""
-        for engine, answer in self._each(lambda e: e.call(EngineClose(), deadline)).items():
+
+        def stop(engine: EnginePort) -> object:
+            return engine.call(EngineClose(), deadline)
+
+        try:
+            answers = self._each(stop)
+        except RuntimeError:  # the interpreter is ending and its thread pools are closed already: one after the other
+            answers = {engine.id: _outcome(stop, engine) for engine in self._engines}
+        for name, answer in answers.items():
             if isinstance(answer, BridgeError) and not isinstance(answer, PeerLost):
-                log.warning("%s did not close: %s", engine, answer)
+                log.warning("%s did not close: %s", name, answer)
         self._pool.shutdown(wait=False)
+
+
+def _outcome(call: Callable[[EnginePort], T], engine: EnginePort) -> T | BridgeError:
+    try:
+        return call(engine)
+    except BridgeError as error:
+        return error
 
 
 def _attempt(action: Callable[[], None]) -> BridgeError | None:

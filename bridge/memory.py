@@ -1,9 +1,14 @@
-"""libc's memmove and memcmp on addresses: faster than a tensor copy or comparison, and other threads run meanwhile."""
+"""libc's memmove and memcmp on addresses: faster than a tensor copy or comparison, and other threads run meanwhile.
+
+Also `uncollected`, for work that makes many objects and no garbage.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 _libc = ctypes.CDLL(None)
 
@@ -25,3 +30,16 @@ memcmp_held: Callable[[int, int, int], int] = ctypes.PYFUNCTYPE(
 )(_entry("memcmp"))
 """Like memcmp for a few kilobytes: giving up the interpreter lock can cost 5 ms, since another thread may take it for
 that long."""
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No cyclic garbage collection inside: building a plan of many thousand tensors makes objects that stay, and looking
+    through them again and again costs as much as the work itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,29 @@ from bridge.arena import Arena
 from bridge.errors import ConfigError
 
 
-def write_checkpoint(folder: Path, arena: Arena, slot: int) -> list[str]:
-    """Fill `slot` from the folder's safetensors, cast to the wire dtypes; returns the names that it does not hold (or
-    holds in another shape). Blocks; the slot stays unsealed. Raises ConfigError without the `hf` extra."""
-    wanted = arena.manifest.by_name
-    into = dict(zip(wanted, arena.tensors(slot), strict=True))
-    done: set[str] = set()
+def write_checkpoint(folder: Path, arena: Arena, slot: int, names: Collection[str]) -> list[str]:
+    """Fill the tensors `names` of `slot` from the folder's safetensors, cast to the wire dtypes; returns those that it
+    does not hold (or holds in another shape). Blocks; the slot stays unsealed. Raises ConfigError without the `hf`
+    extra."""
+    return _fill(arena, slot, names, _tensors(folder))
+
+
+def write_held(older: Arena, older_slot: int, arena: Arena, slot: int, names: Collection[str]) -> list[str]:
+    """The same from a version that lies in another arena."""
+    held = zip(older.manifest.by_name, older.tensors(older_slot), strict=True)
+    return _fill(arena, slot, names, held)
+
+
+def _fill(arena: Arena, slot: int, names: Collection[str], tensors: Iterable[tuple[str, Any]]) -> list[str]:
+    open_names = set(names)
     with Arena.open(arena.path, arena.manifest, writable=True) as writable:
-        into = dict(zip(wanted, writable.tensors(slot), strict=True))
-        for name, tensor in _tensors(folder):
-            if name in into and tensor.shape == into[name].shape:
+        into = dict(zip(arena.manifest.by_name, writable.tensors(slot), strict=True))
+        for name, tensor in tensors:
+            if name in open_names and tensor.shape == into[name].shape:
                 into[name].copy_(tensor)
-                done.add(name)
+                open_names.remove(name)
         into.clear()
-    return [name for name in wanted if name not in done]
+    return [name for name in arena.manifest.by_name if name in open_names]
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:

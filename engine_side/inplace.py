@@ -215,13 +215,13 @@ class _Watch:
     """The cheap check of one entry: the same object in the same place with the same storage and the same attributes."""
 
     path: str
-    registry: Mapping[str, torch.Tensor | None]
+    registry: dict[str, torch.Tensor | None]
     name: str
     tensor: torch.Tensor
     address: int
     stride: tuple[int, ...]
     dtype: torch.dtype
-    attributes: tuple[object, ...]
+    attributes: dict[str, object]
 
     def same(self) -> bool:
         t = self.tensor
@@ -231,8 +231,13 @@ class _Watch:
             and t.dtype is self.dtype
             and t.stride() == self.stride
             and len(t.__dict__) == len(self.attributes)
-            and all(map(is_, t.__dict__.values(), self.attributes))
+            and all(map(is_, t.__dict__.values(), self.attributes.values()))
         )
+
+    def put_back(self) -> None:
+        self.registry[self.name] = self.tensor
+        self.tensor.__dict__.clear()
+        self.tensor.__dict__.update(self.attributes)
 
 
 @dataclass
@@ -266,6 +271,13 @@ class AttributeSnapshot:
     def unchanged(self) -> bool:
         """Is every entry still what it was, about 1 us each? Does not see entries that were added."""
         return all(watch.same() for watch in self._watches)
+
+    def put_back(self) -> None:
+        """Former objects in their places, with their former attributes: undoes a load that lost some. Storage that was
+        swapped under an object stays; values are undefined until the next load."""
+        for watch in self._watches:
+            if not watch.same():
+                watch.put_back()
 
     def retake(self) -> AttributeSnapshot:
         """The same module, now."""
@@ -310,7 +322,7 @@ def _show(what: str, value: object) -> str:
 
 def _tensors(
     root: nn.Module,
-) -> Iterator[tuple[str, Mapping[str, torch.Tensor | None], str, torch.Tensor, bool, int]]:
+) -> Iterator[tuple[str, dict[str, torch.Tensor | None], str, torch.Tensor, bool, int]]:
     for prefix, module in root.named_modules(remove_duplicate=False):
         for registry, buffer in ((module._parameters, False), (module._buffers, True)):
             for name, tensor in registry.items():
@@ -318,8 +330,8 @@ def _tensors(
                     yield f"{prefix}.{name}" if prefix else name, registry, name, tensor, buffer, id(module)
 
 
-def _watch(path: str, registry: Mapping[str, torch.Tensor | None], name: str, tensor: torch.Tensor) -> _Watch:
-    attributes = tuple(tensor.__dict__.values())
+def _watch(path: str, registry: dict[str, torch.Tensor | None], name: str, tensor: torch.Tensor) -> _Watch:
+    attributes = dict(tensor.__dict__)
     return _Watch(path, registry, name, tensor, tensor.data_ptr(), tensor.stride(), tensor.dtype, attributes)
 
 

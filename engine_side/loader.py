@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 import torch
 
 from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
+from bridge.jobs import RankBake
 from bridge.manifest import Manifest, TensorInfo
-from bridge.messages import RankBake
+from bridge.memory import uncollected
 from bridge.plan import Fill, Move, Region, dense
 from engine_side.adapters.base import RankHost
 from engine_side.bake import Baked, bake, bind
 from engine_side.copies import Batch, Pair, batches, pair, run_all
 from engine_side.inplace import AttributeSnapshot, Outcome, held
 from engine_side.strategies import Choice, Decided, Strategy, decide
-from engine_side.twins import Cluster, Twin, device_of, graft, redo
+from engine_side.twins import Cluster, Role, Twin, device_of, graft, redo
 
 Slot = Sequence[torch.Tensor]
 """The tensors of one version in manifest order: views of the arena."""
@@ -50,8 +51,9 @@ class LoadOutcome:
 
 @dataclass(slots=True)
 class _Watch:
-    """A live tensor and where it lay when views of it were made."""
+    """A live tensor and where it lay when views of it were made; `path` is "module.name"."""
 
+    path: str
     registry: Mapping[str, object]
     name: str
     tensor: torch.Tensor
@@ -99,14 +101,16 @@ class Loader:
     ) -> None:
         self.host = host
         self.threads = max(1, threads)
-        self.baked: Baked = bake(host, tensors, partial=partial)
+        with uncollected():
+            self.baked: Baked = bake(host, tensors, partial=partial)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
         self.problems: tuple[BridgeError, ...] = self.baked.problems
         self._map: _Map | None = None
         self._touched = False
         if self.problems:
             return
-        self.decided: Decided = decide(host, self.baked)
+        with uncollected():
+            self.decided: Decided = decide(host, self.baked)
         self.problems = tuple(_packed_in_part(self.baked, self.decided))
         self._moves: dict[str, list[Move]] = {}
         self._fills: dict[str, list[Fill]] = {}
@@ -179,12 +183,16 @@ class Loader:
                     got="absent" if spec is None else f"shape {list(spec.shape)}",
                 )
         index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
-        self._map = _Map(manifest, [list(slot) for slot in slots], index)
+        with uncollected():
+            self._compile_all(_Map(manifest, [list(slot) for slot in slots], index))
+
+    def _compile_all(self, mapped: _Map) -> None:
+        self._map, index = mapped, mapped.index
         self._feeds = {c.path: self._fed_by(c, index) for c in self.decided.choices.values()}
         bound = {id(module) for module in self.decided.live.values()}
         self.snapshot = AttributeSnapshot.take(self.host.model, bound)
         self._watch()
-        for slot in range(len(self._map.slots)):
+        for slot in range(len(mapped.slots)):
             self._compile(slot)
 
     @property
@@ -203,7 +211,8 @@ class Loader:
                 if choice.direct and tensor is not None:
                     registries = (module._parameters, module._buffers, module.__dict__)
                     registry = next(r for r in registries if r.get(name) is tensor)
-                    self._watches.append(_Watch(registry, name, tensor, tensor.data_ptr()))
+                    path = f"{choice.path}.{name}"
+                    self._watches.append(_Watch(path, registry, name, tensor, tensor.data_ptr()))
         self._written_directly = {watch.address for watch in self._watches}
 
     def _compile(self, slot: int) -> None:
@@ -268,7 +277,7 @@ class Loader:
         module, after its last shard.
         """
         began = time.perf_counter()
-        self._rebind_if_moved()
+        moved = self._rebind_if_moved()
         wanted = None if changed is None else set(changed)
         compiled = self.mapped.direct[slot]
         work = compiled.batches
@@ -282,7 +291,7 @@ class Loader:
         loaded = time.perf_counter()
         written = sum(batch.nbytes for batch in work)
         outcomes, post_loaded, more = self._rebuild(slot, wanted)
-        rebound = tuple(name for name, what in outcomes.items() if what is Outcome.REBOUND)
+        rebound = (*moved, *(name for name, what in outcomes.items() if what is Outcome.REBOUND))
         created = tuple(name for name, what in outcomes.items() if what is Outcome.CREATED)
         return LoadOutcome(written + more, rebound, created, post_loaded, loaded - began, time.perf_counter() - loaded)
 
@@ -328,12 +337,15 @@ class Loader:
             t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
         )
 
-    def _rebind_if_moved(self) -> None:
-        """Views of a storage that is no longer the live one would write into nowhere."""
-        if any(watch.moved() for watch in self._watches):
+    def _rebind_if_moved(self) -> tuple[str, ...]:
+        """Views of a storage that is no longer the live one would write into nowhere. Returns the parameters under which
+        the engine itself swapped the storage since the last load; another object under the name is none of them."""
+        moved = [watch for watch in self._watches if watch.moved()]
+        if moved:
             self._watch()
             for slot in range(len(self.mapped.slots)):
                 self._compile(slot)
+        return tuple(watch.path for watch in moved if watch.registry.get(watch.name) is watch.tensor)
 
     # ---- canonical values from the arena -----------------------------------------------------------------------------
 
@@ -341,12 +353,17 @@ class Loader:
         """Name -> canonical tensor of a module, from the arena, in the engine's dtype on its device.
 
         With `reuse`, a tensor that the module still stores canonically is filled and returned itself, so that nothing
-        is allocated and its object survives; only for `apply`.
+        is allocated and its object survives; only for `apply`. Without it the values are for reading: they may lie in
+        the arena itself.
         """
         module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
         out: dict[str, torch.Tensor] = {}
         for name, role in self._places(choice):
             target, kind = cluster.targets[role], cluster.roles[role]
+            sent = None if reuse else self._as_sent(target, kind, slot, device_of(module))
+            if sent is not None:
+                out[name] = sent
+                continue
             live = held(module, name) if choice.stored[name].identity else None
             complete = bool(self._moves.get(target) or self._fills.get(target))
             if live is not None and (reuse or not complete):
@@ -359,6 +376,15 @@ class Loader:
                 self.fill(target, value, slot)
             out[name] = value
         return out
+
+    def _as_sent(self, target: str, kind: Role, slot: int, device: torch.device) -> torch.Tensor | None:
+        """The arena's own tensor where it is what the target holds, element for element."""
+        moves, whole = self._moves.get(target, ()), dense(kind.shape)
+        if len(moves) != 1 or self._fills.get(target) or moves[0].dest != whole or moves[0].source != whole:
+            return None
+        sent = self.mapped.slots[slot][self.mapped.index[moves[0].tensor]]
+        same = sent.dtype == kind.dtype and sent.device == device and tuple(sent.shape) == kind.shape
+        return sent if same else None
 
     def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
         """Write a target's moves and constants into a canonical tensor."""

@@ -14,14 +14,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine_side import layout
 from engine_side.adapters.base import RankHost
 from engine_side.diagnose import LOADER_ERRORS
 
 ROWS = 8
 MAX_ROWS = 256
 MAX_IDS = 64
-_PART = 8 << 20
-"""Elements of a weight that are widened at once."""
+_PART = 256 << 10
+"""Elements of a weight that are widened at once: few enough to stay in a core's cache."""
+_SUMMED = 1024
+"""Subnormal terms that one output of a module may have lost."""
+PERIOD = 1_000_003
+"""Elements after which test values repeat. A prime, so that no rearrangement of rows, columns or tiles maps them onto
+themselves."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +71,42 @@ class Probe:
         weight = weight if self.form == "linear" else weight.t()
         wide = torch.float64 if weight.element_size() >= 4 else torch.float32
         rows = x.to(wide)
-        size = rows.norm(dim=1, keepdim=True) / math.sqrt(max(rows.shape[1], 1))
-        outs, spreads = [], []
-        for part in weight.split(max(1, _PART // max(weight.shape[1], 1))):  # type: ignore[no-untyped-call]
-            block = part.to(wide)
-            outs.append(rows @ block.t())
-            spreads.append(size * block.norm(dim=1))
-        out, spread = torch.cat(outs, dim=1), torch.cat(spreads, dim=1)
+        out, norms = _product(rows, weight, wide)
+        spread = rows.norm(dim=1, keepdim=True) / math.sqrt(max(rows.shape[1], 1)) * norms
         if self.bias:
             bias = values[self.bias].to(wide)
             out, spread = out + bias, spread + bias.abs()
         narrow, accumulate = _eps(weight.dtype, weight.device), _eps(torch.float32, weight.device)
         factor = 4 * narrow + 2 * math.sqrt(weight.shape[1]) * min(accumulate, narrow)
-        return out.double(), (factor * (out.abs() + spread)).double()
+        # A kernel may take any subnormal for zero: an input, a weight, a product, the bias, the result.
+        flushed = _tiny(weight.dtype) * (rows.abs().sum(dim=1, keepdim=True) + rows.shape[1] + 2)
+        return out.double(), (factor * (out.abs() + spread)).double() + flushed.double()
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows W^T, norm of each row of W) in `wide`, a cacheful of W at a time through one buffer."""
+    count, size = weight.shape
+    if weight.numel() <= _PART:
+        block = weight.to(wide)
+        return rows @ block.t(), block.norm(dim=1)
+    out = torch.empty(rows.shape[0], count, dtype=wide, device=weight.device)
+    norms = torch.empty(count, dtype=wide, device=weight.device)
+    step = max(1, _PART // max(size, 1))
+    buffer = torch.empty(min(step, count), size, dtype=wide, device=weight.device)
+    for start in range(0, count, step):
+        part = weight[start : start + step]
+        block = buffer[: len(part)].copy_(part)
+        out[:, start : start + step] = rows @ block.t()
+        torch.linalg.vector_norm(block, dim=1, out=norms[start : start + step])
+    return out, norms
 
 
 def twin_tolerance(reference: torch.Tensor) -> torch.Tensor:
-    """Per element: the same code on the same values may differ by rounding in another order, no more."""
-    wide = reference.double()
-    return 4 * _eps(reference.dtype, reference.device) * (wide.abs() + wide.square().mean().sqrt())
+    """Per element: the same code on the same values may differ by rounding in another order, or by what becomes of
+    subnormals, no more. Values that are not finite say nothing about the others."""
+    wide = reference.double().nan_to_num(0.0, 0.0, 0.0)
+    rounding = 4 * _eps(reference.dtype, reference.device) * (wide.abs() + wide.square().mean().sqrt())
+    return rounding + _SUMMED * _tiny(reference.dtype)
 
 
 def call(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -157,35 +180,62 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
         return f"output of shape {tuple(y.shape)} instead of {tuple(want.shape)}"
     if torch.equal(y, want.to(y.dtype)):
         return None
-    off = (y.double() - want.double()).abs()
-    bad = ~(off <= limit)
-    same = torch.isnan(y.double()) & torch.isnan(want.double())
-    bad &= ~same
-    bad &= ~(y.double() == want.double())  # equal infinities have no finite difference
+    have, wide = y.double(), want.double()
+    off = (have - wide).abs()
+    if bool((off <= limit).all()):
+        return None
+    # Which of NaN and infinity comes of a sum depends on its order; that neither becomes a number does not.
+    bad = ~(off <= limit) & ~(~have.isfinite() & ~wide.isfinite())
     if not bool(bad.any()):
         return None
     worst = int(torch.where(bad, torch.nan_to_num(off, nan=torch.inf), -1.0).argmax())
     at = tuple(int(k) for k in torch.unravel_index(torch.tensor(worst), off.shape))
-    got, expected = float(y.double()[at]), float(want.double()[at])
+    got, expected = float(have[at]), float(wide[at])
     return f"{int(bad.sum())} of {y.numel()} outputs off, at {at} {got:.6g} instead of {expected:.6g}"
 
 
 def random_values(shapes: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Values of about unit variance, different for each seed: experiments tell versions apart by them. Cheap: a byte of
-    randomness per element is enough for that."""
-    return [_random(like, np.random.default_rng((seed, k))) for k, like in enumerate(shapes)]
+    """Values of about unit variance, different for each seed: experiments tell versions apart by them."""
+    out = [torch.empty_like(like) for like in shapes]
+    for k, value in enumerate(out):
+        tile_into(value, random_tile(value, (seed, k)))
+    return out
 
 
-def _random(like: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+def random_tile(like: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
+    """Flat values of about unit variance for `tile_into`. A byte of randomness per element tells versions apart."""
+    generator, numel = np.random.default_rng(seed), min(like.numel(), PERIOD)
     if not like.is_floating_point():
         high = 2 if like.dtype is torch.bool else 100
-        return torch.from_numpy(generator.integers(0, high, like.shape, dtype=np.uint8)).to(like.device, like.dtype)
-    noise = torch.from_numpy(generator.integers(-128, 128, like.shape, dtype=np.int8)).to(like.device)
+        return torch.from_numpy(generator.integers(0, high, numel, dtype=np.uint8)).to(like.device, like.dtype)
+    noise = torch.from_numpy(generator.integers(-128, 128, numel, dtype=np.int8)).to(like.device)
     wide = noise.to(torch.bfloat16 if like.element_size() <= 2 else like.dtype).mul_(1 / 74)
     return wide.to(like.dtype)
+
+
+def tile_into(tensor: torch.Tensor, tile: torch.Tensor) -> None:
+    """Fill a dense tensor, in the order of its memory, with repetitions of `tile`."""
+    flat = layout.flat(tensor)
+    for start in range(0, len(flat), max(len(tile), 1)):
+        part = flat[start : start + len(tile)]
+        part.copy_(tile[: len(part)])
+
+
+def is_tiled(tensor: torch.Tensor, tile: torch.Tensor) -> bool:
+    """Does a dense tensor of the tile's dtype hold, bit for bit, what `tile_into` writes?"""
+    flat = layout.flat(tensor)
+    return all(
+        torch.equal(layout.bits(part), layout.bits(tile[: len(part)]))
+        for part in (flat[start : start + len(tile)] for start in range(0, len(flat), max(len(tile), 1)))
+    )
 
 
 def _eps(dtype: torch.dtype, device: torch.device) -> float:
     if dtype is torch.float32 and device.type == "cuda":
         return 2.0**-11  # matrix units may round inputs of fp32 products to tf32
     return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def _tiny(dtype: torch.dtype) -> float:
+    """Below this, kernels may put zero for a value. Narrower exponents are widened before anything is computed."""
+    return min(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny) if dtype.is_floating_point else 0.0

@@ -14,9 +14,7 @@ from pathlib import Path
 from bridge.arena import Arena
 from bridge.config import from_environment
 from bridge.errors import BridgeError, ProtocolError
-from bridge.mailbox import Mailbox
-from bridge.manifest import validate
-from bridge.messages import (
+from bridge.jobs import (
     AnyAnswer,
     AnyJob,
     BakeJob,
@@ -35,9 +33,12 @@ from bridge.messages import (
     ReadBackJob,
     VerifyJob,
 )
+from bridge.mailbox import Mailbox
+from bridge.manifest import validate
 from bridge.receipt import RankReport
 from bridge.wire import ErrorInfo, pack, unpack
 from engine_side.adapters.base import RankHost
+from engine_side.inplace import AttributeSnapshot
 from engine_side.loader import Loader
 from engine_side.verify import Verifier
 
@@ -69,6 +70,7 @@ class Rank:
         self._plans: dict[int, Planned] = {}
         self._mailbox: Mailbox | None = None
         self._touched = False
+        self._lost: AttributeSnapshot | None = None
 
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
@@ -151,9 +153,14 @@ class Rank:
     def _load(self, job: LoadJob) -> RankReport:
         planned, verifier = self._planned(job.plan), self._verifier(job.plan)
         self._touched = True
+        if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
+            self._lost.put_back()
+            self._lost = None
         outcome = planned.loader.apply(job.slot, job.changed)
         started = time.perf_counter()
         levels = verifier.run(job.levels, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
+        if any(level.level == "attributes" and not level.ok for level in levels):
+            self._lost = planned.loader.snapshot
         return RankReport(
             rank=self.host.rank,
             levels=levels,

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from bridge.deadline import Deadline
 from bridge.errors import ProtocolError
+from bridge.jobs import AnyAnswer, AnyJob, RankAnswer, RankFailed, RankJob
 from bridge.mailbox import Mailbox
-from bridge.messages import AnyAnswer, AnyJob, RankAnswer, RankFailed, RankJob
 from bridge.wire import pack, unpack
 from engine_side.adapters.base import EngineAdapter
 

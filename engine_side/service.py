@@ -7,10 +7,11 @@ in the user's process for `bridge.attach`. It knows states and order; it knows n
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bridge import canary
@@ -25,9 +26,24 @@ from bridge.errors import (
     EngineQuarantined,
     ProtocolError,
 )
+from bridge.jobs import (
+    BakeJob,
+    ExplainJob,
+    LoadJob,
+    LogprobsJob,
+    MapJob,
+    RankBake,
+    RankDone,
+    RankExplanation,
+    RankLoaded,
+    RankReadBack,
+    RankScores,
+    ReadBackJob,
+    Scores,
+    VerifyJob,
+)
 from bridge.ledger import EngineState, Standing
 from bridge.messages import (
-    BakeJob,
     EngineBake,
     EngineBaked,
     EngineCheck,
@@ -49,33 +65,30 @@ from bridge.messages import (
     EngineRestore,
     EngineResume,
     EngineVersionZero,
-    ExplainJob,
     FromEngine,
-    LoadJob,
-    LogprobsJob,
-    MapJob,
-    RankBake,
-    RankDone,
-    RankExplanation,
-    RankLoaded,
-    RankReadBack,
-    RankScores,
-    ReadBackJob,
     Refused,
-    Scores,
     ToEngine,
-    VerifyJob,
 )
 from bridge.receipt import CanaryResult, EngineReport, Failure, LevelResult, RankReport
 from bridge.wire import ErrorInfo, Sampling
 from engine_side.adapters.base import EngineAdapter
-from engine_side.checkpoint import write_checkpoint
+from engine_side.checkpoint import write_checkpoint, write_held
 from engine_side.failures import canary_error, level_error, raise_first_failure
 from engine_side.rankline import RankLine
 
 log = logging.getLogger(__name__)
 
 RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change"})
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What this engine says to the canary's prompts when it holds `version`."""
+
+    version: int
+    prompts: tuple[tuple[int, ...], ...]
+    scores: Scores
+    floor: float
 
 
 class EngineService:
@@ -95,6 +108,9 @@ class EngineService:
         self._pause_s = 0.0
         self._canary_s = 0.0
         self._warm_prompt: list[int] = []
+        self._floor = canary.DEFAULT_FLOOR
+        self._answers: Answers | None = None  # of the version that serves
+        self._fresh: Answers | None = None  # of the version that was just loaded
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -189,21 +205,26 @@ class EngineService:
             raise ProtocolError("this engine does not know that plan", where=self.id, got=str(plan)) from None
 
     def _read_back(self, request: EngineReadBack) -> EngineVersionZero:
-        """Live weights into the slot; where post-load work packed some away, the engine's own checkpoint instead."""
+        """Live weights into the slot; what post-load work packed away comes from the last commit, and what no push has
+        brought from the engine's own checkpoint."""
         deadline = Deadline.after(request.timeout_s)
         found = self._ranks.ask(ReadBackJob(request.plan, request.slot), RankReadBack, deadline)
         unreadable = sorted({name for answer in found for name in answer.unreadable})
         if not unreadable:
             return EngineVersionZero(True, "live")
+        arena, missing = self._arena(request.plan), unreadable
+        older = self._arenas.get(request.held_plan) if request.held_plan is not None else None
+        if older is not None and request.held_slot is not None:
+            missing = write_held(older, request.held_slot, arena, request.slot, missing)
         checkpoint = self.adapter.checkpoint
-        if checkpoint is None or self._standing.serving != 0:
-            got = f"{len(unreadable)} tensors packed away, {unreadable[0]} among them"
+        if missing and checkpoint is None:
+            got = f"{len(unreadable)} tensors packed away, {missing[0]} among them"
             return EngineVersionZero(False, "none", f"{got}, and the engine's checkpoint is not known")
-        arena = self._arena(request.plan)
-        missing = write_checkpoint(checkpoint, arena, request.slot)
+        if missing and checkpoint is not None:
+            missing = write_checkpoint(checkpoint, arena, request.slot, missing)
         if missing:
             return EngineVersionZero(False, "none", f"{checkpoint} does not hold {missing[0]}")
-        return EngineVersionZero(True, "checkpoint")
+        return EngineVersionZero(True, "stored")
 
     # ---- load and verify --------------------------------------------------------------------------------------------
 
@@ -216,9 +237,11 @@ class EngineService:
         drift: CanaryResult | None = None
         self._standing.move(EngineState.STAGING)
         try:
-            ranks = self._stage(request, phases)
+            ranks = self._stage(request, phases, deadline)
+            raise_first_failure(self.id, ranks)
             self._warm_cache(request)
             self._pause(request.options.inflight, deadline)
+            self._know_answers(request, deadline)
             ranks = self._write(request, ranks, phases, deadline)
             self._standing.move(EngineState.LOADED)
             raise_first_failure(self.id, ranks)
@@ -236,8 +259,9 @@ class EngineService:
         if self._standing.state is EngineState.QUARANTINED:
             log.warning("%s is quarantined (%s); a verified push will lift it", self.id, self._detail)
 
-    def _stage(self, request: EngineLoad, phases: dict[str, float]) -> tuple[RankReport, ...]:
-        """Before anything is written: the announced version is sealed, and its bytes are what was sealed."""
+    def _stage(self, request: EngineLoad, phases: dict[str, float], deadline: Deadline) -> tuple[RankReport, ...]:
+        """Before anything is written: the announced version is sealed, its bytes are what was sealed, and the plan
+        covers this engine."""
         arena = self._arena(request.plan)
         seal = arena.seal_of(request.slot)
         if seal is None or seal.root != request.root or seal.version != request.version:
@@ -255,15 +279,23 @@ class EngineService:
             note = "" if request.check else "digests were checked by another engine of this node"
             levels = (LevelResult("transfer", True, len(arena.manifest.tensors), note=note),)
         phases["transfer"] = time.perf_counter() - started
-        return tuple(RankReport(rank, levels) for rank in range(self.adapter.ranks))
+        if "coverage" not in request.options.levels:
+            return tuple(RankReport(rank, levels) for rank in range(self.adapter.ranks))
+        covered = self._ranks.ask(VerifyJob(request.plan, request.slot, ("coverage",)), RankLoaded, deadline)
+        return tuple(RankReport(rank, (*levels, *a.report.levels)) for rank, a in enumerate(covered))
 
     def _write(
         self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
     ) -> tuple[RankReport, ...]:
         self._ranks.touched = True
-        levels = tuple(level for level in request.options.levels if level in RANK_LEVELS)
+        levels = tuple(level for level in request.options.levels if level in RANK_LEVELS - {"coverage"})
         job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous)
         loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
+        if self._only_skipped_failed(request, loaded):
+            # what was skipped as unchanged is not what this engine was given: somebody wrote to it since. Load it all.
+            log.warning("%s does not hold what it was given; everything is loaded anew", self.id)
+            job = LoadJob(request.plan, request.slot, levels, None, request.previous)
+            loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         for phase in ("load", "postload", "verify"):
             phases[phase] = max(getattr(report, f"{phase}_s") for report in loaded)
         return tuple(
@@ -281,17 +313,46 @@ class EngineService:
             for s, r in zip(staged, loaded, strict=True)
         )
 
+    def _only_skipped_failed(self, request: EngineLoad, loaded: Sequence[RankReport]) -> bool:
+        """Something failed, and nothing that this load wrote: a fault of the load itself must not be healed in silence."""
+        if request.changed is None:
+            return False
+        names = [spec.name for spec in self._arena(request.plan).manifest.tensors]
+        written = {names[k] for k in request.changed}
+        bad = [(level.level, f.name) for r in loaded for level in r.levels for f in level.failures if not level.ok]
+        stored = all(level in ("read-back", "probe") for level, _ in bad)
+        return bool(bad) and stored and written.isdisjoint(name.partition(" -> ")[0] for _, name in bad)
+
     def _canary(self, request: EngineLoad, deadline: Deadline) -> CanaryResult | None:
         """The engine's own log-probabilities, past the scheduler, against the trainer's."""
-        self._canary_s = 0.0
+        self._canary_s, self._fresh = 0.0, None
         if "canary" not in request.options.levels or request.reference is None or not self.adapter.can_generate:
             return None
         started = time.perf_counter()
         scores = self._scores(request.reference.prompts, deadline)
         self._canary_s = time.perf_counter() - started
+        self._fresh = Answers(request.version, request.reference.prompts, scores, request.canary_floor)
         return canary.compare(
             request.reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline
         )
+
+    def _know_answers(self, request: EngineLoad, deadline: Deadline) -> None:
+        """Before the first write: what the version that serves now answers, unless the last canary has told. Bits and
+        probes do not show derived state, so the way back is weighed against this as well."""
+        asked = "canary" in request.options.levels and self.adapter.can_generate
+        serving = self._standing.serving
+        if asked and request.reference is not None and self._answers is None and serving is not None:
+            prompts = request.reference.prompts
+            self._answers = Answers(serving, prompts, self._scores(prompts, deadline), request.canary_floor)
+
+    def _require_former_answers(self, version: int, deadline: Deadline) -> None:
+        known = self._answers
+        if known is None or known.version != version:
+            return
+        scores = self._scores(known.prompts, deadline)
+        drift = canary.compare(known.scores, scores, floor=known.floor, baseline=None)
+        if not drift.ok:
+            raise canary_error(self.id, drift)
 
     def _scores(self, prompts: tuple[tuple[int, ...], ...], deadline: Deadline) -> Scores:
         return self._ranks.ask(LogprobsJob(prompts), RankScores, deadline)[0].logprobs
@@ -318,6 +379,7 @@ class EngineService:
         if not wanted or not self.adapter.can_generate or self._standing.serving is None or request.reference is None:
             return
         prompt = max((list(p) for p in request.reference.prompts), key=len)
+        self._floor = request.canary_floor
         self.adapter.generate([prompt], Sampling(max_tokens=1, temperature=0.0), past_gate=True)
         self._warm_prompt = prompt
 
@@ -351,8 +413,8 @@ class EngineService:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
             return LevelResult("cache", False, 1, (failure,))
         fresh = self._scores(((*prompt, again.token_ids[0]),), deadline)[0][-1]
-        drift = abs(fresh - again.logprobs[0])
-        if not math.isfinite(drift) or drift > canary.DEFAULT_FLOOR:
+        weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
+        if not weighed.ok:
             failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")
             return LevelResult("cache", False, 2, (failure,))
         return LevelResult("cache", True, 2)
@@ -362,6 +424,7 @@ class EngineService:
             raise ProtocolError(
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
+        self._answers = self._fresh
         self._publish(request.version)
         return EngineOk(self._report())
 
@@ -394,6 +457,7 @@ class EngineService:
             ranks = tuple(answer.report for answer in self._ranks.ask(job, RankLoaded, deadline))
             self._standing.move(EngineState.LOADED)
             raise_first_failure(self.id, ranks)
+            self._require_former_answers(request.version, deadline)
             self._standing.move(EngineState.VERIFIED)
             if self.adapter.can_generate and not self.adapter.reset_caches():
                 raise EngineQuarantined("the engine refused to reset its caches", where=self.id)

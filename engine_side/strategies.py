@@ -10,9 +10,11 @@ wrote must show in the module's output as it does in a freshly loaded twin.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -82,10 +84,11 @@ class Decided:
 
     def counts(self) -> dict[str, int]:
         """Modules per strategy."""
-        out: dict[str, int] = {}
-        for choice in self.choices.values():
-            out[choice.strategy.value] = out.get(choice.strategy.value, 0) + 1
-        return out
+        return dict(self._counts)
+
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        return Counter(choice.strategy.value for choice in self.choices.values())
 
 
 def decide(host: RankHost, baked: Baked) -> Decided:
@@ -127,6 +130,7 @@ def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
             holders.setdefault(place.target, []).append(path)
     out: list[Cluster] = []
     done: set[str] = set()
+    order = {path: k for k, path in enumerate(modules)}
     for path in modules:
         if path in done:
             continue
@@ -137,7 +141,7 @@ def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
                 members.update(fresh)
                 todo.extend(fresh)
         done |= members
-        out.append(_cluster(template, tuple(p for p in modules if p in members), modules))
+        out.append(_cluster(template, tuple(sorted(members, key=order.__getitem__)), modules))
     return out
 
 
@@ -203,15 +207,16 @@ class _Experiment:
         self.host, self.baked, self.group, self.live, self.twins = host, baked, group, live, twins
         self.cluster = group[0]
         self.device = device_of(live[self.cluster.paths[0]])
-        self.blank = [
-            torch.empty_strided(r.shape, r.strides, dtype=r.dtype, device=self.device) for r in self.cluster.roles
-        ]
         self.probes: list[Probe | None] = []
 
     def run(self) -> list[Choice]:
         """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
         native = [self.baked.plan.native.get(path, "") for path in self.cluster.paths]
-        stored = self._stored()
+        stored, plain = self._stored()
+        if plain is not None and not any(native) and self._follows_as_is(plain):
+            return [self._choice(k, Strategy.IN_PLACE, _storage_reason(names), names) for k, names in enumerate(stored)]
+        if plain is not None:
+            self.twins.retire(plain)
         old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
         fresh = self._loaded(new)
         self.probes = [
@@ -219,6 +224,7 @@ class _Experiment:
             for k, module in enumerate(fresh.modules)
         ]
         want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
+        self.twins.retire(fresh)
         plans = [Strategy.NATIVE if why else _first(names) for why, names in zip(native, stored, strict=True)]
         reasons = [why or _storage_reason(names) for why, names in zip(native, stored, strict=True)]
         while True:
@@ -232,6 +238,41 @@ class _Experiment:
                 reasons[k] = f"{plans[k].value}: {why}"
                 plans[k] = higher
         return [self._choice(k, plans[k], reasons[k], stored[k]) for k in range(len(plans))]
+
+    @cached_property
+    def blank(self) -> list[torch.Tensor]:
+        """A tensor per role, untouched memory."""
+        return [torch.empty_strided(r.shape, r.strides, dtype=r.dtype, device=self.device) for r in self.cluster.roles]
+
+    def _follows_as_is(self, twin: Twin) -> bool:
+        """Modules without any step after the load, whose storage is canonical: does their output follow what is written
+        there, as the arithmetic of a known form says? Then nothing else need be tried, and a single twin is enough.
+
+        The first look comes before the second values are written, so that a copy kept by a first call would show.
+        """
+        values = twin.by_role()
+        found: list[Probe] = []
+        before: list[torch.Tensor] = []
+        for version in (1, 2):
+            for role, value in enumerate(values):
+                probes.tile_into(value, probes.random_tile(value, (version, role)))
+            for k, module in enumerate(twin.modules):
+                named = self._named(k, values)
+                if version == 1:
+                    probe = probes.find(self.host, module, named, self._first_rows(k))
+                    if probe is None or probe.form == "twin":
+                        return False
+                    found.append(probe)
+                x = found[k].inputs(self.device)
+                y = probes.call(self.host, module, x)
+                if y is None:
+                    return False
+                if version == 1:
+                    before.append(y)
+                elif torch.equal(y, before[k]) or probes.matches(found[k], x, y, named) is not None:
+                    return False
+        self.probes = list(found)
+        return True
 
     def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> Choice:
         probe = self.probes[k]
@@ -325,24 +366,31 @@ class _Experiment:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
 
-    def _stored(self) -> list[dict[str, Stored]]:
-        """How each canonical tensor lies in the module after post-load."""
-        noise = [_noise(blank, k) for k, blank in enumerate(self.blank)]
-        twin = self._loaded(noise)
+    def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
+        """How each canonical tensor lies in the module after post-load; the twin, where nothing at all was done to it."""
+        twin = self._twin()
+        values = twin.by_role()
+        noise = [_noise(value, k) for k, value in enumerate(values)]
+        for value, tile in zip(values, noise, strict=True):
+            probes.tile_into(value, tile)
+        worked = twin.post_load(self.host)
         out: list[dict[str, Stored]] = []
         doubtful: set[tuple[int, str]] = set()
         for k, module in enumerate(twin.modules):
             names: dict[str, Stored] = {}
             for name, role in self.cluster.places[k].items():
-                names[name], settled = _compare_storage(held(module, name), noise[role])
+                names[name], settled = _compare_storage(held(module, name), self.cluster.roles[role], noise[role])
                 if not settled:
                     doubtful.add((k, name))
             out.append(names)
+        if not worked and all(stored.identity for names in out for stored in names.values()):
+            return out, twin
+        self.twins.retire(twin)
         if doubtful:
             for (k, name), found in self._permutations(doubtful).items():
                 now = out[k][name]
                 out[k][name] = replace(now, held=found[0], origin=found[1]) if found else now
-        return out
+        return out, None
 
     def _permutations(self, doubtful: set[tuple[int, str]]) -> dict[tuple[int, str], tuple[Region, Region] | None]:
         bases = [layout.exact_base(r.dtype) for r in self.cluster.roles]
@@ -359,6 +407,7 @@ class _Experiment:
                 now = held(twin.modules[key[0]], key[1])
                 if now is not None:
                     shown[key].append(layout.flat(now).clone())
+            self.twins.retire(twin)
         return {key: layout.affine(shown[key], bases[role_of[key]]) for key in doubtful if shown[key]}
 
 
@@ -374,32 +423,29 @@ def write_stored(live: torch.Tensor, stored: Stored, value: torch.Tensor) -> Non
 
 
 def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Values of which no other order looks the same; a short tensor gets its own indices."""
+    """A tile of values of which no other order looks the same; a short tensor gets its own indices."""
     base = layout.exact_base(like.dtype)
-    numel = like.numel()
+    numel = min(like.numel(), probes.PERIOD)
     if numel <= base:
         values = torch.arange(numel)
     else:
         values = torch.from_numpy(np.random.default_rng(seed).integers(0, base, numel, dtype=np.uint8))
-    out = torch.empty_like(like)
-    layout.flat(out).copy_(values)
-    return out
+    return values.to(like.device, like.dtype)
 
 
-def _compare_storage(now: torch.Tensor | None, filled: torch.Tensor) -> tuple[Stored, bool]:
+def _compare_storage(now: torch.Tensor | None, role: Role, tile: torch.Tensor) -> tuple[Stored, bool]:
     """(what is stored, whether that is settled) by comparing the module's tensor with what was filled in."""
     if now is None:
-        return Stored((), (), filled.dtype, None, None, "post-load removed it"), True
+        return Stored((), (), role.dtype, None, None, "post-load removed it"), True
     now = now.detach()
     lies = Stored(tuple(now.shape), tuple(now.stride()), now.dtype, None, None)
-    if now.numel() != filled.numel():
-        return replace(lies, why=f"post-load left {list(now.shape)} of {list(filled.shape)}"), True
-    if now.dtype != filled.dtype:
-        return replace(lies, why=f"post-load cast {filled.dtype} to {now.dtype}"), True
+    if now.numel() != math.prod(role.shape):
+        return replace(lies, why=f"post-load left {list(now.shape)} of {list(role.shape)}"), True
+    if now.dtype != role.dtype:
+        return replace(lies, why=f"post-load cast {role.dtype} to {now.dtype}"), True
     if not layout.is_dense(now):
         return replace(lies, why="post-load left gaps between its elements"), True
-    whole = layout.flat(filled)
-    if torch.equal(layout.bits(layout.flat(now)), layout.bits(whole)):
+    if probes.is_tiled(now, tile):
         plain = dense((now.numel(),))
         return replace(lies, held=plain, origin=plain), True
     return replace(lies, why="post-load changed its values"), False

@@ -50,6 +50,7 @@ class Twin:
     modules: list[nn.Module]
     templates: list[nn.Module]
     before: list[State] = field(default_factory=list)
+    memory: list[torch.Tensor] = field(default_factory=list)
 
     def fill(self, values: Sequence[torch.Tensor]) -> None:
         """Put canonical values (one per role) into the modules, as a loader would."""
@@ -58,11 +59,18 @@ class Twin:
                 for name, role in names.items():
                     tensor_of(module, name).detach().copy_(values[role])
 
-    def post_load(self, host: RankHost) -> None:
-        """The engine's step on every module, in the skeleton's order."""
+    def by_role(self) -> list[torch.Tensor]:
+        """The tensor of every role, before post-load."""
+        found: dict[int, torch.Tensor] = {}
+        for module, names in zip(self.modules, self.cluster.places, strict=True):
+            for name, role in names.items():
+                found.setdefault(role, tensor_of(module, name).detach())
+        return [found[role] for role in range(len(self.cluster.roles))]
+
+    def post_load(self, host: RankHost) -> bool:
+        """The engine's step on every module, in the skeleton's order. False when none of them has one."""
         self.before = [State.of(module) for module in self.modules]
-        for module in self.modules:
-            host.post_load(module)
+        return any([host.post_load(module) for module in self.modules])
 
 
 class TwinSource:
@@ -73,6 +81,7 @@ class TwinSource:
         self.template = template
         self._skeleton: nn.Module | None = None
         self._used: set[str] = set()
+        self._spare: Spare = {}
 
     def take(self, options: Sequence[Cluster], live: Mapping[str, nn.Module]) -> Twin:
         """A fresh twin of any one of `options` (alike for our purpose); `live` maps module paths to live modules, from
@@ -84,9 +93,16 @@ class TwinSource:
         modules = [self._skeleton.get_submodule(path) for path in choice.paths]
         templates = [self.template.get_submodule(path) for path in choice.paths]
         made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
+        memory: list[torch.Tensor] = []
         for path, module in zip(choice.paths, modules, strict=True):
-            materialise(module, live[path], made)
-        return Twin(choice, modules, templates)
+            materialise(module, live[path], made, self._spare, memory)
+        return Twin(choice, modules, templates, memory=memory)
+
+    def retire(self, twin: Twin) -> None:
+        """Nobody will look at this twin again: the next ones may have its memory, which spares them fresh pages."""
+        for data in twin.memory:
+            self._spare.setdefault(_kind(data), []).append(data)
+        twin.memory = []
 
     @property
     def skeleton(self) -> nn.Module:
@@ -98,11 +114,28 @@ class TwinSource:
     def forget(self) -> None:
         """Let the memory of used twins go."""
         self._skeleton, self._used = None, set()
+        self._spare.clear()
 
 
-def materialise(module: nn.Module, live: nn.Module, made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor]) -> None:
-    """Give a meta module's own parameters and buffers memory on the live module's device, keeping class, attributes and
-    ties (`made`). Non-persistent buffers take the live values: no checkpoint holds them."""
+Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+Spare = dict[Kind, list[torch.Tensor]]
+"""Memory by what it can be: shape, strides, dtype, device."""
+
+
+def _kind(tensor: torch.Tensor) -> Kind:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def materialise(
+    module: nn.Module,
+    live: nn.Module,
+    made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor],
+    spare: Spare,
+    memory: list[torch.Tensor],
+) -> None:
+    """Give a meta module's own parameters and buffers memory on the live module's device (from `spare` where it fits;
+    all of it is noted in `memory`), keeping class, attributes and ties (`made`). Non-persistent buffers take the live
+    values: no checkpoint holds them."""
     device = device_of(live)
     swap: dict[int, torch.Tensor] = {}
     for registry in (module._parameters, module._buffers):
@@ -111,7 +144,12 @@ def materialise(module: nn.Module, live: nn.Module, made: dict[tuple[int, int, t
                 continue
             key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape))
             if key not in made or not tensor.numel():
-                data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                old = spare.get((tensor.shape, tensor.stride(), tensor.dtype, device))
+                if old:
+                    data = old.pop()
+                else:
+                    data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                memory.append(data)
                 known = live._buffers.get(name) if name in module._non_persistent_buffers_set else None
                 if known is not None and known.shape == data.shape:
                     data.copy_(known)

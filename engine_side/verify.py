@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from bridge.errors import ConfigError
+from bridge.memory import uncollected
 from bridge.plan import dest_coverage
 from bridge.receipt import Failure, LevelResult
 from engine_side import probes
@@ -25,6 +26,7 @@ from engine_side.copies import Chunk, chunks, differing, first_difference, run_a
 from engine_side.inplace import AttributeSnapshot, diff
 from engine_side.layout import bits
 from engine_side.loader import Loader, LoadOutcome
+from engine_side.probes import Probe
 from engine_side.strategies import Choice
 from engine_side.twins import device_of, reachable
 
@@ -43,6 +45,8 @@ class Verifier:
         self._covered: dict[bytes, LevelResult] = {}
         self._probed = False
         self._chunks: dict[int, tuple[object, list[list[Chunk]]]] = {}
+        self._packed = [choice for choice in loader.decided.choices.values() if not choice.direct]
+        self._inputs: dict[tuple[Probe, torch.device], torch.Tensor] = {}
 
     def run(
         self,
@@ -75,9 +79,9 @@ class Verifier:
     def canary_only(self) -> tuple[str, ...]:
         """Modules that neither read-back nor a probe can judge."""
         return tuple(
-            path
-            for path, choice in self.loader.decided.choices.items()
-            if choice.probe is None and not choice.direct and reachable(self.loader.decided.live[path])[1]
+            choice.path
+            for choice in self._packed
+            if choice.probe is None and reachable(self.loader.decided.live[choice.path])[1]
         )
 
     # ---- levels ------------------------------------------------------------------------------------------------------
@@ -144,23 +148,25 @@ class Verifier:
     def probe(self, slot: int, *, every: bool = False) -> LevelResult:
         """Call the modules whose storage does not show their weights (`every`: all that can be called)."""
         failures: list[Failure] = []
-        checked = 0
-        for choice in self.loader.decided.choices.values():
-            if choice.direct and (not every or choice.probe is None):
-                continue
-            why = self._probe_one(choice, slot)
-            checked += 1
-            if why is not None:
-                failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
+        wanted = self._packed
+        if every:
+            wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probe is not None]
+        with uncollected():
+            for choice in wanted:
+                why = self._probe_one(choice, slot)
+                if why is not None:
+                    failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
         self.loader.decided.twins.forget()
-        return _result("probe", checked, failures)
+        self._inputs.clear()
+        note = "" if wanted else "nothing is packed: read-back shows every weight"
+        return _result("probe", len(wanted), failures, note)
 
     def change(self, slot: int, previous: int, changed: Collection[int] | None = None) -> LevelResult:
         """What changed in the trainer must not still show the version before."""
         wanted = set(range(len(self.loader.mapped.manifest.tensors))) if changed is None else set(changed)
         failures = self._unmoved_storage(slot, previous, wanted)
-        for choice in self.loader.decided.choices.values():
-            if choice.direct or choice.probe is None or wanted.isdisjoint(self.loader.feeds(choice.path)):
+        for choice in self._packed:
+            if choice.probe is None or wanted.isdisjoint(self.loader.feeds(choice.path)):
                 continue
             why = self._unmoved_output(choice, slot, previous)
             if why is not None:
@@ -210,19 +216,26 @@ class Verifier:
         module = self.loader.decided.live[choice.path]
         if choice.probe is None:
             raise ConfigError("this module cannot be called alone", where=choice.path)
-        return probes.call(self.loader.host, module, choice.probe.inputs(self._device(choice)))
+        return probes.call(self.loader.host, module, self._input(choice.probe, choice))
 
     def _reference(self, choice: Choice, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(output, tolerance) of the arena's weights."""
         probe = choice.probe
         if probe is None:
             raise ConfigError("this module cannot be called alone", where=choice.path)
-        x = probe.inputs(self._device(choice))
+        x = self._input(probe, choice)
         if probe.form != "twin":
             return probe.reference(x, self.loader.values(choice, slot))
         twin, k = self.loader.twin(choice, slot)
         y = probes.call(self.loader.host, twin.modules[k], x)
         return None if y is None else (y, probes.twin_tolerance(y))
+
+    def _input(self, probe: Probe, choice: Choice) -> torch.Tensor:
+        """What a probe feeds in, made once for all modules that are alike."""
+        key = (probe, self._device(choice))
+        if key not in self._inputs:
+            self._inputs[key] = probe.inputs(key[1])
+        return self._inputs[key]
 
     def _compare_state(self, choice: Choice, slot: int) -> str | None:
         """A module that cannot be called: everything it holds against a twin's. Closed state is the canary's."""
@@ -268,7 +281,7 @@ def _as_live(sent: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     return bits(sent.to(device=live.device, dtype=live.dtype).contiguous())
 
 
-def _result(level: str, checked: int, failures: Sequence[Failure]) -> LevelResult:
+def _result(level: str, checked: int, failures: Sequence[Failure], note: str = "") -> LevelResult:
     shown = tuple(failures[:SHOWN])
-    note = f"{len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
+    note = f"{len(failures) - SHOWN} more" if len(failures) > SHOWN else note
     return LevelResult(level, not failures, checked, shown, note)

@@ -137,7 +137,10 @@ def freeze_a_tensor(rig: Rig, patch: Patch) -> None:
     def before() -> None:
         kept.append(parameter(rig, DOWN).detach().clone())
 
-    around_apply(patch, before, lambda: parameter(rig, DOWN).detach().copy_(kept[0]) and None)
+    def after() -> None:
+        parameter(rig, DOWN).detach().copy_(kept[0])
+
+    around_apply(patch, before, after)
 
 
 def bend_rope(rig: Rig, patch: Patch, *, forever: bool = False) -> None:

@@ -1,7 +1,8 @@
-"""Every family of the embedded engine, pushed from its transformers model: dtypes, ranks and layouts, a covering set."""
+"""Every family of the embedded engine, pushed from its transformers model: a covering set of dtypes, ranks, layouts."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ LIMIT = {"fp32": 1e-4, "bf16": 0.02}
 """Mean |difference| in nats to transformers in the same dtype."""
 CASES = [
     # family, tied, engine dtype, ranks, layout
-    ("llama", False, "fp32", 1, "transposed"),
+    ("llama", False, "fp32", 2, "transposed"),
     ("llama", True, "bf16", 2, "canonical"),
-    ("llama-biased", False, "fp32", 2, "shuffled"),
+    ("llama-biased", False, "fp32", 1, "shuffled"),
     ("qwen2", False, "bf16", 2, "packed"),
     ("qwen2", True, "fp32", 1, "packed"),
     ("qwen2", True, "fp32", 2, "canonical"),
@@ -47,27 +48,30 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, 
         engine.close()
 
 
-def expected(model: Any, limit: float) -> Any:
-    """The model as the engine should hold it: in its dtype."""
+def drift(engine: Engine, model: Any, limit: float) -> tuple[float, float]:
+    """Mean |difference| of the engine to the model with its weights in the engine's dtype, and what may be: `limit`, or
+    what transformers itself loses in that dtype (bf16 tips an expert's choice now and then)."""
+    got = engine.prompt_logprobs(prompts())
     if limit == LIMIT["fp32"]:
-        return model
-    import copy
-
-    return copy.deepcopy(model).to(torch.bfloat16)
+        return mean_difference(got, reference_logprobs(model, prompts())), limit
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    computed_narrow = reference_logprobs(narrow, prompts())
+    exact = reference_logprobs(narrow.float(), prompts())
+    return mean_difference(got, exact), max(limit, 1.5 * mean_difference(computed_narrow, exact))
 
 
 def test_two_pushes_end_in_the_trainers_policy(pair: tuple[Any, Engine, bridge.Bridge, float]) -> None:
     model, engine, b, limit = pair
     ranks = engine.config.tensor_parallel_size
     for step in (1, 2):
-        perturb(model, seed=step, scale=0.1)
-        stale = mean_difference(engine.prompt_logprobs(prompts()), reference_logprobs(model, prompts()))
-        assert stale > 4 * limit, "the step must be visible, else this test shows nothing"
+        perturb(model, seed=step, scale=0.05)
+        stale, allowed = drift(engine, model, limit)
+        assert stale > 3 * allowed, "the step must be visible, else this test shows nothing"
         receipt = b.push(model.named_parameters())
         assert receipt.verified is True, receipt.engines
         assert [rank.rank for rank in receipt.engines[0].ranks] == list(range(ranks))
-        wanted = reference_logprobs(expected(model, limit), prompts())
-        assert mean_difference(engine.prompt_logprobs(prompts()), wanted) < limit
+        served, allowed = drift(engine, model, limit)
+        assert served < allowed
     report = b.health()
     assert report.healthy, [check for check in report.checks if not check.ok]
     if limit == LIMIT["fp32"]:

@@ -1,0 +1,133 @@
+"""What an engine service asks of its ranks, and what they answer: one job per dispatch, one mailbox page per answer."""
+
+from __future__ import annotations
+
+import msgspec
+
+from bridge.manifest import Manifest, TensorInfo
+from bridge.plan import Region
+from bridge.receipt import RankReport
+from bridge.wire import ErrorInfo, Message
+
+Prompts = tuple[tuple[int, ...], ...]
+Scores = tuple[tuple[float, ...], ...]
+
+
+class BakeJob(Message, frozen=True):
+    """Trace the engine's loader on the announced tensors; keep the result under `plan`, an id chosen by the asker."""
+
+    plan: int
+    tensors: tuple[TensorInfo, ...]
+    partial: bool = False
+
+
+class MapJob(Message, frozen=True):
+    """Map an arena file and compile plan `plan` onto it; forget every other plan except `keep`."""
+
+    plan: int
+    path: str
+    manifest: Manifest
+    keep: tuple[int, ...] = ()
+
+
+class LoadJob(Message, frozen=True):
+    """Load `slot` through `plan` and run the named verification levels. `changed` restricts the copies to tensors (by
+    index in the manifest) whose bits differ from what this engine already holds; None loads everything. `previous` is
+    the slot of the version held before, for the change level."""
+
+    plan: int
+    slot: int
+    levels: tuple[str, ...]
+    changed: tuple[int, ...] | None = None
+    previous: int | None = None
+
+
+class VerifyJob(Message, frozen=True):
+    """Run levels against `slot` without writing anything."""
+
+    plan: int
+    slot: int
+    levels: tuple[str, ...]
+
+
+class LogprobsJob(Message, frozen=True):
+    """Prompt log-probabilities past the scheduler; all ranks take part, rank 0 answers."""
+
+    prompts: Prompts
+
+
+class ReadBackJob(Message, frozen=True):
+    """Write this rank's live weights into `slot` as version 0; answers the tensors that could not be read back."""
+
+    plan: int
+    slot: int
+
+
+class ExplainJob(Message, frozen=True):
+    """Where one canonical tensor goes on this rank."""
+
+    plan: int
+    name: str
+
+
+AnyJob = BakeJob | MapJob | LoadJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
+
+
+class RankJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A job with its return address: rank r answers on page `page + r` of `mailbox`, under `nonce`."""
+
+    mailbox: str
+    page: int
+    nonce: int
+    job: AnyJob
+
+
+class RankBake(Message, frozen=True):
+    """A rank's plan in summary. `dtypes` maps sent tensors to the dtype they land in; `read` holds the source regions
+    of tensors that this rank reads only in part (absent: whole), `unread` those it does not touch at all."""
+
+    digest: bytes
+    dtypes: dict[str, str]
+    unread: tuple[str, ...] = ()
+    read: dict[str, tuple[Region, ...]] = {}
+    strategies: dict[str, int] = {}
+    native: dict[str, str] = {}
+    moves: int = 0
+
+
+class RankLoaded(Message, frozen=True):
+    report: RankReport
+
+
+class RankScores(Message, frozen=True):
+    logprobs: Scores
+
+
+class RankReadBack(Message, frozen=True):
+    unreadable: tuple[str, ...] = ()
+
+
+class RankExplanation(Message, frozen=True):
+    """Lines for people and rows for programs: tensor -> parameter, strategy, reason."""
+
+    rows: tuple[dict[str, str], ...]
+
+
+class RankDone(Message, frozen=True):
+    pass
+
+
+class RankFailed(Message, frozen=True):
+    """The job raised. `touched`: live parameters may have been written."""
+
+    error: ErrorInfo
+    touched: bool = False
+
+
+AnyAnswer = RankBake | RankLoaded | RankScores | RankReadBack | RankExplanation | RankDone | RankFailed
+
+
+class RankAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rank: int
+    nonce: int
+    answer: AnyAnswer

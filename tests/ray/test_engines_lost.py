@@ -1,0 +1,79 @@
+"""Two engines of which one is wrong, hangs or dies: the others are put back and go on serving."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bridge
+from bridge import daemon
+from bridge.api import _on_ray
+from bridge.config import from_environment
+from tests.conftest import perturb, tiny_qwen2
+from tests.ray.conftest import Home, eventually, gone
+from tests.ray.test_daemon import GREEDY, PROMPT, generated, greedy
+
+
+@pytest.fixture
+def uneven(run: dict[str, Any], home: Home, start_folder: Path, tmp_path: Path) -> Iterator[bridge.Bridge]:
+    """Engine 1 has the same weights under another rope: bits and probes will pass there, its outputs will not."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(start_folder, wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 3.0}
+    (wrong / "config.json").write_text(json.dumps(config))
+    daemon.ensure_ray()
+    specs = [(f"embedded:{start_folder}", {}), (f"embedded:{wrong}", {})]
+    coordinator, engines = daemon.start("uneven", specs, from_environment())
+    b = _on_ray("uneven", coordinator, engines)
+    yield b
+    b.shutdown()
+
+
+def test_one_wrong_engine_and_one_lost_engine(uneven: bridge.Bridge, home: Home) -> None:
+    """Part one: engine 1 fails its canary, both go back. Part two: it is killed, engine 0 still goes back and serves."""
+    start = tiny_qwen2(seed=0)
+    model = tiny_qwen2(seed=0)
+    uneven.bind(model)
+    perturb(model, seed=1)
+    before = generated(uneven)
+    assert before[0] == (0, greedy(start))
+    assert greedy(model) != greedy(start), "the step must be visible, else this test shows nothing"
+
+    with pytest.raises(bridge.PushAborted, match="engine1") as caught:
+        uneven.push(model.named_parameters())
+    assert isinstance(caught.value.__cause__, bridge.CanaryMismatch)
+    assert caught.value.serving == {"engine0": 0, "engine1": 0}
+    assert generated(uneven) == before
+    reports = {report.id: report for report in caught.value.receipt.engines}
+    assert reports["engine0"].canary.mean_abs < reports["engine0"].canary.limit
+    assert reports["engine1"].canary.mean_abs > reports["engine1"].canary.limit
+    # judged by bits alone, both have what the trainer sent
+    receipt = uneven.push(model.named_parameters(), verify="weights")
+    assert [e.serving for e in receipt.engines] == [receipt.version] * 2
+    assert generated(uneven)[0] == (receipt.version, greedy(model))
+
+    victim = next(e.pid for e in uneven.status().engines if e.id == "engine1")
+    os.kill(victim, signal.SIGKILL)
+    assert eventually(lambda: gone(victim))
+    served = greedy(model)
+    perturb(model, seed=2)
+    began = time.monotonic()
+    with pytest.raises((bridge.PushAborted, bridge.PeerLost), match="engine1"):
+        uneven.push(model.named_parameters(), verify="weights", timeout_s=20)
+    assert time.monotonic() - began < 20 + 10
+    (completion,) = uneven.engines[0].generate([PROMPT], GREEDY)
+    assert (completion.weight_version, list(completion.token_ids)) == (receipt.version, served)
+    report = uneven.health()
+    assert not report.healthy
+    assert [check.name for check in report.checks if not check.ok and "alive" in check.name] == ["engine1 alive"]
+    with pytest.raises(bridge.PeerLost, match="engine1"):
+        uneven.engines[1].generate([PROMPT], GREEDY)
