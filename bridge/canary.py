@@ -48,8 +48,8 @@ def compare(
     """Weigh an engine's log-probabilities against the trainer's.
 
     `baseline` is the mean of the first verified sync, None before it: a first sync above the floor is a failure, not a
-    baseline. Raises CanaryMismatch when the two do not even have the same form. Where both are NaN, or the same infinity,
-    they agree (weights that are not finite were let pass); where only one is, the mean is infinite.
+    baseline. Raises CanaryMismatch when the two do not even have the same form. Where both are NaN, or the same
+    infinity, they agree (weights that are not finite were let pass); where only one is, the mean is infinite.
     """
     if [len(row) for row in reference] != [len(row) for row in got]:
         raise CanaryMismatch(

@@ -59,6 +59,9 @@ LEVELS_OF: Mapping[str, tuple[str, ...]] = {
 }
 RESTORE_TIMEOUT_S = 120.0
 """Putting engines back has a deadline of its own: a push that ran out of time must still be undone."""
+LOST_TIMEOUT_S = 3.0
+"""How long an engine that has not answered is waited for when it is told to go back: it may be hanging for good, and
+what it is told waits for it."""
 
 
 class HeldVersion(Protocol):
@@ -110,6 +113,7 @@ class Fleet:
         )
         self._infos: dict[str, EngineInfo] = {}
         self._baseline: dict[str, float] = {}
+        self._turn = time.time_ns()  # a coordinator that was started again goes on above the turns of the last one
 
     # ---- fan-out ----------------------------------------------------------------------------------------------------
 
@@ -174,11 +178,10 @@ class Fleet:
         message = EngineMap(plan, path, manifest, keep, deadline.remaining_s)
         self._all(lambda e: expect(e.call(message, deadline), EngineOk))
 
-    def keep_current(
-        self, plan: int, slot: int, arena: Arena, held: HeldVersion | None, deadline: Deadline
-    ) -> bool:
-        """Put what the engines serve now into `slot` and seal it as the version `held` (0 without one). False when it cannot be had, or when the
-        engines do not all serve the same weights; then a failing next push ends in quarantine."""
+    def keep_current(self, plan: int, slot: int, arena: Arena, held: HeldVersion | None, deadline: Deadline) -> bool:
+        """Put what the engines serve now into `slot` and seal it as the version `held` (0 without one). False when it
+        cannot be had, or when the engines do not all serve the same weights; then a failing next push ends in
+        quarantine."""
         first, *rest = self._engines
         arena.begin(slot)
         version = held.version if held is not None else 0
@@ -210,17 +213,18 @@ class Fleet:
     def advance(self, target: Target, back: HeldVersion | None, on_commit: Callable[[], None]) -> Verdict:
         """Bring all engines to `target` or back to `back`. `on_commit` comes between the last vote and any resume."""
         verdict = Verdict()
+        self._turn += 1
         deadline = Deadline.after(target.options.timeout_s)
         loaded = self._load(target, deadline)
         self._note_loads(verdict, target, loaded)
         if verdict.error is None:
             started = time.perf_counter()
-            commit = EngineCommit(target.version, target.options, deadline.remaining_s)
+            commit = EngineCommit(target.version, target.options, deadline.remaining_s, self._turn)
             self._vote(verdict, self._each(lambda e: expect(e.call(commit, deadline), EngineOk).report))
             if verdict.error is None:
                 verdict.error = _attempt(on_commit)
             if verdict.error is None:
-                resume = EngineResume(target.version, RESTORE_TIMEOUT_S)
+                resume = EngineResume(target.version, RESTORE_TIMEOUT_S, self._turn)
                 answers = self._each(
                     lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report
                 )
@@ -260,6 +264,7 @@ class Fleet:
                 # skipping unchanged tensors is only safe where read-back then weighs all of them
                 changed=target.changed if current and "read-back" in target.options.levels else None,
                 previous=target.previous if current else None,
+                turn=self._turn,
             )
             return expect(engine.call(message, deadline), EngineLoaded)
 
@@ -316,8 +321,15 @@ class Fleet:
             version=back.version if back else None,
             reason=reason,
             timeout_s=RESTORE_TIMEOUT_S,
+            turn=self._turn,
         )
-        answers = self._each(lambda e: expect(e.call(message, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report)
+        lost = {report.id for report in before if report.state == EngineState.STALE.value}
+
+        def restore(engine: EnginePort) -> EngineReport:
+            wait_s = LOST_TIMEOUT_S if engine.id in lost else RESTORE_TIMEOUT_S
+            return expect(engine.call(message, Deadline.after(wait_s)), EngineOk).report
+
+        answers = self._each(restore)
         reports = {report.id: report for report in before}
         for engine, answer in answers.items():
             if isinstance(answer, BridgeError):

@@ -90,7 +90,11 @@ class EngineReadBack(Message, frozen=True):
 
 
 class EngineLoad(Message, frozen=True):
-    """Pause, load, verify; stays paused. `check` also re-digests the arena (once per node)."""
+    """Pause, load, verify; stays paused. `check` also re-digests the arena (once per node).
+
+    `turn`, here and in the three that follow, counts the coordinator's attempts: an engine that hung finds what was
+    asked of it meanwhile in its queue, and nothing of an attempt that has ended may be done after a later one.
+    """
 
     plan: int
     slot: int
@@ -103,6 +107,7 @@ class EngineLoad(Message, frozen=True):
     canary_baseline: float | None = None
     changed: tuple[int, ...] | None = None
     previous: int | None = None
+    turn: int = 0
 
 
 class EngineCommit(Message, frozen=True):
@@ -111,6 +116,7 @@ class EngineCommit(Message, frozen=True):
     version: int
     options: Options
     timeout_s: float
+    turn: int = 0
 
 
 class EngineResume(Message, frozen=True):
@@ -118,6 +124,7 @@ class EngineResume(Message, frozen=True):
 
     version: int
     timeout_s: float
+    turn: int = 0
 
 
 class EngineRestore(Message, frozen=True):
@@ -130,6 +137,7 @@ class EngineRestore(Message, frozen=True):
     reason: str
     timeout_s: float
     retry: bool = True
+    turn: int = 0
 
 
 class EngineCheck(Message, frozen=True):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from bridge.arena import Arena
+from bridge.digest import differing
 from bridge.errors import ShapeMismatch, UnexpectedTensor
 from bridge.manifest import Manifest, TensorInfo, lay_out
 from bridge.messages import EngineBaked, PlanRequest
 from bridge.plan import Region, dense, source_coverage
-
-DIGEST_NBYTES = 8
-"""Bytes per tensor in `Seal.digests`."""
 
 
 def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest) -> bool:
@@ -91,10 +89,10 @@ def holds(old: Manifest, new: Manifest) -> bool:
 
 
 def changed(arena: Arena, old_slot: int, new_slot: int) -> tuple[int, ...] | None:
-    """Manifest indices of tensors whose digests differ between two sealed slots; None when either is not sealed."""
+    """Manifest indices of tensors whose digests differ between two sealed slots; None when that is all of them, or
+    when either is not sealed."""
     old, new = arena.seal_of(old_slot), arena.seal_of(new_slot)
     if old is None or new is None:
         return None
-    pieces: Sequence[int] = range(len(arena.manifest.tensors))
-    size = DIGEST_NBYTES
-    return tuple(i for i in pieces if old.digests[i * size : (i + 1) * size] != new.digests[i * size : (i + 1) * size])
+    found = differing(old.digests, new.digests)
+    return None if len(found) == len(arena.manifest.tensors) else tuple(found)

@@ -144,7 +144,8 @@ class Bridge:
             mode: "auto" or "full" (every tensor as it stands).
             verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names (`bridge.receipt.LEVELS`).
                 Default "outputs" with a bound model, else "weights".
-            partial: a subset is meant; what is not sent stays as it is.
+            partial: a subset is meant; what is not sent stays as it is. No canary then, unless `verify` asks for one:
+                the trainer's other tensors need not be what the engine holds.
             inflight: what happens to running requests: "drain", "abort" or "keep", as far as the engine can.
             kv: "reset" or "keep" the engines' KV and prefix caches.
             allow_nonfinite: let NaN and infinity pass.

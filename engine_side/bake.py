@@ -17,7 +17,7 @@ from torch import nn
 from bridge.dtypes import DTYPES, dtype_of
 from bridge.errors import BridgeError, ConfigError
 from bridge.manifest import TensorInfo
-from bridge.plan import Coverage, Fill, Move, RankPlan, Region, Target, dest_coverage, follow, source_coverage
+from bridge.plan import Coverage, Fill, Move, RankPlan, Region, Target, dense, dest_coverage, follow, source_coverage
 from bridge.recorder import Recorder
 from engine_side import diagnose
 from engine_side.adapters.base import RankHost
@@ -256,7 +256,7 @@ def _offer_aliases(
 ) -> Trace:
     """An engine that does not tie what the trainer ties needs the tensor under each of its names."""
     aliases = [(alias, info) for info in infos for alias in info.aliases if info.name not in offenders]
-    open_elements = sum(dest_coverage(_plan(first, {}, False)).holes.values())
+    open_elements = sum(dest_coverage(_plan(first, {}, False)).holes.values()) if aliases else 0
     owner = {alias: info.name for alias, info in aliases}
     offered = {name: w for name, w in stand_ins(infos).items() if name not in offenders}
     best = first
@@ -328,6 +328,8 @@ def _partly_read(
         regions.setdefault(move.tensor, []).append(_once(move.source))
     whole = {name for names in native.values() for name in names}
     sizes = {i.name: math.prod(i.shape) for i in infos if i.name in regions and i.name not in whole}
+    shapes = {i.name: dense(i.shape) for i in infos}
+    sizes = {name: size for name, size in sizes.items() if shapes[name] not in regions[name]}  # read whole at once
     used = [(name, region) for name in sizes for region in regions[name]]
     return {name: tuple(regions[name]) for name in source_coverage(sizes, used)}
 

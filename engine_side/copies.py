@@ -143,7 +143,7 @@ def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> Non
 
 def _compare(run: tuple[int, int, int]) -> bool:
     """Do the two sides of a run differ?"""
-    return bool(memcmp(*run)) if run[2] >= SMALL else bool(memcmp_held(*run))
+    return (memcmp if run[2] >= SMALL else memcmp_held)(*run) != 0
 
 
 def same_bits(item: Pair) -> bool:
@@ -193,9 +193,14 @@ CHUNK = 16 << 20
 
 
 def chunks(pairs: Iterable[Pair], threads: int) -> list[list[Chunk]]:
-    """Comparison work for each thread, of about equal bytes."""
+    """Comparison work for each thread, of about equal bytes. All small pieces come last, in one list: comparing them
+    holds the interpreter lock, which threads would only pass to and fro."""
     cut: list[tuple[int, Chunk]] = []
+    small: list[Chunk] = []
     for item in pairs:
+        if item.run is not None and item.nbytes < SMALL:
+            small.append(Chunk(item, item.run))
+            continue
         if item.run is None:
             cut.append((item.nbytes * 4, Chunk(item, None)))  # casting or strided: slower per byte
             continue
@@ -210,9 +215,11 @@ def chunks(pairs: Iterable[Pair], threads: int) -> list[list[Chunk]]:
     for nbytes, chunk in cut:
         out[min(filled // max(share, 1), threads - 1)].append(chunk)
         filled += nbytes
+    if small:
+        out[-1].extend(small)
     return [work for work in out if work]
 
 
 def differing(work: Iterable[Chunk]) -> list[Chunk]:
     """Chunks whose two sides differ."""
-    return [c for c in work if (_compare(c.run) if c.run is not None else not same_bits(c.pair))]
+    return [c for c in work if (not same_bits(c.pair) if c.run is None else _compare(c.run))]

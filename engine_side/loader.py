@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import is_
 
 import torch
 
@@ -213,7 +214,14 @@ class Loader:
                     registry = next(r for r in registries if r.get(name) is tensor)
                     path = f"{choice.path}.{name}"
                     self._watches.append(_Watch(path, registry, name, tensor, tensor.data_ptr()))
-        self._written_directly = {watch.address for watch in self._watches}
+        self._bound = [watch.tensor for watch in self._watches]
+        self._addresses = [watch.address for watch in self._watches]
+        self._written_directly = set(self._addresses)
+
+    def _in_place(self) -> bool:
+        """Do all bound tensors hang and lie where they did? About 0.4 us each."""
+        now = [watch.registry.get(watch.name) for watch in self._watches]
+        return all(map(is_, now, self._bound)) and [t.data_ptr() for t in self._bound] == self._addresses
 
     def _compile(self, slot: int) -> None:
         """Pairs for everything that is written straight into live storage."""
@@ -340,7 +348,7 @@ class Loader:
     def _rebind_if_moved(self) -> tuple[str, ...]:
         """Views of a storage that is no longer the live one would write into nowhere. Returns the parameters under which
         the engine itself swapped the storage since the last load; another object under the name is none of them."""
-        moved = [watch for watch in self._watches if watch.moved()]
+        moved = [] if self._in_place() else [watch for watch in self._watches if watch.moved()]
         if moved:
             self._watch()
             for slot in range(len(self.mapped.slots)):

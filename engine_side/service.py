@@ -102,6 +102,7 @@ class EngineService:
         self._standing = Standing(engine_id, EngineState.SERVING, 0)  # its own checkpoint is version 0
         self._detail = ""
         self._busy = threading.RLock()
+        self._turn = 0
         self._ranks = RankLine(engine_id, adapter)
         self._arenas: dict[int, Arena] = {}
         self._paused_at: float | None = None
@@ -130,6 +131,8 @@ class EngineService:
             return Refused(ErrorInfo.of(error))
 
     def _answer(self, request: ToEngine) -> FromEngine:
+        if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
+            self._take_turn(request.turn)
         match request:
             case EngineHello():
                 return self._hello(request)
@@ -159,6 +162,11 @@ class EngineService:
                 return EngineOk(self._report())
             case EngineGenerate():
                 return self._generate(request)
+
+    def _take_turn(self, turn: int) -> None:
+        if turn < self._turn:
+            raise ProtocolError("asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}")
+        self._turn = turn
 
     def _hello(self, request: EngineHello) -> EngineIs:
         if request.mailbox is not None:
@@ -207,6 +215,9 @@ class EngineService:
     def _read_back(self, request: EngineReadBack) -> EngineVersionZero:
         """Live weights into the slot; what post-load work packed away comes from the last commit, and what no push has
         brought from the engine's own checkpoint."""
+        if self._standing.state is not EngineState.SERVING:
+            reason = f"it is {self._standing.state.value}: nobody verified what it holds"
+            return EngineVersionZero(False, "none", reason)
         deadline = Deadline.after(request.timeout_s)
         found = self._ranks.ask(ReadBackJob(request.plan, request.slot), RankReadBack, deadline)
         unreadable = sorted({name for answer in found for name in answer.unreadable})
@@ -231,11 +242,13 @@ class EngineService:
     def _load(self, request: EngineLoad) -> EngineLoaded:
         deadline = Deadline.after(request.options.timeout_s)
         self._require_usable()
-        self._ranks.touched = False
+        # an engine that hung may still be in the middle of the push before this one: what it wrote then still counts
+        self._ranks.touched &= self._standing.state is not EngineState.SERVING
         phases: dict[str, float] = {}
         ranks: tuple[RankReport, ...] = ()
         drift: CanaryResult | None = None
-        self._standing.move(EngineState.STAGING)
+        if self._standing.state is not EngineState.STAGING:
+            self._standing.move(EngineState.STAGING)
         try:
             ranks = self._stage(request, phases, deadline)
             raise_first_failure(self.id, ranks)
@@ -314,7 +327,7 @@ class EngineService:
         )
 
     def _only_skipped_failed(self, request: EngineLoad, loaded: Sequence[RankReport]) -> bool:
-        """Something failed, and nothing that this load wrote: a fault of the load itself must not be healed in silence."""
+        """Something failed, and nothing that this load wrote: a fault of the load must not be healed in silence."""
         if request.changed is None:
             return False
         names = [spec.name for spec in self._arena(request.plan).manifest.tensors]
@@ -341,7 +354,8 @@ class EngineService:
         probes do not show derived state, so the way back is weighed against this as well."""
         asked = "canary" in request.options.levels and self.adapter.can_generate
         serving = self._standing.serving
-        if asked and request.reference is not None and self._answers is None and serving is not None:
+        asked &= self._answers is None and not self._ranks.touched
+        if asked and request.reference is not None and serving is not None:
             prompts = request.reference.prompts
             self._answers = Answers(serving, prompts, self._scores(prompts, deadline), request.canary_floor)
 

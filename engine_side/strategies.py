@@ -106,11 +106,12 @@ def decide(host: RankHost, baked: Baked) -> Decided:
     found: dict[str, Choice] = {}
     for group in groups:
         chosen = _Experiment(host, baked, group, live, twins).run()
+        alike = tuple(group)
         for cluster in group:
             for path, choice in zip(cluster.paths, chosen, strict=True):
                 found[path] = replace(choice, path=path)
                 decided.clusters[path] = cluster
-                decided.alike[path] = tuple(group)
+                decided.alike[path] = alike
                 _check_live(live[path], found[path])
         twins.forget()
     order = [path for path in baked.targets.of_module() if path in found]
@@ -493,12 +494,12 @@ def _check_live(live: nn.Module, choice: Choice) -> None:
     """The live module must look as its twin did after post-load, or every conclusion about it is void."""
     for name, stored in choice.stored.items():
         now = held(live, name)
-        got = "absent" if now is None else f"{now.dtype} {list(now.shape)} strides {list(now.stride())}"
         if now is None and not stored.shape and not stored.readable:
             continue
         same = now is not None and now.dtype == stored.dtype and tuple(now.shape) == stored.shape
         if same and now is not None and (not stored.readable or tuple(now.stride()) == stored.strides):
             continue
+        got = "absent" if now is None else f"{now.dtype} {list(now.shape)} strides {list(now.stride())}"
         raise ConfigError(
             "a live parameter is not what the engine's post-load makes of it",
             where=f"{choice.path}.{name} ({type(live).__name__})",

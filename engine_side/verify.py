@@ -22,7 +22,7 @@ from bridge.memory import uncollected
 from bridge.plan import dest_coverage
 from bridge.receipt import Failure, LevelResult
 from engine_side import probes
-from engine_side.copies import Chunk, chunks, differing, first_difference, run_all, same_bits
+from engine_side.copies import Chunk, Pair, chunks, differing, first_difference, run_all, same_bits
 from engine_side.inplace import AttributeSnapshot, diff
 from engine_side.layout import bits
 from engine_side.loader import Loader, LoadOutcome
@@ -45,6 +45,7 @@ class Verifier:
         self._covered: dict[bytes, LevelResult] = {}
         self._probed = False
         self._chunks: dict[int, tuple[object, list[list[Chunk]]]] = {}
+        self._pairs: dict[int, tuple[object, object, list[tuple[Pair, Pair]]]] = {}
         self._packed = [choice for choice in loader.decided.choices.values() if not choice.direct]
         self._inputs: dict[tuple[Probe, torch.device], torch.Tensor] = {}
 
@@ -177,22 +178,34 @@ class Verifier:
     # ---- how ---------------------------------------------------------------------------------------------------------
 
     def _unmoved_storage(self, slot: int, previous: int, wanted: set[int]) -> list[Failure]:
-        now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
+        if not wanted:
+            return []
         names = [spec.name for spec in self.loader.mapped.manifest.tensors]
-        moved: dict[int, bool] = {}
-        for module, items in now.items():
-            for new, old in zip(items, before[module], strict=True):
-                if new.tensor not in wanted or moved.get(new.tensor):
-                    continue
-                if not same_bits(old):
-                    moved[new.tensor] = True
-                elif not torch.equal(_as_live(new.sent, new.live), _as_live(old.sent, old.live)):
-                    moved[new.tensor] = False
+        moved: set[int] = set()
+        still: set[int] = set()
+        for new, old in self._both(slot, previous):
+            tensor = new.tensor
+            if tensor in moved or tensor not in wanted:
+                continue
+            if not same_bits(old):
+                moved.add(tensor)
+            elif not torch.equal(_as_live(new.sent, new.live), _as_live(old.sent, old.live)):
+                still.add(tensor)
         return [
             Failure(names[k], "bits of the new version", "still those of the version before")
-            for k, ok in moved.items()
-            if not ok
+            for k in sorted(still - moved)
         ]
+
+    def _both(self, slot: int, previous: int) -> list[tuple[Pair, Pair]]:
+        """The readable pairs of two slots side by side."""
+        now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
+        cached = self._pairs.get(slot)
+        if cached is None or cached[0] is not now or cached[1] is not before:
+            both = [
+                together for path, items in now.items() for together in zip(items, before[path], strict=True)
+            ]
+            self._pairs[slot] = cached = (now, before, both)
+        return cached[2]
 
     def _unmoved_output(self, choice: Choice, slot: int, previous: int) -> str | None:
         seen = self._output(choice)

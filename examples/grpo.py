@@ -13,7 +13,6 @@ import random
 import tempfile
 
 import bridge
-from bridge import daemon
 from trainer_side.demo.grpo import Grpo, GrpoConfig, make_batch
 from trainer_side.demo.policy import save_policy, tiny_qwen2
 from trainer_side.demo.task import CountOn, grouped_prompts, reward
@@ -38,8 +37,7 @@ def main(steps: int) -> float:
                 mean = sum(rewards) / len(rewards)
                 print(f"step {step}  reward {mean:.3f}  version {receipt.version}  verified {receipt.verified}")
         finally:
-            b.close()
-            daemon.stop(b.name)  # a daemon outlives its trainer on purpose; nobody needs this one any more
+            b.shutdown()  # close() would leave the daemon running for the next trainer; nobody needs this one any more
     return mean
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import bridge
-from bridge import daemon
 from trainer_side.demo.grpo import clipped_objective
 from trainer_side.demo.policy import save_policy, tiny_qwen2
 from trainer_side.demo.task import CountOn, grouped_prompts
@@ -98,8 +97,7 @@ def main(steps: int) -> float:
                 mean = float(rewards.mean())
                 print(f"step {step}  reward {mean:.3f}  version {receipt.version}  verified {receipt.verified}")
         finally:
-            b.close()
-            daemon.stop(b.name)  # a daemon outlives its trainer on purpose; nobody needs this one any more
+            b.shutdown()  # close() would leave the daemon running for the next trainer; nobody needs this one any more
     return mean
 
 

@@ -44,7 +44,7 @@ class TrainerSide:
         if collected.layout is not self._complete and not partial:
             self._require_all(collected.tensors)
             self._complete = collected.layout
-        addresses = [t.data_ptr() for t in collected.sources]
+        addresses = collected.addresses
         if addresses != self._addresses:  # the same tensors as last time lie in the same storages
             self._storages = frozenset(t.untyped_storage().data_ptr() for t in collected.sources if t.numel())
             self._addresses = addresses

@@ -22,7 +22,7 @@ from bridge.digest import CHUNK, fold
 from bridge.dtypes import dtype_of, itemsize
 from bridge.errors import ConfigError, ProtocolError
 from bridge.manifest import Manifest
-from bridge.memory import memcmp, memcmp_held
+from bridge.memory import memcmp, memcmp_held, memmove
 from bridge.plan import cut, dense
 from bridge.ports import Written
 from trainer_side.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
@@ -245,11 +245,16 @@ def _big_jobs(item: Item, place: Slot, sources: list[torch.Tensor], pieces: list
         yield lambda: _scattered(item, into, out_of, raw, pieces, tally)
         return
     size = itemsize(item.spec.dtype)
-    flat = torch.from_numpy(raw).view(dtype)
+    plain = source.dtype == dtype and source.device.type == "cpu"
+    flat = None if plain else torch.from_numpy(raw).view(dtype)
     for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
         piece = source[start // size : end // size]
-        into_piece = flat[start // size : end // size]
-        yield _chunk_job(item, piece, into_piece, raw[start:end], pieces, number, tally)
+        write = (
+            _moved(piece, raw[start:end])
+            if flat is None
+            else _cast(piece, flat[start // size : end // size], BLOCK // size)
+        )
+        yield _chunk_job(item, write, raw[start:end], pieces, number, tally)
 
 
 def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
@@ -266,27 +271,44 @@ def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
     return source.detach().view(-1) if source.is_contiguous() else None
 
 
-def _chunk_job(
-    item: Item,
-    source: torch.Tensor,
-    into: torch.Tensor,
-    raw: Bytes,
-    pieces: list[int],
-    number: int,
-    tally: _Tally,
-) -> Job:
+Write = Callable[[int, int], int]
+"""(first byte, nbytes) of a block of a chunk: bring it into the arena; how many bytes had to be written."""
+
+
+def _moved(source: torch.Tensor, into: Bytes) -> Write:
+    """Bytes as they stand. What lies there from two versions ago and is the same needs no write; where it is not, the
+    comparison ends at once."""
+    out_of, to = source.data_ptr(), into.ctypes.data
+
+    def write(at: int, nbytes: int) -> int:
+        if not memcmp(to + at, out_of + at, nbytes):
+            return 0
+        memmove(to + at, out_of + at, nbytes)
+        return source.itemsize and nbytes  # `source` has to outlive this function: it owns the addresses
+
+    return write
+
+
+def _cast(source: torch.Tensor, into: torch.Tensor, step: int) -> Write:
+    """Another dtype, or memory of a device; `step` elements are one block."""
+    size = into.itemsize
+
+    def write(at: int, nbytes: int) -> int:
+        first = at // size
+        into[first : first + step].copy_(source[first : first + step])
+        return nbytes
+
+    return write
+
+
+def _chunk_job(item: Item, write: Write, raw: Bytes, pieces: list[int], number: int, tally: _Tally) -> Job:
     dtype = item.spec.dtype
-    step = BLOCK // itemsize(dtype)
 
     def job() -> None:
         hasher, finite, copied = xxhash.xxh3_64(), True, 0
-        for start in range(0, len(into), step):
-            block, wanted = into[start : start + step], source[start : start + step]
-            written = raw[start * block.itemsize : (start + len(block)) * block.itemsize]
-            # Bits that lie there from two versions ago need no write; where they differ, the comparison ends at once.
-            if not holds(block, wanted):
-                block.copy_(wanted)
-                copied += len(written)
+        for start in range(0, len(raw), BLOCK):
+            written = raw[start : start + BLOCK]
+            copied += write(start, len(written))
             hasher.update(written.data)
             finite = finite and is_finite(written, dtype)
         pieces[number] = hasher.intdigest()
@@ -336,13 +358,14 @@ def _wait_for_devices(sources: Sequence[torch.Tensor]) -> None:
 def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
     """A pool whose workers run torch on one thread each, leaving the trainer's own setting as it is.
 
-    torch keeps the number per thread, but remembers the last one set for threads to come: so it is set in the workers
-    first and then put back from here.
+    torch keeps the number per thread, but a thread takes the last one set anywhere when it first asks: so each worker
+    asks, then sets its own, and then the trainer's is put back from here.
     """
     kept = torch.get_num_threads()
     started = threading.Barrier(threads + 1)
 
     def start() -> None:
+        torch.get_num_threads()
         torch.set_num_threads(1)
         started.wait()
 

@@ -66,10 +66,12 @@ class Collected:
     Attributes:
         layout: names and geometry.
         sources: the collected tensors, in the order that `Part.index` counts.
+        addresses: where the first element of each lies; 0 where there is none.
     """
 
     layout: Layout
     sources: list[torch.Tensor]
+    addresses: list[int]
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -134,8 +136,9 @@ class WeightSource:
         seen = self._seen
         if seen is not None and seen.partial == partial and seen.names == names:
             sources = tensors + [_current(buffer) for buffer in seen.added]
-            if _unchanged(seen, sources):
-                return Collected(seen.layout, sources)
+            addresses = _unchanged(seen, sources)
+            if addresses is not None:
+                return Collected(seen.layout, sources, addresses)
         return self._resolve(names, tensors, partial)
 
     def _resolve(self, names: list[str], tensors: list[torch.Tensor], partial: bool) -> Collected:
@@ -151,7 +154,8 @@ class WeightSource:
                 [*names, *(b.clean for b in added)], [*tensors, *(_current(b) for b in added)], strict=True
             )
         ]
-        pattern = _tie_pattern(sources)
+        addresses = _addresses(sources) or []
+        pattern = _tie_pattern(sources, addresses)
         layout = (
             _unbound_layout(clean, sources, pattern)
             if self.map is None
@@ -164,7 +168,7 @@ class WeightSource:
             layout = self._seen.layout
         shapes, dtypes = [t.shape for t in sources], [t.dtype for t in sources]
         self._seen = _Seen(names, shapes, dtypes, pattern, partial, added, layout)
-        return Collected(layout, sources)
+        return Collected(layout, sources, addresses)
 
 
 class _Names:
@@ -248,28 +252,32 @@ def _not_pairs(where: str, got: str) -> ConfigError:
     )
 
 
-def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> bool:
-    """The cheap check: plain tensors of the same shapes, dtypes and ties as last time."""
+def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:
+    """The cheap check: plain tensors of the same shapes, dtypes and ties as last time. Returns their addresses."""
     if not set(map(type, sources)) <= {torch.Tensor, nn.Parameter}:
-        return False
+        return None
     if not all(map(operator.is_, map(_DTYPE, sources), seen.dtypes)):
-        return False
+        return None
     if not all(map(operator.eq, map(_SHAPE, sources), seen.shapes)):
-        return False
-    # A tensor on meta, or sparse, has no address and so changes the pattern.
-    return _tie_pattern(sources) == seen.pattern
+        return None
+    # A tensor on meta, or sparse, has no address.
+    addresses = _addresses(sources)
+    return addresses if addresses is not None and _tie_pattern(sources, addresses) == seen.pattern else None
+
+
+def _addresses(sources: Sequence[torch.Tensor]) -> list[int] | None:
+    try:
+        return [t.data_ptr() for t in sources]
+    except RuntimeError:
+        return None
 
 
 _NO_ADDRESS = -1
 """In a tie pattern: nothing to compare (no elements), or no values (meta), which the slow path tells apart."""
 
 
-def _tie_pattern(sources: Sequence[torch.Tensor]) -> list[int]:
+def _tie_pattern(sources: Sequence[torch.Tensor], addresses: Sequence[int]) -> list[int]:
     """Per tensor, the index of the first one that is the same elements of the same storage."""
-    try:
-        addresses = [t.data_ptr() for t in sources]
-    except RuntimeError:
-        return []
     first: dict[Any, int] = {}
     keep = first.setdefault
     pattern = [keep(address, k) if address else _NO_ADDRESS for k, address in enumerate(addresses)]

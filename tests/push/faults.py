@@ -1,4 +1,4 @@
-"""Faults for tests of the verification: each breaks the smallest point, once, so that the way back is not broken too."""
+"""Faults for tests of the verification: each breaks the smallest point, once, so that the way back is not broken."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def around_apply(
     patch.setattr(Loader, "apply", faulty)
 
 
-# ---- one per level -----------------------------------------------------------------------------------------------------
+# ---- one per level --------------------------------------------------------------------------------------------------
 
 
 def corrupt_a_byte(rig: Rig, patch: Patch) -> None:
@@ -162,7 +162,7 @@ def lie_about_the_cache(rig: Rig, patch: Patch) -> None:
     patch.setattr(rig.engine, "reset_prefix_cache", lambda *_, **__: True)
 
 
-# ---- writes that fail --------------------------------------------------------------------------------------------------
+# ---- writes that fail -----------------------------------------------------------------------------------------------
 
 
 class Injected(RuntimeError):

@@ -54,7 +54,7 @@ class Rig:
         self.b.close()
         self.engine.close()
 
-    def named(self, **changed: Any) -> list[tuple[str, Any]]:
+    def named(self) -> list[tuple[str, Any]]:
         """The model's tensors as a list, for tests that spoil it."""
         return [(n, p.detach()) for n, p in self.model.named_parameters()]
 
@@ -105,7 +105,7 @@ class Rig:
         kept = copy.deepcopy(self.model.state_dict())
         yield
         info = self.b.status()
-        assert info.engines[0].state == "SERVING" and info.engines[0].serving == version, info.engines[0]
+        assert (info.engines[0].state, info.engines[0].serving) == ("SERVING", version), info.engines[0]
         assert info.busy is None
         assert self.seen().same(before), "the engine is not what it was before"
         assert not self.engine.paused

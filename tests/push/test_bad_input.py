@@ -1,4 +1,5 @@
-"""Everything wrong that can be handed to a push: the error says what, where, expected, got and what to do; nothing moves."""
+"""Everything wrong that can be handed to a push: the error says what, where, expected, got and the remedy; nothing
+moves."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def unbound(folder: Path) -> Iterator[Rig]:
     made.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def fresh(folder: Path) -> Iterator[Callable[..., Rig]]:
     """Rigs of one test."""
     made: list[Rig] = []
@@ -83,7 +84,7 @@ def fresh(folder: Path) -> Iterator[Callable[..., Rig]]:
 BOTH = pytest.mark.parametrize("which", ["rig", "unbound"])
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------
+# ---- names ----------------------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -119,12 +120,15 @@ def test_a_name_twice_in_two_spellings(which: str, request: pytest.FixtureReques
 
 def test_live_names_that_are_not_the_engines_advise_to_bind(unbound: Rig) -> None:
     prefixed = [(f"base_model.model.{n}", p) for n, p in unbound.named()]
-    with unbound.unmoved(), refused(UnexpectedTensor, 5, "base_model.model.model.embed_tokens", "bind the model") as error:
+    with (
+        unbound.unmoved(),
+        refused(UnexpectedTensor, 5, "base_model.model.model.embed_tokens", "bind the model") as error,
+    ):
         unbound.b.push(prefixed)
     assert len(error.value.names) == len(prefixed)
 
 
-# ---- shapes ------------------------------------------------------------------------------------------------------------
+# ---- shapes ---------------------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -133,7 +137,8 @@ def test_a_wrong_shape(which: str, shape: tuple[int, ...], request: pytest.Fixtu
     rig: Rig = request.getfixturevalue(which)
     with rig.unmoved(then_push=shape == ()), refused(ShapeMismatch, 5, GATE, str(list(shape)), "expected") as caught:
         rig.b.push(rig.replaced(GATE, torch.ones(shape)))
-    assert caught.value.expected and caught.value.remedy
+    assert caught.value.expected
+    assert caught.value.remedy
 
 
 @BOTH
@@ -166,7 +171,7 @@ def test_a_model_that_is_not_the_engines(
     rig.good_push()
 
 
-# ---- dtypes and values -------------------------------------------------------------------------------------------------
+# ---- dtypes and values ----------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -204,7 +209,10 @@ def test_values_that_are_not_finite(which: str, value: float, request: pytest.Fi
     rig: Rig = request.getfixturevalue(which)
     bad = dict(rig.named())[GATE].clone()
     bad[7, 11] = value
-    with rig.unmoved(), refused(NonFinite, 5, f"{GATE}[7, 11]", "expected", str(value), "allow_nonfinite=True") as caught:
+    with (
+        rig.unmoved(),
+        refused(NonFinite, 5, f"{GATE}[7, 11]", "expected", str(value), "allow_nonfinite=True") as caught,
+    ):
         rig.b.push(rig.replaced(GATE, bad))
     assert caught.value.names == (GATE,)
 
@@ -276,7 +284,7 @@ def test_an_iterable_that_fails_half_way(rig: Rig) -> None:
         rig.b.push(broken())
 
 
-# ---- words and numbers -------------------------------------------------------------------------------------------------
+# ---- words and numbers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -315,7 +323,7 @@ def test_an_old_version(which: str, request: pytest.FixtureRequest) -> None:
     assert rig.good_push().version == now + 6
 
 
-# ---- who may push, and when --------------------------------------------------------------------------------------------
+# ---- who may push, and when -----------------------------------------------------------------------------------------
 
 
 def test_a_push_while_another_is_in_flight(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +340,8 @@ def test_a_push_while_another_is_in_flight(rig: Rig, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Loader, "apply", slow)
     try:
         pending = rig.push(wait=False)
-        assert held.wait(60) and not pending.done()
+        assert held.wait(60)
+        assert not pending.done()
         sent = copy.deepcopy(rig.model)
         perturb(rig.model, seed=77)  # the snapshot was taken: this must not arrive
 
@@ -349,7 +358,8 @@ def test_a_push_while_another_is_in_flight(rig: Rig, monkeypatch: pytest.MonkeyP
     finally:
         release.set()
     receipt = pending.result()
-    assert receipt.verified is True and receipt.version == pending.version
+    assert receipt.verified is True
+    assert receipt.version == pending.version
     assert rig.serves(sent)
     monkeypatch.undo()
     assert rig.good_push().version == pending.version + 1
@@ -378,7 +388,8 @@ def test_two_trainers(fresh: Callable[..., Rig]) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLD_LEASE, "two-trainers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
-        assert other.stdin is not None and other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout is not None
         assert other.stdout.readline().strip() == "held"
         with rig.unmoved(then_push=False), refused(LeaseHeld, 2, "another trainer", f"pid {other.pid}", "two-trainers"):
             rig.push()
@@ -389,7 +400,7 @@ def test_two_trainers(fresh: Callable[..., Rig]) -> None:
     rig.good_push()
 
 
-def test_a_bound_bridge_of_a_name_that_is_in_use(fresh: Callable[..., Rig]) -> None:
+def test_a_name_that_another_bridge_of_this_process_uses(fresh: Callable[..., Rig]) -> None:
     fresh(name="taken").good_push()
     with refused(Busy, 2, "journal", "choose another name"):
         fresh(name="taken")
@@ -423,7 +434,10 @@ def test_shared_memory_is_full(fresh: Callable[..., Rig], monkeypatch: pytest.Mo
     rig = fresh()
     before = set(_shared_memory())
     monkeypatch.setenv("WEIGHBRIDGE_SHM_LIMIT", "65536")
-    with rig.unmoved(then_push=False), refused(ArenaFull, 3, "WEIGHBRIDGE_SHM_LIMIT", "expected", "got", "remedy") as got:
+    with (
+        rig.unmoved(then_push=False),
+        refused(ArenaFull, 3, "WEIGHBRIDGE_SHM_LIMIT", "expected", "got", "remedy") as got,
+    ):
         rig.push()
     assert "65536" in str(got.value) or "64" in str(got.value)
     assert set(_shared_memory()) == before, "nothing may be created"
@@ -440,7 +454,7 @@ def test_no_engine(tmp_path: Path) -> None:
         bridge.launch("embedded:nowhere", engines=0)
 
 
-# ---- whose storage -----------------------------------------------------------------------------------------------------
+# ---- whose storage --------------------------------------------------------------------------------------------------
 
 
 def test_a_module_pushed_into_itself() -> None:

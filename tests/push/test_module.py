@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -348,6 +352,19 @@ def test_a_module_that_nobody_can_verify_serves_nothing(attach: Attach, monkeypa
     b.push(model.named_parameters())
     live(torch.zeros(1, 7))
     assert same(live, model) == []
+
+
+def test_a_process_that_ends_without_close_leaves_nothing(tmp_path: Path) -> None:
+    code = """
+import bridge, torch
+model, live = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+bridge.attach(live).push(model.named_parameters())
+"""
+    environment = {**os.environ, "WEIGHBRIDGE_SHM_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_subset_leaves_the_rest(attach: Attach) -> None:

@@ -27,7 +27,7 @@ def folders(checkpoint: Save) -> dict[str, Path]:
     return {name: checkpoint(make()) for name, make in MAKERS.items()}
 
 
-@pytest.fixture()
+@pytest.fixture
 def rig_of(folders: dict[str, Path]) -> Iterator[Callable[..., Rig]]:
     made: list[Rig] = []
 
@@ -181,7 +181,8 @@ def test_back_over_a_subset(rig_of: Callable[..., Rig], layout: str) -> None:
     rig.step()
     layer = [(n, p) for n, p in rig.named() if n.startswith("model.layers.1.")]
     receipt = rig.b.push(layer, partial=True)
-    assert receipt.verified in (True, "partial") and receipt.version == 2
+    assert receipt.verified in (True, "partial")
+    assert receipt.version == 2
     sent = dict(layer)
     mixed = tiny_qwen2()
     mixed.load_state_dict({n: sent.get(n, before[n]) for n in before}, strict=False)
@@ -247,9 +248,7 @@ def test_a_whole_model_after_a_subset(rig_of: Callable[..., Rig], layout: str, m
     assert rig.seen().same(mixed)
 
 
-def test_a_rollback_that_fails_stays_where_it_was(
-    rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollback_that_fails_stays_where_it_was(rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     rig = rig_of()
     rig.good_push()
     one = rig.seen()
@@ -276,8 +275,8 @@ def test_a_rollback_that_is_corrupt_is_refused(rig_of: Callable[..., Rig]) -> No
         rig.b.rollback()
 
 
-def test_rollback_lifts_a_quarantine(rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine serves nothing after a push and its way back failed; no older version is kept then, a push mends it."""
+def test_rollback_cannot_lift_a_quarantine(rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine serves nothing after a push and its way back failed; no older version is kept, a push mends it."""
     rig = rig_of()
     rig.good_push()
     rig.step()
@@ -306,3 +305,46 @@ def test_numbers_survive_the_bridge(rig_of: Callable[..., Rig]) -> None:
     with refused(StaleVersion, 6, "above 43"):
         rig.push(version=43)
     assert rig.good_push().version == 44
+
+
+@LAYOUT
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_quarantined_engine_is_no_source_of_a_version(
+    rig_of: Callable[..., Rig], layout: str, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new layout is planned while the engine holds the ruins of a push: they must never be restored as a version."""
+    rig = rig_of(layout=layout)
+    if not first:
+        rig.good_push()
+    before = rig.seen()
+    rig.step()
+    with monkeypatch.context() as patch:
+        faults.Breaker(patch, 3, always=True)
+        with pytest.raises(EngineQuarantined):
+            rig.push()
+    with monkeypatch.context() as patch:
+        faults.Breaker(patch, 5)
+        with pytest.raises(PushAborted):
+            rig.b.push([(n, p.to(torch.bfloat16)) for n, p in rig.named()], verify="weights")
+    state = rig.b.status().engines[0].state
+    assert state == "QUARANTINED" or rig.seen().same(before)
+    assert state == "SERVING", "the version before lies in the older arena still"
+    rig.good_push()
+
+
+@pytest.mark.parametrize("layout", ["canonical", "packed"])
+def test_a_changed_dtype_keeps_the_way_back(
+    rig_of: Callable[..., Rig], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = rig_of(layout=layout)
+    rig.good_push()
+    one = rig.seen()
+    rig.step()
+    halves = [(n, p.to(torch.bfloat16)) for n, p in rig.named()]
+    with rig.unmoved(then_push=False), monkeypatch.context() as patch:
+        faults.Breaker(patch, 5)
+        with pytest.raises(PushAborted):
+            rig.b.push(halves, verify="weights")
+    rig.b.push(halves, verify="weights")
+    assert rig.b.rollback().version == 1
+    assert rig.seen().same(one)

@@ -39,7 +39,7 @@ def uneven(run: dict[str, Any], home: Home, start_folder: Path, tmp_path: Path) 
 
 
 def test_one_wrong_engine_and_one_lost_engine(uneven: bridge.Bridge, home: Home) -> None:
-    """Part one: engine 1 fails its canary, both go back. Part two: it is killed, engine 0 still goes back and serves."""
+    """Engine 1 fails its canary, it hangs, it dies in a push, it is gone: engine 0 serves throughout."""
     start = tiny_qwen2(seed=0)
     model = tiny_qwen2(seed=0)
     uneven.bind(model)
@@ -61,17 +61,46 @@ def test_one_wrong_engine_and_one_lost_engine(uneven: bridge.Bridge, home: Home)
     assert [e.serving for e in receipt.engines] == [receipt.version] * 2
     assert generated(uneven)[0] == (receipt.version, greedy(model))
 
-    victim = next(e.pid for e in uneven.status().engines if e.id == "engine1")
-    os.kill(victim, signal.SIGKILL)
-    assert eventually(lambda: gone(victim))
     served = greedy(model)
+    victim = next(e.pid for e in uneven.status().engines if e.id == "engine1")
+
+    def still_serves() -> None:
+        (completion,) = uneven.engines[0].generate([PROMPT], GREEDY)
+        assert (completion.weight_version, list(completion.token_ids)) == (receipt.version, served)
+
+    # it hangs: the push ends at its deadline, and the engine is well again once it goes on
+    os.kill(victim, signal.SIGSTOP)
     perturb(model, seed=2)
     began = time.monotonic()
+    with pytest.raises(bridge.BridgeError, match="engine1"):
+        uneven.push(model.named_parameters(), verify="weights", timeout_s=3)
+    took = time.monotonic() - began
+    still_serves()
+    os.kill(victim, signal.SIGCONT)
+    assert took < 3 + 5, took
+    receipt = uneven.push(model.named_parameters(), verify="weights")
+    assert [e.serving for e in receipt.engines] == [receipt.version] * 2
+    served = greedy(model)
+
+    # it dies in the middle of a push, when engine 0 has loaded already
+    os.kill(victim, signal.SIGSTOP)
+    perturb(model, seed=3)
+    pending = uneven.push(model.named_parameters(), verify="weights", timeout_s=30, wait=False)
+    time.sleep(1)
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(bridge.PushAborted, match="engine1") as lost:
+        pending.result()
+    assert isinstance(lost.value.__cause__, bridge.PeerLost)
+    assert time.monotonic() - began < 15
+    still_serves()
+
+    # it is gone
+    assert eventually(lambda: gone(victim))
+    perturb(model, seed=4)
     with pytest.raises((bridge.PushAborted, bridge.PeerLost), match="engine1"):
         uneven.push(model.named_parameters(), verify="weights", timeout_s=20)
-    assert time.monotonic() - began < 20 + 10
-    (completion,) = uneven.engines[0].generate([PROMPT], GREEDY)
-    assert (completion.weight_version, list(completion.token_ids)) == (receipt.version, served)
+    still_serves()
     report = uneven.health()
     assert not report.healthy
     assert [check.name for check in report.checks if not check.ok and "alive" in check.name] == ["engine1 alive"]

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -170,15 +171,16 @@ def _prepare(options: DemoOptions) -> tuple[nn.Module, Path]:
 def _launched(options: DemoOptions, checkpoint: Path, model: nn.Module) -> Iterator[SyncBridge]:
     """An embedded engine in a Ray actor of its own, and a daemon that ends with the run instead of outliving it."""
     import bridge
-    from bridge import daemon
+    from bridge.statedir import state_dir
 
     name = options.name or f"demo-{os.getpid()}-{secrets.token_hex(2)}"
     opened = bridge.launch(f"embedded:{checkpoint.resolve()}", name=name, engines=1, model=model, layout=options.layout)
     try:
         yield opened
     finally:
-        opened.close()
-        daemon.stop(name)
+        opened.shutdown()
+        if options.name is None:  # a name of its own, which nobody will come back to: its journal goes with it
+            shutil.rmtree(state_dir(name), ignore_errors=True)
 
 
 def _sync_columns(receipt: Receipt, seconds: float) -> dict[str, Any]:
