@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from bridge import canary
 from bridge.arena import Arena
 from bridge.deadline import Deadline
@@ -280,6 +282,7 @@ class Fleet:
                 reports.append(self._lost(engine, answer))
                 continue
             verdict.touched |= answer.touched
+            verdict.notes = (*verdict.notes, *answer.notes)
             reports.append(answer.report)
             for name, seconds in answer.phases.items():
                 verdict.phases[name] = max(verdict.phases.get(name, 0.0), seconds)
@@ -443,12 +446,8 @@ def _merge(before: EngineReport, after: EngineReport) -> EngineReport:
         raise ProtocolError("reports of different engines", expected=before.id, got=after.id)
     extra = {rank.rank: rank.levels for rank in after.ranks}
     ranks = tuple(
-        type(rank)(
-            rank.rank, (*rank.levels, *extra.get(rank.rank, ())), rank.strategies, rank.rebound, rank.canary_only,
-            rank.written, rank.load_s, rank.postload_s, rank.verify_s,
-        )
-        for rank in before.ranks
-    )  # fmt: skip
+        msgspec.structs.replace(rank, levels=(*rank.levels, *extra.get(rank.rank, ()))) for rank in before.ranks
+    )
     return EngineReport(
         id=after.id,
         state=after.state,

@@ -197,6 +197,7 @@ class EngineLoaded(Message, frozen=True):
     touched: bool
     error: ErrorInfo | None = None
     phases: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
 
 
 class EngineChecked(Message, frozen=True):

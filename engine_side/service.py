@@ -11,10 +11,10 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from bridge import canary
+import msgspec
+
 from bridge.arena import Arena
 from bridge.deadline import Deadline
 from bridge.digest import check_slot
@@ -30,14 +30,12 @@ from bridge.jobs import (
     BakeJob,
     ExplainJob,
     LoadJob,
-    LogprobsJob,
     MapJob,
     RankBake,
     RankDone,
     RankExplanation,
     RankLoaded,
     RankReadBack,
-    RankScores,
     ReadBackJob,
     Scores,
     VerifyJob,
@@ -70,25 +68,16 @@ from bridge.messages import (
     ToEngine,
 )
 from bridge.receipt import CanaryResult, EngineReport, Failure, LevelResult, RankReport
-from bridge.wire import ErrorInfo, Sampling
+from bridge.wire import ErrorInfo
 from engine_side.adapters.base import EngineAdapter
 from engine_side.checkpoint import write_checkpoint, write_held
 from engine_side.failures import canary_error, level_error, raise_first_failure
+from engine_side.outputs import Outputs
 from engine_side.rankline import RankLine
 
 log = logging.getLogger(__name__)
 
 RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change"})
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What this engine says to the canary's prompts when it holds `version`."""
-
-    version: int
-    prompts: tuple[tuple[int, ...], ...]
-    scores: Scores
-    floor: float
 
 
 class EngineService:
@@ -107,11 +96,7 @@ class EngineService:
         self._arenas: dict[int, Arena] = {}
         self._paused_at: float | None = None
         self._pause_s = 0.0
-        self._canary_s = 0.0
-        self._warm_prompt: list[int] = []
-        self._floor = canary.DEFAULT_FLOOR
-        self._answers: Answers | None = None  # of the version that serves
-        self._fresh: Answers | None = None  # of the version that was just loaded
+        self._outputs = Outputs(engine_id, adapter, self._ranks)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +226,6 @@ class EngineService:
 
     def _load(self, request: EngineLoad) -> EngineLoaded:
         deadline = Deadline.after(request.options.timeout_s)
-        self._require_usable()
         # an engine that hung may still be in the middle of the push before this one: what it wrote then still counts
         self._ranks.touched &= self._standing.state is not EngineState.SERVING
         phases: dict[str, float] = {}
@@ -252,25 +236,23 @@ class EngineService:
         try:
             ranks = self._stage(request, phases, deadline)
             raise_first_failure(self.id, ranks)
-            self._warm_cache(request)
+            serving = self._standing.serving
+            self._outputs.warm_cache(request, serving)
             self._pause(request.options.inflight, deadline)
-            self._know_answers(request, deadline)
-            ranks = self._write(request, ranks, phases, deadline)
+            self._outputs.remember(request, serving, deadline)
+            ranks, notes = self._write(request, ranks, phases, deadline)
             self._standing.move(EngineState.LOADED)
             raise_first_failure(self.id, ranks)
-            drift = self._canary(request, deadline)
-            phases["verify"] = phases.get("verify", 0.0) + self._canary_s
+            started = time.perf_counter()
+            drift = self._outputs.canary(request, deadline)
+            phases["verify"] += time.perf_counter() - started
             if drift is not None and not drift.ok:
                 raise canary_error(self.id, drift)
             self._standing.move(EngineState.VERIFIED)
         except BridgeError as error:
             report = _with_canary(self._report(ranks, str(error)), drift)
             return EngineLoaded(report, self._ranks.touched, ErrorInfo.of(error), phases)
-        return EngineLoaded(_with_canary(self._report(ranks), drift), True, None, phases)
-
-    def _require_usable(self) -> None:
-        if self._standing.state is EngineState.QUARANTINED:
-            log.warning("%s is quarantined (%s); a verified push will lift it", self.id, self._detail)
+        return EngineLoaded(_with_canary(self._report(ranks), drift), True, None, phases, notes)
 
     def _stage(self, request: EngineLoad, phases: dict[str, float], deadline: Deadline) -> tuple[RankReport, ...]:
         """Before anything is written: the announced version is sealed, its bytes are what was sealed, and the plan
@@ -299,32 +281,23 @@ class EngineService:
 
     def _write(
         self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
-    ) -> tuple[RankReport, ...]:
+    ) -> tuple[tuple[RankReport, ...], tuple[str, ...]]:
+        """Load and verify on every rank: their reports over the staged ones, and notes for the receipt."""
         self._ranks.touched = True
         levels = tuple(level for level in request.options.levels if level in RANK_LEVELS - {"coverage"})
         job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous)
         loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
+        notes: tuple[str, ...] = ()
         if self._only_skipped_failed(request, loaded):
             # what was skipped as unchanged is not what this engine was given: somebody wrote to it since. Load it all.
-            log.warning("%s does not hold what it was given; everything is loaded anew", self.id)
+            notes = (f"{self.id} did not hold what it was given before; everything was loaded anew",)
+            log.warning(notes[0])
             job = LoadJob(request.plan, request.slot, levels, None, request.previous)
             loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         for phase in ("load", "postload", "verify"):
             phases[phase] = max(getattr(report, f"{phase}_s") for report in loaded)
-        return tuple(
-            RankReport(
-                r.rank,
-                (*s.levels, *r.levels),
-                r.strategies,
-                r.rebound,
-                r.canary_only,
-                r.written,
-                r.load_s,
-                r.postload_s,
-                r.verify_s,
-            )
-            for s, r in zip(staged, loaded, strict=True)
-        )
+        pairs = zip(staged, loaded, strict=True)
+        return tuple(msgspec.structs.replace(now, levels=(*before.levels, *now.levels)) for before, now in pairs), notes
 
     def _only_skipped_failed(self, request: EngineLoad, loaded: Sequence[RankReport]) -> bool:
         """Something failed, and nothing that this load wrote: a fault of the load must not be healed in silence."""
@@ -335,41 +308,6 @@ class EngineService:
         bad = [(level.level, f.name) for r in loaded for level in r.levels for f in level.failures if not level.ok]
         stored = all(level in ("read-back", "probe") for level, _ in bad)
         return bool(bad) and stored and written.isdisjoint(name.partition(" -> ")[0] for _, name in bad)
-
-    def _canary(self, request: EngineLoad, deadline: Deadline) -> CanaryResult | None:
-        """The engine's own log-probabilities, past the scheduler, against the trainer's."""
-        self._canary_s, self._fresh = 0.0, None
-        if "canary" not in request.options.levels or request.reference is None or not self.adapter.can_generate:
-            return None
-        started = time.perf_counter()
-        scores = self._scores(request.reference.prompts, deadline)
-        self._canary_s = time.perf_counter() - started
-        self._fresh = Answers(request.version, request.reference.prompts, scores, request.canary_floor)
-        return canary.compare(
-            request.reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline
-        )
-
-    def _know_answers(self, request: EngineLoad, deadline: Deadline) -> None:
-        """Before the first write: what the version that serves now answers, unless the last canary has told. Bits and
-        probes do not show derived state, so the way back is weighed against this as well."""
-        asked = "canary" in request.options.levels and self.adapter.can_generate
-        serving = self._standing.serving
-        asked &= self._answers is None and not self._ranks.touched
-        if asked and request.reference is not None and serving is not None:
-            prompts = request.reference.prompts
-            self._answers = Answers(serving, prompts, self._scores(prompts, deadline), request.canary_floor)
-
-    def _require_former_answers(self, version: int, deadline: Deadline) -> None:
-        known = self._answers
-        if known is None or known.version != version:
-            return
-        scores = self._scores(known.prompts, deadline)
-        drift = canary.compare(known.scores, scores, floor=known.floor, baseline=None)
-        if not drift.ok:
-            raise canary_error(self.id, drift)
-
-    def _scores(self, prompts: tuple[tuple[int, ...], ...], deadline: Deadline) -> Scores:
-        return self._ranks.ask(LogprobsJob(prompts), RankScores, deadline)[0].logprobs
 
     # ---- pause, commit, resume --------------------------------------------------------------------------------------
 
@@ -385,18 +323,6 @@ class EngineService:
             self._pause_s = time.perf_counter() - self._paused_at
             self._paused_at = None
 
-    def _warm_cache(self, request: EngineLoad) -> None:
-        """Have the old weights' KV of one canary prompt in the prefix cache, so that the cache check has something to
-        find stale. Only an engine that serves can; a busy one does this like any request of its users."""
-        self._warm_prompt = []
-        wanted = "cache" in request.options.levels and request.options.kv == "reset" and request.reference is not None
-        if not wanted or not self.adapter.can_generate or self._standing.serving is None or request.reference is None:
-            return
-        prompt = max((list(p) for p in request.reference.prompts), key=len)
-        self._floor = request.canary_floor
-        self.adapter.generate([prompt], Sampling(max_tokens=1, temperature=0.0), past_gate=True)
-        self._warm_prompt = prompt
-
     def _commit(self, request: EngineCommit) -> EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
@@ -406,7 +332,7 @@ class EngineService:
         if request.options.kv == "reset" and self.adapter.can_generate:
             answered = self.adapter.reset_caches()
             if "cache" in request.options.levels:
-                levels = (self._check_cache(answered, Deadline.after(request.timeout_s)),)
+                levels = (self._outputs.check_cache(answered, Deadline.after(request.timeout_s)),)
             elif not answered:
                 raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
         for level in levels:
@@ -414,31 +340,12 @@ class EngineService:
                 raise level_error(self.id, 0, level)
         return EngineOk(self._report(tuple(RankReport(0, levels) for _ in levels)))
 
-    def _check_cache(self, answered: bool, deadline: Deadline) -> LevelResult:
-        """A prompt cached before the sync is generated again with cache reads allowed. Its first token's
-        log-probability must be what the new weights give past the cache, which the canary has just weighed."""
-        if not answered:
-            return LevelResult("cache", False, 1, (Failure("reset", "caches dropped", "the engine refused"),))
-        prompt = self._warm_prompt
-        if not prompt:
-            return LevelResult("cache", True, 1, note="reset answered; no prompt was cached before")
-        (again,) = self.adapter.generate([prompt], Sampling(max_tokens=1, temperature=0.0), past_gate=True)
-        if not again.token_ids:
-            failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
-            return LevelResult("cache", False, 1, (failure,))
-        fresh = self._scores(((*prompt, again.token_ids[0]),), deadline)[0][-1]
-        weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
-        if not weighed.ok:
-            failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")
-            return LevelResult("cache", False, 2, (failure,))
-        return LevelResult("cache", True, 2)
-
     def _resume(self, request: EngineResume) -> EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
-        self._answers = self._fresh
+        self._outputs.published()
         self._publish(request.version)
         return EngineOk(self._report())
 
@@ -471,7 +378,7 @@ class EngineService:
             ranks = tuple(answer.report for answer in self._ranks.ask(job, RankLoaded, deadline))
             self._standing.move(EngineState.LOADED)
             raise_first_failure(self.id, ranks)
-            self._require_former_answers(request.version, deadline)
+            self._outputs.require_former(request.version, deadline)
             self._standing.move(EngineState.VERIFIED)
             if self.adapter.can_generate and not self.adapter.reset_caches():
                 raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
@@ -499,7 +406,7 @@ class EngineService:
         found = self._ranks.ask(VerifyJob(request.plan, request.slot, levels), RankLoaded, deadline)
         scores: Scores = ()
         if request.prompts and self.adapter.can_generate:
-            scores = self._scores(request.prompts, deadline)
+            scores = self._outputs.scores(request.prompts, deadline)
         return EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
 
     def _check_arena(self, request: EngineCheck) -> LevelResult:
@@ -534,6 +441,4 @@ class EngineService:
 
 
 def _with_canary(report: EngineReport, drift: CanaryResult | None) -> EngineReport:
-    return EngineReport(
-        report.id, report.state, report.serving, report.ranks, drift, report.adapter, report.pause_s, report.error
-    )
+    return msgspec.structs.replace(report, canary=drift)

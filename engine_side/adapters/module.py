@@ -192,11 +192,10 @@ def storages_of(module: nn.Module) -> dict[str, int]:
 
 
 class _Bindings:
-    """Which tensors hang where in a module tree and where they lie, to see cheaply whether that is still so."""
+    """Which tensors hang on a tree's modules and where they lie, to see cheaply whether that is still so."""
 
     def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        self._registries = [r for m in modules for r in (m._parameters, m._buffers, m._modules) if r]
+        self._registries = [r for m in module.modules() for r in (m._parameters, m._buffers) if r]
         self._values = self._current()
         self._tensors = [v for v in self._values if isinstance(v, torch.Tensor) and v.device.type != "meta"]
         self._addresses = [t.data_ptr() for t in self._tensors]
@@ -205,7 +204,7 @@ class _Bindings:
         return [value for registry in self._registries for value in registry.values()]
 
     def unchanged(self) -> bool:
-        """About 0.3 us per tensor."""
+        """About 0.4 us per tensor."""
         now = self._current()
         return (
             len(now) == len(self._values)

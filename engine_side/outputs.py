@@ -1,0 +1,106 @@
+"""What an engine says, weighed: against the trainer (canary), against itself before a push, and through its caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bridge import canary
+from bridge.deadline import Deadline
+from bridge.jobs import LogprobsJob, Prompts, RankScores, Scores
+from bridge.messages import EngineLoad
+from bridge.receipt import CanaryResult, Failure, LevelResult
+from bridge.wire import Sampling
+from engine_side.adapters.base import EngineAdapter
+from engine_side.failures import canary_error
+from engine_side.rankline import RankLine
+
+_GREEDY = Sampling(max_tokens=1, temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What this engine says to the canary's prompts when it holds `version`."""
+
+    version: int
+    prompts: Prompts
+    scores: Scores
+    floor: float
+
+
+class Outputs:
+    """The outputs of one engine over its pushes. Called by its service, in the order of a push."""
+
+    def __init__(self, engine_id: str, adapter: EngineAdapter, ranks: RankLine) -> None:
+        self._id = engine_id
+        self._adapter = adapter
+        self._ranks = ranks
+        self._cached: list[int] = []
+        self._floor = canary.DEFAULT_FLOOR
+        self._served: Answers | None = None  # by the version that serves
+        self._loaded: Answers | None = None  # by the version that was just loaded
+
+    def scores(self, prompts: Prompts, deadline: Deadline) -> Scores:
+        """Prompt log-probabilities past the scheduler; all ranks take part."""
+        return self._ranks.ask(LogprobsJob(prompts), RankScores, deadline)[0].logprobs
+
+    def warm_cache(self, request: EngineLoad, serving: int | None) -> None:
+        """Before the pause: have the old weights' KV of one canary prompt in the prefix cache, so that `check_cache`
+        has something to find stale. Only an engine that serves can; a busy one does it like any user request."""
+        self._cached = []
+        wanted = "cache" in request.options.levels and request.options.kv == "reset" and self._adapter.can_generate
+        if wanted and request.reference is not None and serving is not None:
+            prompt = max((list(p) for p in request.reference.prompts), key=len)
+            self._floor = request.canary_floor
+            self._adapter.generate([prompt], _GREEDY, past_gate=True)
+            self._cached = prompt
+
+    def remember(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
+        """Before the first write: what the version that serves now answers, unless its own canary has told. Bits and
+        probes do not show derived state, so the way back is weighed against this as well."""
+        asked = "canary" in request.options.levels and self._adapter.can_generate
+        asked &= self._served is None and not self._ranks.touched
+        if asked and request.reference is not None and serving is not None:
+            prompts = request.reference.prompts
+            self._served = Answers(serving, prompts, self.scores(prompts, deadline), request.canary_floor)
+
+    def canary(self, request: EngineLoad, deadline: Deadline) -> CanaryResult | None:
+        """The loaded version's answers against the trainer's; None when not asked for."""
+        self._loaded = None
+        if "canary" not in request.options.levels or request.reference is None or not self._adapter.can_generate:
+            return None
+        scores = self.scores(request.reference.prompts, deadline)
+        self._loaded = Answers(request.version, request.reference.prompts, scores, request.canary_floor)
+        return canary.compare(
+            request.reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline
+        )
+
+    def check_cache(self, answered: bool, deadline: Deadline) -> LevelResult:
+        """After the reset: the prompt that was cached before the sync is generated again with cache reads allowed. Its
+        first token's log-probability must be what the new weights give past the cache, which the canary has weighed."""
+        if not answered:
+            return LevelResult("cache", False, 1, (Failure("reset", "caches dropped", "the engine refused"),))
+        if not self._cached:
+            return LevelResult("cache", True, 1, note="reset answered; no prompt was cached before")
+        (again,) = self._adapter.generate([self._cached], _GREEDY, past_gate=True)
+        if not again.token_ids:
+            failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
+            return LevelResult("cache", False, 1, (failure,))
+        fresh = self.scores(((*self._cached, again.token_ids[0]),), deadline)[0][-1]
+        weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
+        if not weighed.ok:
+            failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")
+            return LevelResult("cache", False, 2, (failure,))
+        return LevelResult("cache", True, 2)
+
+    def published(self) -> None:
+        """The loaded version serves now."""
+        self._served = self._loaded
+
+    def require_former(self, version: int, deadline: Deadline) -> None:
+        """After the way back: the engine answers as it did when `version` served. Raises CanaryMismatch."""
+        known = self._served
+        if known is None or known.version != version:
+            return
+        drift = canary.compare(known.scores, self.scores(known.prompts, deadline), floor=known.floor, baseline=None)
+        if not drift.ok:
+            raise canary_error(self._id, drift)
