@@ -25,6 +25,7 @@ from bridge.ledger import Ledger
 from bridge.messages import FromCoordinator, FromEngine, ToCoordinator, ToEngine
 from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
 from bridge.push import Bridge, Named
+from bridge.statedir import checked_name
 
 
 @dataclass
@@ -79,6 +80,8 @@ def launch(
     if engines < 1:
         raise ConfigError("at least one engine is needed", where="engines", got=str(engines))
     config = from_environment()
+    checked_name(name)
+    sides.load(sides.CHECK_SPEC)(engine)
     daemon.ensure_ray()
     try:
         coordinator, ports = daemon.start(name, [(engine, engine_args)] * engines, config)

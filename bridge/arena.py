@@ -305,7 +305,7 @@ def _reserve(fd: int, nbytes: int, folder: Path) -> None:
     except OSError as error:
         raise ArenaFull(
             "shared memory ran out while the arena was made", where=str(folder), expected=f"{nbytes} bytes",
-            got=str(error), remedy="free shared memory, or run `weighbridge doctor` to remove orphaned arenas",
+            got=str(error), remedy="free shared memory (orphaned arenas are removed when a bridge starts)",
         ) from error  # fmt: skip
 
 

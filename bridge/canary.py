@@ -23,8 +23,9 @@ BASELINE_FACTOR = 3.0
 """Later syncs fail above this multiple of the first verified sync, when that is above the floor."""
 
 
-def prompts(vocab_size: int) -> list[list[int]]:
-    """The fixed prompts for a vocabulary: the same in every process, spread over all ids by a linear congruence."""
+def prompts(vocab_size: int, max_tokens: int | None = None) -> list[list[int]]:
+    """The fixed prompts for a vocabulary: the same in every process, spread over all ids by a linear congruence; cut
+    to `max_tokens` for engines that take no longer ones."""
     state = 0x2545F491
     out: list[list[int]] = []
     for _ in range(PROMPTS):
@@ -32,7 +33,7 @@ def prompts(vocab_size: int) -> list[list[int]]:
         for _ in range(PROMPT_TOKENS):
             state = (1103515245 * state + 12345) & 0x7FFFFFFF
             row.append((state >> 8) % vocab_size)
-        out.append(row)
+        out.append(row[:max_tokens])
     return out
 
 

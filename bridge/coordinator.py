@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from bridge import planning
 from bridge.arena import Arena
 from bridge.deadline import Deadline
@@ -62,6 +64,7 @@ from bridge.wire import ErrorInfo
 
 log = logging.getLogger(__name__)
 
+HEALTH_TRIES = 5
 LEASE_GRACE_S = 2.0
 """How long an unsubmitted push is kept after its trainer's lease was found free: a trainer that is just connecting."""
 
@@ -78,6 +81,7 @@ class Coordinator:
             )
         self.name = name
         self.ledger = ledger
+        self._earlier = ledger.committed  # by a daemon of this name before us
         self.node = node
         self._shm_dir = shm_dir
         self._lock = threading.RLock()
@@ -85,7 +89,8 @@ class Coordinator:
         self._closed = False
         self._plan: Plan | None = None
         self._plans: dict[int, Plan] = {}
-        self._next_plan = 1
+        # ids that no other coordinator uses: an engine may remember a plan of the one before
+        self._next_plan = int.from_bytes(os.urandom(4), "little") << 16
         self._committed: Held | None = None
         self._previous: Held | None = None
         self._push: OpenPush | None = None
@@ -106,7 +111,12 @@ class Coordinator:
                 )
         clean_orphans(shm_dir)
         self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir, journal=ledger.path)
-        self.fleet.assign_pages(str(self._mailbox.path), Deadline.after(60))
+        try:
+            self.fleet.assign_pages(str(self._mailbox.path), name, Deadline.after(60))
+        except BaseException:
+            self._mailbox.close()
+            self._mailbox.unlink()
+            raise
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -121,7 +131,7 @@ class Coordinator:
             return Refused(ErrorInfo.of(error))
 
     def _answer(self, request: ToCoordinator) -> FromCoordinator:
-        if self._closed and not isinstance(request, CloseRequest):
+        if self._closed and not isinstance(request, CloseRequest | WaitRequest):
             raise Closed("this daemon was closed", where=self.name)
         match request:
             case Ask():
@@ -187,10 +197,14 @@ class Coordinator:
         plan = Plan(
             plan_id, request.tensors, request.partial, arena, dtypes=frozenset(s.dtype for s in manifest.tensors)
         )
+        try:
+            self._carry(plan, deadline)
+        except BaseException:
+            arena.close()
+            arena.unlink()
+            raise
         self._plan = self._plans[plan_id] = plan
-        self._carry(plan, deadline)
-        for old in [p for p in self._plans.values() if p is not plan and not self._is_held(p)]:
-            self._drop(old)
+        self._drop_unheld()
         return plan
 
     def _carry(self, plan: Plan, deadline: Deadline) -> None:
@@ -210,6 +224,14 @@ class Coordinator:
 
     def _is_held(self, plan: Plan) -> bool:
         return any(held is not None and held.plan is plan for held in (self._committed, self._previous))
+
+    def _drop_unheld(self) -> None:
+        """Unlink the arenas that no version needs any more, here and in the engines."""
+        old = [plan for plan in self._plans.values() if plan is not self._plan and not self._is_held(plan)]
+        for plan in old:
+            self._drop(plan)
+        if old:
+            self.fleet.forget(tuple(self._plans), Deadline.after(30))
 
     def _drop(self, plan: Plan) -> None:
         self._plans.pop(plan.id, None)
@@ -237,9 +259,18 @@ class Coordinator:
         )
 
     def _drop_open_push(self) -> None:
-        if self._push is not None:
-            self.ledger.record("aborted", version=self._push.version, reason="dropped before it was sealed")
-            self._push = None
+        push, self._push = self._push, None
+        if push is not None:
+            self._note("aborted", version=push.version, reason="dropped before it was sealed")
+
+    def _note(self, kind: str, **fields: object) -> str | None:
+        """A journal entry that nothing depends on: the trainer must not be told that a push failed because of it."""
+        try:
+            self.ledger.record(kind, **fields)
+        except BridgeError as error:
+            log.error("the journal lacks an entry (%s): %s", kind, error)
+            return f"the journal lacks an entry ({kind}): {error}"
+        return None
 
     def _begin(self, request: BeginRequest) -> Begun:
         with self._lock:
@@ -251,10 +282,8 @@ class Coordinator:
             committed = self._committed
             taken = committed.slot if committed is not None and committed.plan is plan else None
             slot = next(s for s in range(plan.arena.slots) if s != taken)
-            if self._previous is not None:
-                previous, self._previous = self._previous, None
-                if previous.plan is not plan and not self._is_held(previous.plan):
-                    self._drop(previous.plan)
+            self._previous = None
+            self._drop_unheld()
             plan.slots.pop(slot, None)
             self._push = OpenPush(version, plan, slot, request.holder)
             return Begun(version, slot, taken)
@@ -273,11 +302,11 @@ class Coordinator:
             seal = push.plan.arena.seal_of(push.slot)
             if seal is None or seal.version != request.version or seal.root != request.root:
                 raise ProtocolError("the version is not sealed as announced", where=f"version {request.version}")
-            push.plan.slots[push.slot] = push.version
-            push.submitted = True
             self.ledger.record(
                 "sealed", version=push.version, root=request.root.hex(), slot=push.slot, arena=str(push.plan.arena.path)
             )
+            push.plan.slots[push.slot] = push.version
+            push.submitted = True
             if request.reference is not None:
                 self._references[push.version] = request.reference
             self._start(lambda: self._run(push, request))
@@ -334,10 +363,12 @@ class Coordinator:
         target = self._target(push, request.options, request.root)
         verdict = self.fleet.advance(target, self._committed, on_commit=lambda: self._commit(push))
         receipt = self._receipt(push, request, target, verdict)
-        self.ledger.record("receipt", version=push.version, receipt=receipt.to_dict())
+        unwritten = self._note("receipt", version=push.version, receipt=receipt.to_dict())
+        if unwritten is not None:
+            receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
         if verdict.error is None:
             return Finished(receipt, serving=self.fleet.serving())
-        self.ledger.record("aborted", version=push.version, reason=str(verdict.error))
+        self._note("aborted", version=push.version, reason=str(verdict.error))
         self._journal_quarantines(verdict)
         with self._lock:
             push.plan.slots.pop(push.slot, None)
@@ -347,7 +378,7 @@ class Coordinator:
     def _journal_quarantines(self, verdict: Verdict) -> None:
         for report in verdict.reports:
             if report.state == EngineState.QUARANTINED.value:
-                self.ledger.record("quarantined", engine=report.id, reason=report.error or "")
+                self._note("quarantined", engine=report.id, reason=report.error or "")
 
     def _commit(self, push: OpenPush) -> None:
         """The point of no return: journalled before any engine resumes; nothing serves an unrecorded version."""
@@ -356,6 +387,14 @@ class Coordinator:
             self._previous, self._committed = self._committed, Held(push.version, push.plan, push.slot)
             keep = {push.version, self._previous.version if self._previous else -1}
             self._references = {v: ref for v, ref in self._references.items() if v in keep}
+
+    @staticmethod
+    def _scope(plan: Plan) -> tuple[str, ...]:
+        if not plan.partial:
+            return ()
+        return (
+            f"only the {len(plan.tensors)} tensors that were sent are watched; nothing is known of the engine's others",
+        )
 
     def _receipt(self, push: OpenPush, request: SubmitRequest, target: Target, verdict: Verdict) -> Receipt:
         manifest = push.plan.arena.manifest
@@ -374,7 +413,7 @@ class Coordinator:
             verified=verdict.verified,
             at=time.time(),
             error=None if verdict.error is None else str(verdict.error),
-            notes=(*request.notes, *verdict.notes),
+            notes=(*request.notes, *self._scope(push.plan), *verdict.notes),
         )
 
     # ---- rollback, questions, end -----------------------------------------------------------------------------------
@@ -402,7 +441,7 @@ class Coordinator:
             target = self._target(push, options, seal.root)
             verdict = self.fleet.advance(target, now, on_commit=lambda: self._commit_rollback(back))
             receipt = self._receipt(push, submit, target, verdict)
-            self.ledger.record("receipt", version=back.version, receipt=receipt.to_dict())
+            self._note("receipt", version=back.version, receipt=receipt.to_dict())
         finally:
             with self._lock:
                 self._push = None
@@ -431,21 +470,30 @@ class Coordinator:
 
     def _health_facts(self, request: HealthRequest) -> dict[str, object]:
         deadline = Deadline.after(request.timeout_s)
-        with self._lock:
-            held, push = self._committed, self._push
-            reference = self._references.get(held.version) if held else None
-            last = self.ledger.receipts(1)
-        facts: dict[str, object] = {
+        engines: list[dict[str, object]] | None = None
+        for _ in range(HEALTH_TRIES):
+            with self._lock:
+                held, push = self._committed, self._push
+                reference = self._references.get(held.version) if held else None
+            if held is None:
+                break
+            found = self.fleet.examine(held, reference, deadline)
+            with self._lock:
+                # a push that was committed meanwhile makes a report about the version before; look again
+                if self._committed is held:
+                    engines = found
+                    break
+        last = self.ledger.receipts(1)
+        return {
             "name": self.name,
             "committed": held.version if held else None,
+            "earlier": self._earlier if held is None or held.version == 0 else None,
             "highest": self.ledger.highest,
             "busy": push.version if push else None,
+            "watched": list(self._scope(held.plan)) if held else [],
             "last_receipt": last[-1] if last else None,
-            "engines": self.fleet.examine(held.plan.id, held.slot, reference, held.plan.dtypes, deadline)
-            if held is not None and push is None
-            else self.fleet.describe(deadline),
+            "engines": self.fleet.describe(deadline) if engines is None else engines,
         }
-        return facts
 
     def close(self) -> None:
         """Stop every engine gracefully and unlink the shared memory. Idempotent; waits for a running push."""

@@ -25,7 +25,16 @@ from bridge import sides
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
-from bridge.messages import Ask, CloseRequest, DaemonIs, EngineHello, EngineIs, FromCoordinator, FromEngine
+from bridge.messages import (
+    Ask,
+    CloseRequest,
+    DaemonIs,
+    EngineGenerate,
+    EngineHello,
+    EngineIs,
+    FromCoordinator,
+    FromEngine,
+)
 from bridge.ports import expect
 from bridge.statedir import checked_name, state_dir
 from bridge.wire import pack, unpack
@@ -34,6 +43,8 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "weighbridge"
 START_TIMEOUT_S = 180.0
+ROLLOUTS, ROLLOUT_THREADS = "rollouts", 64
+"""Callers of `generate` that an EngineActor serves at once, apart from the control calls."""
 RAY_FILE = "ray.json"
 OBJECT_STORE_NBYTES = 100 << 20
 """Ray's smallest comfortable store: tensors never go through it."""
@@ -54,8 +65,12 @@ class RayPort:
 
         if self._handle is None:
             raise PeerLost("an actor is gone", where=self.id, remedy="weighbridge down, then up again")
+        method = self._handle.call
+        if isinstance(request, EngineGenerate):
+            # rollouts wait at the gate while the engine is paused: they must never fill the threads of the push
+            method = method.options(concurrency_group=ROLLOUTS)
         try:
-            frame = ray.get(self._handle.call.remote(pack(request)), timeout=max(deadline.remaining_s, 0.001))
+            frame = ray.get(method.remote(pack(request)), timeout=max(deadline.remaining_s, 0.001))
         except exceptions.GetTimeoutError as error:
             raise DeadlineExceeded(
                 "an actor did not answer in time", where=self.id, got=type(request).__name__, remedy="look at its log"
@@ -87,21 +102,37 @@ def ensure_ray(start: bool = True) -> None:
     A Ray that a driver starts dies with it, detached actors included; hence the separate head (DESIGN 10). Raises
     NotFound when none runs and `start` is False, TransportError when it cannot be started.
     """
-    import ray
-
-    if ray.is_initialized():
+    loaded = sys.modules.get("ray")
+    if loaded is not None and loaded.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         address = _our_ray()
         if address is None and not start:
+            # said before Ray is imported, which takes seconds
             raise NotFound("no Ray is running here", remedy="weighbridge up starts one; RAY_ADDRESS names another")
         _authenticate()
         address = address or _start_ray()
+    _require_listening(address)
+    import ray
+
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
         raise TransportError("cannot connect to Ray", where=address, got=str(error).splitlines()[0]) from error
+
+
+def _require_listening(address: str) -> None:
+    """Ray itself looks for minutes for a cluster that has gone. Forms other than HOST:PORT are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise TransportError(
+            "no Ray answers there", where=address, got=str(error), remedy="unset RAY_ADDRESS, or start that cluster"
+        ) from error
 
 
 def _authenticate() -> None:
@@ -287,7 +318,7 @@ def _actor(target: str, actor_name: str, threads: int, *arguments: Any) -> Any:
 
     environment = {"OMP_NUM_THREADS": str(threads), "WEIGHBRIDGE_THREADS": str(threads)}
     return (
-        ray.remote(sides.load(target))
+        ray.remote(concurrency_groups={ROLLOUTS: ROLLOUT_THREADS})(sides.load(target))
         .options(
             name=actor_name,
             namespace=NAMESPACE,

@@ -19,7 +19,7 @@ from bridge import canary
 from bridge.arena import Arena
 from bridge.deadline import Deadline
 from bridge.digest import digest_slot, seal_slot
-from bridge.errors import BridgeError, PeerLost, ProtocolError
+from bridge.errors import BridgeError, Busy, PeerLost, ProtocolError
 from bridge.ledger import EngineState
 from bridge.manifest import Manifest
 from bridge.messages import (
@@ -31,6 +31,7 @@ from bridge.messages import (
     EngineCommit,
     EngineExplain,
     EngineExplained,
+    EngineForget,
     EngineHello,
     EngineInfo,
     EngineIs,
@@ -115,6 +116,7 @@ class Fleet:
         )
         self._infos: dict[str, EngineInfo] = {}
         self._baseline: dict[str, float] = {}
+        self._floor: dict[str, float] = {}  # by the coarsest dtype that the engine itself holds
         self._turn = time.time_ns()  # a coordinator that was started again goes on above the turns of the last one
 
     # ---- fan-out ----------------------------------------------------------------------------------------------------
@@ -159,11 +161,12 @@ class Fleet:
                 self._infos[engine] = answer
         return [self._infos[engine.id] for engine in self._engines]
 
-    def assign_pages(self, mailbox: str, deadline: Deadline) -> None:
-        """Give every engine its pages of the mailbox, in engine order."""
+    def assign_pages(self, mailbox: str, owner: str, deadline: Deadline) -> None:
+        """Give every engine its pages of the mailbox, in engine order, and claim it. Raises Busy for an engine that
+        another bridge drives."""
         page = 0
         for engine in self._engines:
-            expect(engine.call(EngineHello(mailbox, page), deadline), EngineIs)
+            expect(engine.call(EngineHello(mailbox, page, owner), deadline), EngineIs)
             page += self._infos[engine.id].ranks
 
     def serving(self) -> dict[str, int | None]:
@@ -174,7 +177,11 @@ class Fleet:
 
     def bake(self, plan: int, request: PlanRequest, deadline: Deadline) -> dict[str, EngineBaked]:
         message = EngineBake(plan, request.tensors, request.partial, deadline.remaining_s)
-        return self._all(lambda e: expect(e.call(message, deadline), EngineBaked))
+        answers = self._all(lambda e: expect(e.call(message, deadline), EngineBaked))
+        for engine, answer in answers.items():
+            held = {dtype for rank in answer.ranks for dtype in rank.dtypes.values()}
+            self._floor[engine] = canary.floor_for(held)
+        return answers
 
     def map(self, plan: int, path: str, manifest: Manifest, keep: tuple[int, ...], deadline: Deadline) -> None:
         message = EngineMap(plan, path, manifest, keep, deadline.remaining_s)
@@ -194,7 +201,7 @@ class Fleet:
             log.warning("%s: what it serves cannot be kept for a rollback: %s", first.id, answer.reason)
             return False
         seal_slot(arena, slot, version, digest_slot(arena, slot))
-        check = EngineCheck(plan, slot, ("read-back", "probe"), (), deadline.remaining_s)
+        check = EngineCheck(plan, slot, ("read-back", "probe"), timeout_s=deadline.remaining_s)
         for engine in (first, *rest) if answer.source != "live" else rest:
             ranks = expect(engine.call(check, deadline), EngineChecked).ranks
             if not all(level.ok for rank in ranks for level in rank):
@@ -204,6 +211,12 @@ class Fleet:
                 arena.begin(slot)
                 return False
         return True
+
+    def forget(self, keep: tuple[int, ...], deadline: Deadline) -> None:
+        """Have the engines let go of every plan but `keep`. One that does not answer keeps memory, not rights."""
+        for engine, answer in self._each(lambda e: expect(e.call(EngineForget(keep), deadline), EngineOk)).items():
+            if isinstance(answer, BridgeError):
+                log.warning("%s still maps an older arena: %s", engine, answer)
 
     def explain(self, plan: int, name: str, deadline: Deadline) -> tuple[dict[str, str], ...]:
         message = EngineExplain(plan, name, deadline.remaining_s)
@@ -230,12 +243,12 @@ class Fleet:
                 answers = self._each(
                     lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report
                 )
-                self._after_resume(verdict, answers)
+                self._after_resume(verdict, target, answers)
             verdict.phases["commit"] = time.perf_counter() - started
         if verdict.error is not None:
             verdict.reports = self._restored(verdict.reports, back, str(verdict.error))
         else:
-            verdict.verified = _verified(target.options, verdict.reports)
+            verdict.verified = _verified(target.version, verdict.reports)
             if "canary" in target.options.levels and not any(report.canary for report in verdict.reports):
                 verdict.notes = (*verdict.notes, "no canary: no engine answers log-probabilities")
             if verdict.verified:
@@ -261,7 +274,7 @@ class Fleet:
                 check=first_of_node[engine.id] and "transfer" in target.options.levels,
                 options=target.options,
                 reference=target.reference,
-                canary_floor=canary.floor_for(target.dtypes),
+                canary_floor=self._floor.get(engine.id, canary.DEFAULT_FLOOR),
                 canary_baseline=self._baseline.get(engine.id),
                 # skipping unchanged tensors is only safe where read-back then weighs all of them
                 changed=target.changed if current and "read-back" in target.options.levels else None,
@@ -299,17 +312,26 @@ class Fleet:
                 reports[engine] = _merge(reports[engine], answer)
         verdict.reports = tuple(reports.values())
 
-    def _after_resume(self, verdict: Verdict, answers: Mapping[str, EngineReport | BridgeError]) -> None:
-        """After the journal entry nothing is undone: an engine that is lost now is STALE, the others serve."""
+    def _after_resume(
+        self, verdict: Verdict, target: Target, answers: Mapping[str, EngineReport | BridgeError]
+    ) -> None:
+        """After the journal entry nothing is undone: an engine that did not resume is loaded anew, or refuses, or, when
+        it does not answer at all, is STALE; the others serve."""
         reports = {report.id: report for report in verdict.reports}
         for engine, answer in answers.items():
             if isinstance(answer, BridgeError):
-                reports[engine] = self._lost(engine, answer)
-                verdict.notes = (*verdict.notes, f"{engine} was lost after the commit: {answer}")
-            else:
-                reports[engine] = _merge(reports[engine], answer)
-                self._heard(answer)
+                verdict.notes = (*verdict.notes, f"{engine} did not resume after the commit: {answer}")
+                answer = self._load_again(engine, target, answer)
+            reports[engine] = _merge(reports[engine], answer)
+            self._heard(answer)
         verdict.reports = tuple(reports.values())
+
+    def _load_again(self, engine_id: str, target: Target, why: BridgeError) -> EngineReport:
+        deadline = Deadline.after(RESTORE_TIMEOUT_S)
+        message = EngineRestore(target.plan, target.slot, target.version, str(why), RESTORE_TIMEOUT_S, turn=self._turn)
+        engine = next(e for e in self._engines if e.id == engine_id)
+        answer = _outcome(lambda e: expect(e.call(message, deadline), EngineOk).report, engine)
+        return self._lost(engine_id, answer) if isinstance(answer, BridgeError) else answer
 
     def put_back(self, back: HeldVersion | None, reason: str) -> None:
         """Have every engine that was written to return to `back`, or quarantine."""
@@ -365,12 +387,11 @@ class Fleet:
         """Facts for health when there is nothing to compare with."""
         return [_facts(info) for info in self.hello(deadline, strict=False)]
 
-    def examine(
-        self, plan: int, slot: int, reference: Reference | None, dtypes: Iterable[str], deadline: Deadline
-    ) -> list[dict[str, Any]]:
+    def examine(self, held: HeldVersion, reference: Reference | None, deadline: Deadline) -> list[dict[str, Any]]:
         """Fresh read-back, probes and canary of what every engine serves now. Writes nothing."""
         prompts = reference.prompts if reference is not None else ()
-        check = EngineCheck(plan, slot, ("transfer", "read-back", "probe"), prompts, deadline.remaining_s)
+        levels = ("transfer", "read-back", "probe")
+        check = EngineCheck(held.plan_id, held.slot, levels, prompts, held.version, deadline.remaining_s)
         infos = {info.id: info for info in self.hello(deadline, strict=False)}
         alive = [engine for engine in self._engines if infos[engine.id].state != "LOST"]
         answers = self._each(lambda e: expect(e.call(check, deadline), EngineChecked), alive)
@@ -378,7 +399,9 @@ class Fleet:
         for engine, info in infos.items():
             facts = _facts(info)
             answer = answers.get(engine)
-            if isinstance(answer, BridgeError):
+            if isinstance(answer, Busy):
+                facts["moved_on"] = str(answer)
+            elif isinstance(answer, BridgeError):
                 facts["error"] = str(answer)
             elif answer is not None:
                 facts["levels"] = [
@@ -397,7 +420,7 @@ class Fleet:
                     result = canary.compare(
                         reference.logprobs,
                         answer.scores,
-                        floor=canary.floor_for(dtypes),
+                        floor=self._floor.get(engine, canary.DEFAULT_FLOOR),
                         baseline=self._baseline.get(engine),
                     )
                     facts["canary"] = {"mean_abs": result.mean_abs, "max_abs": result.max_abs, "limit": result.limit}
@@ -460,12 +483,23 @@ def _merge(before: EngineReport, after: EngineReport) -> EngineReport:
     )
 
 
-def _verified(options: Options, reports: Iterable[EngineReport]) -> Verified:
-    """True: every level of the weights ran and passed on every rank. "partial": some did, or one module by canary."""
-    levels = set(options.levels)
-    if not levels - {"transfer"}:
+def _verified(version: int, reports: Iterable[EngineReport]) -> Verified:
+    """From what really ran. True: every engine serves the version, and every level of the weights that could run has
+    passed on each of its ranks; "partial": some have, or a module was left to the canary; False: nothing was shown."""
+    found = [_shown(report, version) for report in reports]
+    if not found or not all(found):
         return False
-    alone = any(rank.canary_only for report in reports for rank in report.ranks)
-    if alone and "canary" not in levels:
+    return True if all(shown is True for shown in found) else "partial"
+
+
+def _shown(report: EngineReport, version: int) -> Verified:
+    if report.serving != version or not report.ranks:
         return False
-    return "partial" if alone or not levels.issuperset(WEIGHT_LEVELS) else True
+    levels = [{level.level: level for level in rank.levels if level.ok} for rank in report.ranks]
+    weighed = all(any(rank[name].checked for name in ("read-back", "probe") if name in rank) for rank in levels)
+    # without a version before there is nothing to have changed from
+    whole = all(set(rank) >= set(WEIGHT_LEVELS) - {"change"} for rank in levels)
+    alone = any(rank.canary_only for rank in report.ranks)
+    if weighed and whole and not alone:
+        return True
+    return "partial" if report.canary is not None or (weighed and not alone) else False

@@ -79,6 +79,10 @@ def _versions(facts: Mapping[str, Any], engines: list[dict[str, Any]]) -> Iterat
         got = f"{engine['state']}, version {engine['serving']}"
         if engine["detail"]:
             got += f" ({engine['detail']})"
+        if right and facts["earlier"] is not None:
+            before = f"version {facts['earlier']} was committed before this daemon started"
+            yield Check(f"{engine['id']} version", True, before, got, "push once", degraded=True)
+            continue
         yield Check(
             f"{engine['id']} version", right or facts["busy"] is not None, f"SERVING, version {committed or 0}", got,
             "" if right else "push a version that verifies",
@@ -87,6 +91,8 @@ def _versions(facts: Mapping[str, Any], engines: list[dict[str, Any]]) -> Iterat
 
 def _receipt(facts: Mapping[str, Any]) -> Iterator[Check]:
     last = facts["last_receipt"]
+    for scope in facts["watched"]:
+        yield Check("scope", True, "every tensor of the engine", scope, "push the whole model once", degraded=True)
     if last is None:
         yield Check("last receipt", True, "a verified push", "nothing was pushed yet", "push once", degraded=True)
         return
@@ -97,8 +103,10 @@ def _receipt(facts: Mapping[str, Any]) -> Iterator[Check]:
             "last receipt", False, "a verified push", f"{what}: {last['error']}", "mend the cause and push again"
         )
         return
-    whole = last["verified"] is True and any(e["canary"] is not None for e in last["engines"])
+    whole = last["verified"] is True and all(e["canary"] is not None for e in last["engines"])
     missing = "bind the model and push with verify='outputs'" if not whole else ""
+    if facts["earlier"] is not None:
+        what, whole, missing = f"{what}; of an earlier daemon", False, "push once"
     verified = last["verified"] is not False
     yield Check("last receipt", verified, "verified weights", what, missing, degraded=not whole)
 

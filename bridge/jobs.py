@@ -30,6 +30,12 @@ class MapJob(Message, frozen=True):
     keep: tuple[int, ...] = ()
 
 
+class ForgetJob(Message, frozen=True):
+    """Let go of every plan except `keep`, and of their arenas."""
+
+    keep: tuple[int, ...] = ()
+
+
 class LoadJob(Message, frozen=True):
     """Load `slot` through `plan` and run the named verification levels. `changed` restricts the copies to tensors (by
     index in the manifest) whose bits differ from what this engine already holds; None loads everything. `previous` is
@@ -70,7 +76,7 @@ class ExplainJob(Message, frozen=True):
     name: str
 
 
-AnyJob = BakeJob | MapJob | LoadJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
+AnyJob = BakeJob | MapJob | ForgetJob | LoadJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
 
 
 class RankJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

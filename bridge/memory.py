@@ -34,8 +34,8 @@ that long."""
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No cyclic garbage collection inside: building a plan of many thousand tensors makes objects that stay, and looking
-    through them again and again costs as much as the work itself."""
+    """No cyclic garbage collection inside, in all threads: building a plan of many thousand tensors makes objects that
+    stay, and looking through them again and again costs as much as the work itself."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -51,16 +51,18 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node: str
     pid: int
     detail: str = ""
+    max_prompt: int | None = None
 
 
 # ---- coordinator -> engine service ---------------------------------------------------------------------------------
 
 
 class EngineHello(Message, frozen=True):
-    """Who are you. `mailbox` and `page` give the engine its pages; None asks only."""
+    """Who are you. `mailbox` and `page` give the engine its pages and claim it for bridge `owner`; None asks only."""
 
     mailbox: str | None = None
     page: int = 0
+    owner: str = ""
 
 
 class EngineBake(Message, frozen=True):
@@ -76,6 +78,13 @@ class EngineMap(Message, frozen=True):
     manifest: Manifest
     keep: tuple[int, ...]
     timeout_s: float
+
+
+class EngineForget(Message, frozen=True):
+    """Let go of every plan except `keep`: their arenas are gone."""
+
+    keep: tuple[int, ...]
+    timeout_s: float = 30.0
 
 
 class EngineReadBack(Message, frozen=True):
@@ -141,12 +150,14 @@ class EngineRestore(Message, frozen=True):
 
 
 class EngineCheck(Message, frozen=True):
-    """Fresh read-back (and probe) of the served version against the arena, and fresh canary scores. Writes nothing."""
+    """Fresh read-back (and probe) of the served version against the arena, and fresh canary scores. Writes nothing.
+    Refused with Busy when the engine does not serve `version` any more; None checks whatever it holds."""
 
     plan: int
     slot: int
     levels: tuple[str, ...]
     prompts: Prompts = ()
+    version: int | None = None
     timeout_s: float = 60.0
 
 
@@ -170,6 +181,7 @@ ToEngine = (
     EngineHello
     | EngineBake
     | EngineMap
+    | EngineForget
     | EngineReadBack
     | EngineLoad
     | EngineCommit

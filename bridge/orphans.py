@@ -40,7 +40,7 @@ def find_orphans(directory: Path | None = None, *, min_age_s: float = MIN_AGE_S)
 
 
 def clean_orphans(directory: Path | None = None, *, min_age_s: float = MIN_AGE_S) -> list[Orphan]:
-    """Unlink the orphans while holding their lock; returns what was removed. Called at start-up and by `doctor`."""
+    """Unlink the orphans while holding their lock; returns what was removed. Called whenever a bridge starts."""
     return _sweep(shm.directory(directory), min_age_s, lambda path: path.unlink(missing_ok=True))
 
 

@@ -86,8 +86,9 @@ class TrainerPort(Protocol):
         """Cast every tensor into the unsealed slot; tensors not in the snapshot are carried over from `base`."""
         ...
 
-    def reference(self) -> Reference:
-        """The canary's reference from the bound model, one no-grad forward. Raises ConfigError when it has none."""
+    def reference(self, max_tokens: int | None = None) -> Reference:
+        """The canary's reference from the bound model, one no-grad forward; prompts are cut to `max_tokens`. Raises
+        ConfigError when it has none."""
         ...
 
     def storages(self) -> frozenset[int]:

@@ -10,6 +10,7 @@ After step 3 the trainer's tensors may change. After SubmitRequest is answered t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 import os
@@ -26,7 +27,7 @@ from bridge.arena import Arena
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.digest import seal_slot
-from bridge.errors import Busy, Closed, ConfigError
+from bridge.errors import BridgeError, Busy, Closed, ConfigError
 from bridge.fanout import LEVELS_OF
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, PushOptions, receipt_or_raise
 from bridge.health import HealthReport, assess, local_facts
@@ -61,7 +62,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Named = Iterable[tuple[str, torch.Tensor]]
-MAX_VERSION = 1 << 62
+MAX_VERSION = 1 << 53
 MODES = ("auto", "full")
 INFLIGHT = ("drain", "abort", "keep")
 KV = ("reset", "keep")
@@ -97,6 +98,7 @@ class Bridge:
         self._lease: Lease | None = None
         self._planned: tuple[tuple[TensorInfo, ...], bool, Planned] | None = None
         self._arena: Arena | None = None
+        self._longest: int | None = None
         self._closed = False
         self._warned = False
 
@@ -196,7 +198,9 @@ class Bridge:
             submit = SubmitRequest(begun.version, seal.root, options, phases, written.nbytes, reference, notes)
             self._call(submit, Done)
         except BaseException:
-            self._call(CancelRequest(begun.version), Done)
+            # what went wrong is worth more than a second failure on the way out; an unsealed push is dropped anyway
+            with contextlib.suppress(BridgeError):
+                self._call(CancelRequest(begun.version), Done)
             raise
         return PendingPush(self._coordinator, begun.version, options.timeout_s)
 
@@ -207,6 +211,8 @@ class Bridge:
             return last[2], self._arena
         request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, self.config.plan_timeout_s)
         planned = self._call(request, Planned, self.config.plan_timeout_s)
+        limits = [info.max_prompt for info in self.status().engines if info.max_prompt is not None]
+        self._longest = min(limits, default=None)
         if self._arena is None or str(self._arena.path) != planned.path:
             if self._arena is not None:
                 self._arena.close()
@@ -222,7 +228,7 @@ class Bridge:
             if wanted is None and options.partial:
                 # What was not sent may have moved on in the trainer: then the two models differ, and rightly so.
                 raise ConfigError("only a subset was sent", remedy="verify='outputs' when the rest is unchanged")
-            return self._trainer.reference(), options, ()
+            return self._trainer.reference(self._longest), options, ()
         except ConfigError as error:
             if wanted:
                 raise

@@ -190,7 +190,7 @@ def require_room(nbytes: int, folder: Path, limit: int | None = None) -> None:
             where=str(folder),
             expected=f"{nbytes} bytes ({nbytes / 2**30:.2f} GiB)",
             got=f"{max(room.nbytes, 0)} bytes ({max(room.nbytes, 0) / 2**30:.2f} GiB) left by {room.bound}",
-            remedy="free memory, raise the limit named here, or run `weighbridge doctor` to remove orphaned arenas",
+            remedy="free memory or raise the limit named here (orphaned arenas are removed when a bridge starts)",
         )
 
 

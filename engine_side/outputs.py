@@ -49,10 +49,16 @@ class Outputs:
         self._cached = []
         wanted = "cache" in request.options.levels and request.options.kv == "reset" and self._adapter.can_generate
         if wanted and request.reference is not None and serving is not None:
-            prompt = max((list(p) for p in request.reference.prompts), key=len)
+            prompt = self._long_enough([token for row in request.reference.prompts for token in row])
             self._floor = request.canary_floor
             self._adapter.generate([prompt], _GREEDY, past_gate=True)
             self._cached = prompt
+
+    def _long_enough(self, tokens: list[int]) -> list[int]:
+        """A prompt that fills a block of the cache and goes on for a token, as far as the engine takes one."""
+        wanted = self._adapter.cache_grain + 2
+        prompt = (tokens * -(-wanted // max(len(tokens), 1)))[: max(wanted, 1)]
+        return prompt[: self._adapter.max_prompt]
 
     def remember(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the first write: what the version that serves now answers, unless its own canary has told. Bits and
@@ -81,6 +87,8 @@ class Outputs:
             return LevelResult("cache", False, 1, (Failure("reset", "caches dropped", "the engine refused"),))
         if not self._cached:
             return LevelResult("cache", True, 1, note="reset answered; no prompt was cached before")
+        if len(self._cached) <= self._adapter.cache_grain:
+            return LevelResult("cache", True, 1, note="reset answered; no prompt that the engine takes fills its cache")
         (again,) = self._adapter.generate([self._cached], _GREEDY, past_gate=True)
         if not again.token_ids:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")

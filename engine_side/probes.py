@@ -182,10 +182,8 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
         return None
     have, wide = y.double(), want.double()
     off = (have - wide).abs()
-    if bool((off <= limit).all()):
-        return None
     # Which of NaN and infinity comes of a sum depends on its order; that neither becomes a number does not.
-    bad = ~(off <= limit) & ~(~have.isfinite() & ~wide.isfinite())
+    bad = torch.where(wide.isfinite(), ~(off <= limit), have.isfinite())
     if not bool(bad.any()):
         return None
     worst = int(torch.where(bad, torch.nan_to_num(off, nan=torch.inf), -1.0).argmax())

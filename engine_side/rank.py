@@ -19,6 +19,7 @@ from bridge.jobs import (
     AnyJob,
     BakeJob,
     ExplainJob,
+    ForgetJob,
     LoadJob,
     LogprobsJob,
     MapJob,
@@ -107,6 +108,8 @@ class Rank:
                 return self._bake(job)
             case MapJob():
                 return self._map(job)
+            case ForgetJob():
+                return self._forget(job.keep)
             case LoadJob():
                 return RankLoaded(self._load(job))
             case VerifyJob():
@@ -146,7 +149,10 @@ class Rank:
         planned.loader.map(job.manifest, [arena.tensors(slot) for slot in range(arena.slots)])
         planned.arena = arena
         planned.verifier = Verifier(planned.loader)
-        for plan in [p for p in self._plans if p != job.plan and p not in job.keep]:
+        return self._forget((job.plan, *job.keep))
+
+    def _forget(self, keep: tuple[int, ...]) -> RankDone:
+        for plan in [p for p in self._plans if p not in keep]:
             self._plans.pop(plan).close()
         return RankDone()
 

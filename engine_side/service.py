@@ -20,6 +20,7 @@ from bridge.deadline import Deadline
 from bridge.digest import check_slot
 from bridge.errors import (
     BridgeError,
+    Busy,
     CanaryMismatch,
     ConfigError,
     DigestMismatch,
@@ -29,6 +30,7 @@ from bridge.errors import (
 from bridge.jobs import (
     BakeJob,
     ExplainJob,
+    ForgetJob,
     LoadJob,
     MapJob,
     RankBake,
@@ -50,6 +52,7 @@ from bridge.messages import (
     EngineCommit,
     EngineExplain,
     EngineExplained,
+    EngineForget,
     EngineGenerate,
     EngineGenerated,
     EngineHello,
@@ -77,6 +80,8 @@ from engine_side.rankline import RankLine
 
 log = logging.getLogger(__name__)
 
+CLOSE_TIMEOUT_S = 10.0
+
 RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change"})
 
 
@@ -88,8 +93,11 @@ class EngineService:
         self.adapter = adapter
         self._node = node
         self._threads = threads
-        self._standing = Standing(engine_id, EngineState.SERVING, 0)  # its own checkpoint is version 0
-        self._detail = ""
+        self._detail = adapter.refusal or ""
+        if self._detail:
+            self._standing = Standing(engine_id, EngineState.QUARANTINED)
+        else:
+            self._standing = Standing(engine_id, EngineState.SERVING, 0)  # its own checkpoint is version 0
         self._busy = threading.RLock()
         self._turn = 0
         self._ranks = RankLine(engine_id, adapter)
@@ -126,6 +134,8 @@ class EngineService:
                 return EngineBaked(tuple(self._ranks.ask(job, RankBake, Deadline.after(request.timeout_s))))
             case EngineMap():
                 return self._map(request)
+            case EngineForget():
+                return self._forget(request)
             case EngineReadBack():
                 return self._read_back(request)
             case EngineLoad():
@@ -155,6 +165,7 @@ class EngineService:
 
     def _hello(self, request: EngineHello) -> EngineIs:
         if request.mailbox is not None:
+            self.adapter.claim(request.owner)
             self._ranks.assign(Path(request.mailbox), request.page)
         a = self.adapter
         return EngineIs(
@@ -168,6 +179,7 @@ class EngineService:
                 self._node,
                 os.getpid(),
                 self._detail,
+                a.max_prompt,
             )
         )
 
@@ -187,9 +199,17 @@ class EngineService:
             arena.close()
             raise
         self._arenas[request.plan] = arena
-        for plan in [p for p in self._arenas if p != request.plan and p not in request.keep]:
-            self._arenas.pop(plan).close()
+        self._close_arenas((request.plan, *request.keep))
         return EngineOk(self._report())
+
+    def _forget(self, request: EngineForget) -> EngineOk:
+        self._ranks.ask(ForgetJob(request.keep), RankDone, Deadline.after(request.timeout_s))
+        self._close_arenas(request.keep)
+        return EngineOk(self._report())
+
+    def _close_arenas(self, keep: tuple[int, ...]) -> None:
+        for plan in [p for p in self._arenas if p not in keep]:
+            self._arenas.pop(plan).close()
 
     def _arena(self, plan: int) -> Arena:
         try:
@@ -205,22 +225,23 @@ class EngineService:
             return EngineVersionZero(False, "none", reason)
         deadline = Deadline.after(request.timeout_s)
         found = self._ranks.ask(ReadBackJob(request.plan, request.slot), RankReadBack, deadline)
-        unreadable = sorted({name for answer in found for name in answer.unreadable})
-        if not unreadable:
-            return EngineVersionZero(True, "live")
-        arena, missing = self._arena(request.plan), unreadable
+        unreadable = {name for answer in found for name in answer.unreadable}
+        arena = self._arena(request.plan)
+        missing = list(arena.manifest.by_name)
         older = self._arenas.get(request.held_plan) if request.held_plan is not None else None
         if older is not None and request.held_slot is not None:
+            # what was pushed is the version; what lies in the engine may have been written to since
             missing = write_held(older, request.held_slot, arena, request.slot, missing)
+        missing = [name for name in missing if name in unreadable]
         checkpoint = self.adapter.checkpoint
         if missing and checkpoint is None:
-            got = f"{len(unreadable)} tensors packed away, {missing[0]} among them"
+            got = f"{len(missing)} tensors packed away, {missing[0]} among them"
             return EngineVersionZero(False, "none", f"{got}, and the engine's checkpoint is not known")
         if missing and checkpoint is not None:
             missing = write_checkpoint(checkpoint, arena, request.slot, missing)
         if missing:
             return EngineVersionZero(False, "none", f"{checkpoint} does not hold {missing[0]}")
-        return EngineVersionZero(True, "stored")
+        return EngineVersionZero(True, "live" if older is None and not unreadable else "stored")
 
     # ---- load and verify --------------------------------------------------------------------------------------------
 
@@ -335,6 +356,9 @@ class EngineService:
                 levels = (self._outputs.check_cache(answered, Deadline.after(request.timeout_s)),)
             elif not answered:
                 raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
+        elif "cache" in request.options.levels:
+            why = "kv='keep': caches hold what the version before computed" if self.adapter.can_generate else "no cache"
+            levels = (LevelResult("cache", True, 0, note=why),)
         for level in levels:
             if not level.ok:
                 raise level_error(self.id, 0, level)
@@ -350,44 +374,46 @@ class EngineService:
         return EngineOk(self._report())
 
     def _publish(self, version: int) -> None:
-        self._standing.move(EngineState.SERVING, version)
-        self._detail = ""
         self.adapter.publish(version)
         self.adapter.refuse(None)
+        self._standing.move(EngineState.SERVING, version)
+        self._detail = ""
         self._unpause()
 
     # ---- put back ---------------------------------------------------------------------------------------------------
 
     def _restore(self, request: EngineRestore) -> EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
-        if not self._ranks.touched and self._standing.serving is not None:
-            if self._standing.state is EngineState.SERVING:
+        try:
+            if not self._ranks.touched and self._standing.serving is not None:
+                if self._standing.state is not EngineState.SERVING:
+                    self._publish(self._standing.serving)
                 return EngineOk(self._report())
-            self._standing.move(EngineState.SERVING)
-            self._unpause()
-            return EngineOk(self._report())
+            self._load_back(request)
+        except Exception as error:  # the engine's own code runs here: whatever broke, nothing may be served
+            if not isinstance(error, BridgeError):
+                log.exception("%s: the way back failed", self.id)
+            self._quarantine(f"{request.reason}; then the way back failed: {error}")
+            return EngineOk(self._report(error=self._detail))
+        return EngineOk(self._report(error=request.reason))
+
+    def _load_back(self, request: EngineRestore) -> None:
         deadline = Deadline.after(request.timeout_s)
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
-        try:
-            if request.slot is None or request.version is None:
-                raise EngineQuarantined("there is no previous version to return to", where=self.id)
-            self._pause("abort", deadline)
-            levels = ("coverage", "read-back", "probe")
-            job = LoadJob(request.plan, request.slot, levels)
-            ranks = tuple(answer.report for answer in self._ranks.ask(job, RankLoaded, deadline))
-            self._standing.move(EngineState.LOADED)
-            raise_first_failure(self.id, ranks)
-            self._outputs.require_former(request.version, deadline)
-            self._standing.move(EngineState.VERIFIED)
-            if self.adapter.can_generate and not self.adapter.reset_caches():
-                raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
-        except BridgeError as error:
-            self._quarantine(f"{request.reason}; then the way back failed: {error}")
-            return EngineOk(self._report(error=self._detail))
+        if request.slot is None or request.version is None:
+            raise EngineQuarantined("there is no previous version to return to", where=self.id)
+        self._pause("abort", deadline)
+        job = LoadJob(request.plan, request.slot, ("coverage", "read-back", "probe"))
+        ranks = tuple(answer.report for answer in self._ranks.ask(job, RankLoaded, deadline))
+        self._standing.move(EngineState.LOADED)
+        raise_first_failure(self.id, ranks)
+        self._outputs.require_former(request.version, deadline)
+        self._standing.move(EngineState.VERIFIED)
+        if self.adapter.can_generate and not self.adapter.reset_caches():
+            raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
         self._ranks.touched = False
         self._publish(request.version)
-        return EngineOk(self._report(error=request.reason))
 
     def _quarantine(self, reason: str) -> None:
         log.error("%s is quarantined: %s", self.id, reason)
@@ -398,6 +424,8 @@ class EngineService:
     # ---- health, generation, end ------------------------------------------------------------------------------------
 
     def _check(self, request: EngineCheck) -> EngineChecked:
+        if request.version is not None and self._standing.serving not in (None, request.version):
+            raise Busy("another version serves meanwhile", where=self.id, got=str(self._standing.serving))
         deadline = Deadline.after(request.timeout_s)
         transfer: tuple[LevelResult, ...] = ()
         if "transfer" in request.levels:
@@ -432,11 +460,14 @@ class EngineService:
         return EngineGenerated(tuple(completions))
 
     def close(self) -> None:
-        """Release the shared memory and stop what the adapter started. Idempotent."""
+        """Have the ranks let go of the arenas, release the mailbox, give the engine up. Idempotent."""
+        if self._arenas:
+            try:
+                self._ranks.ask(ForgetJob(), RankDone, Deadline.after(CLOSE_TIMEOUT_S))
+            except BridgeError as error:
+                log.warning("%s: its ranks did not let go of the arena: %s", self.id, error)
         self.adapter.close()
-        for arena in self._arenas.values():
-            arena.close()
-        self._arenas.clear()
+        self._close_arenas(())
         self._ranks.close()
 
 

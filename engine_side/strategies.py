@@ -368,7 +368,7 @@ class _Experiment:
             graft(other.modules[k], other.before[k], module)
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
-        """How each canonical tensor lies in the module after post-load; the twin, where nothing at all was done to it."""
+        """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""
         twin = self._twin()
         values = twin.by_role()
         noise = [_noise(value, k) for k, value in enumerate(values)]

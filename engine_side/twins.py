@@ -70,7 +70,8 @@ class Twin:
     def post_load(self, host: RankHost) -> bool:
         """The engine's step on every module, in the skeleton's order. False when none of them has one."""
         self.before = [State.of(module) for module in self.modules]
-        return any([host.post_load(module) for module in self.modules])
+        worked = [host.post_load(module) for module in self.modules]
+        return any(worked)
 
 
 class TwinSource:

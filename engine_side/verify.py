@@ -201,9 +201,7 @@ class Verifier:
         now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
         cached = self._pairs.get(slot)
         if cached is None or cached[0] is not now or cached[1] is not before:
-            both = [
-                together for path, items in now.items() for together in zip(items, before[path], strict=True)
-            ]
+            both = [together for path, items in now.items() for together in zip(items, before[path], strict=True)]
             self._pairs[slot] = cached = (now, before, both)
         return cached[2]
 

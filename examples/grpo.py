@@ -26,7 +26,7 @@ def main(steps: int) -> float:
     task, rng = CountOn(vocab_size=64), random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         save_policy(model, folder)
-        b = bridge.launch(f"embedded:{folder}", name=f"grpo-{os.getpid()}", engines=1, model=model)
+        b = bridge.launch(f"embedded:{folder}", name=f"grpo-{os.getpid()}", model=model, threads=1)
         try:
             for step in range(1, steps + 1):
                 prompts = grouped_prompts(task, rng, GROUPS, GROUP_SIZE)

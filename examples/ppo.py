@@ -83,7 +83,7 @@ def main(steps: int) -> float:
     task, rng = CountOn(vocab_size=64), random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         save_policy(actor, folder)
-        b = bridge.launch(f"embedded:{folder}", name=f"ppo-{os.getpid()}", engines=1, model=actor)
+        b = bridge.launch(f"embedded:{folder}", name=f"ppo-{os.getpid()}", model=actor, threads=1)
         try:
             for step in range(1, steps + 1):
                 prompts = grouped_prompts(task, rng, ROLLOUTS, 1)

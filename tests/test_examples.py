@@ -29,8 +29,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory, _own_shared_memory: No
     subprocess.run([sys.executable, "-c", code], env=found, check=True, timeout=110)
     ray = json.loads((home / "weighbridge" / "_ray" / daemon.RAY_FILE).read_text())
     token = home / "weighbridge" / "_ray" / "token"
+    found["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("another-home"))
     yield {**found, "RAY_ADDRESS": ray["address"], "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     assert Path(f"/proc/{ray['pid']}").exists(), "one of them stopped a Ray that it had not started"
+    found["XDG_STATE_HOME"] = str(home)
     subprocess.run([sys.executable, "-c", "from bridge import daemon; daemon.stop_ray()"], env=found, check=True)
     assert not Path(f"/proc/{ray['pid']}").exists()
 

@@ -60,6 +60,20 @@ class Batch:
     """How to cut the sources when every part is a run of consecutive elements, the usual case for fused experts."""
     into: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """Slot -> views of what is written there, made once, in the order of `whole` or `splits`."""
+    seen: dict[int, list[memoryview]] = field(default_factory=dict)
+    """Slot -> the bytes of each item there."""
+    indices: npt.NDArray[np.int64] = field(init=False)
+    """Manifest index per item."""
+
+    def __post_init__(self) -> None:
+        self.indices = np.array([item.index for item in self.items], dtype=np.int64)
+
+    def views(self, place: Slot) -> list[memoryview]:
+        """The bytes of each item in a slot, made once."""
+        found = self.seen.get(place.slot)
+        if found is None:
+            found = self.seen[place.slot] = [place.views[item.index] for item in self.items]
+        return found
 
 
 @dataclass(slots=True)

@@ -77,11 +77,11 @@ class TrainerSide:
             self._snapshotter = Snapshotter(arena, threads)
         return self._snapshotter.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite)
 
-    def reference(self) -> Reference:
-        """One no-grad forward of the bound model over the canary's prompts."""
+    def reference(self, max_tokens: int | None = None) -> Reference:
+        """One no-grad forward of the bound model over the canary's prompts, at most `max_tokens` long."""
         if self._model is None:
             raise ConfigError("the canary needs the live model", remedy="b.bind(model)")
-        rows = canary.prompts(vocabulary_size(self._model))
+        rows = canary.prompts(vocabulary_size(self._model), max_tokens)
         scores = reference_logprobs(self._model, rows)
         return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)))
 

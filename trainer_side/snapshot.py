@@ -81,6 +81,8 @@ class Snapshotter:
         self._pool = _single_threaded_pool(threads)
         self._slots: dict[int, Slot] = {}
         self._program: _Program | None = None
+        self._known: dict[int, dict[int, list[int]]] = {}
+        """Slot -> manifest index -> chunk digests of what this object wrote there last and found finite."""
 
     def close(self) -> None:
         """Stop the workers and drop every view of the arena. Idempotent."""
@@ -105,12 +107,14 @@ class Snapshotter:
         digests = np.zeros(len(self.manifest.tensors), dtype="<u8")
         _wait_for_devices(collected.sources)
         tally = _Tally()
+        known = self._known.pop(slot, {})  # gone for good when this write fails
         with torch.no_grad():
-            later = self._run(program, place, collected.sources, digests, tally)
+            later = self._run(program, place, collected.sources, digests, tally, known)
         for index, pieces in later:
             digests[index] = fold(pieces)
         if tally.indices and not allow_nonfinite:
             raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(tally.indices))
+        self._known[slot] = {index: pieces for index, pieces in later if index not in tally.indices}
         carried = self._carry(program.carried, slot, base, digests)
         return Written(digests.tobytes(), tally.nbytes + carried)
 
@@ -121,6 +125,7 @@ class Snapshotter:
         sources: list[torch.Tensor],
         digests: npt.NDArray[np.uint64],
         tally: _Tally,
+        known: dict[int, list[int]],
     ) -> list[tuple[int, list[int]]]:
         """Run all units of work; (manifest index, chunk digests) of the tensors that were cut come back."""
         jobs: list[Job] = []
@@ -128,7 +133,7 @@ class Snapshotter:
         for item in program.big:
             pieces = [0] * -(-item.spec.nbytes // CHUNK)
             later.append((item.index, pieces))
-            jobs += _big_jobs(item, place, sources, pieces, tally)
+            jobs += _big_jobs(item, place, sources, pieces, tally, known.get(item.index))
         jobs += [_small_job(batch, place, sources, digests, tally) for batch in program.batches]
         futures = [self._pool.submit(job) for job in jobs]
         try:
@@ -222,9 +227,8 @@ def _small_job(
             if not all(map(holds, into, out_of)):
                 torch._foreach_copy_(into, out_of)
                 tally.add_bytes(sum(item.spec.nbytes for item in batch.items))
-        views = place.views
-        indices = [item.index for item in batch.items]
-        digests[indices] = np.fromiter(map(xxhash.xxh3_64_intdigest, [views[k] for k in indices]), dtype="<u8")
+        indices = batch.indices
+        digests[indices] = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.views(place)), "<u8", len(indices))
         for dtype, start, end, first, stop in batch.spans:
             if not is_finite(place.flat[start:end], dtype):
                 tally.suspect(
@@ -236,8 +240,16 @@ def _small_job(
     return job
 
 
-def _big_jobs(item: Item, place: Slot, sources: list[torch.Tensor], pieces: list[int], tally: _Tally) -> Iterator[Job]:
-    """Units of work of one big tensor: its chunks when its elements lie in order, else the tensor as a whole."""
+def _big_jobs(
+    item: Item,
+    place: Slot,
+    sources: list[torch.Tensor],
+    pieces: list[int],
+    tally: _Tally,
+    known: list[int] | None,
+) -> Iterator[Job]:
+    """Units of work of one big tensor: its chunks when its elements lie in order, else the tensor as a whole. `known`
+    are the digests of the chunks that the slot holds now."""
     raw, dtype = bytes_of(item.spec, place), dtype_of(item.spec.dtype)
     source = _in_order(item, sources)
     if source is None:
@@ -254,7 +266,12 @@ def _big_jobs(item: Item, place: Slot, sources: list[torch.Tensor], pieces: list
             if flat is None
             else _cast(piece, flat[start // size : end // size], BLOCK // size)
         )
-        yield _chunk_job(item, write, raw[start:end], pieces, number, tally)
+        job = _chunk_job(item, write, raw[start:end], pieces, number, tally)
+        yield (
+            job
+            if known is None or flat is not None
+            else _unless_held(piece, raw[start:end], known, pieces, number, job)
+        )
 
 
 def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
@@ -278,13 +295,13 @@ Write = Callable[[int, int], int]
 def _moved(source: torch.Tensor, into: Bytes) -> Write:
     """Bytes as they stand. What lies there from two versions ago and is the same needs no write; where it is not, the
     comparison ends at once."""
-    out_of, to = source.data_ptr(), into.ctypes.data
 
     def write(at: int, nbytes: int) -> int:
+        out_of, to = source.data_ptr(), into.ctypes.data  # asked for here, so that both live as long as this function
         if not memcmp(to + at, out_of + at, nbytes):
             return 0
         memmove(to + at, out_of + at, nbytes)
-        return source.itemsize and nbytes  # `source` has to outlive this function: it owns the addresses
+        return nbytes
 
     return write
 
@@ -317,6 +334,18 @@ def _chunk_job(item: Item, write: Write, raw: Bytes, pieces: list[int], number: 
             tally.suspect((item.index,))
 
     return job
+
+
+def _unless_held(source: torch.Tensor, raw: Bytes, known: list[int], pieces: list[int], number: int, job: Job) -> Job:
+    """Where the slot still has all of a chunk, its digest is known: a comparison is all that is left to do."""
+
+    def run() -> None:
+        if memcmp(raw.ctypes.data, source.data_ptr(), len(raw)):
+            job()
+        else:
+            pieces[number] = known[number]
+
+    return run
 
 
 def holds(into: torch.Tensor, source: torch.Tensor) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, NotFound
 
 if TYPE_CHECKING:
     from engine_side.adapters.base import EngineAdapter
@@ -27,7 +28,14 @@ def _load(target: str) -> Any:
 
 def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
     """Start the engine that a spec like "embedded:PATH" names, in this process. Blocks until it can serve. Raises
-    ConfigError for an unknown scheme, a missing folder or an unknown argument."""
+    ConfigError for an unknown scheme or argument, NotFound for a missing folder."""
+    scheme, path = check_spec(spec)
+    adapter: EngineAdapter = _load(HOSTED[scheme])(path, dict(arguments))
+    return adapter
+
+
+def check_spec(spec: str) -> tuple[str, str]:
+    """(scheme, folder) of a spec. Raises ConfigError for a scheme that nobody hosts, NotFound for a missing folder."""
     scheme, colon, path = spec.partition(":")
     if not colon or scheme not in HOSTED:
         raise ConfigError(
@@ -36,8 +44,9 @@ def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
             expected=" | ".join(f"{name}:PATH" for name in HOSTED),
             got=repr(spec),
         )
-    adapter: EngineAdapter = _load(HOSTED[scheme])(path, dict(arguments))
-    return adapter
+    if not Path(path).is_dir():
+        raise NotFound("no such checkpoint folder", where=path, remedy="give the folder of a Hugging Face checkpoint")
+    return scheme, path
 
 
 def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:

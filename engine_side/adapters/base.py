@@ -79,6 +79,27 @@ class EngineAdapter(Protocol):
         """Let requests run again. Idempotent."""
         ...
 
+    @property
+    def max_prompt(self) -> int | None:
+        """Longest prompt in tokens that can be scored and continued by one; None when there is no such limit."""
+        ...
+
+    @property
+    def cache_grain(self) -> int:
+        """Tokens after which a prompt's prefix can be in the prefix cache (one KV block); 0 without such a cache."""
+        ...
+
+    def claim(self, owner: str) -> None:
+        """Mark the engine as driven by this bridge. Raises Busy, naming the other bridge, while another one drives it:
+        two of them would weigh one engine against two arenas. `close` gives the claim up."""
+        ...
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the engine refuses to generate now, whoever had it refuse; None when it does not. It outlives `close`:
+        an engine that holds weights nobody verified stays shut until a version was verified in it."""
+        ...
+
     def publish(self, version: int) -> None:
         """Make `version` the one that completions report from now on."""
         ...
@@ -105,7 +126,8 @@ class EngineAdapter(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop what this adapter started; leave an engine that belongs to the user as it is, running."""
+        """Give up the claim and stop what this adapter started; leave an engine that belongs to the user as it is:
+        running, or refusing."""
         ...
 
 

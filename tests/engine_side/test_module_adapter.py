@@ -150,3 +150,32 @@ def test_shared_storage_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="share storage") as caught:
         adapter.refuse_shared(frozenset({live.gain.untyped_storage().data_ptr()}))
     assert caught.value.names == ("gain",)
+
+
+def test_shared_storage_is_seen_when_either_side_moves() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapter = ModuleAdapter(module)
+    apart = torch.empty(8)
+    storages = frozenset({apart.untyped_storage().data_ptr()})
+    adapter.refuse_shared(storages)
+    adapter.refuse_shared(storages)
+    with pytest.raises(ConfigError, match=r"1\.weight"):  # the trainer's tensors moved onto the engine's
+        adapter.refuse_shared(frozenset({module[1].weight.untyped_storage().data_ptr()}))
+    adapter.refuse_shared(storages)
+    module[0].bias.data = apart[:4]  # the engine's tensor moved onto the trainer's
+    with pytest.raises(ConfigError, match=r"0\.bias"):
+        adapter.refuse_shared(storages)
+    module[0].bias = nn.Parameter(torch.zeros(4))
+    adapter.refuse_shared(storages)
+    module[0].weight = nn.Parameter(apart[4:])  # another object under the name
+    with pytest.raises(ConfigError, match=r"0\.weight"):
+        adapter.refuse_shared(storages)
+
+
+def test_a_look_seeds_no_device_and_leaves_the_random_state() -> None:
+    host = ModuleRankHost(nn.Sequential(nn.Linear(4, 4)))
+    pending = len(torch.cuda._queued_calls)
+    state = torch.get_rng_state()
+    host.apply(host.model[0], torch.zeros(2, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(torch.cuda._queued_calls) == pending

@@ -14,6 +14,7 @@ from bridge.errors import ConfigError
 from engine_side import layout
 from engine_side.bake import bake
 from engine_side.strategies import Strategy, decide
+from engine_side.twins import TwinSource
 from tests.engine_side import toy_engine as toy
 
 
@@ -138,3 +139,46 @@ def test_codes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
     digits = [layout.code(n, base, k, dtype, torch.device("cpu")) for k in range(layout.digits_needed(n, base))]
     index = sum(d.to(torch.int64) * base**k for k, d in enumerate(digits))
     assert torch.equal(index, torch.arange(n))
+
+
+class Cached(toy.Plain):
+    """No step of its own, but the first call keeps a copy of the weight."""
+
+    def apply(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        kept = layer.__dict__.setdefault("kept", layer.weight.detach().clone())
+        return nn.functional.linear(x, kept, layer.bias)
+
+
+class Stepless(toy.ToyHost):
+    """Says of every module that it has no post-load step."""
+
+    def post_load(self, module: nn.Module) -> bool:
+        return False
+
+
+def test_modules_without_a_step_are_settled_on_one_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    take = TwinSource.take
+
+    def noted(self: TwinSource, options: Any, live: Any) -> Any:
+        taken.append(options[0].paths[0])
+        return take(self, options, live)
+
+    monkeypatch.setattr(TwinSource, "take", noted)
+    host = Stepless()
+    choice = decide(host, bake(host, host.infos).check()).choices["layers.0.qkv"]
+    assert (choice.strategy, choice.probe.form) == (Strategy.IN_PLACE, "linear")
+    assert taken.count("layers.0.qkv") == 1
+    assert taken.count("layers.0.norm") > 1, "what only a twin can judge still gets one"
+
+
+def test_a_copy_kept_by_the_first_call_is_no_in_place_module() -> None:
+    host = Stepless(method=Cached)
+    with pytest.raises(ConfigError, match=r"layers\.0\.qkv"):
+        decide(host, bake(host, host.infos).check())
+
+
+def test_planning_is_linear_in_alike_modules() -> None:
+    host = toy.ToyHost(layers=3)
+    found = decide(host, bake(host, host.infos).check())
+    assert found.alike["layers.0.qkv"] is found.alike["layers.2.qkv"]

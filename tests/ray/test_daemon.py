@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,16 @@ def test_ray_asks_for_its_token(run: dict[str, Any], home: Home) -> None:
     assert right["name"] == "run"
     wrong = home.cli("status", "run", code=3, RAY_ADDRESS=address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
     assert wrong["error"]["name"] == "TransportError"
+
+
+def test_a_ray_that_is_gone_is_not_waited_for(home: Home) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    began = time.monotonic()
+    error = home.cli("status", "run", code=3, RAY_ADDRESS=address)["error"]
+    assert (error["name"], error["where"]) == ("TransportError", address)
+    assert time.monotonic() - began < 20
 
 
 def test_a_name_that_is_taken_or_unknown(run: dict[str, Any], connected: bridge.Bridge, start_folder: Path) -> None:

@@ -18,7 +18,7 @@ from bridge.digest import CHUNK, digest_slot, seal_slot
 from bridge.dtypes import DTYPES, dtype_of
 from bridge.errors import ConfigError, NonFinite, ProtocolError
 from bridge.manifest import TensorInfo, lay_out
-from trainer_side import naming
+from trainer_side import naming, snapshot
 from trainer_side.batches import SMALL
 from trainer_side.finite import is_finite
 from trainer_side.snapshot import BLOCK, Snapshotter
@@ -307,3 +307,42 @@ def test_small_tensors_are_cheap(arena_for: MakeArena) -> None:
     snapshotter.close()
     # about 1 us per tensor when quiet; a view per tensor and push would cost five times that
     assert best / len(pairs) < 5e-6
+
+
+def test_workers_run_torch_on_one_thread_each() -> None:
+    kept = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        pool = snapshot._single_threaded_pool(2)
+        found = [pool.submit(torch.get_num_threads).result() for _ in range(8)]
+        pool.shutdown()
+        assert set(found) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(kept)
+
+
+def test_a_known_digest_is_that_of_the_bytes_that_lie_there(arena_for: MakeArena) -> None:
+    torch.manual_seed(0)
+    pairs = [("big", torch.randn(3 * CHUNK // 4 // 8, 8)), ("other", torch.randn(CHUNK // 4))]
+    source = WeightSource()
+    arena = arena_for(source.collect(pairs), {})
+    snapshotter = Snapshotter(arena, 2)
+    first = snapshotter.write(0, source.collect(pairs))
+    arena.flat(0)[CHUNK + 5] ^= 1  # somebody else's write
+    mended = snapshotter.write(0, source.collect(pairs))
+    assert (mended.digests, mended.nbytes > 0) == (first.digests, True)
+    assert_written(arena, 0, dict(pairs), mended.digests)
+    kept = pairs[0][1][-1, -1].clone()
+    pairs[0][1][-1, -1] = float("nan")
+    with pytest.raises(NonFinite, match="big"):
+        snapshotter.write(0, source.collect(pairs))
+    with pytest.raises(NonFinite, match="big"):  # the slot holds it now, and still it does not pass
+        snapshotter.write(0, source.collect(pairs))
+    snapshotter.write(0, source.collect(pairs), allow_nonfinite=True)
+    with pytest.raises(NonFinite, match="big"):
+        snapshotter.write(0, source.collect(pairs))
+    pairs[0][1][-1, -1] = kept
+    again = snapshotter.write(0, source.collect(pairs))
+    assert again.digests == first.digests
+    assert_written(arena, 0, dict(pairs), again.digests)

@@ -174,7 +174,10 @@ def _launched(options: DemoOptions, checkpoint: Path, model: nn.Module) -> Itera
     from bridge.statedir import state_dir
 
     name = options.name or f"demo-{os.getpid()}-{secrets.token_hex(2)}"
-    opened = bridge.launch(f"embedded:{checkpoint.resolve()}", name=name, engines=1, model=model, layout=options.layout)
+    spec = f"embedded:{checkpoint.resolve()}"
+    # two threads on matrices this small gain nothing, and wait long for each other where somebody else needs a core
+    few = {} if _is_large(model) else {"threads": 1}
+    opened = bridge.launch(spec, name=name, engines=1, model=model, layout=options.layout, **few)
     try:
         yield opened
     finally:
@@ -196,8 +199,11 @@ def _sync_columns(receipt: Receipt, seconds: float) -> dict[str, Any]:
 
 
 def _scale_for(model: nn.Module) -> Scale:
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return Scale(groups=8, group_size=8, micro_batch=8) if size > LARGE_MODEL else Scale()
+    return Scale(groups=8, group_size=8, micro_batch=8) if _is_large(model) else Scale()
+
+
+def _is_large(model: nn.Module) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) > LARGE_MODEL
 
 
 def _learning_rate(model: nn.Module) -> float:
