@@ -347,7 +347,7 @@ class Loader:
 
     def _rebind_if_moved(self) -> tuple[str, ...]:
         """Views of a storage that is no longer the live one would write into nowhere. Returns the parameters under
-        which the engine itself swapped the storage since the last load; another object under the name is none of them."""
+        which the engine itself swapped the storage since the last load, never those that hold another object."""
         moved = [] if self._in_place() else [watch for watch in self._watches if watch.moved()]
         if moved:
             self._watch()

@@ -13,6 +13,7 @@ from torch import nn
 from bridge.deadline import Deadline
 from bridge.errors import ConfigError, NotFound
 from bridge.wire import Completion, Sampling
+from engine_side.adapters import claim
 from engine_side.adapters.base import Prompts
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
@@ -44,6 +45,17 @@ class EmbeddedAdapter:
     def ranks(self) -> int:
         return self.engine.config.tensor_parallel_size
 
+    @property
+    def max_prompt(self) -> int:
+        return self.engine.runner.limits.max_seq_len - 1
+
+    @property
+    def cache_grain(self) -> int:
+        return self.engine.runner.limits.block_size
+
+    def claim(self, owner: str) -> None:
+        claim.take(self.engine, self, owner)
+
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
         """Run `job` in rank 0 (this thread) and, at the same time, in the children."""
         self.engine.run_job(job, deadline)
@@ -56,6 +68,10 @@ class EmbeddedAdapter:
 
     def publish(self, version: int) -> None:
         self.engine.weight_version = version
+
+    @property
+    def refusal(self) -> str | None:
+        return self.engine.refusal
 
     def refuse(self, reason: str | None) -> None:
         self.engine.refuse(reason)
@@ -86,6 +102,7 @@ class EmbeddedAdapter:
                 )
 
     def close(self) -> None:
+        claim.give_up(self.engine, self)
         if self._owned:
             self.engine.close()
 

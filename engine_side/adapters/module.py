@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from operator import is_
 from pathlib import Path
+from threading import get_ident
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from bridge.deadline import Deadline
 from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
 from bridge.plan import Move, Routes
 from bridge.wire import Completion, Sampling
+from engine_side.adapters import claim
 from engine_side.adapters.base import Prompts
 from engine_side.inplace import reflect, twin_parameter
 
@@ -36,12 +37,13 @@ class ModuleAdapter:
     ranks = 1
     can_generate = False
     checkpoint: Path | None = None
+    max_prompt: int | None = None
+    cache_grain = 0
 
     def __init__(self, module: nn.Module, canonical: Canonical | None = None) -> None:
         self.module = module
         self._canonical = canonical
         self._run: RunJob | None = None
-        self._gate: RemovableHandle | None = None
         self._bindings: _Bindings | None = None
         self._apart: frozenset[int] | None = None
 
@@ -60,13 +62,22 @@ class ModuleAdapter:
     def resume(self) -> None:
         """Nothing to start."""
 
+    def claim(self, owner: str) -> None:
+        claim.take(self.module, self, owner)
+
+    @property
+    def refusal(self) -> str | None:
+        """The reason of the gate that hangs on the module itself, whichever adapter hung it there."""
+        hooks = self.module._forward_pre_hooks.values()
+        return next((hook.reason for hook in hooks if isinstance(hook, _Gate)), None)
+
     def refuse(self, reason: str | None) -> None:
-        """Make every call of the module raise EngineQuarantined; None lifts it."""
-        if self._gate is not None:
-            self._gate.remove()
-            self._gate = None
+        """Make every call of the module raise EngineQuarantined; None lifts it, also where another adapter did it."""
+        hooks = self.module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Gate)]:
+            del hooks[key]
         if reason is not None:
-            self._gate = self.module.register_forward_pre_hook(_refusal(reason, type(self.module).__name__))
+            self.module.register_forward_pre_hook(_Gate(reason), prepend=True)
 
     def reset_caches(self) -> bool:
         """There are none."""
@@ -99,8 +110,8 @@ class ModuleAdapter:
         self._apart, self._bindings = storages, _Bindings(self.module)
 
     def close(self) -> None:
-        """Lift the gate; the module stays its owner's."""
-        self.refuse(None)
+        """Give up the claim; the module stays its owner's, and gated if it holds weights that nobody verified."""
+        claim.give_up(self.module, self)
 
 
 class ModuleRankHost:
@@ -165,10 +176,15 @@ class ModuleRankHost:
         # Not torch.manual_seed: it also seeds every device, those that nobody has used yet included.
         generator = torch.default_generator
         state = generator.get_state()
+        gates = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Gate)]
         try:
             generator.manual_seed(0)
+            for gate in gates:
+                gate.guest = get_ident()
             y: object = torch.func.functional_call(module, own, (x,)) if own else module(x)
         finally:
+            for gate in gates:
+                gate.guest = None
             generator.set_state(state)
             module.training = training
         if not isinstance(y, torch.Tensor):
@@ -213,16 +229,23 @@ class _Bindings:
         )
 
 
-def _refusal(reason: str, where: str) -> Callable[..., None]:
-    def refuse(module: nn.Module, args: object) -> None:
+class _Gate:
+    """A forward pre-hook that lets nobody in. It is the whole state of a refusal, so a copy of a module that holds
+    torn weights refuses as well."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self.guest: int | None = None
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if self.guest == get_ident():
+            return  # a probe: what lifts the gate is that a version was verified behind it
         raise EngineQuarantined(
             "this module holds weights that nobody verified",
-            where=where,
-            got=reason,
+            where=type(module).__name__,
+            got=self.reason,
             remedy="push again, or call rollback()",
         )
-
-    return refuse
 
 
 def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, torch.Tensor]) -> nn.Module:

@@ -78,8 +78,8 @@ class Engine:
         Raises EngineQuarantined, Closed, ConfigError (bad prompt), PeerLost (a rank died).
         """
         sampling = sampling or Sampling()
-        self.runner.check(prompts)
-        requests = [Request(list(p), sampling, stream(sampling, i), past_gate) for i, p in enumerate(prompts)]
+        tokens = self.runner.check(prompts)
+        requests = [Request(ids, sampling, stream(sampling, i), past_gate) for i, ids in enumerate(tokens)]
         with self._changed:
             self._changed.wait_for(lambda: past_gate or self._gate_open or self._refusal is not None or self._closed)
             self._check_open(past_gate)
@@ -100,8 +100,9 @@ class Engine:
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of token i+1 given tokens 0..i, past the scheduler on fresh KV; works while paused."""
+        tokens = self.runner.check(prompts)
         with self._exclusive(Deadline.after(self.config.timeout_s)):
-            return self._ranks.prompt_logprobs([list(p) for p in prompts])
+            return self._ranks.prompt_logprobs(tokens)
 
     # -- what the bridge calls --------------------------------------------------------------------------------------
 
@@ -133,6 +134,11 @@ class Engine:
     @property
     def paused(self) -> bool:
         return not self._scheduling
+
+    @property
+    def refusal(self) -> str | None:
+        """Why `generate` raises EngineQuarantined now; None when it does not."""
+        return self._refusal
 
     def refuse(self, reason: str | None) -> None:
         """Make `generate` raise EngineQuarantined, also for calls that wait or run now; None lifts it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ from engine_side.embedded.layouts import layout_of
 from engine_side.embedded.loading import load_checkpoint, load_dummy
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.wrappers import unwrap, wrap_linears
+
+T = TypeVar("T")
 
 _FRAME_TOKENS = 8192
 _LOGIT_ROWS = 256
@@ -106,18 +110,24 @@ class ModelRunner:
         last = torch.tensor(batch.counts).cumsum(0) - 1
         return self.causal_lm.logits(hidden[last])
 
-    def check(self, prompts: Iterable[Sequence[int]]) -> None:
-        """Raises ConfigError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
+    def check(self, prompts: Iterable[Sequence[int]]) -> list[list[int]]:
+        """The prompts as lists of ints. Raises ConfigError for a prompt that is no sequence of ints, is empty or too
+        long, or holds an id outside the vocabulary."""
         vocab, longest = self.model_config.vocab_size, self.limits.max_seq_len
-        for index, prompt in enumerate(prompts):
+        out: list[list[int]] = []
+        for index, prompt in enumerate(_iterate(prompts, "prompts", "a sequence of prompts")):
             where = f"prompt {index}"
-            if not 0 < len(prompt) <= longest:
-                expected, got = f"1 to {longest} tokens", str(len(prompt))
+            ids = _token_ids(prompt, where)
+            if not 0 < len(ids) <= longest:
+                expected, got = f"1 to {longest} tokens", str(len(ids))
                 raise ConfigError("a prompt's length does not fit", where=where, expected=expected, got=got)
-            low, high = min(prompt), max(prompt)
+            low, high = min(ids), max(ids)
             if low < 0 or high >= vocab:
                 got = str(low if low < 0 else high)
-                raise ConfigError("a token id outside the vocabulary", where=where, expected=f"< {vocab}", got=got)
+                expected = f"0 to {vocab - 1}"
+                raise ConfigError("a token id outside the vocabulary", where=where, expected=expected, got=got)
+            out.append(ids)
+        return out
 
     @torch.no_grad()
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -149,6 +159,24 @@ class ModelRunner:
             answers.append(flat[: count - 1])
             flat = flat[count:]
         return answers
+
+
+def _iterate(value: Iterable[T], where: str, expected: str) -> Iterable[T]:
+    """`value` itself. Raises ConfigError for text, and for what cannot be iterated over."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return value
+    raise ConfigError(
+        "the engine takes token ids", where=where, expected=expected, got=repr(value)[:80], remedy="tokenize the text"
+    )
+
+
+def _token_ids(prompt: Iterable[int], where: str) -> list[int]:
+    try:
+        return list(map(operator.index, _iterate(prompt, where, "a sequence of token ids")))
+    except TypeError as error:
+        raise ConfigError(
+            "a token id that is no integer", where=where, expected="a sequence of token ids", got=str(error)
+        ) from error
 
 
 def _groups(prompts: Sequence[Sequence[int]]) -> Iterable[list[Sequence[int]]]:
