@@ -117,13 +117,26 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     chosen = name or f"attached-{os.getpid()}-{secrets.token_hex(4)}"
     state = None if name else Path(tempfile.mkdtemp(prefix="weighbridge-"))
     port = LocalPort[ToEngine, FromEngine]("engine0", service.handle)
-    coordinator = Coordinator(chosen, [port], Ledger.open(chosen, directory=state), node=node, shm_dir=config.shm_dir)
+
+    def forget() -> None:
+        if state is not None:
+            shutil.rmtree(state, ignore_errors=True)
+
+    try:
+        ledger = Ledger.open(chosen, directory=state)
+        try:
+            coordinator = Coordinator(chosen, [port], ledger, node=node, shm_dir=config.shm_dir)
+        except BaseException:
+            ledger.close()
+            raise
+    except BaseException:
+        forget()
+        raise
 
     def detach() -> None:
         atexit.unregister(detach)
         coordinator.close()
-        if state is not None:
-            shutil.rmtree(state, ignore_errors=True)
+        forget()
 
     atexit.register(detach)
     made = Bridge(

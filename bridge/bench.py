@@ -37,6 +37,8 @@ TARGETS: Mapping[tuple[str, int], float] = {
 TUNABLE = "glibc.cpu.x86_non_temporal_threshold=0x100000"
 NOISY = 0.15
 """Share by which the reference's p90 may exceed its median before a measurement is called noisy."""
+BUSY = 0.15
+"""Cores that other processes may take before a measurement is called noisy: two threads then share less than two."""
 WORKER_TIMEOUT_S = 1800.0
 
 
@@ -63,7 +65,8 @@ class Timed(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True, tag=True):
     """What the worker answers. Sizes in bytes: `extra_nbytes` is the arena and the most private memory that warm pushes
     added to this process, `first_extra_nbytes` the same while the first push planned, `shm_nbytes` the arena alone.
-    `steal` is the share of CPU time that the host took away."""
+    `steal` is the share of CPU time that the host took away, `others` how many cores other processes kept busy on
+    average (only for an engine in the measuring process)."""
 
     job: Job
     tensors: int
@@ -77,6 +80,7 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
     shm_nbytes: int
     load: float
     steal: float
+    others: float = 0.0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -213,9 +217,10 @@ def _result(group: Sequence[Measured]) -> dict[str, Any]:
             "extra_of_version": one.extra_nbytes / one.nbytes,
             "shm_nbytes": one.shm_nbytes,
         },
-        "noisy": reference["spread"] > NOISY,
+        "noisy": reference["spread"] > NOISY or one.others > BUSY,
         "load": one.load,
         "steal": one.steal,
+        "others": one.others,
     }
 
 

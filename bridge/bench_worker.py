@@ -278,14 +278,18 @@ def measure(job: Job) -> Measured:
     with opened(job, shapes) as engine:
         gc.collect()
         shm_before, private, jiffies = _shm_nbytes(), _private_nbytes(), _jiffies()
+        began, ours = time.perf_counter(), _cpu_s()
         bench = Bench(job, trainer, engine, lambda: np.copyto(sink, source))
         first = bench.run()
         shm, after = _shm_nbytes() - shm_before, _jiffies()
+        took, ours = time.perf_counter() - began, _cpu_s() - ours
     planning, steady = (shm + peak - private for peak in bench.peaks)
     spent = [now - then for now, then in zip(after, jiffies, strict=True)]
+    busy = (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK")
+    others = max(0.0, busy - ours) / took if job.engine == "module" else 0.0
     return Measured(
         job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, planning, steady, shm,
-        os.getloadavg()[0], spent[7] / max(sum(spent), 1),
+        os.getloadavg()[0], spent[7] / max(sum(spent), 1), others,
     )  # fmt: skip
 
 

@@ -189,7 +189,10 @@ def show_bench(out: Console, report: Payload) -> None:
     out.print(table)
     for result in report["results"]:
         memory, reference = result["memory"], result["reference"]
-        noisy = f"; NOISY: the reference varied by {reference['spread']:.0%}" if result["noisy"] else ""
+        noisy = ""
+        if result["noisy"]:
+            noisy = f"; NOISY: the reference varied by {reference['spread']:.0%}"
+            noisy += f", other processes took {result['others']:.1f} cores"
         out.print(
             f"{result['shapes']}, {result['engine']}, {result['threads']} thread(s):"
             f" first push {_ms(result['first']['seconds'])}, unchanged weights {_ms(result['unchanged']['median_s'])},"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import is_
 
 import torch
@@ -26,6 +27,7 @@ from engine_side.bake import Baked, bake, bind
 from engine_side.copies import Batch, Pair, batches, pair, run_all
 from engine_side.inplace import AttributeSnapshot, Outcome, held
 from engine_side.strategies import Choice, Decided, Strategy, decide
+from engine_side.tree import Replaced, Tree
 from engine_side.twins import Cluster, Role, Twin, device_of, graft, redo
 
 Slot = Sequence[torch.Tensor]
@@ -123,6 +125,8 @@ class Loader:
         self._feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
         self._derived = list(bind(template, host.model, self.decided.derived).items())
+        self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self._derived)))
+        self._moved: dict[str, None] = {}
 
     def close(self) -> None:
         """Stop the threads and let go of the arena. Idempotent."""
@@ -165,6 +169,40 @@ class Loader:
                         rows.append(_row(name, move, choice, attribute))
         return tuple(rows)
 
+    def replaced(self) -> list[Replaced]:
+        """Where the live tree has other modules than those that the plan was bound to. About 60 ns per module."""
+        return self._tree.replaced(self.host.model)
+
+    def gone(self) -> list[tuple[str, frozenset[int]]]:
+        """("module.name", manifest indices) of live parameters that are no longer there, as of the last look."""
+        return [
+            (f"{choice.path}.{name}", self._sources(self.decided.clusters[choice.path].targets[role]))
+            for choice, name, role in self._absent
+        ]
+
+    def _sources(self, target: str) -> frozenset[int]:
+        return frozenset(self.mapped.index[move.tensor] for move in self._moves.get(target, ()))
+
+    def lost(self, replaced: Iterable[Replaced]) -> list[Choice]:
+        """The modules of the plan that hang, or hung, below what was replaced."""
+        below = self._tree.below(replaced)
+        return [c for c in self.decided.choices.values() if id(self.decided.live[c.path]) in below]
+
+    def require_bound(self) -> None:
+        """Raises ConfigError when a module was replaced since the plan was made: what is written to the former one
+        reaches no output."""
+        found = self.replaced()
+        if found:
+            first, more = found[0], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise ConfigError(
+                "a module of the engine was replaced after it was attached",
+                where=f"{first.path or 'the root module'}{more}",
+                expected=first.expected,
+                got=first.got,
+                remedy="close this bridge and attach the engine again",
+                names=tuple(each.path for each in found),
+            )
+
     # ---- compile -----------------------------------------------------------------------------------------------------
 
     def map(self, manifest: Manifest, slots: Iterable[Slot]) -> None:
@@ -205,10 +243,13 @@ class Loader:
 
     def _watch(self) -> None:
         self._watches: list[_Watch] = []
+        self._absent: list[tuple[Choice, str, int]] = []
         for choice in self.decided.choices.values():
             module = self.decided.live[choice.path]
-            for name, _ in self._places(choice):
+            for name, role in self._places(choice):
                 tensor = held(module, name)
+                if tensor is None and choice.direct and choice.stored[name].readable:
+                    self._absent.append((choice, name, role))
                 if choice.direct and tensor is not None:
                     registries = (module._parameters, module._buffers, module.__dict__)
                     registry = next(r for r in registries if r.get(name) is tensor)
@@ -220,6 +261,8 @@ class Loader:
 
     def _in_place(self) -> bool:
         """Do all bound tensors hang and lie where they did? About 0.4 us each."""
+        if any(held(self.decided.live[choice.path], name) is not None for choice, name, _ in self._absent):
+            return False
         now = [watch.registry.get(watch.name) for watch in self._watches]
         return all(map(is_, now, self._bound)) and [t.data_ptr() for t in self._bound] == self._addresses
 
@@ -254,7 +297,10 @@ class Loader:
         cache = self.mapped.readable.get(slot)
         if cache is None:
             cache = {}
-            for item in self._pairs(self.decided.choices.values(), slot):
+            compiled = self.mapped.direct.get(slot)
+            known = () if compiled is None else compiled.pairs
+            rest = self.decided.choices.values() if compiled is None else self._rebuilt
+            for item in chain(known, self._pairs(rest, slot)):
                 cache.setdefault(item.module, []).append(item)
             self.mapped.readable[slot] = cache
         return cache
@@ -282,10 +328,12 @@ class Loader:
         """Make the live model hold the version in `slot`; with `changed` (manifest indices) only what these feed.
 
         After an error the live model is undefined: apply another version over it. Post-load runs once per touched
-        module, after its last shard.
+        module, after its last shard. Raises ConfigError, before anything is written, when a module was replaced.
         """
         began = time.perf_counter()
-        moved = self._rebind_if_moved()
+        self.require_bound()
+        self.rebind_if_moved()
+        moved, self._moved = tuple(self._moved), {}
         wanted = None if changed is None else set(changed)
         compiled = self.mapped.direct[slot]
         work = compiled.batches
@@ -345,15 +393,17 @@ class Loader:
             t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
         )
 
-    def _rebind_if_moved(self) -> tuple[str, ...]:
-        """Views of a storage that is no longer the live one would write into nowhere. Returns the parameters under
-        which the engine itself swapped the storage since the last load, never those that hold another object."""
-        moved = [] if self._in_place() else [watch for watch in self._watches if watch.moved()]
-        if moved:
-            self._watch()
-            for slot in range(len(self.mapped.slots)):
-                self._compile(slot)
-        return tuple(watch.path for watch in moved if watch.registry.get(watch.name) is watch.tensor)
+    def rebind_if_moved(self) -> None:
+        """Views of a storage that is no longer the live one would write into nowhere, and show nothing. Under which
+        parameters the engine itself swapped the storage is the next load's to say; those that hold another object are
+        none of these."""
+        if self._in_place():
+            return
+        moved = [watch for watch in self._watches if watch.moved()]
+        self._watch()
+        for slot in range(len(self.mapped.slots)):
+            self._compile(slot)
+        self._moved |= {watch.path: None for watch in moved if watch.registry.get(watch.name) is watch.tensor}
 
     # ---- canonical values from the arena -----------------------------------------------------------------------------
 
@@ -455,8 +505,10 @@ class Loader:
         """Write the live weights into a writable slot (the tensors in manifest order), as version 0.
 
         Returns the tensors whose values the live model no longer holds in canonical form (packed, cast, native), or
-        holds in a dtype that the wire dtype cannot carry exactly. This rank writes only the regions it reads.
+        holds in a dtype that the wire dtype cannot carry exactly. This rank writes only the regions it reads. Raises
+        ConfigError when a module was replaced since the plan was made.
         """
+        self.require_bound()
         lost: set[str] = {name for names in self.baked.native_sources.values() for name in names}
         slot = len(self.mapped.slots)
         self.mapped.slots.append(into)

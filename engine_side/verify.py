@@ -88,7 +88,9 @@ class Verifier:
     # ---- levels ------------------------------------------------------------------------------------------------------
 
     def coverage(self) -> LevelResult:
-        """Proven anew for every plan digest, remembered for the same."""
+        """Proven anew for every plan digest, remembered for the same. Raises ConfigError when a module was replaced
+        since the plan was made: then this is no plan of this engine, and nothing may be written by it."""
+        self.loader.require_bound()
         plan = self.loader.baked.plan
         key = plan.digest
         if key not in self._covered:
@@ -108,6 +110,10 @@ class Verifier:
     def attributes(self, outcome: LoadOutcome | None = None) -> LevelResult:
         """Compare with the snapshot taken when the plan was mapped; what `outcome` says was rebound may have moved."""
         before = self.loader.snapshot
+        replaced = self.loader.replaced()
+        if replaced:
+            failures = [Failure(each.path, each.expected, each.got) for each in replaced]
+            return _result("attributes", len(before.entries), failures)
         if before.unchanged():
             return _result("attributes", len(before.entries), [])
         after = before.retake()
@@ -119,8 +125,10 @@ class Verifier:
         return _result("attributes", len(before.entries), failures)
 
     def read_back(self, slot: int) -> LevelResult:
-        """Bit for bit; constants (vocabulary padding) included."""
+        """Bit for bit; constants (vocabulary padding) included. What is compared are the tensors that hang in the live
+        tree now; a tensor whose module is no longer there is a failure."""
         loader = self.loader
+        loader.rebind_if_moved()
         readable = loader.readable_pairs(slot)
         cached = self._chunks.get(slot)
         if cached is None or cached[0] is not readable:
@@ -130,7 +138,7 @@ class Verifier:
         run_all(loader.pool, [partial(_compare_into, found, work) for found, work in zip(bad, cached[1], strict=True)])
         names = [spec.name for spec in loader.mapped.manifest.tensors]
         wrong = {id(c.pair): c.pair for found in bad for c in found}
-        failures: list[Failure] = []
+        failures = self._unread(names)
         for item in wrong.values():
             difference = first_difference(item) if len(failures) < SHOWN else None
             expected, got = ("the arena's bits", "other bits")
@@ -149,12 +157,13 @@ class Verifier:
     def probe(self, slot: int, *, every: bool = False) -> LevelResult:
         """Call the modules whose storage does not show their weights (`every`: all that can be called)."""
         failures: list[Failure] = []
+        lost = {choice.path for choice in self.loader.lost(self.loader.replaced())}
         wanted = self._packed
         if every:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probe is not None]
         with uncollected():
             for choice in wanted:
-                why = self._probe_one(choice, slot)
+                why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
                 if why is not None:
                     failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
         self.loader.decided.twins.forget()
@@ -174,6 +183,20 @@ class Verifier:
                 failures.append(Failure(choice.path, f"an output unlike the previous version's ({choice.cls})", why))
         self.loader.decided.twins.forget()
         return _result("change", len(wanted), failures)
+
+    def _unread(self, names: Sequence[str]) -> list[Failure]:
+        """The tensors of modules that were replaced, and the parameters that are gone."""
+        replaced = self.loader.replaced()
+        failures = [
+            Failure(f"{names[k]} -> {choice.path}", "the module that was attached, in the live tree", "it was replaced")
+            for choice in self.loader.lost(replaced)
+            for k in sorted(self.loader.feeds(choice.path))
+        ]
+        return failures + [
+            Failure(f"{names[k]} -> {path}", "a live tensor", "gone")
+            for path, feeds in self.loader.gone()
+            for k in sorted(feeds)
+        ]
 
     # ---- how ---------------------------------------------------------------------------------------------------------
 

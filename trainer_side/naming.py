@@ -24,6 +24,7 @@ from bridge.errors import ConfigError, IntegrityError, MissingTensor
 from bridge.manifest import TensorInfo
 from bridge.plan import Move, Region, Routes, dense, follow
 from bridge.recorder import Recorder
+from trainer_side.tensors import require_initialised
 
 log = logging.getLogger(__name__)
 
@@ -152,9 +153,17 @@ def bake_names(model: nn.Module) -> CanonicalMap:
     Called once when a model is bound; reads no values, copies nothing, takes milliseconds to a second. Works for any
     module; for a transformers >= 5 model the checkpoint form is the one its `save_pretrained` writes.
 
-    Raises ConfigError for a model without tensors; IntegrityError when transformers computes a checkpoint tensor in a
-    way that is not copying, naming it.
+    Raises ConfigError for what is no module or has no tensors; IntegrityError, naming the tensor, for a lazy module
+    before its first forward and when transformers computes a checkpoint tensor in a way that is not copying.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            "only a module can be bound",
+            where="the model given to bind",
+            expected="a torch.nn.Module",
+            got=type(model).__name__,
+            remedy="bind the model that is trained, not its state dict or its trainer",
+        )
     entries = list(_live_tensors(model))
     if not entries:
         raise ConfigError("the model has no parameters", got=type(model).__name__, remedy="bind the model itself")
@@ -178,13 +187,18 @@ def bake_names(model: nn.Module) -> CanonicalMap:
 
 
 def _live_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
-    """(name with wrappers, clean name, tensor, is a buffer) of every parameter and persistent buffer, ties included."""
+    """(name with wrappers, clean name, tensor, is a buffer) of every parameter and persistent buffer, ties included.
+
+    Raises IntegrityError for a lazy module's, which has no shape yet.
+    """
     for prefix, clean_prefix, module in walk(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
+                require_initialised(prefix + name, parameter)
                 yield prefix + name, clean_prefix + name, parameter, False
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
+                require_initialised(prefix + name, buffer)
                 yield prefix + name, clean_prefix + name, buffer, True
 
 

@@ -27,6 +27,7 @@ from bridge.plan import cut, dense
 from bridge.ports import Written
 from trainer_side.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
 from trainer_side.finite import is_finite, nonfinite_error
+from trainer_side.fits import doubtful, require_fit
 from trainer_side.source import Collected, Layout
 
 _HELD = 64 << 10
@@ -46,6 +47,8 @@ class _Program:
     big: list[Item]
     batches: list[Batch]
     carried: list[int]
+    doubtful: list[Item]
+    """Items with a cast that may change a value otherwise than by rounding."""
 
 
 class _Tally:
@@ -99,10 +102,11 @@ class Snapshotter:
         trainer's tensors may change.
 
         Raises NonFinite (names of all tensors with NaN or infinity after the cast, where the first one is),
+        DtypeMismatch (a value that the wire dtype does not hold, where that dtype or the trainer's is not floating),
         ProtocolError (a collected tensor that the manifest lacks or holds with another shape; tensors to carry over but
         no base).
         """
-        program = self._compiled(collected.layout)
+        program = self._compiled(collected)
         place = self._slot(slot)
         digests = np.zeros(len(self.manifest.tensors), dtype="<u8")
         _wait_for_devices(collected.sources)
@@ -112,6 +116,8 @@ class Snapshotter:
             later = self._run(program, place, collected.sources, digests, tally, known)
         for index, pieces in later:
             digests[index] = fold(pieces)
+        for item in program.doubtful:
+            require_fit(item, place, collected.sources)
         if tally.indices and not allow_nonfinite:
             raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(tally.indices))
         self._known[slot] = {index: pieces for index, pieces in later if index not in tally.indices}
@@ -179,15 +185,15 @@ class Snapshotter:
             self._slots[slot] = Slot(slot, self.arena.views(slot), self.arena.flat(slot))
         return self._slots[slot]
 
-    def _compiled(self, layout: Layout) -> _Program:
-        if self._program is None or self._program.layout is not layout:
-            self._program = _compile(self.manifest, layout)
+    def _compiled(self, collected: Collected) -> _Program:
+        if self._program is None or self._program.layout is not collected.layout:
+            self._program = _compile(self.manifest, collected.layout, collected.sources)
             for place in self._slots.values():
                 place.dests.clear()
         return self._program
 
 
-def _compile(manifest: Manifest, layout: Layout) -> _Program:
+def _compile(manifest: Manifest, layout: Layout, sources: Sequence[torch.Tensor]) -> _Program:
     """Sort a layout's tensors into big ones and batches, in manifest order."""
     position = {spec.name: k for k, spec in enumerate(manifest.tensors)}
     items = []
@@ -211,6 +217,7 @@ def _compile(manifest: Manifest, layout: Layout) -> _Program:
         [item for item in items if item.spec.nbytes > SMALL],
         list(batches([item for item in items if item.spec.nbytes <= SMALL])),
         [k for k in range(len(manifest.tensors)) if k not in written],
+        doubtful(items, sources),
     )
 
 
@@ -261,17 +268,13 @@ def _big_jobs(
     flat = None if plain else torch.from_numpy(raw).view(dtype)
     for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
         piece = source[start // size : end // size]
-        write = (
-            _moved(piece, raw[start:end])
-            if flat is None
-            else _cast(piece, flat[start // size : end // size], BLOCK // size)
-        )
-        job = _chunk_job(item, write, raw[start:end], pieces, number, tally)
-        yield (
-            job
-            if known is None or flat is not None
-            else _unless_held(piece, raw[start:end], known, pieces, number, job)
-        )
+        if flat is None:
+            given: Bytes = piece.view(torch.uint8).numpy()
+            job = _chunk_job(item, _moved(given, raw[start:end]), given, pieces, number, tally)
+            yield job if known is None else _unless_held(given, raw[start:end], known, pieces, number, job)
+        else:
+            write = _cast(piece, flat[start // size : end // size], BLOCK // size)
+            yield _chunk_job(item, write, raw[start:end], pieces, number, tally)
 
 
 def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
@@ -292,12 +295,12 @@ Write = Callable[[int, int], int]
 """(first byte, nbytes) of a block of a chunk: bring it into the arena; how many bytes had to be written."""
 
 
-def _moved(source: torch.Tensor, into: Bytes) -> Write:
+def _moved(source: Bytes, into: Bytes) -> Write:
     """Bytes as they stand. What lies there from two versions ago and is the same needs no write; where it is not, the
     comparison ends at once."""
 
     def write(at: int, nbytes: int) -> int:
-        out_of, to = source.data_ptr(), into.ctypes.data  # asked for here, so that both live as long as this function
+        out_of, to = source.ctypes.data, into.ctypes.data  # asked for here, so that both live as long as this function
         if not memcmp(to + at, out_of + at, nbytes):
             return 0
         memmove(to + at, out_of + at, nbytes)
@@ -318,16 +321,18 @@ def _cast(source: torch.Tensor, into: torch.Tensor, step: int) -> Write:
     return write
 
 
-def _chunk_job(item: Item, write: Write, raw: Bytes, pieces: list[int], number: int, tally: _Tally) -> Job:
+def _chunk_job(item: Item, write: Write, shown: Bytes, pieces: list[int], number: int, tally: _Tally) -> Job:
+    """`shown` is what is digested and checked: the trainer's own bytes where they travel as they are (the arena's may
+    not be in cache, and a tensor that changes meanwhile is found out), else what the cast has written."""
     dtype = item.spec.dtype
 
     def job() -> None:
         hasher, finite, copied = xxhash.xxh3_64(), True, 0
-        for start in range(0, len(raw), BLOCK):
-            written = raw[start : start + BLOCK]
-            copied += write(start, len(written))
-            hasher.update(written.data)
-            finite = finite and is_finite(written, dtype)
+        for start in range(0, len(shown), BLOCK):
+            block = shown[start : start + BLOCK]
+            copied += write(start, len(block))
+            hasher.update(block.data)
+            finite = finite and is_finite(block, dtype)
         pieces[number] = hasher.intdigest()
         tally.add_bytes(copied)
         if not finite:
@@ -336,11 +341,11 @@ def _chunk_job(item: Item, write: Write, raw: Bytes, pieces: list[int], number: 
     return job
 
 
-def _unless_held(source: torch.Tensor, raw: Bytes, known: list[int], pieces: list[int], number: int, job: Job) -> Job:
+def _unless_held(source: Bytes, raw: Bytes, known: list[int], pieces: list[int], number: int, job: Job) -> Job:
     """Where the slot still has all of a chunk, its digest is known: a comparison is all that is left to do."""
 
     def run() -> None:
-        if memcmp(raw.ctypes.data, source.data_ptr(), len(raw)):
+        if memcmp(raw.ctypes.data, source.ctypes.data, len(raw)):
             job()
         else:
             pieces[number] = known[number]
@@ -349,7 +354,8 @@ def _unless_held(source: torch.Tensor, raw: Bytes, known: list[int], pieces: lis
 
 
 def holds(into: torch.Tensor, source: torch.Tensor) -> bool:
-    """Whether a view of the arena already has a tensor's bits, where that is cheap to tell."""
+    """Whether a view of the arena already has a tensor's bits, where that is cheap to tell. `source` is a collected
+    tensor or a view of one: its memory holds its values."""
     if source.dtype != into.dtype or not source.is_contiguous() or source.device.type != "cpu":
         return False
     nbytes = into.numel() * into.itemsize

@@ -8,32 +8,26 @@ trainer that offloads its weights gets its memory back.
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from bridge.dtypes import dtype_name
-from bridge.errors import (
-    ConfigError,
-    DtypeMismatch,
-    DuplicateTensor,
-    IntegrityError,
-    MissingTensor,
-    ShapeMismatch,
-    UnexpectedTensor,
-)
+from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
 from bridge.manifest import TensorInfo
 from bridge.plan import Region, dense
 from trainer_side.naming import CanonicalMap, CanonicalTensor, Piece, bake_names, canonical_unbound, walk
+from trainer_side.tensors import addresses as addresses_of
+from trainer_side.tensors import not_pairs, plain
+from trainer_side.ties import NO_ADDRESS, TiesSent, check_ties, tie_pattern, ties_of, ties_sent
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
+_NEGATED = torch.Tensor.is_neg
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +59,7 @@ class Collected:
 
     Attributes:
         layout: names and geometry.
-        sources: the collected tensors, in the order that `Part.index` counts.
+        sources: the collected tensors, in the order that `Part.index` counts; plain, their memory holds their values.
         addresses: where the first element of each lies; 0 where there is none.
     """
 
@@ -98,6 +92,7 @@ class _Seen:
     pattern: list[int]
     partial: bool
     added: tuple[_Buffer, ...]
+    ties: TiesSent
     layout: Layout
 
 
@@ -114,6 +109,7 @@ class WeightSource:
         self.model = model
         self.map: CanonicalMap | None = None if model is None else bake_names(model)
         self._buffers = [] if model is None or self.map is None else _buffers(model, self.map)
+        self._ties = () if self.map is None else ties_of(self.map)
         self._seen: _Seen | None = None
 
     @property
@@ -128,9 +124,10 @@ class WeightSource:
         not missed here: compare `Collected.tensors` with `expected`.
 
         Raises MissingTensor (nothing came, or only some of the live tensors that a checkpoint tensor is made of),
-        DuplicateTensor, UnexpectedTensor (a name that is not the bound model's), ShapeMismatch (not the bound model's
-        shape), DtypeMismatch (cannot travel), IntegrityError (no values: meta), ConfigError (not (name, tensor) pairs,
-        or a sharded DTensor).
+        DuplicateTensor (also two different tensors under names that the bound model tied), UnexpectedTensor (a name
+        that is not the bound model's), ShapeMismatch (not the bound model's shape), DtypeMismatch (cannot travel),
+        IntegrityError (no values: meta, lazy, a wrapper without storage), ConfigError (not (name, tensor) pairs, or a
+        sharded DTensor).
         """
         names, tensors = _exhaust(named)
         seen = self._seen
@@ -138,6 +135,7 @@ class WeightSource:
             sources = tensors + [_current(buffer) for buffer in seen.added]
             addresses = _unchanged(seen, sources)
             if addresses is not None:
+                self._check_ties(seen.ties, sources)
                 return Collected(seen.layout, sources, addresses)
         return self._resolve(names, tensors, partial)
 
@@ -149,26 +147,31 @@ class WeightSource:
         for buffer in added:
             clean.add(buffer.clean)
         sources = [
-            _plain(name, tensor)
+            plain(name, tensor)
             for name, tensor in zip(
                 [*names, *(b.clean for b in added)], [*tensors, *(_current(b) for b in added)], strict=True
             )
         ]
-        addresses = _addresses(sources) or []
-        pattern = _tie_pattern(sources, addresses)
-        layout = (
-            _unbound_layout(clean, sources, pattern)
-            if self.map is None
-            else _bound_layout(self.map, clean, sources, pattern)
-        )
-        if self._seen is not None and (layout.tensors, layout.parts) == (
-            self._seen.layout.tensors,
-            self._seen.layout.parts,
-        ):
-            layout = self._seen.layout
+        addresses = addresses_of(sources) or []
+        pattern = tie_pattern(sources, addresses)
         shapes, dtypes = [t.shape for t in sources], [t.dtype for t in sources]
-        self._seen = _Seen(names, shapes, dtypes, pattern, partial, added, layout)
+        if self.map is None:
+            layout, ties = _unbound_layout(clean, sources, pattern), TiesSent()
+        else:
+            came = clean.came
+            _check_shapes(self.map, clean.index, sources)
+            ties = ties_sent(self._ties, clean.index, came, pattern)
+            self._check_ties(ties, sources)
+            layout = _bound_layout(self.map, came, sources, pattern)
+        last = self._seen
+        if last is not None and last.dtypes == dtypes and _alike(last.layout, layout):
+            layout = last.layout
+        self._seen = _Seen(names, shapes, dtypes, pattern, partial, added, ties, layout)
         return Collected(layout, sources, addresses)
+
+    def _check_ties(self, ties: TiesSent, sources: list[torch.Tensor]) -> None:
+        if self.model is not None:
+            check_ties(self.model, ties, sources)
 
 
 class _Names:
@@ -181,7 +184,7 @@ class _Names:
 
     def add(self, given: str) -> None:
         if not isinstance(given, str):
-            raise _not_pairs(f"item {len(self._given)}", f"a name of type {type(given).__name__}")
+            raise not_pairs(f"item {len(self._given)}", f"a name of type {type(given).__name__}")
         clean = canonical_unbound(given) if self.known is None else self._live(self.known, given)
         if clean in self.index:
             earlier = self._given[self.index[clean]]
@@ -195,6 +198,17 @@ class _Names:
             )
         self.index[clean] = len(self._given)
         self._given.append(given)
+
+    @property
+    def came(self) -> dict[str, int]:
+        """Name -> index of what travels for it: of tied names, the kept one's if it came."""
+        ties = {} if self.known is None else self.known.ties
+        found: dict[str, int] = {}
+        for clean, k in self.index.items():
+            live = ties.get(clean, clean)
+            if live not in found or live == clean:
+                found[live] = k
+        return found
 
     @staticmethod
     def _live(known: CanonicalMap, given: str) -> str:
@@ -222,13 +236,13 @@ def _exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
     try:
         stream = iter(named)
     except TypeError as error:
-        raise _not_pairs("the argument of push", str(error)) from error
+        raise not_pairs("the argument of push", str(error)) from error
     # Two plain lists: thousands of kept tuples would set the garbage collector off in every push.
     for item in stream:
         try:
             name, tensor = item
         except (TypeError, ValueError) as error:
-            raise _not_pairs(f"item {len(names)}", f"{type(item).__name__}: {error}") from error
+            raise not_pairs(f"item {len(names)}", f"{type(item).__name__}: {error}") from error
         names.append(name)
         tensors.append(tensor)
     if not names:
@@ -242,80 +256,41 @@ def _exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
     return names, tensors
 
 
-def _not_pairs(where: str, got: str) -> ConfigError:
-    return ConfigError(
-        "push takes an iterable of (name, tensor) pairs",
-        where=where,
-        expected="pairs of str and torch.Tensor",
-        got=got,
-        remedy="push model.named_parameters()",
-    )
-
-
 def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:
     """The cheap check: plain tensors of the same shapes, dtypes and ties as last time. Returns their addresses."""
-    if not set(map(type, sources)) <= {torch.Tensor, nn.Parameter}:
+    if not set(map(type, sources)) <= {torch.Tensor, nn.Parameter} or any(map(_NEGATED, sources)):
         return None
     if not all(map(operator.is_, map(_DTYPE, sources), seen.dtypes)):
         return None
     if not all(map(operator.eq, map(_SHAPE, sources), seen.shapes)):
         return None
     # A tensor on meta, or sparse, has no address.
-    addresses = _addresses(sources)
-    return addresses if addresses is not None and _tie_pattern(sources, addresses) == seen.pattern else None
-
-
-def _addresses(sources: Sequence[torch.Tensor]) -> list[int] | None:
-    try:
-        return [t.data_ptr() for t in sources]
-    except RuntimeError:
-        return None
-
-
-_NO_ADDRESS = -1
-"""In a tie pattern: nothing to compare (no elements), or no values (meta), which the slow path tells apart."""
-
-
-def _tie_pattern(sources: Sequence[torch.Tensor], addresses: Sequence[int]) -> list[int]:
-    """Per tensor, the index of the first one that is the same elements of the same storage."""
-    first: dict[Any, int] = {}
-    keep = first.setdefault
-    pattern = [keep(address, k) if address else _NO_ADDRESS for k, address in enumerate(addresses)]
-    if len(first) == len(addresses):
-        return pattern
-    for k, head in enumerate(pattern):
-        if head not in (k, _NO_ADDRESS):
-            t = sources[k]
-            same = (addresses[k], t.shape, t.stride(), t.dtype, t.device)
-            h = sources[head]
-            pattern[k] = head if same == (addresses[head], h.shape, h.stride(), h.dtype, h.device) else keep(same, k)
-    return pattern
+    addresses = addresses_of(sources)
+    return addresses if addresses is not None and tie_pattern(sources, addresses) == seen.pattern else None
 
 
 def _unbound_layout(names: _Names, sources: Sequence[torch.Tensor], pattern: Sequence[int]) -> Layout:
     aliases: dict[int, list[str]] = {}
     for name, k in names.index.items():
-        if pattern[k] not in (k, _NO_ADDRESS):
+        if pattern[k] not in (k, NO_ADDRESS):
             aliases.setdefault(pattern[k], []).append(name)
     tensors, parts = [], []
     for name, k in names.index.items():
-        if pattern[k] in (k, _NO_ADDRESS):
+        if pattern[k] in (k, NO_ADDRESS):
             t = sources[k]
             tensors.append(TensorInfo(name, dtype_name(t.dtype, name), tuple(t.shape), tuple(aliases.get(k, ()))))
             parts.append((Part(k),))
     return Layout(tuple(tensors), tuple(parts))
 
 
+def _alike(a: Layout, b: Layout) -> bool:
+    return a.tensors == b.tensors and a.parts == b.parts
+
+
 def _bound_layout(
-    known: CanonicalMap, names: _Names, sources: Sequence[torch.Tensor], pattern: Sequence[int]
+    known: CanonicalMap, came: Mapping[str, int], sources: Sequence[torch.Tensor], pattern: Sequence[int]
 ) -> Layout:
     """The canonical tensors whose live tensors came, in the model's order."""
-    came: dict[str, int] = {}
-    for clean, k in names.index.items():
-        live = known.ties.get(clean, clean)
-        if live not in came or live == clean:
-            came[live] = k
-    _check_shapes(known, came, sources)
     infos: dict[object, TensorInfo] = {}
     parts: dict[object, tuple[Part, ...]] = {}
     for tensor in known.tensors:
@@ -377,9 +352,9 @@ def _common_dtype(tensor: CanonicalTensor, sources: Sequence[torch.Tensor]) -> t
     return tensor.dtype
 
 
-def _check_shapes(known: CanonicalMap, came: Mapping[str, int], sources: Sequence[torch.Tensor]) -> None:
-    for name, k in came.items():
-        place = known.live.get(name) or known.by_name.get(name)
+def _check_shapes(known: CanonicalMap, index: Mapping[str, int], sources: Sequence[torch.Tensor]) -> None:
+    for name, k in index.items():
+        place = known.live.get(known.ties.get(name, name)) or known.by_name.get(name)
         if place is not None and tuple(sources[k].shape) != place.shape:
             raise ShapeMismatch(
                 "a tensor does not have the bound model's shape",
@@ -389,50 +364,6 @@ def _check_shapes(known: CanonicalMap, came: Mapping[str, int], sources: Sequenc
                 remedy="bind the model whose tensors are pushed, again if its layers were resized",
                 names=(name,),
             )
-
-
-def _plain(name: str, tensor: object) -> torch.Tensor:
-    """The tensor itself, checked to have values that can be copied; a replicated DTensor becomes its local tensor."""
-    if not isinstance(tensor, torch.Tensor):
-        raise _not_pairs(name, type(tensor).__name__)
-    tensor = _local(name, tensor)
-    if tensor.is_meta:
-        raise IntegrityError(
-            "a tensor on the meta device has no values to send",
-            where=name,
-            expected="a tensor with storage",
-            got=f"device meta, shape {list(tensor.shape)}",
-            remedy="materialise the model (load its weights) before the push",
-            names=(name,),
-        )
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise DtypeMismatch(
-            "only dense tensors travel",
-            where=name,
-            expected=str(torch.strided),
-            got=f"{tensor.layout}, quantized {tensor.is_quantized}",
-            remedy="send the dense values (tensor.to_dense(), tensor.dequantize())",
-            names=(name,),
-        )
-    return tensor
-
-
-def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    library = sys.modules.get("torch.distributed.tensor")
-    if library is None or not isinstance(tensor, library.DTensor):
-        return tensor
-    placements = tensor.placements
-    if all(placement.is_replicate() for placement in placements):
-        local: torch.Tensor = tensor.to_local()
-        return local
-    raise ConfigError(
-        "sharded tensors cannot be pushed yet",
-        where=name,
-        expected="a plain tensor, or a DTensor that is replicated on every dimension of its mesh",
-        got=f"a DTensor placed {placements}",
-        remedy="push tensor.full_tensor() until sharded pushes are supported",
-        names=(name,),
-    )
 
 
 def _buffers(model: nn.Module, known: CanonicalMap) -> list[_Buffer]:

@@ -35,7 +35,7 @@ def take(engine: object, adapter: object, owner: str) -> None:
     if holder is not None and holder is not adapter:
         raise Busy(
             "another bridge drives this engine",
-            where=f"{type(engine).__name__}, claimed by {owner!r}",
+            where=f"{type(engine).__name__}, asked for by bridge {owner!r}",
             expected="one bridge per engine: two of them would weigh one engine against two arenas",
             got=f"it is attached to bridge {str(found)!r}",
             remedy=f"close bridge {str(found)!r} first",

@@ -75,6 +75,9 @@ def test_a_reference_that_varies_is_called_noisy() -> None:
     noisy = msgspec.structs.replace(one, reference=[Timed(s, s) for s in (0.1, 0.1, 0.1, 0.1, 0.2)])
     (result,) = bench.run_bench(BenchOptions(("qwen2-0.5b",), 1, (1,)), run=lambda job, environ: noisy)["results"]
     assert result["noisy"]
+    shared = msgspec.structs.replace(one, others=0.9)
+    (result,) = bench.run_bench(BenchOptions(("qwen2-0.5b",), 1, (1,)), run=lambda job, environ: shared)["results"]
+    assert result["noisy"]
 
 
 def test_a_tunable_that_the_user_set_is_kept() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge import messages, wire
+from bridge import jobs, messages, wire
 from bridge.errors import ERRORS_BY_NAME, BridgeError, MissingTensor, ProtocolError, PushAborted
 from bridge.manifest import Manifest, TensorInfo, lay_out
 from bridge.plan import Move, Region
@@ -27,12 +27,12 @@ SAMPLES: list[tuple[typing.Any, typing.Any]] = [
     (MANIFEST, Manifest),
     (ErrorInfo("MissingTensor", "no", "w", names=("a", "b")), ErrorInfo),
     (
-        messages.RankJob("m", 0, 2**40, messages.MapJob(1, "p", MANIFEST, (2,))),
-        messages.RankJob,
+        jobs.RankJob("m", 0, 2**40, jobs.MapJob(1, "p", MANIFEST, (2,))),
+        jobs.RankJob,
     ),
     (messages.BeginRequest(1, None, "h"), messages.ToCoordinator),
-    (messages.RankAnswer(0, 1, messages.RankBake(b"\0" * 16, {"a": "bf16"}, read={"a": (Region(0, (2,), (1,)),)})),
-     messages.RankAnswer),
+    (jobs.RankAnswer(0, 1, jobs.RankBake(b"\0" * 16, {"a": "bf16"}, read={"a": (Region(0, (2,), (1,)),)})),
+     jobs.RankAnswer),
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_every_flipped_bit_is_refused_or_still_a_message(value: typing.Any, kind
 @given(st.binary(max_size=200))
 def test_noise_is_refused_with_our_error(noise: bytes) -> None:
     with pytest.raises(ProtocolError):
-        unpack(noise, messages.RankJob)
+        unpack(noise, jobs.RankJob)
 
 
 @given(st.binary(max_size=100))
@@ -171,7 +171,7 @@ def test_a_wrong_field_is_named(change: dict[str, object], path: str) -> None:
 def test_text_does_not_pass_for_bytes() -> None:
     body = {"kind": "RankBake", "digest": "AAAA", "dtypes": {}}
     with pytest.raises(ProtocolError, match="digest"):
-        unpack(msgpack.packb([wire.PROTOCOL, body]), messages.RankBake)
+        unpack(msgpack.packb([wire.PROTOCOL, body]), jobs.RankBake)
 
 
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bridge.deadline import Deadline
-from bridge.errors import Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
+from bridge.errors import Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
 from bridge.wire import Completion, Sampling
 from engine_side.adapters.embedded import EmbeddedAdapter, attach, host
 from engine_side.embedded.config import EngineConfig
@@ -322,6 +324,78 @@ def test_the_adapter_knows_no_other_adapter_and_no_shared_storage(engine: Engine
     adapter.publish(9)
     assert engine.generate([PROMPT], GREEDY)[0].weight_version == 9
     assert adapter.reset_caches()
+
+
+def test_one_bridge_at_a_time_drives_an_engine(engine: Engine) -> None:
+    first, second = EmbeddedAdapter(engine), EmbeddedAdapter(engine)
+    first.claim("run1")
+    with pytest.raises(Busy, match="run1"):
+        second.claim("run2")
+    first.close()
+    second.claim("run2")
+    del second
+    gc.collect()
+    first.claim("run1")
+
+
+def test_a_refusal_outlives_its_adapter(engine: Engine) -> None:
+    first = EmbeddedAdapter(engine)
+    first.refuse("torn")
+    first.close()
+    second = EmbeddedAdapter(engine)
+    assert second.refusal == "torn"
+    with pytest.raises(EngineQuarantined, match="torn"):
+        engine.generate([PROMPT], GREEDY)
+    second.refuse(None)
+    assert first.refusal is None
+    assert engine.generate([PROMPT], GREEDY)
+
+
+def test_the_longest_prompt_can_be_scored_and_continued(engine: Engine) -> None:
+    adapter = EmbeddedAdapter(engine)
+    longest = adapter.max_prompt
+    assert adapter.cache_grain == engine.config.block_size
+    prompt = [3] * longest
+    assert len(engine.prompt_logprobs([prompt])[0]) == longest - 1
+    assert len(engine.generate([prompt], GREEDY)[0].token_ids) == 1
+    assert engine.generate([[*prompt, 3]], GREEDY)[0].token_ids == ()
+    with pytest.raises(ConfigError, match="length"):
+        engine.prompt_logprobs([[*prompt, 3, 3]])
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        "hi",
+        ["hi"],
+        [b"hi"],
+        [["h", "i"]],
+        [[1.5]],
+        [[None]],
+        [3, 4],
+        [None],
+        None,
+        7,
+        [[]],
+        [[-1]],
+        [[10**9]],
+        [[2**70]],
+    ],
+)
+def test_what_is_no_prompt_is_a_typed_error(engine: Engine, prompts: Any) -> None:
+    for call in (lambda: engine.generate(prompts, GREEDY), lambda: engine.prompt_logprobs(prompts)):
+        with pytest.raises(ConfigError) as caught:
+            call()
+        assert caught.value.where is not None
+        assert caught.value.expected is not None
+        assert caught.value.got is not None
+
+
+def test_integers_of_any_kind_are_token_ids(engine: Engine) -> None:
+    want = engine.generate([PROMPT], GREEDY)[0].token_ids
+    for prompt in (tuple(PROMPT), np.array(PROMPT), torch.tensor(PROMPT), range(3)):
+        found = engine.generate([prompt], GREEDY)[0].token_ids  # type: ignore[list-item]
+        assert isinstance(prompt, range) or found == want
 
 
 def test_a_hosted_engine_ends_with_its_adapter_and_an_attached_one_does_not(tmp_path: Path, engine: Engine) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from bridge.dtypes import dtype_name
-from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
+from bridge.errors import Busy, ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
 from bridge.manifest import TensorInfo, lay_out
 from bridge.plan import Move, Routes, dense
 from bridge.wire import Sampling
@@ -127,9 +129,75 @@ def test_refusal_is_lifted() -> None:
         live(torch.arange(3))
     adapter.refuse(None)
     live(torch.arange(3))
-    adapter.refuse("again")
-    adapter.close()
+    assert adapter.refusal is None
+
+
+def test_a_refusal_is_the_modules_own_and_outlives_its_adapter() -> None:
+    live = Net().eval()
+    first = ModuleAdapter(live)
+    first.refuse("torn")
+    first.close()
+    with pytest.raises(EngineQuarantined, match="torn"):
+        live(torch.arange(3))
+    second = ModuleAdapter(live)
+    assert second.refusal == "torn"
+    second.refuse("torn again")
+    assert first.refusal == "torn again"
+    copied = copy.deepcopy(live)  # holds the same torn weights
+    assert ModuleAdapter(copied).refusal == "torn again"
+    second.refuse(None)
+    assert first.refusal is None
     live(torch.arange(3))
+    with pytest.raises(EngineQuarantined, match="torn again"):
+        copied(torch.arange(3))
+    assert not live._forward_pre_hooks
+
+
+def test_a_gated_module_can_be_probed_and_nothing_else() -> None:
+    source, live = nn.Linear(4, 4), nn.Linear(4, 4)
+    adapter = ModuleAdapter(live)
+    adapter.claim("run1")
+    adapter.refuse("torn")
+    loader, verifier = push(live, source)
+    assert all(r.ok for r in verifier.run(RANK_LEVELS, 0))
+    assert verifier.canary_only() == ()
+    with pytest.raises(EngineQuarantined):
+        live(torch.zeros(1, 4))
+    loader.close()
+
+
+def test_one_bridge_at_a_time_drives_a_module() -> None:
+    live = Net()
+    names = set(live.state_dict())
+    first, second = ModuleAdapter(live), ModuleAdapter(live)
+    first.claim("run1")
+    first.claim("run1")
+    with pytest.raises(Busy, match="run1") as caught:
+        second.claim("run2")
+    assert "run2" in (caught.value.where or "")
+    assert "close" in (caught.value.remedy or "")
+    second.close()  # not its own claim
+    with pytest.raises(Busy):
+        second.claim("run2")
+    assert set(live.state_dict()) == names
+    ModuleAdapter(copy.deepcopy(live)).claim("run3")
+    first.close()
+    second.claim("run2")
+    second.close()
+    ModuleAdapter(live).claim("forgotten")
+    gc.collect()
+    first.claim("run1")
+
+
+def test_a_claimed_module_can_be_pickled() -> None:
+    live = nn.Linear(2, 2)
+    adapter = ModuleAdapter(live)
+    adapter.claim("run1")
+    restored = pickle.loads(pickle.dumps(live))  # noqa: S301
+    assert torch.equal(restored.weight, live.weight)
+    ModuleAdapter(restored).claim("run2")
+    with pytest.raises(Busy):
+        ModuleAdapter(live).claim("run2")
 
 
 def test_what_a_module_cannot_do() -> None:
@@ -138,6 +206,8 @@ def test_what_a_module_cannot_do() -> None:
     assert not adapter.can_generate
     assert adapter.ranks == 1
     assert adapter.checkpoint is None
+    assert adapter.max_prompt is None
+    assert adapter.cache_grain == 0
     assert attach("nonsense") is None
     with pytest.raises(ConfigError, match="generate"):
         adapter.generate([[1]], Sampling())

@@ -154,22 +154,25 @@ def test_only_plain_bytes_go_through_ray(connected: bridge.Bridge, monkeypatch: 
     get = ray.get
 
     class Spy:
-        """An actor's handle that looks at what is sent."""
+        """An actor's method that looks at what is sent, and the handle on which it hangs."""
 
-        def __init__(self, handle: Any) -> None:
-            self.handle = handle
+        def __init__(self, method: Any) -> None:
+            self.method = method
             self.call = self
+
+        def options(self, **options: Any) -> Spy:
+            return Spy(self.method.options(**options))
 
         def remote(self, *args: object, **options: object) -> Any:
             seen.extend((*args, *options.values()))
-            return self.handle.call.remote(*args, **options)
+            return self.method.remote(*args, **options)
 
     def look(*args: Any, **options: Any) -> Any:
         seen.append(get(*args, **options))
         return seen[-1]
 
     for port in (connected._coordinator, *(engine._port for engine in connected.engines)):
-        monkeypatch.setattr(port, "_handle", Spy(port._handle))
+        monkeypatch.setattr(port, "_handle", Spy(port._handle.call))
     monkeypatch.setattr(ray, "get", look)
     model = stepped(51)
     connected.push(model.named_parameters(), verify="weights")

@@ -1,0 +1,144 @@
+"""Ties: which tensors are the same elements, and whether what the bound model tied is still one tensor.
+
+A tied tensor travels once, under one of its names. That is right only as long as the others are the same: a model that
+was untied after it was bound has two tensors where one travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.errors import BridgeError, DuplicateTensor
+from trainer_side.naming import CanonicalMap
+from trainer_side.tensors import plain
+
+NO_ADDRESS = -1
+"""In a tie pattern: nothing to compare (no elements), or no values (meta), which the slow path tells apart."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes per element -> the integer that shows its bits."""
+
+
+def tie_pattern(sources: Sequence[torch.Tensor], addresses: Sequence[int]) -> list[int]:
+    """Per tensor, the index of the first one that is the same elements of the same storage."""
+    first: dict[Any, int] = {}
+    keep = first.setdefault
+    pattern = [keep(address, k) if address else NO_ADDRESS for k, address in enumerate(addresses)]
+    if len(first) == len(addresses):
+        return pattern
+    for k, head in enumerate(pattern):
+        if head not in (k, NO_ADDRESS):
+            t = sources[k]
+            same = (addresses[k], t.shape, t.stride(), t.dtype, t.device)
+            h = sources[head]
+            pattern[k] = head if same == (addresses[head], h.shape, h.stride(), h.dtype, h.device) else keep(same, k)
+    return pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Two names that were one tensor when the model was bound, and where each lies in it: segments with wrappers."""
+
+    kept: str
+    alias: str
+    kept_path: tuple[str, ...]
+    alias_path: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TiesSent:
+    """The bound model's ties that one layout relies on.
+
+    Attributes:
+        twins: both names came, as different storages: (tie, index of one, index of the other).
+        silent: some name did not come: what came stands for it.
+    """
+
+    twins: tuple[tuple[Tie, int, int], ...] = ()
+    silent: tuple[Tie, ...] = ()
+
+
+def ties_of(known: CanonicalMap) -> tuple[Tie, ...]:
+    """The ties of a bound model."""
+    raw = {clean: tuple(given.split(".")) for given, clean in known.raw.items()}
+    return tuple(Tie(kept, alias, raw[kept], raw[alias]) for alias, kept in known.ties.items())
+
+
+def ties_sent(
+    ties: Sequence[Tie], index: Mapping[str, int], came: Mapping[str, int], pattern: Sequence[int]
+) -> TiesSent:
+    """Sort the ties by how they came. `index`: of every clean name that was sent; `came`: of the tensor that travels
+    for a kept name."""
+    twins, silent = [], []
+    for tie in ties:
+        travels = came.get(tie.kept)
+        if travels is None:
+            continue
+        if not {tie.kept, tie.alias} <= index.keys():
+            silent.append(tie)
+        for name in (tie.kept, tie.alias):
+            other = index.get(name, travels)
+            if other != travels and (pattern[other] != pattern[travels] or pattern[other] == NO_ADDRESS):
+                twins.append((tie, travels, other))
+    return TiesSent(tuple(twins), tuple(silent))
+
+
+def check_ties(model: nn.Module, sent: TiesSent, sources: Sequence[torch.Tensor]) -> None:
+    """Raises DuplicateTensor, naming both, when one of two different tensors would travel for both.
+
+    Costs a few look-ups per tie of a model that still ties; values are compared only where storages differ.
+    """
+    for tie, travels, other in sent.twins:
+        if not same_bits(sources[travels], sources[other]):
+            raise _untied(tie, "the bound model ties two names, but they came as two different tensors")
+    for tie in sent.silent:
+        kept, alias = _at(model, tie.kept_path), _at(model, tie.alias_path)
+        if kept is not alias and kept is not None and alias is not None and _differ(kept, alias):
+            raise _untied(tie, "the bound model no longer ties two names, and only one of them came")
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two plain tensors have the same dtype, shape and bits; NaN equals itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    kind = _BITS.get(a.itemsize)
+    a, b = a.detach().contiguous(), b.detach().to(a.device).contiguous()
+    return torch.equal(a, b) if kind is None else torch.equal(a.view(kind), b.view(kind))
+
+
+def _differ(kept: torch.Tensor, alias: torch.Tensor) -> bool:
+    """Whether two of the model's own tensors are known to have different values: not where one has none to show (ZeRO
+    takes them away between steps, FSDP shards them)."""
+    try:
+        a, b = plain("", kept), plain("", alias)
+    except BridgeError:
+        return False
+    return bool(a.numel() and b.numel()) and not same_bits(a, b)
+
+
+def _at(model: nn.Module, path: tuple[str, ...]) -> torch.Tensor | None:
+    """The parameter or buffer that the model has at a path now; None when its modules were exchanged for others."""
+    module = model
+    for segment in path[:-1]:
+        child = module._modules.get(segment)
+        if child is None:
+            return None
+        module = child
+    found = module._parameters.get(path[-1])
+    return module._buffers.get(path[-1]) if found is None else found
+
+
+def _untied(tie: Tie, what: str) -> DuplicateTensor:
+    return DuplicateTensor(
+        what,
+        where=f"{tie.kept} and {tie.alias}",
+        expected="one tensor under both names, as when the model was bound",
+        got="separate storages that hold different values",
+        remedy="if the model was untied, bind it again (b.bind(model)); else tie it (model.tie_weights()) and push its "
+        "named_parameters()",
+        names=(tie.kept, tie.alias),
+    )
