@@ -89,7 +89,8 @@ def test_a_value_that_does_not_fit_is_refused(write: Write, tensor: torch.Tensor
         with pytest.raises(DtypeMismatch) as caught:
             write(collected, wire, allow_nonfinite=nonfinite)
         assert (caught.value.where, caught.value.names) == (f"w{index}", ("w",))
-        assert repr(value) in str(caught.value.got) and wire in str(caught.value.expected)
+        assert repr(value) in str(caught.value.got)
+        assert wire in str(caught.value.expected)
 
 
 @pytest.mark.parametrize(("tensor", "wire"), KEPT)
@@ -145,7 +146,8 @@ def test_a_live_tensor_that_changes_its_dtype_makes_another_layout(monkeypatch: 
     first = source.collect([("a", whole), ("b", half)])
     again = source.collect([("a", half), ("b", whole)])
     # what is announced is the same; which casts need a look is not
-    assert first.tensors == again.tensors and first.layout is not again.layout
+    assert first.tensors == again.tensors
+    assert first.layout is not again.layout
 
 
 @settings(max_examples=200, deadline=None)

@@ -121,7 +121,7 @@ def test_a_buffer_that_was_reassigned() -> None:
 
 def test_the_shape_of_a_tied_name_counts_too() -> None:
     model = Shared()
-    with pytest.raises(ShapeMismatch, match="where: head.weight"):
+    with pytest.raises(ShapeMismatch, match=r"where: head\.weight"):
         WeightSource(model).collect([("embed.weight", model.embed.weight), ("head.weight", torch.zeros(3, 4))])
 
 
@@ -138,7 +138,7 @@ def test_weights_that_are_away_say_nothing_about_ties() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
 def test_same_bits(dtype: torch.dtype) -> None:
     a = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to(dtype)
-    assert same_bits(a, a.clone()) and same_bits(a, a.t()) and same_bits(a[0, 0], a[1, 1])
-    assert not same_bits(a, a[:1]) and not same_bits(a[0], a[1]) and not same_bits(a, a.to(torch.float16))
+    assert all(same_bits(x, y) for x, y in ((a, a.clone()), (a, a.t()), (a[0, 0], a[1, 1])))
+    assert not any(same_bits(x, y) for x, y in ((a, a[:1]), (a[0], a[1]), (a, a.to(torch.float16))))
     assert not same_bits(torch.tensor(0.0), torch.tensor(-0.0))
     assert same_bits(torch.tensor(float("nan")), torch.tensor(float("nan")))
