@@ -102,9 +102,7 @@ def connect_rccl(store: Store, rank: int, world: int, **options: Any) -> Transpo
     return _connect_device("rccl", torch.version.hip, store, rank, world, **options)
 
 
-def _connect_device(
-    name: str, built_for: str | None, store: Store, rank: int, world: int, **options: Any
-) -> Transport:
+def _connect_device(name: str, built_for: str | None, store: Store, rank: int, world: int, **options: Any) -> Transport:
     reason = None
     if built_for is None:
         reason = f"this torch ({torch.__version__}) was not built for it"

@@ -396,9 +396,7 @@ def test_cgroup_limits_of_both_hierarchies_and_all_ancestors_count(tmp_path: Pat
         mount / "a",
         {"memory.max": f"{4 * gib}\n", "memory.current": f"{3 * gib}\n", "memory.stat": f"inactive_file {gib}\n"},
     )
-    _cgroup(
-        mount / "memory" / "v1", {"memory.limit_in_bytes": f"{2 * gib}\n", "memory.usage_in_bytes": f"{gib}\n"}
-    )
+    _cgroup(mount / "memory" / "v1", {"memory.limit_in_bytes": f"{2 * gib}\n", "memory.usage_in_bytes": f"{gib}\n"})
     member = tmp_path / "self"
     member.write_text("0::/a/b\n4:memory:/v1\n3:cpu:/v1\n")
     rooms = sorted(room.nbytes + shm.MEMORY_MARGIN for room in shm.cgroup_rooms(mount, member))

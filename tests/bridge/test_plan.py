@@ -54,9 +54,7 @@ def slices(draw: st.DrawFn, shape: tuple[int, ...] | None = None) -> tuple[tuple
     sizes = tuple(draw(st.integers(0, n - a)) for n, a in zip(shape, starts, strict=True))
     region = box(shape, starts, sizes)
     order = draw(st.permutations(range(len(shape))))
-    return shape, Region(
-        region.offset, tuple(region.shape[i] for i in order), tuple(region.strides[i] for i in order)
-    )
+    return shape, Region(region.offset, tuple(region.shape[i] for i in order), tuple(region.strides[i] for i in order))
 
 
 @st.composite
@@ -132,9 +130,7 @@ def test_a_partition_covers_exactly_once(case: tuple[tuple[int, ...], list[Regio
 
 
 @given(partitions(), st.data())
-def test_a_dropped_piece_is_a_hole_of_its_size(
-    case: tuple[tuple[int, ...], list[Region]], data: st.DataObject
-) -> None:
+def test_a_dropped_piece_is_a_hole_of_its_size(case: tuple[tuple[int, ...], list[Region]], data: st.DataObject) -> None:
     shape, regions = case
     gone = regions.pop(data.draw(st.integers(0, len(regions) - 1)))
     assert dest_coverage(_plan(shape, regions)).holes == {"m.w": gone.numel}

@@ -188,9 +188,7 @@ def test_text_that_is_no_unicode_is_refused_when_packed() -> None:
 names = st.text(st.characters(codec="utf-8"), max_size=20)
 counts = st.integers(0, 2**40)
 regions = st.lists(st.tuples(counts, counts), max_size=4).flatmap(
-    lambda dims: st.builds(
-        Region, counts, st.just(tuple(n for n, _ in dims)), st.just(tuple(s for _, s in dims))
-    )
+    lambda dims: st.builds(Region, counts, st.just(tuple(n for n, _ in dims)), st.just(tuple(s for _, s in dims)))
 )
 
 
