@@ -72,7 +72,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The exception again, as the class it had, or plain BridgeError for one that is not ours; `at` is added to
         its `where`."""
         cls = ERRORS_BY_NAME.get(self.name, BridgeError)
-        where = f"{self.where} ({at})" if self.where and at else self.where or at
+        where = self.where if at is None else f"{self.where} ({at})" if self.where else at
         return cls(self.what, where=where, expected=self.expected, got=self.got, remedy=self.remedy, names=self.names)
 
 
