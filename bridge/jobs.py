@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from bridge.lora import AdapterSpec
 from bridge.manifest import Manifest, TensorInfo
 from bridge.plan import Region
 from bridge.receipt import RankReport
@@ -14,11 +15,13 @@ Scores = tuple[tuple[float, ...], ...]
 
 
 class BakeJob(Message, frozen=True):
-    """Trace the engine's loader on the announced tensors; keep the result under `plan`, an id chosen by the asker."""
+    """Trace the engine's loader on the announced tensors; keep the result under `plan`, an id chosen by the asker. With
+    `adapter` the tensors are an adapter's, and the engine is asked where it would put them."""
 
     plan: int
     tensors: tuple[TensorInfo, ...]
     partial: bool = False
+    adapter: AdapterSpec | None = None
 
 
 class MapJob(Message, frozen=True):
@@ -39,27 +42,36 @@ class ForgetJob(Message, frozen=True):
 class LoadJob(Message, frozen=True):
     """Load `slot` through `plan` and run the named verification levels. `changed` restricts the copies to tensors (by
     index in the manifest) whose bits differ from what this engine already holds; None loads everything. `previous` is
-    the slot of the version held before, for the change level."""
+    the slot of the version held before, for the change level. An adapter's plan loads under the new name `adapter`."""
 
     plan: int
     slot: int
     levels: tuple[str, ...]
     changed: tuple[int, ...] | None = None
     previous: int | None = None
+    adapter: str | None = None
+
+
+class DropAdapterJob(Message, frozen=True):
+    """Drop an adapter that was loaded and did not pass, or is not known here at all."""
+
+    adapter: str
 
 
 class VerifyJob(Message, frozen=True):
-    """Run levels against `slot` without writing anything."""
+    """Run levels against `slot` without writing anything; of an adapter's plan, against the loaded `adapter`."""
 
     plan: int
     slot: int
     levels: tuple[str, ...]
+    adapter: str | None = None
 
 
 class LogprobsJob(Message, frozen=True):
-    """Prompt log-probabilities past the scheduler; all ranks take part, rank 0 answers."""
+    """Prompt log-probabilities past the scheduler; all ranks take part, rank 0 answers. `adapter` None: the base."""
 
     prompts: Prompts
+    adapter: str | None = None
 
 
 class ReadBackJob(Message, frozen=True):
@@ -76,7 +88,9 @@ class ExplainJob(Message, frozen=True):
     name: str
 
 
-AnyJob = BakeJob | MapJob | ForgetJob | LoadJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
+AnyJob = (
+    BakeJob | MapJob | ForgetJob | LoadJob | DropAdapterJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
+)
 
 
 class RankJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

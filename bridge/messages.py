@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from bridge.jobs import Prompts, RankBake, Scores
+from bridge.lora import AdapterSpec, LoraLimits
 from bridge.manifest import Manifest, TensorInfo
 from bridge.receipt import EngineReport, LevelResult, Receipt
 from bridge.wire import Completion, ErrorInfo, Message, Sampling
@@ -52,6 +53,9 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pid: int
     detail: str = ""
     max_prompt: int | None = None
+    lora: LoraLimits | None = None
+    adapter: str | None = None
+    """The adapter that `current` means now."""
 
 
 # ---- coordinator -> engine service ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ trainer that offloads its weights gets its memory back.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,22 @@ class Part:
     index: int
     source: Region | None = None
     dest: Region | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A tensor that is not there but computed while the snapshot is written (merged weights, folded adapters).
+
+    Attributes:
+        name: its clean live name, as `CanonicalMap.live` has it.
+        stand_in: shape and dtype, on the meta device; the same object from push to push is cheapest.
+        compute: called once per push with the dtype that travels, in a copying thread, under no_grad; returns the
+            values in that dtype, or in the wider one that they were accumulated in (the copy then rounds, once).
+    """
+
+    name: str
+    stand_in: torch.Tensor
+    compute: Callable[[torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)

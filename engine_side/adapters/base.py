@@ -27,7 +27,8 @@ every wait has a deadline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -35,10 +36,28 @@ import torch
 from torch import nn
 
 from bridge.deadline import Deadline
+from bridge.lora import AdapterSpec, LoraLimits
+from bridge.manifest import TensorInfo
 from bridge.wire import Completion, Sampling
 
 Prompts = Sequence[Sequence[int]]
 """Token ids, one sequence per prompt."""
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """Where a part of one adapter tensor lies in an engine's slot.
+
+    `live` is a view of the slot that holds exactly the elements `index` of the tensor `name` (of its shape in the
+    manifest): after the engine's cast the two are bit for bit equal. `padding` are the views of the slot around it that
+    have to be zero. Several ranks, or several views of one rank, together hold a tensor's elements at least once.
+    """
+
+    name: str
+    live: torch.Tensor
+    index: tuple[slice, ...]
+    padding: tuple[torch.Tensor, ...] = ()
+
 
 
 class EngineAdapter(Protocol):
@@ -100,8 +119,23 @@ class EngineAdapter(Protocol):
         an engine that holds weights nobody verified stays shut until a version was verified in it."""
         ...
 
-    def publish(self, version: int) -> None:
-        """Make `version` the one that completions report from now on."""
+    def publish(self, version: int, adapter: str | None = None) -> None:
+        """Make `version` the one that completions report from now on, and the loaded adapter of this name what
+        `generate(adapter="current")` uses (None: the base model)."""
+        ...
+
+    @property
+    def lora(self) -> LoraLimits | None:
+        """What adapters the engine can hold; None when it was started without LoRA."""
+        ...
+
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded now, whoever loaded them."""
+        ...
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Drop these adapters in every rank as soon as no running or waiting request uses them; at once where none
+        does. New requests cannot ask for them any more. Unknown names are ignored. Does not block for requests."""
         ...
 
     def refuse(self, reason: str | None) -> None:
@@ -117,7 +151,8 @@ class EngineAdapter(Protocol):
         self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
     ) -> list[Completion]:
         """Sample one completion per prompt, as users do, prefix cache reads allowed. Blocks while paused, unless
-        `past_gate`: the cache check runs before the engine is opened to traffic."""
+        `past_gate`: the cache check runs before the engine is opened to traffic. `adapter` is "current" (what was
+        published last), "base", or the name of a loaded adapter; a request keeps what it began with."""
         ...
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
@@ -160,7 +195,34 @@ class RankHost(Protocol):
         alone contributes. Raises NotImplementedError for a module that cannot be called alone."""
         ...
 
-    def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
         """Log-probability of token i+1 given tokens 0..i, per prompt, computed past the scheduler (the engine is
-        paused) on fresh KV. All ranks call it together; the answer of rank 0 counts."""
+        paused) on fresh KV, with the loaded adapter of this name (None: the base model alone). All ranks call it
+        together; the answer of rank 0 counts."""
+        ...
+
+    def untie(self, names: Sequence[str]) -> bool:
+        """The trainer holds different values under these checkpoint names, which the engine ties to others: give them
+        storage of their own in the live model and in later skeletons, values as they are. False when it cannot."""
+        ...
+
+    # ---- adapters (LoRA); an engine without LoRA raises UnsupportedLora from `plan_adapter` ----
+
+    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+        """Which dtype each tensor of an adapter (names and shapes of `bridge.lora`) will have in this rank's slots.
+        Writes nothing. Raises UnexpectedTensor (all modules that the engine lacks or did not wrap), ShapeMismatch
+        (swapped or wrong shapes), UnsupportedLora (no LoRA here, rank above the maximum)."""
+        ...
+
+    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+        """Write an adapter into a free slot under a name that was never used before. The tensors are views of the
+        arena, whole, and must not be kept. Raises ConfigError when no slot is free; the other slots are untouched."""
+        ...
+
+    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+        """Where a loaded adapter's tensors lie in this rank, for the read-back. Raises NotFound."""
+        ...
+
+    def remove_adapter(self, name: str) -> None:
+        """Drop an adapter that no request uses: a load that did not pass. Unknown names are ignored."""
         ...

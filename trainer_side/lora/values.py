@@ -1,0 +1,85 @@
+"""What a LoRA layer holds and what it does now, read once. Values; the tensors in them are the live ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class State(Enum):
+    """What the next forward of a layer computes with (lora.md 1.1)."""
+
+    PLAIN = "plain"
+    """No LoRA here: an ordinary layer."""
+    ACTIVE = "active"
+    """The base and every adapter in `LoraParameters.adapters` (none: no active adapter is owned by this layer)."""
+    DISABLED = "disabled"
+    """The base alone."""
+    MERGED = "merged"
+    """The base's tensors as they are: adapters were merged into them in place."""
+    MERGED_DISABLED = "merged and disabled"
+    """PEFT's next forward unmerges by itself: no forward may be run, and the tensors are not what it computes with."""
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveAdapter:
+    """One adapter that acts in the forward now.
+
+    Attributes:
+        name: PEFT's name of it.
+        a, b: as PEFT holds them: linear (r, in), (out, r); embedding (r, vocabulary), (hidden, r); convolution
+            (r, in/groups, *kernel), (out, r, 1, ..); expert parameters (r * experts, in), (out, r * experts).
+        scaling: the live factor, `set_scale` included.
+        bias: that of `lora_B` (lora_bias); None without.
+        magnitude: DoRA's; None without.
+        variant: class name of PEFT's variant, "" for plain LoRA.
+        extra: what a variant holds besides (KaSA's diagonal).
+    """
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+    variant: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraParameters:
+    """One layer, in every state the same shape of answer: the first six fields, and in this order on iteration, are
+    what Unsloth's `get_lora_parameters_bias` gives.
+
+    Attributes:
+        weight: of the innermost base layer, as stored.
+        quant_state: what is needed to read a quantised weight; None for a plain one.
+        A, B, scaling: of the first acting adapter; None when disabled, merged or without LoRA.
+        bias: of the base layer, in every state; None where it has none.
+        adapters: all that act now, in the order of the forward.
+        state: see `State`.
+        kind: "linear", "embedding", "conv", "parameter" (a `target_parameters` wrapper), "attention", "other".
+        transposed: the weight is stored (in, out): fan_in_fan_out.
+        merged: names of the adapters that lie in the weight now.
+        owned: names of all adapters that this layer has, acting or not.
+    """
+
+    weight: torch.Tensor
+    quant_state: Any
+    A: torch.Tensor | None
+    B: torch.Tensor | None
+    scaling: float | None
+    bias: torch.Tensor | None
+    adapters: tuple[ActiveAdapter, ...] = ()
+    state: State = State.PLAIN
+    kind: str = "other"
+    transposed: bool = False
+    merged: tuple[str, ...] = ()
+    owned: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.weight, self.quant_state, self.A, self.B, self.scaling, self.bias))
