@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -72,6 +72,18 @@ class LiveTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     buffer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LiveEntry:
+    """A tensor of the live tree that goes into the checkpoint: name with wrappers and without, what its shape and dtype
+    are (values are not read), whether it is a buffer, and an identity that the names of one tied tensor share."""
+
+    raw: str
+    clean: str
+    tensor: torch.Tensor
+    buffer: bool
+    identity: Hashable
 
 
 @dataclass(frozen=True)
@@ -167,12 +179,19 @@ def bake_names(model: nn.Module) -> CanonicalMap:
     entries = list(_live_tensors(model))
     if not entries:
         raise ConfigError("the model has no parameters", got=type(model).__name__, remedy="bind the model itself")
-    inner = unwrapped(model)
-    tensors = {clean: tensor for _, clean, tensor, _ in entries}
+    return bake_entries(unwrapped(model), entries)
+
+
+def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap:
+    """`bake_names` over tensors that were listed by somebody who knows the tree better than its names tell (LoRA).
+
+    `inner` is the model without wrappers whose conversion to checkpoint form counts. Raises IntegrityError as there.
+    """
+    tensors = {entry.clean: entry for entry in entries}
     dropped = _never_saved(inner) & tensors.keys()
-    ties = _ties({n: t for n, t in tensors.items() if n not in dropped}, _declared_ties(inner))
-    buffers = {clean for _, clean, _, buffer in entries if buffer}
-    kept = {n: t for n, t in tensors.items() if n not in ties and n not in dropped}
+    ties = _ties({n: e for n, e in tensors.items() if n not in dropped}, _declared_ties(inner))
+    buffers = {entry.clean for entry in entries if entry.buffer}
+    kept = {n: e.tensor for n, e in tensors.items() if n not in ties and n not in dropped}
     baked = _bake(inner, kept, ties)
     used = {piece.live for tensor in baked for piece in tensor.pieces}
     order = {name: k for k, name in enumerate(kept)}
@@ -181,13 +200,13 @@ def bake_names(model: nn.Module) -> CanonicalMap:
         tensors=tuple(baked),
         live={n: LiveTensor(n, tuple(t.shape), t.dtype, n in buffers) for n, t in kept.items() if n in used},
         ties={alias: name for alias, name in ties.items() if name in used},
-        raw={raw: clean for raw, clean, _, _ in entries},
+        raw={entry.raw: entry.clean for entry in entries},
         ignored=frozenset(tensors.keys() - used - ties.keys()) | {a for a, n in ties.items() if n not in used},
     )
 
 
-def _live_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor, bool]]:
-    """(name with wrappers, clean name, tensor, is a buffer) of every parameter and persistent buffer, ties included.
+def _live_tensors(model: nn.Module) -> Iterator[LiveEntry]:
+    """Every parameter and persistent buffer, ties included.
 
     Raises IntegrityError for a lazy module's, which has no shape yet.
     """
@@ -195,11 +214,15 @@ def _live_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor, bo
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 require_initialised(prefix + name, parameter)
-                yield prefix + name, clean_prefix + name, parameter, False
+                yield _entry(prefix + name, clean_prefix + name, parameter, False)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 require_initialised(prefix + name, buffer)
-                yield prefix + name, clean_prefix + name, buffer, True
+                yield _entry(prefix + name, clean_prefix + name, buffer, True)
+
+
+def _entry(raw: str, clean: str, tensor: torch.Tensor, buffer: bool) -> LiveEntry:
+    return LiveEntry(raw, clean, tensor, buffer, identity_of(clean, tensor))
 
 
 def walk(
@@ -217,11 +240,11 @@ def walk(
             yield from walk(child, f"{prefix}{name}.", below, root=root and name == hop)
 
 
-def _ties(tensors: Mapping[str, torch.Tensor], declared: frozenset[str]) -> dict[str, str]:
+def _ties(entries: Mapping[str, LiveEntry], declared: frozenset[str]) -> dict[str, str]:
     """Tied name -> the name that stands for it: the first that the model does not declare as tied to another."""
-    groups: dict[object, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault(_identity(name, tensor), []).append(name)
+    groups: dict[Hashable, list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(entry.identity, []).append(name)
     ties: dict[str, str] = {}
     for names in groups.values():
         kept = next((n for n in names if n not in declared), sorted(names)[-1])
@@ -229,7 +252,7 @@ def _ties(tensors: Mapping[str, torch.Tensor], declared: frozenset[str]) -> dict
     return ties
 
 
-def _identity(name: str, tensor: torch.Tensor) -> object:
+def identity_of(name: str, tensor: torch.Tensor) -> Hashable:
     """Equal for two tensors that are the same elements of one storage."""
     if tensor.numel() == 0:
         return name
@@ -335,7 +358,7 @@ def routes_into(module: nn.Module) -> Routes:
     live names, with wrappers and without, which is what an unbound trainer sends; where a name means both, the
     checkpoint's counts. A module whose conversion is not copying takes its live names only.
     """
-    live = {clean: (raw, tensor) for raw, clean, tensor, _ in _live_tensors(module)}
+    live = {entry.clean: (entry.raw, entry.tensor) for entry in _live_tensors(module)}
     routes: dict[str, list[Move]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for clean, (raw, tensor) in live.items():

@@ -26,6 +26,8 @@ from bridge.memory import memcmp, memcmp_held, memmove
 from bridge.plan import cut, dense
 from bridge.ports import Written
 from trainer_side.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
+from trainer_side.computed import Group, groups
+from trainer_side.computed import jobs as computed_jobs
 from trainer_side.finite import is_finite, nonfinite_error
 from trainer_side.fits import doubtful, require_fit
 from trainer_side.source import Collected, Layout
@@ -49,6 +51,9 @@ class _Program:
     carried: list[int]
     doubtful: list[Item]
     """Items with a cast that may change a value otherwise than by rounding."""
+    computed: list[Group]
+    computes: frozenset[int]
+    """Which collected tensors are computed while the snapshot is written."""
 
 
 class _Tally:
@@ -113,7 +118,7 @@ class Snapshotter:
         tally = _Tally()
         known = self._known.pop(slot, {})  # gone for good when this write fails
         with torch.no_grad():
-            later = self._run(program, place, collected.sources, digests, tally, known)
+            later = self._run(program, place, collected, digests, tally, known)
         for index, pieces in later:
             digests[index] = fold(pieces)
         for item in program.doubtful:
@@ -128,13 +133,16 @@ class Snapshotter:
         self,
         program: _Program,
         place: Slot,
-        sources: list[torch.Tensor],
+        collected: Collected,
         digests: npt.NDArray[np.uint64],
         tally: _Tally,
         known: dict[int, list[int]],
     ) -> list[tuple[int, list[int]]]:
         """Run all units of work; (manifest index, chunk digests) of the tensors that were cut come back."""
-        jobs: list[Job] = []
+        sources, computed = collected.sources, collected.computed
+        jobs: list[Job] = list(
+            computed_jobs(program.computed, place, sources, computed, digests, tally.suspect, tally.add_bytes)
+        )
         later: list[tuple[int, list[int]]] = []
         for item in program.big:
             pieces = [0] * -(-item.spec.nbytes // CHUNK)
@@ -186,15 +194,17 @@ class Snapshotter:
         return self._slots[slot]
 
     def _compiled(self, collected: Collected) -> _Program:
-        if self._program is None or self._program.layout is not collected.layout:
-            self._program = _compile(self.manifest, collected.layout, collected.sources)
+        last = self._program
+        if last is None or last.layout is not collected.layout or last.computes != collected.computed.keys():
+            last = self._program = _compile(self.manifest, collected)
             for place in self._slots.values():
                 place.dests.clear()
-        return self._program
+        return last
 
 
-def _compile(manifest: Manifest, layout: Layout, sources: Sequence[torch.Tensor]) -> _Program:
-    """Sort a layout's tensors into big ones and batches, in manifest order."""
+def _compile(manifest: Manifest, collected: Collected) -> _Program:
+    """Sort a layout's tensors into computed ones, big ones and batches, in manifest order."""
+    layout = collected.layout
     position = {spec.name: k for k, spec in enumerate(manifest.tensors)}
     items = []
     for info, parts in zip(layout.tensors, layout.parts, strict=True):
@@ -212,12 +222,17 @@ def _compile(manifest: Manifest, layout: Layout, sources: Sequence[torch.Tensor]
         items.append(Item(index, spec, parts))
     items.sort(key=lambda item: item.index)
     written = {item.index for item in items}
+    computed = groups(items, collected.computed)
+    apart = {item.index for group in computed for item in group.items}
+    copied = [item for item in items if item.index not in apart]
     return _Program(
         layout,
-        [item for item in items if item.spec.nbytes > SMALL],
-        list(batches([item for item in items if item.spec.nbytes <= SMALL])),
+        [item for item in copied if item.spec.nbytes > SMALL],
+        list(batches([item for item in copied if item.spec.nbytes <= SMALL])),
         [k for k in range(len(manifest.tensors)) if k not in written],
-        doubtful(items, sources),
+        doubtful(copied, collected.sources),
+        computed,
+        frozenset(collected.computed),
     )
 
 

@@ -8,8 +8,8 @@ trainer that offloads its weights gets its memory back.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -19,11 +19,9 @@ from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, Unexpec
 from bridge.manifest import TensorInfo
 from bridge.plan import Region, dense
 from trainer_side.naming import CanonicalMap, CanonicalTensor, Piece, bake_names, canonical_unbound, walk
+from trainer_side.tensors import Named, exhaust, not_pairs, nothing_sent, plain
 from trainer_side.tensors import addresses as addresses_of
-from trainer_side.tensors import not_pairs, plain
 from trainer_side.ties import NO_ADDRESS, TiesSent, check_ties, tie_pattern, ties_of, ties_sent
-
-Named = Iterable[tuple[str, torch.Tensor]]
 
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
@@ -77,11 +75,13 @@ class Collected:
         layout: names and geometry.
         sources: the collected tensors, in the order that `Part.index` counts; plain, their memory holds their values.
         addresses: where the first element of each lies; 0 where there is none.
+        computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
     """
 
     layout: Layout
     sources: list[torch.Tensor]
     addresses: list[int]
+    computed: Mapping[int, Computed] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -108,6 +108,7 @@ class _Seen:
     pattern: list[int]
     partial: bool
     added: tuple[_Buffer, ...]
+    computed: list[str]
     ties: TiesSent
     layout: Layout
 
@@ -117,13 +118,14 @@ class WeightSource:
 
     Args:
         model: the bound model; None takes names as canonical, wrappers' segments removed.
+        known: the model's names, when they were read in another way than by `bake_names`.
 
     Raises ConfigError or IntegrityError where `bake_names` does.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, known: CanonicalMap | None = None) -> None:
         self.model = model
-        self.map: CanonicalMap | None = None if model is None else bake_names(model)
+        self.map: CanonicalMap | None = bake_names(model) if model is not None and known is None else known
         self._buffers = [] if model is None or self.map is None else _buffers(model, self.map)
         self._ties = () if self.map is None else ties_of(self.map)
         self._seen: _Seen | None = None
@@ -133,10 +135,11 @@ class WeightSource:
         """What a full push of the bound model announces; None when no model is bound."""
         return None if self.map is None else self.map.infos
 
-    def collect(self, named: Named, *, partial: bool = False) -> Collected:
+    def collect(self, named: Named, *, partial: bool = False, computed: Sequence[Computed] = ()) -> Collected:
         """Exhaust the iterable and resolve it; moves no bytes, about a microsecond per tensor when nothing changed.
 
-        With a bound model its persistent buffers are added, unless `partial`. Names of the model that do not come are
+        With a bound model its persistent buffers are added, unless `partial`; `computed` are tensors that come besides,
+        under clean names. Names of the model that do not come are
         not missed here: compare `Collected.tensors` with `expected`.
 
         Raises MissingTensor (nothing came, or only some of the live tensors that a checkpoint tensor is made of),
@@ -145,17 +148,22 @@ class WeightSource:
         IntegrityError (no values: meta, lazy, a wrapper without storage), ConfigError (not (name, tensor) pairs, or a
         sharded DTensor).
         """
-        names, tensors = _exhaust(named)
+        names, tensors = exhaust(named)
+        if not names and not computed:
+            raise nothing_sent()
+        extra = [c.name for c in computed]
         seen = self._seen
-        if seen is not None and seen.partial == partial and seen.names == names:
-            sources = tensors + [_current(buffer) for buffer in seen.added]
+        if seen is not None and seen.partial == partial and seen.names == names and seen.computed == extra:
+            sources = tensors + [_current(buffer) for buffer in seen.added] + [c.stand_in for c in computed]
             addresses = _unchanged(seen, sources)
             if addresses is not None:
                 self._check_ties(seen.ties, sources)
-                return Collected(seen.layout, sources, addresses)
-        return self._resolve(names, tensors, partial)
+                return Collected(seen.layout, sources, addresses, _indexed(computed, len(sources)))
+        return self._resolve(names, tensors, partial, computed)
 
-    def _resolve(self, names: list[str], tensors: list[torch.Tensor], partial: bool) -> Collected:
+    def _resolve(
+        self, names: list[str], tensors: list[torch.Tensor], partial: bool, computed: Sequence[Computed]
+    ) -> Collected:
         clean = _Names(self.map)
         for name in names:
             clean.add(name)
@@ -168,6 +176,9 @@ class WeightSource:
                 [*names, *(b.clean for b in added)], [*tensors, *(_current(b) for b in added)], strict=True
             )
         ]
+        for item in computed:
+            clean.add(item.name)
+            sources.append(item.stand_in)
         addresses = addresses_of(sources) or []
         pattern = tie_pattern(sources, addresses)
         shapes, dtypes = [t.shape for t in sources], [t.dtype for t in sources]
@@ -182,8 +193,9 @@ class WeightSource:
         last = self._seen
         if last is not None and last.dtypes == dtypes and _alike(last.layout, layout):
             layout = last.layout
-        self._seen = _Seen(names, shapes, dtypes, pattern, partial, added, ties, layout)
-        return Collected(layout, sources, addresses)
+        extra = [item.name for item in computed]
+        self._seen = _Seen(names, shapes, dtypes, pattern, partial, added, extra, ties, layout)
+        return Collected(layout, sources, addresses, _indexed(computed, len(sources)))
 
     def _check_ties(self, ties: TiesSent, sources: list[torch.Tensor]) -> None:
         if self.model is not None:
@@ -243,33 +255,9 @@ class _Names:
         )
 
 
-def _exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
-    """Names and tensors of the iterable. Raises MissingTensor when nothing came, ConfigError for other things."""
-    if isinstance(named, Mapping):
-        named = named.items()
-    names: list[str] = []
-    tensors: list[torch.Tensor] = []
-    try:
-        stream = iter(named)
-    except TypeError as error:
-        raise not_pairs("the argument of push", str(error)) from error
-    # Two plain lists: thousands of kept tuples would set the garbage collector off in every push.
-    for item in stream:
-        try:
-            name, tensor = item
-        except (TypeError, ValueError) as error:
-            raise not_pairs(f"item {len(names)}", f"{type(item).__name__}: {error}") from error
-        names.append(name)
-        tensors.append(tensor)
-    if not names:
-        raise MissingTensor(
-            "nothing was sent: the iterable is empty",
-            where="the iterable given to push",
-            expected="at least one (name, tensor) pair",
-            got="none",
-            remedy="a generator can be used only once: call model.named_parameters() again for each push",
-        )
-    return names, tensors
+def _indexed(computed: Sequence[Computed], total: int) -> dict[int, Computed]:
+    """By place in `sources`, where they come last."""
+    return dict(enumerate(computed, total - len(computed)))
 
 
 def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bridge.errors import ConfigError, DtypeMismatch, IntegrityError
+from bridge.errors import ConfigError, DtypeMismatch, IntegrityError, MissingTensor
+
+Named = Iterable[tuple[str, torch.Tensor]]
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -69,6 +71,37 @@ def addresses(sources: Sequence[torch.Tensor]) -> list[int] | None:
         return [t.data_ptr() for t in sources]
     except RuntimeError:
         return None
+
+
+def exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
+    """Names and tensors of the iterable. Raises ConfigError for what is no iterable of pairs."""
+    if isinstance(named, Mapping):
+        named = named.items()
+    names: list[str] = []
+    tensors: list[torch.Tensor] = []
+    try:
+        stream = iter(named)
+    except TypeError as error:
+        raise not_pairs("the argument of push", str(error)) from error
+    # Two plain lists: thousands of kept tuples would set the garbage collector off in every push.
+    for item in stream:
+        try:
+            name, tensor = item
+        except (TypeError, ValueError) as error:
+            raise not_pairs(f"item {len(names)}", f"{type(item).__name__}: {error}") from error
+        names.append(name)
+        tensors.append(tensor)
+    return names, tensors
+
+
+def nothing_sent() -> MissingTensor:
+    return MissingTensor(
+        "nothing was sent: the iterable is empty",
+        where="the iterable given to push",
+        expected="at least one (name, tensor) pair",
+        got="none",
+        remedy="a generator can be used only once: call model.named_parameters() again for each push",
+    )
 
 
 def not_pairs(where: str, got: str) -> ConfigError:
