@@ -19,10 +19,11 @@ from bridge import daemon, sides
 from bridge.config import from_environment
 from bridge.coordinator import Coordinator
 from bridge.deadline import Deadline
+from bridge.engine_messages import FromEngine, ToEngine
 from bridge.errors import ConfigError
 from bridge.health import HealthReport
 from bridge.ledger import Ledger
-from bridge.messages import FromCoordinator, FromEngine, ToCoordinator, ToEngine
+from bridge.messages import FromCoordinator, ToCoordinator
 from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
 from bridge.push import Bridge, Named
 from bridge.statedir import checked_name

@@ -171,7 +171,7 @@ class HostedSink:
 
     def differing(self, trainer: nn.Module, version: int) -> list[str]:
         found = [check.name for check in self.bridge.health().checks if "read-back" in check.name and not check.ok]
-        arena = self.bridge._arena
+        arena = self.bridge.arena
         if arena is None:
             return ["no arena"]
         slot = next(s for s in range(arena.slots) if (seal := arena.seal_of(s)) is not None and seal.version == version)

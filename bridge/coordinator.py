@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 
 from bridge import planning
-from bridge.arena import Arena
 from bridge.deadline import Deadline
 from bridge.errors import (
     BridgeError,
@@ -29,6 +28,7 @@ from bridge.errors import (
 )
 from bridge.fanout import LEVELS_OF, Fleet, Target, Verdict
 from bridge.ledger import EngineState, Ledger
+from bridge.lora import split
 from bridge.mailbox import Mailbox
 from bridge.messages import (
     Ask,
@@ -36,6 +36,8 @@ from bridge.messages import (
     Begun,
     CancelRequest,
     CloseRequest,
+    Compared,
+    CompareRequest,
     DaemonIs,
     Done,
     Explained,
@@ -49,7 +51,6 @@ from bridge.messages import (
     Options,
     Planned,
     PlanRequest,
-    Reference,
     Refused,
     RollbackRequest,
     SubmitRequest,
@@ -57,9 +58,10 @@ from bridge.messages import (
     WaitRequest,
 )
 from bridge.orphans import clean_orphans
+from bridge.plans import Plans
 from bridge.ports import EnginePort
 from bridge.receipt import Receipt
-from bridge.versions import Held, OpenPush, Plan
+from bridge.versions import ROLLBACK, Held, OpenPush, Plan, References, Served
 from bridge.wire import ErrorInfo
 
 log = logging.getLogger(__name__)
@@ -87,18 +89,16 @@ class Coordinator:
         self._lock = threading.RLock()
         self._finished = threading.Condition(self._lock)
         self._closed = False
-        self._plan: Plan | None = None
-        self._plans: dict[int, Plan] = {}
-        # ids that no other coordinator uses: an engine may remember a plan of the one before
-        self._next_plan = int.from_bytes(os.urandom(4), "little") << 16
-        self._committed: Held | None = None
-        self._previous: Held | None = None
+        self._committed: Served | None = None
+        self._previous: Served | None = None
+        self._reloads = 0
         self._push: OpenPush | None = None
         self._results: dict[int, Finished] = {}
-        self._references: dict[int, Reference] = {}
+        self._references: dict[int, References] = {}
         self._epoch = 1
         self._runner: threading.Thread | None = None
         self.fleet = Fleet(engines)
+        self._plans = Plans(name, self.fleet, ledger.path, shm_dir)
         infos = self.fleet.hello(Deadline.after(60))
         for info in infos:
             if info.node != node:
@@ -140,6 +140,8 @@ class Coordinator:
                 return self._make_plan(request)
             case BeginRequest():
                 return self._begin(request)
+            case CompareRequest():
+                return self._compare(request)
             case CancelRequest():
                 return self._cancel(request)
             case SubmitRequest():
@@ -176,67 +178,25 @@ class Coordinator:
     def _make_plan(self, request: PlanRequest) -> Planned:
         with self._lock:
             self._refuse_when_busy()
-            plan = self._plan
-            if plan is None or not planning.serves(plan.tensors, plan.partial, request):
+            plan = self._plans.serving(request)
+            if plan is None:
                 plan = self._new_plan(request)
             return Planned(plan.id, self._epoch, plan.arena.manifest, str(plan.arena.path))
 
     def _new_plan(self, request: PlanRequest) -> Plan:
         deadline = Deadline.after(request.timeout_s)
-        plan_id, self._next_plan = self._next_plan, self._next_plan + 1
-        baked = self.fleet.bake(plan_id, request, deadline)
-        manifest = planning.agree(request, baked)
-        arena = Arena.create(manifest, name=self.name, directory=self._shm_dir, journal=self.ledger.path)
-        try:
-            keep = tuple({held.plan.id for held in (self._committed, self._previous) if held is not None})
-            self.fleet.map(plan_id, str(arena.path), manifest, keep, deadline)
-        except BaseException:
-            arena.close()
-            arena.unlink()
-            raise
-        plan = Plan(
-            plan_id, request.tensors, request.partial, arena, dtypes=frozenset(s.dtype for s in manifest.tensors)
-        )
-        try:
-            self._carry(plan, deadline)
-        except BaseException:
-            arena.close()
-            arena.unlink()
-            raise
-        self._plan = self._plans[plan_id] = plan
-        self._drop_unheld()
+        plan = self._plans.make(request, self._held(), deadline)
+        if plan.adapter is None:
+            carried = self._plans.carry(plan, self._committed, deadline)
+            if carried is not self._committed:
+                self._committed, self._previous = carried, None
+        self._plans.use(plan)
+        self._plans.drop_unheld(self._held())
         return plan
 
-    def _carry(self, plan: Plan, deadline: Deadline) -> None:
-        """Put what the engines serve now into a slot of the new arena, so that the first push through it can be undone.
-
-        Where it cannot be read back, a committed version in an older arena still serves, provided that it holds every
-        tensor that the new plan writes.
-        """
-        slot, held = 1, self._committed
-        version = held.version if held is not None else 0
-        if self.fleet.keep_current(plan.id, slot, plan.arena, held, deadline):
-            plan.slots[slot] = version
-            self._committed, self._previous = Held(version, plan, slot), None
-        elif held is not None and not planning.holds(held.plan.arena.manifest, plan.arena.manifest):
-            log.warning("version %d cannot be restored once the new layout was pushed", version)
-            self._committed = None
-
-    def _is_held(self, plan: Plan) -> bool:
-        return any(held is not None and held.plan is plan for held in (self._committed, self._previous))
-
-    def _drop_unheld(self) -> None:
-        """Unlink the arenas that no version needs any more, here and in the engines."""
-        old = [plan for plan in self._plans.values() if plan is not self._plan and not self._is_held(plan)]
-        for plan in old:
-            self._drop(plan)
-        if old:
-            self.fleet.forget(tuple(self._plans), Deadline.after(30))
-
-    def _drop(self, plan: Plan) -> None:
-        self._plans.pop(plan.id, None)
-        plan.arena.close()
-        plan.arena.unlink()
+    def _held(self) -> tuple[Held, ...]:
+        """The bytes of every version that can be returned to."""
+        return tuple(h for served in (self._committed, self._previous) if served is not None for h in served.held)
 
     # ---- begin, cancel, submit, wait --------------------------------------------------------------------------------
 
@@ -260,7 +220,7 @@ class Coordinator:
 
     def _drop_open_push(self) -> None:
         push, self._push = self._push, None
-        if push is not None:
+        if push is not None and push.version:
             self._note("aborted", version=push.version, reason="dropped before it was sealed")
 
     def _note(self, kind: str, **fields: object) -> str | None:
@@ -275,18 +235,35 @@ class Coordinator:
     def _begin(self, request: BeginRequest) -> Begun:
         with self._lock:
             self._refuse_when_busy()
-            plan = self._plans.get(request.plan)
-            if plan is None or plan is not self._plan:
-                raise ProtocolError("the plan is out of date", got=str(request.plan), remedy="ask for a new plan")
-            version = self.ledger.issue(request.version)
-            committed = self._committed
-            taken = committed.slot if committed is not None and committed.plan is plan else None
+            plan = self._plans.current(request.plan)
+            version = 0 if request.compare else self.ledger.issue(request.version)
+            kept = self._committed.of(plan) if self._committed is not None else None
+            taken = kept.slot if kept is not None else None
             slot = next(s for s in range(plan.arena.slots) if s != taken)
             self._previous = None
-            self._drop_unheld()
+            self._plans.drop_unheld(self._held())
             plan.slots.pop(slot, None)
             self._push = OpenPush(version, plan, slot, request.holder)
-            return Begun(version, slot, taken)
+            return Begun(version, slot, taken, self._weights_version())
+
+    def _weights_version(self) -> int | None:
+        weights = self._committed.weights if self._committed is not None else None
+        return weights.version if weights is not None else None
+
+    def _compare(self, request: CompareRequest) -> Compared:
+        with self._lock:
+            push = self._push
+            if push is None or push.version != 0 or push.submitted:
+                raise ProtocolError("nothing was begun to compare with", where=self.name)
+            seal = push.plan.arena.seal_of(push.slot)
+            if seal is None or seal.root != request.root:
+                raise ProtocolError("the slot is not sealed as announced", where=self.name)
+            self._push = None
+            kept = self._committed.of(push.plan) if self._committed is not None else None
+            if kept is None:
+                return Compared(False)
+            differing = planning.differing_names(push.plan.arena, kept.slot, push.slot)
+            return Compared(True, differing, self._weights_version())
 
     def _cancel(self, request: CancelRequest) -> Done:
         with self._lock:
@@ -308,7 +285,7 @@ class Coordinator:
             push.plan.slots[push.slot] = push.version
             push.submitted = True
             if request.reference is not None:
-                self._references[push.version] = request.reference
+                self._references[push.version] = References(request.reference, request.base)
             self._start(lambda: self._run(push, request))
             return Done()
 
@@ -330,6 +307,7 @@ class Coordinator:
     # ---- one push ---------------------------------------------------------------------------------------------------
 
     def _run(self, push: OpenPush, request: SubmitRequest) -> None:
+        push.keeps_adapter = request.options.mode == "base"
         try:
             result = self._push_sealed(push, request)
         except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
@@ -344,24 +322,41 @@ class Coordinator:
             self._finished.notify_all()
 
     def _target(self, push: OpenPush, options: Options, root: bytes) -> Target:
-        committed = self._committed
-        same = committed is not None and committed.plan is push.plan
+        now = self._committed
+        kept = now.of(push.plan) if now is not None else None
+        references = self._references.get(push.version, References())
+        seal = push.plan.arena.seal_of(push.slot)
         return Target(
             plan=push.plan.id,
             slot=push.slot,
             version=push.version,
+            sealed=seal.version if seal is not None else push.version,
             root=root,
             options=options,
-            reference=self._references.get(push.version),
-            dtypes=push.plan.dtypes,
-            changed=planning.changed(push.plan.arena, committed.slot, push.slot) if same and committed else None,
-            previous=committed.slot if same and committed else None,
-            base=committed.version if committed else None,
+            reference=references.served,
+            base_reference=references.base,
+            changed=planning.changed(push.plan.arena, kept.slot, push.slot) if kept is not None else None,
+            previous=kept.slot if kept is not None else None,
+            base=now.version if now else None,
+            adapter=self._adapter_name(push),
+            load_adapter=push.plan.adapter is not None,
         )
+
+    def _adapter_name(self, push: OpenPush) -> str | None:
+        """What "current" means once this push serves: the adapter that it brings, under a name that was never used; the
+        one before over new base weights; none over weights that have it merged in."""
+        if push.plan.adapter is not None:
+            self._reloads += push.holder == ROLLBACK
+            again = f"-again{self._reloads}" if push.holder == ROLLBACK else ""
+            return f"{self.name}-v{push.version}{again}"
+        now = self._committed
+        return now.name if now is not None and push.keeps_adapter else None
 
     def _push_sealed(self, push: OpenPush, request: SubmitRequest) -> Finished:
         target = self._target(push, request.options, request.root)
-        verdict = self.fleet.advance(target, self._committed, on_commit=lambda: self._commit(push))
+        verdict = self.fleet.advance(target, self._committed, on_commit=lambda: self._commit(push, target.adapter))
+        if verdict.verified and not request.base_proven:
+            verdict.verified = "partial"
         receipt = self._receipt(push, request, target, verdict)
         unwritten = self._note("receipt", version=push.version, receipt=receipt.to_dict())
         if unwritten is not None:
@@ -380,13 +375,24 @@ class Coordinator:
             if report.state == EngineState.QUARANTINED.value:
                 self._note("quarantined", engine=report.id, reason=report.error or "")
 
-    def _commit(self, push: OpenPush) -> None:
+    def _commit(self, push: OpenPush, name: str | None) -> None:
         """The point of no return: journalled before any engine resumes; nothing serves an unrecorded version."""
         with self._lock:
             self.ledger.record("committed", version=push.version, engines=tuple(self.fleet.serving()))
-            self._previous, self._committed = self._committed, Held(push.version, push.plan, push.slot)
-            keep = {push.version, self._previous.version if self._previous else -1}
-            self._references = {v: ref for v, ref in self._references.items() if v in keep}
+            self._advance_to(self._after(push, name))
+
+    def _after(self, push: OpenPush, name: str | None) -> Served:
+        """What is served once this push is committed."""
+        now, brought = self._committed, Held(push.version, push.plan, push.slot)
+        if push.plan.adapter is not None:
+            return Served(push.version, now.weights if now is not None else None, brought, name)
+        adapter = now.adapter if now is not None and name is not None else None
+        return Served(push.version, brought, adapter, name)
+
+    def _advance_to(self, served: Served) -> None:
+        self._previous, self._committed = self._committed, served
+        keep = {served.version, self._previous.version if self._previous else -1}
+        self._references = {v: ref for v, ref in self._references.items() if v in keep}
 
     @staticmethod
     def _scope(plan: Plan) -> tuple[str, ...]:
@@ -429,17 +435,20 @@ class Coordinator:
                     expected="the version before the last committed one, one level deep",
                     got=f"committed: {now.version if now else None}",
                 )
-            push = OpenPush(back.version, back.plan, back.slot, "rollback", submitted=True)
+            held = self._to_reload(back, now)
+            push = OpenPush(back.version, held.plan, held.slot, ROLLBACK, submitted=True)
+            push.keeps_adapter = back.name is not None
             self._push = push
         verify = "outputs" if back.version in self._references else "weights"
         options = Options(verify, LEVELS_OF[verify], reason="rollback", timeout_s=request.timeout_s)
-        seal = back.plan.arena.seal_of(back.slot)
+        seal = held.plan.arena.seal_of(held.slot)
         try:
             if seal is None:
                 raise ProtocolError("the previous version is no longer sealed", got=f"version {back.version}")
             submit = SubmitRequest(back.version, seal.root, options, {}, 0)
             target = self._target(push, options, seal.root)
-            verdict = self.fleet.advance(target, now, on_commit=lambda: self._commit_rollback(back))
+            served = Served(back.version, back.weights, back.adapter, target.adapter)
+            verdict = self.fleet.advance(target, now, on_commit=lambda: self._commit_rollback(served))
             receipt = self._receipt(push, submit, target, verdict)
             self._note("receipt", version=back.version, receipt=receipt.to_dict())
         finally:
@@ -448,16 +457,34 @@ class Coordinator:
         error = None if verdict.error is None else ErrorInfo.of(verdict.error)
         return Finished(receipt, error, aborted=verdict.touched, serving=self.fleet.serving())
 
-    def _commit_rollback(self, back: Held) -> None:
+    def _to_reload(self, back: Served, now: Served) -> Held:
+        """The bytes that bring `back` about: its weights, or its adapter where the weights are the same."""
+        same = back.weights == now.weights
+        if same and back.adapter is not None and back.adapter != now.adapter:
+            return back.adapter
+        if back.weights is None or not (back.name is None or back.name == now.name):
+            raise StaleVersion(
+                "the previous version cannot be brought back in one step",
+                where=self.name,
+                expected="other weights, or another adapter, but not both",
+                got=f"version {back.version} had the adapter {back.name} over other weights",
+                remedy="push what should be served",
+            )
+        return back.weights
+
+    def _commit_rollback(self, served: Served) -> None:
         with self._lock:
-            self.ledger.record("rolled_back", version=back.version, engines=tuple(self.fleet.serving()))
-            self._committed, self._previous = back, None
+            self.ledger.record("rolled_back", version=served.version, engines=tuple(self.fleet.serving()))
+            self._committed, self._previous = served, None
 
     def _explain(self, request: ExplainRequest) -> Explained:
         with self._lock:
-            if self._plan is None:
+            plan = self._plans.weights
+            of_adapter = self._plans.adapter
+            if of_adapter is not None and (plan is None or split(request.name) is not None):
+                plan = of_adapter
+            if plan is None:
                 raise NotFound("nothing was pushed yet, so there is no plan to explain", where=self.name)
-            plan = self._plan
         rows = self.fleet.explain(plan.id, request.name, Deadline.after(60))
         if not rows and not any(request.name in (info.name, *info.aliases) for info in plan.tensors):
             raise NotFound(
@@ -474,10 +501,10 @@ class Coordinator:
         for _ in range(HEALTH_TRIES):
             with self._lock:
                 held, push = self._committed, self._push
-                reference = self._references.get(held.version) if held else None
-            if held is None:
+                references = self._references.get(held.version, References()) if held else References()
+            if held is None or held.weights is None:
                 break
-            found = self.fleet.examine(held, reference, deadline)
+            found = self.fleet.examine(held, held.weights, references.served, references.with_adapter, deadline)
             with self._lock:
                 # a push that was committed meanwhile makes a report about the version before; look again
                 if self._committed is held:
@@ -490,7 +517,8 @@ class Coordinator:
             "earlier": self._earlier if held is None or held.version == 0 else None,
             "highest": self.ledger.highest,
             "busy": push.version if push else None,
-            "watched": list(self._scope(held.plan)) if held else [],
+            "watched": list(self._scope(held.weights.plan)) if held and held.weights else [],
+            "adapter": held.name if held else None,
             "last_receipt": last[-1] if last else None,
             "engines": self.fleet.describe(deadline) if engines is None else engines,
         }
@@ -505,8 +533,7 @@ class Coordinator:
         if runner is not None and runner is not threading.current_thread():
             runner.join(timeout=60)
         self.fleet.close(Deadline.after(30))
-        for plan in list(self._plans.values()):
-            self._drop(plan)
+        self._plans.close()
         self._mailbox.close()
         self._mailbox.unlink()
         self.ledger.close()

@@ -24,17 +24,9 @@ from typing import Any
 from bridge import sides
 from bridge.config import Config
 from bridge.deadline import Deadline
+from bridge.engine_messages import EngineGenerate, EngineHello, EngineIs, FromEngine
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
-from bridge.messages import (
-    Ask,
-    CloseRequest,
-    DaemonIs,
-    EngineGenerate,
-    EngineHello,
-    EngineIs,
-    FromCoordinator,
-    FromEngine,
-)
+from bridge.messages import Ask, CloseRequest, DaemonIs, FromCoordinator
 from bridge.ports import expect
 from bridge.statedir import checked_name, state_dir
 from bridge.wire import pack, unpack

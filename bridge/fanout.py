@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,10 +19,7 @@ from bridge import canary
 from bridge.arena import Arena
 from bridge.deadline import Deadline
 from bridge.digest import digest_slot, seal_slot
-from bridge.errors import BridgeError, Busy, PeerLost, ProtocolError
-from bridge.ledger import EngineState
-from bridge.manifest import Manifest
-from bridge.messages import (
+from bridge.engine_messages import (
     EngineBake,
     EngineBaked,
     EngineCheck,
@@ -33,7 +30,6 @@ from bridge.messages import (
     EngineExplained,
     EngineForget,
     EngineHello,
-    EngineInfo,
     EngineIs,
     EngineLoad,
     EngineLoaded,
@@ -43,12 +39,14 @@ from bridge.messages import (
     EngineRestore,
     EngineResume,
     EngineVersionZero,
-    Options,
-    PlanRequest,
-    Reference,
 )
+from bridge.errors import BridgeError, Busy, PeerLost, ProtocolError
+from bridge.ledger import EngineState
+from bridge.manifest import Manifest
+from bridge.messages import EngineInfo, Options, PlanRequest, Reference
 from bridge.ports import EnginePort, expect
 from bridge.receipt import EngineReport, Verified
+from bridge.versions import Held, Served
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,6 +58,8 @@ LEVELS_OF: Mapping[str, tuple[str, ...]] = {
     "weights": WEIGHT_LEVELS,
     "outputs": (*WEIGHT_LEVELS, "canary", "cache"),
 }
+ADAPTER_LEVELS = {"transfer", "coverage", "read-back"}
+"""What shows that an adapter is the trainer's: its slots are read back whole; there is nothing packed to probe."""
 RESTORE_TIMEOUT_S = 120.0
 """Putting engines back has a deadline of its own: a push that ran out of time must still be undone."""
 LOST_TIMEOUT_S = 3.0
@@ -67,31 +67,27 @@ LOST_TIMEOUT_S = 3.0
 what it is told waits for it."""
 
 
-class HeldVersion(Protocol):
-    """What `advance` needs to know of a version it may return to."""
-
-    @property
-    def version(self) -> int: ...
-    @property
-    def slot(self) -> int: ...
-    @property
-    def plan_id(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Target:
-    """A sealed version on its way into the engines. `changed` and `previous` refer to version `base`."""
+    """A sealed slot on its way into the engines, to be served as `version`. `sealed` is the version that the slot was
+    sealed with. `changed` and `previous` refer to what the engines hold at version `base`.
+
+    `adapter` is what "current" means once it serves; with `load_adapter` the slot holds that adapter, else weights.
+    """
 
     plan: int
     slot: int
     version: int
+    sealed: int
     root: bytes
     options: Options
     reference: Reference | None
-    dtypes: frozenset[str]
+    base_reference: Reference | None
     changed: tuple[int, ...] | None
     previous: int | None
     base: int | None
+    adapter: str | None = None
+    load_adapter: bool = False
 
 
 @dataclass
@@ -176,24 +172,25 @@ class Fleet:
     # ---- plan -------------------------------------------------------------------------------------------------------
 
     def bake(self, plan: int, request: PlanRequest, deadline: Deadline) -> dict[str, EngineBaked]:
-        message = EngineBake(plan, request.tensors, request.partial, deadline.remaining_s)
+        message = EngineBake(plan, request.tensors, request.partial, deadline.remaining_s, request.adapter)
         answers = self._all(lambda e: expect(e.call(message, deadline), EngineBaked))
         for engine, answer in answers.items():
             held = {dtype for rank in answer.ranks for dtype in rank.dtypes.values()}
-            self._floor[engine] = canary.floor_for(held)
+            if request.adapter is None or engine not in self._floor:
+                self._floor[engine] = canary.floor_for(held)
         return answers
 
     def map(self, plan: int, path: str, manifest: Manifest, keep: tuple[int, ...], deadline: Deadline) -> None:
         message = EngineMap(plan, path, manifest, keep, deadline.remaining_s)
         self._all(lambda e: expect(e.call(message, deadline), EngineOk))
 
-    def keep_current(self, plan: int, slot: int, arena: Arena, held: HeldVersion | None, deadline: Deadline) -> bool:
-        """Put what the engines serve now into `slot` and seal it as the version `held` (0 without one). False when it
-        cannot be had, or when the engines do not all serve the same weights; then a failing next push ends in
-        quarantine."""
+    def keep_current(
+        self, plan: int, slot: int, arena: Arena, held: Held | None, version: int, deadline: Deadline
+    ) -> bool:
+        """Put the weights that the engines serve now into `slot` and seal it as `version`. False when they cannot be
+        had, or when the engines do not all serve the same ones; then a failing next push ends in quarantine."""
         first, *rest = self._engines
         arena.begin(slot)
-        version = held.version if held is not None else 0
         older = (held.plan_id, held.slot) if held is not None else (None, None)
         request = EngineReadBack(plan, slot, deadline.remaining_s, *older)
         answer = expect(first.call(request, deadline), EngineVersionZero)
@@ -225,7 +222,7 @@ class Fleet:
 
     # ---- one push ---------------------------------------------------------------------------------------------------
 
-    def advance(self, target: Target, back: HeldVersion | None, on_commit: Callable[[], None]) -> Verdict:
+    def advance(self, target: Target, back: Served | None, on_commit: Callable[[], None]) -> Verdict:
         """Bring all engines to `target` or back to `back`. `on_commit` comes between the last vote and any resume."""
         verdict = Verdict()
         self._turn += 1
@@ -239,7 +236,7 @@ class Fleet:
             if verdict.error is None:
                 verdict.error = _attempt(on_commit)
             if verdict.error is None:
-                resume = EngineResume(target.version, RESTORE_TIMEOUT_S, self._turn)
+                resume = EngineResume(target.version, RESTORE_TIMEOUT_S, self._turn, target.adapter)
                 answers = self._each(
                     lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report
                 )
@@ -270,6 +267,7 @@ class Fleet:
                 plan=target.plan,
                 slot=target.slot,
                 version=target.version,
+                sealed=target.sealed,
                 root=target.root,
                 check=first_of_node[engine.id] and "transfer" in target.options.levels,
                 options=target.options,
@@ -280,6 +278,8 @@ class Fleet:
                 changed=target.changed if current and "read-back" in target.options.levels else None,
                 previous=target.previous if current else None,
                 turn=self._turn,
+                adapter=target.adapter if target.load_adapter else None,
+                base=target.base_reference,
             )
             return expect(engine.call(message, deadline), EngineLoaded)
 
@@ -327,22 +327,23 @@ class Fleet:
         verdict.reports = tuple(reports.values())
 
     def _load_again(self, engine_id: str, target: Target, why: BridgeError) -> EngineReport:
+        if target.load_adapter:
+            return self._lost(engine_id, why)
         deadline = Deadline.after(RESTORE_TIMEOUT_S)
         message = EngineRestore(target.plan, target.slot, target.version, str(why), RESTORE_TIMEOUT_S, turn=self._turn)
         engine = next(e for e in self._engines if e.id == engine_id)
         answer = _outcome(lambda e: expect(e.call(message, deadline), EngineOk).report, engine)
         return self._lost(engine_id, answer) if isinstance(answer, BridgeError) else answer
 
-    def put_back(self, back: HeldVersion | None, reason: str) -> None:
+    def put_back(self, back: Served | None, reason: str) -> None:
         """Have every engine that was written to return to `back`, or quarantine."""
         self._restored((), back, reason)
 
-    def _restored(
-        self, before: tuple[EngineReport, ...], back: HeldVersion | None, reason: str
-    ) -> tuple[EngineReport, ...]:
+    def _restored(self, before: tuple[EngineReport, ...], back: Served | None, reason: str) -> tuple[EngineReport, ...]:
+        weights = back.weights if back else None
         message = EngineRestore(
-            plan=back.plan_id if back else 0,
-            slot=back.slot if back else None,
+            plan=weights.plan_id if weights else 0,
+            slot=weights.slot if weights else None,
             version=back.version if back else None,
             reason=reason,
             timeout_s=RESTORE_TIMEOUT_S,
@@ -366,9 +367,7 @@ class Fleet:
 
     def _heard(self, report: EngineReport) -> None:
         info = self._infos[report.id]
-        self._infos[report.id] = EngineInfo(
-            info.id, info.kind, info.ranks, info.can_generate, report.state, report.serving, info.node, info.pid
-        )
+        self._infos[report.id] = msgspec.structs.replace(info, state=report.state, serving=report.serving, detail="")
 
     def _lost(self, engine: str, error: BridgeError) -> EngineReport:
         report = EngineReport(engine, EngineState.STALE.value, None, error=str(error))
@@ -387,14 +386,30 @@ class Fleet:
         """Facts for health when there is nothing to compare with."""
         return [_facts(info) for info in self.hello(deadline, strict=False)]
 
-    def examine(self, held: HeldVersion, reference: Reference | None, deadline: Deadline) -> list[dict[str, Any]]:
-        """Fresh read-back, probes and canary of what every engine serves now. Writes nothing."""
+    def examine(
+        self, served: Served, weights: Held, reference: Reference | None, with_adapter: bool, deadline: Deadline
+    ) -> list[dict[str, Any]]:
+        """Fresh read-back, probes and canary of what every engine serves now, its adapter included. Writes nothing."""
         prompts = reference.prompts if reference is not None else ()
         levels = ("transfer", "read-back", "probe")
-        check = EngineCheck(held.plan_id, held.slot, levels, prompts, held.version, deadline.remaining_s)
+        check = EngineCheck(
+            weights.plan_id, weights.slot, levels, prompts, served.version, deadline.remaining_s,
+            scored=served.name if with_adapter else None,
+        )  # fmt: skip
+        held = served.adapter
+        check_adapter = (
+            None
+            if held is None
+            else EngineCheck(
+                held.plan_id, held.slot, levels, (), served.version, deadline.remaining_s, loaded=served.name
+            )
+        )
         infos = {info.id: info for info in self.hello(deadline, strict=False)}
         alive = [engine for engine in self._engines if infos[engine.id].state != "LOST"]
         answers = self._each(lambda e: expect(e.call(check, deadline), EngineChecked), alive)
+        if check_adapter is not None:
+            more = self._each(lambda e: expect(e.call(check_adapter, deadline), EngineChecked), alive)
+            answers = {engine: _both(answer, more[engine]) for engine, answer in answers.items()}
         out = []
         for engine, info in infos.items():
             facts = _facts(info)
@@ -458,6 +473,14 @@ def _attempt(action: Callable[[], None]) -> BridgeError | None:
     return None
 
 
+def _both(weights: EngineChecked | BridgeError, adapter: EngineChecked | BridgeError) -> EngineChecked | BridgeError:
+    """One engine's answer about its weights and its adapter."""
+    if isinstance(weights, BridgeError) or isinstance(adapter, BridgeError):
+        return weights if isinstance(weights, BridgeError) else adapter
+    ranks = tuple((*a, *b) for a, b in zip(weights.ranks, adapter.ranks, strict=True))
+    return EngineChecked(ranks, weights.scores)
+
+
 def _facts(info: EngineInfo) -> dict[str, Any]:
     return {"id": info.id, "kind": info.kind, "state": info.state, "serving": info.serving, "ranks": info.ranks,
             "pid": info.pid, "detail": info.detail}  # fmt: skip
@@ -498,7 +521,8 @@ def _shown(report: EngineReport, version: int) -> Verified:
     levels = [{level.level: level for level in rank.levels if level.ok} for rank in report.ranks]
     weighed = all(any(rank[name].checked for name in ("read-back", "probe") if name in rank) for rank in levels)
     # without a version before there is nothing to have changed from
-    whole = all(set(rank) >= set(WEIGHT_LEVELS) - {"change"} for rank in levels)
+    needed = ADAPTER_LEVELS if report.adapter is not None else set(WEIGHT_LEVELS) - {"change"}
+    whole = all(set(rank) >= needed for rank in levels)
     alone = any(rank.canary_only for rank in report.ranks)
     if weighed and whole and not alone:
         return True

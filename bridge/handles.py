@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from collections.abc import Sequence
 
 from bridge.deadline import Deadline
+from bridge.engine_messages import EngineGenerate, EngineGenerated
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
-from bridge.messages import EngineGenerate, EngineGenerated, Finished, WaitRequest
+from bridge.messages import Finished, WaitRequest
 from bridge.ports import CoordinatorPort, EnginePort, expect
 from bridge.receipt import Receipt
 from bridge.wire import Completion, Sampling
 
 CALL_TIMEOUT_S = 60.0
-
-
-class PushOptions(TypedDict, total=False):
-    """The options of `Bridge.push` besides `wait`, for type checkers."""
-
-    version: int | None
-    mode: str
-    verify: str | Iterable[str] | None
-    partial: bool
-    inflight: str
-    kv: str
-    allow_nonfinite: bool
-    timeout_s: float | None
 
 
 class EngineHandle:

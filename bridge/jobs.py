@@ -88,9 +88,7 @@ class ExplainJob(Message, frozen=True):
     name: str
 
 
-AnyJob = (
-    BakeJob | MapJob | ForgetJob | LoadJob | DropAdapterJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
-)
+AnyJob = BakeJob | MapJob | ForgetJob | LoadJob | DropAdapterJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
 
 
 class RankJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
-from bridge.jobs import Prompts, RankBake, Scores
+from bridge.jobs import Prompts, Scores
 from bridge.lora import AdapterSpec, LoraLimits
 from bridge.manifest import Manifest, TensorInfo
-from bridge.receipt import EngineReport, LevelResult, Receipt
-from bridge.wire import Completion, ErrorInfo, Message, Sampling
+from bridge.receipt import Receipt
+from bridge.wire import ErrorInfo, Message
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,208 +58,12 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The adapter that `current` means now."""
 
 
-# ---- coordinator -> engine service ---------------------------------------------------------------------------------
-
-
-class EngineHello(Message, frozen=True):
-    """Who are you. `mailbox` and `page` give the engine its pages and claim it for bridge `owner`; None asks only."""
-
-    mailbox: str | None = None
-    page: int = 0
-    owner: str = ""
-
-
-class EngineBake(Message, frozen=True):
-    plan: int
-    tensors: tuple[TensorInfo, ...]
-    partial: bool
-    timeout_s: float
-
-
-class EngineMap(Message, frozen=True):
-    plan: int
-    path: str
-    manifest: Manifest
-    keep: tuple[int, ...]
-    timeout_s: float
-
-
-class EngineForget(Message, frozen=True):
-    """Let go of every plan except `keep`: their arenas are gone."""
-
-    keep: tuple[int, ...]
-    timeout_s: float = 30.0
-
-
-class EngineReadBack(Message, frozen=True):
-    """Write what this engine serves into `slot`: live weights read back, and where they are packed what the last commit
-    left in `held_slot` of `held_plan`, else the engine's own checkpoint. The asker compares it with the engine."""
-
-    plan: int
-    slot: int
-    timeout_s: float
-    held_plan: int | None = None
-    held_slot: int | None = None
-
-
-class EngineLoad(Message, frozen=True):
-    """Pause, load, verify; stays paused. `check` also re-digests the arena (once per node).
-
-    `turn`, here and in the three that follow, counts the coordinator's attempts: an engine that hung finds what was
-    asked of it meanwhile in its queue, and nothing of an attempt that has ended may be done after a later one.
-    """
-
-    plan: int
-    slot: int
-    version: int
-    root: bytes
-    check: bool
-    options: Options
-    reference: Reference | None = None
-    canary_floor: float = 0.05
-    canary_baseline: float | None = None
-    changed: tuple[int, ...] | None = None
-    previous: int | None = None
-    turn: int = 0
-
-
-class EngineCommit(Message, frozen=True):
-    """Reset caches and check them; stays paused."""
-
-    version: int
-    options: Options
-    timeout_s: float
-    turn: int = 0
-
-
-class EngineResume(Message, frozen=True):
-    """Publish `version` and serve it."""
-
-    version: int
-    timeout_s: float
-    turn: int = 0
-
-
-class EngineRestore(Message, frozen=True):
-    """Go back to `version`: from `slot`, verified, then resume. Without a slot, quarantine. An engine whose weights
-    were not touched only resumes."""
-
-    plan: int
-    slot: int | None
-    version: int | None
-    reason: str
-    timeout_s: float
-    retry: bool = True
-    turn: int = 0
-
-
-class EngineCheck(Message, frozen=True):
-    """Fresh read-back (and probe) of the served version against the arena, and fresh canary scores. Writes nothing.
-    Refused with Busy when the engine does not serve `version` any more; None checks whatever it holds."""
-
-    plan: int
-    slot: int
-    levels: tuple[str, ...]
-    prompts: Prompts = ()
-    version: int | None = None
-    timeout_s: float = 60.0
-
-
-class EngineExplain(Message, frozen=True):
-    plan: int
-    name: str
-    timeout_s: float = 60.0
-
-
-class EngineGenerate(Message, frozen=True):
-    prompts: Prompts
-    sampling: Sampling
-    adapter: str = "current"
-
-
-class EngineClose(Message, frozen=True):
-    pass
-
-
-ToEngine = (
-    EngineHello
-    | EngineBake
-    | EngineMap
-    | EngineForget
-    | EngineReadBack
-    | EngineLoad
-    | EngineCommit
-    | EngineResume
-    | EngineRestore
-    | EngineCheck
-    | EngineExplain
-    | EngineGenerate
-    | EngineClose
-)
-
-
-class EngineIs(Message, frozen=True):
-    info: EngineInfo
-
-
-class EngineBaked(Message, frozen=True):
-    ranks: tuple[RankBake, ...]
-
-
-class EngineLoaded(Message, frozen=True):
-    """The vote after load and verify. `error` set: do not commit. `touched`: live parameters may have been written."""
-
-    report: EngineReport
-    touched: bool
-    error: ErrorInfo | None = None
-    phases: dict[str, float] = {}
-    notes: tuple[str, ...] = ()
-
-
-class EngineChecked(Message, frozen=True):
-    ranks: tuple[tuple[LevelResult, ...], ...]
-    scores: Scores = ()
-
-
-class EngineExplained(Message, frozen=True):
-    rows: tuple[dict[str, str], ...]
-
-
-class EngineGenerated(Message, frozen=True):
-    completions: tuple[Completion, ...]
-
-
-class EngineVersionZero(Message, frozen=True):
-    """Whether `slot` now holds this engine's version 0, and why not."""
-
-    ok: bool
-    source: str
-    reason: str = ""
-
-
-class EngineOk(Message, frozen=True):
-    report: EngineReport
-
-
 class Refused(Message, frozen=True):
     """The request raised; `serving` and `receipt` when a push was aborted."""
 
     error: ErrorInfo
     serving: dict[str, int | None] = {}
     receipt: Receipt | None = None
-
-
-FromEngine = (
-    EngineIs
-    | EngineBaked
-    | EngineLoaded
-    | EngineChecked
-    | EngineExplained
-    | EngineGenerated
-    | EngineVersionZero
-    | EngineOk
-    | Refused
-)
 
 
 # ---- trainer process -> coordinator --------------------------------------------------------------------------------
@@ -274,14 +78,23 @@ class PlanRequest(Message, frozen=True):
     partial: bool
     bound: bool
     timeout_s: float
+    adapter: AdapterSpec | None = None
 
 
 class BeginRequest(Message, frozen=True):
-    """Ask for a free slot. Refused with Busy while another push is open, StaleVersion for an old version."""
+    """Ask for a free slot. Refused with Busy while another push is open, StaleVersion for an old version. With
+    `compare` nothing will be pushed: the slot is for a `CompareRequest`, and no version is issued (it is 0)."""
 
     plan: int
     version: int | None
     holder: str
+    compare: bool = False
+
+
+class CompareRequest(Message, frozen=True):
+    """The slot of a `compare` begin is sealed: which of its tensors differ from the weights that the engines serve?"""
+
+    root: bytes
 
 
 class CancelRequest(Message, frozen=True):
@@ -300,7 +113,10 @@ class SubmitRequest(Message, frozen=True):
     wire_nbytes: int
     reference: Reference | None = None
     notes: tuple[str, ...] = ()
-    sent: tuple[str, ...] | None = None
+    base: Reference | None = None
+    """Of an adapter: what the trainer answers without it."""
+    base_proven: bool = True
+    """Of an adapter: the engines' base weights were compared with the trainer's."""
 
 
 class WaitRequest(Message, frozen=True):
@@ -332,6 +148,7 @@ ToCoordinator = (
     Ask
     | PlanRequest
     | BeginRequest
+    | CompareRequest
     | CancelRequest
     | SubmitRequest
     | WaitRequest
@@ -367,10 +184,21 @@ class Planned(Message, frozen=True):
 
 
 class Begun(Message, frozen=True):
+    """`weights`: the push that brought the weights (not the adapter) which the engines serve now; 0 their own
+    checkpoint's, None when nothing is known of them."""
+
     version: int
     slot: int
     base: int | None
-    timeout_s: float = 300.0
+    weights: int | None = None
+
+
+class Compared(Message, frozen=True):
+    """`known` False: there is nothing to compare with. `weights` as in `Begun`."""
+
+    known: bool
+    differing: tuple[str, ...] = ()
+    weights: int | None = None
 
 
 class Done(Message, frozen=True):
@@ -399,4 +227,4 @@ class Explained(Message, frozen=True):
     rows: tuple[dict[str, str], ...]
 
 
-FromCoordinator = DaemonIs | Planned | Begun | Done | Finished | Health | History | Explained | Refused
+FromCoordinator = DaemonIs | Planned | Begun | Compared | Done | Finished | Health | History | Explained | Refused

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from bridge.arena import Arena
 from bridge.digest import differing
+from bridge.engine_messages import EngineBaked
 from bridge.errors import ShapeMismatch, UnexpectedTensor
 from bridge.manifest import Manifest, TensorInfo, lay_out
-from bridge.messages import EngineBaked, PlanRequest
+from bridge.messages import PlanRequest
 from bridge.plan import Region, dense, source_coverage
 
 
@@ -96,3 +97,12 @@ def changed(arena: Arena, old_slot: int, new_slot: int) -> tuple[int, ...] | Non
         return None
     found = differing(old.digests, new.digests)
     return None if len(found) == len(arena.manifest.tensors) else tuple(found)
+
+
+def differing_names(arena: Arena, a: int, b: int) -> tuple[str, ...]:
+    """Names of the tensors whose digests differ between two sealed slots; all of them when either is not sealed."""
+    one, other = arena.seal_of(a), arena.seal_of(b)
+    specs = arena.manifest.tensors
+    if one is None or other is None:
+        return tuple(spec.name for spec in specs)
+    return tuple(specs[k].name for k in differing(one.digests, other.digests))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -10,9 +10,11 @@ import torch
 
 from bridge.arena import Arena
 from bridge.deadline import Deadline
+from bridge.engine_messages import FromEngine, ToEngine
 from bridge.errors import ProtocolError, PushAborted
+from bridge.lora import AdapterSpec, LoraLimits
 from bridge.manifest import TensorInfo
-from bridge.messages import FromCoordinator, FromEngine, Reference, Refused, ToCoordinator, ToEngine
+from bridge.messages import FromCoordinator, Reference, Refused, ToCoordinator
 
 T = TypeVar("T")
 
@@ -57,6 +59,25 @@ class Snapshot(Protocol):
         """Name, trainer dtype, global shape. The same object as last time when nothing about the layout changed."""
         ...
 
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """Set when the tensors are an adapter's and not the model's."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the receipt should say about them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a push travels: the mode that the capability table gave, why (for the receipt), and what else to say."""
+
+    mode: str
+    reason: str
+    notes: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class Written:
@@ -76,19 +97,31 @@ class TrainerPort(Protocol):
         """Read names, ties and buffers from the live model; nothing of it is ever written."""
         ...
 
-    def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool) -> Snapshot:
-        """Exhaust the iterable, hold references, turn live names into canonical ones."""
+    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> Choice:
+        """The mode in which the bound model travels to engines with these limits. Raises UnsupportedLora, naming the
+        tensors that `mode` cannot carry and the mode that can; ConfigError for a mode that needs LoRA without any."""
+        ...
+
+    def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool, mode: str = "full") -> Snapshot:
+        """Exhaust the iterable, hold references, turn live names into the canonical ones of a mode."""
+        ...
+
+    def collect_base(self) -> Snapshot:
+        """The bound model's base weights as they stand, whatever was sent. Raises UnsupportedLora when they are packed
+        in a format that no engine's weights can be compared with."""
         ...
 
     def write(
         self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
     ) -> Written:
-        """Cast every tensor into the unsealed slot; tensors not in the snapshot are carried over from `base`."""
+        """Cast every tensor into the unsealed slot; tensors not in the snapshot are carried over from `base`. Raises
+        IntegrityError when the model's LoRA state has changed since it was collected."""
         ...
 
-    def reference(self, max_tokens: int | None = None) -> Reference:
-        """The canary's reference from the bound model, one no-grad forward; prompts are cut to `max_tokens`. Raises
-        ConfigError when it has none."""
+    def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
+        """The canary's reference from the bound model, one no-grad forward; prompts are cut to `max_tokens`. Of an
+        adapter also the one of the model without it; of mode "base" that one alone. Raises ConfigError when the model
+        has none."""
         ...
 
     def storages(self) -> frozenset[int]:

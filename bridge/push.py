@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
 
+import msgspec
 import torch
 
 from bridge.arena import Arena
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.digest import seal_slot
-from bridge.errors import BridgeError, Busy, Closed, ConfigError
+from bridge.errors import BridgeError, Busy, Closed, ConfigError, UnexpectedTensor, UnsupportedLora
 from bridge.fanout import LEVELS_OF
-from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, PushOptions, receipt_or_raise
+from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
 from bridge.health import HealthReport, assess, local_facts
 from bridge.lease import Lease
 from bridge.manifest import TensorInfo, validate
@@ -38,8 +39,11 @@ from bridge.messages import (
     BeginRequest,
     Begun,
     CancelRequest,
+    Compared,
+    CompareRequest,
     DaemonIs,
     Done,
+    EngineInfo,
     Explained,
     ExplainRequest,
     Finished,
@@ -55,17 +59,24 @@ from bridge.messages import (
     SubmitRequest,
     ToCoordinator,
 )
-from bridge.ports import CoordinatorPort, EnginePort, Snapshot, TrainerPort, expect
-from bridge.receipt import LEVELS, Receipt
+from bridge.options import PushOptions, Wish, wish
+from bridge.ports import Choice, CoordinatorPort, EnginePort, Snapshot, TrainerPort, Written, expect
+from bridge.receipt import Receipt
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Named = Iterable[tuple[str, torch.Tensor]]
-MAX_VERSION = 1 << 53
-MODES = ("auto", "full")
-INFLIGHT = ("drain", "abort", "keep")
-KV = ("reset", "keep")
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """A layout that all engines have planned, and its arena."""
+
+    tensors: tuple[TensorInfo, ...]
+    partial: bool
+    planned: Planned
+    arena: Arena
 
 
 class Bridge:
@@ -96,9 +107,11 @@ class Bridge:
         self._state = state
         self._pushing = threading.Lock()
         self._lease: Lease | None = None
-        self._planned: tuple[tuple[TensorInfo, ...], bool, Planned] | None = None
-        self._arena: Arena | None = None
-        self._longest: int | None = None
+        self._agreed: dict[bool, _Agreed] = {}
+        """By whether it is an adapter's."""
+        self._engine_infos: tuple[EngineInfo, ...] | None = None
+        self._base: int | None = None
+        """The push that brought the engines' weights, if those are known to be the bound model's base."""
         self._closed = False
         self._warned = False
 
@@ -108,6 +121,12 @@ class Bridge:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def arena(self) -> Arena | None:
+        """The arena of the weights, as it was agreed last; None before the first push of weights."""
+        agreed = self._agreed.get(False)
+        return None if agreed is None else agreed.arena
+
     def __repr__(self) -> str:
         return f"<Bridge {self.name}, {len(self.engines)} engine(s){', closed' if self._closed else ''}>"
 
@@ -115,10 +134,11 @@ class Bridge:
 
     def bind(self, model: torch.nn.Module) -> None:
         """Tell the bridge the live model behind the names: checkpoint names, ties, persistent buffers and the canary's
-        reference come from it. Nothing of it is ever written. Call once, before the first push."""
+        reference come from it, and everything about LoRA. Nothing of it is ever written. Call once, before the first
+        push, and again after wrapping or replacing the model itself."""
         self._require_open()
         self._trainer.bind(model)
-        self._planned = None
+        self._base = None
 
     @overload
     def push(self, named: Named, *, wait: Literal[True] = True, **options: Unpack[PushOptions]) -> Receipt: ...
@@ -143,7 +163,9 @@ class Bridge:
         Args:
             named: `(name, tensor)` pairs, any iterable, read once; any device, dtype and stride.
             version: default the highest ever issued plus one.
-            mode: "auto" or "full" (every tensor as it stands).
+            mode: "full" (every tensor as it stands) for a model without LoRA. With LoRA "merged" (effective weights),
+                "base" (the frozen weights, adapters in the engine stay) or "adapter" (A and B as a new version of the
+                engine's adapter). "auto" chooses by the capability table and says why in the receipt.
             verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names (`bridge.receipt.LEVELS`).
                 Default "outputs" with a bound model, else "weights".
             partial: a subset is meant; what is not sent stays as it is. No canary then, unless `verify` asks for one:
@@ -160,132 +182,166 @@ class Bridge:
         StaleVersion before any engine was written; PushAborted *from* the cause after that, every engine put back.
         """
         self._require_open()
-        options, wants_reference = self._options(mode, verify, partial, inflight, kv, timeout_s)
-        version = None if version is None else _whole("version", version)
+        asked = PushOptions(
+            version=version, mode=mode, verify=verify, partial=partial, inflight=inflight, kv=kv,
+            allow_nonfinite=allow_nonfinite, timeout_s=timeout_s,
+        )  # fmt: skip
+        checked = wish(asked, bound=self._trainer.bound, timeout_s=self.config.push_timeout_s)
+        if verify is None and not self._trainer.bound and not self._warned:
+            self._warned = True
+            log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
             self._hold_lease()
-            pending = self._seal_and_submit(named, version, options, wants_reference, allow_nonfinite)
+            pending = self._push(named, checked)
         finally:
             self._pushing.release()
         return pending.result() if wait else pending
 
-    def _seal_and_submit(
-        self, named: Named, version: int | None, options: Options, wants_reference: bool | None, allow_nonfinite: bool
-    ) -> PendingPush:
+    def _push(self, named: Named, asked: Wish) -> PendingPush:
+        """Choose the mode and send; where "auto" chose an adapter that the engines then refuse, merged weights."""
+        limits = [info.lora for info in self._infos()]
+        choice = self._trainer.choose(asked.options.mode, limits)
+        if choice.mode == "full":
+            return self._send(named, asked, choice)
+        named = _read_again(named)
+        try:
+            return self._send(named, asked, choice)
+        except (UnsupportedLora, UnexpectedTensor) as error:
+            if asked.options.mode != "auto" or choice.mode != "adapter":
+                raise
+            merged = self._trainer.choose("merged", limits)
+            reason = f"merged weights, because the adapter was refused: {error}"
+            return self._send(named, asked, Choice("merged", reason, merged.notes))
+
+    def _send(self, named: Named, asked: Wish, choice: Choice) -> PendingPush:
+        """Everything of a push that needs this process."""
         started = time.perf_counter()
-        snapshot = self._trainer.collect(named, partial=options.partial)
+        options = msgspec.structs.replace(asked.options, mode=choice.mode, reason=choice.reason)
+        snapshot = self._trainer.collect(named, partial=options.partial, mode=choice.mode)
         if self._guard is not None:
             self._guard(self._trainer.storages())
-        planned, arena = self._agree(snapshot, options.partial)
+        agreed = self._agree(snapshot, options.partial and snapshot.adapter is None)
+        begun, doubt = self._begin(agreed, asked.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
-        begin = BeginRequest(planned.plan, version, f"pid {os.getpid()} on {socket.gethostname()}")
-        begun = self._call(begin, Begun)
         try:
-            arena.begin(begun.slot)
-            written = self._trainer.write(
-                snapshot,
-                arena,
-                begun.slot,
-                begun.base,
-                allow_nonfinite=allow_nonfinite,
-                threads=self.config.copy_threads,
-            )
-            reference, options, notes = self._reference(options, wants_reference)
-            seal = seal_slot(arena, begun.slot, begun.version, written.digests)
+            written = self._write(snapshot, agreed, begun, asked.allow_nonfinite)
+            references, options, notes = self._reference(options, asked.reference)
+            seal = seal_slot(agreed.arena, begun.slot, begun.version, written.digests)
             phases = {"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at}
-            submit = SubmitRequest(begun.version, seal.root, options, phases, written.nbytes, reference, notes)
+            submit = SubmitRequest(
+                begun.version,
+                seal.root,
+                options,
+                phases,
+                written.nbytes,
+                references[0],
+                (*choice.notes, *snapshot.notes, *doubt, *notes),
+                base=references[1],
+                base_proven=not doubt,
+            )
             self._call(submit, Done)
         except BaseException:
             # what went wrong is worth more than a second failure on the way out; an unsealed push is dropped anyway
             with contextlib.suppress(BridgeError):
                 self._call(CancelRequest(begun.version), Done)
             raise
+        if choice.mode == "base" and not options.partial:
+            self._base = begun.version  # if it is committed, the engines' weights are of this version
         return PendingPush(self._coordinator, begun.version, options.timeout_s)
 
-    def _agree(self, snapshot: Snapshot, partial: bool) -> tuple[Planned, Arena]:
-        """The plan for this layout: the last one while nothing changed, else everybody is asked."""
-        last = self._planned
-        if last is not None and self._arena is not None and last[0] is snapshot.tensors and last[1] == partial:
-            return last[2], self._arena
-        request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, self.config.plan_timeout_s)
-        planned = self._call(request, Planned, self.config.plan_timeout_s)
-        limits = [info.max_prompt for info in self.status().engines if info.max_prompt is not None]
-        self._longest = min(limits, default=None)
-        if self._arena is None or str(self._arena.path) != planned.path:
-            if self._arena is not None:
-                self._arena.close()
-            self._arena = Arena.open(Path(planned.path), validate(planned.manifest), writable=True)
-        self._planned = (snapshot.tensors, partial, planned)
-        return planned, self._arena
+    def _write(self, snapshot: Snapshot, agreed: _Agreed, begun: Begun, allow_nonfinite: bool) -> Written:
+        agreed.arena.begin(begun.slot)
+        return self._trainer.write(
+            snapshot,
+            agreed.arena,
+            begun.slot,
+            begun.base,
+            allow_nonfinite=allow_nonfinite,
+            threads=self.config.copy_threads,
+        )
 
-    def _reference(self, options: Options, wanted: bool | None) -> tuple[Reference | None, Options, tuple[str, ...]]:
+    def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
+        """The plan for this layout: the last one while nothing changed, else everybody is asked."""
+        kind = snapshot.adapter is not None
+        last = self._agreed.get(kind)
+        if last is not None and last.tensors is snapshot.tensors and last.partial == partial:
+            return last
+        timeout_s = self.config.plan_timeout_s
+        request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, timeout_s, snapshot.adapter)
+        planned = self._call(request, Planned, timeout_s)
+        arena = last.arena if last is not None else None
+        if arena is None or str(arena.path) != planned.path:
+            if arena is not None:
+                arena.close()
+            arena = Arena.open(Path(planned.path), validate(planned.manifest), writable=True)
+        agreed = self._agreed[kind] = _Agreed(snapshot.tensors, partial, planned, arena)
+        return agreed
+
+    def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[Begun, tuple[str, ...]]:
+        """Ask for a slot. An adapter is only right over the base that it was trained on, so before the first one the
+        engines' weights are compared with it, bit for bit; the second answer says why that could not be done."""
+        if over_base and self._base is None:
+            doubt = self._prove_base()
+            if doubt:
+                return self._ask_slot(agreed, version), doubt
+        begun = self._ask_slot(agreed, version)
+        if over_base and begun.weights != self._base:  # somebody has pushed, or gone back, since
+            self._call(CancelRequest(begun.version), Done)
+            doubt = self._prove_base()
+            return self._ask_slot(agreed, None if version is None else begun.version + 1), doubt
+        return begun, ()
+
+    def _ask_slot(self, agreed: _Agreed, version: int | None, *, compare: bool = False) -> Begun:
+        holder = f"pid {os.getpid()} on {socket.gethostname()}"
+        return self._call(BeginRequest(agreed.planned.plan, version, holder, compare), Begun)
+
+    def _prove_base(self) -> tuple[str, ...]:
+        """Compare the engines' weights with the bound model's base. Writes no engine. Returns why there is nothing to
+        compare; raises UnsupportedLora when they differ."""
+        try:
+            snapshot = self._trainer.collect_base()
+        except UnsupportedLora as error:
+            return (f"the engines' base weights were not compared with the trainer's: {error}",)
+        agreed = self._agree(snapshot, False)
+        begun = self._ask_slot(agreed, None, compare=True)
+        try:
+            written = self._write(snapshot, agreed, begun, allow_nonfinite=True)
+            seal = seal_slot(agreed.arena, begun.slot, begun.version, written.digests)
+            compared = self._call(CompareRequest(seal.root), Compared)
+        except BaseException:
+            with contextlib.suppress(BridgeError):
+                self._call(CancelRequest(begun.version), Done)
+            raise
+        if not compared.known or compared.differing:
+            raise _another_base(compared, len(snapshot.tensors))
+        self._base = compared.weights
+        return ()
+
+    def _reference(
+        self, options: Options, wanted: bool | None
+    ) -> tuple[tuple[Reference | None, Reference | None], Options, tuple[str, ...]]:
         """The trainer's canary, when it is wanted. `wanted` None: only where the model can give one, else a note."""
         if wanted is False:
-            return None, options, ()
+            return (None, None), options, ()
         try:
             if wanted is None and options.partial:
                 # What was not sent may have moved on in the trainer: then the two models differ, and rightly so.
                 raise ConfigError("only a subset was sent", remedy="verify='outputs' when the rest is unchanged")
-            return self._trainer.reference(self._longest), options, ()
+            longest = min((i.max_prompt for i in self._infos() if i.max_prompt is not None), default=None)
+            return self._trainer.reference(longest, options.mode), options, ()
         except ConfigError as error:
             if wanted:
                 raise
-            lower = Options(
-                "weights",
-                LEVELS_OF["weights"],
-                options.inflight,
-                options.kv,
-                options.partial,
-                options.mode,
-                options.reason,
-                options.timeout_s,
-            )
-            return None, lower, (f"no canary: {error}",)
+            lower = msgspec.structs.replace(options, verify="weights", levels=LEVELS_OF["weights"])
+            return (None, None), lower, (f"no canary: {error}",)
 
-    def _options(
-        self,
-        mode: str,
-        verify: str | Iterable[str] | None,
-        partial: bool,
-        inflight: str,
-        kv: str,
-        timeout_s: float | None,
-    ) -> tuple[Options, bool | None]:
-        """Checked options, and whether a canary reference is wanted (None: if the model can give one)."""
-        _one_of("mode", mode, MODES)
-        _one_of("inflight", inflight, INFLIGHT)
-        _one_of("kv", kv, KV)
-        wanted: bool | None
-        if verify is None:
-            name = "outputs" if self._trainer.bound else "weights"
-            levels = LEVELS_OF[name]
-            wanted = None if self._trainer.bound else False
-            if not self._trainer.bound and not self._warned:
-                self._warned = True
-                log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
-        elif isinstance(verify, str):
-            name = _one_of("verify", verify, tuple(LEVELS_OF))
-            levels = LEVELS_OF[name]
-            wanted = "canary" in levels
-        elif not isinstance(verify, Iterable):
-            raise ConfigError(
-                "no such choice", where="verify", expected=" | ".join((*LEVELS_OF, "level names")), got=repr(verify)
-            )
-        else:
-            levels = tuple(_one_of("verify", level, LEVELS) for level in verify)
-            name = "+".join(levels) or "off"
-            wanted = bool({"canary", "cache"} & set(levels))
-        if wanted and not self._trainer.bound:
-            raise ConfigError(
-                "the canary needs the live model", where="verify", got=name, remedy="b.bind(model), or verify='weights'"
-            )
-        timeout = self.config.push_timeout_s if timeout_s is None else timeout_s
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
-            raise ConfigError("a deadline must be positive", where="timeout_s", got=repr(timeout_s))
-        reason = "a model without LoRA: every tensor as it stands" if mode == "auto" else "asked for"
-        return Options(name, levels, inflight, kv, partial, "full", reason, timeout), wanted
+    def _infos(self) -> tuple[EngineInfo, ...]:
+        """What the engines said of themselves when they were first asked: what does not change in their life."""
+        if self._engine_infos is None:
+            self._engine_infos = self.status().engines
+        return self._engine_infos
 
     # ---- questions --------------------------------------------------------------------------------------------------
 
@@ -312,6 +368,7 @@ class Bridge:
         go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
         self._require_open()
         self._hold_lease()
+        self._base = None
         finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
         version = finished.receipt.version if finished.receipt else 0
         return receipt_or_raise(finished, version)
@@ -323,9 +380,9 @@ class Bridge:
             return
         self._closed = True
         self._trainer.close()
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        for agreed in self._agreed.values():
+            agreed.arena.close()
+        self._agreed.clear()
         try:
             if self._on_close is not None:
                 self._on_close()
@@ -356,19 +413,24 @@ class Bridge:
             raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
 
 
-def _whole(what: str, value: Any) -> int:
+def _read_again(named: Named) -> Named:
+    """An iterable that can be read more than once; what is none is left for `collect` to refuse."""
+    if isinstance(named, Mapping | Sequence):
+        return named
     try:
-        number = operator.index(value)
+        return list(named)
     except TypeError:
-        number = -1
-    if isinstance(value, bool) or not 0 <= number <= MAX_VERSION:
-        raise ConfigError(
-            "not a version", where=what, expected=f"a whole number from 0 to {MAX_VERSION}", got=repr(value)
-        )
-    return number
+        return named
 
 
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ConfigError("no such choice", where=what, expected=" | ".join(allowed), got=repr(value))
-    return value
+def _another_base(compared: Compared, total: int) -> UnsupportedLora:
+    names = compared.differing
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return UnsupportedLora(
+        "the engines do not serve the base weights that this adapter was trained on",
+        where=shown or "the engines' weights",
+        expected="the bound model's base, bit for bit",
+        got=f"{len(names)} of {total} tensors differ" if compared.known else "weights that cannot be read back",
+        remedy="push mode='base' once (it brings a base that its initialisation changed as well), then the adapter",
+        names=names,
+    )

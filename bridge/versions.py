@@ -6,24 +6,30 @@ import time
 from dataclasses import dataclass, field
 
 from bridge.arena import Arena
+from bridge.lora import AdapterSpec
 from bridge.manifest import TensorInfo
+from bridge.messages import Reference
+
+ROLLBACK = "rollback"
+"""The holder of a push that is a rollback."""
 
 
 @dataclass
 class Plan:
-    """One agreed manifest with its arena. `slots` says which version lies in which slot."""
+    """One agreed manifest with its arena, of weights or (with `adapter`) of an adapter. `slots` says which version lies
+    in which slot."""
 
     id: int
     tensors: tuple[TensorInfo, ...]
     partial: bool
     arena: Arena
     slots: dict[int, int] = field(default_factory=dict)
-    dtypes: frozenset[str] = frozenset()
+    adapter: AdapterSpec | None = None
 
 
 @dataclass(frozen=True)
 class Held:
-    """A version that can be served or returned to: its number and where its bytes lie."""
+    """The bytes that one push brought: its version and where they lie."""
 
     version: int
     plan: Plan
@@ -34,13 +40,50 @@ class Held:
         return self.plan.id
 
 
+@dataclass(frozen=True)
+class Served:
+    """What all engines serve at `version`, or can return to: weights, and an adapter over them under its `name` there.
+
+    `weights` None: what lies in the engines is not held here and cannot be put back.
+    """
+
+    version: int
+    weights: Held | None
+    adapter: Held | None = None
+    name: str | None = None
+
+    @property
+    def held(self) -> tuple[Held, ...]:
+        return tuple(held for held in (self.weights, self.adapter) if held is not None)
+
+    def of(self, plan: Plan) -> Held | None:
+        """The bytes of this version that lie in the plan's arena."""
+        return next((held for held in self.held if held.plan is plan), None)
+
+
+@dataclass(frozen=True)
+class References:
+    """The trainer's canary for one version: of what is served, and of an adapter's push also without the adapter."""
+
+    served: Reference | None = None
+    base: Reference | None = None
+
+    @property
+    def with_adapter(self) -> bool:
+        """Whether `served` was computed with the adapter acting."""
+        return self.base is not None
+
+
 @dataclass
 class OpenPush:
-    """The one push in flight. `submitted` False: the trainer is still writing its snapshot."""
+    """The one push in flight. `submitted` False: the trainer is still writing its snapshot. A push of version 0 only
+    compares and is never submitted."""
 
     version: int
     plan: Plan
     slot: int
     holder: str
     submitted: bool = False
+    keeps_adapter: bool = False
+    """Weights only: the adapter that is served over them stays."""
     since: float = field(default_factory=time.monotonic)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from bridge.messages import Refused, ToEngine
+from bridge.engine_messages import ToEngine
+from bridge.messages import Refused
 from bridge.wire import ErrorInfo, pack, unpack
 from engine_side.adapters import host
 from engine_side.service import EngineService

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from bridge import canary
 from bridge.deadline import Deadline
+from bridge.engine_messages import EngineLoad
+from bridge.errors import CanaryMismatch
 from bridge.jobs import LogprobsJob, Prompts, RankScores, Scores
-from bridge.messages import EngineLoad
+from bridge.messages import Reference
 from bridge.receipt import CanaryResult, Failure, LevelResult
 from bridge.wire import Sampling
 from engine_side.adapters.base import EngineAdapter
@@ -39,9 +41,10 @@ class Outputs:
         self._served: Answers | None = None  # by the version that serves
         self._loaded: Answers | None = None  # by the version that was just loaded
 
-    def scores(self, prompts: Prompts, deadline: Deadline) -> Scores:
-        """Prompt log-probabilities past the scheduler; all ranks take part."""
-        return self._ranks.ask(LogprobsJob(prompts), RankScores, deadline)[0].logprobs
+    def scores(self, prompts: Prompts, deadline: Deadline, adapter: str | None = None) -> Scores:
+        """Prompt log-probabilities past the scheduler, of the base model or with a loaded adapter; all ranks take
+        part."""
+        return self._ranks.ask(LogprobsJob(prompts, adapter), RankScores, deadline)[0].logprobs
 
     def warm_cache(self, request: EngineLoad, serving: int | None) -> None:
         """Before the pause: have the old weights' KV of one canary prompt in the prefix cache, so that `check_cache`
@@ -51,7 +54,7 @@ class Outputs:
         if wanted and request.reference is not None and serving is not None:
             prompt = self._long_enough([token for row in request.reference.prompts for token in row])
             self._floor = request.canary_floor
-            self._adapter.generate([prompt], _GREEDY, past_gate=True)
+            self._adapter.generate([prompt], _GREEDY, "base" if request.adapter is None else "current", past_gate=True)
             self._cached = prompt
 
     def _long_enough(self, tokens: list[int]) -> list[int]:
@@ -70,30 +73,47 @@ class Outputs:
             self._served = Answers(serving, prompts, self.scores(prompts, deadline), request.canary_floor)
 
     def canary(self, request: EngineLoad, deadline: Deadline) -> CanaryResult | None:
-        """The loaded version's answers against the trainer's; None when not asked for."""
+        """The loaded version's answers against the trainer's; None when not asked for. An adapter is weighed twice:
+        without it the engine has to answer as the trainer's base does, with it as the trainer."""
         self._loaded = None
         if "canary" not in request.options.levels or request.reference is None or not self._adapter.can_generate:
             return None
-        scores = self.scores(request.reference.prompts, deadline)
-        self._loaded = Answers(request.version, request.reference.prompts, scores, request.canary_floor)
-        return canary.compare(
-            request.reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline
-        )
+        alone = request.reference if request.adapter is None or request.base is None else request.base
+        scores = self.scores(alone.prompts, deadline)
+        self._loaded = Answers(request.version, alone.prompts, scores, request.canary_floor)
+        drift = self._weigh(request, alone, scores)
+        if request.adapter is None or not drift.ok:
+            return drift
+        acting = self.scores(request.reference.prompts, deadline, request.adapter)
+        if acting == scores and request.reference.logprobs != alone.logprobs:
+            raise CanaryMismatch(
+                "the adapter is loaded and does not act",
+                where=f"{self._id}, adapter {request.adapter}",
+                expected="other log-probabilities with it than without it, as in the trainer",
+                got="the same, bit for bit",
+                remedy="look for modules that the engine holds slots for and does not compute with",
+            )
+        return self._weigh(request, request.reference, acting)
 
-    def check_cache(self, answered: bool, deadline: Deadline) -> LevelResult:
-        """After the reset: the prompt that was cached before the sync is generated again with cache reads allowed. Its
-        first token's log-probability must be what the new weights give past the cache, which the canary has weighed."""
+    @staticmethod
+    def _weigh(request: EngineLoad, reference: Reference, scores: Scores) -> CanaryResult:
+        return canary.compare(reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline)
+
+    def check_cache(self, answered: bool, deadline: Deadline, adapter: str | None = None) -> LevelResult:
+        """After the reset (an adapter needs none, its caches are its name's): the prompt that was cached before the
+        sync is generated again with cache reads allowed. Its first token's log-probability must be what the new weights
+        give past the cache, which the canary has weighed."""
         if not answered:
             return LevelResult("cache", False, 1, (Failure("reset", "caches dropped", "the engine refused"),))
         if not self._cached:
             return LevelResult("cache", True, 1, note="reset answered; no prompt was cached before")
         if len(self._cached) <= self._adapter.cache_grain:
             return LevelResult("cache", True, 1, note="reset answered; no prompt that the engine takes fills its cache")
-        (again,) = self._adapter.generate([self._cached], _GREEDY, past_gate=True)
+        (again,) = self._adapter.generate([self._cached], _GREEDY, adapter or "base", past_gate=True)
         if not again.token_ids:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
             return LevelResult("cache", False, 1, (failure,))
-        fresh = self.scores(((*self._cached, again.token_ids[0]),), deadline)[0][-1]
+        fresh = self.scores(((*self._cached, again.token_ids[0]),), deadline, adapter)[0][-1]
         weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
         if not weighed.ok:
             failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")

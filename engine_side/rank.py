@@ -18,6 +18,7 @@ from bridge.jobs import (
     AnyAnswer,
     AnyJob,
     BakeJob,
+    DropAdapterJob,
     ExplainJob,
     ForgetJob,
     LoadJob,
@@ -38,6 +39,7 @@ from bridge.mailbox import Mailbox
 from bridge.manifest import validate
 from bridge.receipt import RankReport
 from bridge.wire import ErrorInfo, pack, unpack
+from engine_side.adapter_loader import AdapterLoader
 from engine_side.adapters.base import RankHost
 from engine_side.inplace import AttributeSnapshot
 from engine_side.loader import Loader
@@ -50,7 +52,7 @@ log = logging.getLogger(__name__)
 class Planned:
     """A baked plan of this rank and, once mapped, its arena."""
 
-    loader: Loader
+    loader: Loader | AdapterLoader
     arena: Arena | None = None
     verifier: Verifier | None = None
 
@@ -115,7 +117,10 @@ class Rank:
             case VerifyJob():
                 return RankLoaded(self._verify(job))
             case LogprobsJob():
-                return RankScores(tuple(tuple(row) for row in self.host.prompt_logprobs(job.prompts)))
+                return RankScores(tuple(tuple(row) for row in self.host.prompt_logprobs(job.prompts, job.adapter)))
+            case DropAdapterJob():
+                self.host.remove_adapter(job.adapter)
+                return RankDone()
             case ReadBackJob():
                 return self._read_back(job)
             case ExplainJob():
@@ -134,7 +139,7 @@ class Rank:
         return verifier
 
     def _bake(self, job: BakeJob) -> AnyAnswer:
-        loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+        loader = self._loader(job)
         try:
             answer = loader.rank_bake()
         except BaseException:
@@ -143,12 +148,24 @@ class Rank:
         self._plans[job.plan] = Planned(loader)
         return answer
 
+    def _loader(self, job: BakeJob) -> Loader | AdapterLoader:
+        if job.adapter is not None:
+            return AdapterLoader(self.host, job.tensors, job.adapter)
+        loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+        unused = () if loader.problems else loader.rank_bake().unread
+        # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
+        if not unused or not self.host.untie(unused):
+            return loader
+        loader.close()
+        return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+
     def _map(self, job: MapJob) -> RankDone:
         planned = self._planned(job.plan)
         arena = Arena.open(Path(job.path), validate(job.manifest))
         planned.loader.map(job.manifest, [arena.tensors(slot) for slot in range(arena.slots)])
         planned.arena = arena
-        planned.verifier = Verifier(planned.loader)
+        if isinstance(planned.loader, Loader):
+            planned.verifier = Verifier(planned.loader)
         return self._forget((job.plan, *job.keep))
 
     def _forget(self, keep: tuple[int, ...]) -> RankDone:
@@ -157,20 +174,28 @@ class Rank:
         return RankDone()
 
     def _load(self, job: LoadJob) -> RankReport:
-        planned, verifier = self._planned(job.plan), self._verifier(job.plan)
+        planned = self._planned(job.plan)
+        if isinstance(planned.loader, AdapterLoader):
+            if job.adapter is None:
+                raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
+            return planned.loader.load(job.slot, job.adapter, job.levels, job.previous)
+        return self._load_weights(job, planned.loader)
+
+    def _load_weights(self, job: LoadJob, loader: Loader) -> RankReport:
+        verifier = self._verifier(job.plan)
         self._touched = True
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
-        outcome = planned.loader.apply(job.slot, job.changed)
+        outcome = loader.apply(job.slot, job.changed)
         started = time.perf_counter()
         levels = verifier.run(job.levels, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
         if any(level.level == "attributes" and not level.ok for level in levels):
-            self._lost = planned.loader.snapshot
+            self._lost = loader.snapshot
         return RankReport(
             rank=self.host.rank,
             levels=levels,
-            strategies=planned.loader.rank_bake().strategies,
+            strategies=loader.rank_bake().strategies,
             rebound=(*outcome.rebound, *outcome.created),
             canary_only=verifier.canary_only(),
             written=outcome.written,
@@ -181,12 +206,16 @@ class Rank:
 
     def _verify(self, job: VerifyJob) -> RankReport:
         started = time.perf_counter()
-        levels = self._verifier(job.plan).run(job.levels, job.slot)
+        loader = self._planned(job.plan).loader
+        if isinstance(loader, AdapterLoader):
+            levels = loader.verify(job.slot, job.adapter, job.levels)
+        else:
+            levels = self._verifier(job.plan).run(job.levels, job.slot)
         return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
 
     def _read_back(self, job: ReadBackJob) -> RankReadBack:
         planned = self._planned(job.plan)
-        if planned.arena is None:
+        if planned.arena is None or isinstance(planned.loader, AdapterLoader):
             raise ProtocolError("this plan is not mapped onto an arena yet", got=str(job.plan))
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
             return RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))

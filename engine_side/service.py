@@ -15,35 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from bridge.arena import Arena
 from bridge.deadline import Deadline
-from bridge.digest import check_slot
-from bridge.errors import (
-    BridgeError,
-    Busy,
-    CanaryMismatch,
-    ConfigError,
-    DigestMismatch,
-    EngineQuarantined,
-    ProtocolError,
-)
-from bridge.jobs import (
-    BakeJob,
-    ExplainJob,
-    ForgetJob,
-    LoadJob,
-    MapJob,
-    RankBake,
-    RankDone,
-    RankExplanation,
-    RankLoaded,
-    RankReadBack,
-    ReadBackJob,
-    Scores,
-    VerifyJob,
-)
-from bridge.ledger import EngineState, Standing
-from bridge.messages import (
+from bridge.engine_messages import (
     EngineBake,
     EngineBaked,
     EngineCheck,
@@ -56,7 +29,6 @@ from bridge.messages import (
     EngineGenerate,
     EngineGenerated,
     EngineHello,
-    EngineInfo,
     EngineIs,
     EngineLoad,
     EngineLoaded,
@@ -67,20 +39,39 @@ from bridge.messages import (
     EngineResume,
     EngineVersionZero,
     FromEngine,
-    Refused,
     ToEngine,
 )
-from bridge.receipt import CanaryResult, EngineReport, Failure, LevelResult, RankReport
+from bridge.errors import (
+    BridgeError,
+    Busy,
+    CanaryMismatch,
+    ConfigError,
+    EngineQuarantined,
+    ProtocolError,
+)
+from bridge.jobs import (
+    BakeJob,
+    DropAdapterJob,
+    ExplainJob,
+    LoadJob,
+    RankBake,
+    RankDone,
+    RankExplanation,
+    RankLoaded,
+    Scores,
+    VerifyJob,
+)
+from bridge.ledger import EngineState, Standing
+from bridge.messages import EngineInfo, Refused
+from bridge.receipt import CanaryResult, EngineReport, LevelResult, RankReport
 from bridge.wire import ErrorInfo
 from engine_side.adapters.base import EngineAdapter
-from engine_side.checkpoint import write_checkpoint, write_held
+from engine_side.arenas import Arenas
 from engine_side.failures import canary_error, level_error, raise_first_failure
 from engine_side.outputs import Outputs
 from engine_side.rankline import RankLine
 
 log = logging.getLogger(__name__)
-
-CLOSE_TIMEOUT_S = 10.0
 
 RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change"})
 
@@ -92,7 +83,6 @@ class EngineService:
         self.id = engine_id
         self.adapter = adapter
         self._node = node
-        self._threads = threads
         self._detail = adapter.refusal or ""
         if self._detail:
             self._standing = Standing(engine_id, EngineState.QUARANTINED)
@@ -101,10 +91,16 @@ class EngineService:
         self._busy = threading.RLock()
         self._turn = 0
         self._ranks = RankLine(engine_id, adapter)
-        self._arenas: dict[int, Arena] = {}
+        self._arenas = Arenas(engine_id, self._ranks, threads)
         self._paused_at: float | None = None
         self._pause_s = 0.0
         self._outputs = Outputs(engine_id, adapter, self._ranks)
+        self._adapter: str | None = None
+        """What "current" means now."""
+        self._staged: str | None = None
+        """The adapter that the push under way has loaded."""
+        self._loaded: set[str] = set()
+        """Adapters that pushes of this bridge have brought and that were not retired yet."""
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -130,12 +126,14 @@ class EngineService:
             case EngineHello():
                 return self._hello(request)
             case EngineBake():
-                job = BakeJob(request.plan, request.tensors, request.partial)
+                job = BakeJob(request.plan, request.tensors, request.partial, request.adapter)
                 return EngineBaked(tuple(self._ranks.ask(job, RankBake, Deadline.after(request.timeout_s))))
             case EngineMap():
-                return self._map(request)
+                self._arenas.map(request)
+                return EngineOk(self._report())
             case EngineForget():
-                return self._forget(request)
+                self._arenas.forget(request.keep, request.timeout_s)
+                return EngineOk(self._report())
             case EngineReadBack():
                 return self._read_back(request)
             case EngineLoad():
@@ -180,68 +178,22 @@ class EngineService:
                 os.getpid(),
                 self._detail,
                 a.max_prompt,
+                a.lora,
+                self._adapter,
             )
         )
 
-    def _report(self, ranks: tuple[RankReport, ...] = (), error: str | None = None) -> EngineReport:
-        return EngineReport(
-            self.id, self._standing.state.value, self._standing.serving, ranks, pause_s=self._pause_s, error=error
-        )
-
-    # ---- plan -------------------------------------------------------------------------------------------------------
-
-    def _map(self, request: EngineMap) -> EngineOk:
-        arena = Arena.open(Path(request.path), request.manifest)
-        try:
-            job = MapJob(request.plan, request.path, request.manifest, request.keep)
-            self._ranks.ask(job, RankDone, Deadline.after(request.timeout_s))
-        except BaseException:
-            arena.close()
-            raise
-        self._arenas[request.plan] = arena
-        self._close_arenas((request.plan, *request.keep))
-        return EngineOk(self._report())
-
-    def _forget(self, request: EngineForget) -> EngineOk:
-        self._ranks.ask(ForgetJob(request.keep), RankDone, Deadline.after(request.timeout_s))
-        self._close_arenas(request.keep)
-        return EngineOk(self._report())
-
-    def _close_arenas(self, keep: tuple[int, ...]) -> None:
-        for plan in [p for p in self._arenas if p not in keep]:
-            self._arenas.pop(plan).close()
-
-    def _arena(self, plan: int) -> Arena:
-        try:
-            return self._arenas[plan]
-        except KeyError:
-            raise ProtocolError("this engine does not know that plan", where=self.id, got=str(plan)) from None
+    def _report(
+        self, ranks: tuple[RankReport, ...] = (), error: str | None = None, adapter: str | None = None
+    ) -> EngineReport:
+        state, serving = self._standing.state.value, self._standing.serving
+        return EngineReport(self.id, state, serving, ranks, adapter=adapter, pause_s=self._pause_s, error=error)
 
     def _read_back(self, request: EngineReadBack) -> EngineVersionZero:
-        """Live weights into the slot; what post-load work packed away comes from the last commit, and what no push has
-        brought from the engine's own checkpoint."""
         if self._standing.state is not EngineState.SERVING:
             reason = f"it is {self._standing.state.value}: nobody verified what it holds"
             return EngineVersionZero(False, "none", reason)
-        deadline = Deadline.after(request.timeout_s)
-        found = self._ranks.ask(ReadBackJob(request.plan, request.slot), RankReadBack, deadline)
-        unreadable = {name for answer in found for name in answer.unreadable}
-        arena = self._arena(request.plan)
-        missing = list(arena.manifest.by_name)
-        older = self._arenas.get(request.held_plan) if request.held_plan is not None else None
-        if older is not None and request.held_slot is not None:
-            # what was pushed is the version; what lies in the engine may have been written to since
-            missing = write_held(older, request.held_slot, arena, request.slot, missing)
-        missing = [name for name in missing if name in unreadable]
-        checkpoint = self.adapter.checkpoint
-        if missing and checkpoint is None:
-            got = f"{len(missing)} tensors packed away, {missing[0]} among them"
-            return EngineVersionZero(False, "none", f"{got}, and the engine's checkpoint is not known")
-        if missing and checkpoint is not None:
-            missing = write_checkpoint(checkpoint, arena, request.slot, missing)
-        if missing:
-            return EngineVersionZero(False, "none", f"{checkpoint} does not hold {missing[0]}")
-        return EngineVersionZero(True, "live" if older is None and not unreadable else "stored")
+        return self._arenas.read_back(request, self.adapter.checkpoint)
 
     # ---- load and verify --------------------------------------------------------------------------------------------
 
@@ -252,6 +204,9 @@ class EngineService:
         phases: dict[str, float] = {}
         ranks: tuple[RankReport, ...] = ()
         drift: CanaryResult | None = None
+        written = False
+        if request.adapter is not None:
+            self._require_weights()
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
         try:
@@ -261,6 +216,7 @@ class EngineService:
             self._outputs.warm_cache(request, serving)
             self._pause(request.options.inflight, deadline)
             self._outputs.remember(request, serving, deadline)
+            written = True
             ranks, notes = self._write(request, ranks, phases, deadline)
             self._standing.move(EngineState.LOADED)
             raise_first_failure(self.id, ranks)
@@ -272,28 +228,30 @@ class EngineService:
             self._standing.move(EngineState.VERIFIED)
         except BridgeError as error:
             report = _with_canary(self._report(ranks, str(error)), drift)
-            return EngineLoaded(report, self._ranks.touched, ErrorInfo.of(error), phases)
+            return EngineLoaded(report, written or self._ranks.touched, ErrorInfo.of(error), phases)
         return EngineLoaded(_with_canary(self._report(ranks), drift), True, None, phases, notes)
+
+    def _require_weights(self) -> None:
+        """An adapter goes over weights that somebody verified."""
+        if self._standing.serving is None:
+            raise EngineQuarantined(
+                "this engine serves no weights that an adapter could go over",
+                where=self.id,
+                got=f"{self._standing.state.value} {self._detail}".strip(),
+                remedy="push the weights first: mode='base'",
+            )
 
     def _stage(self, request: EngineLoad, phases: dict[str, float], deadline: Deadline) -> tuple[RankReport, ...]:
         """Before anything is written: the announced version is sealed, its bytes are what was sealed, and the plan
         covers this engine."""
-        arena = self._arena(request.plan)
-        seal = arena.seal_of(request.slot)
-        if seal is None or seal.root != request.root or seal.version != request.version:
-            raise ProtocolError(
-                "the arena does not hold the announced version",
-                where=f"{self.id} slot {request.slot}",
-                expected=f"version {request.version}, root {request.root.hex()}",
-                got="unsealed" if seal is None else f"version {seal.version}, root {seal.root.hex()}",
-            )
+        self._arenas.require_sealed(request)
         started = time.perf_counter()
         levels: tuple[LevelResult, ...] = ()
         if request.check:
-            check_slot(arena, request.slot, self._threads)
+            self._arenas.check(request.plan, request.slot)
         if "transfer" in request.options.levels:
             note = "" if request.check else "digests were checked by another engine of this node"
-            levels = (LevelResult("transfer", True, len(arena.manifest.tensors), note=note),)
+            levels = (LevelResult("transfer", True, len(self._arenas[request.plan].manifest.tensors), note=note),)
         phases["transfer"] = time.perf_counter() - started
         if "coverage" not in request.options.levels:
             return tuple(RankReport(rank, levels) for rank in range(self.adapter.ranks))
@@ -304,9 +262,10 @@ class EngineService:
         self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
     ) -> tuple[tuple[RankReport, ...], tuple[str, ...]]:
         """Load and verify on every rank: their reports over the staged ones, and notes for the receipt."""
-        self._ranks.touched = True
+        self._staged = request.adapter
+        self._ranks.touched |= request.adapter is None
         levels = tuple(level for level in request.options.levels if level in RANK_LEVELS - {"coverage"})
-        job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous)
+        job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous, request.adapter)
         loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         notes: tuple[str, ...] = ()
         if self._only_skipped_failed(request, loaded):
@@ -322,9 +281,9 @@ class EngineService:
 
     def _only_skipped_failed(self, request: EngineLoad, loaded: Sequence[RankReport]) -> bool:
         """Something failed, and nothing that this load wrote: a fault of the load must not be healed in silence."""
-        if request.changed is None:
+        if request.changed is None or request.adapter is not None:
             return False
-        names = [spec.name for spec in self._arena(request.plan).manifest.tensors]
+        names = [spec.name for spec in self._arenas[request.plan].manifest.tensors]
         written = {names[k] for k in request.changed}
         bad = [(level.level, f.name) for r in loaded for level in r.levels for f in level.failures if not level.ok]
         stored = all(level in ("read-back", "probe") for level, _ in bad)
@@ -351,9 +310,10 @@ class EngineService:
             )
         levels: tuple[LevelResult, ...] = ()
         if request.options.kv == "reset" and self.adapter.can_generate:
-            answered = self.adapter.reset_caches()
+            # what was cached under another adapter's name stays true: only new weights make it stale
+            answered = self._staged is not None or self.adapter.reset_caches()
             if "cache" in request.options.levels:
-                levels = (self._outputs.check_cache(answered, Deadline.after(request.timeout_s)),)
+                levels = (self._outputs.check_cache(answered, Deadline.after(request.timeout_s), self._staged),)
             elif not answered:
                 raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
         elif "cache" in request.options.levels:
@@ -370,11 +330,19 @@ class EngineService:
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
         self._outputs.published()
-        self._publish(request.version)
-        return EngineOk(self._report())
+        if self._staged is not None:
+            self._loaded.add(self._staged)
+        loaded, self._staged = self._staged, None
+        self._publish(request.version, request.adapter)
+        return EngineOk(self._report(adapter=loaded))
 
-    def _publish(self, version: int) -> None:
-        self.adapter.publish(version)
+    def _publish(self, version: int, adapter: str | None) -> None:
+        """Serve `version`; adapters of earlier pushes go as soon as no request uses them."""
+        self.adapter.publish(version, adapter)
+        self._adapter = adapter
+        old = self._loaded - {adapter}
+        self.adapter.retire(sorted(old))
+        self._loaded -= old
         self.adapter.refuse(None)
         self._standing.move(EngineState.SERVING, version)
         self._detail = ""
@@ -385,9 +353,10 @@ class EngineService:
     def _restore(self, request: EngineRestore) -> EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
         try:
+            self._drop_staged(Deadline.after(request.timeout_s))
             if not self._ranks.touched and self._standing.serving is not None:
                 if self._standing.state is not EngineState.SERVING:
-                    self._publish(self._standing.serving)
+                    self._publish(self._standing.serving, self._adapter)
                 return EngineOk(self._report())
             self._load_back(request)
         except Exception as error:  # the engine's own code runs here: whatever broke, nothing may be served
@@ -396,6 +365,12 @@ class EngineService:
             self._quarantine(f"{request.reason}; then the way back failed: {error}")
             return EngineOk(self._report(error=self._detail))
         return EngineOk(self._report(error=request.reason))
+
+    def _drop_staged(self, deadline: Deadline) -> None:
+        """An adapter that did not pass goes; nothing ever used it."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            self._ranks.ask(DropAdapterJob(staged), RankDone, deadline)
 
     def _load_back(self, request: EngineRestore) -> None:
         deadline = Deadline.after(request.timeout_s)
@@ -413,7 +388,7 @@ class EngineService:
         if self.adapter.can_generate and not self.adapter.reset_caches():
             raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
         self._ranks.touched = False
-        self._publish(request.version)
+        self._publish(request.version, self._adapter)
 
     def _quarantine(self, reason: str) -> None:
         log.error("%s is quarantined: %s", self.id, reason)
@@ -429,22 +404,14 @@ class EngineService:
         deadline = Deadline.after(request.timeout_s)
         transfer: tuple[LevelResult, ...] = ()
         if "transfer" in request.levels:
-            transfer = (self._check_arena(request),)
+            transfer = (self._arenas.transfer(request.plan, request.slot),)
         levels = tuple(level for level in request.levels if level in RANK_LEVELS)
-        found = self._ranks.ask(VerifyJob(request.plan, request.slot, levels), RankLoaded, deadline)
+        job = VerifyJob(request.plan, request.slot, levels, request.loaded)
+        found = self._ranks.ask(job, RankLoaded, deadline)
         scores: Scores = ()
         if request.prompts and self.adapter.can_generate:
-            scores = self._outputs.scores(request.prompts, deadline)
+            scores = self._outputs.scores(request.prompts, deadline, request.scored)
         return EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
-
-    def _check_arena(self, request: EngineCheck) -> LevelResult:
-        arena = self._arena(request.plan)
-        try:
-            check_slot(arena, request.slot, self._threads)
-        except DigestMismatch as error:
-            failures = tuple(Failure(name, "the sealed digest", "other bytes") for name in error.names)
-            return LevelResult("transfer", False, len(arena.manifest.tensors), failures)
-        return LevelResult("transfer", True, len(arena.manifest.tensors))
 
     def _generate(self, request: EngineGenerate) -> EngineGenerated:
         if self._standing.state is EngineState.QUARANTINED:
@@ -461,13 +428,10 @@ class EngineService:
 
     def close(self) -> None:
         """Have the ranks let go of the arenas, release the mailbox, give the engine up. Idempotent."""
-        if self._arenas:
-            try:
-                self._ranks.ask(ForgetJob(), RankDone, Deadline.after(CLOSE_TIMEOUT_S))
-            except BridgeError as error:
-                log.warning("%s: its ranks did not let go of the arena: %s", self.id, error)
+        said = self._arenas.close()
+        if said is not None:
+            log.warning("%s: its ranks did not let go of the arena: %s", self.id, said)
         self.adapter.close()
-        self._close_arenas(())
         self._ranks.close()
 
 

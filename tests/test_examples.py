@@ -60,7 +60,7 @@ def steps(text: str) -> list[dict[str, str]]:
     return [dict(re.findall(r"(\w+) ([\w.+-]+)", line)) for line in lines]
 
 
-@pytest.mark.parametrize("script", ["grpo.py", "ppo.py"])
+@pytest.mark.parametrize("script", ["grpo.py", "ppo.py", "grpo_adapter.py", "grpo_merged.py"])
 def test_the_training_loops(start: Start, script: str) -> None:
     rows = steps(start(str(ROOT / "examples" / script), "--steps", "4").stdout)
     assert [(row["step"], row["version"], row["verified"]) for row in rows] == [

@@ -30,6 +30,14 @@ log = logging.getLogger(__name__)
 
 RESERVED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that only a wrapper puts into a name; no model names a submodule so."""
+BASE_HOP = "base_layer"
+"""The hop that a LoRA layer (PEFT's, vLLM's, SGLang's) puts in front of the layer it wraps."""
+PEFT_ROOT = ("base_model", "model")
+"""What a PeftModel puts in front of every name."""
+LORA_SEGMENTS = frozenset(
+    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}
+)
+"""Whole segments that PEFT gives to the parameters of a LoRA layer; a submodule may be called `lora_gate`."""
 ROOT_WRAPPER = "module"
 """What data-parallel wrappers call the model inside; also an ordinary name for a submodule, so structure decides."""
 
@@ -129,13 +137,20 @@ class CanonicalMap:
 def canonical_unbound(name: str) -> str:
     """A name without its wrappers' segments, when no model is bound to look at.
 
-    Reserved segments go wherever they stand; `module` goes only where it leads, since deeper down it may be a
-    submodule's own name.
+    Reserved segments go wherever they stand, and so does the hop of a LoRA layer; `module` and PEFT's prefix go only
+    where they lead, since deeper down they may be submodules' own names.
     """
     segments = [s for s in name.split(".") if s not in RESERVED]
     while len(segments) > 1 and segments[0] == ROOT_WRAPPER:
         segments = segments[1:]
-    return ".".join(segments)
+    if len(segments) > len(PEFT_ROOT) and tuple(segments[: len(PEFT_ROOT)]) == PEFT_ROOT:
+        segments = segments[len(PEFT_ROOT) :]
+    return ".".join([s for s in segments[:-1] if s != BASE_HOP] + segments[-1:])
+
+
+def is_lora_name(name: str) -> bool:
+    """Whether a name is that of a LoRA layer's own parameter, by whole segments."""
+    return not LORA_SEGMENTS.isdisjoint(name.split("."))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

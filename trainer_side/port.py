@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from bridge import canary
 from bridge.arena import Arena
-from bridge.errors import ConfigError, MissingTensor
+from bridge.errors import ConfigError, IntegrityError, MissingTensor, UnexpectedTensor
+from bridge.lora import LoraLimits
 from bridge.manifest import TensorInfo
 from bridge.messages import Reference
-from bridge.ports import Snapshot, Written
+from bridge.ports import Choice, Snapshot, Written
+from trainer_side.lora.model import LoraModel
+from trainer_side.lora.shallow import bare
+from trainer_side.naming import CanonicalMap
 from trainer_side.reference import reference_logprobs, vocabulary_size
 from trainer_side.snapshot import Snapshotter
 from trainer_side.source import Collected, Layout, WeightSource
+from trainer_side.tensors import Named, exhaust
 
 
 class TrainerSide:
@@ -23,9 +29,13 @@ class TrainerSide:
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
+        self._lora: LoraModel | None = None
         self._source = WeightSource()
+        self._views: dict[str, tuple[CanonicalMap | None, WeightSource]] = {}
+        """Mode -> names of the LoRA model in that mode, and the source that resolves them."""
         self._complete: Layout | None = None
-        self._snapshotter: Snapshotter | None = None
+        self._snapshotters: dict[bool, Snapshotter] = {}
+        """By whether they write adapters: each kind has an arena of its own."""
         self._storages: frozenset[int] = frozenset()
         self._addresses: list[int] = []
 
@@ -35,62 +45,146 @@ class TrainerSide:
 
     def bind(self, model: nn.Module) -> None:
         """Bake the model's checkpoint names. Raises ConfigError or IntegrityError where `bake_names` does."""
-        self._source = WeightSource(model)
-        self._model = model
+        lora = LoraModel(model) if isinstance(model, nn.Module) and LoraModel.present(model) else None
+        self._source = WeightSource() if lora is not None else WeightSource(model)
+        self._lora, self._model = lora, model
+        self._views.clear()
 
-    def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool) -> Collected:
-        """What `WeightSource.collect` gives, checked to be the whole bound model unless `partial`."""
-        collected = self._source.collect(named, partial=partial)
-        if collected.layout is not self._complete and not partial:
-            self._require_all(collected.tensors)
-            self._complete = collected.layout
-        addresses = collected.addresses
-        if addresses != self._addresses:  # the same tensors as last time lie in the same storages
+    # ---- names and tensors -------------------------------------------------------------------------------------------
+
+    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> Choice:
+        """As `TrainerPort.choose`."""
+        if self._lora is not None:
+            return self._lora.choose(mode, limits)
+        if mode == "auto":
+            return Choice("full", "a model without LoRA: every tensor as it stands")
+        if mode == "full":
+            return Choice("full", "asked for")
+        raise ConfigError(
+            "this mode needs a model with LoRA",
+            where="mode",
+            expected="auto | full",
+            got=repr(mode),
+            remedy="bind the PEFT model (b.bind(model))" if self._model is None else "leave mode out",
+        )
+
+    def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool, mode: str = "full") -> Collected:
+        """What travels in a mode, checked to be the whole bound model unless `partial`. Moves no bytes."""
+        if self._lora is not None:
+            return self._collect_lora(self._lora, named, partial, mode)
+        try:
+            collected = self._source.collect(named, partial=partial)
+            if collected.layout is not self._complete and not partial:
+                _require_all(self._source, collected.tensors)
+                self._complete = collected.layout
+        except (UnexpectedTensor, MissingTensor) as error:
+            if self._model is not None and LoraModel.present(self._model):
+                raise _wrapped_since(error) from error
+            raise
+        if collected.addresses != self._addresses:  # the same tensors as last time lie in the same storages
             self._storages = frozenset(t.untyped_storage().data_ptr() for t in collected.sources if t.numel())
-            self._addresses = addresses
+            self._addresses = collected.addresses
         return collected
 
-    def _require_all(self, tensors: tuple[TensorInfo, ...]) -> None:
-        expected = self._source.expected
-        if expected is None:
-            return
-        came = {name for info in tensors for name in (info.name, *info.aliases)}
-        missing = tuple(info.name for info in expected if info.name not in came)
-        if missing:
-            raise MissingTensor(
-                "tensors of the bound model were not sent",
-                where=f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
-                expected=f"{len(expected)} tensors",
-                got=f"{len(expected) - len(missing)}",
-                remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
-                names=missing,
-            )
+    def _collect_lora(self, lora: LoraModel, named: Named, partial: bool, mode: str) -> Collected:
+        names, tensors = exhaust(named)
+        self._storages = frozenset(
+            t.untyped_storage().data_ptr() for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
+        )
+        view = lora.view(mode, list(zip(names, tensors, strict=True)), partial=partial)
+        known, source = self._views.get(mode, (None, None))
+        if source is None or known is not view.known:
+            # an adapter's names are those of `bridge.lora`, made by us: there is no model's name to resolve
+            source = WeightSource(None if view.known is None else lora.model, view.known)
+            self._views[mode] = (view.known, source)
+        collected = source.collect(view.named, partial=partial, computed=view.computed)
+        if not partial and view.adapter is None:
+            _require_all(source, collected.tensors)
+        return dataclasses.replace(collected, adapter=view.adapter, notes=tuple(view.notes), state=view.state)
+
+    def collect_base(self) -> Collected:
+        """As `TrainerPort.collect_base`."""
+        if self._lora is None or self._model is None:
+            raise ConfigError("only a bound model with LoRA has a base", remedy="b.bind(peft_model)")
+        kept = self._storages
+        collected = self._collect_lora(self._lora, self._model.named_parameters(), False, "base")
+        self._storages = kept
+        return collected
+
+    # ---- the snapshot ------------------------------------------------------------------------------------------------
 
     def write(
         self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
     ) -> Written:
-        """Blocks for one pass over the tensors. Raises NonFinite, ProtocolError."""
+        """Blocks for one pass over the tensors. Raises NonFinite, ProtocolError, IntegrityError."""
         if not isinstance(snapshot, Collected):
             raise ConfigError("a snapshot of another trainer side", got=type(snapshot).__name__)
-        if self._snapshotter is None or self._snapshotter.arena is not arena:
-            self.close()
-            self._snapshotter = Snapshotter(arena, threads)
-        return self._snapshotter.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite)
+        kind = snapshot.adapter is not None
+        writer = self._snapshotters.get(kind)
+        if writer is None or writer.arena is not arena:
+            if writer is not None:
+                writer.close()
+            writer = self._snapshotters[kind] = Snapshotter(arena, threads)
+        written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite)
+        if self._lora is not None and self._lora.state() != snapshot.state:
+            raise IntegrityError(
+                "the model's LoRA layers changed while they were pushed",
+                expected="the same adapters, merged, active and scaled as when the push began",
+                got="another state",
+                remedy="push between steps: not while another thread merges, disables or switches adapters",
+            )
+        return written
 
-    def reference(self, max_tokens: int | None = None) -> Reference:
-        """One no-grad forward of the bound model over the canary's prompts, at most `max_tokens` long."""
+    def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
+        """One no-grad forward of the bound model (and one without its adapters) over the canary's prompts, at most
+        `max_tokens` long."""
         if self._model is None:
             raise ConfigError("the canary needs the live model", remedy="b.bind(model)")
         rows = canary.prompts(vocabulary_size(self._model), max_tokens)
-        scores = reference_logprobs(self._model, rows)
-        return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)))
+
+        def answers(model: nn.Module) -> Reference:
+            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows))))
+
+        if mode == "base":
+            return answers(bare(self._model)), None
+        if self._lora is not None:
+            self._lora.require_still_forward()
+        return answers(self._model), answers(bare(self._model)) if mode == "adapter" else None
 
     def storages(self) -> frozenset[int]:
         """Storage addresses of the last snapshot's tensors."""
         return self._storages
 
     def close(self) -> None:
-        """Stop the copying threads and let go of the arena. Idempotent."""
-        if self._snapshotter is not None:
-            self._snapshotter.close()
-            self._snapshotter = None
+        """Stop the copying threads and let go of the arenas. Idempotent."""
+        for writer in self._snapshotters.values():
+            writer.close()
+        self._snapshotters.clear()
+
+
+def _require_all(source: WeightSource, tensors: tuple[TensorInfo, ...]) -> None:
+    expected = source.expected
+    if expected is None:
+        return
+    came = {name for info in tensors for name in (info.name, *info.aliases)}
+    missing = tuple(info.name for info in expected if info.name not in came)
+    if missing:
+        raise MissingTensor(
+            "tensors of the bound model were not sent",
+            where=f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            expected=f"{len(expected)} tensors",
+            got=f"{len(expected) - len(missing)}",
+            remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
+            names=missing,
+        )
+
+
+def _wrapped_since(error: UnexpectedTensor | MissingTensor) -> ConfigError:
+    return ConfigError(
+        "the bound model was wrapped with LoRA after it was bound",
+        where=error.where,
+        expected="the model as it was bound",
+        got="LoRA layers in it",
+        remedy="bind the wrapped model: b.bind(peft_model)",
+        names=error.names,
+    )

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from bridge.dtypes import dtype_name
-from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
+from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.lora import AdapterSpec
 from bridge.manifest import TensorInfo
 from bridge.plan import Region, dense
-from trainer_side.naming import CanonicalMap, CanonicalTensor, Piece, bake_names, canonical_unbound, walk
+from trainer_side.naming import CanonicalMap, CanonicalTensor, Piece, bake_names, canonical_unbound, is_lora_name, walk
 from trainer_side.tensors import Named, exhaust, not_pairs, nothing_sent, plain
 from trainer_side.tensors import addresses as addresses_of
 from trainer_side.ties import NO_ADDRESS, TiesSent, check_ties, tie_pattern, ties_of, ties_sent
@@ -76,12 +77,18 @@ class Collected:
         sources: the collected tensors, in the order that `Part.index` counts; plain, their memory holds their values.
         addresses: where the first element of each lies; 0 where there is none.
         computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
+        adapter: set when the tensors are an adapter's.
+        notes: for the receipt.
+        state: of the model's LoRA layers when this was collected.
     """
 
     layout: Layout
     sources: list[torch.Tensor]
     addresses: list[int]
     computed: Mapping[int, Computed] = field(default_factory=dict)
+    adapter: AdapterSpec | None = None
+    notes: tuple[str, ...] = ()
+    state: object = None
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -177,7 +184,7 @@ class WeightSource:
             )
         ]
         for item in computed:
-            clean.add(item.name)
+            clean.keep(item.name, item.name)
             sources.append(item.stand_in)
         addresses = addresses_of(sources) or []
         pattern = tie_pattern(sources, addresses)
@@ -213,7 +220,10 @@ class _Names:
     def add(self, given: str) -> None:
         if not isinstance(given, str):
             raise not_pairs(f"item {len(self._given)}", f"a name of type {type(given).__name__}")
-        clean = canonical_unbound(given) if self.known is None else self._live(self.known, given)
+        self.keep(_unbound(given) if self.known is None else self._live(self.known, given), given)
+
+    def keep(self, clean: str, given: str) -> None:
+        """Note a clean name. Raises DuplicateTensor."""
         if clean in self.index:
             earlier = self._given[self.index[clean]]
             raise DuplicateTensor(
@@ -258,6 +268,20 @@ class _Names:
 def _indexed(computed: Sequence[Computed], total: int) -> dict[int, Computed]:
     """By place in `sources`, where they come last."""
     return dict(enumerate(computed, total - len(computed)))
+
+
+def _unbound(given: str) -> str:
+    """The canonical name of a tensor whose model is not bound. Raises UnsupportedLora for a LoRA parameter."""
+    if is_lora_name(given):
+        raise UnsupportedLora(
+            "LoRA parameters cannot be pushed without their model",
+            where=given,
+            expected="a bound model: scaling, active adapters and merge state are not in the tensors",
+            got="a name of a LoRA layer, and no model bound",
+            remedy="bind the model once (b.bind(peft_model), or model=peft_model) and push again",
+            names=(given,),
+        )
+    return canonical_unbound(given)
 
 
 def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:

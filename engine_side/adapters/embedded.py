@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,19 @@ import torch
 from torch import nn
 
 from bridge.deadline import Deadline
-from bridge.errors import ConfigError, NotFound
+from bridge.errors import ConfigError, NotFound, UnsupportedLora
+from bridge.lora import AdapterSpec, LoraLimits
+from bridge.manifest import TensorInfo
 from bridge.wire import Completion, Sampling
 from engine_side.adapters import claim
-from engine_side.adapters.base import Prompts
+from engine_side.adapters.base import AdapterView, Prompts
 from engine_side.embedded.config import EngineConfig
-from engine_side.embedded.engine import Engine
+from engine_side.embedded.engine import BASE, CURRENT, Engine
+from engine_side.embedded.lora.manager import LoraManager
 from engine_side.embedded.layers import LinearBase, RMSNorm, VocabParallelEmbedding
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
-
-_ADAPTERS = ("current", "base")
 
 
 class EmbeddedAdapter:
@@ -66,8 +67,18 @@ class EmbeddedAdapter:
     def resume(self) -> None:
         self.engine.resume()
 
-    def publish(self, version: int) -> None:
-        self.engine.weight_version = version
+    def publish(self, version: int, adapter: str | None = None) -> None:
+        self.engine.publish(version, adapter)
+
+    @property
+    def lora(self) -> LoraLimits | None:
+        return self.engine.runner.lora_limits
+
+    def adapters(self) -> tuple[str, ...]:
+        return self.engine.adapters
+
+    def retire(self, names: Iterable[str]) -> None:
+        self.engine.retire(names)
 
     @property
     def refusal(self) -> str | None:
@@ -81,11 +92,9 @@ class EmbeddedAdapter:
         return self.engine.reset_prefix_cache(reset_running_requests=True)
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
+        self, prompts: Prompts, sampling: Sampling, adapter: str = CURRENT, *, past_gate: bool = False
     ) -> list[Completion]:
-        if adapter not in _ADAPTERS:
-            raise NotFound("the engine holds no such adapter", expected=" | ".join(_ADAPTERS), got=repr(adapter))
-        return self.engine.generate(prompts, sampling, past_gate=past_gate)
+        return self.engine.generate(prompts, sampling, adapter, past_gate=past_gate)
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Only rank 0 lies in this process; storage that post-load has emptied has no address."""
@@ -147,8 +156,40 @@ class EmbeddedRankHost:
             return out
         raise NotImplementedError(f"{type(module).__name__} cannot be called alone")
 
-    def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
-        return self._runner.prompt_logprobs(prompts)
+    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+        return self._runner.prompt_logprobs(prompts, adapter)
+
+    def untie(self, names: Sequence[str]) -> bool:
+        return self._runner.untie(names)
+
+    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+        return self._manager().plan(tensors, spec)
+
+    @torch.no_grad()
+    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+        if name in ("", BASE, CURRENT):
+            expected = f"a name other than {BASE!r} and {CURRENT!r}, which requests ask for by these words"
+            raise ConfigError("an adapter cannot have this name", where="adapter", expected=expected, got=repr(name))
+        self._manager().load(name, tensors, spec)
+
+    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+        if self._runner.lora is None:
+            raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name))
+        return self._runner.lora.views(name)
+
+    def remove_adapter(self, name: str) -> None:
+        self._runner.drop_adapter(name)
+
+    def _manager(self) -> LoraManager:
+        if self._runner.lora is None:
+            raise UnsupportedLora(
+                "the engine was started without LoRA",
+                where="EngineConfig.max_loras",
+                expected="at least 1",
+                got="0",
+                remedy="start it with max_loras=2 (one version serves while the next is loaded), or push merged weights",
+            )
+        return self._runner.lora
 
 
 def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:

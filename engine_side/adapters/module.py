@@ -6,7 +6,7 @@ whose names are not the checkpoint's. It has no post-load step and generates not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from pathlib import Path
 from threading import get_ident
@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from bridge.deadline import Deadline
-from bridge.errors import ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
+from bridge.errors import ConfigError, EngineQuarantined, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.lora import AdapterSpec, LoraLimits
+from bridge.manifest import TensorInfo
 from bridge.plan import Move, Routes
 from bridge.wire import Completion, Sampling
 from engine_side.adapters import claim
-from engine_side.adapters.base import Prompts
+from engine_side.adapters.base import AdapterView, Prompts
 from engine_side.inplace import reflect, twin_parameter
 
 RunJob = Callable[[bytes], None]
@@ -39,6 +41,7 @@ class ModuleAdapter:
     checkpoint: Path | None = None
     max_prompt: int | None = None
     cache_grain = 0
+    lora: LoraLimits | None = None
 
     def __init__(self, module: nn.Module, canonical: Canonical | None = None) -> None:
         self.module = module
@@ -83,8 +86,17 @@ class ModuleAdapter:
         """There are none."""
         return True
 
-    def publish(self, version: int) -> None:
-        """A module keeps no label."""
+    def publish(self, version: int, adapter: str | None = None) -> None:
+        """A module keeps no label, and holds no adapter: raises NotFound for one."""
+        if adapter is not None:
+            raise _no_adapter(adapter)
+
+    def adapters(self) -> tuple[str, ...]:
+        """None: a module has no slots for any."""
+        return ()
+
+    def retire(self, names: Iterable[str]) -> None:
+        """There are none to drop."""
 
     def generate(
         self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
@@ -191,9 +203,41 @@ class ModuleRankHost:
             raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
         return y
 
-    def prompt_logprobs(self, prompts: Prompts) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
         """Raises ConfigError: a plain module has no canary."""
         raise ConfigError("a plain module computes no prompt log-probabilities", remedy="verify='weights'")
+
+    def untie(self, names: Sequence[str]) -> bool:
+        """Never: the module is its owner's, who tied what is tied."""
+        return False
+
+    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+        """Raises UnsupportedLora: a plain module has no slots for adapters."""
+        raise self._unsupported()
+
+    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+        """Raises UnsupportedLora."""
+        raise self._unsupported()
+
+    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+        """Raises NotFound: there are none."""
+        raise _no_adapter(name)
+
+    def remove_adapter(self, name: str) -> None:
+        """There are none to drop."""
+
+    def _unsupported(self) -> UnsupportedLora:
+        return UnsupportedLora(
+            "a plain module takes no LoRA adapters",
+            where=type(self._module).__name__,
+            expected="an engine with LoRA slots",
+            got="torch.nn.Module",
+            remedy="push merged weights (mode='merged')",
+        )
+
+
+def _no_adapter(name: str) -> NotFound:
+    return NotFound("a plain module holds no adapters", where="adapter", got=repr(name))
 
 
 def attach(engine: object, canonical: Canonical | None = None) -> ModuleAdapter | None:

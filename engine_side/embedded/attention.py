@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine_side.embedded.config import ModelConfig, RopeConfig
-from engine_side.embedded.kv import KVTensors
+from engine_side.embedded.kv import KVShape, KVTensors
 from engine_side.embedded.layers import QKVParallelLinear, RMSNorm, RowParallelLinear
 from engine_side.embedded.layouts import Layout
 from engine_side.embedded.parallel import Parallel
@@ -57,6 +57,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` for vectors whose pairs lie side by side (DeepSeek). The result has the halves apart, as transformers
+    has it; queries and keys are both turned so, which leaves their products what they are."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 @dataclass
 class Step:
     """One forward over several sequences: which new tokens, where their keys and values go, and who sees what.
@@ -95,6 +103,24 @@ class Step:
         return cls(torch.tensor(tokens), positions, row, column, blocks, mask.unsqueeze(1), slots, kv)
 
 
+def paged_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step, scale: float | None = None
+) -> torch.Tensor:
+    """Queries [n, heads, d] over paged keys [blocks, block_size, kv heads, d] and values [.., d'] -> [n, heads, d'].
+
+    `scale` None: one over the root of d.
+    """
+    batch, queries = step.blocks.shape[0], step.mask.shape[2]
+    frame = q.new_zeros(batch, queries, *q.shape[1:])
+    frame[step.row, step.column] = q
+    past_k, past_v = (cache[step.blocks].flatten(1, 2).transpose(1, 2) for cache in (keys, values))
+    gqa = q.shape[1] != keys.shape[2]
+    out = functional.scaled_dot_product_attention(
+        frame.transpose(1, 2), past_k, past_v, attn_mask=step.mask, scale=scale, enable_gqa=gqa
+    )
+    return out.transpose(1, 2)[step.row, step.column]
+
+
 @dataclass(frozen=True)
 class AttentionTraits:
     """What families differ in."""
@@ -117,6 +143,7 @@ class Attention(nn.Module):
         hidden, bias = config.hidden_size, traits.qkv_bias
         qkv = QKVParallelLinear(hidden, config.head_dim, config.num_heads, config.num_kv_heads, bias, dtype, tp, layout)
         self.heads, self.kv_heads, self.split_sizes = qkv.heads, qkv.kv_heads, qkv.split_sizes
+        self.kv_shape = KVShape(qkv.kv_heads, (config.head_dim, config.head_dim))
         self.qkv_proj = qkv
         self.o_proj = RowParallelLinear(
             config.num_heads * config.head_dim, hidden, traits.output_bias, dtype, tp, layout
@@ -135,17 +162,5 @@ class Attention(nn.Module):
         keys, values = step.kv.layer(self.layer)
         keys.view(-1, self.kv_heads, self.head_dim)[step.slots] = k
         values.view(-1, self.kv_heads, self.head_dim)[step.slots] = v.view(n, self.kv_heads, self.head_dim)
-        out: torch.Tensor = self.o_proj(self._attend(q, keys, values, step))
+        out: torch.Tensor = self.o_proj(paged_attention(q, keys, values, step).flatten(1))
         return out
-
-    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
-        batch, queries = step.blocks.shape[0], step.mask.shape[2]
-        frame = q.new_zeros(batch, queries, self.heads, self.head_dim)
-        frame[step.row, step.column] = q
-        past_k, past_v = (
-            cache[step.blocks].view(batch, -1, self.kv_heads, self.head_dim).transpose(1, 2) for cache in (keys, values)
-        )
-        out = functional.scaled_dot_product_attention(
-            frame.transpose(1, 2), past_k, past_v, attn_mask=step.mask, enable_gqa=self.heads != self.kv_heads
-        )
-        return out.transpose(1, 2)[step.row, step.column].flatten(1)

@@ -18,6 +18,10 @@ from bridge.errors import ConfigError, NotFound
 LAYOUTS = ("canonical", "transposed", "shuffled", "packed")
 _CHECKPOINT_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 _COMPUTE_DTYPES = ("bf16", "fp16", "fp32", "fp64")
+_POSITIVE = (
+    "tensor_parallel_size", "max_seq_len", "block_size", "num_blocks", "max_num_seqs", "threads", "max_lora_rank",
+    "wrap_levels",
+)  # fmt: skip
 _DEFAULT_SEQ_LEN = 4096
 _DEFAULT_BLOCKS = 1024
 
@@ -37,6 +41,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_num_seqs: requests that run at once.
         threads: torch threads of each rank; None leaves this process as it is and gives its children a fair share.
         load: "checkpoint" | "dummy" (small reproducible noise, no weights read).
+        max_loras: LoRA adapters held at once; 0 starts the engine without LoRA.
+        max_lora_rank: largest rank of an adapter.
+        lora_targets: last path segments of the modules that take adapters; None is every module that can.
+        wrap_levels: how many `base_layer` wrappers `wrap_linears` puts around each layer.
         timeout_s: longest wait for another rank, in seconds.
     """
 
@@ -52,6 +60,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int | None = None
     load: str = "checkpoint"
     timeout_s: float = 120.0
+    max_loras: int = 0
+    max_lora_rank: int = 16
+    lora_targets: tuple[str, ...] | None = None
+    wrap_levels: int = 1
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "path", str(self.path))
@@ -59,10 +71,28 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _one_of("load", self.load, ("checkpoint", "dummy"))
         if self.dtype is not None:
             _one_of("dtype", self.dtype, _COMPUTE_DTYPES)
-        for name in ("tensor_parallel_size", "max_seq_len", "block_size", "num_blocks", "max_num_seqs", "threads"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be positive", where=f"EngineConfig.{name}", got=str(value))
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.max_loras < 0:
+            raise ConfigError(
+                "max_loras must not be negative", where="EngineConfig.max_loras", got=str(self.max_loras)
+            )
+        targets = self.lora_targets
+        if targets is None:
+            return
+        where = "EngineConfig.lora_targets"
+        if isinstance(targets, str) or not targets or not all(isinstance(t, str) and t for t in targets):
+            expected = 'a tuple of module names such as ("q_proj", "v_proj"), or None for all'
+            raise ConfigError("lora_targets name no modules", where=where, expected=expected, got=repr(targets))
+        if not self.max_loras:
+            expected = "max_loras of at least 1"
+            raise ConfigError("lora_targets without room for an adapter", where=where, expected=expected, got="0")
+        msgspec.structs.force_setattr(self, "lora_targets", tuple(targets))
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -19,7 +19,8 @@ from engine_side.embedded.layers import (
     VocabParallelEmbedding,
 )
 from engine_side.embedded.layouts import Layout
-from engine_side.embedded.moe import FusedMoE, MoEConfig, SparseMoeBlock, activation
+from engine_side.embedded.mla import MLAConfig, MLAttention
+from engine_side.embedded.moe import CorrectedTopK, FusedMoE, GroupedTopK, MoEConfig, SparseMoeBlock, activation
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.weights import default_weight_loader
 
@@ -27,11 +28,19 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class MLP(nn.Module):
-    """Gated feed-forward with a fused `gate_up_proj`."""
+    """Gated feed-forward with a fused `gate_up_proj`; `size` None takes the config's intermediate size."""
 
-    def __init__(self, config: ModelConfig, bias: bool, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        bias: bool,
+        dtype: torch.dtype,
+        tp: Parallel,
+        layout: Layout,
+        size: int | None = None,
+    ) -> None:
         super().__init__()
-        hidden, size = config.hidden_size, config.intermediate_size
+        hidden, size = config.hidden_size, size or config.intermediate_size
         self.act = activation(config.hidden_act)
         self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, dtype, tp, layout)
         self.down_proj = RowParallelLinear(size, hidden, bias, dtype, tp, layout)
@@ -59,14 +68,16 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, layers, final norm. `rope_dim`: how many numbers of a head are rotated."""
 
-    def __init__(self, config: ModelConfig, embedding: nn.Module, layers: list[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, embedding: nn.Module, layers: list[nn.Module], rope_dim: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.embed_tokens = embedding
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
+        self.rotary_emb = RotaryEmbedding(config.rope, rope_dim)
 
     def forward(self, step: Step) -> torch.Tensor:
         """The last hidden states [n, hidden] of the step's tokens."""
@@ -81,14 +92,16 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A decoder with a head. Families override the class methods that read their own config fields."""
 
-    stacked: ClassVar[Mapping[str, tuple[str, object]]] = {
+    stacked: Mapping[str, tuple[str, object]] = {
         "q_proj": ("qkv_proj", "q"),
         "k_proj": ("qkv_proj", "k"),
         "v_proj": ("qkv_proj", "v"),
         "gate_proj": ("gate_up_proj", 0),
         "up_proj": ("gate_up_proj", 1),
     }
-    """Path segment in a checkpoint -> segment here and shard id."""
+    """Path segment in a checkpoint -> segment here and shard id. An instance may have a table of its own."""
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Last two segments in a checkpoint -> last two segments here, for what is kept in another module."""
     experts: ClassVar[Mapping[str, tuple[str, str]]] = {
         "gate_proj": ("w13_weight", "w1"),
         "up_proj": ("w13_weight", "w3"),
@@ -109,7 +122,7 @@ class CausalLM(nn.Module):
             )
             for index in range(config.num_layers)
         ]
-        self.model = Decoder(config, embedding, layers, dtype)
+        self.model = Decoder(config, embedding, layers, self.rope_dim(config), dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype, tp, layout)
         if config.tied:
             self.lm_head.tie_weights(embedding)
@@ -118,6 +131,11 @@ class CausalLM(nn.Module):
     def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
         """Biases and norms of this family's attention."""
         raise NotImplementedError
+
+    @classmethod
+    def rope_dim(cls, config: ModelConfig) -> int:
+        """How many numbers of each head are rotated."""
+        return config.head_dim
 
     @classmethod
     def make_attention(
@@ -147,7 +165,7 @@ class CausalLM(nn.Module):
         params = dict(self.named_parameters(remove_duplicate=False))
         loaded: set[str] = set()
         for name, tensor in weights:
-            if self.config.tied and name == "lm_head.weight":
+            if self.ignores(name):
                 continue
             target, arguments = self.resolve(name)
             param = params.get(target)
@@ -165,12 +183,20 @@ class CausalLM(nn.Module):
             loaded.add(name)
         return loaded
 
+    def ignores(self, name: str) -> bool:
+        """Is this a tensor that checkpoints of this model may hold and that is not this engine's to load?"""
+        return self.config.tied and name == "lm_head.weight"
+
     def resolve(self, name: str) -> tuple[str, dict[str, object]]:
         """Checkpoint name -> parameter path here and the loader's further arguments."""
         parts = name.split(".")
         if len(parts) >= 4 and parts[-4] == "experts" and parts[-3].isdecimal() and parts[-2] in self.experts:
             param, shard = self.experts[parts[-2]]
-            return ".".join([*parts[:-3], param]), {"shard_id": shard, "expert_id": int(parts[-3])}
+            here = f"{param.removesuffix('weight')}{parts[-1]}"
+            return ".".join([*parts[:-3], here]), {"shard_id": shard, "expert_id": int(parts[-3])}
+        moved = self.moved.get(".".join(parts[-2:]))
+        if moved is not None:
+            return ".".join([*parts[:-2], moved]), {}
         if len(parts) >= 2 and parts[-2] in self.stacked:
             fused, shard_id = self.stacked[parts[-2]]
             return ".".join([*parts[:-2], fused, parts[-1]]), {"shard_id": shard_id}
@@ -181,16 +207,24 @@ class CausalLM(nn.Module):
         parts_of: dict[str, list[str]] = {}
         for part, (fused, _) in self.stacked.items():
             parts_of.setdefault(fused, []).append(part)
+        back = {here: there for there, here in self.moved.items()}
         for path, module in self.named_modules():
             parent, _, last = path.rpartition(".")
-            if isinstance(module, FusedMoE):
-                yield from (f"{path}.{i}.{part}.weight" for i in range(module.num_experts) for part in self.experts)
-                continue
+            prefix = f"{parent}." if parent else ""
             for name, _ in module.named_parameters(recurse=False):
-                if module is self.lm_head and self.config.tied:
-                    continue
-                prefix = f"{parent}." if parent else ""
-                yield from (f"{prefix}{part}.{name}" for part in parts_of.get(last, [last]))
+                if isinstance(module, FusedMoE):
+                    yield from self._expert_names(path, module.num_experts, name)
+                elif f"{last}.{name}" in back:
+                    yield prefix + back[f"{last}.{name}"]
+                elif not (module is self.lm_head and self.config.tied):
+                    yield from (f"{prefix}{part}.{name}" for part in parts_of.get(last, [last]))
+
+    def _expert_names(self, path: str, number: int, name: str) -> Iterator[str]:
+        """The checkpoint's names of what the experts at `path` hold as `name`."""
+        for part, (param, _) in self.experts.items():
+            stem = param.removesuffix("weight")
+            if name.startswith(stem):
+                yield from (f"{path}.{i}.{part}.{name.removeprefix(stem)}" for i in range(number))
 
 
 class LlamaForCausalLM(CausalLM):
@@ -234,11 +268,100 @@ class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
         return SparseMoeBlock(routing, config.hidden_size, activation(config.hidden_act), dtype, tp, layout)
 
 
+class DeepseekV2ForCausalLM(CausalLM):
+    """Latent attention; after the first dense layers, routed experts beside shared ones."""
+
+    routing: ClassVar[type[GroupedTopK]] = GroupedTopK
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
+        super().__init__(config, dtype, tp, layout)
+        parts = {name: self.stacked[name] for name in ("gate_proj", "up_proj")}
+        if MLAConfig.of(config).q_lora_rank is not None:
+            parts["q_a_proj"] = ("fused_qkv_a_proj", 0)
+            parts["kv_a_proj_with_mqa"] = ("fused_qkv_a_proj", 1)
+        self.stacked = parts
+
+    @classmethod
+    def rope_dim(cls, config: ModelConfig) -> int:
+        return MLAConfig.of(config).rope_dim
+
+    @classmethod
+    def make_attention(
+        cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout
+    ) -> nn.Module:
+        return MLAttention(config, index, dtype, tp, layout)
+
+    @classmethod
+    def moe_config(cls, config: ModelConfig) -> MoEConfig:
+        """Routing of this family's sparse layers, as transformers reads it."""
+        raw = config.raw
+        method = raw.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            expected = "greedy | group_limited_greedy"
+            raise ConfigError("unknown routing", where="config.json: topk_method", expected=expected, got=repr(method))
+        grouped = method == "group_limited_greedy"
+        return MoEConfig(
+            experts=int(raw["n_routed_experts"]),
+            top_k=int(raw["num_experts_per_tok"]),
+            intermediate_size=int(raw["moe_intermediate_size"]),
+            renormalize=False,
+            groups=int(raw["n_group"]) if grouped else 1,
+            top_groups=int(raw["topk_group"]) if grouped else 1,
+            scale=float(raw.get("routed_scaling_factor", 1.0)),
+        )
+
+    @classmethod
+    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
+        raw = config.raw
+        if index < int(raw.get("first_k_dense_replace") or 0) or not raw.get("n_routed_experts"):
+            return MLP(config, False, dtype, tp, layout)
+        if raw.get("moe_layer_freq", 1) != 1:
+            got = str(raw["moe_layer_freq"])
+            raise ConfigError("unsupported spacing of sparse layers", where="config.json: moe_layer_freq", got=got)
+        moe, shared = cls.moe_config(config), int(raw.get("n_shared_experts") or 0)
+        beside = MLP(config, False, dtype, tp, layout, moe.intermediate_size * shared) if shared else None
+        act = activation(config.hidden_act)
+        return SparseMoeBlock(
+            moe, config.hidden_size, act, dtype, tp, layout, routing=cls.routing, shared=beside
+        )
+
+
+class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
+    """As DeepSeek-V2, with sigmoid scores and a learned correction of who is chosen."""
+
+    routing: ClassVar[type[GroupedTopK]] = CorrectedTopK
+    moved: ClassVar[Mapping[str, str]] = {"gate.e_score_correction_bias": "routing.e_score_correction_bias"}
+
+    @classmethod
+    def moe_config(cls, config: ModelConfig) -> MoEConfig:
+        raw = config.raw
+        return MoEConfig(
+            experts=int(raw["n_routed_experts"]),
+            top_k=int(raw["num_experts_per_tok"]),
+            intermediate_size=int(raw["moe_intermediate_size"]),
+            renormalize=bool(raw.get("norm_topk_prob", True)),
+            groups=int(raw.get("n_group") or 1),
+            top_groups=int(raw.get("topk_group") or 1),
+            scale=float(raw.get("routed_scaling_factor", 1.0)),
+        )
+
+    def ignores(self, name: str) -> bool:
+        """Checkpoints end with layers that predict further tokens; no decoder of this engine runs them."""
+        parts = name.split(".")
+        further = int(self.config.raw.get("num_nextn_predict_layers") or 0)
+        first = self.config.num_layers
+        if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal():
+            return first <= int(parts[2]) < first + further
+        return super().ignores(name)
+
+
 ARCHITECTURES: Mapping[str, type[CausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "Qwen2ForCausalLM": Qwen2ForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
     "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
+    "DeepseekV2ForCausalLM": DeepseekV2ForCausalLM,
+    "DeepseekV3ForCausalLM": DeepseekV3ForCausalLM,
 }
 """`architectures[0]` of a checkpoint -> model class."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
 from bridge.deadline import Deadline
-from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded, EngineQuarantined
+from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
 from bridge.wire import Completion, Sampling
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.kv import BlockPool
@@ -18,7 +19,11 @@ from engine_side.embedded.runner import Batch, ModelRunner
 from engine_side.embedded.sampler import sample, stream
 from engine_side.embedded.scheduler import Request, Scheduler
 
+log = logging.getLogger(__name__)
+
 PAUSE_MODES = ("drain", "abort", "keep")
+CURRENT, BASE = "current", "base"
+"""What `generate` takes for an adapter besides the name of a loaded one: what was published last, and the base."""
 
 
 class Engine:
@@ -28,6 +33,7 @@ class Engine:
 
     Attributes:
         weight_version: the version that completions report; set by the bridge at commit.
+        adapter: the loaded adapter that `generate(adapter="current")` uses; None is the base model.
         steps: forwards of the scheduler so far.
     """
 
@@ -35,6 +41,7 @@ class Engine:
         """Blocks until weights are loaded in all ranks. Raises ConfigError, IntegrityError, PeerLost."""
         self.config = config
         self.weight_version = 0
+        self.adapter: str | None = None
         self.steps = 0
         self._ranks = Ranks(config)
         limits = self._ranks.runner.limits
@@ -45,6 +52,7 @@ class Engine:
         self._gate_open = True  # False: new calls of generate wait
         self._scheduling = True  # False: only privileged requests run
         self._refusal: str | None = None
+        self._retired: set[str] = set()  # adapters that are dropped as soon as no request uses them
         self._stepping = False
         self._visitors = 0  # callers that want the execution lock: the stepping thread lets them go first
         self._closed = False
@@ -70,12 +78,19 @@ class Engine:
     # -- generation -------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling | None = None, *, past_gate: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        adapter: str = CURRENT,
+        *,
+        past_gate: bool = False,
     ) -> list[Completion]:
         """One completion per prompt, in order; a stop token is part of its completion.
 
-        Blocks until all are done, and while the engine is paused. `past_gate` runs although paused or quarantined.
-        Raises EngineQuarantined, Closed, ConfigError (bad prompt), PeerLost (a rank died).
+        `adapter` is "current" (what is published when a request first runs), "base", or the name of a loaded LoRA
+        adapter; a request keeps what it began with, whatever is published while it runs. Blocks until all are done, and
+        while the engine is paused. `past_gate` runs although paused or quarantined. Raises EngineQuarantined, Closed,
+        NotFound (an adapter that is not loaded, or retired), ConfigError (bad prompt), PeerLost (a rank died).
         """
         sampling = sampling or Sampling()
         tokens = self.runner.check(prompts)
@@ -83,7 +98,9 @@ class Engine:
         with self._changed:
             self._changed.wait_for(lambda: past_gate or self._gate_open or self._refusal is not None or self._closed)
             self._check_open(past_gate)
+            named = None if adapter == CURRENT else self._named(adapter)
             for request in requests:
+                request.adapter, request.follows = named, adapter == CURRENT
                 if not sampling.max_tokens or len(request.tokens) >= self._scheduler.max_seq_len:
                     request.version, request.reason = self.weight_version, "length"
             self._scheduler.add(r for r in requests if not r.done)
@@ -98,11 +115,19 @@ class Engine:
                 raise request.error
         return [request.completion() for request in requests]
 
-    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of token i+1 given tokens 0..i, past the scheduler on fresh KV; works while paused."""
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]], adapter: str = CURRENT) -> list[list[float]]:
+        """Log-probability of token i+1 given tokens 0..i, past the scheduler on fresh KV; works while paused. `adapter`
+        as for `generate`. Raises ConfigError, NotFound, PeerLost."""
         tokens = self.runner.check(prompts)
         with self._exclusive(Deadline.after(self.config.timeout_s)):
-            return self._ranks.prompt_logprobs(tokens)
+            with self._changed:
+                named = self.adapter if adapter == CURRENT else self._named(adapter)
+            return self._ranks.prompt_logprobs(tokens, named)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters that are loaded now, retired ones that still run included."""
+        return self.runner.adapters
 
     # -- what the bridge calls --------------------------------------------------------------------------------------
 
@@ -140,6 +165,24 @@ class Engine:
         """Why `generate` raises EngineQuarantined now; None when it does not."""
         return self._refusal
 
+    def publish(self, version: int, adapter: str | None = None) -> None:
+        """What completions report and "current" means from now on; requests that have begun keep what they have. Raises
+        NotFound for an adapter that is not loaded, or retired."""
+        with self._changed:
+            if adapter is not None:
+                self._named(adapter)
+            self.weight_version, self.adapter = version, adapter
+            self._changed.notify_all()  # the one before may be free to go
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Drop these adapters in every rank, between two steps, as soon as no request uses them and none of them is the
+        published one: at once where that is so, without waiting for requests. Nobody can ask for them by name any more.
+        Unknown names are ignored. Raises PeerLost, Closed."""
+        with self._changed:
+            self._retired |= set(names).intersection(self.adapters)
+        with self._exclusive(Deadline.after(self.config.timeout_s)):
+            self._drop_unused()
+
     def refuse(self, reason: str | None) -> None:
         """Make `generate` raise EngineQuarantined, also for calls that wait or run now; None lifts it."""
         with self._changed:
@@ -160,6 +203,7 @@ class Engine:
         Raises DeadlineExceeded, PeerLost, or what a rank reported.
         """
         with self._exclusive(deadline):
+            self._drop_unused()  # a job may need the slot
             self._ranks.run_job(job, deadline)
 
     def close(self) -> None:
@@ -195,10 +239,15 @@ class Engine:
     def _step(self) -> None:
         """Schedule, compute and book one step. Errors end the requests that took part, never this thread."""
         with self._execution:
+            try:
+                self._drop_unused()
+            except BridgeError:
+                log.exception("an adapter could not be dropped")
             with self._changed:
                 if self._closed:
                     return
-                planned = self._scheduler.schedule(not self._scheduling, self.weight_version)
+                self._end_without_adapter()
+                planned = self._scheduler.schedule(not self._scheduling, self.weight_version, self.adapter)
                 self._stepping = planned is not None
             if planned is None:
                 return
@@ -244,10 +293,51 @@ class Engine:
                 self._visitors -= 1
                 self._changed.notify_all()
 
+    def _drop_unused(self) -> None:
+        """Drop the retired adapters that nobody uses. Called with the execution lock held."""
+        with self._changed:
+            names = self._unused()
+        try:
+            for name in sorted(names):
+                self._ranks.drop_adapter(name)
+        finally:  # ranks that cannot be told are lost for good
+            with self._changed:
+                self._retired.difference_update(names)
+
     # -- helpers, called with the lock held --------------------------------------------------------------------------
 
     def _may_step(self) -> bool:
-        return self._closed or (not self._visitors and self._scheduler.has_work(not self._scheduling))
+        if self._closed or self._visitors:
+            return self._closed
+        return self._scheduler.has_work(not self._scheduling) or bool(self._unused())
+
+    def _unused(self) -> set[str]:
+        """Retired adapters that neither a request nor the published version uses."""
+        if not self._retired:
+            return set()
+        used = {r.adapter for r in (*self._scheduler.running, *self._scheduler.waiting)}
+        return {name for name in self._retired if name not in used and name != self.adapter}
+
+    def _named(self, adapter: str) -> str | None:
+        """The adapter of a request that names one. Raises NotFound."""
+        if adapter == BASE:
+            return None
+        if adapter in self._retired:
+            remedy = 'ask for "current"'
+            raise NotFound("this adapter is retired", where="adapter", got=repr(adapter), remedy=remedy)
+        self.runner.check_adapter(adapter)
+        return adapter
+
+    def _end_without_adapter(self) -> None:
+        """A rank that is asked for an adapter it does not hold would leave the others in the middle of a step."""
+        if self.runner.lora is None:
+            return
+        loaded = {None, *self.adapters}
+        for request in [*self._scheduler.running, *self._scheduler.waiting]:
+            wanted = self.adapter if request.follows else request.adapter
+            if wanted not in loaded:
+                error = NotFound("the adapter of this request was dropped", where="adapter", got=repr(wanted))
+                self._finish([request], "abort", error)
 
     def _ordinary(self) -> list[Request]:
         return [r for r in (*self._scheduler.running, *self._scheduler.waiting) if not r.privileged]

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import xxhash
 
 
+@dataclass(frozen=True)
+class KVShape:
+    """What one layer keeps of each token on this rank: a tensor [heads, width] for each of `widths` (keys and values;
+    a latent attention keeps a single one)."""
+
+    heads: int
+    widths: tuple[int, ...]
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """An attention that keeps something of each token: which layer it is, and what it keeps."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def kv_shape(self) -> KVShape: ...
+
+
 class KVTensors:
-    """Keys and values of every layer: [blocks, block_size, kv heads, head dim], zeros at the start."""
+    """What every layer keeps of past tokens: tensors [blocks, block_size, heads, width], zeros at the start."""
 
-    def __init__(
-        self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layers: Mapping[int, KVShape], blocks: int, block_size: int, dtype: torch.dtype) -> None:
         self.block_size = block_size
-        shape = (2, layers, blocks, block_size, heads, head_dim)
-        # numpy's zeros are not touched until used (calloc), so a large pool costs nothing at the start; they must be
-        # zeros, for what a mask hides is still multiplied.
-        flat = np.zeros(2 * layers * blocks * block_size * heads * head_dim * dtype.itemsize, dtype=np.uint8)
-        self._data = torch.from_numpy(flat).view(dtype).view(shape)
+        self._layers: dict[int, tuple[torch.Tensor, ...]] = {}
+        for index, kept in layers.items():
+            shapes = [(blocks, block_size, kept.heads, width) for width in kept.widths]
+            self._layers[index] = tuple(_zeros(shape, dtype) for shape in shapes)
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer."""
-        return self._data[0, index], self._data[1, index]
+    def layer(self, index: int) -> tuple[torch.Tensor, ...]:
+        """The tensors of one layer, one for each of its `widths`."""
+        return self._layers[index]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # numpy's zeros are not touched until used (calloc), so a large pool costs nothing at the start; they must be
+    # zeros, for what a mask hides is still multiplied.
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(shape)
 
 
 def block_hash(before: bytes, tokens: Sequence[int]) -> bytes:
@@ -33,11 +60,17 @@ def block_hash(before: bytes, tokens: Sequence[int]) -> bytes:
     return xxhash.xxh3_128_digest(before + np.asarray(tokens, dtype=np.int64).tobytes())
 
 
+def chain_start(adapter: str | None) -> bytes:
+    """What the chain of a sequence's block names begins with: keys and values of one adapter serve no other."""
+    return b"" if adapter is None else xxhash.xxh3_128_digest(b"adapter:" + adapter.encode())
+
+
 class BlockPool:
     """Which blocks are free, who shares one, and which hold the keys and values of a known prefix.
 
     A released block keeps its contents and its hash until it is needed again, oldest first. The hash names tokens, not
-    weights: after a weight change only `reset` makes the pool right again.
+    weights: after a weight change only `reset` makes the pool right again. Adapters are named: each has prefixes of its
+    own, and since an adapter's name is never used twice those of one that is gone are never found again.
     """
 
     def __init__(self, blocks: int, block_size: int) -> None:
@@ -53,10 +86,11 @@ class BlockPool:
         """Blocks that nobody uses (they may still be cached)."""
         return len(self._free)
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
-        """Blocks that hold the longest known prefix of `tokens`, at least one token short of it. Takes no share."""
+    def match(self, tokens: Sequence[int], adapter: str | None = None) -> list[int]:
+        """Blocks that hold the longest prefix of `tokens` known under this adapter, at least one token short of it.
+        Takes no share."""
         found: list[int] = []
-        name = b""
+        name = chain_start(adapter)
         for end in range(self.block_size, len(tokens), self.block_size):
             name = block_hash(name, tokens[end - self.block_size : end])
             block = self._by_hash.get(name)

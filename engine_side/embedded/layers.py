@@ -64,8 +64,12 @@ class LinearBase(nn.Module):
         """What this rank alone contributes, without collectives."""
         return self.quant_method.apply(self, x, self.bias)
 
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        """What becomes of all ranks' contributions; linear in them. *(collective, where it is one)*"""
+        return out
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.local(x)
+        return self.finish(self.local(x))
 
 
 class ReplicatedLinear(LinearBase):
@@ -165,8 +169,8 @@ class RowParallelLinear(LinearBase):
     def local(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(self, x, self.bias if self.tp.rank == 0 else None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(self.local(x))
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        return self.tp.all_reduce(out)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -211,8 +215,11 @@ class VocabParallelEmbedding(nn.Module):
         rows = nn.functional.embedding(torch.where(inside, x - self.start, 0), self.weight)
         return rows * inside.unsqueeze(-1)
 
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        return self.tp.all_reduce(out)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(self.local(x))
+        return self.finish(self.local(x))
 
 
 class ParallelLMHead(VocabParallelEmbedding):
@@ -232,5 +239,5 @@ class ParallelLMHead(VocabParallelEmbedding):
     def local(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(self, x, None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_gather(self.local(x), -1)[..., : self.num_embeddings]
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        return self.tp.all_gather(out, -1)[..., : self.num_embeddings]

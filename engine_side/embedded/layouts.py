@@ -162,8 +162,16 @@ class UnquantizedFusedMoEMethod:
         for index in sorted(set(ids.flatten().tolist())):
             rows, slot = torch.where(ids == index)
             w13, w2 = self.expert(layer, index)
-            gate, up = functional.linear(x[rows], w13).chunk(2, dim=-1)
-            y = functional.linear(layer.act(gate) * up, w2) * weights[rows, slot].unsqueeze(-1)
+            routed, deltas = x[rows], layer.deltas
+            both = functional.linear(routed, w13)
+            if deltas is not None:
+                both = deltas.gate_up(both, routed, rows, index)
+            gate, up = both.chunk(2, dim=-1)
+            inner = layer.act(gate) * up
+            y = functional.linear(inner, w2)
+            if deltas is not None:
+                y = deltas.down(y, inner, rows, index)
+            y = y * weights[rows, slot].unsqueeze(-1)
             out.index_add_(0, rows, y.to(out.dtype))
         return out
 

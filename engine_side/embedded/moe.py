@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from bridge.errors import ConfigError, ProtocolError
 from engine_side.embedded.layers import ReplicatedLinear
 from engine_side.embedded.layouts import ExpertsMethod, Layout
 from engine_side.embedded.parallel import Parallel, divide
-from engine_side.embedded.weights import expect_shape, parameter, write
+from engine_side.embedded.weights import default_weight_loader, expect_shape, parameter, write
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,17 +42,51 @@ def activation(name: str) -> Activation:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Routing of one sparse block, as the checkpoint's config gives it."""
+    """Routing of one sparse block, as the checkpoint's config gives it.
+
+    Attributes:
+        groups, top_groups: experts lie in `groups` equal groups, of which a token may use the best `top_groups`.
+        scale: factor on the weights of the chosen experts.
+    """
 
     experts: int
     top_k: int
     intermediate_size: int
     renormalize: bool
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.experts % self.groups or not 0 < self.top_groups <= self.groups:
+            raise ConfigError(
+                "the experts cannot be grouped so",
+                expected=f"{self.experts} experts in equal groups, 1 to all of them used",
+                got=f"{self.groups} groups, {self.top_groups} used",
+            )
+        if not 0 < self.top_k <= self.experts // self.groups * self.top_groups:
+            expected = f"1 to {self.experts // self.groups * self.top_groups}, the experts of the groups that are used"
+            raise ConfigError("a token cannot use so many experts", expected=expected, got=str(self.top_k))
+
+
+class ExpertDeltas(Protocol):
+    """What LoRA adapters add inside one expert, for the tokens [k] that are routed to it; both may work in place."""
+
+    def gate_up(self, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, expert: int) -> torch.Tensor:
+        """`out` [k, 2I] of x [k, hidden] -> the same with the adapters' part."""
+        ...
+
+    def down(self, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, expert: int) -> torch.Tensor:
+        """`out` [k, hidden] of x [k, I] -> the same with the adapters' part."""
+        ...
 
 
 class FusedMoE(nn.Module):
     """All experts of a layer: `w13_weight` [E, 2I, H] (gate over up) and `w2_weight` [E, H, I]; I is divided
     over ranks."""
+
+    deltas: ExpertDeltas | None = None
+    """Set by a LoRA wrapper for the time of one forward."""
 
     def __init__(
         self, config: MoEConfig, hidden: int, act: Activation, dtype: torch.dtype, tp: Parallel, layout: Layout
@@ -99,21 +134,104 @@ class FusedMoE(nn.Module):
         return self.tp.all_reduce(self.local(x, weights, ids))
 
 
-class SparseMoeBlock(nn.Module):
-    """Router and experts; softmax over all experts in float32, then top-k, as transformers does it."""
+class Router(ReplicatedLinear):
+    """Hidden states [n, hidden] -> logits [n, experts]. Never quantised: a flipped choice of expert is no rounding."""
 
-    def __init__(
-        self, config: MoEConfig, hidden: int, act: Activation, dtype: torch.dtype, tp: Parallel, layout: Layout
-    ) -> None:
+    quantizable = False
+
+
+class SoftmaxTopK(nn.Module):
+    """Softmax over all experts in float32, then the best `top_k`. Weights in the hidden states' dtype, as transformers
+    has them in the Qwen families."""
+
+    router_dtype: torch.dtype | None = None
+    """What the logits are computed in, at least; None: in what everything else is."""
+
+    def __init__(self, config: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
-        self.gate = ReplicatedLinear(hidden, config.experts, False, dtype, tp, layout)
-        self.experts = FusedMoE(config, hidden, act, dtype, tp, layout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.gate(x)
+    def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, experts] -> weights, ids [n, top_k]."""
         weights, ids = functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.config.top_k, dim=-1)
         if self.config.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        out: torch.Tensor = self.experts(x, weights.to(x.dtype), ids)
-        return out
+        return weights.to(dtype), ids
+
+
+class GroupedTopK(nn.Module):
+    """DeepSeek-V2: softmax, the groups with the best single expert, of these the best `top_k`. All in float32."""
+
+    router_dtype: torch.dtype | None = torch.float32
+
+    def __init__(self, config: MoEConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, experts] -> weights, ids [n, top_k]."""
+        scores = logits.softmax(dim=-1)
+        weights, ids = self._among_groups(scores, scores, best=1).topk(self.config.top_k, dim=-1)
+        return self._scaled(weights), ids
+
+    def _among_groups(self, scores: torch.Tensor, choice: torch.Tensor, best: int) -> torch.Tensor:
+        """`scores` outside the groups whose `best` experts add up to most in `choice` become -inf."""
+        groups = self.config.groups
+        if groups == 1:
+            return scores
+        ranked = choice.view(len(choice), groups, -1).topk(best, dim=-1).values.sum(dim=-1)
+        outside = torch.ones_like(ranked, dtype=torch.bool)
+        outside.scatter_(1, ranked.topk(self.config.top_groups, dim=-1).indices, False)
+        return scores.masked_fill(outside.repeat_interleave(scores.shape[1] // groups, dim=1), -torch.inf)
+
+    def _scaled(self, weights: torch.Tensor) -> torch.Tensor:
+        if self.config.renormalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self.config.scale
+
+
+class CorrectedTopK(GroupedTopK):
+    """DeepSeek-V3: sigmoid scores; a learned correction decides who is chosen but not the weight. It is trained outside
+    the gradient, which is why trainers hold it as a persistent buffer."""
+
+    def __init__(self, config: MoEConfig, dtype: torch.dtype) -> None:
+        super().__init__(config, dtype)
+        self.e_score_correction_bias = parameter((config.experts,), dtype, default_weight_loader)
+
+    def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n, experts] -> weights, ids [n, top_k]."""
+        scores = logits.sigmoid()
+        choice = scores + self.e_score_correction_bias
+        ids = self._among_groups(choice, choice, best=min(2, self.config.experts // self.config.groups)).topk(
+            self.config.top_k, dim=-1
+        )[1]
+        return self._scaled(scores.gather(1, ids)), ids
+
+
+class SparseMoeBlock(nn.Module):
+    """Router and experts; beside them, where the family has them, experts that every token goes through (`shared`)."""
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        hidden: int,
+        act: Activation,
+        dtype: torch.dtype,
+        tp: Parallel,
+        layout: Layout,
+        *,
+        routing: type[SoftmaxTopK] | type[GroupedTopK] = SoftmaxTopK,
+        shared: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.router_dtype = dtype if routing.router_dtype is None else torch.promote_types(dtype, routing.router_dtype)
+        self.routing = routing(config, self.router_dtype)
+        self.gate = Router(hidden, config.experts, False, self.router_dtype, tp, layout)
+        self.experts = FusedMoE(config, hidden, act, dtype, tp, layout)
+        self.shared_experts = shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.routing(self.gate(x.to(self.router_dtype)), x.dtype)
+        out: torch.Tensor = self.experts(x, weights, ids)
+        return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -51,6 +51,13 @@ class Prompts(Message, tag=True, frozen=True):
     """Take part in one `prompt_logprobs`; not answered."""
 
     prompts: tuple[tuple[Count, ...], ...]
+    adapter: str | None = None
+
+
+class DropAdapter(Message, tag=True, frozen=True):
+    """Drop an adapter that no request uses any more; not answered."""
+
+    name: str
 
 
 class Stop(Message, tag=True, frozen=True):
@@ -64,7 +71,7 @@ class Done(Message, tag=True, frozen=True):
     error: ErrorInfo | None = None
 
 
-Command = Setup | Job | Prompts | Stop | Batch
+Command = Setup | Job | Prompts | DropAdapter | Stop | Batch
 
 
 class Child:
@@ -200,11 +207,17 @@ class Ranks:
         """One step in all ranks; logits [sequences, vocabulary]."""
         return self._in_step(batch, lambda: self.runner.forward(batch))
 
-    def prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: list[list[int]], adapter: str | None = None) -> list[list[float]]:
         """`ModelRunner.prompt_logprobs` in all ranks; rank 0's answer."""
-        self.runner.check(prompts)  # before the children are told: what rank 0 refuses must not leave them waiting
-        message = Prompts(tuple(tuple(p) for p in prompts))
-        return self._in_step(message, lambda: self.runner.prompt_logprobs(prompts))
+        # before the children are told: what rank 0 refuses must not leave them waiting
+        self.runner.check(prompts)
+        self.runner.check_adapter(adapter)
+        message = Prompts(tuple(tuple(p) for p in prompts), adapter)
+        return self._in_step(message, lambda: self.runner.prompt_logprobs(prompts, adapter))
+
+    def drop_adapter(self, name: str) -> None:
+        """Drop an adapter in all ranks. Unknown names are ignored."""
+        self._in_step(DropAdapter(name), lambda: self.runner.drop_adapter(name))
 
     def run_job(self, job: bytes, deadline: Deadline) -> None:
         """Have every rank run `job`, this one in the calling thread; returns when all have."""

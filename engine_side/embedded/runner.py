@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, NotFound
+from bridge.lora import LoraLimits
 from bridge.wire import Count, Message
-from engine_side.embedded.attention import Attention, Step
+from engine_side.embedded.attention import Step
 from engine_side.embedded.config import EngineConfig, Limits, ModelConfig
 from engine_side.embedded.decoder import CausalLM, Weights, model_class
-from engine_side.embedded.kv import KVTensors
+from engine_side.embedded.kv import Cached, KVTensors
 from engine_side.embedded.layouts import layout_of
 from engine_side.embedded.loading import load_checkpoint, load_dummy
+from engine_side.embedded.lora.context import NO_ADAPTER
+from engine_side.embedded.lora.manager import LoraManager
 from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.ties import untie
 from engine_side.embedded.wrappers import unwrap, wrap_linears
 
 T = TypeVar("T")
@@ -28,12 +33,14 @@ _LOGIT_ROWS = 256
 
 
 class Batch(Message, tag=True, frozen=True):
-    """The new tokens of one step: flat token ids, how many of each sequence, their first positions, block tables."""
+    """The new tokens of one step: flat token ids, how many of each sequence, their first positions, block tables; the
+    adapter of each sequence ("" is the base model), or none at all where every sequence uses the base model."""
 
     tokens: tuple[Count, ...]
     counts: tuple[Count, ...]
     starts: tuple[Count, ...]
     tables: tuple[tuple[Count, ...], ...]
+    adapters: tuple[str, ...] = ()
 
 
 class ModelRunner:
@@ -54,8 +61,9 @@ class ModelRunner:
         for module in list(self.model.modules()):
             self.post_load(module)
         if config.wrap_linears:
-            wrap_linears(self.model)
+            wrap_linears(self.model, config.wrap_levels)
         self._kv: KVTensors | None = None
+        self.lora: LoraManager | None = self._make_lora()
 
     @property
     def causal_lm(self) -> CausalLM:
@@ -74,6 +82,72 @@ class ModelRunner:
             load_dummy(model)
         else:
             load_checkpoint(model, Path(self.config.path))
+
+    def _make_lora(self) -> LoraManager | None:
+        c = self.config
+        if not c.max_loras:
+            return None
+        manager = LoraManager(
+            self.model, max_loras=c.max_loras, max_rank=c.max_lora_rank, targets=c.lora_targets, tp=self.tp
+        )
+        manager.warm_up(self._warm_up)  # before the ranks meet: collectives are free, each rank warms up alone
+        return manager
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        self._logprobs([[0]])
+
+    @property
+    def lora_limits(self) -> LoraLimits | None:
+        """What adapters there is room for; None for an engine that was started without LoRA."""
+        return LoraLimits(self.config.max_lora_rank, self.config.max_loras) if self.lora is not None else None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self.lora.names) if self.lora is not None else ()
+
+    def drop_adapter(self, name: str) -> None:
+        """Free its slot. Unknown names are ignored."""
+        if self.lora is not None and name in self.lora.names:
+            self.lora.remove(name)
+
+    def check_adapter(self, name: str | None) -> None:
+        """Raises NotFound for the name of an adapter that is not loaded; None, the base model, always is."""
+        if name is not None and name not in self.adapters:
+            expected = " | ".join(("current", "base", *self.adapters))
+            raise NotFound("the engine holds no such adapter", where="adapter", expected=expected, got=repr(name))
+
+    @contextmanager
+    def _selected(self, adapters: Sequence[str], counts: Sequence[int]) -> Iterator[None]:
+        """Inside, the tokens of each sequence use its adapter. Costs nothing where all use the base model."""
+        if not any(adapters):
+            yield
+            return
+        if self.lora is None:
+            raise NotFound("an adapter was asked of an engine without LoRA", got=repr(sorted(set(adapters))))
+        slots = {name: self.lora.slot(name) if name else NO_ADAPTER for name in adapters}
+        rows = torch.tensor([slots[name] for name in adapters]).repeat_interleave(torch.tensor(counts))
+        with self.lora.context.select(rows):
+            yield
+
+    @contextmanager
+    def _narrowed(self, index: torch.Tensor | slice) -> Iterator[None]:
+        if self.lora is None:
+            yield
+            return
+        with self.lora.context.narrow(index):
+            yield
+
+    @torch.no_grad()
+    def untie(self, names: Sequence[str]) -> bool:
+        """Give tied tensors of these checkpoint names storage of their own, here and in later skeletons. False, and
+        nothing is changed, when one of them cannot be."""
+        config = untie(self.causal_lm, names)
+        if config is None:
+            return False
+        self.model_config = config
+        return True
 
     def skeleton(self) -> CausalLM:
         """The same class, config and parallel state on the meta device, unwrapped, before post-load."""
@@ -96,9 +170,8 @@ class ModelRunner:
         return True
 
     def _make_kv(self, blocks: int) -> KVTensors:
-        heads = next(m.kv_heads for m in self.model.modules() if isinstance(m, Attention))
-        c = self.model_config
-        return KVTensors(c.num_layers, blocks, self.limits.block_size, heads, c.head_dim, self.limits.dtype)
+        layers = {m.layer: m.kv_shape for m in self.model.modules() if isinstance(m, Cached)}
+        return KVTensors(layers, blocks, self.limits.block_size, self.limits.dtype)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -106,9 +179,11 @@ class ModelRunner:
         if self._kv is None:
             self._kv = self._make_kv(self.limits.num_blocks)
         step = Step.build(batch.tokens, batch.counts, batch.starts, batch.tables, self._kv)
-        hidden = self.causal_lm(step)
         last = torch.tensor(batch.counts).cumsum(0) - 1
-        return self.causal_lm.logits(hidden[last])
+        with self._selected(batch.adapters, batch.counts):
+            hidden = self.causal_lm(step)
+            with self._narrowed(last):
+                return self.causal_lm.logits(hidden[last])
 
     def check(self, prompts: Iterable[Sequence[int]]) -> list[list[int]]:
         """The prompts as lists of ints. Raises ConfigError for a prompt that is no sequence of ints, is empty or too
@@ -130,12 +205,15 @@ class ModelRunner:
         return out
 
     @torch.no_grad()
-    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of token i+1 given 0..i, per prompt, on fresh KV that nobody else sees. *(collective)*"""
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]], adapter: str | None = None) -> list[list[float]]:
+        """Log-probability of token i+1 given 0..i, per prompt, on fresh KV that nobody else sees, with this loaded
+        adapter (None: the base model). *(collective)* Raises ConfigError for a bad prompt, NotFound."""
         self.check(prompts)
+        self.check_adapter(adapter)
         answers: list[list[float]] = []
         for group in _groups(prompts):
-            answers += self._logprobs(group)
+            with self._selected([adapter or ""], [sum(map(len, group))]):
+                answers += self._logprobs(group)
         return answers
 
     def _logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -152,7 +230,8 @@ class ModelRunner:
         flat: list[float] = []
         for start in range(0, len(tokens), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
-            logits = self.causal_lm.logits(hidden[rows]).float().log_softmax(dim=-1)
+            with self._narrowed(rows):
+                logits = self.causal_lm.logits(hidden[rows]).float().log_softmax(dim=-1)
             flat += logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1).tolist()
         answers: list[list[float]] = []
         for count in counts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from bridge.errors import BridgeError
 from bridge.wire import Completion, Sampling
-from engine_side.embedded.kv import BlockPool, block_hash
+from engine_side.embedded.kv import BlockPool, block_hash, chain_start
 from engine_side.embedded.runner import Batch
 
 _STEP_TOKENS = 8192
@@ -22,12 +22,18 @@ _STEP_TOKENS = 8192
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way to a completion. `tokens` is prompt and output; `computed` of them have keys and values."""
+    """One prompt on its way to a completion. `tokens` is prompt and output; `computed` of them have keys and values.
+
+    `adapter` is what it runs with to its end, None for the base model. While it `follows` it has not begun: it takes
+    the adapter that is published when it first runs, the one that belongs to the version it then reports.
+    """
 
     tokens: list[int]
     sampling: Sampling
     stream: random.Random
     privileged: bool = False
+    adapter: str | None = None
+    follows: bool = False
     prompt_len: int = 0
     computed: int = 0
     logprobs: list[float] = field(default_factory=list)
@@ -66,12 +72,15 @@ class Scheduler:
         """Anything to do; with `privileged`, only requests that may pass the gate count."""
         return any(r.privileged or not privileged for r in (*self.running, *self.waiting))
 
-    def schedule(self, privileged: bool, version: int) -> tuple[list[Request], Batch] | None:
+    def schedule(
+        self, privileged: bool, version: int, current: str | None = None
+    ) -> tuple[list[Request], Batch] | None:
         """The next step: newly admitted requests if any, else one token for each running one; None when idle.
 
-        With `privileged`, only requests that may pass the gate run. A request keeps the version it first ran under.
+        With `privileged`, only requests that may pass the gate run. A request keeps the version it first ran under, and
+        the adapter: `current` for one that follows what is published.
         """
-        chosen = self._admit(privileged)
+        chosen = self._admit(privileged, current)
         if not chosen:
             chosen = self._decode(privileged)
         if not chosen:
@@ -84,13 +93,15 @@ class Scheduler:
             tuple(len(r.tokens) - r.computed for r in chosen),
             tuple(r.computed for r in chosen),
             tuple(tuple(r.blocks) for r in chosen),
+            tuple(r.adapter or "" for r in chosen) if any(r.adapter for r in chosen) else (),
         )
 
-    def _admit(self, privileged: bool) -> list[Request]:
+    def _admit(self, privileged: bool, current: str | None) -> list[Request]:
         chosen: list[Request] = []
         longest = 0
         for request in [r for r in self.waiting if r.privileged or not privileged]:
-            cached = self.pool.match(request.tokens)
+            adapter = current if request.follows else request.adapter
+            cached = self.pool.match(request.tokens, adapter)
             fresh = len(request.tokens) - len(cached) * self.pool.block_size
             longest = max(longest, fresh)
             if chosen and longest * (len(chosen) + 1) > _STEP_TOKENS:
@@ -105,6 +116,7 @@ class Scheduler:
             self.pool.share(cached)
             request.blocks = [*cached, *(self.pool.take() for _ in range(need))]
             request.computed = len(cached) * self.pool.block_size
+            request.adapter, request.follows = adapter, False
             self.waiting.remove(request)
             self.running.append(request)
             chosen.append(request)
@@ -169,7 +181,7 @@ class Scheduler:
         """All of `request.tokens` have keys and values now: name the blocks that are full."""
         size = self.pool.block_size
         for index in range(len(request.names), len(request.tokens) // size):
-            before = request.names[-1] if request.names else b""
+            before = request.names[-1] if request.names else chain_start(request.adapter)
             request.names.append(block_hash(before, request.tokens[index * size : (index + 1) * size]))
             self.pool.remember(request.blocks[index], request.names[-1])
 

@@ -18,7 +18,7 @@ from bridge.errors import BridgeError, PeerLost, ProtocolError
 from bridge.wire import ErrorInfo
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.ranks import Command, Done, Job, Jobs, Prompts, Setup, Stop
+from engine_side.embedded.ranks import Command, Done, DropAdapter, Job, Jobs, Prompts, Setup, Stop
 from engine_side.embedded.runner import Batch, ModelRunner
 
 _SEND_S = 30.0
@@ -38,7 +38,9 @@ def serve(channel: Channel) -> None:
         if isinstance(command, Batch):
             runner.forward(command)
         elif isinstance(command, Prompts):
-            runner.prompt_logprobs(command.prompts)
+            runner.prompt_logprobs(command.prompts, command.adapter)
+        elif isinstance(command, DropAdapter):
+            runner.drop_adapter(command.name)
         elif isinstance(command, Job):
             channel.send(Done(command.number, jobs.attempt(command.job)), Deadline.after(_SEND_S))
         elif isinstance(command, Stop):

@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from engine_side.embedded.layers import LinearBase
 
 
-class WrappedLinear(nn.Module):
-    """A linear layer behind `base_layer`. Exposes the same Parameter objects as `weight` and `bias` (`bias` also where
-    it is None), so `named_parameters()` shows them under the wrapper's own path. A Parameter object that is replaced in
-    the base layer later leaves the alias here stale, as in the engines this stands for; `forward` reads the base."""
+class WrappedLayer(nn.Module):
+    """A layer behind `base_layer`.
+
+    It registers the same Parameter objects as the layer itself (`bias` also where it is None, a block-scaled weight's
+    scales too), so `named_parameters()` shows them under the wrapper's own path, and answers every other public name
+    (`num_embeddings`, `quant_method`, ...) with the layer's, through any number of levels. Writes do not reach the
+    layer: a Parameter object that is replaced there later leaves the alias here stale until `mirror`, as in the engines
+    this stands for; `forward` reads the layer.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.mirror()
+
+    @property
+    def core(self) -> nn.Module:
+        """The layer itself, below all wrappers."""
+        return unwrap(self.base_layer)
+
+    def mirror(self) -> None:
+        """Take over the Parameter objects that the layer has now."""
+        # Not register_parameter: it refuses names that the delegation below already answers.
+        self._parameters.clear()
+        self._parameters.update(self.core._parameters)
+        self._parameters.setdefault("bias", None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith("_"):
+                raise
+            return getattr(base, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = self.base_layer(*args, **kwargs)
+        return out
+
+
+class WrappedLinear(WrappedLayer):
+    """A linear layer behind `base_layer`, with nothing added."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, base_layer: LinearBase) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.register_parameter("weight", base_layer.weight)
-        self.register_parameter("bias", base_layer.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.base_layer(x)
-        return out
-
-
-def wrap_linears(model: nn.Module) -> int:
-    """Wrap every linear layer below `model`, in place; returns how many. Called after post-load."""
+def wrap_linears(model: nn.Module, levels: int = 1) -> int:
+    """Wrap every linear layer below `model` `levels` times, in place; returns how many. Called after post-load."""
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, LinearBase)]
     for path, module in found:
+        wrapped: nn.Module = module
+        for _ in range(levels):
+            wrapped = WrappedLinear(wrapped)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, WrappedLinear(module))
+        setattr(model.get_submodule(parent), name, wrapped)
     return len(found)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Walk down any chain of `base_layer`."""
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+    while isinstance(inner := module._modules.get("base_layer"), nn.Module):
         module = inner
     return module

@@ -22,6 +22,24 @@ COMMON = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "moe_intermediate_size": 26,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+}
+GROUPED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 1,
+}
 FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {"head_dim": 12}),
     "llama-biased": (
@@ -69,6 +87,27 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "deepseek-v3": (transformers.DeepseekV3Config, LATENT | GROUPED | {"q_lora_rank": 20}),
+    "deepseek-v3-plain": (  # no low rank for queries, biases, rope in halves, one group, no dense layer
+        transformers.DeepseekV3Config,
+        LATENT
+        | {
+            "q_lora_rank": None,
+            "attention_bias": True,
+            "rope_interleave": False,
+            "n_routed_experts": 5,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "num_hidden_layers": 2,
+        },
+    ),
+    "deepseek-v2": (
+        transformers.DeepseekV2Config,
+        LATENT | GROUPED | {"q_lora_rank": 20, "topk_method": "group_limited_greedy"},
+    ),
 }
 
 
@@ -86,6 +125,10 @@ def make_model(family: str, tied: bool = False, dtype: torch.dtype = torch.float
                 param.normal_(0, 0.3)
             else:
                 param.uniform_(0.6, 1.4)
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved:
+                buffer.normal_(0, 0.2)
     return model.to(dtype).eval()
 
 

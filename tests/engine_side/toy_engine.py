@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from bridge.dtypes import dtype_name
+from bridge.errors import NotFound, UnsupportedLora
+from bridge.lora import AdapterSpec
 from bridge.manifest import Manifest, TensorInfo, lay_out
+from engine_side.adapters.base import AdapterView
 
 Method = Callable[[], Any]
 
@@ -252,8 +255,23 @@ class ToyHost:
             return nn.functional.embedding(x, module.weight)
         raise NotImplementedError
 
-    def prompt_logprobs(self, prompts: Any) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: Any, adapter: str | None = None) -> list[list[float]]:
         raise NotImplementedError
+
+    def untie(self, names: Any) -> bool:
+        return False
+
+    def plan_adapter(self, tensors: Any, spec: AdapterSpec) -> dict[str, str]:
+        raise UnsupportedLora("the toy takes no adapters")
+
+    def load_adapter(self, name: str, tensors: Any, spec: AdapterSpec) -> None:
+        raise UnsupportedLora("the toy takes no adapters")
+
+    def adapter_views(self, name: str) -> list[AdapterView]:
+        raise NotFound("the toy takes no adapters", got=name)
+
+    def remove_adapter(self, name: str) -> None:
+        pass
 
 
 def announced(

@@ -1,0 +1,201 @@
+"""The adapters that act now, as one adapter in portable form: a pair of plain tensors per module of the checkpoint.
+
+    scaling     folded into B, in fp32 or wider, before any cast
+    several     one pair: A stacked, B side by side
+    ranks       padded with zeros to the largest
+    experts     a pair each; a checkpoint tensor that is a block of rows (gate, up) takes those rows of B and all of A
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from bridge.lora import names_of
+from trainer_side.lora.grid import Grid, grid_of
+from trainer_side.lora.reader import lora_parameters
+from trainer_side.lora.values import ActiveAdapter, LoraParameters
+from trainer_side.naming import CanonicalMap
+from trainer_side.source import Computed
+
+Given = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One module of the checkpoint and the part of a live layer's delta that acts on it.
+
+    Attributes:
+        module: its checkpoint name.
+        layer: the live wrapper.
+        rows, columns: which of the logical matrix B A (outputs x inputs).
+        flipped: the checkpoint stores the logical matrix the other way round, so A and B change places.
+    """
+
+    module: str
+    layer: nn.Module
+    embedding: bool
+    expert: int
+    rows: slice
+    columns: slice
+    flipped: bool
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return names_of(self.module, embedding=self.embedding)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All pairs of a model and their one rank; `unfit`: paths of layers that have no such form."""
+
+    pairs: tuple[Pair, ...]
+    rank: int
+    unfit: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Acting:
+    """A wrapper whose adapters act now: where it stands and the name of its weight's live tensor."""
+
+    path: str
+    layer: nn.Module
+    weight: str
+
+
+def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
+    """Cut the acting adapters into pairs. `known` maps live names without ties to checkpoint tensors.
+
+    Reads shapes only. Once per structure and set of active adapters.
+    """
+    by_live: dict[str, list[str]] = {}
+    for tensor in known.tensors:
+        for live in {piece.live for piece in tensor.pieces}:
+            by_live.setdefault(live, []).append(tensor.name)
+    read = {id(one.layer): lora_parameters(one.layer) for one in acting}
+    rank = max((rank_of(p, p.weight) for p in read.values()), default=0)
+    pairs: list[Pair] = []
+    unfit: list[str] = []
+    for one in acting:
+        parameters = read[id(one.layer)]
+        found = [_pair(known, name, one, parameters, rank) for name in by_live.get(one.weight, ())]
+        if not found or any(pair is None for pair in found):
+            unfit.append(one.path)
+        else:
+            pairs += [pair for pair in found if pair is not None]
+    return Plan(tuple(pairs), rank, tuple(unfit))
+
+
+def rank_of(parameters: LoraParameters, weight: torch.Tensor) -> int:
+    """The rank of all adapters of a layer together; of expert parameters, per expert."""
+    experts = _experts(weight)
+    return sum(adapter.a.shape[0] // experts for adapter in parameters.adapters)
+
+
+def _experts(weight: torch.Tensor) -> int:
+    return int(weight.shape[0]) if weight.dim() == 3 else 1
+
+
+def _pair(known: CanonicalMap, name: str, one: Acting, parameters: LoraParameters, rank: int) -> Pair | None:
+    segments = name.split(".")
+    shape = known.live[one.weight].shape
+    grid = grid_of(known.by_name[name], one.weight, shape)
+    if grid is None or len(segments) < 2 or segments[-1] != "weight":
+        return None
+    rows, columns, flipped = _logical(grid, parameters)
+    dtype = acting_dtype(parameters.adapters)
+    outputs, inputs = len(range(*rows.indices(2**62))), len(range(*columns.indices(2**62)))
+    if flipped:
+        outputs, inputs = inputs, outputs
+    return Pair(
+        ".".join(segments[:-1]),
+        one.layer,
+        parameters.kind == "embedding",
+        grid.expert,
+        rows,
+        columns,
+        flipped,
+        torch.empty((rank, inputs), dtype=dtype, device="meta"),
+        torch.empty((outputs, rank), dtype=dtype, device="meta"),
+    )
+
+
+def _logical(grid: Grid, parameters: LoraParameters) -> tuple[slice, slice, bool]:
+    """Rows (outputs), columns (inputs) of B A, and whether the checkpoint's matrix is its transpose.
+
+    A layer's own A and B say which way its inputs go, however it or the checkpoint stores the weight; of a parameter on
+    its own only the checkpoint's orientation is known.
+    """
+    stored_inputs_first = parameters.transposed or parameters.kind == "embedding"
+    rows, columns = (grid.columns, grid.rows) if stored_inputs_first else (grid.rows, grid.columns)
+    flipped = parameters.kind == "parameter" and grid.transposed != stored_inputs_first
+    return rows, columns, flipped
+
+
+def acting_dtype(adapters: Sequence[ActiveAdapter]) -> torch.dtype:
+    """The dtype that holds every one of these adapters' tensors."""
+    dtype = adapters[0].a.dtype
+    for adapter in adapters:
+        dtype = torch.promote_types(dtype, torch.promote_types(adapter.a.dtype, adapter.b.dtype))
+    return dtype
+
+
+class Reader:
+    """Reads each layer once per push. Used by the copying threads; reading twice would do no harm."""
+
+    def __init__(self, given: Given | None) -> None:
+        self._given = given
+        self._read: dict[int, LoraParameters] = {}
+
+    def __call__(self, layer: nn.Module) -> LoraParameters:
+        found = self._read.get(id(layer))
+        if found is None:
+            found = self._read[id(layer)] = lora_parameters(layer)
+        return found
+
+    def values(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        given = tensor if self._given is None else self._given(tensor)
+        return given.detach().to(dtype)
+
+
+def computed(plan: Plan, given: Given | None) -> list[Computed]:
+    """The tensors of the adapter, A and B of each module in turn."""
+    reader = Reader(given)
+    found: list[Computed] = []
+    for pair in plan.pairs:
+        name_a, name_b = pair.names
+        found.append(Computed(name_a, pair.a, partial(_half, pair, plan.rank, reader, True)))
+        found.append(Computed(name_b, pair.b, partial(_half, pair, plan.rank, reader, False)))
+    return found
+
+
+def _half(pair: Pair, rank: int, reader: Reader, wanted_a: bool, dtype: torch.dtype) -> torch.Tensor:
+    """A or B of a module: (rank, inputs) or (outputs, rank), in the dtype it was accumulated in."""
+    parameters = reader(pair.layer)
+    wide = torch.promote_types(torch.float32, acting_dtype(parameters.adapters))
+    experts = _experts(parameters.weight)
+    # the logical B A: whichever half plays A here, stacked as (rank, features)
+    of_a = wanted_a != pair.flipped
+    stacked = []
+    for adapter in parameters.adapters:
+        a, b = _low_rank(adapter, reader, wide)
+        if of_a:
+            stacked.append(a.reshape(experts, -1, a.shape[-1])[pair.expert][:, pair.columns])
+        else:
+            stacked.append(b.reshape(b.shape[0], -1, experts)[pair.rows, :, pair.expert].T)
+        if not wanted_a:
+            stacked[-1] = adapter.scaling * stacked[-1]
+    half = torch.cat(stacked) if len(stacked) > 1 else stacked[0]
+    if half.shape[0] < rank:
+        half = torch.cat((half, half.new_zeros(rank - half.shape[0], half.shape[1])))
+    return (half if wanted_a else half.T).contiguous()
+
+
+def _low_rank(adapter: ActiveAdapter, reader: Reader, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return reader.values(adapter.a, wide), reader.values(adapter.b, wide)

@@ -1,0 +1,194 @@
+"""What each mode can carry, as a table: read by `choose`, printed in the README. Every refusal comes from a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from bridge.errors import UnsupportedLora
+
+
+class Feature(Enum):
+    """Something that a layer, or the model, has now."""
+
+    PLAIN = "Linear, Conv1D, rsLoRA, patterns, `set_scale`"
+    SEVERAL = "several active adapters, plain"
+    EMBEDDING = "Embedding LoRA"
+    LORA_BIAS = "`lora_bias`, base has a bias"
+    LORA_BIAS_ALONE = "`lora_bias`, base has no bias"
+    DORA = "DoRA"
+    EXPANDED = "KaSA, BD-LoRA"
+    CHANGED_BASE = "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA"
+    PER_TOKEN = "aLoRA, Arrow"
+    EXPERTS = "expert parameters (3-D)"
+    NO_ROWS = "a weight that the checkpoint stores in another shape"
+    BASE_TRAINED = "`bias=\"all\"/\"lora_only\"`, trained base tensors"
+    SAVED = "`modules_to_save`"
+    TOKENS = "trainable tokens"
+    TIED = "LoRA on one tied end"
+    MERGED = "adapters merged in place"
+    MERGED_DISABLED = "adapters merged, then disabled"
+    DISABLED = "adapters disabled"
+    INACTIVE = "no adapter active"
+    QUANTISED = "quantised base"
+    CONVOLUTION = "ConvNd, groups = 1"
+    NO_SINGLE_WEIGHT = "convolution with groups or padding mode"
+    ATTENTION = "`nn.MultiheadAttention`"
+    SHARDED = "sharded, empty or meta tensor"
+    UNKNOWN = "unknown variant or tuner, uncovered trainable"
+    UNREADABLE = "a layer whose effective weight cannot be read"
+    RANK = "rank above the engines' maximum, or engine without LoRA"
+
+
+MODES = ("base", "merged", "adapter")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a mode carries a feature; `text` says how, or why not."""
+
+    ok: bool
+    text: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in ("yes" if self.ok else "refused", self.text) if part)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One feature and what each mode does with it."""
+
+    feature: Feature
+    base: Verdict
+    merged: Verdict
+    adapter: Verdict
+
+    def verdict(self, mode: str) -> Verdict:
+        return {"base": self.base, "merged": self.merged, "adapter": self.adapter}[mode]
+
+
+def _yes(text: str = "") -> Verdict:
+    return Verdict(True, text)
+
+
+def _no(text: str) -> Verdict:
+    return Verdict(False, text)
+
+
+TABLE: tuple[Row, ...] = (
+    Row(Feature.PLAIN, _yes(), _yes(), _yes("scaling folded into B")),
+    Row(Feature.SEVERAL, _yes(), _yes(), _yes("concatenated along the rank")),
+    Row(Feature.EMBEDDING, _yes(), _yes(), _yes("if the engine wraps its embedding")),
+    Row(Feature.LORA_BIAS, _yes(), _yes("`b + s l`"), _no("the base bias is not sent in adapter mode")),
+    Row(
+        Feature.LORA_BIAS_ALONE,
+        _yes(),
+        _no("the layer has no bias to carry lora_bias"),
+        _no("the layer has no bias to carry lora_bias"),
+    ),
+    Row(Feature.DORA, _yes(), _yes(), _no("the magnitude has no adapter form")),
+    Row(Feature.EXPANDED, _yes("the base as KaSA left it"), _yes(), _yes("as plain LoRA, after expansion")),
+    Row(
+        Feature.CHANGED_BASE,
+        _yes("the changed base"),
+        _yes(),
+        _yes("once the engine's base is bit for bit the trainer's: push it with mode=\"base\" first"),
+    ),
+    Row(Feature.PER_TOKEN, _yes(), _no("its delta depends on the token"), _no("engines do not support it")),
+    Row(Feature.EXPERTS, _yes(), _yes(), _yes("a pair per expert, if the layout of lora_B is known")),
+    Row(Feature.NO_ROWS, _yes(), _yes(), _no("the checkpoint tensor is no block of rows of the live weight")),
+    Row(Feature.BASE_TRAINED, _yes("they are base tensors"), _yes(), _no("trainable outside LoRA")),
+    Row(Feature.SAVED, _no("trainable outside LoRA"), _yes("the copy, under its plain name"), _no("trainable outside LoRA")),
+    Row(Feature.TOKENS, _no("trainable outside LoRA"), _yes("rows replaced"), _no("trainable outside LoRA")),
+    Row(Feature.TIED, _yes(), _yes("as two tensors, if the engine can untie its ends"), _yes("if the engine wraps that end")),
+    Row(Feature.MERGED, _no("the base holds merged adapters"), _yes("as is"), _no("the delta would apply twice")),
+    Row(
+        Feature.MERGED_DISABLED,
+        _no("the base holds merged adapters"),
+        _yes("plain LoRA only: the delta is taken off again, inexact"),
+        _no("no active adapter"),
+    ),
+    Row(Feature.DISABLED, _yes(), _yes("base values, noted"), _no("no active adapter")),
+    Row(Feature.INACTIVE, _yes(), _yes("base values, noted"), _no("no active adapter")),
+    Row(Feature.QUANTISED, _no("packed weights are no checkpoint tensors"), _yes("dequantised, if that can be done"), _yes()),
+    Row(Feature.CONVOLUTION, _yes(), _yes(), _no("engines take adapters of linear layers and embeddings")),
+    Row(Feature.NO_SINGLE_WEIGHT, _yes(), _no("there is no single weight"), _no("there is no single weight")),
+    Row(Feature.ATTENTION, _yes(), _yes("as its forward: `W + 2 delta` on out_proj"), _no("in_proj LoRA is not supported")),
+    Row(Feature.SHARDED, _no("gather it first"), _no("gather it first"), _no("gather it first")),
+    Row(
+        Feature.UNKNOWN,
+        _no("nothing here knows what it computes"),
+        _no("nothing here knows what it computes"),
+        _no("nothing here knows what it computes"),
+    ),
+    Row(Feature.UNREADABLE, _yes(), _no("no single weight does what its forward does"), _no("not as plain A and B")),
+    Row(Feature.RANK, _yes(), _yes(), _no("the engines cannot hold it")),
+)  # fmt: skip
+_ROWS: Mapping[Feature, Row] = {row.feature: row for row in TABLE}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A feature found at one place.
+
+    Attributes:
+        where: the module's path in the base model; "" for the model.
+        names: the tensors concerned, as `named_parameters` gives them.
+        reason: more exact than the row's, where somebody knows more; then the only mode that it speaks of is `mode`.
+    """
+
+    feature: Feature
+    where: str = ""
+    names: tuple[str, ...] = ()
+    reason: str = ""
+
+    def refuses(self, mode: str) -> str | None:
+        """Why this mode cannot carry it; None when it can."""
+        verdict = _ROWS[self.feature].verdict(mode)
+        if verdict.ok:
+            return None
+        return f"{verdict.text} ({self.reason})" if self.reason else verdict.text
+
+
+def refusals(findings: Sequence[Finding], mode: str) -> list[Finding]:
+    """The findings that a mode cannot carry."""
+    return [finding for finding in findings if finding.refuses(mode) is not None]
+
+
+def refuse(findings: Sequence[Finding], mode: str, other: Callable[[str], Sequence[Finding]]) -> UnsupportedLora:
+    """The error for what `mode` cannot carry, with all names and the mode that can.
+
+    `findings` must hold a refused one; `other(mode)` gives what was found for another mode.
+    """
+    bad = refusals(findings, mode)
+    first = bad[0]
+    where = first.where or (first.names[0] if first.names else "the model")
+    kind = first.feature.value.replace("`", "")
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    return UnsupportedLora(
+        f"{where}: {kind} cannot be pushed in {mode} mode: {first.refuses(mode)}{more}",
+        where=_some(tuple(dict.fromkeys(f.where or "the model" for f in bad))),
+        expected=f"what the {mode} column of the capability table allows",
+        got="; ".join(dict.fromkeys(f"{f.feature.value.replace('`', '')}: {f.refuses(mode)}" for f in bad)),
+        remedy=_remedy(mode, other),
+        names=tuple(dict.fromkeys(name for finding in bad for name in (finding.names or (finding.where,)))),
+    )
+
+
+def _remedy(mode: str, other: Callable[[str], Sequence[Finding]]) -> str:
+    able = [m for m in ("merged", "base", "adapter") if m != mode and not refusals(other(m), m)]
+    if able:
+        return "use " + " or ".join(f'mode="{m}"' for m in able)
+    return "no mode can carry this: remove the module from the adapter, or unload it"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def capability_table() -> str:
+    """The table as Markdown, for the README."""
+    lines = ["| feature | " + " | ".join(MODES) + " |", "|---|---|---|---|"]
+    lines += [f"| {row.feature.value} | " + " | ".join(str(row.verdict(m)) for m in MODES) + " |" for row in TABLE]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,107 @@
+"""What a model's LoRA wrappers are set to now. Cheap and comparable: taken before and after each push, since a scaling,
+a merge or `disable_adapter()` changes the effective weights without changing a tensor's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from trainer_side.lora.tree import Kind, Wrapper
+
+_KEYED = {
+    Kind.LORA: ("lora_A", "lora_embedding_A"),
+    Kind.SAVED: ("modules_to_save",),
+    Kind.TOKENS: ("trainable_tokens_delta",),
+    Kind.UNKNOWN: (),
+}
+
+
+@dataclass(frozen=True)
+class WrapperState:
+    """One wrapper: whether it is disabled, what is merged into its base, what is active, each adapter's scaling, which
+    adapters it owns."""
+
+    path: str
+    disabled: bool
+    merged: tuple[str, ...]
+    active: tuple[str, ...]
+    scaling: tuple[tuple[str, float], ...]
+    owned: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoraState:
+    """All wrappers of a model, in the order of its tree.
+
+    Attributes:
+        structure: counts up whenever modules were found changed: an adapter added or deleted, a layer replaced.
+    """
+
+    structure: int
+    wrappers: tuple[WrapperState, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all adapters that some wrapper owns, in order."""
+        return tuple(dict.fromkeys(name for wrapper in self.wrappers for name in wrapper.owned))
+
+
+def read(wrapper: Wrapper) -> WrapperState:
+    """What a wrapper is set to now. A few microseconds."""
+    holder = wrapper.holder
+    scaling = getattr(holder, "scaling", None) if wrapper.kind is Kind.LORA else None
+    return WrapperState(
+        wrapper.path,
+        _flag(holder),
+        _names(getattr(holder, "merged_adapters", ())),
+        active_of(holder),
+        tuple((name, float(s)) for name, s in scaling.items()) if isinstance(scaling, Mapping) else (),
+        owned_by(wrapper),
+    )
+
+
+def active_of(module: nn.Module) -> tuple[str, ...]:
+    """The active adapters of a tuner's layer, in order; some layers of theirs the module may lack."""
+    found = getattr(module, "active_adapters", None)
+    return _names(getattr(module, "active_adapter", ()) if found is None or callable(found) else found)
+
+
+def owned_by(wrapper: Wrapper) -> tuple[str, ...]:
+    """The adapters that a wrapper has tensors for."""
+    holder = wrapper.holder
+    owned: dict[str, None] = {}
+    for container in _KEYED[wrapper.kind]:
+        held = holder._modules.get(container)
+        if held is not None:
+            owned.update(dict.fromkeys((*held._modules, *held._parameters)))
+    return tuple(owned)
+
+
+def copy_in_use(wrapper: Wrapper) -> str | None:
+    """The adapter whose copy a `modules_to_save` wrapper computes with; None: the original module."""
+    state = read(wrapper)
+    # As its forward decides: one active adapter that it does not know sends everything to the original.
+    if state.disabled or not state.active or not set(state.active) <= set(state.owned):
+        return None
+    return state.active[0]
+
+
+def tokens_in_use(wrapper: Wrapper) -> tuple[str, ...]:
+    """The adapters whose rows replace those of the base now, of a trainable-tokens wrapper."""
+    state = read(wrapper)
+    if state.disabled or state.merged:
+        return ()
+    return tuple(name for name in state.active if name in state.owned)
+
+
+def _flag(module: nn.Module) -> bool:
+    found = getattr(module, "disable_adapters", None)
+    return bool(getattr(module, "_disable_adapters", False) if found is None or callable(found) else found)
+
+
+def _names(found: object) -> tuple[str, ...]:
+    if isinstance(found, str):
+        return (found,)
+    return tuple(map(str, found)) if isinstance(found, Iterable) else ()

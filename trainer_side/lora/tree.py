@@ -1,0 +1,402 @@
+"""Where a model with PEFT-style wrappers keeps what: its base tensors by their plain names, its adapters' tensors, its
+wrappers. Found by structure alone: no name is searched for a pattern, so modules called `lora_gate` or `default` and
+adapters called `lora_x` are what they are.
+
+Three names of one tensor, by the example of a compiled PEFT model:
+
+    raw     _orig_mod.base_model.model.model.layers.0.mlp.up_proj.base_layer.weight    as `named_parameters` gives it
+    live    model.layers.0.mlp.up_proj.base_layer.weight     from the model inside, without the wrappers that only hold
+    clean   model.layers.0.mlp.up_proj.weight                what the base model itself calls it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import nn
+
+from trainer_side.lora.reader import lora_parameters
+from trainer_side.naming import RESERVED, ROOT_WRAPPER, _wrapped_child
+
+CONTAINERS = frozenset(
+    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}
+)
+"""Attributes of a LoRA layer whose tensors, keyed by adapter, the reader knows."""
+_PREFIXES: tuple[tuple[str, ...], ...] = ((), ("base_model", "model"), ("model",))
+"""What names begin with when they come from a PEFT model, or its tuner, around the model that was bound."""
+
+
+class Kind(Enum):
+    """What a wrapper is."""
+
+    LORA = "LoRA"
+    SAVED = "modules_to_save"
+    TOKENS = "trainable tokens"
+    UNKNOWN = "a tuner that is not LoRA"
+
+
+@dataclass(frozen=True, eq=False)
+class Wrapper:
+    """A module that stands around a base layer. Compared by identity.
+
+    Attributes:
+        path: of the layer that it wraps, in the base model.
+        module: the live module.
+        attribute: the one parameter that it acts on, for PEFT's `target_parameters`; None: the layer's weight.
+    """
+
+    path: str
+    module: nn.Module
+    kind: Kind
+    attribute: str | None = None
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has the adapters and their state: of trainable tokens the one inside."""
+        return self.module._modules.get("token_adapter") or self.module
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where one tensor of the base model lives, or of a copy that `modules_to_save` trains in its stead.
+
+    Attributes:
+        wrappers: those directly around its module, the outermost first.
+        copies: for each `modules_to_save` wrapper on the way the adapter whose copy this is; None: the original's.
+    """
+
+    raw: str
+    live: str
+    clean: str
+    owner: nn.Module
+    attribute: str
+    buffer: bool
+    wrappers: tuple[Wrapper, ...] = ()
+    copies: tuple[tuple[Wrapper, str | None], ...] = ()
+
+    @property
+    def original(self) -> bool:
+        return all(adapter is None for _, adapter in self.copies)
+
+    @property
+    def registered(self) -> bool:
+        """Whether `named_parameters` shows it: PEFT's attention keeps a merged weight as a plain attribute."""
+        return self.attribute in self.owner._parameters
+
+    def tensor(self) -> torch.Tensor | None:
+        """What lies there now."""
+        found = self.owner._buffers.get(self.attribute) if self.buffer else self.owner._parameters.get(self.attribute)
+        if found is None and not self.buffer:
+            loose = vars(self.owner).get(self.attribute)
+            found = loose if isinstance(loose, torch.Tensor) else None
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Extra:
+    """A tensor that a wrapper adds: of an adapter, or of something that is no LoRA.
+
+    Attributes:
+        wrapper: None for what hangs on the PEFT model itself (prompt tuning).
+        container: the wrapper's attribute that leads to it.
+        adapter: the key below it; None where the container is no dictionary.
+    """
+
+    raw: str
+    live: str
+    owner: nn.Module
+    attribute: str
+    buffer: bool
+    wrapper: Wrapper | None
+    container: str
+    adapter: str | None
+
+    def tensor(self) -> torch.Tensor | None:
+        """What lies there now."""
+        return (self.owner._buffers if self.buffer else self.owner._parameters).get(self.attribute)
+
+
+Item = Place | Extra
+
+
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """What one module held when the tree was read."""
+
+    module: nn.Module
+    children: tuple[nn.Module | None, ...]
+    names: tuple[str, ...]
+    parameters: frozenset[str]
+
+    def same(self) -> bool:
+        module = self.module
+        children = module._modules
+        if children or self.children:
+            if tuple(children) != self.names:
+                return False
+            if not all(a is b for a, b in zip(children.values(), self.children, strict=True)):
+                return False
+        return _registered(module) == self.parameters
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """One reading of a model. Compared by identity; `unchanged` says whether it still holds."""
+
+    model: nn.Module
+    inner: nn.Module
+    places: tuple[Place, ...]
+    extras: tuple[Extra, ...]
+    wrappers: tuple[Wrapper, ...]
+    shapes: tuple[_Shape, ...]
+    peft_root: bool
+    names: Mapping[str, Item] = field(default_factory=dict)
+    clean: Mapping[str, Place] = field(default_factory=dict)
+
+    def unchanged(self) -> bool:
+        """Whether the same modules hold the same parameters as when this was read. About a microsecond per module."""
+        return all(shape.same() for shape in self.shapes)
+
+    def find(self, name: str) -> Item | None:
+        """The tensor that an iterable over the model, from outside or inside its wrappers, calls so."""
+        found = self.names.get(name)
+        if found is not None:
+            return found
+        segments = [s for s in name.split(".") if s not in RESERVED]
+        while True:
+            for prefix in _PREFIXES:
+                if tuple(segments[: len(prefix)]) == prefix:
+                    found = self.names.get(".".join(segments[len(prefix) :]))
+                    if found is not None:
+                        return found
+            if len(segments) < 2 or segments[0] != ROOT_WRAPPER:
+                return None
+            segments = segments[1:]
+
+
+def read_tree(model: nn.Module) -> Tree:
+    """Walk a model. Reads no values and changes nothing; milliseconds."""
+    walker = _Walker()
+    walker.visit(model, "", "", "", root=True)
+    inner = inner_model(model)
+    names: dict[str, Item] = {}
+    items: list[Item] = [*walker.places, *walker.extras]
+    for item in items:
+        names.setdefault(item.live, item)
+    # A raw name is exact, so it wins over what another tensor is called from further inside.
+    names.update({item.raw: item for item in items})
+    clean: dict[str, Place] = {}
+    for place in walker.places:
+        if place.original:
+            clean.setdefault(place.clean, place)
+    return Tree(
+        model,
+        inner,
+        tuple(walker.places),
+        tuple(walker.extras),
+        tuple(walker.wrappers),
+        tuple(walker.shapes),
+        walker.peft_root,
+        names,
+        clean,
+    )
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What kind of wrapper a module is, by what it holds; None for an ordinary module."""
+    children = module._modules
+    if isinstance(children.get("token_adapter"), nn.Module):
+        return Kind.TOKENS
+    if isinstance(children.get("modules_to_save"), nn.ModuleDict) and "original_module" in children:
+        return Kind.SAVED
+    if not isinstance(children.get("base_layer"), nn.Module):
+        return None
+    if "trainable_tokens_delta" in children:
+        return Kind.TOKENS
+    if "lora_A" in children or "lora_embedding_A" in children:
+        return Kind.LORA
+    # A module of the user's own may well have a child called base_layer; tuners keep a list of what they merged.
+    return Kind.UNKNOWN if hasattr(module, "merged_adapters") else None
+
+
+def peft_child(module: nn.Module) -> str | None:
+    """The name of the model inside a PEFT model or its tuner; None for other modules."""
+    children = module._modules
+    if children.get("base_model") is not None and isinstance(getattr(module, "peft_config", None), Mapping):
+        return "base_model"
+    # An injected model carries a `peft_config` too, and often a child called `model`; only tuners inject.
+    if tuple(children) == ("model",) and callable(getattr(type(module), "inject_adapter", None)):
+        return "model"
+    return None
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside any chain of wrappers and PEFT models around it."""
+    while True:
+        name = peft_child(model) or _wrapped_child(model, root=True)
+        child = None if name is None else model._modules.get(name)
+        if child is None:
+            return model
+        model = child
+
+
+def _registered(module: nn.Module) -> frozenset[str]:
+    return frozenset([name for name, parameter in module._parameters.items() if parameter is not None])
+
+
+class _Walker:
+    """Collects while it goes down the tree."""
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self.extras: list[Extra] = []
+        self.wrappers: list[Wrapper] = []
+        self.shapes: list[_Shape] = []
+        self.peft_root = False
+
+    def visit(
+        self,
+        module: nn.Module,
+        raw: str,
+        live: str,
+        clean: str,
+        *,
+        around: tuple[Wrapper, ...] = (),
+        copies: tuple[tuple[Wrapper, str | None], ...] = (),
+        root: bool = False,
+    ) -> None:
+        self._remember(module)
+        inside = peft_child(module)
+        if inside is not None:
+            self.peft_root = True
+            self._rest(module, raw, live, None, inside)
+            child = module.get_submodule(inside)
+            self.visit(child, f"{raw}{inside}.", live, clean, around=around, copies=copies, root=root)
+            return
+        kind = kind_of(module)
+        if kind is not None:
+            self._wrapper(module, kind, (raw, live, clean), around, copies)
+            return
+        self._own(module, (raw, live, clean), around, copies)
+        hop = _wrapped_child(module, root=root)
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if name == hop:
+                self.visit(child, f"{raw}{name}.", live, clean, around=around, copies=copies, root=root)
+            else:
+                self.visit(child, f"{raw}{name}.", f"{live}{name}.", f"{clean}{name}.", copies=copies)
+
+    def _remember(self, module: nn.Module) -> None:
+        children = module._modules
+        self.shapes.append(_Shape(module, tuple(children.values()), tuple(children), _registered(module)))
+
+    def _own(
+        self,
+        module: nn.Module,
+        at: tuple[str, str, str],
+        around: tuple[Wrapper, ...],
+        copies: tuple[tuple[Wrapper, str | None], ...],
+    ) -> None:
+        raw, live, clean = at
+        parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
+        loose = list(_loose(module, around)) if around else []
+        buffers = [
+            name
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+        for names, buffer in ((parameters + loose, False), (buffers, True)):
+            for name in names:
+                self.places.append(Place(raw + name, live + name, clean + name, module, name, buffer, around, copies))
+
+    def _wrapper(
+        self,
+        module: nn.Module,
+        kind: Kind,
+        at: tuple[str, str, str],
+        around: tuple[Wrapper, ...],
+        copies: tuple[tuple[Wrapper, str | None], ...],
+    ) -> None:
+        raw, live, clean = at
+        attribute = vars(module).get("parameter_name")
+        wrapper = Wrapper(clean.removesuffix("."), module, kind, attribute if isinstance(attribute, str) else None)
+        self.wrappers.append(wrapper)
+        children = module._modules
+        if kind is Kind.SAVED:
+            self._saved(module, wrapper, at, around, copies)
+            return
+        if (tokens := children.get("token_adapter")) is not None:
+            self._rest(module, raw, live, wrapper, "token_adapter")
+            self._remember(tokens)
+            module, raw, live = tokens, f"{raw}token_adapter.", f"{live}token_adapter."
+        self._rest(module, raw, live, wrapper, "base_layer")
+        base = module.get_submodule("base_layer")
+        inner = (f"{raw}base_layer.", f"{live}base_layer.", clean)
+        self.visit(base, *inner, around=(*around, wrapper), copies=copies)
+
+    def _saved(
+        self,
+        module: nn.Module,
+        wrapper: Wrapper,
+        at: tuple[str, str, str],
+        around: tuple[Wrapper, ...],
+        copies: tuple[tuple[Wrapper, str | None], ...],
+    ) -> None:
+        raw, live, clean = at
+        self._rest(module, raw, live, wrapper, "original_module", "modules_to_save")
+        original, saved = module._modules["original_module"], module._modules["modules_to_save"]
+        if original is not None:
+            step = "original_module."
+            self.visit(original, raw + step, live + step, clean, around=around, copies=(*copies, (wrapper, None)))
+        if saved is None:
+            return
+        self._remember(saved)
+        for adapter, copy in saved._modules.items():
+            if copy is not None:
+                step = f"modules_to_save.{adapter}."
+                self.visit(copy, raw + step, live + step, clean, around=around, copies=(*copies, (wrapper, adapter)))
+
+    def _rest(self, module: nn.Module, raw: str, live: str, wrapper: Wrapper | None, *but: str) -> None:
+        """Everything of a wrapper that is not the model inside."""
+        for name, buffer in _tensors(module):
+            self.extras.append(Extra(raw + name, live + name, module, name, buffer, wrapper, name, None))
+        for name, child in module._modules.items():
+            if child is None or name in but:
+                continue
+            keyed = isinstance(child, (nn.ModuleDict, nn.ParameterDict))
+            self._below(child, f"{raw}{name}.", f"{live}{name}.", wrapper, name, None, keyed)
+
+    def _below(
+        self, module: nn.Module, raw: str, live: str, wrapper: Wrapper | None, container: str, adapter: str | None,
+        keyed: bool,
+    ) -> None:  # fmt: skip
+        self._remember(module)
+        for name, buffer in _tensors(module):
+            key = name if keyed else adapter
+            self.extras.append(Extra(raw + name, live + name, module, name, buffer, wrapper, container, key))
+        for name, child in module._modules.items():
+            if child is not None:
+                below = live if name in RESERVED else f"{live}{name}."
+                key = name if keyed else adapter
+                self._below(child, f"{raw}{name}.", below, wrapper, container, key, False)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, bool]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, False
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, True
+
+
+def _loose(module: nn.Module, around: tuple[Wrapper, ...]) -> Iterator[str]:
+    """Weights that stand in for a Parameter that was taken out: PEFT's attention, while merged."""
+    loose = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    if loose:
+        weights = [lora_parameters(wrapper.module).weight for wrapper in around if wrapper.kind is Kind.LORA]
+        yield from (name for name, value in loose.items() if any(value is weight for weight in weights))
