@@ -19,8 +19,8 @@ from engine_side.adapters import claim
 from engine_side.adapters.base import AdapterView, Prompts
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import BASE, CURRENT, Engine
-from engine_side.embedded.lora.manager import LoraManager
 from engine_side.embedded.layers import LinearBase, RMSNorm, VocabParallelEmbedding
+from engine_side.embedded.lora.manager import LoraManager
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
@@ -187,7 +187,7 @@ class EmbeddedRankHost:
                 where="EngineConfig.max_loras",
                 expected="at least 1",
                 got="0",
-                remedy="start it with max_loras=2 (one version serves while the next is loaded), or push merged weights",
+                remedy="start it with max_loras=2 (one serves while the next is loaded), or push mode='merged'",
             )
         return self._runner.lora
 

@@ -22,7 +22,7 @@ from engine_side.embedded.layouts import Layout
 from engine_side.embedded.mla import MLAConfig, MLAttention
 from engine_side.embedded.moe import CorrectedTopK, FusedMoE, GroupedTopK, MoEConfig, SparseMoeBlock, activation
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.weights import default_weight_loader
+from engine_side.embedded.weights import default_weight_loader, stored
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -162,7 +162,11 @@ class CausalLM(nn.Module):
 
         Returns the checkpoint names that were used. Raises UnexpectedTensor or ShapeMismatch, naming the tensor.
         """
-        params = dict(self.named_parameters(remove_duplicate=False))
+        params = {
+            f"{path}.{name}" if path else name: tensor
+            for path, module in self.named_modules(remove_duplicate=False)
+            for name, tensor in stored(module)
+        }
         loaded: set[str] = set()
         for name, tensor in weights:
             if self.ignores(name):
@@ -211,7 +215,7 @@ class CausalLM(nn.Module):
         for path, module in self.named_modules():
             parent, _, last = path.rpartition(".")
             prefix = f"{parent}." if parent else ""
-            for name, _ in module.named_parameters(recurse=False):
+            for name, _ in stored(module):
                 if isinstance(module, FusedMoE):
                     yield from self._expert_names(path, module.num_experts, name)
                 elif f"{last}.{name}" in back:
@@ -321,9 +325,7 @@ class DeepseekV2ForCausalLM(CausalLM):
         moe, shared = cls.moe_config(config), int(raw.get("n_shared_experts") or 0)
         beside = MLP(config, False, dtype, tp, layout, moe.intermediate_size * shared) if shared else None
         act = activation(config.hidden_act)
-        return SparseMoeBlock(
-            moe, config.hidden_size, act, dtype, tp, layout, routing=cls.routing, shared=beside
-        )
+        return SparseMoeBlock(moe, config.hidden_size, act, dtype, tp, layout, routing=cls.routing, shared=beside)
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):

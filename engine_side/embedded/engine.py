@@ -320,6 +320,9 @@ class Engine:
 
     def _named(self, adapter: str) -> str | None:
         """The adapter of a request that names one. Raises NotFound."""
+        if not isinstance(adapter, str):
+            expected = f"{CURRENT!r}, {BASE!r} or the name of a loaded adapter"
+            raise ConfigError("an adapter is asked for by name", where="adapter", expected=expected, got=repr(adapter))
         if adapter == BASE:
             return None
         if adapter in self._retired:

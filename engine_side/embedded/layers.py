@@ -7,7 +7,7 @@ otherwise. Each layer owns its `quant_method`, which alone knows how the weight 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from engine_side.embedded.layouts import Layout, LinearMethod
 from engine_side.embedded.parallel import Parallel, divide
 from engine_side.embedded.weights import default_weight_loader, expect_shape, parameter, write
 
+Adapter = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+"""Rows [k] that use an adapter (None: all), its A [rank, inputs here] and B [outputs here, rank]."""
 VOCAB_ALIGN = 64
 """The vocabulary is padded to a multiple of this, and of the number of ranks."""
 
@@ -67,6 +69,11 @@ class LinearBase(nn.Module):
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         """What becomes of all ranks' contributions; linear in them. *(collective, where it is one)*"""
         return out
+
+    def adapters(self, n: int) -> Iterable[Adapter]:
+        """The LoRA adapters that a call with n rows would add: none here, a LoRA wrapper has its own. For a module that
+        uses this layer's weight without calling the layer, such as an attention with absorbed projections."""
+        return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.finish(self.local(x))

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, IntegrityError, MissingTensor, NotFound
-from engine_side.embedded.decoder import CausalLM
+from engine_side.embedded.decoder import CausalLM, Weights
 
 _DUMMY_SCALE = 1e-3
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""The two ends of a tie, as every supported family's checkpoints name them."""
 
 
 def checkpoint_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -35,7 +37,7 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
     """Fill `model` from `folder`. Raises MissingTensor, naming what the checkpoint lacks, or what load_weights raises
     with the folder in front."""
     try:
-        loaded = model.load_weights(checkpoint_weights(folder))
+        loaded = model.load_weights(with_both_ends(model, checkpoint_weights(folder)))
     except IntegrityError as error:
         where = f"{folder}: {error.where}"
         raise type(error)(
@@ -51,6 +53,18 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
             got=f"{len(missing)} missing",
             names=missing,
         )
+
+
+def with_both_ends(model: CausalLM, weights: Weights) -> Weights:
+    """`weights`, and for a model that was untied after it was built the embedding under the head's name as well: its
+    checkpoint is tied, and holds one tensor for both."""
+    both = not model.config.tied and bool(model.config.raw.get("tie_word_embeddings"))
+    for name, tensor in weights:
+        if both and name == HEAD:
+            continue
+        yield name, tensor
+        if both and name == EMBEDDING:
+            yield HEAD, tensor
 
 
 @torch.no_grad()

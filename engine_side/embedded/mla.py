@@ -3,7 +3,7 @@ tensors that are derived from `kv_b_proj` take queries into its space and its su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from engine_side.embedded.attention import Step, paged_attention, rotate, rotate
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.kv import KVShape
 from engine_side.embedded.layers import (
+    Adapter,
     ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
@@ -85,7 +86,7 @@ class FusedQkvAProj(MergedColumnParallelLinear):
         """[n, hidden] -> [n, sum of outputs]; long prefills in slices, which bounds what a packed kernel holds."""
         if len(x) <= _LATENT_ROWS:
             return self.local(x)
-        return torch.cat([self.local(part) for part in x.split(_LATENT_ROWS)])
+        return torch.cat([self.local(part) for part in torch.split(x, _LATENT_ROWS)])
 
 
 class AbsorbMethod:
@@ -118,7 +119,7 @@ class AbsorbedAttention(nn.Module):
         source, c = self._source[0], self.config
         eye = torch.eye(c.kv_lora_rank, dtype=source.params_dtype, device=source.weight.device)
         whole = source.quant_method.apply(source, eye, None).view(c.kv_lora_rank, self.heads, -1)
-        keys, values = whole.split((c.nope_dim, c.v_dim), dim=-1)
+        keys, values = torch.split(whole, (c.nope_dim, c.v_dim), dim=-1)
         self._derive("w_uk", keys.permute(1, 2, 0))
         self._derive("w_uv", values.transpose(0, 1))
 
@@ -129,19 +130,44 @@ class AbsorbedAttention(nn.Module):
         else:
             setattr(self, name, value.contiguous())
 
-    def forward(self, q: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, step: Step) -> torch.Tensor:
-        """Queries [n, heads, nope + rope], latents [n, latent] and their rotary part [n, rope] -> [n, heads * v]."""
+    def forward(
+        self, q: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, step: Step, adapters: Iterable[Adapter] = ()
+    ) -> torch.Tensor:
+        """Queries [n, heads, nope + rope], latents [n, latent] and their rotary part [n, rope] -> [n, heads * v].
+
+        `adapters` are those of `kv_b_proj`, which nobody calls. A query's adapter holds for all keys and values that it
+        sees: they are of its own sequence.
+        """
         c = self.config
-        nope, turned = q.split((c.nope_dim, c.rope_dim), dim=-1)
+        nope, turned = torch.split(q, (c.nope_dim, c.rope_dim), dim=-1)
         if step.cos is not None and step.sin is not None:
             turn = rotate_interleaved if c.interleaved else rotate
             turned = turn(turned, step.cos, step.sin)
             rope = turn(rope.unsqueeze(1), step.cos, step.sin).squeeze(1)
         (cache,) = step.kv.layer(self.layer)
         cache.view(-1, c.latent)[step.slots] = torch.cat((latent, rope), dim=-1)
-        q = torch.cat((torch.einsum("nhd,hdc->nhc", nope, self.w_uk), turned), dim=-1)
+        pairs = [self._by_heads(adapter) for adapter in adapters]
+        inside = torch.einsum("nhd,hdc->nhc", nope, self.w_uk)
+        for rows, a, keys, _ in pairs:
+            _add(inside, rows, torch.einsum("nhd,hdr->nhr", nope[rows].to(a.dtype), keys) @ a)
+        q = torch.cat((inside, turned), dim=-1)
         sums = paged_attention(q, cache, cache[..., : c.kv_lora_rank], step, c.head_dim**-0.5)
-        return torch.einsum("nhc,hcv->nhv", sums, self.w_uv).flatten(1)
+        out = torch.einsum("nhc,hcv->nhv", sums, self.w_uv)
+        for rows, a, _, values in pairs:
+            _add(out, rows, torch.einsum("nhr,hvr->nhv", sums[rows].to(a.dtype) @ a.t(), values))
+        return out.flatten(1)
+
+    def _by_heads(self, adapter: Adapter) -> tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(rows, A [rank, latent], B of the keys [heads, nope, rank], B of the values [heads, v, rank]), widened."""
+        rows, a, b = adapter
+        wide = torch.promote_types(a.dtype, torch.float32)
+        c, whole = self.config, b.to(wide).view(self.heads, -1, b.shape[1])
+        return slice(None) if rows is None else rows, a.to(wide), whole[:, : c.nope_dim], whole[:, c.nope_dim :]
+
+
+def _add(out: torch.Tensor, rows: torch.Tensor | slice, effect: torch.Tensor) -> None:
+    """Add to some rows in place, rounding once."""
+    out[rows] = (out[rows].to(effect.dtype) + effect).to(out.dtype)
 
 
 class MLAttention(nn.Module):
@@ -175,6 +201,7 @@ class MLAttention(nn.Module):
             low, latents = self.fused_qkv_a_proj(x).split((c.q_lora_rank, c.latent), dim=-1)
             q = self.q_b_proj(self.q_a_layernorm(low))
         latent, rope = latents.split((c.kv_lora_rank, c.rope_dim), dim=-1)
-        heads = self.mla_attn(q.view(len(x), self.heads, c.head_dim), self.kv_a_layernorm(latent), rope, step)
+        adapters = self.kv_b_proj.adapters(len(x))
+        heads = self.mla_attn(q.view(len(x), self.heads, c.head_dim), self.kv_a_layernorm(latent), rope, step, adapters)
         out: torch.Tensor = self.o_proj(heads)
         return out

@@ -14,7 +14,7 @@ from bridge.errors import ConfigError, ProtocolError
 from engine_side.embedded.layers import ReplicatedLinear
 from engine_side.embedded.layouts import ExpertsMethod, Layout
 from engine_side.embedded.parallel import Parallel, divide
-from engine_side.embedded.weights import default_weight_loader, expect_shape, parameter, write
+from engine_side.embedded.weights import expect_shape, parameter, write
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -192,11 +192,13 @@ class GroupedTopK(nn.Module):
 
 class CorrectedTopK(GroupedTopK):
     """DeepSeek-V3: sigmoid scores; a learned correction decides who is chosen but not the weight. It is trained outside
-    the gradient, which is why trainers hold it as a persistent buffer."""
+    the gradient, hence a persistent buffer here as in trainers."""
+
+    e_score_correction_bias: torch.Tensor
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__(config, dtype)
-        self.e_score_correction_bias = parameter((config.experts,), dtype, default_weight_loader)
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, dtype=dtype))
 
     def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [n, experts] -> weights, ids [n, top_k]."""

@@ -88,7 +88,7 @@ class ModelRunner:
         if not c.max_loras:
             return None
         manager = LoraManager(
-            self.model, max_loras=c.max_loras, max_rank=c.max_lora_rank, targets=c.lora_targets, tp=self.tp
+            self.causal_lm, max_loras=c.max_loras, max_rank=c.max_lora_rank, targets=c.lora_targets, tp=self.tp
         )
         manager.warm_up(self._warm_up)  # before the ranks meet: collectives are free, each rank warms up alone
         return manager

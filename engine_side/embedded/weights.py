@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,14 @@ def set_attributes(param: nn.Parameter, **attributes: Any) -> nn.Parameter:
     return param
 
 
+def stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of what checkpoints hold of this one module: its parameters and persistent buffers."""
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
 def expect_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises ShapeMismatch unless the checkpoint tensor is exactly that large; `load_weights` adds its name."""
     if tuple(loaded.shape) != shape:
@@ -38,6 +46,6 @@ def write(dest: torch.Tensor, loaded: torch.Tensor) -> None:
     dest.copy_(loaded)
 
 
-def default_weight_loader(param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
+def default_weight_loader(param: torch.Tensor, loaded: torch.Tensor, shard_id: object = None) -> None:
     """The whole tensor as it stands: norms, replicated weights."""
     write(param.data, loaded)

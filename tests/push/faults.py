@@ -57,7 +57,7 @@ def corrupt_a_byte(rig: Rig, patch: Patch) -> None:
     class Port:
         def call(self, request: Any, deadline: Any) -> Any:
             if isinstance(request, SubmitRequest):
-                arena = rig.b._arena
+                arena = rig.b.arena
                 assert arena is not None
                 slot = next(s for s in range(arena.slots) if getattr(arena.seal_of(s), "version", 0) == request.version)
                 arena.flat(slot)[arena.manifest.by_name[DOWN].offset + 3] ^= 0x80

@@ -33,6 +33,7 @@ from bridge.errors import (
     ShapeMismatch,
     StaleVersion,
     UnexpectedTensor,
+    UnsupportedLora,
 )
 from bridge.ledger import Ledger
 from engine_side.loader import Loader
@@ -119,13 +120,27 @@ def test_a_name_twice_in_two_spellings(which: str, request: pytest.FixtureReques
 
 
 def test_live_names_that_are_not_the_engines_advise_to_bind(unbound: Rig) -> None:
-    prefixed = [(f"base_model.model.{n}", p) for n, p in unbound.named()]
+    prefixed = [(f"policy.{n}", p) for n, p in unbound.named()]
     with (
         unbound.unmoved(),
-        refused(UnexpectedTensor, 5, "base_model.model.model.embed_tokens", "bind the model") as error,
+        refused(UnexpectedTensor, 5, "policy.model.embed_tokens", "bind the model") as error,
     ):
         unbound.b.push(prefixed)
     assert len(error.value.names) == len(prefixed)
+
+
+def test_peft_names_of_the_base_need_no_binding(unbound: Rig) -> None:
+    unbound.step()
+    hop = {n: n.replace("_proj.", "_proj.base_layer.") for n, _ in unbound.named()}
+    receipt = unbound.b.push([(f"base_model.model.{hop[n]}", p) for n, p in unbound.named()])
+    assert receipt.verified is True
+    assert unbound.serves(unbound.model)
+
+
+def test_lora_parameters_without_a_bound_model(unbound: Rig) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    with unbound.unmoved(), refused(UnsupportedLora, 5, name, "without their model", "b.bind"):
+        unbound.b.push([*unbound.named(), (name, torch.zeros(2, 48))])
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------

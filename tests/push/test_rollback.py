@@ -267,7 +267,7 @@ def test_a_rollback_that_is_corrupt_is_refused(rig_of: Callable[..., Rig]) -> No
     rig = rig_of()
     rig.good_push()
     rig.good_push()
-    arena = rig.b._arena
+    arena = rig.b.arena
     assert arena is not None
     slot = next(s for s in range(arena.slots) if getattr(arena.seal_of(s), "version", 0) == 1)
     arena.flat(slot)[arena.manifest.by_name[faults.DOWN].offset] ^= 1

@@ -37,7 +37,9 @@ class ActiveAdapter:
         bias: that of `lora_B` (lora_bias); None without.
         magnitude: DoRA's; None without.
         variant: class name of PEFT's variant, "" for plain LoRA.
-        extra: what a variant holds besides (KaSA's diagonal).
+        extra: what is needed besides to read `a` and `b`: "diagonal" (KaSA's), "blocks_a"/"blocks_b" (BD-LoRA: the
+            number of diagonal blocks), "experts", "swapped" and "layout" (expert parameters), "unknown" (names of what
+            nobody here can read: such an adapter is refused).
     """
 
     name: str
@@ -48,6 +50,21 @@ class ActiveAdapter:
     magnitude: torch.Tensor | None = None
     variant: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of a weight that trainable tokens replace (they do not add to it).
+
+    Attributes:
+        name: PEFT's name of the adapter.
+        indices: the rows.
+        values: (rows, hidden), what they are in the forward.
+    """
+
+    name: str
+    indices: tuple[int, ...]
+    values: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +83,7 @@ class LoraParameters:
         transposed: the weight is stored (in, out): fan_in_fan_out.
         merged: names of the adapters that lie in the weight now.
         owned: names of all adapters that this layer has, acting or not.
+        rows: of trainable tokens, those that stand in the weight's place now.
     """
 
     weight: torch.Tensor
@@ -80,6 +98,7 @@ class LoraParameters:
     transposed: bool = False
     merged: tuple[str, ...] = ()
     owned: tuple[str, ...] = ()
+    rows: tuple[TokenRows, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.weight, self.quant_state, self.A, self.B, self.scaling, self.bias))

@@ -18,6 +18,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.embedded.layers import (
+    Adapter,
     ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
@@ -87,12 +88,10 @@ class BaseLayerWithLoRA(WrappedLayer):
             self.reached = True
         return groups
 
-    def weights(self, n: int, key: PartKey = ONLY) -> Iterator[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-        """(rows [k] or None for all, A [rank, inputs here], B [outputs here, rank]) of every adapter in use by n rows:
-        for a module that uses this layer's weight without calling the layer (absorbed projections)."""
+    def adapters(self, n: int) -> Iterator[Adapter]:
+        """See `LinearBase.adapters`."""
         for group in self.active(n):
-            rank = self._loaded.get(group.slot, {}).get(key)
-            if rank is not None:
+            for key, rank in self._loaded.get(group.slot, {}).items():
                 part = self.parts[key]
                 a = part.a[group.slot, :rank, : part.inputs.size]
                 yield group.rows, a, part.b[group.slot, : part.outputs.size, :rank]
@@ -239,8 +238,8 @@ class FusedMoEWithLoRA(BaseLayerWithLoRA):
         ):
             # one stack [slots * experts, ...] each, of which every expert's part is a view
             stack = self._part(slots * core.num_experts, inputs, outputs)
-            a = stack.a.unflatten(0, (slots, core.num_experts))
-            b = stack.b.unflatten(0, (slots, core.num_experts))
+            a = stack.a.view(slots, core.num_experts, *stack.a.shape[1:])
+            b = stack.b.view(slots, core.num_experts, *stack.b.shape[1:])
             for expert in range(core.num_experts):
                 parts[(shard, expert)] = Part(a[:, expert], b[:, expert], inputs, outputs, offset)
         return parts

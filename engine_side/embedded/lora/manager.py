@@ -8,35 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from bridge.dtypes import dtype_name, dtype_of
-from bridge.errors import ConfigError, DtypeMismatch, MissingTensor, NotFound, ShapeMismatch, UnsupportedLora
-from bridge.errors import UnexpectedTensor as Unexpected
-from bridge.lora import AdapterSpec, LoraLimits, Pair, pairs
+from bridge.dtypes import dtype_name
+from bridge.errors import ConfigError, NotFound
+from bridge.lora import AdapterSpec, LoraLimits
 from bridge.manifest import TensorInfo
 from engine_side.adapters.base import AdapterView
 from engine_side.embedded.decoder import CausalLM
+from engine_side.embedded.lora import placing
 from engine_side.embedded.lora.context import LoraContext
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA, wrap
-from engine_side.embedded.lora.slots import Part, PartKey, key_of
+from engine_side.embedded.lora.placing import Place
 from engine_side.embedded.lora.targets import to_wrap
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.wrappers import unwrap
 
-_SHOWN = 8
 _WARM_UP = "warm-up"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one pair of an adapter goes."""
-
-    pair: Pair
-    layer: BaseLayerWithLoRA
-    key: PartKey
-
-    @property
-    def part(self) -> Part:
-        return self.layer.parts[self.key]
 
 
 @dataclass(frozen=True)
@@ -45,7 +30,7 @@ class _Held:
 
     slot: int
     rank: int
-    places: tuple[_Place, ...]
+    places: tuple[Place, ...]
 
 
 def warm_up_rank(needs: Iterable[int], max_rank: int) -> int:
@@ -54,7 +39,7 @@ def warm_up_rank(needs: Iterable[int], max_rank: int) -> int:
     rank = math.lcm(*needs)
     if rank > max_rank:
         raise ConfigError(
-            "no adapter that the engine's sharded experts could be warmed up with fits",
+            "the engine's sharded experts need adapters of a larger rank than it has room for",
             where="max_lora_rank",
             expected=f"at least {rank}",
             got=str(max_rank),
@@ -86,11 +71,128 @@ class LoraManager:
         self._used: set[str] = set()
         self._warmed = False
         chosen = to_wrap(model, targets)
-        sharded = tp.size if any(issubclass(_class(f.core), FusedMoEWithLoRA) for f in chosen) else 1
-        self._warm_up_rank = warm_up_rank([sharded], max_rank)
+        needs = [tp.size for found in chosen if found.wrapper is FusedMoEWithLoRA]
+        self._warm_up_rank = warm_up_rank(needs, max_rank)
         made: dict[int, BaseLayerWithLoRA] = {}
         self._layers: dict[str, BaseLayerWithLoRA] = {}
         for found in chosen:
             layer = made.get(id(found.module)) or wrap(found.module, self.context, max_loras, max_rank)
             made[id(found.module)] = self._layers[found.path] = layer
             setattr(found.parent, found.name, layer)
+
+    @property
+    def layers(self) -> Mapping[str, BaseLayerWithLoRA]:
+        """Path in the engine -> the layer that was wrapped there."""
+        return self._layers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The loaded adapters, in the order in which they came."""
+        return tuple(self._held)
+
+    def slot(self, name: str) -> int:
+        """What `context.select` calls this adapter. Raises NotFound."""
+        return self._of(name).slot
+
+    def plan(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> dict[str, str]:
+        """Tensor -> dtype that it has in the slots. Writes nothing.
+
+        Raises UnexpectedTensor (every module that the engine lacks, did not wrap or never calls), MissingTensor (an
+        adapter without a module), ShapeMismatch, DtypeMismatch, UnsupportedLora (a rank above the maximum).
+        """
+        return {
+            info.name: dtype_name(place.part.a.dtype)
+            for place in self._places(tensors, spec)
+            for info in (place.pair.a, place.pair.b)
+        }
+
+    def _places(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> tuple[Place, ...]:
+        silent = {path for path, layer in self._layers.items() if not layer.reached} if self._warmed else set()
+        return placing.places(self._model, self._layers, silent, tensors, spec, self.limits.max_rank)
+
+    @torch.no_grad()
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+        """Write an adapter into a free slot. The tensors are whole, in names of `bridge.lora`, and are not kept.
+
+        Raises what `plan` raises, and ConfigError when no slot is free or the name was used before: what was cached
+        under a name must never serve another adapter. No other slot is touched.
+        """
+        infos = [TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items()]
+        places = self._places(infos, spec)
+        slot = self._free(name)
+        self._used.add(name)
+        try:
+            for place in places:
+                place.layer.write(slot, place.key, tensors[place.pair.a.name], tensors[place.pair.b.name])
+        except BaseException:
+            self._clear(slot)
+            raise
+        self._held[name] = _Held(slot, spec.rank, places)
+
+    def _free(self, name: str) -> int:
+        if name in self._used:
+            raise ConfigError(
+                "an adapter's name was used before",
+                where=name,
+                expected="a new name for every version",
+                got=f"{name!r}, " + ("which is loaded" if name in self._held else "which was loaded once"),
+                remedy="load it under another name",
+            )
+        taken = {held.slot for held in self._held.values()}
+        slot = next((slot for slot in range(self.limits.slots) if slot not in taken), None)
+        if slot is None:
+            raise ConfigError(
+                "no free slot for another adapter",
+                where=name,
+                expected=f"fewer than {self.limits.slots} loaded adapters (max_loras)",
+                got=", ".join(self._held),
+                remedy="retire one of them, or start the engine with a larger max_loras",
+            )
+        return slot
+
+    def views(self, name: str) -> list[AdapterView]:
+        """Where the tensors of a loaded adapter lie on this rank. Raises NotFound."""
+        held = self._of(name)
+        return [
+            view
+            for place in held.places
+            for view in place.part.views(held.slot, held.rank, (place.pair.a.name, place.pair.b.name))
+        ]
+
+    @torch.no_grad()
+    def remove(self, name: str) -> None:
+        """Drop an adapter and zero its slot. Unknown names are ignored."""
+        held = self._held.pop(name, None)
+        if held is not None:
+            self._clear(held.slot)
+
+    def _clear(self, slot: int) -> None:
+        for layer in self._layers.values():
+            layer.clear(slot)
+
+    def _of(self, name: str) -> _Held:
+        try:
+            return self._held[name]
+        except KeyError:
+            expected = ", ".join(self._held) or "none is loaded"
+            raise NotFound("no such adapter is loaded", where=name, expected=expected, got=repr(name)) from None
+
+    @torch.no_grad()
+    def warm_up(self, run: Callable[[], None]) -> None:
+        """Load an adapter of zeros on every layer, have `run` do one tiny forward through the whole model with it, head
+        included, and remove it. Called once, at start, while no adapter is loaded.
+
+        Layers that this forward did not call are used by the model in some other way: adapters would lie in their slots
+        and do nothing, so `plan` refuses them from then on.
+        """
+        rank, slot = self._warm_up_rank, self._free(_WARM_UP)
+        try:
+            for layer in self._layers.values():
+                for key, part in layer.parts.items():
+                    a, b = part.shapes(rank)
+                    layer.write(slot, key, part.a.new_zeros(a), part.b.new_zeros(b))
+            with self.context.force(slot):
+                run()
+        finally:
+            self._clear(slot)
+        self._warmed = True

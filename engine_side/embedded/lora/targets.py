@@ -10,7 +10,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.embedded.decoder import CausalLM
-from engine_side.embedded.lora.layers import wrapper_of
+from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrapper_of
 from engine_side.embedded.wrappers import unwrap
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class Found:
     name: str
     module: nn.Module
     core: nn.Module
+    wrapper: type[BaseLayerWithLoRA] | None
 
 
 def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[Found]:
@@ -38,8 +39,9 @@ def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[Found]:
     layers that cannot be wrapped are warned of, once per class.
     """
     if targets is None:
-        _warn([found for found in walk(model) if wrapper_of(found.core) is None and _is_layer(found.core)])
-        return [found for found in walk(model) if wrapper_of(found.core) is not None]
+        modules = list(walk(model))
+        _warn([found for found in modules if found.wrapper is None and _is_layer(found.core)])
+        return [found for found in modules if found.wrapper is not None]
     chosen: list[Found] = []
     matched: set[str] = set()
     for found in walk(model):
@@ -48,7 +50,7 @@ def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[Found]:
         matched.update(hits)
         if not hits:
             continue
-        if wrapper_of(found.core) is None:
+        if found.wrapper is None:
             raise ConfigError(
                 "a module that adapters were asked for cannot carry them",
                 where=f"{found.path} ({type(found.core).__name__})",
@@ -75,8 +77,9 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[Found]:
     for name, child in model.named_children():
         path = f"{prefix}{name}"
         core = unwrap(child)
-        yield Found(path, model, name, child, core)
-        if wrapper_of(core) is None:
+        wrapper = wrapper_of(core)
+        yield Found(path, model, name, child, core, wrapper)
+        if wrapper is None:
             yield from walk(core, f"{path}.")
 
 
@@ -101,8 +104,9 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _is_layer(core: nn.Module) -> bool:
-    """A layer with a matrix: something that adapters could have been meant for."""
-    return any(p is not None and p.dim() > 1 for p in core._parameters.values()) or hasattr(core, "quant_method")
+    """A layer with weights that a checkpoint has matrices for: something that adapters could have been meant for."""
+    held = [param for param in core._parameters.values() if param is not None]
+    return any(param.dim() > 1 for param in held) or (bool(held) and hasattr(core, "quant_method"))
 
 
 def _warn(unwrappable: Sequence[Found]) -> None:
