@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridge.dtypes import dtype_name
-from bridge.errors import BridgeError, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
+from bridge.errors import BridgeError, DtypeMismatch, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
 from bridge.manifest import TensorInfo
 from bridge.plan import Coverage, Move, RankPlan, runs_of
 from engine_side.adapters.base import RankHost
@@ -92,6 +92,8 @@ def explain_raise(
     The tensor is loaded once more alone, so that what the frames show can only be about it. If the loader had picked a
     parameter, the name is known and the shape is wrong; otherwise the name is unknown.
     """
+    if isinstance(raised.error, DtypeMismatch) and raised.error.names:
+        return raised.error
     if isinstance(raised.error, (UnexpectedTensor, ShapeMismatch)) and raised.error.names:
         return _with_remedy(raised.error, _fits_otherwise(host, name, weight, trace))
     try:

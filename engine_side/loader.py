@@ -26,7 +26,9 @@ from engine_side.adapters.base import RankHost
 from engine_side.bake import Baked, bake, bind
 from engine_side.copies import Batch, Pair, batches, pair, run_all
 from engine_side.inplace import AttributeSnapshot, Outcome, held
+from engine_side.layout import Stored, flat
 from engine_side.strategies import Choice, Decided, Strategy, decide
+from engine_side.together import torn
 from engine_side.tree import Replaced, Tree
 from engine_side.twins import Cluster, Role, Twin, device_of, graft, redo
 
@@ -107,7 +109,10 @@ class Loader:
         with uncollected():
             self.baked: Baked = bake(host, tensors, partial=partial)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
-        self.problems: tuple[BridgeError, ...] = self.baked.problems
+        # A tensor that does not fit explains what is missing; what is torn says more about it than a hole does.
+        holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
+        others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
+        self.problems: tuple[BridgeError, ...] = (*others, *torn(self.baked), *holes)
         self._map: _Map | None = None
         self._touched = False
         if self.problems:
@@ -121,6 +126,8 @@ class Loader:
             self._moves.setdefault(move.target, []).append(move)
         for fill in self.baked.plan.fills:
             self._fills.setdefault(fill.target, []).append(fill)
+        self._whole = {t.path for t in self.baked.plan.targets} - self.baked.coverage.holes.keys()
+        """Targets of which every element comes from the arena."""
         self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self._feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
@@ -422,15 +429,17 @@ class Loader:
             if sent is not None:
                 out[name] = sent
                 continue
-            live = held(module, name) if choice.stored[name].identity else None
-            complete = bool(self._moves.get(target) or self._fills.get(target))
-            if live is not None and (reuse or not complete):
+            live, stored = held(module, name), choice.stored[name]
+            reached = bool(self._moves.get(target) or self._fills.get(target))
+            if live is not None and stored.identity and (reuse or not reached):
                 value = live.detach()
                 if tuple(value.shape) != kind.shape or value.stride() != kind.strides:
                     value = value.as_strided(kind.shape, kind.strides, value.storage_offset())
             else:
                 value = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=device_of(module))
-            if complete and not (reuse and value.data_ptr() in self._written_directly):
+                if live is not None and target not in self._whole:
+                    _read_stored(live, stored, value)
+            if reached and not (reuse and value.data_ptr() in self._written_directly):
                 self.fill(target, value, slot)
             out[name] = value
         return out
@@ -476,15 +485,17 @@ class Loader:
         return twin, k
 
     def _fill_or_keep(self, cluster: Cluster, role: int, target: str, into: torch.Tensor, slot: int) -> None:
-        """From the arena, or from the live module for a target that a partial push leaves alone."""
-        if self._moves.get(target) or self._fills.get(target):
-            self.fill(target, into, slot)
-            return
+        """From the arena; what a partial push leaves alone, a target or some of its elements, from the live module."""
+        if target not in self._whole:
+            self._keep(cluster, role, into)
+        self.fill(target, into, slot)
+
+    def _keep(self, cluster: Cluster, role: int, into: torch.Tensor) -> None:
         for path, names in zip(cluster.paths, cluster.places, strict=True):
             for name, r in names.items():
-                live = held(self.decided.live[path], name)
-                if r == role and live is not None and self.decided.choices[path].stored[name].identity:
-                    into.copy_(live.detach().view_as(into))
+                live, stored = held(self.decided.live[path], name), self.decided.choices[path].stored[name]
+                if r == role and live is not None and stored.readable:
+                    _read_stored(live, stored, into)
                     return
 
     def _native_twin(self, choice: Choice, cluster: Cluster, slot: int) -> Twin:
@@ -539,6 +550,16 @@ class Loader:
         names = {m.tensor for target in targets for m in self._moves.get(target, ())}
         names.update(self.baked.native_sources.get(choice.path, ()))
         return frozenset(index[name] for name in names)
+
+
+def _read_stored(live: torch.Tensor, stored: Stored, into: torch.Tensor) -> None:
+    """A live tensor's canonical values into a canonical tensor; nothing where it does not hold them any more."""
+    if stored.held is None or stored.origin is None:
+        return
+    source, dest, at, of = flat(live), flat(into), stored.origin, stored.held
+    dest.as_strided(of.shape, of.strides, dest.storage_offset() + of.offset).copy_(
+        source.as_strided(at.shape, at.strides, source.storage_offset() + at.offset)
+    )
 
 
 def _turn(run: tuple[int, int, int] | None) -> tuple[int, int, int] | None:

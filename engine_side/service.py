@@ -355,6 +355,8 @@ class EngineService:
         try:
             self._drop_staged(Deadline.after(request.timeout_s))
             if not self._ranks.touched and self._standing.serving is not None:
+                if self._standing.state is EngineState.LOADED:
+                    self._standing.move(EngineState.STAGING)  # an adapter that did not pass: the weights never moved
                 if self._standing.state is not EngineState.SERVING:
                     self._publish(self._standing.serving, self._adapter)
                 return EngineOk(self._report())

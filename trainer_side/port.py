@@ -17,6 +17,7 @@ from bridge.messages import Reference
 from bridge.ports import Choice, Snapshot, Written
 from trainer_side.lora.model import LoraModel
 from trainer_side.lora.shallow import bare
+from trainer_side.lora.still import require_still_forward
 from trainer_side.naming import CanonicalMap
 from trainer_side.reference import reference_logprobs, vocabulary_size
 from trainer_side.snapshot import Snapshotter
@@ -148,7 +149,7 @@ class TrainerSide:
         if mode == "base":
             return answers(bare(self._model)), None
         if self._lora is not None:
-            self._lora.require_still_forward()
+            require_still_forward(self._model)
         return answers(self._model), answers(bare(self._model)) if mode == "adapter" else None
 
     def storages(self) -> frozenset[int]:

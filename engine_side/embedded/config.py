@@ -79,14 +79,12 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _check_lora(self) -> None:
         if self.max_loras < 0:
-            raise ConfigError(
-                "max_loras must not be negative", where="EngineConfig.max_loras", got=str(self.max_loras)
-            )
-        targets = self.lora_targets
+            raise ConfigError("max_loras must not be negative", where="EngineConfig.max_loras", got=str(self.max_loras))
+        targets: object = self.lora_targets  # the constructor does not look at types
         if targets is None:
             return
         where = "EngineConfig.lora_targets"
-        if isinstance(targets, str) or not targets or not all(isinstance(t, str) and t for t in targets):
+        if not isinstance(targets, tuple | list) or not targets or not all(isinstance(t, str) and t for t in targets):
             expected = 'a tuple of module names such as ("q_proj", "v_proj"), or None for all'
             raise ConfigError("lora_targets name no modules", where=where, expected=expected, got=repr(targets))
         if not self.max_loras:

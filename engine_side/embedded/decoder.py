@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, ShapeMismatch, UnexpectedTensor
+from bridge.errors import ConfigError, DtypeMismatch, ShapeMismatch, UnexpectedTensor
 from engine_side.embedded.attention import Attention, AttentionTraits, RotaryEmbedding, Step
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.layers import (
@@ -22,6 +22,7 @@ from engine_side.embedded.layouts import Layout
 from engine_side.embedded.mla import MLAConfig, MLAttention
 from engine_side.embedded.moe import CorrectedTopK, FusedMoE, GroupedTopK, MoEConfig, SparseMoeBlock, activation
 from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.quant import quantise
 from engine_side.embedded.weights import default_weight_loader, stored
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -126,6 +127,13 @@ class CausalLM(nn.Module):
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype, tp, layout)
         if config.tied:
             self.lm_head.tie_weights(embedding)
+        self.stacked = self.stacking(config)
+        quantise(self, config.raw.get("quantization_config"), layout)
+
+    @classmethod
+    def stacking(cls, config: ModelConfig) -> Mapping[str, tuple[str, object]]:
+        """`stacked` of a model with this config."""
+        return cls.stacked
 
     @classmethod
     def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
@@ -179,10 +187,10 @@ class CausalLM(nn.Module):
             loader = getattr(param, "weight_loader", default_weight_loader)
             try:
                 loader(param, tensor, **arguments)
-            except ShapeMismatch as error:
+            except (ShapeMismatch, DtypeMismatch) as error:
                 where = f"{name} -> {target}"
-                raise ShapeMismatch(
-                    error.what, where=where, expected=error.expected, got=error.got, names=(name,)
+                raise type(error)(
+                    error.what, where=where, expected=error.expected, got=error.got, remedy=error.remedy, names=(name,)
                 ) from error
             loaded.add(name)
         return loaded
@@ -208,20 +216,22 @@ class CausalLM(nn.Module):
 
     def checkpoint_names(self) -> Iterator[str]:
         """Every tensor that a checkpoint of this model holds; `resolve` the other way round."""
-        parts_of: dict[str, list[str]] = {}
-        for part, (fused, _) in self.stacked.items():
-            parts_of.setdefault(fused, []).append(part)
         back = {here: there for there, here in self.moved.items()}
         for path, module in self.named_modules():
             parent, _, last = path.rpartition(".")
-            prefix = f"{parent}." if parent else ""
             for name, _ in stored(module):
                 if isinstance(module, FusedMoE):
                     yield from self._expert_names(path, module.num_experts, name)
                 elif f"{last}.{name}" in back:
-                    yield prefix + back[f"{last}.{name}"]
+                    yield f"{parent}.{back[f'{last}.{name}']}"
                 elif not (module is self.lm_head and self.config.tied):
-                    yield from (f"{prefix}{part}.{name}" for part in parts_of.get(last, [last]))
+                    yield from (f"{part}.{name}" for part in self.parts_of(path))
+
+    def parts_of(self, path: str) -> list[str]:
+        """What checkpoints call the module at `path`: its own path, or that of each of its parts."""
+        parent, _, last = path.rpartition(".")
+        parts = [part for part, (fused, _) in self.stacked.items() if fused == last] or [last]
+        return [f"{parent}.{part}" if parent else part for part in parts]
 
     def _expert_names(self, path: str, number: int, name: str) -> Iterator[str]:
         """The checkpoint's names of what the experts at `path` hold as `name`."""
@@ -277,13 +287,12 @@ class DeepseekV2ForCausalLM(CausalLM):
 
     routing: ClassVar[type[GroupedTopK]] = GroupedTopK
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
-        super().__init__(config, dtype, tp, layout)
-        parts = {name: self.stacked[name] for name in ("gate_proj", "up_proj")}
-        if MLAConfig.of(config).q_lora_rank is not None:
-            parts["q_a_proj"] = ("fused_qkv_a_proj", 0)
-            parts["kv_a_proj_with_mqa"] = ("fused_qkv_a_proj", 1)
-        self.stacked = parts
+    @classmethod
+    def stacking(cls, config: ModelConfig) -> Mapping[str, tuple[str, object]]:
+        parts = {name: cls.stacked[name] for name in ("gate_proj", "up_proj")}
+        if MLAConfig.of(config).q_lora_rank is None:
+            return parts
+        return parts | {"q_a_proj": ("fused_qkv_a_proj", 0), "kv_a_proj_with_mqa": ("fused_qkv_a_proj", 1)}
 
     @classmethod
     def rope_dim(cls, config: ModelConfig) -> int:

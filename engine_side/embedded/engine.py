@@ -318,7 +318,7 @@ class Engine:
         used = {r.adapter for r in (*self._scheduler.running, *self._scheduler.waiting)}
         return {name for name in self._retired if name not in used and name != self.adapter}
 
-    def _named(self, adapter: str) -> str | None:
+    def _named(self, adapter: object) -> str | None:
         """The adapter of a request that names one. Raises NotFound."""
         if not isinstance(adapter, str):
             expected = f"{CURRENT!r}, {BASE!r} or the name of a loaded adapter"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -15,7 +16,15 @@ from torch import nn
 from bridge.errors import ProtocolError
 from engine_side.embedded.layouts import Layout, LinearMethod
 from engine_side.embedded.parallel import Parallel, divide
-from engine_side.embedded.weights import default_weight_loader, expect_shape, parameter, write
+from engine_side.embedded.weights import (
+    Cut,
+    block_of,
+    default_weight_loader,
+    expect_shape,
+    parameter,
+    write,
+    write_cuts,
+)
 
 Adapter = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 """Rows [k] that use an adapter (None: all), its A [rank, inputs here] and B [outputs here, rank]."""
@@ -41,6 +50,10 @@ class LinearBase(nn.Module):
     """A linear layer of [outputs, inputs] elements on this rank; subclasses say how checkpoints are cut."""
 
     bias: nn.Parameter | None
+    quantizable: ClassVar[bool] = True
+    """Whether a quantised checkpoint may hold this layer quantised."""
+    shard_ids: Sequence[object] = (None,)
+    """The parts that checkpoints hold one by one."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
         super().__init__()
@@ -59,8 +72,19 @@ class LinearBase(nn.Module):
             else None,
         )
 
+    def output_cut(self, shard_id: object) -> Cut:
+        """Where the outputs of a part lie in the checkpoint and here. Raises ProtocolError for an unknown part."""
+        return Cut.all_of(self.output_size_per_partition)
+
+    def input_cut(self) -> Cut:
+        """Which of the inputs are this rank's."""
+        return Cut.all_of(self.input_size_per_partition)
+
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
-        raise NotImplementedError
+        """Write this rank's part of a whole checkpoint tensor: weight, bias, or what stands for blocks of the weight.
+        Raises ProtocolError, ShapeMismatch, DtypeMismatch."""
+        cuts = (self.output_cut(shard_id), self.input_cut())[: param.dim()]
+        write_cuts(param.data, loaded, [cut.blocks(n) for cut, n in zip(cuts, block_of(param), strict=False)])
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
         """What this rank alone contributes, without collectives."""
@@ -82,9 +106,6 @@ class LinearBase(nn.Module):
 class ReplicatedLinear(LinearBase):
     """The same whole weight on every rank (MoE routers)."""
 
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
-        write(param.data, loaded)
-
 
 class ColumnParallelLinear(LinearBase):
     """Outputs are divided over ranks."""
@@ -93,10 +114,9 @@ class ColumnParallelLinear(LinearBase):
         super().__init__(inputs, divide(outputs, tp.size, "the output size"), bias, dtype, tp, layout)
         self.output_size = outputs
 
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
-        expect_shape(loaded, (self.output_size, *param.shape[1:]))
+    def output_cut(self, shard_id: object) -> Cut:
         size = self.output_size_per_partition
-        write(param.data, loaded.narrow(0, self.tp.rank * size, size))
+        return Cut(0, self.tp.rank * size, size, self.output_size)
 
 
 class MergedColumnParallelLinear(LinearBase):
@@ -108,15 +128,14 @@ class MergedColumnParallelLinear(LinearBase):
         self.output_sizes = tuple(outputs)
         sizes = tuple(divide(size, tp.size, "the output size") for size in outputs)
         self.partition_sizes = sizes
+        self.shard_ids = range(len(sizes))
         super().__init__(inputs, sum(sizes), bias, dtype, tp, layout)
 
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
+    def output_cut(self, shard_id: object) -> Cut:
         if not isinstance(shard_id, int) or not 0 <= shard_id < len(self.output_sizes):
             raise ProtocolError("a merged layer was given no such part", got=repr(shard_id))
-        expect_shape(loaded, (self.output_sizes[shard_id], *param.shape[1:]))
         size = self.partition_sizes[shard_id]
-        dest = param.data.narrow(0, sum(self.partition_sizes[:shard_id]), size)
-        write(dest, loaded.narrow(0, self.tp.rank * size, size))
+        return Cut(sum(self.partition_sizes[:shard_id]), self.tp.rank * size, size, self.output_sizes[shard_id])
 
 
 class QKVParallelLinear(LinearBase):
@@ -148,14 +167,14 @@ class QKVParallelLinear(LinearBase):
             "v": (q + kv, kv, tp.rank // self.kv_replicas, whole_kv),
         }
         self.split_sizes = [q, kv, kv]
+        self.shard_ids = tuple(self.parts)
         super().__init__(inputs, q + 2 * kv, bias, dtype, tp, layout)
 
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
+    def output_cut(self, shard_id: object) -> Cut:
         if not isinstance(shard_id, str) or shard_id not in self.parts:
             raise ProtocolError("a qkv layer was given no such part", expected="q | k | v", got=repr(shard_id))
         offset, size, index, whole = self.parts[shard_id]
-        expect_shape(loaded, (whole, *param.shape[1:]))
-        write(param.data.narrow(0, offset, size), loaded.narrow(0, index * size, size))
+        return Cut(offset, index * size, size, whole)
 
 
 class RowParallelLinear(LinearBase):
@@ -165,13 +184,9 @@ class RowParallelLinear(LinearBase):
         super().__init__(divide(inputs, tp.size, "the input size"), outputs, bias, dtype, tp, layout)
         self.input_size = inputs
 
-    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
-        if param.dim() == 1:
-            write(param.data, loaded)
-            return
-        expect_shape(loaded, (param.shape[0], self.input_size))
+    def input_cut(self) -> Cut:
         size = self.input_size_per_partition
-        write(param.data, loaded.narrow(1, self.tp.rank * size, size))
+        return Cut(0, self.tp.rank * size, size, self.input_size)
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(self, x, self.bias if self.tp.rank == 0 else None)

@@ -236,17 +236,24 @@ class Layout:
     embedding: Callable[[], LinearMethod]
     head: Callable[[], LinearMethod]
     experts: Callable[[], ExpertsMethod]
+    name: str
 
 
 _LAYOUTS = {
     "canonical": Layout(
-        UnquantizedLinearMethod, UnquantizedLinearMethod, UnquantizedLinearMethod, UnquantizedFusedMoEMethod
+        UnquantizedLinearMethod,
+        UnquantizedLinearMethod,
+        UnquantizedLinearMethod,
+        UnquantizedFusedMoEMethod,
+        "canonical",
     ),
     "transposed": Layout(
-        TransposedLinearMethod, UnquantizedLinearMethod, TransposedHeadMethod, TransposedFusedMoEMethod
+        TransposedLinearMethod, UnquantizedLinearMethod, TransposedHeadMethod, TransposedFusedMoEMethod, "transposed"
     ),
-    "shuffled": Layout(ShuffledLinearMethod, UnquantizedLinearMethod, ShuffledHeadMethod, ShuffledFusedMoEMethod),
-    "packed": Layout(PackedLinearMethod, UnquantizedLinearMethod, PackedHeadMethod, PackedFusedMoEMethod),
+    "shuffled": Layout(
+        ShuffledLinearMethod, UnquantizedLinearMethod, ShuffledHeadMethod, ShuffledFusedMoEMethod, "shuffled"
+    ),
+    "packed": Layout(PackedLinearMethod, UnquantizedLinearMethod, PackedHeadMethod, PackedFusedMoEMethod, "packed"),
 }
 
 

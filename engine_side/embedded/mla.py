@@ -119,7 +119,7 @@ class AbsorbedAttention(nn.Module):
         source, c = self._source[0], self.config
         eye = torch.eye(c.kv_lora_rank, dtype=source.params_dtype, device=source.weight.device)
         whole = source.quant_method.apply(source, eye, None).view(c.kv_lora_rank, self.heads, -1)
-        keys, values = torch.split(whole, (c.nope_dim, c.v_dim), dim=-1)
+        keys, values = torch.split(whole, [c.nope_dim, c.v_dim], dim=-1)
         self._derive("w_uk", keys.permute(1, 2, 0))
         self._derive("w_uv", values.transpose(0, 1))
 
@@ -139,7 +139,7 @@ class AbsorbedAttention(nn.Module):
         sees: they are of its own sequence.
         """
         c = self.config
-        nope, turned = torch.split(q, (c.nope_dim, c.rope_dim), dim=-1)
+        nope, turned = torch.split(q, [c.nope_dim, c.rope_dim], dim=-1)
         if step.cos is not None and step.sin is not None:
             turn = rotate_interleaved if c.interleaved else rotate
             turned = turn(turned, step.cos, step.sin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from bridge.errors import ConfigError, ProtocolError
 from engine_side.embedded.layers import ReplicatedLinear
 from engine_side.embedded.layouts import ExpertsMethod, Layout
 from engine_side.embedded.parallel import Parallel, divide
-from engine_side.embedded.weights import expect_shape, parameter, write
+from engine_side.embedded.weights import Cut, block_of, parameter, write_cuts
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -114,17 +114,21 @@ class FusedMoE(nn.Module):
         """One matrix of one expert: `shard_id` "w1" (gate), "w3" (up) or "w2" (down)."""
         if not 0 <= expert_id < self.num_experts:
             raise ProtocolError("no such expert", expected=f"0 .. {self.num_experts - 1}", got=str(expert_id))
-        size = self.intermediate_size_per_partition
-        start = self.tp.rank * size
-        dest = param.data[expert_id]
-        if shard_id == "w2":
-            expect_shape(loaded, (self.hidden_size, self.intermediate_size))
-            write(dest, loaded.narrow(1, start, size))
-        elif shard_id in ("w1", "w3"):
-            expect_shape(loaded, (self.intermediate_size, self.hidden_size))
-            write(dest.narrow(0, 0 if shard_id == "w1" else size, size), loaded.narrow(0, start, size))
-        else:
+        cuts = self.cuts.get(shard_id)
+        if cuts is None:
             raise ProtocolError("experts were given no such part", expected="w1 | w2 | w3", got=repr(shard_id))
+        write_cuts(param.data[expert_id], loaded, [cut.blocks(n) for cut, n in zip(cuts, block_of(param))])
+
+    @property
+    def cuts(self) -> Mapping[object, tuple[Cut, Cut]]:
+        """Part -> which outputs and inputs of an expert's matrix lie where on this rank."""
+        size, whole, hidden = self.intermediate_size_per_partition, self.intermediate_size, Cut.all_of(self.hidden_size)
+        start = self.tp.rank * size
+        return {
+            "w1": (Cut(0, start, size, whole), hidden),
+            "w3": (Cut(size, start, size, whole), hidden),
+            "w2": (hidden, Cut(0, start, size, whole)),
+        }
 
     def local(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sum: [n, hidden], routing weights and ids [n, k] -> [n, hidden]."""
@@ -137,7 +141,7 @@ class FusedMoE(nn.Module):
 class Router(ReplicatedLinear):
     """Hidden states [n, hidden] -> logits [n, experts]. Never quantised: a flipped choice of expert is no rounding."""
 
-    quantizable = False
+    quantizable: ClassVar[bool] = False
 
 
 class SoftmaxTopK(nn.Module):

@@ -63,7 +63,10 @@ class ModelRunner:
         if config.wrap_linears:
             wrap_linears(self.model, config.wrap_levels)
         self._kv: KVTensors | None = None
-        self.lora: LoraManager | None = self._make_lora()
+        self.lora: LoraManager | None = None
+        if config.max_loras:
+            self.lora = self._make_lora()
+            self.lora.warm_up(self._warm_up)  # before the ranks meet: collectives are free, each rank warms up alone
 
     @property
     def causal_lm(self) -> CausalLM:
@@ -83,15 +86,11 @@ class ModelRunner:
         else:
             load_checkpoint(model, Path(self.config.path))
 
-    def _make_lora(self) -> LoraManager | None:
+    def _make_lora(self) -> LoraManager:
         c = self.config
-        if not c.max_loras:
-            return None
-        manager = LoraManager(
+        return LoraManager(
             self.causal_lm, max_loras=c.max_loras, max_rank=c.max_lora_rank, targets=c.lora_targets, tp=self.tp
         )
-        manager.warm_up(self._warm_up)  # before the ranks meet: collectives are free, each rank warms up alone
-        return manager
 
     @torch.no_grad()
     def _warm_up(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from bridge.errors import ShapeMismatch
+from bridge.errors import DtypeMismatch, ShapeMismatch
 
 Loader = Callable[..., None]
 """Called as loader(param, loaded, shard_id, expert_id?) with a whole checkpoint tensor; writes this rank's part."""
@@ -34,6 +35,44 @@ def stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
+@dataclass(frozen=True)
+class Cut:
+    """One dimension of a checkpoint tensor and this rank's part of it: elements `start` to `start + size` of `whole` go
+    to `offset` in the parameter."""
+
+    offset: int
+    start: int
+    size: int
+    whole: int
+
+    @classmethod
+    def all_of(cls, size: int) -> Cut:
+        return cls(0, 0, size, size)
+
+    def aligned(self, block: int) -> bool:
+        """Do the edges lie between blocks? The end of the tensor may lie inside one."""
+        end = self.start + self.size
+        return not (self.offset % block or self.start % block or (end % block and end != self.whole))
+
+    def blocks(self, block: int) -> Cut:
+        """The same in blocks, of an aligned cut."""
+        return Cut(self.offset // block, self.start // block, -(-self.size // block), -(-self.whole // block))
+
+
+def block_of(param: torch.Tensor) -> tuple[int, int]:
+    """How many rows and columns of the layer's matrix one element of `param` stands for: more than one in scales."""
+    block: tuple[int, int] = getattr(param, "block_shape", (1, 1))
+    return block
+
+
+def write_cuts(dest: torch.Tensor, loaded: torch.Tensor, cuts: Sequence[Cut]) -> None:
+    """Copy this rank's part of a checkpoint tensor, one cut per dimension. Raises ShapeMismatch, DtypeMismatch."""
+    expect_shape(loaded, tuple(cut.whole for cut in cuts))
+    for dim, cut in enumerate(cuts):
+        dest, loaded = dest.narrow(dim, cut.offset, cut.size), loaded.narrow(dim, cut.start, cut.size)
+    write(dest, loaded)
+
+
 def expect_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises ShapeMismatch unless the checkpoint tensor is exactly that large; `load_weights` adds its name."""
     if tuple(loaded.shape) != shape:
@@ -41,8 +80,16 @@ def expect_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 def write(dest: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Copy into a view of a parameter; never broadcasts."""
+    """Copy into a view of a parameter; never broadcasts. What is stored in one byte is a code that means nothing
+    without its scale: it is copied as it stands, never converted into. Raises ShapeMismatch, DtypeMismatch."""
     expect_shape(loaded, tuple(dest.shape))
+    if dest.dtype.itemsize == 1 and loaded.dtype != dest.dtype:
+        raise DtypeMismatch(
+            "a quantised weight takes no other dtype",
+            expected=str(dest.dtype),
+            got=str(loaded.dtype),
+            remedy="quantise it as the checkpoint is, and send weight and scales",
+        )
     dest.copy_(loaded)
 
 

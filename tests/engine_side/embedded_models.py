@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 COMMON = {
@@ -111,11 +113,13 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
 }
 
 
-def make_model(family: str, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 3) -> PreTrainedModel:
+def make_model(
+    family: str, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 3, **changes: Any
+) -> PreTrainedModel:
     """A random model whose distributions are far from flat, in which every parameter matters."""
     config_class, fields = FAMILIES[family]
     torch.manual_seed(seed)
-    config = config_class(**{**COMMON, "tie_word_embeddings": tied, **fields})
+    config = config_class(**{**COMMON, "tie_word_embeddings": tied, **fields, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -137,6 +141,55 @@ def save(folder: Path, family: str, tied: bool = False, dtype: torch.dtype = tor
     model = make_model(family, tied, dtype)
     model.save_pretrained(folder)
     return model
+
+
+PLAIN = ("lm_head", "model.embed_tokens")
+"""What a block-scaled checkpoint leaves as it is, besides norms and routers."""
+
+
+def quantise(
+    state: Mapping[str, torch.Tensor], block: tuple[int, int], plain: Sequence[str] = PLAIN
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A checkpoint's tensors -> (block-scaled fp8 form, what the fp8 form stands for)."""
+    codes: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        module = name.removesuffix(".weight")
+        if tensor.dim() != 2 or module.endswith("mlp.gate") or any(module.endswith(p) for p in plain):
+            codes[name] = values[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        high, wide = -(-rows // block[0]), -(-columns // block[1])
+        padded = torch.zeros(high * block[0], wide * block[1])
+        padded[:rows, :columns] = tensor
+        tiles = padded.view(high, block[0], wide, block[1])
+        scales = tiles.abs().amax(dim=(1, 3)).clamp(min=1e-6) / 448
+        spread = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        codes[name] = (tensor / spread).to(torch.float8_e4m3fn)
+        codes[f"{name}_scale_inv"] = scales
+        values[name] = codes[name].float() * spread
+    return codes, values
+
+
+def save_fp8(
+    folder: Path, model: PreTrainedModel, block: tuple[int, int], plain: Sequence[str] = PLAIN
+) -> dict[str, torch.Tensor]:
+    """Write `model` as a block-scaled fp8 checkpoint and give `model` the values that this stands for. Its tensors."""
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    codes, values = quantise(load_file(file), block, plain)
+    save_file(values, file, metadata={"format": "pt"})
+    exact = type(model).from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(exact.state_dict())
+    save_file(codes, file)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": list(block),
+        "modules_to_not_convert": list(plain),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return codes
 
 
 @cache

@@ -1,9 +1,9 @@
 """The adapters that act now, as one adapter in portable form: a pair of plain tensors per module of the checkpoint.
 
-    scaling     folded into B, in fp32 or wider, before any cast
-    several     one pair: A stacked, B side by side
-    ranks       padded with zeros to the largest
-    experts     a pair each; a checkpoint tensor that is a block of rows (gate, up) takes those rows of B and all of A
+scaling     folded into B, in fp32 or wider, before any cast
+several     one pair: A stacked, B side by side
+ranks       padded with zeros to the largest
+experts     a pair each; a checkpoint tensor that is a block of rows (gate, up) takes those rows of B and all of A
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bridge.lora import names_of
+from trainer_side.lora.factors import expert_factors, low_rank, wide_dtype
 from trainer_side.lora.grid import Grid, grid_of
 from trainer_side.lora.reader import lora_parameters
 from trainer_side.lora.values import ActiveAdapter, LoraParameters
@@ -79,7 +80,7 @@ def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
         for live in {piece.live for piece in tensor.pieces}:
             by_live.setdefault(live, []).append(tensor.name)
     read = {id(one.layer): lora_parameters(one.layer) for one in acting}
-    rank = max((rank_of(p, p.weight) for p in read.values()), default=0)
+    rank = max(map(rank_of, read.values()), default=0)
     pairs: list[Pair] = []
     unfit: list[str] = []
     for one in acting:
@@ -92,14 +93,9 @@ def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
     return Plan(tuple(pairs), rank, tuple(unfit))
 
 
-def rank_of(parameters: LoraParameters, weight: torch.Tensor) -> int:
+def rank_of(parameters: LoraParameters) -> int:
     """The rank of all adapters of a layer together; of expert parameters, per expert."""
-    experts = _experts(weight)
-    return sum(adapter.a.shape[0] // experts for adapter in parameters.adapters)
-
-
-def _experts(weight: torch.Tensor) -> int:
-    return int(weight.shape[0]) if weight.dim() == 3 else 1
+    return sum(adapter.a.shape[0] // int(adapter.extra.get("experts", 1)) for adapter in parameters.adapters)
 
 
 def _pair(known: CanonicalMap, name: str, one: Acting, parameters: LoraParameters, rank: int) -> Pair | None:
@@ -132,10 +128,16 @@ def _logical(grid: Grid, parameters: LoraParameters) -> tuple[slice, slice, bool
     A layer's own A and B say which way its inputs go, however it or the checkpoint stores the weight; of a parameter on
     its own only the checkpoint's orientation is known.
     """
-    stored_inputs_first = parameters.transposed or parameters.kind == "embedding"
+    stored_inputs_first = parameters.transposed or parameters.kind == "embedding" or _unswapped(parameters)
     rows, columns = (grid.columns, grid.rows) if stored_inputs_first else (grid.rows, grid.columns)
     flipped = parameters.kind == "parameter" and grid.transposed != stored_inputs_first
     return rows, columns, flipped
+
+
+def _unswapped(parameters: LoraParameters) -> bool:
+    """Whether each expert's matrix is stored (in, out). PEFT adds B A to a lone one as it is."""
+    first = parameters.adapters[0].extra
+    return parameters.weight.dim() == 3 and not first.get("swapped") and int(first.get("experts", 1)) > 1
 
 
 def acting_dtype(adapters: Sequence[ActiveAdapter]) -> torch.dtype:
@@ -150,7 +152,7 @@ class Reader:
     """Reads each layer once per push. Used by the copying threads; reading twice would do no harm."""
 
     def __init__(self, given: Given | None) -> None:
-        self._given = given
+        self.given = given or _live
         self._read: dict[int, LoraParameters] = {}
 
     def __call__(self, layer: nn.Module) -> LoraParameters:
@@ -159,9 +161,9 @@ class Reader:
             found = self._read[id(layer)] = lora_parameters(layer)
         return found
 
-    def values(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        given = tensor if self._given is None else self._given(tensor)
-        return given.detach().to(dtype)
+
+def _live(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def computed(plan: Plan, given: Given | None) -> list[Computed]:
@@ -175,27 +177,22 @@ def computed(plan: Plan, given: Given | None) -> list[Computed]:
     return found
 
 
+@torch.no_grad()
 def _half(pair: Pair, rank: int, reader: Reader, wanted_a: bool, dtype: torch.dtype) -> torch.Tensor:
-    """A or B of a module: (rank, inputs) or (outputs, rank), in the dtype it was accumulated in."""
+    """A or B of a module: (rank, inputs) or (outputs, rank), in the dtype that scaling is multiplied in. `dtype` is not
+    needed: the copy rounds."""
     parameters = reader(pair.layer)
-    wide = torch.promote_types(torch.float32, acting_dtype(parameters.adapters))
-    experts = _experts(parameters.weight)
-    # the logical B A: whichever half plays A here, stacked as (rank, features)
-    of_a = wanted_a != pair.flipped
+    wide = wide_dtype([tensor for one in parameters.adapters for tensor in (one.a, one.b)])
+    of_a = wanted_a != pair.flipped  # of a flipped pair A is the transpose of what PEFT calls B
     stacked = []
-    for adapter in parameters.adapters:
-        a, b = _low_rank(adapter, reader, wide)
-        if of_a:
-            stacked.append(a.reshape(experts, -1, a.shape[-1])[pair.expert][:, pair.columns])
+    for one in parameters.adapters:
+        if "experts" in one.extra:
+            a, b = expert_factors(one, pair.expert, wide, reader.given)
         else:
-            stacked.append(b.reshape(b.shape[0], -1, experts)[pair.rows, :, pair.expert].T)
-        if not wanted_a:
-            stacked[-1] = adapter.scaling * stacked[-1]
-    half = torch.cat(stacked) if len(stacked) > 1 else stacked[0]
-    if half.shape[0] < rank:
-        half = torch.cat((half, half.new_zeros(rank - half.shape[0], half.shape[1])))
-    return (half if wanted_a else half.T).contiguous()
-
-
-def _low_rank(adapter: ActiveAdapter, reader: Reader, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return reader.values(adapter.a, wide), reader.values(adapter.b, wide)
+            a, b = low_rank(one, wide, reader.given)
+        half = a[:, pair.columns] if of_a else b[pair.rows].T
+        stacked.append(half if wanted_a else half * one.scaling)
+    whole = torch.cat(stacked)
+    if whole.shape[0] < rank:
+        whole = torch.cat((whole, whole.new_zeros(rank - whole.shape[0], whole.shape[1])))
+    return whole if wanted_a else whole.T.contiguous()

@@ -22,8 +22,9 @@ class Feature(Enum):
     CHANGED_BASE = "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA"
     PER_TOKEN = "aLoRA, Arrow"
     EXPERTS = "expert parameters (3-D)"
+    AMBIGUOUS = "expert parameters, layout of lora_B not known"
     NO_ROWS = "a weight that the checkpoint stores in another shape"
-    BASE_TRAINED = "`bias=\"all\"/\"lora_only\"`, trained base tensors"
+    BASE_TRAINED = '`bias="all"/"lora_only"`, trained base tensors'
     SAVED = "`modules_to_save`"
     TOKENS = "trainable tokens"
     TIED = "LoRA on one tied end"
@@ -96,12 +97,23 @@ TABLE: tuple[Row, ...] = (
         _yes("once the engine's base is bit for bit the trainer's: push it with mode=\"base\" first"),
     ),
     Row(Feature.PER_TOKEN, _yes(), _no("its delta depends on the token"), _no("engines do not support it")),
-    Row(Feature.EXPERTS, _yes(), _yes(), _yes("a pair per expert, if the layout of lora_B is known")),
+    Row(Feature.EXPERTS, _yes(), _yes(), _yes("a pair per expert")),
+    Row(Feature.AMBIGUOUS, _yes(), _no("the lora_B layout is ambiguous"), _no("the lora_B layout is ambiguous")),
     Row(Feature.NO_ROWS, _yes(), _yes(), _no("the checkpoint tensor is no block of rows of the live weight")),
     Row(Feature.BASE_TRAINED, _yes("they are base tensors"), _yes(), _no("trainable outside LoRA")),
-    Row(Feature.SAVED, _no("trainable outside LoRA"), _yes("the copy, under its plain name"), _no("trainable outside LoRA")),
+    Row(
+        Feature.SAVED,
+        _no("trainable outside LoRA"),
+        _yes("the copy, under its plain name"),
+        _no("trainable outside LoRA"),
+    ),
     Row(Feature.TOKENS, _no("trainable outside LoRA"), _yes("rows replaced"), _no("trainable outside LoRA")),
-    Row(Feature.TIED, _yes(), _yes("as two tensors, if the engine can untie its ends"), _yes("if the engine wraps that end")),
+    Row(
+        Feature.TIED,
+        _yes(),
+        _yes("as two tensors, if the engine can untie its ends"),
+        _yes("if the engine wraps that end"),
+    ),
     Row(Feature.MERGED, _no("the base holds merged adapters"), _yes("as is"), _no("the delta would apply twice")),
     Row(
         Feature.MERGED_DISABLED,
@@ -111,10 +123,20 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(Feature.DISABLED, _yes(), _yes("base values, noted"), _no("no active adapter")),
     Row(Feature.INACTIVE, _yes(), _yes("base values, noted"), _no("no active adapter")),
-    Row(Feature.QUANTISED, _no("packed weights are no checkpoint tensors"), _yes("dequantised, if that can be done"), _yes()),
+    Row(
+        Feature.QUANTISED,
+        _no("packed weights are no checkpoint tensors"),
+        _yes("dequantised, if that can be done"),
+        _yes(),
+    ),
     Row(Feature.CONVOLUTION, _yes(), _yes(), _no("engines take adapters of linear layers and embeddings")),
     Row(Feature.NO_SINGLE_WEIGHT, _yes(), _no("there is no single weight"), _no("there is no single weight")),
-    Row(Feature.ATTENTION, _yes(), _yes("as its forward: `W + 2 delta` on out_proj"), _no("in_proj LoRA is not supported")),
+    Row(
+        Feature.ATTENTION,
+        _yes(),
+        _yes("as its forward: `W + 2 delta` on out_proj"),
+        _no("in_proj LoRA is not supported"),
+    ),
     Row(Feature.SHARDED, _no("gather it first"), _no("gather it first"), _no("gather it first")),
     Row(
         Feature.UNKNOWN,
@@ -124,7 +146,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(Feature.UNREADABLE, _yes(), _no("no single weight does what its forward does"), _no("not as plain A and B")),
     Row(Feature.RANK, _yes(), _yes(), _no("the engines cannot hold it")),
-)  # fmt: skip
+)
 _ROWS: Mapping[Feature, Row] = {row.feature: row for row in TABLE}
 
 
@@ -135,7 +157,7 @@ class Finding:
     Attributes:
         where: the module's path in the base model; "" for the model.
         names: the tensors concerned, as `named_parameters` gives them.
-        reason: more exact than the row's, where somebody knows more; then the only mode that it speaks of is `mode`.
+        reason: what the row's reason means here.
     """
 
     feature: Feature
@@ -156,24 +178,30 @@ def refusals(findings: Sequence[Finding], mode: str) -> list[Finding]:
     return [finding for finding in findings if finding.refuses(mode) is not None]
 
 
-def refuse(findings: Sequence[Finding], mode: str, other: Callable[[str], Sequence[Finding]]) -> UnsupportedLora:
+def refuse(
+    findings: Sequence[Finding], mode: str, other: Callable[[str], Sequence[Finding]], also: str = ""
+) -> UnsupportedLora:
     """The error for what `mode` cannot carry, with all names and the mode that can.
 
-    `findings` must hold a refused one; `other(mode)` gives what was found for another mode.
+    `findings` must hold a refused one; `other(mode)` gives what was found for another mode; `also`: what else failed.
     """
     bad = refusals(findings, mode)
     first = bad[0]
     where = first.where or (first.names[0] if first.names else "the model")
-    kind = first.feature.value.replace("`", "")
+    kind = _plain(first.feature)
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     return UnsupportedLora(
         f"{where}: {kind} cannot be pushed in {mode} mode: {first.refuses(mode)}{more}",
         where=_some(tuple(dict.fromkeys(f.where or "the model" for f in bad))),
         expected=f"what the {mode} column of the capability table allows",
-        got="; ".join(dict.fromkeys(f"{f.feature.value.replace('`', '')}: {f.refuses(mode)}" for f in bad)),
+        got="; ".join(filter(None, (*dict.fromkeys(f"{_plain(f.feature)}: {f.refuses(mode)}" for f in bad), also))),
         remedy=_remedy(mode, other),
         names=tuple(dict.fromkeys(name for finding in bad for name in (finding.names or (finding.where,)))),
     )
+
+
+def _plain(feature: Feature) -> str:
+    return feature.value.replace("`", "")
 
 
 def _remedy(mode: str, other: Callable[[str], Sequence[Finding]]) -> str:

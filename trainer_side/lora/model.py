@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, MissingTensor
+from bridge.errors import ConfigError
 from bridge.lora import AdapterSpec, LoraLimits
 from trainer_side.lora import modes, state
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
 from trainer_side.lora.modes import Baked, Made
-from trainer_side.lora.sent import Sent, items_of, plain_name, sent, shadowed
+from trainer_side.lora.sent import items_of, sent
 from trainer_side.lora.state import LoraState
 from trainer_side.lora.survey import survey
-from trainer_side.lora.tree import Item, Place, Tree, read_tree
+from trainer_side.lora.tree import Item, read_tree
+from trainer_side.lora.views import Slot, assemble, refuse_plain_names, slot_of
 from trainer_side.naming import CanonicalMap
 from trainer_side.source import Computed
 
+_T = TypeVar("_T")
+Limits = Sequence[LoraLimits | None] | None
 _KEPT = 8
-"""Baked states that are kept: a trainer changes between few (enabled, disabled, another adapter)."""
+"""States that are remembered: a trainer goes back and forth between few (enabled, disabled, another adapter)."""
 
 
 @dataclass(frozen=True)
@@ -65,29 +69,26 @@ class _Findings:
     merged: tuple[Finding, ...]
     notes: tuple[str, ...]
 
-    def of(self, mode: str) -> list[Finding]:
-        return [*self.common, *self.merged] if mode == "merged" else list(self.common)
-
 
 @dataclass(frozen=True, eq=False)
 class _Last:
-    """The last view: when the next one is alike, nothing is resolved again."""
+    """The last view; while the next ones are alike, nothing is resolved again. Holds no tensor."""
 
     mode: str
     partial: bool
     state: LoraState
     names: list[str]
-    slots: list[tuple[dict[str, torch.Tensor | None], str]]
+    slots: list[Slot]
     baked: Baked
-    direct: list[tuple[str, dict[str, torch.Tensor | None], str]]
+    cleans: list[str]
+    direct: list[Slot]
     made: tuple[Made, ...]
-    notes: tuple[str, ...] = field(default=())
 
 
 class LoraModel:
     """Made once when a model is bound. Not thread safe; never writes to the model and runs none of its forwards.
 
-    Raises ConfigError for a model that cannot be walked.
+    Raises ConfigError for what is no module.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -95,11 +96,7 @@ class LoraModel:
             raise ConfigError("only a module can be bound", got=type(model).__name__, remedy="bind the trained model")
         self.model = model
         self._structure = 0
-        self._tree = read_tree(model)
-        self._findings: OrderedDict[Hashable, _Findings] = OrderedDict()
-        self._baked: OrderedDict[Hashable, Baked] = OrderedDict()
-        self._alike: dict[Hashable, Baked] = {}
-        self._last: _Last | None = None
+        self._forget()
 
     @staticmethod
     def present(model: nn.Module) -> bool:
@@ -108,127 +105,173 @@ class LoraModel:
         return bool(tree.wrappers) or tree.peft_root
 
     def state(self) -> LoraState:
-        """What the wrappers are set to now. Compare with `==`; a few microseconds per wrapper, one per module."""
-        return LoraState(self._current().structure, tuple(map(state.read, self._tree.wrappers)))
+        """What the wrappers are set to now. Compare with `==`; microseconds per wrapper, about one per module."""
+        if not self._tree.unchanged():
+            self._structure += 1
+            self._forget()
+        return LoraState(self._structure, tuple(map(state.read, self._tree.wrappers)))
 
-    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> Choice:
+    def choose(self, mode: str, limits: Limits) -> Choice:
         """The mode of a push in the state that the model is in now.
 
         Args:
             mode: "auto", "merged", "base" or "adapter".
-            limits: of each attached engine; None for one that was started without LoRA.
+            limits: of each attached engine, None for one that was started without LoRA; None for all: do not ask.
 
         Raises ConfigError ("full", or no mode at all), UnsupportedLora (what the mode cannot carry, by name, and the
         mode that can).
         """
-        if mode == "full" or mode not in ("auto", *MODES):
+        if mode not in ("auto", *MODES):
             raise ConfigError(
                 "not a mode for a model with LoRA",
                 where="mode",
                 expected='"auto", "merged", "base" or "adapter"',
                 got=repr(mode),
-                remedy="LoRA names are no checkpoint names, so the tensors as they stand are no model: use "
-                '"merged" (effective weights), "base" (without the adapters) or "adapter" (the adapters alone)',
+                remedy="the tensors of a model with LoRA are no checkpoint as they stand: push effective weights "
+                '("merged"), the model without its adapters ("base"), or the adapters alone ("adapter")',
             )
         now = self.state()
         if mode == "auto":
             return self._automatic(now, limits)
-        found = self._found_for(mode, now, limits)
+        found = self._found(mode, now, limits)
         if refusals(found, mode):
-            raise refuse(found, mode, lambda other: self._found_for(other, now, limits))
+            raise refuse(found, mode, lambda other: self._found(other, now, limits))
         return Choice(mode, f"{mode} was asked for", self._notes(mode, now))
 
     def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> View:
         """What a push of these pairs sends in a mode that `choose` gave.
 
-        The values given count wherever a name came; what the model shares under a second name and the iterable left
-        out is the same tensor, and a persistent buffer that did not come is added, unless `partial`.
+        The values given count wherever a name came. What the model shares under a second name and the iterable left
+        out is the same tensor; a persistent buffer that did not come is added, unless `partial`; an adapter always
+        travels whole.
 
         Raises UnexpectedTensor (no name of the model), DuplicateTensor, MissingTensor (of the base or the acting
-        adapters, unless `partial`), ShapeMismatch, UnsupportedLora, and where the tensors given cannot be copied what
-        `trainer_side.tensors.plain` raises.
+        adapters, unless `partial`), ShapeMismatch, and what `trainer_side.tensors.plain` raises where a tensor has no
+        values to copy.
         """
         names = [name for name, _ in pairs]
         tensors = [tensor for _, tensor in pairs]
         now = self.state()
         last = self._last
-        if last is not None and (last.mode, last.partial) == (mode, partial) and last.state == now:
-            if last.names == names and last.baked.current():
-                lives = [held.get(key) for held, key in last.slots]
-                if all(map(operator.is_, lives, tensors)):
-                    return self._again(last, now)
+        if last is not None and last.mode == mode and last.partial == partial and last.state == now:
+            lives = [held.get(key) for held, key in last.slots] if last.names == names else []
+            if len(lives) == len(tensors) and all(map(operator.is_, lives, tensors)) and last.baked.current():
+                return self._repeat(last, now)
         return self._resolve(mode, now, names, tensors, partial)
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Every tensor that the model holds, named as `named_parameters` names it, shared ones under each name."""
+        self.state()
+        items: list[Item] = [*self._tree.places, *self._tree.extras]
+        return [(item.raw, tensor) for item in items if (tensor := item.tensor()) is not None]
 
     # ---- inside ----
 
-    def _current(self) -> _Structure:
-        if not self._tree.unchanged():
-            self._tree = read_tree(self.model)
-            self._structure += 1
-            self._findings.clear()
-            self._baked.clear()
-            self._alike.clear()
-            self._last = None
-        return _Structure(self._structure)
+    def _forget(self) -> None:
+        self._tree = read_tree(self.model)
+        self._findings: OrderedDict[Hashable, _Findings] = OrderedDict()
+        self._baked: OrderedDict[Hashable, Baked] = OrderedDict()
+        self._alike: OrderedDict[Hashable, Baked] = OrderedDict()
+        self._ends: CanonicalMap | None = None
+        self._items: tuple[list[str], list[Item]] = ([], [])
+        self._last: _Last | None = None
 
-    def _automatic(self, now: LoraState, limits: Sequence[LoraLimits | None]) -> Choice:
-        found = {mode: self._found_for(mode, now, limits) for mode in ("adapter", "merged")}
-        bad = refusals(found["adapter"], "adapter")
+    def _automatic(self, now: LoraState, limits: Limits) -> Choice:
+        adapter = self._found("adapter", now, limits)
+        bad = refusals(adapter, "adapter")
         if not bad:
-            rank = self._bake("adapter", now).plan
-            size = 0 if rank is None else rank.rank
-            reason = f"adapter: every engine takes adapters, and the table carries all of this one (rank {size})"
+            rank = _rank(self._bake("adapter", now))
+            reason = f"adapter: every engine can hold it (rank {rank}) and the capability table carries all of it"
             return Choice("adapter", reason, self._notes("adapter", now))
-        against = f"{bad[0].where or 'the model'}: {bad[0].refuses('adapter')}"
-        if refusals(found["merged"], "merged"):
-            error = refuse(found["merged"], "merged", lambda other: self._found_for(other, now, limits))
-            error.got = f"{error.got}; and in adapter mode {against}"
-            error.args = (error._message(),)
-            raise error
-        return Choice("merged", f"merged: adapter mode cannot carry this ({against})", self._notes("merged", now))
+        against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].refuses('adapter')}"
+        merged = self._found("merged", now, limits)
+        if refusals(merged, "merged"):
+            raise refuse(merged, "merged", lambda other: self._found(other, now, limits), also=against)
+        return Choice("merged", f"merged: {against}", self._notes("merged", now))
 
-    def _found_for(self, mode: str, now: LoraState, limits: Sequence[LoraLimits | None]) -> list[Finding]:
-        found = self._survey(now).of(mode)
-        if mode != "adapter":
-            return found
-        if refusals(found, mode):
+    def _found(self, mode: str, now: LoraState, limits: Limits) -> list[Finding]:
+        """Everything that the capability table has to say about a mode."""
+        survey = self._survey(now)
+        found = [*survey.common, *survey.merged] if mode == "merged" else list(survey.common)
+        if mode != "adapter" or refusals(found, mode):
             return found
         plan = self._bake("adapter", now).plan
-        if plan is None:
+        found += [Finding(Feature.NO_ROWS, path, (path,)) for path in (plan.unfit if plan else ())]
+        if limits is None:
             return found
-        found += [Finding(Feature.NO_ROWS, path, (path,)) for path in plan.unfit]
         ranks = [limit.max_rank for limit in limits if limit is not None]
         if not limits or len(ranks) < len(limits):
             found.append(Finding(Feature.RANK, reason="started without LoRA" if limits else "no engine is attached"))
-        elif plan.rank > min(ranks):
-            found.append(Finding(Feature.RANK, reason=f"rank {plan.rank}, their maximum is {min(ranks)}"))
+        elif plan and plan.rank > min(ranks):
+            found.append(Finding(Feature.RANK, reason=f"rank {plan.rank} where {min(ranks)} is the most"))
         return found
 
     def _survey(self, now: LoraState) -> _Findings:
-        trained = tuple(t.requires_grad for p in self._tree.places if (t := p.tensor()) is not None)
-        key = (now, trained)
+        places = self._tree.places
+        key = now, tuple(tensor.requires_grad for place in places if (tensor := place.tensor()) is not None)
         found = self._findings.get(key)
         if found is None:
             read = survey(self._tree)
-            found = _Findings(read.findings, read.unreadable, read.notes)
-            _keep(self._findings, key, found)
+            found = _Findings(read.findings, read.merged, read.notes)
+        _keep(self._findings, key, found)
         return found
 
     def _notes(self, mode: str, now: LoraState) -> tuple[str, ...]:
-        return self._survey(now).notes if mode != "adapter" else ()
+        return self._survey(now).notes if mode == "merged" else ()
 
     def _bake(self, mode: str, now: LoraState) -> Baked:
         """What the mode sends in this state; baked again when shapes or dtypes changed."""
-        key: Hashable = (mode, now)
+        key: Hashable = mode if mode == "base" else (mode, now if mode == "merged" else now.unscaled)
         found = self._baked.get(key)
-        if found is not None and found.current():
-            return found
-        if mode == "base":
-            found = self._same(("base", self._plain_shapes()), lambda: modes.bake_base(self._tree))
-        elif mode == "merged":
-            kind, found = modes.bake_merged(self._tree, survey(self._tree), self._alike.get)
-            self._alike[kind] = found
-        else:
-            found = modes.bake_adapter(self._tree, survey(self._tree))
+        if found is None or not found.current():
+            if mode == "base":
+                found = modes.bake_base(self._tree)
+            elif mode == "merged":
+                alike, found = modes.bake_merged(self._tree, survey(self._tree), self._alike.get)
+                _keep(self._alike, alike, found)
+            else:
+                self._ends = self._ends or modes.bake_ends(self._tree)
+                found = modes.bake_adapter(self._tree, survey(self._tree), self._ends)
         _keep(self._baked, key, found)
         return found
+
+    def _resolve(self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool) -> View:
+        if self._items[0] != names:
+            self._items = names, items_of(self._tree, names)
+        items = self._items[1]
+        came = sent(items, names, tensors)
+        baked = self._bake(mode, now)
+        refuse_plain_names(self._tree, baked, items, names)
+        chosen = assemble(mode, baked, came, partial=partial)
+        as_it_lives = all(item.tensor() is tensor for item, tensor in zip(items, tensors, strict=True))
+        self._last = None
+        if as_it_lives:
+            slots, direct = list(map(slot_of, items)), list(map(slot_of, chosen.places))
+            cleans = [place.clean for place in chosen.places]
+            self._last = _Last(mode, partial, now, names, slots, baked, cleans, direct, chosen.made)
+        given = came if came.changed else None
+        return View(
+            baked.known, chosen.named, modes.computed(baked, given, chosen.made), _spec(baked), now,
+            self._notes(mode, now),
+        )  # fmt: skip
+
+    def _repeat(self, last: _Last, now: LoraState) -> View:
+        tensors = [held[key] for held, key in last.direct]
+        named = [(name, tensor) for name, tensor in zip(last.cleans, tensors, strict=True) if tensor is not None]
+        computed = modes.computed(last.baked, None, last.made)
+        return View(last.baked.known, named, computed, _spec(last.baked), now, self._notes(last.mode, now))
+
+
+def _rank(baked: Baked) -> int:
+    return 0 if baked.plan is None else baked.plan.rank
+
+
+def _spec(baked: Baked) -> AdapterSpec | None:
+    return None if baked.plan is None else AdapterSpec(baked.plan.rank)
+
+
+def _keep(kept: OrderedDict[Hashable, _T], key: Hashable, value: _T) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)

@@ -10,16 +10,18 @@ from functools import partial
 import torch
 from torch import nn
 
+from bridge.errors import MissingTensor
 from trainer_side.lora import adapter, state
+from trainer_side.lora.dequant import FP8
 from trainer_side.lora.effective import effective_bias, effective_identity, effective_weight
 from trainer_side.lora.reader import lora_parameters
 from trainer_side.lora.survey import Layer, Survey, plain_dtype, quantised
+from trainer_side.lora.survey import packed as is_packed
 from trainer_side.lora.tree import Extra, Kind, Place, Tree
 from trainer_side.naming import CanonicalMap, LiveEntry, bake_entries, identity_of
 from trainer_side.source import Computed
 
 Given = Callable[[torch.Tensor], torch.Tensor]
-Compute = Callable[[nn.Module, torch.dtype, Given | None], torch.Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +30,34 @@ class Made:
 
     Attributes:
         module: the outermost module that has a say in it.
-        compute: of `effective`.
         stand_in: shape and announced dtype, on meta.
         live: shape and dtype of what lies there; when these change, so must the stand-in.
         needs: what it is computed from, besides `place`.
+        copies: how often adapters are added; see `effective_weight`.
+        bias: it is the layer's bias, not its weight.
     """
 
     place: Place
     module: nn.Module
-    compute: Compute
     stand_in: torch.Tensor
     live: tuple[torch.Size, torch.dtype]
-    needs: tuple[Extra, ...]
+    needs: tuple[Extra, ...] = ()
+    copies: int | None = None
+    bias: bool = False
+
+    @property
+    def items(self) -> tuple[Place | Extra, ...]:
+        """Everything that it is computed from."""
+        return (self.place, *self.needs)
+
+    def compute(self, given: Given | None, dtype: torch.dtype) -> torch.Tensor:
+        """The effective value; see `effective_weight` for its dtype."""
+        if not self.bias:
+            return effective_weight(self.module, dtype, given, attribute=_attribute(self.place), copies=self.copies)
+        found = effective_bias(self.module, dtype, given, copies=self.copies)
+        if found is None:
+            raise MissingTensor("a bias of the bound model is gone", where=self.place.clean, names=(self.place.raw,))
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,23 +68,28 @@ class Baked:
         known: the names; None for an adapter, whose names are canonical.
         direct: tensors that travel as they stand.
         made: tensors that are computed.
-        needs: further tensors that have to come.
+        needs: further tensors that have to come; `dtypes` are theirs.
         plan: of an adapter.
+        twins: computed tensors of one value, which travel once.
     """
 
     known: CanonicalMap | None
     direct: tuple[Place, ...]
     made: tuple[Made, ...] = ()
     needs: tuple[Extra, ...] = ()
+    dtypes: tuple[torch.dtype | None, ...] = ()
     plan: adapter.Plan | None = None
+    twins: tuple[tuple[Made, Made], ...] = ()
 
     def current(self) -> bool:
-        """Whether what was baked from shapes and dtypes still holds."""
+        """Whether what was baked from shapes, dtypes and ties of computed tensors still holds."""
         for made in self.made:
             live = made.place.tensor()
-            if live is None or (live.shape, live.dtype) != made.live:
+            if live is None or live.dtype is not made.live[1] or live.shape != made.live[0]:
                 return False
-        return True
+        if any(_identity(a.place, a) != _identity(b.place, b) for a, b in self.twins):
+            return False
+        return tuple(map(_dtype, self.needs)) == self.dtypes
 
 
 def bake_base(tree: Tree) -> Baked:
@@ -83,6 +106,8 @@ def bake_merged(tree: Tree, survey: Survey, known: Callable[[Hashable], Baked | 
     in_use = {id(w): state.copy_in_use(w) for w in tree.wrappers if w.kind is Kind.SAVED}
     places = [p for p in tree.places if all(in_use[id(w)] == name for w, name in p.copies)]
     made = [one for one in (_made(place, survey) for place in places) if one is not None]
+    scales = _scales_of(made)
+    places = [place for place in places if id(place.tensor()) not in scales]
     by_place = {one.place: one for one in made}
     identities = {place: _identity(place, by_place.get(place)) for place in places}
     first: dict[Hashable, int] = {}
@@ -94,21 +119,32 @@ def bake_merged(tree: Tree, survey: Survey, known: Callable[[Hashable], Baked | 
         return key, found
     stand_ins = {place: one.stand_in for place, one in by_place.items()}
     direct = tuple(place for place in places if place not in by_place)
-    return key, Baked(_names(tree, places, stand_ins, identities), direct, tuple(made))
+    heads = {identities[one.place]: one for one in reversed(made)}
+    twins = tuple((heads[identities[one.place]], one) for one in made if heads[identities[one.place]] is not one)
+    return key, Baked(_names(tree, places, stand_ins, identities), direct, tuple(made), twins=twins)
 
 
-def bake_adapter(tree: Tree, survey: Survey) -> Baked:
-    """The acting adapters alone. Raises IntegrityError where `bake_entries` does."""
+def bake_ends(tree: Tree) -> CanonicalMap:
+    """The base model's names, each tied end with its own: an adapter belongs to one of them. Raises IntegrityError."""
     places = tuple(place for place in tree.places if place.original)
-    # Of tied ends each keeps its name: an adapter belongs to one of them.
-    known = _names(tree, places, {}, {place: place.clean for place in places})
-    acting, needs = [], []
-    for layer in survey.layers:
-        if layer.wrapper.kind is Kind.LORA and layer.acts and layer.parameters is not None:
-            weight = next((p for p in places if _role(p, layer) == "weight"), None)
-            acting.append(adapter.Acting(layer.wrapper.path, layer.wrapper.module, weight.clean if weight else ""))
-            needs += [e for e in layer.extras if e.adapter in layer.adapters]
-    return Baked(None, (), needs=tuple(needs), plan=adapter.plan(acting, known))
+    return _names(tree, places, {}, {place: place.clean for place in places})
+
+
+def bake_adapter(tree: Tree, survey: Survey, ends: CanonicalMap) -> Baked:
+    """The acting adapters alone; `ends` of `bake_ends`."""
+    weights: dict[Place, list[Layer]] = {}
+    for place in tree.places:
+        if place.original and place.wrappers:
+            layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers]
+            weights[place] = [layer for layer in layers if _role(place, layer) == "weight"]
+    acting: list[adapter.Acting] = []
+    needs: list[Extra] = []
+    for place, layers in weights.items():
+        # The outermost one answers for all that act on this weight.
+        if layers and layers[0].parameters is not None and layers[0].parameters.adapters:
+            acting.append(adapter.Acting(layers[0].wrapper.path, layers[0].wrapper.module, place.clean))
+            needs += [e for layer in layers for e in layer.extras if e.adapter in layer.adapters]
+    return Baked(None, (), (), tuple(needs), tuple(map(_dtype, needs)), adapter.plan(acting, ends))
 
 
 def computed(baked: Baked, given: Given | None, only: Iterable[Made] | None = None) -> list[Computed]:
@@ -116,14 +152,14 @@ def computed(baked: Baked, given: Given | None, only: Iterable[Made] | None = No
     if baked.plan is not None:
         return adapter.computed(baked.plan, given)
     return [
-        Computed(one.place.clean, one.stand_in, partial(_run, one, given))
+        Computed(one.place.clean, one.stand_in, partial(one.compute, given))
         for one in (baked.made if only is None else only)
     ]
 
 
-def _run(one: Made, given: Given | None, dtype: torch.dtype) -> torch.Tensor:
-    found = one.compute(one.module, dtype, given)
-    return one.stand_in.new_empty(0) if found is None else found
+def _dtype(item: Extra) -> torch.dtype | None:
+    tensor = item.tensor()
+    return None if tensor is None else tensor.dtype
 
 
 def _names(
@@ -145,60 +181,72 @@ def _names(
 
 def _identity(place: Place, made: Made | None) -> Hashable:
     if made is not None:
-        return effective_identity(made.module, place.attribute)
+        return effective_identity(made.module, place.attribute, copies=made.copies)
     tensor = place.tensor()
     return place.clean if tensor is None else identity_of(place.clean, tensor)
 
 
 def _made(place: Place, survey: Survey) -> Made | None:
     """How a tensor's effective value is computed; None when it is what lies there."""
-    if place.buffer:
+    tensor = place.tensor()
+    if place.buffer or tensor is None:
         return None
-    packed = quantised(place)
-    if packed is not None:
-        return _weight(place, packed, (), True)
-    claims = [(layer, _role(place, layer)) for layer in map(survey.by_wrapper.get, place.wrappers) if layer is not None]
-    claims = [(layer, role) for layer, role in claims if role is not None]
+    plain = quantised(place)
+    if plain is not None:
+        return _of(place, tensor, plain, packed=True)
+    layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers]
+    claims = [(layer, role) for layer in layers if (role := _role(place, layer)) is not None]
     if not claims:
         return None
-    outer, role = claims[0]
-    needs = tuple(e for layer, _ in claims for e in layer.extras if e.adapter in layer.adapters)
-    acts = any(layer.acts for layer, _ in claims)
+    (outer, role), acting = claims[0], [layer for layer, _ in claims if layer.acts]
+    needs = tuple(e for layer in acting for e in layer.extras if e.adapter in layer.adapters)
     if role == "bias":
-        if not any(layer.acts and layer.has_bias for layer, _ in claims):
+        # PEFT's token layer around a linear one loses the bias.
+        if not any(layer.has_bias or layer.wrapper.kind is Kind.TOKENS for layer in acting):
             return None
-        return _bias(place, outer.wrapper.module, needs)
-    tensor = place.tensor()
-    is_packed = tensor is not None and not tensor.is_floating_point()
-    return _weight(place, outer.wrapper.module, needs, is_packed) if acts or is_packed else None
-
-
-def _weight(place: Place, module: nn.Module, needs: tuple[Extra, ...], packed: bool) -> Made | None:
-    tensor = place.tensor()
-    if tensor is None:
+        return _of(place, tensor, outer.wrapper.module, needs, outer.wrapper.copies, bias=True)
+    stays = outer.parameters is None or not is_packed(outer.parameters)
+    if not acting and stays:
         return None
+    scaled = tensor.dtype in FP8
+    return _of(place, tensor, outer.wrapper.module, needs, outer.wrapper.copies, packed=scaled or not stays)
+
+
+def _of(
+    place: Place,
+    tensor: torch.Tensor,
+    module: nn.Module,
+    needs: tuple[Extra, ...] = (),
+    copies: int | None = None,
+    *,
+    packed: bool = False,
+    bias: bool = False,
+) -> Made:
+    shape, dtype = tensor.shape, tensor.dtype
     if packed:
-        parameters = lora_parameters(module)
-        dtype = plain_dtype(parameters)
-        with torch.no_grad():
-            shape = effective_weight(module, dtype).shape
-        stand_in = torch.empty(shape, dtype=dtype, device="meta")
-    else:
-        stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return Made(place, module, effective_weight, stand_in, (tensor.shape, tensor.dtype), needs)
+        dtype = plain_dtype(lora_parameters(module))
+        shape = effective_weight(module, dtype, attribute=_attribute(place), copies=copies).shape
+    return Made(
+        place, module, torch.empty(shape, dtype=dtype, device="meta"), (tensor.shape, tensor.dtype), needs, copies, bias
+    )
 
 
-def _bias(place: Place, module: nn.Module, needs: tuple[Extra, ...]) -> Made | None:
-    tensor = place.tensor()
-    if tensor is None:
-        return None
-    stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return Made(place, module, effective_bias, stand_in, (tensor.shape, tensor.dtype), needs)
+def _attribute(place: Place) -> str | None:
+    """Which parameter is meant where wrappers act on several; a packed weight goes by another name than its own."""
+    return place.attribute if any(wrapper.attribute == place.attribute for wrapper in place.wrappers) else None
+
+
+def _scales_of(made: Iterable[Made]) -> set[int]:
+    """The scales of fp8 weights that travel as their values."""
+    found = (lora_parameters(one.module).quant_state for one in made if one.live[1] in FP8)
+    return {id(scale) for scale in found if isinstance(scale, torch.Tensor)}
 
 
 def _role(place: Place, layer: Layer) -> str | None:
     """What a tensor is to a wrapper around its module: the weight that it changes, the bias, or nothing."""
     wrapper, parameters = layer.wrapper, layer.parameters
+    if wrapper.kind is Kind.SAVED:
+        return None
     if place.buffer or parameters is None or wrapper not in place.wrappers:
         return None
     if wrapper.attribute is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bridge.errors import DuplicateTensor, ShapeMismatch, UnexpectedTensor
-from trainer_side.lora.tree import Extra, Item, Place, Tree
+from trainer_side.lora.tree import Extra, Item, Tree
 from trainer_side.tensors import plain
 from trainer_side.ties import same_bits
 
@@ -39,7 +39,7 @@ def items_of(tree: Tree, names: Sequence[str]) -> list[Item]:
     found: list[Item] = []
     seen: dict[Item, str] = {}
     for name in names:
-        item = tree.find(name) or tree.clean.get(name)
+        item = tree.find(name) or tree.find_plain(name)
         if item is None:
             raise _unknown(tree, name)
         if item in seen:
@@ -109,11 +109,6 @@ def _require_equal(item: Item, name: str, a: torch.Tensor, b: torch.Tensor) -> N
             remedy="push model.named_parameters()",
             names=(name,),
         )
-
-
-def plain_name(item: Item, name: str) -> bool:
-    """Whether a name is the base model's own for a tensor that the live tree calls otherwise."""
-    return isinstance(item, Place) and name == item.clean and name not in (item.live, item.raw)
 
 
 def _unknown(tree: Tree, name: str) -> UnexpectedTensor:

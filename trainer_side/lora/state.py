@@ -3,11 +3,12 @@ a merge or `disable_adapter()` changes the effective weights without changing a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from trainer_side.lora.chain import acting_copy
 from trainer_side.lora.tree import Kind, Wrapper
 
 _KEYED = {
@@ -41,6 +42,11 @@ class LoraState:
 
     structure: int
     wrappers: tuple[WrapperState, ...] = ()
+
+    @property
+    def unscaled(self) -> Hashable:
+        """All of it but the scalings: what decides which tensors an adapter has."""
+        return self.structure, tuple((w.path, w.disabled, w.merged, w.active, w.owned) for w in self.wrappers)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -81,19 +87,9 @@ def owned_by(wrapper: Wrapper) -> tuple[str, ...]:
 
 def copy_in_use(wrapper: Wrapper) -> str | None:
     """The adapter whose copy a `modules_to_save` wrapper computes with; None: the original module."""
-    state = read(wrapper)
-    # As its forward decides: one active adapter that it does not know sends everything to the original.
-    if state.disabled or not state.active or not set(state.active) <= set(state.owned):
-        return None
-    return state.active[0]
-
-
-def tokens_in_use(wrapper: Wrapper) -> tuple[str, ...]:
-    """The adapters whose rows replace those of the base now, of a trainable-tokens wrapper."""
-    state = read(wrapper)
-    if state.disabled or state.merged:
-        return ()
-    return tuple(name for name in state.active if name in state.owned)
+    copies = wrapper.module._modules["modules_to_save"]
+    acting = acting_copy(wrapper.module)
+    return next((name for name, copy in copies._modules.items() if copy is acting), None) if copies else None
 
 
 def _flag(module: nn.Module) -> bool:

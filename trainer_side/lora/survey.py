@@ -11,10 +11,12 @@ from torch import nn
 from bridge.errors import ConfigError, UnsupportedLora
 from trainer_side.lora import state as states
 from trainer_side.lora.capability import Feature, Finding
-from trainer_side.lora.effective import is_inexact, refusal
+from trainer_side.lora.dequant import FP8, quant_state
+from trainer_side.lora.effective import is_inexact
 from trainer_side.lora.reader import lora_parameters
+from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, refusal
 from trainer_side.lora.tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
-from trainer_side.lora.values import LoraParameters, State
+from trainer_side.lora.values import ActiveAdapter, LoraParameters, State
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +50,13 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What was found, and what to tell people about it."""
+    """What was found, what of it counts in merged mode alone, and what to tell people about it."""
 
     layers: tuple[Layer, ...]
     by_wrapper: Mapping[Wrapper, Layer]
     findings: tuple[Finding, ...]
-    unreadable: tuple[Finding, ...]
+    merged: tuple[Finding, ...]
     notes: tuple[str, ...] = field(default=())
-
-    def for_mode(self, mode: str) -> list[Finding]:
-        """The findings that count for a mode: only merged needs effective weights."""
-        return [*self.findings, *self.unreadable] if mode == "merged" else list(self.findings)
 
 
 def survey(tree: Tree) -> Survey:
@@ -68,7 +66,7 @@ def survey(tree: Tree) -> Survey:
         if extra.wrapper is not None:
             extras.setdefault(id(extra.wrapper), []).append(extra)
     findings: list[Finding] = []
-    unreadable: list[Finding] = []
+    merged: list[Finding] = []
     layers = []
     for wrapper in tree.wrappers:
         layer, problem = _layer(wrapper, tuple(extras.get(id(wrapper), ())))
@@ -76,14 +74,16 @@ def survey(tree: Tree) -> Survey:
         found = [problem] if problem is not None else list(_found(layer, tree))
         findings += found
         if layer.acts and layer.parameters is not None:
-            error = refusal(wrapper.module, wrapper.path)
+            error = refusal(wrapper.module, wrapper.path, copies=wrapper.copies)
             if error is not None and not any(f.refuses("merged") for f in found):
-                unreadable.append(Finding(Feature.UNREADABLE, wrapper.path, layer.names, error.got or error.what))
+                # What only merged needs is the values of the base: an adapter does without.
+                packs = packed(layer.parameters) or layer.parameters.weight.dtype in FP8
+                (merged if packs else findings).append(_unreadable(layer, error))
     findings += _strays(tree)
     findings += _trained(tree)
     findings += _asleep(layers)
     return Survey(
-        tuple(layers), {layer.wrapper: layer for layer in layers}, tuple(findings), tuple(unreadable), _notes(layers)
+        tuple(layers), {layer.wrapper: layer for layer in layers}, tuple(findings), tuple(merged), _notes(layers)
     )
 
 
@@ -101,10 +101,8 @@ def _layer(wrapper: Wrapper, extras: tuple[Extra, ...]) -> tuple[Layer, Finding 
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what)
     undone = parameters.state is State.MERGED_DISABLED
-    if wrapper.kind is Kind.TOKENS:
-        adapters = states.tokens_in_use(wrapper)
-    else:
-        adapters = tuple(adapter.name for adapter in parameters.adapters)
+    acting = parameters.rows if wrapper.kind is Kind.TOKENS else parameters.adapters
+    adapters = tuple(dict.fromkeys(one.name for one in acting))
     return Layer(wrapper, parameters, bool(adapters) or undone, parameters.merged if undone else adapters, extras), None
 
 
@@ -119,7 +117,7 @@ def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
         yield Finding(Feature.MERGED, wrapper.path, layer.names, merged)
     elif parameters.state is State.MERGED_DISABLED:
         yield Finding(Feature.MERGED_DISABLED, wrapper.path, layer.names, merged)
-    if parameters.quant_state is not None or not parameters.weight.is_floating_point():
+    if packed(parameters):
         yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,))
     if wrapper.kind is Kind.TOKENS:
         trained = tuple(extra.raw for extra in layer.extras if _trains(extra))
@@ -170,14 +168,25 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
         yield Finding(Feature.CONVOLUTION, path, names)
     elif parameters.kind == "attention":
         yield Finding(Feature.ATTENTION, path, names)
-    elif parameters.kind == "parameter" and parameters.weight.dim() == 3:
+    experts = parameters.kind == "parameter" and parameters.weight.dim() == 3
+    if experts:
         yield Finding(Feature.EXPERTS, path, names)
+    for one in parameters.adapters:
+        feature = _variant(one, experts)
+        if feature is not None:
+            yield Finding(feature, path, names, ", ".join(one.extra.get("unknown", (one.variant,))))
     biased = tuple(e.raw for e in layer.extras if e.container == "lora_B" and e.attribute == "bias")
     if any(adapter.bias is not None for adapter in parameters.adapters):
         yield Finding(Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE, path, biased)
     if any(adapter.magnitude is not None for adapter in parameters.adapters):
         of = tuple(e.raw for e in layer.extras if e.container == "lora_magnitude_vector")
         yield Finding(Feature.DORA, path, of)
+
+
+def _unreadable(layer: Layer, error: UnsupportedLora) -> Finding:
+    conv = layer.parameters is not None and layer.parameters.kind == "conv"
+    feature = Feature.NO_SINGLE_WEIGHT if conv else Feature.UNREADABLE
+    return Finding(feature, layer.wrapper.path, layer.names, error.what)
 
 
 def _strays(tree: Tree) -> Iterator[Finding]:
@@ -207,6 +216,7 @@ def _asleep(layers: Sequence[Layer]) -> Iterator[Finding]:
 
 def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
     counts: dict[str, list[str]] = {}
+    awake = any(layer.acts for layer in layers if layer.wrapper.kind is Kind.LORA)
     for layer in layers:
         p = layer.parameters
         if p is None or layer.wrapper.kind is not Kind.LORA:
@@ -222,7 +232,7 @@ def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
             )
         elif p.state is State.DISABLED:
             counts.setdefault("adapters are disabled: base values are sent", []).append(layer.wrapper.path)
-        elif not p.adapters and p.owned:
+        elif not awake and p.owned:
             counts.setdefault("no active adapter: base values are sent", []).append(layer.wrapper.path)
     return tuple(
         f"{text} ({len(paths)} layer{'s' if len(paths) > 1 else ''}, {paths[0]}{' ...' if len(paths) > 1 else ''})"
@@ -240,22 +250,34 @@ def _without_values(item: Extra) -> bool:
     return tensor is None or tensor.is_meta or tensor.numel() == 0
 
 
+def _variant(adapter: ActiveAdapter, experts: bool) -> Feature | None:
+    """What is special about an adapter's product; None of a plain one."""
+    if adapter.variant in PER_TOKEN_VARIANTS:
+        return Feature.PER_TOKEN
+    if adapter.extra.get("unknown"):
+        return Feature.AMBIGUOUS if experts else Feature.UNKNOWN
+    if adapter.variant not in PLAIN_VARIANTS | DORA_VARIANTS:
+        return Feature.UNKNOWN
+    return Feature.EXPANDED if adapter.extra.keys() & {"diagonal", "blocks_a", "blocks_b"} else None
+
+
+def packed(parameters: LoraParameters) -> bool:
+    """Whether a weight lies there in a form that is no checkpoint tensor's. Scaled fp8 is one, beside its scales."""
+    return parameters.quant_state is not None and parameters.weight.dtype not in FP8
+
+
 def quantised(place: Place) -> nn.Module | None:
     """The ordinary module whose packed weight this is; None for any tensor that is what it looks like."""
     tensor = place.tensor()
-    if place.wrappers or place.buffer or tensor is None or tensor.is_floating_point():
+    if place.wrappers or place.buffer or place.attribute != "weight" or tensor is None:
         return None
-    try:
-        parameters = lora_parameters(place.owner)
-    except (UnsupportedLora, ConfigError):
-        return None
-    packed = parameters.weight is tensor and parameters.quant_state is not None
-    return place.owner if packed else None
+    state = quant_state(place.owner, tensor)
+    return None if state is None or tensor.dtype in FP8 else place.owner
 
 
 def plain_dtype(parameters: LoraParameters) -> torch.dtype:
     """The dtype in which a packed weight is announced once it is dequantised."""
-    dtype = getattr(parameters.quant_state, "dtype", None)
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
-        return dtype
+    for dtype in (getattr(parameters.quant_state, "dtype", None), parameters.weight.dtype):
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
     return torch.bfloat16 if parameters.bias is None else parameters.bias.dtype

@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from trainer_side.lora.chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
+from trainer_side.lora.effective import attention_output
 from trainer_side.lora.reader import lora_parameters
 from trainer_side.naming import RESERVED, ROOT_WRAPPER, _wrapped_child
 
@@ -27,6 +30,9 @@ CONTAINERS = frozenset(
 """Attributes of a LoRA layer whose tensors, keyed by adapter, the reader knows."""
 _PREFIXES: tuple[tuple[str, ...], ...] = ((), ("base_model", "model"), ("model",))
 """What names begin with when they come from a PEFT model, or its tuner, around the model that was bound."""
+
+
+_T = TypeVar("_T")
 
 
 class Kind(Enum):
@@ -46,12 +52,14 @@ class Wrapper:
         path: of the layer that it wraps, in the base model.
         module: the live module.
         attribute: the one parameter that it acts on, for PEFT's `target_parameters`; None: the layer's weight.
+        copies: how often its effect is added, of the output projection inside PEFT's attention; None: once.
     """
 
     path: str
     module: nn.Module
     kind: Kind
     attribute: str | None = None
+    copies: int | None = None
 
     @property
     def holder(self) -> nn.Module:
@@ -162,19 +170,27 @@ class Tree:
 
     def find(self, name: str) -> Item | None:
         """The tensor that an iterable over the model, from outside or inside its wrappers, calls so."""
-        found = self.names.get(name)
-        if found is not None:
-            return found
-        segments = [s for s in name.split(".") if s not in RESERVED]
-        while True:
-            for prefix in _PREFIXES:
-                if tuple(segments[: len(prefix)]) == prefix:
-                    found = self.names.get(".".join(segments[len(prefix) :]))
-                    if found is not None:
-                        return found
-            if len(segments) < 2 or segments[0] != ROOT_WRAPPER:
-                return None
-            segments = segments[1:]
+        return _look_up(self.names, name)
+
+    def find_plain(self, name: str) -> Place | None:
+        """The tensor that the base model, as if there were no wrappers, calls so."""
+        return _look_up(self.clean, name)
+
+
+def _look_up(names: Mapping[str, _T], name: str) -> _T | None:
+    found = names.get(name)
+    if found is not None:
+        return found
+    segments = [s for s in name.split(".") if s not in RESERVED]
+    while True:
+        for prefix in _PREFIXES:
+            if tuple(segments[: len(prefix)]) == prefix:
+                found = names.get(".".join(segments[len(prefix) :]))
+                if found is not None:
+                    return found
+        if len(segments) < 2 or segments[0] != ROOT_WRAPPER:
+            return None
+        segments = segments[1:]
 
 
 def read_tree(model: nn.Module) -> Tree:
@@ -207,19 +223,13 @@ def read_tree(model: nn.Module) -> Tree:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """What kind of wrapper a module is, by what it holds; None for an ordinary module."""
-    children = module._modules
-    if isinstance(children.get("token_adapter"), nn.Module):
-        return Kind.TOKENS
-    if isinstance(children.get("modules_to_save"), nn.ModuleDict) and "original_module" in children:
+    if is_saved(module):
         return Kind.SAVED
-    if not isinstance(children.get("base_layer"), nn.Module):
-        return None
-    if "trainable_tokens_delta" in children:
+    if is_token_wrapper(module) or is_tokens(module):
         return Kind.TOKENS
-    if "lora_A" in children or "lora_embedding_A" in children:
+    if is_lora(module):
         return Kind.LORA
-    # A module of the user's own may well have a child called base_layer; tuners keep a list of what they merged.
-    return Kind.UNKNOWN if hasattr(module, "merged_adapters") else None
+    return Kind.UNKNOWN if is_tuner(module) else None
 
 
 def peft_child(module: nn.Module) -> str | None:
@@ -256,6 +266,7 @@ class _Walker:
         self.wrappers: list[Wrapper] = []
         self.shapes: list[_Shape] = []
         self.peft_root = False
+        self._twice: set[int] = set()
 
     def visit(
         self,
@@ -273,8 +284,8 @@ class _Walker:
         if inside is not None:
             self.peft_root = True
             self._rest(module, raw, live, None, inside)
-            child = module.get_submodule(inside)
-            self.visit(child, f"{raw}{inside}.", live, clean, around=around, copies=copies, root=root)
+            model = module.get_submodule(inside)
+            self.visit(model, f"{raw}{inside}.", live, clean, around=around, copies=copies, root=root)
             return
         kind = kind_of(module)
         if kind is not None:
@@ -323,20 +334,44 @@ class _Walker:
     ) -> None:
         raw, live, clean = at
         attribute = vars(module).get("parameter_name")
-        wrapper = Wrapper(clean.removesuffix("."), module, kind, attribute if isinstance(attribute, str) else None)
+        attribute = attribute if isinstance(attribute, str) else None
+        copies_of = 2 if id(module) in self._twice else None
+        wrapper = Wrapper(clean.removesuffix("."), module, kind, attribute, copies_of)
         self.wrappers.append(wrapper)
         children = module._modules
         if kind is Kind.SAVED:
             self._saved(module, wrapper, at, around, copies)
             return
-        if (tokens := children.get("token_adapter")) is not None:
+        tokens = children.get("token_adapter")
+        if tokens is not None:
             self._rest(module, raw, live, wrapper, "token_adapter")
             self._remember(tokens)
             module, raw, live = tokens, f"{raw}token_adapter.", f"{live}token_adapter."
+        if module._modules.get("base_layer") is None:
+            self._flat(module, at, (*around, wrapper), copies)
+            return
         self._rest(module, raw, live, wrapper, "base_layer")
+        output = attention_output(module) if kind is Kind.LORA else None
+        if output is not None:
+            self._twice.add(id(output))
         base = module.get_submodule("base_layer")
         inner = (f"{raw}base_layer.", f"{live}base_layer.", clean)
         self.visit(base, *inner, around=(*around, wrapper), copies=copies)
+
+    def _flat(
+        self,
+        module: nn.Module,
+        at: tuple[str, str, str],
+        around: tuple[Wrapper, ...],
+        copies: tuple[tuple[Wrapper, str | None], ...],
+    ) -> None:
+        """A layer that holds its weight and its adapters side by side."""
+        raw, live, _ = at
+        self._own(module, at, around, copies)
+        for name, child in module._modules.items():
+            if child is not None:
+                keyed = isinstance(child, (nn.ModuleDict, nn.ParameterDict))
+                self._below(child, f"{raw}{name}.", f"{live}{name}.", around[-1], name, None, keyed)
 
     def _saved(
         self,

@@ -24,13 +24,13 @@ from engine_side.embedded.layers import (
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
 from engine_side.embedded.lora.context import Group, LoraContext
-from engine_side.embedded.lora.slots import ONLY, Extent, Part, PartKey, slot_dtype
+from engine_side.embedded.lora.slots import ONLY, Part, PartKey, slot_dtype
 from engine_side.embedded.moe import FusedMoE
+from engine_side.embedded.weights import Cut
 from engine_side.embedded.wrappers import WrappedLayer, unwrap
 
 
@@ -47,8 +47,6 @@ class BaseLayerWithLoRA(WrappedLayer):
     """The class whose `forward` is `finish(local(x))`."""
     embedding: ClassVar[bool] = False
     """Adapters come as `lora_embedding_A` and `_B`."""
-    reduces: ClassVar[bool] = False
-    """Whether `finish` is a collective."""
 
     def __init__(self, base_layer: nn.Module, context: LoraContext, slots: int, max_rank: int) -> None:
         super().__init__(base_layer)
@@ -63,7 +61,7 @@ class BaseLayerWithLoRA(WrappedLayer):
     def _make_parts(self, slots: int) -> dict[PartKey, Part]:
         raise NotImplementedError
 
-    def _part(self, slots: int, inputs: Extent, outputs: Extent, **more: Any) -> Part:
+    def _part(self, slots: int, inputs: Cut, outputs: Cut, **more: Any) -> Part:
         core = cast(Any, self.core)
         like = next(p for p in self.core._parameters.values() if p is not None)
         return Part.allocate(slots, self._max_rank, inputs, outputs, like, slot_dtype(core.params_dtype), **more)
@@ -118,7 +116,7 @@ class BaseLayerWithLoRA(WrappedLayer):
         if not groups:
             return super().forward(x)
         core = cast(Any, self.core)
-        if not self.reduces or core.tp.size == 1:
+        if core.tp.size == 1 or type(core).finish is LinearBase.finish:
             return self._add(super().forward(x), x, groups)
         if type(core).forward is self.kind.forward:
             return cast(torch.Tensor, core.finish(self._add(core.local(x), x, groups)))
@@ -128,7 +126,7 @@ class BaseLayerWithLoRA(WrappedLayer):
         """A sharded layer with a forward of its own: nothing can be put in front of its collective, so the adapters'
         part goes through one of its own."""
         out = super().forward(x)
-        width = max(part.offset + part.b.shape[1] for part in self.parts.values())
+        width = max(part.outputs.offset + part.b.shape[1] for part in self.parts.values())
         wide = torch.promote_types(out.dtype, torch.float32)
         effect = core.finish(self._add(torch.zeros(len(x), width, dtype=wide, device=out.device), x, groups))
         for group in groups:
@@ -137,53 +135,30 @@ class BaseLayerWithLoRA(WrappedLayer):
         return out
 
 
-class ReplicatedLinearWithLoRA(BaseLayerWithLoRA):
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(ReplicatedLinear, self.core)
-        inputs, outputs = core.input_size_per_partition, core.output_size_per_partition
-        return {ONLY: self._part(slots, Extent.all_of(inputs), Extent.all_of(outputs))}
-
-
-class ColumnParallelLinearWithLoRA(BaseLayerWithLoRA):
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(ColumnParallelLinear, self.core)
-        outputs = Extent.shard(core.output_size, core.output_size_per_partition, core.tp.rank)
-        return {ONLY: self._part(slots, Extent.all_of(core.input_size_per_partition), outputs)}
-
-
-class MergedColumnParallelLinearWithLoRA(BaseLayerWithLoRA):
-    """One part for each of the stacked weights; subclasses of the layer (a fused latent projection that every rank
-    holds whole) keep their own forward."""
+class LinearLayerWithLoRA(BaseLayerWithLoRA):
+    """Any linear layer: a part for each of those that checkpoints hold one by one, cut as the layer cuts its weight."""
 
     def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(MergedColumnParallelLinear, self.core)
-        inputs, parts, offset = Extent.all_of(core.input_size_per_partition), {}, 0
-        for index, (whole, size) in enumerate(zip(core.output_sizes, core.partition_sizes, strict=True)):
-            outputs = Extent.shard(whole, size, core.tp.rank)
-            parts[(index, None)] = self._part(slots, inputs, outputs, offset=offset)
-            offset += size
-        return cast(dict[PartKey, Part], parts)
+        core = cast(LinearBase, self.core)
+        inputs = core.input_cut()
+        return {(part, None): self._part(slots, inputs, core.output_cut(part)) for part in core.shard_ids}
 
 
-class QKVParallelLinearWithLoRA(BaseLayerWithLoRA):
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(QKVParallelLinear, self.core)
-        inputs = Extent.all_of(core.input_size_per_partition)
-        return {
-            (part, None): self._part(slots, inputs, Extent.shard(whole, size, index), offset=offset)
-            for part, (offset, size, index, whole) in core.parts.items()
-        }
+class ColumnParallelLinearWithLoRA(LinearLayerWithLoRA):
+    """B is cut like W; A is whole on every rank."""
 
 
-class RowParallelLinearWithLoRA(BaseLayerWithLoRA):
+class MergedColumnParallelLinearWithLoRA(ColumnParallelLinearWithLoRA):
+    """One part for each of the stacked weights. Subclasses of the layer, such as a fused latent projection that every
+    rank holds whole, keep their own forward."""
+
+
+class QKVParallelLinearWithLoRA(ColumnParallelLinearWithLoRA):
+    """Parts "q", "k" and "v", heads replicated as the layer replicates them."""
+
+
+class RowParallelLinearWithLoRA(LinearLayerWithLoRA):
     """A sees this rank's inputs only; what it lacks comes with the layer's own sum over ranks."""
-
-    reduces = True
-
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(RowParallelLinear, self.core)
-        inputs = Extent.shard(core.input_size, core.input_size_per_partition, core.tp.rank)
-        return {ONLY: self._part(slots, inputs, Extent.all_of(core.output_size_per_partition))}
 
 
 class VocabParallelEmbeddingWithLoRA(BaseLayerWithLoRA):
@@ -191,13 +166,11 @@ class VocabParallelEmbeddingWithLoRA(BaseLayerWithLoRA):
 
     kind = VocabParallelEmbedding
     embedding = True
-    reduces = True
 
     def _make_parts(self, slots: int) -> dict[PartKey, Part]:
         core = cast(VocabParallelEmbedding, self.core)
-        rows = (core.num_embeddings_per_partition, core.embedding_dim)
-        outputs = Extent.all_of(core.embedding_dim)
-        return {ONLY: self._part(slots, _vocabulary(core), outputs, rows=rows)}
+        here = (core.num_embeddings_per_partition, core.embedding_dim)
+        return {ONLY: self._part(slots, _vocabulary(core), Cut.all_of(core.embedding_dim), here=here)}
 
     def _shrink(self, part: Part, slot: int, rank: int, x: torch.Tensor) -> torch.Tensor:
         return part.pick(slot, rank, x)
@@ -207,17 +180,16 @@ class ParallelLMHeadWithLoRA(BaseLayerWithLoRA):
     """Tied or not: its adapters are its own, the embedding's are the embedding's."""
 
     kind = VocabParallelEmbedding
-    reduces = True
 
     def _make_parts(self, slots: int) -> dict[PartKey, Part]:
         core = cast(ParallelLMHead, self.core)
-        rows = (core.embedding_dim, core.num_embeddings_per_partition)
-        return {ONLY: self._part(slots, Extent.all_of(core.embedding_dim), _vocabulary(core), rows=rows)}
+        here = (core.embedding_dim, core.num_embeddings_per_partition)
+        return {ONLY: self._part(slots, Cut.all_of(core.embedding_dim), _vocabulary(core), here=here)}
 
 
-def _vocabulary(core: VocabParallelEmbedding) -> Extent:
-    start = min(core.start, core.num_embeddings)
-    return Extent(core.num_embeddings, start, core.valid)
+def _vocabulary(core: VocabParallelEmbedding) -> Cut:
+    """Without the padding, of which a rank may have nothing else."""
+    return Cut(0, min(core.start, core.num_embeddings), core.valid, core.num_embeddings)
 
 
 class FusedMoEWithLoRA(BaseLayerWithLoRA):
@@ -228,20 +200,14 @@ class FusedMoEWithLoRA(BaseLayerWithLoRA):
 
     def _make_parts(self, slots: int) -> dict[PartKey, Part]:
         core = cast(FusedMoE, self.core)
-        inner = Extent.shard(core.intermediate_size, core.intermediate_size_per_partition, core.tp.rank)
-        hidden, here = Extent.all_of(core.hidden_size), core.intermediate_size_per_partition
         parts: dict[PartKey, Part] = {}
-        for shard, inputs, outputs, offset in (
-            ("w1", hidden, inner, 0),
-            ("w3", hidden, inner, here),
-            ("w2", inner, hidden, 0),
-        ):
+        for shard, (outputs, inputs) in core.cuts.items():
             # one stack [slots * experts, ...] each, of which every expert's part is a view
             stack = self._part(slots * core.num_experts, inputs, outputs)
             a = stack.a.view(slots, core.num_experts, *stack.a.shape[1:])
             b = stack.b.view(slots, core.num_experts, *stack.b.shape[1:])
             for expert in range(core.num_experts):
-                parts[(shard, expert)] = Part(a[:, expert], b[:, expert], inputs, outputs, offset)
+                parts[(shard, expert)] = Part(a[:, expert], b[:, expert], inputs, outputs)
         return parts
 
     def local(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -309,7 +275,7 @@ _WRAPPERS: tuple[tuple[type[nn.Module], type[BaseLayerWithLoRA]], ...] = (
     (MergedColumnParallelLinear, MergedColumnParallelLinearWithLoRA),
     (ColumnParallelLinear, ColumnParallelLinearWithLoRA),
     (RowParallelLinear, RowParallelLinearWithLoRA),
-    (ReplicatedLinear, ReplicatedLinearWithLoRA),
+    (LinearBase, LinearLayerWithLoRA),
 )
 """Class of layers, subclasses included -> wrapper; the most specific class first."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from engine_side.adapters.base import AdapterView
+from engine_side.embedded.weights import Cut
 
 PartKey = tuple[object, object]
 """(shard id, expert id) as the model's `resolve` gives them to a loader; None where there is none."""
@@ -24,32 +25,6 @@ def key_of(arguments: Mapping[str, object]) -> PartKey:
     return arguments.get("shard_id"), arguments.get("expert_id")
 
 
-@dataclass(frozen=True)
-class Extent:
-    """One dimension of a checkpoint tensor and the run of it that this rank holds, in elements."""
-
-    whole: int
-    start: int
-    size: int
-
-    @classmethod
-    def all_of(cls, size: int) -> Extent:
-        return cls(size, 0, size)
-
-    @classmethod
-    def shard(cls, whole: int, size: int, rank: int) -> Extent:
-        """Run number `rank` of `size` elements; one that reaches past the end (padding) is cut off there. A run as
-        large as the whole is replicated."""
-        if size == whole:
-            return cls.all_of(whole)
-        start = min(rank * size, whole)
-        return cls(whole, start, min(size, whole - start))
-
-    @property
-    def index(self) -> slice:
-        return slice(self.start, self.start + self.size)
-
-
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:
     """What adapters of a layer are held in: the layer's own dtype, float32 where nobody computes in that."""
     return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
@@ -60,27 +35,26 @@ class Part:
     """One part's slots on this rank.
 
     `a` [slots, max_rank, inputs here] and `b` [slots, outputs here, max_rank], zero where no adapter lies. `inputs` and
-    `outputs` say which columns of A and rows of B these are; `offset` is where the part's outputs begin in the
-    layer's. The slots may be larger than the extents: a padded vocabulary.
+    `outputs` say which columns of A and rows of B these are, and where the part's outputs begin in the layer's. The
+    slots may be larger than the cuts: a padded vocabulary.
     """
 
     a: torch.Tensor
     b: torch.Tensor
-    inputs: Extent
-    outputs: Extent
-    offset: int = 0
+    inputs: Cut
+    outputs: Cut
 
     @classmethod
     def allocate(
-        cls, slots: int, max_rank: int, inputs: Extent, outputs: Extent, like: torch.Tensor, dtype: torch.dtype,
-        *, offset: int = 0, rows: tuple[int, int] | None = None,
+        cls, slots: int, max_rank: int, inputs: Cut, outputs: Cut, like: torch.Tensor, dtype: torch.dtype,
+        *, here: tuple[int, int] | None = None,
     ) -> Part:  # fmt: skip
-        """Empty slots on the device of `like`; `rows` are the (inputs, outputs) here where padding makes them larger
-        than the extents."""
-        here = rows or (inputs.size, outputs.size)
-        a = torch.zeros(slots, max_rank, here[0], dtype=dtype, device=like.device)
-        b = torch.zeros(slots, here[1], max_rank, dtype=dtype, device=like.device)
-        return cls(a, b, inputs, outputs, offset)
+        """Empty slots on the device of `like`; `here` are this rank's (inputs, outputs) where padding makes them more
+        than the cuts say."""
+        width, height = here or (inputs.size, outputs.size)
+        a = torch.zeros(slots, max_rank, width, dtype=dtype, device=like.device)
+        b = torch.zeros(slots, height, max_rank, dtype=dtype, device=like.device)
+        return cls(a, b, inputs, outputs)
 
     def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The whole A and B, as they travel."""
@@ -90,8 +64,8 @@ class Part:
         """This rank's piece of the whole A [rank, inputs] and B [outputs, rank]; the rest of the slot becomes zero."""
         self.clear(slot)
         rank = a.shape[0]
-        self.a[slot, :rank, : self.inputs.size].copy_(a[:, self.inputs.index])
-        self.b[slot, : self.outputs.size, :rank].copy_(b[self.outputs.index])
+        self.a[slot, :rank, : self.inputs.size].copy_(a[:, _run(self.inputs)])
+        self.b[slot, : self.outputs.size, :rank].copy_(b[_run(self.outputs)])
 
     def clear(self, slot: int) -> None:
         self.a[slot].zero_()
@@ -101,8 +75,8 @@ class Part:
         """The live A and B of a slot, and the padding around them."""
         a, b, width, height = self.a[slot], self.b[slot], self.inputs.size, self.outputs.size
         whole = slice(0, rank)
-        yield _view(names[0], a[:rank, :width], (whole, self.inputs.index), a[rank:], a[:rank, width:])
-        yield _view(names[1], b[:height, :rank], (self.outputs.index, whole), b[:, rank:], b[height:, :rank])
+        yield _view(names[0], a[:rank, :width], (whole, _run(self.inputs)), a[rank:], a[:rank, width:])
+        yield _view(names[1], b[:height, :rank], (_run(self.outputs), whole), b[:, rank:], b[height:, :rank])
 
     def shrink(self, slot: int, rank: int, x: torch.Tensor) -> torch.Tensor:
         """x [n, inputs here] -> x A^T [n, rank], accumulated in float32 or better."""
@@ -122,7 +96,7 @@ class Part:
     def add(self, out: torch.Tensor, rows: torch.Tensor | None, effect: torch.Tensor) -> None:
         """Add `effect` to rows of the layer's output [n, outputs], in place, rounding once; other rows keep their
         bits."""
-        dest = out.narrow(-1, self.offset, self.outputs.size)
+        dest = out.narrow(-1, self.outputs.offset, self.outputs.size)
         if rows is None:
             dest.copy_(dest.to(self.wide) + effect)
         else:
@@ -132,6 +106,10 @@ class Part:
     def wide(self) -> torch.dtype:
         """What effects are computed in."""
         return torch.promote_types(self.a.dtype, torch.float32)
+
+
+def _run(cut: Cut) -> slice:
+    return slice(cut.start, cut.start + cut.size)
 
 
 def _view(name: str, live: torch.Tensor, index: tuple[slice, ...], *padding: torch.Tensor) -> AdapterView:

@@ -76,10 +76,11 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, Any], seen: set[in
     loose = {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
     for name, tensor in (*module._parameters.items(), *module._buffers.items(), *loose.items()):
         if tensor is not None:
-            words = tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+            plain = tensor.detach().as_subclass(torch.Tensor)
+            words = b"" if plain.is_meta else plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             found[f"{prefix}{name}"] = (
-                id(tensor), tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad,
-                tensor._version, words.numpy().tobytes(),
+                id(tensor), plain.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad,
+                tensor._version, words,
             )  # fmt: skip
     flags = ("training", "_disable_adapters", "_active_adapter", "merged_adapters", "scaling", "r", "lora_alpha",
              "_did_swap_in_out_features", "token_indices")  # fmt: skip

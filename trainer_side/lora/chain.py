@@ -1,0 +1,375 @@
+"""A layer and the wrappers around it, found by what they hold: no class of PEFT's is imported or named here.
+
+A wrapper is a module with a `base_layer` and adapters keyed by name. Wrappers nest: PEFT wraps one layer once for each
+targeted parameter, and a model may be wrapped twice. `read_chain` follows them from the outside to the layer inside and
+says of each what the next forward does with it (lora.md 1.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.errors import UnsupportedLora
+from trainer_side.lora.values import ActiveAdapter, State, TokenRows
+from trainer_side.naming import RESERVED
+
+_CHILDREN = frozenset(
+    {
+        "base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_dropout",
+        "lora_magnitude_vector", "lora_diag",
+        # These two act in training alone; a layer's weight is what its eval-mode forward computes with.
+        "lora_velora_embed", "lora_monteclora_sampler",
+    }
+)  # fmt: skip
+"""What a LoRA layer may hold. Anything else that holds an entry for an adapter may change what the adapter does."""
+_PENDING = "_lora_kasa_truncation_deferred"
+"""PEFT's note that the next forward will truncate the base weight."""
+RANK_MAJOR, BY_EXPERT = "rank_major", "grouped_by_expert"
+"""What a `lora_B_layout` marker on a wrapper of expert parameters may say: the expert counts fastest, as in PEFT, or
+slowest, as in older Unsloth."""
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One wrapper around the layer.
+
+    Attributes:
+        wrapper: the live module.
+        attribute: of the base layer, the parameter that it acts on.
+        state: of this wrapper alone.
+        owned: names of all adapters it has.
+        merged: names of those that lie in the base's tensors now.
+        names: of `owned`, those that the forward adds (ACTIVE), or takes out again first (MERGED_DISABLED).
+        tokens: it replaces rows instead of adding a product.
+    """
+
+    wrapper: Any
+    attribute: str
+    state: State
+    owned: tuple[str, ...]
+    merged: tuple[str, ...]
+    names: tuple[str, ...]
+    tokens: bool
+
+    @property
+    def of_parameter(self) -> bool:
+        """Whether it targets a parameter by name, and not the layer."""
+        return _own(self.wrapper, "parameter_name") is not None
+
+    def adapters(self) -> tuple[ActiveAdapter, ...]:
+        """Those of `names`, read now. Raises UnsupportedLora for what has no A and B."""
+        return () if self.tokens else tuple(_adapter(self.wrapper, name) for name in self.names)
+
+    def rows(self) -> tuple[TokenRows, ...]:
+        """The rows that stand in the weight's place in the forward; when unmerging, the original ones."""
+        if not self.tokens:
+            return ()
+        source = "trainable_tokens_delta" if self.state is State.ACTIVE else "trainable_tokens_original"
+        values, indices = getattr(self.wrapper, source), self.wrapper.token_indices
+        # The last one merged is the first one that PEFT puts back.
+        names = self.names if self.state is State.ACTIVE else tuple(reversed(self.names))
+        return tuple(TokenRows(n, tuple(int(i) for i in indices[n]), values[n]) for n in names)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A layer and its wrappers.
+
+    Attributes:
+        base: the layer inside. Of a `modules_to_save` wrapper the copy that acts, or the original.
+        levels: the wrappers, innermost first: the order in which they change the layer's output.
+        saved: state of the `modules_to_save` wrapper on the way, if there is one.
+        copies: names of its copies.
+    """
+
+    base: Any
+    levels: tuple[Level, ...]
+    saved: State | None = None
+    copies: tuple[str, ...] = ()
+
+    @property
+    def attribute(self) -> str:
+        """The parameter that the outermost wrapper acts on; of a layer without wrappers its weight."""
+        return self.levels[-1].attribute if self.levels else "weight"
+
+    def on(self, attribute: str) -> tuple[Level, ...]:
+        """The wrappers that act on one parameter."""
+        return tuple(level for level in self.levels if level.attribute == attribute)
+
+
+def read_chain(module: Any) -> Chain:
+    """Follow the wrappers of a layer inwards. Reads attributes only: no module walk, no forward. Microseconds.
+
+    Raises UnsupportedLora for a wrapper that changes its layer in a way other than LoRA's.
+    """
+    wrappers: list[Any] = []
+    saved: State | None = None
+    copies: tuple[str, ...] = ()
+    current = unwrapped(module)
+    while True:
+        if is_saved(current):
+            saved, copies = _saved_state(current), tuple(current.modules_to_save.keys())
+            current = acting_copy(current)
+        elif is_token_wrapper(current):
+            current = current._modules["token_adapter"]
+        elif is_lora(current) or is_tokens(current):
+            wrappers.append(current)
+            base = getattr(current, "base_layer", None)
+            if base is None:
+                # The flat shape: the layer itself carries weight and adapters.
+                break
+            current = base
+        elif is_tuner(current):
+            raise _no_lora(current)
+        else:
+            break
+        current = unwrapped(current)
+    levels = tuple(_level(wrapper, current) for wrapper in reversed(wrappers))
+    return Chain(current, levels, saved, copies)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside torch.compile, FSDP or activation checkpointing."""
+    while True:
+        children = getattr(module, "_modules", None) or {}
+        inside = next((child for name, child in children.items() if name in RESERVED and child is not None), None)
+        if inside is None:
+            return module
+        module = inside
+
+
+def is_saved(module: Any) -> bool:
+    """Whether it is a wrapper that holds whole copies of a module: `modules_to_save`."""
+    children = getattr(module, "_modules", None) or {}
+    return isinstance(children.get("modules_to_save"), nn.ModuleDict) and "original_module" in children
+
+
+def is_token_wrapper(module: Any) -> bool:
+    """Whether it is the outer one of the two wrappers of trainable tokens."""
+    return isinstance((getattr(module, "_modules", None) or {}).get("token_adapter"), nn.Module)
+
+
+def is_tokens(module: Any) -> bool:
+    """Whether it replaces rows of its base layer's weight."""
+    return _own(module, "base_layer") is not None and _own(module, "trainable_tokens_delta") is not None
+
+
+def is_lora(module: Any) -> bool:
+    """Whether it adds low-rank products to a layer."""
+    return any(isinstance(_own(module, name), _MAPPINGS) for name in ("lora_A", "lora_embedding_A"))
+
+
+def is_tuner(module: Any) -> bool:
+    """Whether it is a tuner's wrapper that is no LoRA: it has a base layer and keeps a list of what it merged."""
+    return _own(module, "base_layer") is not None and hasattr(module, "merged_adapters")
+
+
+def acting_copy(module: Any) -> nn.Module:
+    """What the forward of a `modules_to_save` wrapper calls: the active copy, or the original."""
+    active = _names(module)
+    owned = tuple(module.modules_to_save.keys())
+    if _saved_state(module) is not State.ACTIVE or not active or any(name not in owned for name in active):
+        original: nn.Module = module._modules["original_module"]
+        return original
+    chosen: nn.Module = module.modules_to_save[active[0]]
+    return chosen
+
+
+_MAPPINGS = (Mapping, nn.ModuleDict, nn.ParameterDict)
+
+
+def _own(module: Any, name: str) -> Any:
+    """An attribute of the module itself. Wrappers answer for what they wrap, and must not be asked."""
+    for place in ("_modules", "_parameters"):
+        found = (getattr(module, place, None) or {}).get(name)
+        if found is not None:
+            return found
+    try:
+        return vars(module).get(name)
+    except TypeError:
+        return getattr(module, name, None)
+
+
+def _saved_state(module: Any) -> State:
+    if module.disable_adapters:
+        return State.DISABLED
+    active = _names(module)
+    owned = module.modules_to_save.keys()
+    return State.ACTIVE if active and all(name in owned for name in active) else State.PLAIN
+
+
+def _names(module: Any) -> tuple[str, ...]:
+    """The active adapters' names. PEFT may answer with its own list: it is copied."""
+    active = getattr(module, "active_adapters", None)
+    if active is None:
+        active = getattr(module, "active_adapter", None)
+    if active is None:
+        active = ("default",)
+    return (active,) if isinstance(active, str) else tuple(active)
+
+
+def _level(wrapper: Any, base: Any) -> Level:
+    tokens = is_tokens(wrapper)
+    owned = tuple(dict.fromkeys(_keys(wrapper, ("token_indices",) if tokens else ("lora_A", "lora_embedding_A"))))
+    active = tuple(name for name in _names(wrapper) if name in owned)
+    merged = _merged(wrapper, active)
+    disabled = bool(getattr(wrapper, "disable_adapters", False)) or (tokens and not _names(wrapper))
+    if merged:
+        state = State.MERGED_DISABLED if disabled else State.MERGED
+    else:
+        state = State.DISABLED if disabled else State.ACTIVE
+    names = {State.ACTIVE: active, State.MERGED_DISABLED: tuple(n for n in merged if n in owned)}.get(state, ())
+    return Level(wrapper, _attribute(wrapper, base), state, owned, merged, names, tokens)
+
+
+def _keys(wrapper: Any, attributes: tuple[str, ...]) -> Iterator[str]:
+    for attribute in attributes:
+        found = getattr(wrapper, attribute, None)
+        if found is not None:
+            yield from found.keys()
+
+
+def _merged(wrapper: Any, active: tuple[str, ...]) -> tuple[str, ...]:
+    names = getattr(wrapper, "merged_adapters", None)
+    if names is not None:
+        return tuple(names)
+    # Unsloth's shapes say only whether.
+    return (active or ("merged",)) if getattr(wrapper, "merged", False) is True else ()
+
+
+def _attribute(wrapper: Any, base: Any) -> str:
+    name = _own(wrapper, "parameter_name")
+    if isinstance(name, str):
+        return name
+    return "in_proj_weight" if is_attention(base) else "weight"
+
+
+def is_attention(base: Any) -> bool:
+    """Whether it is an attention layer whose three input projections lie in one parameter."""
+    return isinstance(getattr(base, "in_proj_weight", None), torch.Tensor) and hasattr(base, "out_proj")
+
+
+def _adapter(wrapper: Any, name: str) -> ActiveAdapter:
+    embedding = getattr(wrapper, "lora_embedding_A", None)
+    if embedding is not None and name in embedding:
+        a, b, bias, extra = embedding[name], wrapper.lora_embedding_B[name], None, {}
+    else:
+        left, right = unwrapped(wrapper.lora_A[name]), unwrapped(wrapper.lora_B[name])
+        a, b, bias = _weight(left), _weight(right), getattr(right, "bias", None)
+        extra = {**_blocks(left, "blocks_a"), **_blocks(right, "blocks_b"), **_experts(wrapper)}
+    scaling = wrapper.scaling
+    magnitude = _entry(wrapper, "lora_magnitude_vector", name)
+    diagonal = _entry(wrapper, "lora_diag", name)
+    if diagonal is not None:
+        extra["diagonal"] = diagonal
+    unknown = _unknown(wrapper, name)
+    if unknown:
+        extra["unknown"] = unknown
+    variant = (getattr(wrapper, "lora_variant", None) or {}).get(name)
+    return ActiveAdapter(
+        name=name,
+        a=a,
+        b=b,
+        scaling=float(scaling[name] if isinstance(scaling, Mapping) else scaling),
+        bias=bias,
+        magnitude=None if magnitude is None else _weight(magnitude),
+        variant="" if variant is None else type(variant).__name__,
+        extra=extra,
+    )
+
+
+def _entry(wrapper: Any, attribute: str, name: str) -> Any:
+    found = getattr(wrapper, attribute, None)
+    return found[name] if found is not None and name in found else None
+
+
+def _weight(holder: Any) -> torch.Tensor:
+    if isinstance(holder, torch.Tensor):
+        return holder
+    weight = getattr(unwrapped(holder), "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return weight
+    raise UnsupportedLora(
+        "an adapter's factor has no weight to read",
+        where=type(holder).__name__,
+        expected="a tensor, or a module with a weight",
+        got=type(weight).__name__,
+    )
+
+
+def _blocks(factor: Any, key: str) -> dict[str, Any]:
+    blocks = getattr(factor, "nblocks", None)
+    return {key: int(blocks)} if isinstance(blocks, int) else {}
+
+
+def _experts(wrapper: Any) -> dict[str, Any]:
+    if _own(wrapper, "parameter_name") is None:
+        return {}
+    marker = getattr(wrapper, "lora_B_layout", None)
+    return {
+        "experts": int(getattr(wrapper, "num_experts", 1)),
+        "swapped": bool(getattr(wrapper, "_did_swap_in_out_features", False)),
+        "layout": RANK_MAJOR if marker is None else str(marker),
+    }
+
+
+def _unknown(wrapper: Any, name: str) -> tuple[str, ...]:
+    """Names of what may change an adapter's effect and is not understood here."""
+    found: list[str] = []
+    holders = {**(getattr(wrapper, "_modules", None) or {}), **(getattr(wrapper, "_parameters", None) or {})}
+    for attribute, held in holders.items():
+        if held is None or attribute in _CHILDREN:
+            continue
+        if not isinstance(held, _MAPPINGS) and not hasattr(held, "keys"):
+            # The flat shape holds the base's own parameters beside the adapters.
+            if _own(wrapper, "base_layer") is not None:
+                found.append(attribute)
+        elif name in held.keys():  # noqa: SIM118 - PEFT's dictionaries of buffers are modules
+            found.append(attribute)
+    for attribute in ("lora_A", "lora_B"):
+        factor = _entry(wrapper, attribute, name)
+        inside = getattr(unwrapped(factor), "_modules", None) if factor is not None else None
+        found.extend(f"{attribute}.{child}" for child in inside or {})
+    if name in (getattr(wrapper, _PENDING, None) or ()):
+        found.append("a truncation of the base weight that the next forward makes")
+    if _routed(wrapper):
+        found.append("a forward that another object replaced")
+    if (getattr(wrapper, "use_dora", None) or {}).get(name) and _entry(wrapper, "lora_magnitude_vector", name) is None:
+        found.append("DoRA without a magnitude")
+    if _own(wrapper, "parameter_name") is not None and getattr(wrapper, "lora_B_layout", None) is None:
+        found.extend(_patched(wrapper))
+    return tuple(found)
+
+
+def _routed(wrapper: Any) -> bool:
+    """Whether the forward is a method of another object that has this layer as its target: mixtures of adapters do so,
+    and weigh them per token."""
+    owner = getattr(vars(wrapper).get("forward"), "__self__", None) if hasattr(wrapper, "__dict__") else None
+    return owner is not None and owner is not wrapper and getattr(owner, "target", None) is wrapper
+
+
+def _patched(wrapper: Any) -> Iterator[str]:
+    """Expert wrappers whose class had its forward replaced read lora_B in an order of their own, which only the
+    replacing library knows."""
+    for cls in type(wrapper).__mro__:
+        forward = vars(cls).get("forward")
+        if forward is not None:
+            if getattr(forward, "__module__", cls.__module__) != cls.__module__:
+                yield f"a forward from {forward.__module__} without a lora_B_layout marker"
+            return
+
+
+def _no_lora(module: Any) -> UnsupportedLora:
+    kind = type(module).__name__
+    return UnsupportedLora(
+        "a tuner that is not LoRA changes this layer in a way that cannot be read",
+        where=kind,
+        expected="a LoRA layer (lora_A and lora_B, or lora_embedding_A and lora_embedding_B), or a plain layer",
+        got=kind,
+        remedy="merge the adapter into the model (merge_and_unload) before binding it",
+    )

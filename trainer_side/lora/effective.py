@@ -1,0 +1,348 @@
+"""What a layer computes with: its effective weight and bias, out of place, in every state of its adapters.
+
+The truth is the layer's eval-mode forward, not PEFT's `merge()`; where the two differ, the forward is followed. Nothing
+of the live model is written, merged, unmerged or called. Sums are made in fp32, or in the parameter's dtype where that
+is wider, and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.errors import ConfigError, UnsupportedLora
+from trainer_side.lora.chain import Chain, Level, is_attention, read_chain, unwrapped
+from trainer_side.lora.dequant import Given, dequantized
+from trainer_side.lora.factors import expert_factors, expert_rows, low_rank, product, rows_of, wide_dtype
+from trainer_side.lora.reader import is_transposed, kind_of, stored, stored_bias
+from trainer_side.lora.refusals import refusal, refused
+from trainer_side.lora.values import ActiveAdapter, State
+
+__all__ = [
+    "attention_output",
+    "effective_bias",
+    "effective_identity",
+    "effective_weight",
+    "is_inexact",
+    "refusal",
+]
+
+BLOCK = 1 << 24
+"""Elements whose sum is in memory at a time, besides the result."""
+
+
+def effective_weight(
+    module: nn.Module,
+    dtype: torch.dtype,
+    given: Given | None = None,
+    *,
+    attribute: str | None = None,
+    copies: int | None = None,
+) -> torch.Tensor:
+    """The weight that a layer's eval-mode forward computes with, in the shape and orientation it is stored in.
+
+    `module` is a layer with its wrappers (the outermost one), or a plain layer. `given` maps a live tensor to the
+    values that the caller sent for it. `attribute` says which parameter of the layer inside is meant where wrappers
+    act on several (expert parameters); by default the one that the outermost wrapper acts on. `copies` says how often
+    the forward adds each adapter: 1, but for an attention layer's output projection, see `attention_output`.
+
+    Returns a tensor of `dtype`, rounded once, or of the dtype the sum was made in where `dtype` is wider. Where no
+    adapter acts it may share memory with the live parameter: do not write to it. Computes for as long as the layer is
+    large; meant to be called once per push and layer, from any thread.
+
+    Raises UnsupportedLora where `refusal` answers, ConfigError for a module without that weight.
+    """
+    chain = read_chain(module)
+    name = attribute or chain.attribute
+    error = refused(chain, name, type(module).__name__, copies)
+    if error is not None:
+        raise error
+    weight = stored(chain.base, name)
+    if weight is None:
+        raise _no_parameter(module, chain, name)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        return _Weight(chain, name, weight, given or _live, copies).compute(dtype)
+
+
+def effective_bias(
+    module: nn.Module, dtype: torch.dtype, given: Given | None = None, *, copies: int | None = None
+) -> torch.Tensor | None:
+    """The bias that a layer's eval-mode forward adds; None for a layer without one.
+
+    Arguments, returned dtype and errors as of `effective_weight`. `lora_bias` is scaled like its adapter, and by the
+    DoRA adapters that come after it; PEFT's attention never adds the one of its input projection.
+    """
+    chain = read_chain(module)
+    name = chain.attribute
+    bias = stored_bias(chain.base, name)
+    if bias is None or kind_of(chain, name, bias) == "parameter":
+        return None if bias is None else _rounded((given or _live)(bias), dtype, wide_dtype([bias]))
+    error = refused(chain, name, type(module).__name__, copies)
+    if error is not None:
+        raise error
+    with torch.no_grad(), torch.autocast(bias.device.type, enabled=False):
+        return _bias(chain, name, bias, dtype, given or _live, copies)
+
+
+def is_inexact(module: nn.Module) -> bool:
+    """Whether the effective weight is what is left when merged adapters are taken out of the tensors again: rounding
+    errors of the merge stay in it, as they do in PEFT's own next forward."""
+    return any(level.state is State.MERGED_DISABLED and not level.tokens for level in read_chain(module).levels)
+
+
+def attention_output(module: nn.Module) -> nn.Module | None:
+    """Of a LoRA wrapper around an attention layer, the LoRA layer that is its output projection; None for others.
+
+    Its forward is never called: the wrapper merges its adapters into it twice (PEFT #3774), so `copies=2` is what the
+    attention computes with.
+    """
+    chain = read_chain(module)
+    if not chain.levels or not is_attention(chain.base):
+        return None
+    found = (getattr(chain.base, "_modules", None) or {}).get("out_proj")
+    return found if isinstance(found, nn.Module) else None
+
+
+def effective_identity(module: nn.Module, attribute: str = "weight", *, copies: int | None = None) -> Hashable:
+    """Equal for two places whose effective tensors are the same by construction: the same stored tensor, and the same
+    factors added in the same order. Compares addresses, not values; valid until the model changes.
+
+    A tied embedding and head with the same LoRA (`ensure_weight_tying`) are equal, though one holds the transposes of
+    the other's factors.
+    """
+    chain = read_chain(module)
+    biased = attribute in ("bias", "in_proj_bias") and attribute != chain.attribute
+    name = chain.attribute if biased else attribute
+    stored_tensor = stored_bias(chain.base, name) if biased else stored(chain.base, attribute)
+    if stored_tensor is None:
+        return ("nothing", id(chain.base), attribute)
+    weight = stored(chain.base, name)
+    kind = kind_of(chain, name, stored_tensor if weight is None else weight)
+    transposed = kind == "embedding" or (weight is not None and kind == "linear" and is_transposed(chain, weight))
+    deltas = tuple(
+        item for level in chain.on(name) if level.names for item in _level_identity(level, kind, transposed, biased)
+    )
+    times = 1 if copies is None or not deltas else copies
+    return (_address(stored_tensor), deltas, times)
+
+
+class _Weight:
+    """One computation of an effective weight."""
+
+    def __init__(self, chain: Chain, name: str, weight: torch.Tensor, given: Given, copies: int | None) -> None:
+        self.chain = chain
+        self.given = given
+        self.copies = 1 if copies is None else copies
+        self.stored = weight
+        self.kind = kind_of(chain, name, weight)
+        self.transposed = self.kind == "linear" and is_transposed(chain, weight)
+        self.levels = [level for level in chain.on(name) if level.names]
+
+    def compute(self, dtype: torch.dtype) -> torch.Tensor:
+        base = dequantized(self.chain.base, self.stored, self.given).detach()
+        # Signed: what was merged is taken out of the base first, as PEFT does before it computes.
+        under, over = self._terms()
+        read = [base, *(t for _, a in (*under, *over) for t in _tensors(a))]
+        wide = wide_dtype(read)
+        if under or over:
+            out_dtype = dtype if dtype.itemsize <= wide.itemsize else wide
+            out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+            for source, target, factors in self._parts(base, out, wide, under + over):
+                _sum(source, target, factors, under, over, wide)
+            base = out
+        base = self._replaced(base)
+        return _rounded(base, dtype, wide)
+
+    def _terms(self) -> tuple[list[_Term], list[_Term]]:
+        """(what changes the base as all wrappers see it, what the wrappers add to their layer's output), in order.
+
+        Adapters on the parameter itself act before those on the layer: DoRA's norm sees them.
+        """
+        under: list[_Term] = []
+        over: list[_Term] = []
+        for level in self.levels:
+            sign = -1.0 if level.state is State.MERGED_DISABLED else 1.0
+            terms = [(sign * self.copies, adapter) for adapter in level.adapters()]
+            (under if sign < 0 or self.kind == "parameter" else over).extend(terms)
+        return under, over
+
+    def _parts(
+        self, base: torch.Tensor, out: torch.Tensor, wide: torch.dtype, terms: list[_Term]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[_Factors]]]:
+        """(rows of the base, rows of the result, each adapter's factors) of every matrix in the weight: one, or one
+        for each expert."""
+        if self.kind == "parameter" and base.dim() == 3:
+            for expert in range(base.shape[0]):
+                factors = [self._on(base, expert_factors(a, expert, wide, self.given)) for _, a in terms]
+                first = terms[0][1]
+                yield expert_rows(base, expert, first), expert_rows(out, expert, first), factors
+            return
+        factors = [self._on(base, low_rank(a, wide, self.given)) for _, a in terms]
+        source = base if base.is_contiguous() or self.kind != "conv" else base.contiguous()
+        yield rows_of(source, self.kind, self.transposed), rows_of(out, self.kind, self.transposed), factors
+
+    def _on(self, base: torch.Tensor, factors: _Factors) -> _Factors:
+        return factors[0].to(base.device), factors[1].to(base.device)
+
+    def _replaced(self, weight: torch.Tensor) -> torch.Tensor:
+        """With the rows that trainable tokens stand in for. They have the weight's dtype in the forward too."""
+        for level in self.levels:
+            for row in level.rows():
+                index = torch.tensor(row.indices, dtype=torch.long, device=weight.device)
+                weight = weight.index_copy(0, index, self.given(row.values).detach().to(weight))
+        return weight
+
+
+_Factors = tuple[torch.Tensor, torch.Tensor]
+_Term = tuple[float, ActiveAdapter]
+
+
+def _sum(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    factors: list[_Factors],
+    under: list[_Term],
+    over: list[_Term],
+    wide: torch.dtype,
+) -> None:
+    """Write the effective rows, a block of them at a time: rows do not depend on each other."""
+    step = max(1, BLOCK // max(1, source.shape[1]))
+    for start in range(0, source.shape[0], step):
+        block = slice(start, start + step)
+        target[block].copy_(_rows(source[block], block, factors, under, over, wide)[0])
+
+
+def _rows(
+    source: torch.Tensor,
+    block: slice,
+    factors: list[_Factors],
+    under: list[_Term],
+    over: list[_Term],
+    wide: torch.dtype,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Effective rows of one block, and what each adapter of `over` multiplies the output before it with (DoRA)."""
+    base = source.to(wide, copy=True)
+    deltas = [
+        product(b[block], a, factor * adapter.scaling)
+        for (a, b), (factor, adapter) in zip(factors, under + over, strict=True)
+    ]
+    for delta in deltas[: len(under)]:
+        base += delta
+    # Every norm is of the base and one adapter, never of the running sum.
+    running = base.clone() if any(adapter.magnitude is not None for _, adapter in over) else base
+    scales: list[torch.Tensor | None] = []
+    for (_, adapter), delta in zip(over, deltas[len(under) :], strict=True):
+        running += delta
+        if adapter.magnitude is None:
+            scales.append(None)
+            continue
+        norm = torch.linalg.vector_norm(base + delta, dim=1)
+        scale = adapter.magnitude.detach().flatten()[block].to(base.device, wide) / norm
+        running *= scale[:, None]
+        scales.append(scale)
+    return running, scales
+
+
+def _bias(
+    chain: Chain, name: str, bias: torch.Tensor, dtype: torch.dtype, given: Given, copies: int | None
+) -> torch.Tensor:
+    levels = [level for level in chain.on(name) if level.names]
+    if any(level.tokens and level.state is State.ACTIVE for level in levels) and _is_linear(chain):
+        # PEFT's token layer around a linear one calls the matrix product without the bias.
+        return torch.zeros_like(bias, dtype=dtype)
+    acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.adapters()]
+    wide = wide_dtype([bias, *(t for _, a in acting for t in _tensors(a))])
+    if not any(a.bias is not None for _, a in acting):
+        return _rounded(given(bias).detach(), dtype, wide)
+    scales = _dora_scales(chain, name, given, copies)
+    base, extra = given(bias).detach().to(wide, copy=True), torch.zeros_like(bias, dtype=wide)
+    for level, adapter in acting:
+        sign = -1.0 if level.state is State.MERGED_DISABLED else 1.0
+        if adapter.bias is not None:
+            extra += given(adapter.bias).to(extra) * (sign * adapter.scaling)
+        scale = scales.get(id(adapter.a)) if scales else None
+        if scale is not None:
+            extra *= scale
+    return _rounded(base + extra, dtype, wide)
+
+
+def _dora_scales(chain: Chain, name: str, given: Given, copies: int | None) -> dict[int, torch.Tensor]:
+    """Of each acting DoRA adapter, by its A: what it multiplies everything before it but the base's bias with."""
+    weight = stored(chain.base, name)
+    if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.adapters()):
+        return {}
+    one = _Weight(chain, name, weight, given, copies)
+    base = dequantized(chain.base, weight, given).detach()
+    under, over = one._terms()
+    wide = wide_dtype([base, *(t for _, a in (*under, *over) for t in _tensors(a))])
+    (source, _, factors), *_ = one._parts(base, base, wide, under + over)
+    scales = _rows(source, slice(None), factors, under, over, wide)[1]
+    return {id(a.a): scale for (_, a), scale in zip(over, scales, strict=True) if scale is not None}
+
+
+def _is_linear(chain: Chain) -> bool:
+    return not isinstance(getattr(chain.base, "num_embeddings", None), int)
+
+
+def _live(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.to(dtype) if dtype.itemsize <= wide.itemsize else tensor.to(wide)
+
+
+def _tensors(adapter: ActiveAdapter) -> list[torch.Tensor]:
+    held = (adapter.a, adapter.b, adapter.bias, adapter.magnitude, adapter.extra.get("diagonal"))
+    return [tensor for tensor in held if tensor is not None]
+
+
+def _level_identity(level: Level, kind: str, transposed: bool, biased: bool) -> Iterator[Hashable]:
+    for row in level.rows():
+        yield ("rows", row.indices, _address(row.values))
+    for adapter in level.adapters():
+        effect: Any = (adapter.scaling, level.state is State.MERGED_DISABLED, _extra(adapter))
+        if biased:
+            if adapter.bias is not None:
+                yield (*effect, _address(adapter.bias))
+            if adapter.magnitude is None:
+                continue
+        left, right = (adapter.a.t(), adapter.b.t()) if transposed and adapter.a.dim() == 2 else (adapter.b, adapter.a)
+        norm = None if adapter.magnitude is None else (_address(adapter.magnitude), kind == "embedding", transposed)
+        yield (*effect, _address(left), _address(right), norm)
+
+
+def _extra(adapter: ActiveAdapter) -> Hashable:
+    return tuple(
+        (key, _address(value) if isinstance(value, torch.Tensor) else value)
+        for key, value in sorted(adapter.extra.items())
+    )
+
+
+def _address(tensor: torch.Tensor) -> Hashable:
+    """Equal for two tensors that are the same elements in the same order."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return ("empty", id(tensor))
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError:
+        pointer = 0
+    if not pointer:
+        return ("opaque", id(tensor))
+    # The stride of a dimension with one element says nothing.
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (str(tensor.device), pointer, tuple(tensor.shape), strides, tensor.dtype)
+
+
+def _no_parameter(module: nn.Module, chain: Chain, name: str) -> ConfigError | UnsupportedLora:
+    return ConfigError(
+        f"the layer has no parameter {name}",
+        where=type(module).__name__,
+        expected=f"a tensor `{name}`",
+        got=type(unwrapped(chain.base)).__name__,
+        remedy="ask for the layers inside it",
+    )

@@ -1,0 +1,137 @@
+"""An adapter's two factors as plain matrices, and the views in which a layer's weight is a matrix of rows.
+
+In every layer the effect of an adapter is `rows += scaling * left @ right` with one row per output, so that DoRA's norm
+is a norm of rows everywhere. What differs between layers is only which view of the weight has those rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bridge.errors import UnsupportedLora
+from trainer_side.lora.chain import BY_EXPERT, RANK_MAJOR
+from trainer_side.lora.dequant import Given
+from trainer_side.lora.values import ActiveAdapter
+
+EXACT = torch.float32
+"""Sums are made in this dtype, or in a wider one that a parameter has."""
+
+
+def wide_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype that sums over these are made in: at least fp32."""
+    wide = EXACT
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            wide = torch.promote_types(wide, tensor.dtype)
+    return wide
+
+
+def low_rank(adapter: ActiveAdapter, wide: torch.dtype, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [r, inputs], B [outputs, r]) as matrices in the dtype `wide`, block diagonals expanded, a diagonal between
+    them multiplied into B, scaling not; convolutions flattened; of expert parameters as PEFT holds them.
+    """
+    a, b = given(adapter.a).to(wide), given(adapter.b).to(wide)
+    a = _expanded(a, adapter.extra.get("blocks_a"))
+    b = _expanded(b, adapter.extra.get("blocks_b"))
+    diagonal = adapter.extra.get("diagonal")
+    if diagonal is not None:
+        b = b * given(diagonal).to(b.device, wide)
+    return a.flatten(1), b.flatten(1)
+
+
+def expert_factors(
+    adapter: ActiveAdapter, expert: int, wide: torch.dtype, given: Given
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [r, inputs], B [outputs, r]) of one expert: `A` counts the experts slowest, `B` fastest or as its marker says
+    (lora.md 7)."""
+    experts = adapter.extra["experts"]
+    a, b = given(adapter.a), given(adapter.b)
+    rank = a.shape[0] // experts
+    a = a.reshape(experts, rank, -1)[expert]
+    if adapter.extra["layout"] == BY_EXPERT:
+        b = b.reshape(b.shape[0], experts, rank)[:, expert]
+    else:
+        b = b.reshape(b.shape[0], rank, experts)[..., expert]
+    return a.to(wide), b.to(wide)
+
+
+def product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`scaling * left @ right`, in full precision whatever the trainer allows its own matrix products."""
+    if left.dtype == torch.float32 and _coarse():
+        return ((left.double() @ right.double()) * scaling).to(left.dtype)
+    return (left @ right).mul_(scaling)
+
+
+def rows_of(weight: torch.Tensor, kind: str, transposed: bool) -> torch.Tensor:
+    """The view of a layer's weight that has one row per output, as a matrix. Raises UnsupportedLora for a weight that
+    has no such view."""
+    if kind == "embedding" or transposed:
+        return weight.t()
+    if weight.dim() == 2:
+        return weight
+    if kind == "conv" and weight.dim() > 2:
+        return weight.view(weight.shape[0], -1)
+    raise UnsupportedLora(
+        "a weight of this shape has no rows that a product could be added to",
+        expected="a matrix, an embedding or a convolution's kernel",
+        got=f"{kind} of shape {list(weight.shape)}",
+    )
+
+
+def expert_rows(weight: torch.Tensor, expert: int, adapter: ActiveAdapter | None) -> torch.Tensor:
+    """The view of one expert's matrix that has one row per output."""
+    one = weight[expert]
+    swapped = adapter is None or adapter.extra["swapped"] or adapter.extra["experts"] == 1
+    # PEFT adds B A to a lone expert as it is, whatever the orientation.
+    return one if swapped else one.t()
+
+
+def misfit(adapter: ActiveAdapter, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
+    """Why an adapter's factors do not fit a weight; None when they do. Shapes only."""
+    blocks = (int(adapter.extra.get("blocks_a", 1)), int(adapter.extra.get("blocks_b", 1)))
+    a, b = list(adapter.a.shape), list(adapter.b.shape)
+    shown = f"A {a}, B {b} for a weight of shape {list(weight.shape)}"
+    if len(a) < 2 or len(b) < 2:
+        return shown
+    inputs, outputs = _numel(a[1:]) * blocks[0], b[0]
+    rank_a, rank_b = a[0], _numel(b[1:]) * blocks[1]
+    if weight.dim() == 3 and kind == "parameter":
+        experts = adapter.extra["experts"]
+        if adapter.extra["layout"] not in (RANK_MAJOR, BY_EXPERT):
+            return f"lora_B_layout is {adapter.extra['layout']!r}, known are {RANK_MAJOR!r} and {BY_EXPERT!r}"
+        wanted = list(expert_rows(weight, 0, adapter).shape) if weight.shape[0] == experts else None
+        fits = rank_a % experts == 0
+    else:
+        wanted = [_numel(weight.shape[1:]), weight.shape[0]][::-1]
+        if kind == "embedding" or transposed:
+            wanted = wanted[::-1]
+        fits = True
+    return None if fits and rank_a == rank_b and wanted == [outputs, inputs] else shown
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _expanded(weight: torch.Tensor, blocks: int | None) -> torch.Tensor:
+    return weight if not blocks else _block_diagonal(weight.chunk(blocks, 0))
+
+
+def _block_diagonal(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    rows, columns = parts[0].shape
+    whole = parts[0].new_zeros(rows * len(parts), columns * len(parts))
+    for k, part in enumerate(parts):
+        whole[k * rows : (k + 1) * rows, k * columns : (k + 1) * columns] = part
+    return whole
+
+
+def _coarse() -> bool:
+    """Whether the trainer lets fp32 products be made in tf32 or bf16. Its setting is read, never changed."""
+    settings = [
+        getattr(backend.matmul, "fp32_precision", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)
+    ]
+    if None in settings:
+        return torch.get_float32_matmul_precision() != "highest"
+    return any(setting not in ("none", "ieee") for setting in settings)

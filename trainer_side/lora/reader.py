@@ -1,0 +1,112 @@
+"""The one place that reads a LoRA layer: `lora_parameters`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.errors import ConfigError
+from trainer_side.lora.chain import Chain, Level, read_chain
+from trainer_side.lora.dequant import quant_state
+from trainer_side.lora.values import ActiveAdapter, LoraParameters, State
+
+_PACKED = ("qweight", "W_q", "codes")
+"""Where layers keep a packed weight that have no `weight`."""
+_SEVERITY = (State.MERGED_DISABLED, State.ACTIVE, State.MERGED, State.DISABLED)
+
+
+def lora_parameters(module: nn.Module) -> LoraParameters:
+    """What a layer holds and computes with now: the same shape of answer in every state, always with the bias.
+
+    Takes any wrapper of a layer (LoRA of one to several levels, expert parameters, `modules_to_save`, trainable
+    tokens, also inside torch.compile or checkpointing), Unsloth's fake layers, and plain layers. The tensors are the
+    live ones. Reads attributes only, changes nothing, calls no forward, does not block.
+
+    Raises ConfigError for a module without a weight, UnsupportedLora for a tuner that is no LoRA.
+    """
+    chain = read_chain(module)
+    attribute = chain.attribute
+    levels = chain.on(attribute)
+    weight = stored(chain.base, attribute)
+    if weight is None:
+        raise ConfigError(
+            "this module has no weight",
+            where=type(module).__name__,
+            expected=f"a layer with a parameter `{attribute}`, or a LoRA wrapper around one",
+            got=type(chain.base).__name__,
+            remedy="ask for the layers inside it",
+        )
+    acting = tuple(a for level in levels if level.state is State.ACTIVE for a in level.adapters())
+    first = acting[0] if acting else None
+    kind = kind_of(chain, attribute, weight)
+    return LoraParameters(
+        weight=weight,
+        quant_state=quant_state(chain.base, weight),
+        A=first.a if first else None,
+        B=first.b if first else None,
+        scaling=first.scaling if first else None,
+        bias=stored_bias(chain.base, attribute),
+        adapters=acting,
+        state=_state(chain, levels, acting),
+        kind=kind,
+        transposed=kind == "linear" and is_transposed(chain, weight),
+        merged=tuple(dict.fromkeys(name for level in levels for name in level.merged)),
+        owned=tuple(dict.fromkeys((*(name for level in levels for name in level.owned), *chain.copies))),
+        rows=tuple(row for level in levels if level.state is State.ACTIVE for row in level.rows()),
+    )
+
+
+def stored(base: Any, attribute: str) -> torch.Tensor | None:
+    """A parameter of a base layer as it lies there, packed or not; None where there is none."""
+    for name in (attribute, *(_PACKED if attribute == "weight" else ())):
+        found = getattr(base, name, None)
+        if isinstance(found, torch.Tensor):
+            return found
+    return None
+
+
+def stored_bias(base: Any, attribute: str = "weight") -> torch.Tensor | None:
+    """The bias that belongs to a parameter of a base layer."""
+    found = getattr(base, "in_proj_bias" if attribute == "in_proj_weight" else "bias", None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def kind_of(chain: Chain, attribute: str, weight: torch.Tensor) -> str:
+    """The kind of layer, as `LoraParameters.kind` has it: by what its adapters look like, else by the layer itself."""
+    if any(getattr(level.wrapper, "parameter_name", None) == attribute for level in chain.levels):
+        return "parameter"
+    if attribute == "in_proj_weight":
+        return "attention"
+    if isinstance(getattr(chain.base, "num_embeddings", None), int):
+        return "embedding"
+    if attribute != "weight":
+        return "other"
+    for level in chain.levels:
+        if len(getattr(level.wrapper, "lora_embedding_A", None) or ()):
+            return "embedding"
+    if hasattr(chain.base, "kernel_size"):
+        return "conv"
+    return "linear" if weight.dim() == 2 else "other"
+
+
+def is_transposed(chain: Chain, weight: torch.Tensor) -> bool:
+    """Whether a linear layer's weight is stored (in, out)."""
+    for level in chain.levels:
+        if not level.tokens and getattr(level.wrapper, "parameter_name", None) is None:
+            return bool(getattr(level.wrapper, "fan_in_fan_out", False))
+    # transformers' Conv1D says how many outputs it has, and keeps them last.
+    return getattr(chain.base, "nf", None) == weight.shape[-1] and not hasattr(chain.base, "out_features")
+
+
+def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveAdapter, ...]) -> State:
+    if not levels:
+        return chain.saved or State.PLAIN
+    states = {level.state for level in levels}
+    if len(states) == 1:
+        return states.pop()
+    # Wrappers of one parameter in different states: what acts counts before what does not.
+    if State.MERGED_DISABLED in states:
+        return State.MERGED_DISABLED
+    return State.ACTIVE if acting else next(state for state in _SEVERITY if state in states)

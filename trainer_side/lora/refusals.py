@@ -1,0 +1,204 @@
+"""Which layers have no effective weight that could be sent, and why. Every reason is about the layer as it acts now: an
+adapter that is not active, or lies merged in the base, is no reason."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bridge.errors import UnsupportedLora
+from trainer_side.lora.chain import Chain, Level, read_chain
+from trainer_side.lora.dequant import FP8, is_quantized, readable
+from trainer_side.lora.factors import misfit
+from trainer_side.lora.reader import is_transposed, kind_of, stored, stored_bias
+from trainer_side.lora.values import ActiveAdapter, State
+
+PLAIN_VARIANTS = frozenset(
+    {
+        "", "MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant", "MontecloraLinearVariant",
+        "BdLoraLinearVariant", "KasaLinearVariant",
+    }
+)  # fmt: skip
+"""Variants of PEFT whose eval-mode forward adds one product of two (expanded) factors."""
+DORA_VARIANTS = frozenset(
+    {"DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant"}
+)
+PER_TOKEN_VARIANTS = frozenset({"ALoraLinearVariant", "ArrowLinearVariant"})
+"""Variants that act on some tokens only, or weigh adapters per token."""
+_ELSEWHERE = "Use mode='base' for the base weights, or merge the adapter into the model first"
+_ADAPTER = "Use mode='adapter'"
+
+
+def refusal(module: nn.Module, path: str, *, copies: int | None = None) -> UnsupportedLora | None:
+    """Why the effective tensors of this layer cannot be pushed (the merged form); None when they can.
+
+    `path` is the layer's name in messages. Reads attributes and shapes, no values; cheap enough for every push.
+    Raises UnsupportedLora for a tuner that is no LoRA.
+    """
+    chain = read_chain(module)
+    for name in dict.fromkeys(level.attribute for level in chain.levels):
+        error = refused(chain, name, path, copies)
+        if error is not None:
+            return error
+    return None
+
+
+def refused(chain: Chain, name: str, path: str, copies: int | None = None) -> UnsupportedLora | None:
+    """The same for one parameter of a layer whose wrappers were read."""
+    levels = [level for level in chain.on(name) if level.names]
+    if not levels:
+        return None
+    weight = stored(chain.base, name)
+    if weight is None:
+        return _error(path, "LoRA", f"the layer has no parameter {name}", type(chain.base).__name__, _ELSEWHERE)
+    for reason in (*_of_layer(chain, name, weight, levels, copies), *_of_levels(chain, name, weight, levels, copies)):
+        feature, why, got, way_out = reason
+        return _error(path, feature, why, got, way_out)
+    return None
+
+
+_Reason = tuple[str, str, str, str]
+"""(feature, reason, what was found, the way out)."""
+
+
+def _error(path: str, feature: str, reason: str, got: str, way_out: str) -> UnsupportedLora:
+    return UnsupportedLora(
+        f"{feature} cannot be pushed in merged mode: {reason}",
+        where=path,
+        expected="a layer whose forward computes with one weight that can be read",
+        got=got,
+        remedy=f"{way_out}.",
+        names=(path,),
+    )
+
+
+def _of_layer(
+    chain: Chain, name: str, weight: torch.Tensor, levels: list[Level], copies: int | None
+) -> Iterator[_Reason]:
+    """Reasons that lie in the base layer."""
+    base = chain.base
+    where = _elsewhere(weight)
+    if where is not None:
+        yield ("a sharded, offloaded or empty weight", f"its values are not here ({where})", where, "Gather it first")
+        return
+    if not readable(base, weight):
+        got = f"{type(base).__name__}, {type(weight).__name__} of {weight.dtype}"
+        yield ("LoRA on a quantised base", "there is no dequantiser for it", got, f"{_ADAPTER}, or a 16-bit base")
+    if weight.dtype in FP8 and not is_quantized(base, weight):
+        yield ("LoRA on an fp8 parameter", "the forward adds in high precision and clamps", str(weight.dtype), _ADAPTER)
+    if any(level.state is State.MERGED_DISABLED for level in levels) and is_quantized(base, weight):
+        reason = "taking the merged adapters out of packed weights would round them again"
+        yield ("a quantised base that is merged and disabled", reason, str(weight.dtype), "Unmerge it first")
+    if name in ((getattr(base, "_modules", None) or {}).get("parametrizations") or ()):
+        reason = "the parameter is already computed by a parametrization"
+        yield ("LoRA on a parametrized weight", reason, type(base).__name__, "Remove the parametrization first")
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear) and copies is None:
+        reason = "its forward is never called, so that only the attention layer knows what its adapters do"
+        yield ("LoRA on an attention layer's output projection", reason, type(base).__name__, _ELSEWHERE)
+
+
+def _of_levels(
+    chain: Chain, name: str, weight: torch.Tensor, levels: list[Level], copies: int | None
+) -> Iterator[_Reason]:
+    """Reasons that lie in the adapters."""
+    if len(levels) > 1 and any(level.tokens for level in levels):
+        names = ", ".join(n for level in levels for n in level.names)
+        yield ("trainable tokens beside LoRA on one layer", "one hides the other in the forward", names, _ELSEWHERE)
+    kind = kind_of(chain, name, weight)
+    transposed = kind == "linear" and is_transposed(chain, weight)
+    of_layer = [level for level in levels if not level.of_parameter]
+    if kind == "parameter" and of_layer and (is_transposed(chain, weight) or _has_dora(of_layer)):
+        names = ", ".join(n for level in levels for n in level.names)
+        reason = "which of them the norm sees, or in which orientation they add, depends on their order"
+        yield ("DoRA or a transposed layer beside an adapter on its parameter", reason, names, _ELSEWHERE)
+    for level in levels:
+        for adapter in level.adapters():
+            yield from _of_adapter(chain, level, adapter, kind, name)
+            if level.state is State.MERGED_DISABLED and adapter.magnitude is not None:
+                reason = "what the merge replaced is not there any more"
+                yield (f"DoRA adapter {adapter.name}, merged and disabled", reason, adapter.variant, "Unmerge it first")
+            if (copies or 1) > 1 and (adapter.variant or adapter.magnitude is not None):
+                reason = "how often its effect is added is not known"
+                yield (f"a variant in an attention layer ({adapter.variant})", reason, adapter.variant, _ELSEWHERE)
+            shapes = misfit(adapter, weight, kind, transposed) if is_plain_tensor(weight, chain) else None
+            if shapes is not None:
+                yield (f"adapter {adapter.name}", "its factors do not fit the weight", shapes, "Check the adapter")
+
+
+def _has_dora(levels: list[Level]) -> bool:
+    return any(adapter.magnitude is not None for level in levels for adapter in level.adapters())
+
+
+def is_plain_tensor(weight: torch.Tensor, chain: Chain) -> bool:
+    """Whether the stored shape is the weight's: a packed one has another."""
+    return not is_quantized(chain.base, weight) or weight.dtype in FP8 or weight.dtype == torch.int8
+
+
+def _of_adapter(chain: Chain, level: Level, adapter: ActiveAdapter, kind: str, name: str) -> Iterator[_Reason]:
+    variant = adapter.variant
+    if variant in PER_TOKEN_VARIANTS:
+        yield (f"adapter {adapter.name} ({variant})", "its effect depends on the token", variant, _ELSEWHERE)
+    unknown = adapter.extra.get("unknown")
+    if unknown:
+        got = ", ".join(unknown)
+        yield (f"adapter {adapter.name}", f"the layer holds something that is not understood: {got}", got, _ELSEWHERE)
+    if variant not in PLAIN_VARIANTS | DORA_VARIANTS | PER_TOKEN_VARIANTS:
+        yield (f"adapter {adapter.name} ({variant})", "this variant is not known", variant, _ELSEWHERE)
+    if (variant in DORA_VARIANTS) > (adapter.magnitude is not None):
+        yield (f"DoRA adapter {adapter.name}", "it has no magnitude", variant, _ELSEWHERE)
+    if variant == "KasaLinearVariant" and "diagonal" not in adapter.extra:
+        yield (f"adapter {adapter.name} ({variant})", "it has no lora_diag", variant, _ELSEWHERE)
+    if adapter.bias is not None and name != "in_proj_weight":
+        if stored_bias(chain.base, name) is None:
+            yield (f"lora_bias of adapter {adapter.name}", "the layer has no bias to carry it", "no bias", _ELSEWHERE)
+        if adapter.magnitude is not None:
+            yield (f"lora_bias of DoRA adapter {adapter.name}", "its norm is not of the weight", variant, _ELSEWHERE)
+    for tensor in (adapter.a, adapter.b):
+        where = _elsewhere(tensor)
+        if where is not None:
+            reason = f"its values are not here ({where})"
+            yield (f"adapter {adapter.name}, sharded, offloaded or empty", reason, where, "Gather it first")
+            return
+    if kind == "conv":
+        yield from _of_convolution(chain.base, level.wrapper, adapter)
+
+
+def _of_convolution(base: Any, wrapper: Any, adapter: ActiveAdapter) -> Iterator[_Reason]:
+    """The product of two convolutions is one convolution only where both see the input alike."""
+    groups, mode = getattr(base, "groups", 1), getattr(base, "padding_mode", "zeros")
+    if groups != 1:
+        yield ("LoRA on a grouped convolution", "no single weight has its effect", f"groups={groups}", _ELSEWHERE)
+    if mode != "zeros":
+        reason = "the adapter pads its input with zeros, so that no single weight has its effect"
+        yield (f"LoRA on a convolution that pads with {mode}", reason, f"padding_mode={mode}", _ELSEWHERE)
+    first = wrapper.lora_A[adapter.name]
+    for setting in ("stride", "padding", "dilation"):
+        one, other = getattr(base, setting, None), getattr(first, setting, one_of(base, setting))
+        if one != other and not (setting == "dilation" and _size(base) == 1):
+            reason = f"layer and adapter differ in {setting}, so that no single weight has their effect"
+            yield ("LoRA on a convolution", reason, f"{setting}: {one} and {other}", _ELSEWHERE)
+
+
+def one_of(base: Any, setting: str) -> Any:
+    """A convolution's own setting, for an adapter that does not say."""
+    return getattr(base, setting, None)
+
+
+def _size(base: Any) -> int:
+    return torch.Size(base.kernel_size).numel()
+
+
+def _elsewhere(tensor: torch.Tensor) -> str | None:
+    """Where the values of a tensor are, if not in it."""
+    if tensor.is_meta:
+        return "on the meta device"
+    library = sys.modules.get("torch.distributed.tensor")
+    if library is not None and isinstance(tensor, library.DTensor):
+        return "a DTensor"
+    if tensor.numel() == 0 or hasattr(tensor, "ds_shape"):
+        return "empty here"
+    return None
