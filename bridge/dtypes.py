@@ -22,6 +22,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+CODES = frozenset({"fp8_e4m3", "fp8_e5m2", "int8", "int16", "int32", "uint8"})
+"""Dtypes in which quantised weights are stored: codes that mean nothing without their scales."""
 _NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 

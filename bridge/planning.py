@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from bridge.arena import Arena
 from bridge.digest import differing
+from bridge.dtypes import CODES
 from bridge.engine_messages import EngineBaked
 from bridge.errors import ShapeMismatch, UnexpectedTensor
 from bridge.manifest import Manifest, TensorInfo, lay_out
@@ -18,10 +19,13 @@ def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest)
     """Can an existing plan carry this request?
 
     The same announcement can, unless that plan was made for a subset and the whole model is meant now; so can a subset
-    of it, when a subset is meant.
+    of it, when a subset is meant. A subset of quantised weights is asked about anew: only the engines know which scales
+    belong to which weights, and none may come without the others.
     """
     if not request.partial:
         return planned == request.tensors and not partial
+    if any(info.dtype in CODES for info in planned):
+        return planned == request.tensors
     known = {(info.name, info.shape) for info in planned}
     return all((info.name, info.shape) in known for info in request.tensors)
 

@@ -155,12 +155,12 @@ def is_lora_name(name: str) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside any chain of wrappers around it."""
-    while (inner := _wrapped_child(model, root=True)) is not None:
+    while (inner := wrapped_child(model, root=True)) is not None:
         model = model.get_submodule(inner)
     return model
 
 
-def _wrapped_child(module: nn.Module, *, root: bool) -> str | None:
+def wrapped_child(module: nn.Module, *, root: bool) -> str | None:
     """The name of the one child that a wrapper wraps; None for a module that is no wrapper."""
     for name in module._modules:
         if name in RESERVED:
@@ -248,7 +248,7 @@ def walk(
     A wrapper's own hop adds nothing to the clean prefix.
     """
     yield prefix, clean, module
-    hop = _wrapped_child(module, root=root)
+    hop = wrapped_child(module, root=root)
     for name, child in module._modules.items():
         if child is not None:
             below = clean if name == hop else f"{clean}{name}."

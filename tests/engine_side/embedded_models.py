@@ -104,6 +104,7 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
             "norm_topk_prob": False,
             "first_k_dense_replace": 0,
             "num_hidden_layers": 2,
+            "routed_scaling_factor": 1.0,
         },
     ),
     "deepseek-v2": (
@@ -136,9 +137,11 @@ def make_model(
     return model.to(dtype).eval()
 
 
-def save(folder: Path, family: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def save(
+    folder: Path, family: str, tied: bool = False, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
     """Write a checkpoint; the model that it came from is the reference."""
-    model = make_model(family, tied, dtype)
+    model = make_model(family, tied, dtype, **changes)
     model.save_pretrained(folder)
     return model
 

@@ -39,7 +39,7 @@ def runner(folder: Path, rank: int = 0, **options: Any) -> ModelRunner:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "moe", "deepseek-v3", "deepseek-v3-plain"])
 def test_every_layout_computes_what_codes_and_scales_stand_for(tmp_path: Path, family: str) -> None:
-    """Rows and columns that are no multiple of a block, fused parts, experts, and a latent attention's derived tensors."""
+    """Rows and columns that are no multiple of a block, fused parts, experts, and what a latent attention derives."""
     model = tiny.make_model(family)
     before = tiny.reference_logprobs(model, tiny.prompts())
     tiny.save_fp8(tmp_path, model, BLOCK)

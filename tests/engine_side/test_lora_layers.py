@@ -324,6 +324,9 @@ def test_slots_are_padded_with_zeros_and_cleared() -> None:
     assert not part.a[2, 2:].any()
     assert not part.b[2, :, 2:].any()
     assert not part.a[1].any(), "a slot that nobody wrote"
+    layer.write(2, ("k", None), a[:1], b[:, :1])
+    assert not part.a[2, 1:].any(), "what a larger adapter left"
+    assert not part.b[2, :, 1:].any()
     kept = part.a[0].clone()
     layer.clear(2)
     assert not part.a[2].any()

@@ -53,13 +53,13 @@ DEEPSEEK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save(folder: Path, family: str, tied: bool = False) -> None:
+def save(folder: Path, family: str, tied: bool = False, seed: int = 3) -> None:
     """A checkpoint of float32 weights."""
     if family != "deepseek":
-        tiny.save(folder, family, tied)
+        tiny.make_model(family, tied, seed=seed).save_pretrained(folder)
         return
     config = transformers.DeepseekV3Config(**DEEPSEEK, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(4)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -181,16 +181,18 @@ def test_an_adapter_on_one_module_acts(tmp_path: Path, module: str) -> None:
 # ---- base weights below the wrappers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("levels", [1, 2, 3])
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("moe-mixed", False)])
+@pytest.mark.parametrize(
+    ("levels", "layout"),
+    [*((n, layout) for n in (1, 2, 3) for layout in ("canonical", "packed")), (3, "transposed"), (3, "shuffled")],
+)
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("moe-mixed", False), ("deepseek", False)])
 def test_base_weights_load_below_the_wrappers(
     tmp_path: Path, family: str, tied: bool, levels: int, layout: str
 ) -> None:
     """`levels` of `base_layer` in all; the adapters survive and still act."""
     base, other = tmp_path / "base", tmp_path / "other"
-    tiny.save(base, family, tied)
-    tiny.make_model(family, tied, seed=99).save_pretrained(other)
+    save(base, family, tied)
+    save(other, family, tied, seed=99)
     weights = state(base)
     tensors = adapter(weights, linear_modules(weights))
     plain = {"wrap_linears": levels > 1, "wrap_levels": max(1, levels - 1)}
@@ -286,7 +288,7 @@ def test_a_name_is_never_used_again(qwen2: Path) -> None:
 
 def test_a_load_that_fails_halfway_leaves_nothing(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = lora_of(runner(qwen2))
-    layer = manager.layers["lm_head"]
+    layer = manager.layers["model.layers.2.mlp.down_proj"]  # far behind the first
 
     def broken(*_: Any) -> None:
         raise RuntimeError("out of memory")
@@ -339,6 +341,9 @@ def test_padding_that_is_not_zero_shows(qwen2: Path) -> None:
         assert view.padding
         assert all(bool(p.any()) for p in view.padding), view.name
         assert not (view.live == 7).any()
+        ends = [view.live, *view.padding]
+        base = view.live if view.live._base is None else view.live._base
+        assert sum(t.numel() for t in ends) == base[0].numel(), "nothing of the slot is left out"
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -484,6 +489,15 @@ def test_a_target_that_matches_nothing(qwen2: Path) -> None:
     assert caught.value.names == ("proj", "wq"), "names are matched whole"
 
 
+def test_a_layer_that_hangs_in_two_places_is_wrapped_once(qwen2: Path) -> None:
+    made = runner(qwen2, max_loras=0)
+    layers = made.causal_lm.model.layers
+    layers[2].mlp.down_proj = layers[1].mlp.down_proj  # type: ignore[assignment, union-attr]
+    manager = LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=["down_proj"], tp=Parallel())
+    assert layers[2].mlp.down_proj is layers[1].mlp.down_proj  # type: ignore[union-attr]
+    assert len({id(layer) for layer in manager.layers.values()}) == 2
+
+
 class Adder(nn.Module):
     """A layer with a matrix that no wrapper is for."""
 
@@ -565,6 +579,7 @@ def test_the_warm_up_runs_an_adapter_through_every_layer(moe: Path, size: int) -
     assert all(layer.reached for layer in manager.layers.values())
     assert manager.names == ()
     assert all(slot_is_empty(manager, slot) for slot in (0, 1))
+    assert not any(layer._loaded for layer in manager.layers.values())
     assert manager.context.groups(1) == ()
 
 

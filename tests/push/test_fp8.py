@@ -164,6 +164,11 @@ def test_a_subset_that_tears_a_quantised_module_is_refused(
     assert pair.b.status().engines[0].serving == 0
     pair.push(pair.second)
     assert pair.serves(pair.model) < 1e-5
+    # the plan of the whole model is there now, and would carry the subset
+    with refused(bridge.MissingTensor, 5, alone, missing, module):
+        pair.push({name: pair.first[name] for name in names}, partial=True)
+    assert pair.serves(pair.model) < 1e-5
+    assert pair.b.status().engines[0].serving == 1
 
 
 @WRAPPED
@@ -174,6 +179,17 @@ def test_a_full_push_without_a_scale_names_it_and_its_weight(pairs: Callable[...
         with refused(bridge.MissingTensor, 5, alone, missing, f"{LAYER}.qkv_proj"):
             pair.push({name: t for name, t in pair.second.items() if name != missing})
     assert pair.engine.prompt_logprobs(tiny.prompts()) == before
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_senders_that_write_base_layer_are_held_to_the_same(pairs: Callable[..., Pair], levels: int) -> None:
+    pair = pairs(wrap_linears=True, wrap_levels=levels)
+    named = {name.replace("_proj.", "_proj.base_layer."): t for name, t in pair.second.items()}
+    assert pair.push(named).verified is True
+    assert pair.serves(pair.model) < 1e-5
+    alone = f"{LAYER}.q_proj.base_layer.weight"
+    with refused(bridge.MissingTensor, 5, Q, Q + SCALE):
+        pair.push({alone: named[alone]}, partial=True)
 
 
 @WRAPPED

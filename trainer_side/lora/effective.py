@@ -8,6 +8,7 @@ is wider, and rounded once.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -165,9 +166,13 @@ class _Weight:
         over: list[_Term] = []
         for level in self.levels:
             sign = -1.0 if level.state is State.MERGED_DISABLED else 1.0
-            terms = [(sign * self.copies, adapter) for adapter in level.adapters()]
+            terms = [(sign * self.copies, self._sent(adapter)) for adapter in level.adapters()]
             (under if sign < 0 or self.kind == "parameter" else over).extend(terms)
         return under, over
+
+    def _sent(self, adapter: ActiveAdapter) -> ActiveAdapter:
+        """With the magnitude that was given; the factors are mapped where they are expanded."""
+        return adapter if adapter.magnitude is None else replace(adapter, magnitude=self.given(adapter.magnitude))
 
     def _parts(
         self, base: torch.Tensor, out: torch.Tensor, wide: torch.dtype, terms: list[_Term]

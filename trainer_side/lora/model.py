@@ -13,6 +13,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from bridge.lora import AdapterSpec, LoraLimits
+from bridge.ports import Choice
 from trainer_side.lora import modes, state
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
 from trainer_side.lora.modes import Baked, Made
@@ -28,15 +29,6 @@ _T = TypeVar("_T")
 Limits = Sequence[LoraLimits | None] | None
 _KEPT = 8
 """States that are remembered: a trainer goes back and forth between few (enabled, disabled, another adapter)."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The mode of one push, why, and what its reader should know."""
-
-    mode: str
-    reason: str
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +68,14 @@ class _Last:
 
     mode: str
     partial: bool
-    state: LoraState
+    state: Hashable
     names: list[str]
     slots: list[Slot]
     baked: Baked
     cleans: list[str]
     direct: list[Slot]
     made: tuple[Made, ...]
+    notes: tuple[str, ...]
 
 
 class LoraModel:
@@ -109,7 +102,8 @@ class LoraModel:
         if not self._tree.unchanged():
             self._structure += 1
             self._forget()
-        return LoraState(self._structure, tuple(map(state.read, self._tree.wrappers)))
+        wrappers = self._tree.wrappers
+        return LoraState(self._structure, tuple(map(state.read, wrappers)), tuple(map(state.scaling_of, wrappers)))
 
     def choose(self, mode: str, limits: Limits) -> Choice:
         """The mode of a push in the state that the model is in now.
@@ -153,7 +147,7 @@ class LoraModel:
         tensors = [tensor for _, tensor in pairs]
         now = self.state()
         last = self._last
-        if last is not None and last.mode == mode and last.partial == partial and last.state == now:
+        if last is not None and last.mode == mode and last.partial == partial and last.state == now.unscaled:
             lives = [held.get(key) for held, key in last.slots] if last.names == names else []
             if len(lives) == len(tensors) and all(map(operator.is_, lives, tensors)) and last.baked.current():
                 return self._repeat(last, now)
@@ -171,7 +165,6 @@ class LoraModel:
         self._tree = read_tree(self.model)
         self._findings: OrderedDict[Hashable, _Findings] = OrderedDict()
         self._baked: OrderedDict[Hashable, Baked] = OrderedDict()
-        self._alike: OrderedDict[Hashable, Baked] = OrderedDict()
         self._ends: CanonicalMap | None = None
         self._items: tuple[list[str], list[Item]] = ([], [])
         self._last: _Last | None = None
@@ -191,7 +184,7 @@ class LoraModel:
 
     def _found(self, mode: str, now: LoraState, limits: Limits) -> list[Finding]:
         """Everything that the capability table has to say about a mode."""
-        survey = self._survey(now)
+        survey = self._findings_of(now)
         found = [*survey.common, *survey.merged] if mode == "merged" else list(survey.common)
         if mode != "adapter" or refusals(found, mode):
             return found
@@ -206,9 +199,9 @@ class LoraModel:
             found.append(Finding(Feature.RANK, reason=f"rank {plan.rank} where {min(ranks)} is the most"))
         return found
 
-    def _survey(self, now: LoraState) -> _Findings:
+    def _findings_of(self, now: LoraState) -> _Findings:
         places = self._tree.places
-        key = now, tuple(tensor.requires_grad for place in places if (tensor := place.tensor()) is not None)
+        key = now.unscaled, tuple([tensor.requires_grad for p in places if (tensor := p.tensor()) is not None])
         found = self._findings.get(key)
         if found is None:
             read = survey(self._tree)
@@ -217,18 +210,17 @@ class LoraModel:
         return found
 
     def _notes(self, mode: str, now: LoraState) -> tuple[str, ...]:
-        return self._survey(now).notes if mode == "merged" else ()
+        return self._findings_of(now).notes if mode == "merged" else ()
 
     def _bake(self, mode: str, now: LoraState) -> Baked:
         """What the mode sends in this state; baked again when shapes or dtypes changed."""
-        key: Hashable = mode if mode == "base" else (mode, now if mode == "merged" else now.unscaled)
+        key: Hashable = mode if mode == "base" else (mode, now.unscaled)
         found = self._baked.get(key)
         if found is None or not found.current():
             if mode == "base":
                 found = modes.bake_base(self._tree)
             elif mode == "merged":
-                alike, found = modes.bake_merged(self._tree, survey(self._tree), self._alike.get)
-                _keep(self._alike, alike, found)
+                found = modes.bake_merged(self._tree, survey(self._tree))
             else:
                 self._ends = self._ends or modes.bake_ends(self._tree)
                 found = modes.bake_adapter(self._tree, survey(self._tree), self._ends)
@@ -248,7 +240,8 @@ class LoraModel:
         if as_it_lives:
             slots, direct = list(map(slot_of, items)), list(map(slot_of, chosen.places))
             cleans = [place.clean for place in chosen.places]
-            self._last = _Last(mode, partial, now, names, slots, baked, cleans, direct, chosen.made)
+            made, notes = chosen.made, self._notes(mode, now)
+            self._last = _Last(mode, partial, now.unscaled, names, slots, baked, cleans, direct, made, notes)
         given = came if came.changed else None
         return View(
             baked.known, chosen.named, modes.computed(baked, given, chosen.made), _spec(baked), now,
@@ -259,7 +252,7 @@ class LoraModel:
         tensors = [held[key] for held, key in last.direct]
         named = [(name, tensor) for name, tensor in zip(last.cleans, tensors, strict=True) if tensor is not None]
         computed = modes.computed(last.baked, None, last.made)
-        return View(last.baked.known, named, computed, _spec(last.baked), now, self._notes(last.mode, now))
+        return View(last.baked.known, named, computed, _spec(last.baked), now, last.notes)
 
 
 def _rank(baked: Baked) -> int:

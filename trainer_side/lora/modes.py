@@ -70,7 +70,7 @@ class Baked:
         made: tensors that are computed.
         needs: further tensors that have to come; `dtypes` are theirs.
         plan: of an adapter.
-        twins: computed tensors of one value, which travel once.
+        rivals: computed tensors over one stored tensor, and which of them are equal: scalings decide it.
     """
 
     known: CanonicalMap | None
@@ -79,7 +79,7 @@ class Baked:
     needs: tuple[Extra, ...] = ()
     dtypes: tuple[torch.dtype | None, ...] = ()
     plan: adapter.Plan | None = None
-    twins: tuple[tuple[Made, Made], ...] = ()
+    rivals: tuple[tuple[tuple[Made, ...], tuple[int, ...]], ...] = ()
 
     def current(self) -> bool:
         """Whether what was baked from shapes, dtypes and ties of computed tensors still holds."""
@@ -87,7 +87,7 @@ class Baked:
             live = made.place.tensor()
             if live is None or live.dtype is not made.live[1] or live.shape != made.live[0]:
                 return False
-        if any(_identity(a.place, a) != _identity(b.place, b) for a, b in self.twins):
+        if any(_pattern(group) != pattern for group, pattern in self.rivals):
             return False
         return tuple(map(_dtype, self.needs)) == self.dtypes
 
@@ -98,11 +98,8 @@ def bake_base(tree: Tree) -> Baked:
     return Baked(_names(tree, places, {}), places)
 
 
-def bake_merged(tree: Tree, survey: Survey, known: Callable[[Hashable], Baked | None]) -> tuple[Hashable, Baked]:
-    """What the live forward computes with. `known` is asked for what was baked for the same computed tensors and ties.
-
-    Raises IntegrityError where `bake_entries` does.
-    """
+def bake_merged(tree: Tree, survey: Survey) -> Baked:
+    """What the live forward computes with. Raises IntegrityError where `bake_entries` does."""
     in_use = {id(w): state.copy_in_use(w) for w in tree.wrappers if w.kind is Kind.SAVED}
     places = [p for p in tree.places if all(in_use[id(w)] == name for w, name in p.copies)]
     made = [one for one in (_made(place, survey) for place in places) if one is not None]
@@ -110,18 +107,23 @@ def bake_merged(tree: Tree, survey: Survey, known: Callable[[Hashable], Baked | 
     places = [place for place in places if id(place.tensor()) not in scales]
     by_place = {one.place: one for one in made}
     identities = {place: _identity(place, by_place.get(place)) for place in places}
-    first: dict[Hashable, int] = {}
-    pattern = tuple(first.setdefault(identities[place], k) for k, place in enumerate(places))
-    computed = tuple((k, by_place[p].module, by_place[p].live) for k, p in enumerate(places) if p in by_place)
-    key = (tuple(map(id, places)), pattern, tuple((k, id(m), live) for k, m, live in computed), _needs_of(made))
-    found = known(key)
-    if found is not None:
-        return key, found
     stand_ins = {place: one.stand_in for place, one in by_place.items()}
     direct = tuple(place for place in places if place not in by_place)
-    heads = {identities[one.place]: one for one in reversed(made)}
-    twins = tuple((heads[identities[one.place]], one) for one in made if heads[identities[one.place]] is not one)
-    return key, Baked(_names(tree, places, stand_ins, identities), direct, tuple(made), twins=twins)
+    return Baked(_names(tree, places, stand_ins, identities), direct, tuple(made), rivals=_rivals(made))
+
+
+def _rivals(made: Sequence[Made]) -> tuple[tuple[tuple[Made, ...], tuple[int, ...]], ...]:
+    stored: dict[Hashable, list[Made]] = {}
+    for one in made:
+        stored.setdefault(_identity(one.place, None), []).append(one)
+    groups = [tuple(group) for group in stored.values() if len(group) > 1]
+    return tuple((group, _pattern(group)) for group in groups)
+
+
+def _pattern(group: Sequence[Made]) -> tuple[int, ...]:
+    """Of each, the first one that is equal to it."""
+    first: dict[Hashable, int] = {}
+    return tuple(first.setdefault(_identity(one.place, one), k) for k, one in enumerate(group))
 
 
 def bake_ends(tree: Tree) -> CanonicalMap:
@@ -255,7 +257,3 @@ def _role(place: Place, layer: Layer) -> str | None:
     if tensor is parameters.weight:
         return "weight"
     return "bias" if tensor is not None and tensor is parameters.bias else None
-
-
-def _needs_of(made: Sequence[Made]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(id, one.needs)) for one in made)

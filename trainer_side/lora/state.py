@@ -3,8 +3,8 @@ a merge or `disable_adapter()` changes the effective weights without changing a 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import nn
 
@@ -19,34 +19,33 @@ _KEYED = {
 }
 
 
-@dataclass(frozen=True)
-class WrapperState:
-    """One wrapper: whether it is disabled, what is merged into its base, what is active, each adapter's scaling, which
-    adapters it owns."""
+class WrapperState(NamedTuple):
+    """One wrapper: whether it is disabled, what is merged into its base, what is active, which adapters it owns."""
 
     path: str
     disabled: bool
     merged: tuple[str, ...]
     active: tuple[str, ...]
-    scaling: tuple[tuple[str, float], ...]
     owned: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class LoraState:
+class LoraState(NamedTuple):
     """All wrappers of a model, in the order of its tree.
 
     Attributes:
         structure: counts up whenever modules were found changed: an adapter added or deleted, a layer replaced.
+        wrappers: what is set on each.
+        scaling: of each wrapper, each adapter's factor.
     """
 
     structure: int
     wrappers: tuple[WrapperState, ...] = ()
+    scaling: tuple[tuple[tuple[str, float], ...], ...] = ()
 
     @property
-    def unscaled(self) -> Hashable:
-        """All of it but the scalings: what decides which tensors an adapter has."""
-        return self.structure, tuple((w.path, w.disabled, w.merged, w.active, w.owned) for w in self.wrappers)
+    def unscaled(self) -> tuple[int, tuple[WrapperState, ...]]:
+        """All of it but the scalings: what decides which tensors are computed, and from what."""
+        return self.structure, self.wrappers
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -57,15 +56,23 @@ class LoraState:
 def read(wrapper: Wrapper) -> WrapperState:
     """What a wrapper is set to now. A few microseconds."""
     holder = wrapper.holder
-    scaling = getattr(holder, "scaling", None) if wrapper.kind is Kind.LORA else None
     return WrapperState(
         wrapper.path,
         _flag(holder),
         _names(getattr(holder, "merged_adapters", ())),
         active_of(holder),
-        tuple((name, float(s)) for name, s in scaling.items()) if isinstance(scaling, Mapping) else (),
         owned_by(wrapper),
     )
+
+
+def scaling_of(wrapper: Wrapper) -> tuple[tuple[str, float], ...]:
+    """The factor of each adapter of a LoRA layer now."""
+    if wrapper.kind is not Kind.LORA:
+        return ()
+    scaling = getattr(wrapper.module, "scaling", None)
+    if isinstance(scaling, dict):
+        return tuple([(name, float(s)) for name, s in scaling.items()])
+    return () if scaling is None else (("", float(scaling)),)
 
 
 def active_of(module: nn.Module) -> tuple[str, ...]:

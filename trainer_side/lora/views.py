@@ -60,7 +60,10 @@ def assemble(mode: str, baked: Baked, came: Sent, *, partial: bool) -> Chosen:
         missing += _absent(baked.needs, came.came)
     if missing:
         raise _missing(mode, tuple(dict.fromkeys(missing)))
-    return Chosen(tuple(places), named, made)
+    # Ends that are equal by construction are computed once, under the name that stands for both.
+    ties = {} if baked.known is None else baked.known.ties
+    standing = {ties.get(one.place.clean, one.place.clean) for one in made}
+    return Chosen(tuple(places), named, tuple(one for one in baked.made if one.place.clean in standing))
 
 
 def refuse_plain_names(tree: Tree, baked: Baked, items: Sequence[Item], names: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ def applied(base: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], fli
         delta = adapter[pair.b.name] @ adapter[pair.a.name]
         name = f"{pair.module}.weight"
         weight = base[name]
-        found[name] = weight + (delta.T if pair.embedding or flipped and pair.module == "transposed" else delta)
+        found[name] = weight + (delta.T if pair.embedding or (flipped and pair.module == "transposed") else delta)
     return found
 
 
@@ -87,7 +87,8 @@ def test_experts_become_pairs_of_their_checkpoint_modules() -> None:
 def test_several_adapters_stand_side_by_side_and_ranks_are_padded() -> None:
     model = build(of("two adapters", CAUSAL), torch.float64)  # rank 3 everywhere, 2 more on q_proj
     view = LoraModel(model).view("adapter", list(model.named_parameters()))
-    assert view.adapter is not None and view.adapter.rank == 5
+    assert view.adapter is not None
+    assert view.adapter.rank == 5
     adapter = dict(adapter_tensors(model))
     assert adapter["model.layers.0.self_attn.k_proj.lora_A.weight"].shape == (5, 48)
     assert not adapter["model.layers.0.self_attn.k_proj.lora_A.weight"][3:].any()

@@ -25,15 +25,15 @@ def of(name: str) -> Any:
 
 def allowed(lora: LoraModel) -> dict[str, str | None]:
     """Mode -> why not."""
-    found: dict[str, str | None] = {}
-    for mode in MODES:
-        try:
-            assert lora.choose(mode, ROOM).mode == mode
-            found[mode] = None
-        except UnsupportedLora as error:
-            found[mode] = str(error)
-            assert error.names
-    return found
+    return {mode: refused(lora, mode) for mode in MODES}
+
+
+def refused(lora: LoraModel, mode: str) -> str | None:
+    try:
+        choice = lora.choose(mode, ROOM)
+    except UnsupportedLora as error:
+        return f"{error}; {len(error.names)} names" if error.names else "no names"
+    return None if choice.mode == mode else f"another mode: {choice.mode}"
 
 
 CASES = {
@@ -121,13 +121,15 @@ def test_states() -> None:
     assert lora.choose("auto", ROOM).mode == "adapter"
     with model.disable_adapter():
         choice = lora.choose("auto", ROOM)
-        assert choice.mode == "merged" and "disabled" in choice.notes[0]
+        assert choice.mode == "merged"
+        assert "disabled" in choice.notes[0]
         assert lora.choose("base", ROOM).notes == ()
         with pytest.raises(UnsupportedLora, match="no active adapter"):
             lora.choose("adapter", ROOM)
     model.merge_adapter()
     choice = lora.choose("auto", ROOM)
-    assert choice.mode == "merged" and "[default]" in choice.notes[0]
+    assert choice.mode == "merged"
+    assert "[default]" in choice.notes[0]
     verdicts = allowed(lora)
     assert "base holds merged adapters (default)" in str(verdicts["base"])
     assert "apply twice" in str(verdicts["adapter"])
@@ -145,7 +147,8 @@ def test_a_parameter_that_is_unfrozen_later_is_noticed() -> None:
     assert lora.choose("auto", ROOM).mode == "adapter"
     model.base_model.model.model.norm.weight.requires_grad_(True)
     choice = lora.choose("auto", ROOM)
-    assert choice.mode == "merged" and "trainable outside LoRA" in choice.reason
+    assert choice.mode == "merged"
+    assert "trainable outside LoRA" in choice.reason
     with pytest.raises(UnsupportedLora) as error:
         lora.choose("adapter", ROOM)
     assert error.value.names == ("base_model.model.model.norm.weight",)
@@ -205,7 +208,7 @@ def test_lora_bias_without_a_base_bias() -> None:
     for mode in ("merged", "adapter"):
         assert "no bias to carry lora_bias" in str(verdicts[mode])
         assert "base_model.model.slim.lora_B.default.bias" in refused_names(model, mode)
-    with pytest.raises(UnsupportedLora, match="and in adapter mode|adapter mode cannot carry"):
+    with pytest.raises(UnsupportedLora, match="adapter mode cannot carry"):
         LoraModel(model).choose("auto", ROOM)
 
 

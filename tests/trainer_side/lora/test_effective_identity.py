@@ -46,8 +46,8 @@ def test_lora_on_one_end_unties(name: str) -> None:
     assert same(embedding, head)
 
 
-def test_merged_ends_are_what_lies_there() -> None:
-    model, embedding, head = ends("tied, both ends alike")
+def test_disabled_ends_are_what_lies_there() -> None:
+    _, embedding, head = ends("tied, both ends alike")
     head.enable_adapters(False)
     assert not same(embedding, head)
     embedding.enable_adapters(False)
@@ -60,14 +60,12 @@ def test_another_scale_unties() -> None:
     assert not same(embedding, head)
 
 
-def test_dora_of_an_embedding_and_of_a_linear_layer_differ() -> None:
-    """Their norms run over different dimensions."""
-    dora = build(next(row for row in ROWS if row.name == "dora, embedding"))
-    embedding = layer_of(dora, "embed")
-    identity = effective_identity(embedding, "weight")
-    embedding.lora_variant.pop(DEFAULT)
-    del embedding.lora_magnitude_vector[DEFAULT]
-    assert effective_identity(embedding, "weight") != identity
+def test_the_magnitude_of_dora_counts() -> None:
+    layer = stacked(1, use_dora=True)
+    before = effective_identity(layer, "weight")
+    magnitude = layer.lora_magnitude_vector["level0"]
+    magnitude.weight = nn.Parameter(magnitude.weight.detach().clone())
+    assert effective_identity(layer, "weight") != before
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.layers[0] not in ("attention",)], ids=str)

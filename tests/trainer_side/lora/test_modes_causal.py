@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
+from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.lora import LoraLimits
-from tests.trainer_side.lora.peft_rows import CAUSAL, Row, build
+from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, Row, build
 from trainer_side.lora import LoraModel, View, adapter_tensors, base_tensors, merged_tensors
 from trainer_side.naming import bake_names
+from trainer_side.source import WeightSource
 
 ROOM = [LoraLimits(64, 4)]
 TOKENS = torch.arange(24).reshape(2, 12) * 5
@@ -120,8 +121,10 @@ def test_base_names_and_values_are_those_of_the_base_model_state_dict(case: str)
     assert {name for name, _ in view.named} == set(oracle)
     assert all(torch.equal(tensor, oracle[name]) for name, tensor in view.named)
     assert tensors.keys() == wanted
-    assert view.known is not None and view.known.infos == known.infos
-    assert not view.computed and view.adapter is None
+    assert view.known is not None
+    assert view.known.infos == known.infos
+    assert not view.computed
+    assert view.adapter is None
 
 
 def test_a_base_checkpoint_gives_the_logits_with_the_adapters_disabled(tmp_path: Path) -> None:
@@ -239,6 +242,24 @@ def test_given_values_count_not_the_live_ones() -> None:
     assert torch.allclose(doubled[name], 2 * q.base_layer.weight + 4 * product, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [*ROWS, *CAUSAL], ids=str)
+def test_every_tensor_that_is_read_is_read_as_given(case: Row) -> None:
+    bound, other = build(case), build(case)
+    with torch.no_grad():
+        for parameter in {p.data_ptr(): p for p in other.parameters()}.values():
+            parameter.mul_(1.25)
+    pairs = list(other.named_parameters())
+    for mode in ("merged", "adapter"):
+        try:
+            LoraModel(bound).choose(mode, None)
+        except UnsupportedLora:
+            continue
+        given = {c.name: c.compute(torch.float64) for c in LoraModel(bound).view(mode, pairs).computed}
+        live = {c.name: c.compute(torch.float64) for c in LoraModel(other).view(mode, pairs).computed}
+        assert given
+        assert same(given, live)
+
+
 def test_a_tied_name_that_the_iterable_leaves_out_is_the_given_tensor() -> None:
     model = model_of("tied, head only", torch.float32)
     lora = LoraModel(model)
@@ -321,7 +342,9 @@ def test_an_adapter_needs_no_base_tensors() -> None:
     model = model_of("all linear", torch.float32)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     view = LoraModel(model).view("adapter", trained)
-    assert len(view.computed) == 28 and not view.named and view.known is None
+    assert len(view.computed) == 28
+    assert not view.named
+    assert view.known is None
 
 
 def test_a_base_name_of_a_changed_weight_is_ambiguous() -> None:
@@ -331,6 +354,19 @@ def test_a_base_name_of_a_changed_weight_is_ambiguous() -> None:
     with pytest.raises(UnexpectedTensor, match="base name"):
         lora.view("merged", pairs)
     assert len(lora.view("base", pairs).named) == 27
+
+
+@pytest.mark.parametrize("case", CAUSAL, ids=str)
+def test_a_weight_source_takes_the_view(case: Row) -> None:
+    model = build(case, torch.float32)
+    lora = LoraModel(model)
+    view = lora.view("merged", list(model.named_parameters()))
+    collected = WeightSource(model, view.known).collect(view.named, computed=view.computed)
+    assert view.known is not None
+    assert {t.name for t in collected.tensors} == {t.name for t in view.known.tensors}
+    assert {i.name for i in collected.tensors} | {a for i in collected.tensors for a in i.aliases} == {
+        name for t in view.known.tensors for name in (t.name, *t.aliases)
+    }
 
 
 def test_adapter_state_dict_names_are_covered() -> None:

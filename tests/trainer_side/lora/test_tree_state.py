@@ -44,9 +44,7 @@ def wrapped(model: nn.Module, adapter: str = "default", **config: Any) -> Any:
 @pytest.mark.parametrize("adapter", ["default", "lora_x", "base_layer", "weight"])
 def test_modules_and_adapters_named_like_peft_segments(adapter: str) -> None:
     plain = Odd()
-    wanted = {name for name, _ in plain.named_parameters()} | {
-        name for name, _ in plain.named_buffers()
-    }
+    wanted = {name for name, _ in plain.named_parameters()} | {name for name, _ in plain.named_buffers()}
     model = wrapped(plain, adapter, target_modules=["default", "lora_gate", "0"])
     tree = read_tree(model)
     assert {place.clean for place in tree.places} == wanted
@@ -83,10 +81,29 @@ def test_raw_live_and_clean_names_of_a_wrapped_model() -> None:
     assert (extra.container, extra.adapter) == ("lora_B", "policy")
     copy = tree.find("base_model.model.lm_head.modules_to_save.policy.weight")
     assert isinstance(copy, Place)
-    assert copy.clean == "lm_head.weight" and not copy.original
+    assert copy.clean == "lm_head.weight"
+    assert not copy.original
     assert [name for name, p in model.named_parameters() if tree.find(name) is None] == []
     assert tree.find("model.layers.0.self_attn.q_proj.lora_B.default.weight") is None
     assert tree.find("q_proj.base_layer.weight") is None
+
+
+def test_wrappers_on_every_level() -> None:
+    wanted = set(dict(tiny_qwen2().named_parameters()))
+    model = wrapped(tiny_qwen2(), target_modules=["q_proj"])
+    inner = model.base_model.model
+    first, second = (layer.self_attn for layer in inner.model.layers)
+    first.q_proj.base_layer = torch.compile(first.q_proj.base_layer)
+    second.q_proj = torch.compile(second.q_proj)
+    inner.model.layers[1] = torch.compile(inner.model.layers[1])
+    model.base_model.model = torch.compile(inner)
+    tree = read_tree(model)
+    assert all(tree.find(name) is not None for name, _ in model.named_parameters())
+    assert dict(merged_tensors(model)).keys() == wanted
+    assert len(dict(adapter_tensors(model))) == 4
+    lora = LoraModel(model)
+    plain = [(name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters()]
+    assert len(lora.view("merged", plain).computed) == 2
 
 
 def test_state_is_equal_until_something_is_set() -> None:
@@ -104,7 +121,8 @@ def test_state_is_equal_until_something_is_set() -> None:
     assert lora.state() == before
     model.base_model.model.model.layers[1].self_attn.v_proj.set_scale("default", 3)
     scaled = lora.state()
-    assert scaled != before and scaled.unscaled == before.unscaled
+    assert scaled != before
+    assert scaled.unscaled == before.unscaled
     model.merge_adapter()
     assert lora.state() != scaled
     assert all(w.merged == ("default",) for w in lora.state().wrappers)
@@ -134,13 +152,12 @@ def test_a_changed_structure_is_noticed_and_baked_again() -> None:
     model.merge_and_unload()
     states.append(lora.state())
     assert [s.structure for s in states] == [0, 1, 2, 3, 4]
-    assert states[1].adapters == ("default", "second") and states[2].adapters == ("default",)
+    assert states[1].adapters == ("default", "second")
+    assert states[2].adapters == ("default",)
 
 
 def test_state_of_saved_modules_and_tokens() -> None:
-    model = wrapped(
-        tiny_qwen2(), target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[3, 4]
-    )
+    model = wrapped(tiny_qwen2(), target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[3, 4])
     lora = LoraModel(model)
     paths = {w.path: w for w in lora.state().wrappers}
     assert {"model.norm", "model.embed_tokens"} <= paths.keys()
@@ -148,6 +165,7 @@ def test_state_of_saved_modules_and_tokens() -> None:
     before = lora.state()
     with model.disable_adapter():
         off = {w.path: w for w in lora.state().wrappers}
-        assert off["model.norm"].disabled and off["model.embed_tokens"].disabled
+        assert off["model.norm"].disabled
+        assert off["model.embed_tokens"].disabled
         assert not lora.view("merged", list(model.named_parameters())).computed
     assert lora.state() == before
