@@ -326,7 +326,9 @@ class Coordinator:
         kept = now.of(push.plan) if now is not None else None
         references = self._references.get(push.version, References())
         if push.plan.adapter is None and references.base is not None:
-            references = References(references.base)  # back to the weights under an adapter: they are weighed without it
+            references = References(
+                references.base
+            )  # back to the weights under an adapter: they are weighed without it
         seal = push.plan.arena.seal_of(push.slot)
         return Target(
             plan=push.plan.id,

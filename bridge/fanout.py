@@ -202,9 +202,7 @@ class Fleet:
         for engine in (first, *rest) if answer.source != "live" else rest:
             ranks = expect(engine.call(check, deadline), EngineChecked).ranks
             if not all(level.ok for rank in ranks for level in rank):
-                log.warning(
-                    "%s serves other weights than %s; a failed first push cannot be undone", engine.id, first.id
-                )
+                log.warning("%s serves other weights than this layout can hold for %s", engine.id, first.id)
                 arena.begin(slot)
                 return False
         return True

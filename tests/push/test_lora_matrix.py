@@ -21,8 +21,9 @@ import bridge
 from bridge.errors import UnsupportedLora
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
+from tests.push.lora_rig import apart
 from tests.push.rig import PROMPTS
-from tests.trainer_side.lora.oracle import TOLERANCE, quiet_copy, untouched
+from tests.trainer_side.lora.oracle import TOLERANCE, untouched
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, Row, Toy, build
 from trainer_side.reference import reference_logprobs
 
@@ -84,8 +85,7 @@ def _reached(row: Row, state: State, dtype: torch.dtype = torch.float64) -> Any:
 
 @torch.no_grad()
 def _outputs(layer: Any, row: Row, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """What a layer of `Toy` answers to every unit input, on a copy."""
-    layer = quiet_copy(layer).to(dtype)
+    """What a layer of `Toy` answers to every unit input. The forward may write to the layer."""
     base = getattr(row.base(), name)
     if isinstance(base, torch.nn.Embedding):
         rows: torch.Tensor = layer(torch.arange(base.num_embeddings))
@@ -109,13 +109,14 @@ def _outputs(layer: Any, row: Row, name: str, dtype: torch.dtype = torch.float64
     return linear
 
 
-@contextmanager
-def _without_adapters(model: Any) -> Iterator[Any]:
-    twin = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        twin.base_model.disable_adapter_layers()
-    yield twin
+def _twin(row: Row, state: State, dtype: torch.dtype, *, bare: bool = False) -> Any:
+    """The same model made once more, for forwards: they may write to it."""
+    model = _reached(row, state, dtype)
+    if bare:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.base_model.disable_adapter_layers()
+    return model
 
 
 # ---- layers, into an attached module --------------------------------------------------------------------------------
@@ -152,9 +153,10 @@ def _cell(b: bridge.Bridge, engine: Toy, model: Any, row: Row, state: State, mod
     with _left_alone(model, row):
         receipt = b.push(model.named_parameters(), mode=mode)
     assert receipt.verified in (True, "partial"), case
-    with _without_adapters(model) as twin:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says so when a forward unmerges
         for name in row.layers:
-            live = getattr((twin if mode == "base" else model).base_model.model, name)
+            live = getattr(_twin(row, state, torch.float64, bare=mode == "base").base_model.model, name)
             want, got = _outputs(live, row, name), _outputs(getattr(engine, name), row, name)
             assert (want - got).abs().max() < TOLERANCE, (case, name, float((want - got).abs().max()))
     return "value"
@@ -179,7 +181,7 @@ def _refused(row: Row, model: Any, state: State, mode: str) -> bool:
             p.requires_grad and not COPIES.isdisjoint(n.split(".")) for n, p in _named(model)
         )
     if mode == "merged":
-        return state is _merged_and_disabled and _in_place(model) and not row.unmerges
+        return state is _merged_and_disabled and _in_place(model) and not (row.unmerges and row.mergeable)
     return not _acts(model, state) or any(str(row).startswith(feature) for feature in NO_ADAPTER)
 
 
@@ -224,32 +226,39 @@ def test_layers_in_bf16_are_rounded_once(row: Row) -> None:
 
 @pytest.mark.parametrize("row", CAUSAL, ids=str)
 def test_language_models_in_every_state(row: Row, checkpoint: Callable[[Any], Path]) -> None:
-    folder = checkpoint(row.base().to(torch.float64))
+    # torch's grouped matrix product, which transformers' experts use, has no float64
+    dtype, name, limit = (torch.float32, "fp32", 1e-4) if _experts(row) else (torch.float64, "fp64", 2e-6)
+    folder = checkpoint(row.base().to(dtype))
     values = 0
-    config = EngineConfig(str(folder), dtype="fp64", max_loras=2, max_lora_rank=8)
+    config = EngineConfig(str(folder), dtype=name, max_loras=2, max_lora_rank=8)
     with Engine(config) as engine, bridge.attach(engine) as b:
         for state in STATES:
-            model = _reached(row, state)
-            if model is not None:
-                b.bind(model)
-                values += sum(_served(b, engine, model, row, state, mode) for mode in ("base", "adapter", "merged"))
+            model = _reached(row, state, dtype)
+            if model is None:
+                continue
+            b.bind(model)
+            for mode in ("base", "adapter", "merged"):
+                if _value(b, engine, model, row, state, mode):
+                    truth = reference_logprobs(_twin(row, state, dtype, bare=mode == "base"), PROMPTS)
+                    # not 1e-9: norms and rotary angles are float32 on both sides
+                    assert apart(engine.prompt_logprobs(PROMPTS), truth) < limit, (row, state, mode)
+                    values += 1
     assert values >= 3
 
 
-def _served(b: bridge.Bridge, engine: Engine, model: Any, row: Row, state: State, mode: str) -> int:
-    case = f"{row}, {state.__name__}, {mode}"
-    if _refused(row, model, state, mode):
-        before = engine.prompt_logprobs(PROMPTS)
-        with untouched(model), pytest.raises(UnsupportedLora) as caught:
+def _value(b: bridge.Bridge, engine: Engine, model: Any, row: Row, state: State, mode: str) -> bool:
+    """Push; False for a cell that has to be refused, and was."""
+    if not _refused(row, model, state, mode):
+        with untouched(model, versions=not _experts(row)):
             b.push(model.named_parameters(), mode=mode)
-        assert caught.value.remedy, case
-        assert engine.prompt_logprobs(PROMPTS) == before, case
-        return 0
-    with untouched(model):
+        return True
+    before = engine.prompt_logprobs(PROMPTS)
+    with untouched(model), pytest.raises(UnsupportedLora) as caught:
         b.push(model.named_parameters(), mode=mode)
-    with _without_adapters(model) as twin:
-        truth = reference_logprobs(twin if mode == "base" else copy.deepcopy(model), PROMPTS)
-    got = engine.prompt_logprobs(PROMPTS)
-    apart = max(abs(x - y) for a, c in zip(got, truth, strict=True) for x, y in zip(a, c, strict=True))
-    assert apart < 2e-6, (case, apart)  # norms and rotary angles are float32 on both sides
-    return 1
+    assert caught.value.remedy, (row, state, mode)
+    assert engine.prompt_logprobs(PROMPTS) == before, (row, state, mode)
+    return False
+
+
+def _experts(row: Row) -> bool:
+    return any("target_parameters" in config for config in row.adapters.values())

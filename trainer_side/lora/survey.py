@@ -17,6 +17,7 @@ from trainer_side.lora.reader import lora_parameters
 from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, refusal
 from trainer_side.lora.tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
 from trainer_side.lora.values import ActiveAdapter, LoraParameters, State
+from trainer_side.naming import identity_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,9 @@ def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
         yield Finding(Feature.MERGED, wrapper.path, layer.names, merged)
     elif parameters.state is State.MERGED_DISABLED:
         yield Finding(Feature.MERGED_DISABLED, wrapper.path, layer.names, merged)
+        if wrapper.kind is Kind.LORA and _shared(parameters.weight, tree):
+            reason = "its weight is tied: what other layers compute with changes when PEFT's next forward unmerges it"
+            yield Finding(Feature.UNREADABLE, wrapper.path, layer.names, reason)
     if packed(parameters):
         yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,))
     if wrapper.kind is Kind.TOKENS:
@@ -127,6 +131,13 @@ def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
     yield from _uncovered(layer, parameters)
     if layer.acts:
         yield from _acting(layer, parameters)
+
+
+def _shared(weight: torch.Tensor, tree: Tree) -> bool:
+    """Whether these elements stand at several places of the model."""
+    own = identity_of("", weight)
+    same = {p.clean for p in tree.places if (t := p.tensor()) is not None and identity_of("", t) == own}
+    return len(same) > 1
 
 
 def _saved(layer: Layer, tree: Tree) -> Iterator[Finding]:

@@ -61,9 +61,11 @@ def test_follows_an_optimizer_step_and_leaves_flags_alone() -> None:
     model = build(next(r for r in CAUSAL if r.name == "all linear"), torch.float32)
     model.train()
     base = bare(model)
-    base.eval()
-    base.register_forward_hook(lambda *_: None)
-    base.note = 1  # type: ignore[assignment]
+    with untouched(model):
+        base.eval()
+        for module in base.modules():
+            module.register_forward_hook(lambda *_: None)
+        base.note = 1  # type: ignore[assignment]
     assert all(module.training for module in model.modules())
     assert not any("note" in vars(module) for module in model.modules())
     before = logits(base)
