@@ -59,7 +59,6 @@ class AdapterView:
     padding: tuple[torch.Tensor, ...] = ()
 
 
-
 class EngineAdapter(Protocol):
     """The driver half. Called by EngineService only, from one thread at a time except `generate`."""
 
