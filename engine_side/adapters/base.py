@@ -18,6 +18,11 @@ off; the paused prompt log-probabilities were bit-identical to `generate`'s):
   `ScheduleBatch.prepare_for_extend` and `model_runner.forward`, then `release_kv_cache`.
 - reset_caches. vLLM: `reset_prefix_cache(reset_running_requests=True)`. SGLang: `flush_cache().success`.
 - past_gate. Embedded: a privileged request. vLLM, SGLang: scheduling is opened for the bridge's own request alone.
+- adapters (read in the sources, not run yet). vLLM: `LoRAModel.from_lora_tensors` into the worker's LoRA manager
+  (`add_adapter`, `activate_adapter`, `pin_adapter`) under an id that was never used, since its prefix cache is keyed by
+  it; requests carry a `LoRARequest`; views are slices of `lora_a_stacked` and `lora_b_stacked`. SGLang:
+  `model_runner.load_lora_adapter_from_tensors`, with `lora_alpha` = rank, for it scales by their quotient whatever the
+  adapter says; views lie in its memory pool's buffers.
 - skeleton. vLLM: `initialize_model` under a copied config with an empty forward context. SGLang:
   `type(model)(config, quant_config)`. Both under the meta device.
 
