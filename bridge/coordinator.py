@@ -26,7 +26,7 @@ from bridge.errors import (
     ProtocolError,
     StaleVersion,
 )
-from bridge.fanout import LEVELS_OF, Fleet, Target, Verdict
+from bridge.fanout import Fleet, Target
 from bridge.ledger import EngineState, Ledger
 from bridge.lora import split
 from bridge.mailbox import Mailbox
@@ -60,8 +60,9 @@ from bridge.messages import (
 from bridge.orphans import clean_orphans
 from bridge.plans import Plans
 from bridge.ports import EnginePort
-from bridge.receipt import Receipt
-from bridge.versions import ROLLBACK, Held, OpenPush, Plan, References, Served
+from bridge.records import receipt_of, scope_of
+from bridge.verdict import LEVELS_OF, Verdict
+from bridge.versions import ROLLBACK, Held, OpenPush, Plan, References, Served, after, to_reload
 from bridge.wire import ErrorInfo
 
 log = logging.getLogger(__name__)
@@ -361,7 +362,7 @@ class Coordinator:
         verdict = self.fleet.advance(target, self._committed, on_commit=lambda: self._commit(push, target.adapter))
         if verdict.verified and not request.base_proven:
             verdict.verified = "partial"
-        receipt = self._receipt(push, request, target, verdict)
+        receipt = receipt_of(push, request, target, verdict)
         unwritten = self._note("receipt", version=push.version, receipt=receipt.to_dict())
         if unwritten is not None:
             receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
@@ -383,48 +384,12 @@ class Coordinator:
         """The point of no return: journalled before any engine resumes; nothing serves an unrecorded version."""
         with self._lock:
             self.ledger.record("committed", version=push.version, engines=tuple(self.fleet.serving()))
-            self._advance_to(self._after(push, name))
-
-    def _after(self, push: OpenPush, name: str | None) -> Served:
-        """What is served once this push is committed."""
-        now, brought = self._committed, Held(push.version, push.plan, push.slot)
-        if push.plan.adapter is not None:
-            return Served(push.version, now.weights if now is not None else None, brought, name)
-        adapter = now.adapter if now is not None and name is not None else None
-        return Served(push.version, brought, adapter, name)
+            self._advance_to(after(push, name, self._committed))
 
     def _advance_to(self, served: Served) -> None:
         self._previous, self._committed = self._committed, served
         keep = {served.version, self._previous.version if self._previous else -1}
         self._references = {v: ref for v, ref in self._references.items() if v in keep}
-
-    @staticmethod
-    def _scope(plan: Plan) -> tuple[str, ...]:
-        if not plan.partial:
-            return ()
-        return (
-            f"only the {len(plan.tensors)} tensors that were sent are watched; nothing is known of the engine's others",
-        )
-
-    def _receipt(self, push: OpenPush, request: SubmitRequest, target: Target, verdict: Verdict) -> Receipt:
-        manifest = push.plan.arena.manifest
-        return Receipt(
-            version=push.version,
-            previous=target.base,
-            mode=request.options.mode,
-            reason=request.options.reason,
-            tensors=len(manifest.tensors),
-            nbytes=manifest.payload_nbytes,
-            wire_nbytes=request.wire_nbytes,
-            phases={**request.phases, **verdict.phases},
-            pause_s=max((report.pause_s for report in verdict.reports), default=0.0),
-            engines=verdict.reports,
-            verify=request.options.verify,
-            verified=verdict.verified,
-            at=time.time(),
-            error=None if verdict.error is None else str(verdict.error),
-            notes=(*request.notes, *self._scope(push.plan), *verdict.notes),
-        )
 
     # ---- rollback, questions, end -----------------------------------------------------------------------------------
 
@@ -439,7 +404,7 @@ class Coordinator:
                     expected="the version before the last committed one, one level deep",
                     got=f"committed: {now.version if now else None}",
                 )
-            held = self._to_reload(back, now)
+            held = to_reload(back, now, self.name)
             push = OpenPush(back.version, held.plan, held.slot, ROLLBACK, submitted=True)
             push.keeps_adapter = back.name is not None
             self._push = push
@@ -453,28 +418,13 @@ class Coordinator:
             target = self._target(push, options, seal.root)
             served = Served(back.version, back.weights, back.adapter, target.adapter)
             verdict = self.fleet.advance(target, now, on_commit=lambda: self._commit_rollback(served))
-            receipt = self._receipt(push, submit, target, verdict)
+            receipt = receipt_of(push, submit, target, verdict)
             self._note("receipt", version=back.version, receipt=receipt.to_dict())
         finally:
             with self._lock:
                 self._push = None
         error = None if verdict.error is None else ErrorInfo.of(verdict.error)
         return Finished(receipt, error, aborted=verdict.touched, serving=self.fleet.serving())
-
-    def _to_reload(self, back: Served, now: Served) -> Held:
-        """The bytes that bring `back` about: its weights, or its adapter where the weights are the same."""
-        same = back.weights == now.weights
-        if same and back.adapter is not None and back.adapter != now.adapter:
-            return back.adapter
-        if back.weights is None or not (back.name is None or back.name == now.name):
-            raise StaleVersion(
-                "the previous version cannot be brought back in one step",
-                where=self.name,
-                expected="other weights, or another adapter, but not both",
-                got=f"version {back.version} had the adapter {back.name} over other weights",
-                remedy="push what should be served",
-            )
-        return back.weights
 
     def _commit_rollback(self, served: Served) -> None:
         with self._lock:
@@ -521,7 +471,7 @@ class Coordinator:
             "earlier": self._earlier if held is None or held.version == 0 else None,
             "highest": self.ledger.highest,
             "busy": push.version if push else None,
-            "watched": list(self._scope(held.weights.plan)) if held and held.weights else [],
+            "watched": list(scope_of(held.weights.plan)) if held and held.weights else [],
             "adapter": held.name if held else None,
             "last_receipt": last[-1] if last else None,
             "engines": self.fleet.describe(deadline) if engines is None else engines,

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -40,26 +40,18 @@ from bridge.engine_messages import (
     EngineResume,
     EngineVersionZero,
 )
-from bridge.errors import BridgeError, Busy, PeerLost, ProtocolError
+from bridge.errors import BridgeError, Busy, PeerLost
 from bridge.ledger import EngineState
 from bridge.manifest import Manifest
 from bridge.messages import EngineInfo, Options, PlanRequest, Reference
 from bridge.ports import EnginePort, expect
-from bridge.receipt import EngineReport, Verified
+from bridge.receipt import EngineReport
+from bridge.verdict import Verdict, both, merge, verified
 from bridge.versions import Held, Served
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-WEIGHT_LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change")
-LEVELS_OF: Mapping[str, tuple[str, ...]] = {
-    "off": (),
-    "transfer": ("transfer",),
-    "weights": WEIGHT_LEVELS,
-    "outputs": (*WEIGHT_LEVELS, "canary", "cache"),
-}
-ADAPTER_LEVELS = {"transfer", "coverage", "read-back"}
-"""What shows that an adapter is the trainer's: its slots are read back whole; there is nothing packed to probe."""
 RESTORE_TIMEOUT_S = 120.0
 """Putting engines back has a deadline of its own: a push that ran out of time must still be undone."""
 LOST_TIMEOUT_S = 3.0
@@ -88,18 +80,6 @@ class Target:
     base: int | None
     adapter: str | None = None
     load_adapter: bool = False
-
-
-@dataclass
-class Verdict:
-    """How a push ended. `error` None: committed everywhere. `touched`: some engine had been written to."""
-
-    reports: tuple[EngineReport, ...] = ()
-    error: BridgeError | None = None
-    touched: bool = False
-    phases: dict[str, float] = field(default_factory=dict)
-    verified: Verified = False
-    notes: tuple[str, ...] = ()
 
 
 class Fleet:
@@ -243,7 +223,7 @@ class Fleet:
         if verdict.error is not None:
             verdict.reports = self._restored(verdict.reports, back, str(verdict.error))
         else:
-            verdict.verified = _verified(target.version, verdict.reports)
+            verdict.verified = verified(target.version, verdict.reports)
             if "canary" in target.options.levels and not any(report.canary for report in verdict.reports):
                 verdict.notes = (*verdict.notes, "no canary: no engine answers log-probabilities")
             if verdict.verified:
@@ -307,7 +287,7 @@ class Fleet:
             if isinstance(answer, BridgeError):
                 verdict.error = verdict.error or answer
             else:
-                reports[engine] = _merge(reports[engine], answer)
+                reports[engine] = merge(reports[engine], answer)
         verdict.reports = tuple(reports.values())
 
     def _after_resume(
@@ -320,7 +300,7 @@ class Fleet:
             if isinstance(answer, BridgeError):
                 verdict.notes = (*verdict.notes, f"{engine} did not resume after the commit: {answer}")
                 answer = self._load_again(engine, target, answer)
-            reports[engine] = _merge(reports[engine], answer)
+            reports[engine] = merge(reports[engine], answer)
             self._heard(answer)
         verdict.reports = tuple(reports.values())
 
@@ -359,7 +339,7 @@ class Fleet:
             if isinstance(answer, BridgeError):
                 reports[engine] = self._lost(engine, answer)
             else:
-                reports[engine] = _merge(reports.get(engine, answer), answer)
+                reports[engine] = merge(reports.get(engine, answer), answer)
                 self._heard(answer)
         return tuple(reports.values())
 
@@ -407,7 +387,7 @@ class Fleet:
         answers = self._each(lambda e: expect(e.call(check, deadline), EngineChecked), alive)
         if check_adapter is not None:
             more = self._each(lambda e: expect(e.call(check_adapter, deadline), EngineChecked), alive)
-            answers = {engine: _both(answer, more[engine]) for engine, answer in answers.items()}
+            answers = {engine: both(answer, more[engine]) for engine, answer in answers.items()}
         out = []
         for engine, info in infos.items():
             facts = _facts(info)
@@ -471,57 +451,6 @@ def _attempt(action: Callable[[], None]) -> BridgeError | None:
     return None
 
 
-def _both(weights: EngineChecked | BridgeError, adapter: EngineChecked | BridgeError) -> EngineChecked | BridgeError:
-    """One engine's answer about its weights and its adapter."""
-    if isinstance(weights, BridgeError) or isinstance(adapter, BridgeError):
-        return weights if isinstance(weights, BridgeError) else adapter
-    ranks = tuple((*a, *b) for a, b in zip(weights.ranks, adapter.ranks, strict=True))
-    return EngineChecked(ranks, weights.scores)
-
-
 def _facts(info: EngineInfo) -> dict[str, Any]:
     return {"id": info.id, "kind": info.kind, "state": info.state, "serving": info.serving, "ranks": info.ranks,
             "pid": info.pid, "detail": info.detail}  # fmt: skip
-
-
-def _merge(before: EngineReport, after: EngineReport) -> EngineReport:
-    """The later report's state over the earlier one's findings."""
-    if before.id != after.id:
-        raise ProtocolError("reports of different engines", expected=before.id, got=after.id)
-    extra = {rank.rank: rank.levels for rank in after.ranks}
-    ranks = tuple(
-        msgspec.structs.replace(rank, levels=(*rank.levels, *extra.get(rank.rank, ()))) for rank in before.ranks
-    )
-    return EngineReport(
-        id=after.id,
-        state=after.state,
-        serving=after.serving,
-        ranks=ranks or after.ranks,
-        canary=before.canary or after.canary,
-        adapter=after.adapter or before.adapter,
-        pause_s=max(before.pause_s, after.pause_s),
-        error=after.error or before.error,
-    )
-
-
-def _verified(version: int, reports: Iterable[EngineReport]) -> Verified:
-    """From what really ran. True: every engine serves the version, and every level of the weights that could run has
-    passed on each of its ranks; "partial": some have, or a module was left to the canary; False: nothing was shown."""
-    found = [_shown(report, version) for report in reports]
-    if not found or not all(found):
-        return False
-    return True if all(shown is True for shown in found) else "partial"
-
-
-def _shown(report: EngineReport, version: int) -> Verified:
-    if report.serving != version or not report.ranks:
-        return False
-    levels = [{level.level: level for level in rank.levels if level.ok} for rank in report.ranks]
-    weighed = all(any(rank[name].checked for name in ("read-back", "probe") if name in rank) for rank in levels)
-    # without a version before there is nothing to have changed from
-    needed = ADAPTER_LEVELS if report.adapter is not None else set(WEIGHT_LEVELS) - {"change"}
-    whole = all(set(rank) >= needed for rank in levels)
-    alone = any(rank.canary_only for rank in report.ranks)
-    if weighed and whole and not alone:
-        return True
-    return "partial" if report.canary is not None or (weighed and not alone) else False

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from bridge.errors import ConfigError
-from bridge.fanout import LEVELS_OF
 from bridge.messages import Options
 from bridge.receipt import LEVELS
+from bridge.verdict import LEVELS_OF
 
 MAX_VERSION = 1 << 53
 MODES = ("auto", "full", "merged", "base", "adapter")

@@ -29,7 +29,6 @@ from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.digest import seal_slot
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, UnexpectedTensor, UnsupportedLora
-from bridge.fanout import LEVELS_OF
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
 from bridge.health import HealthReport, assess, local_facts
 from bridge.lease import Lease
@@ -62,6 +61,7 @@ from bridge.messages import (
 from bridge.options import PushOptions, Wish, wish
 from bridge.ports import Choice, CoordinatorPort, EnginePort, Snapshot, TrainerPort, Written, expect
 from bridge.receipt import Receipt
+from bridge.verdict import LEVELS_OF
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from bridge.arena import Arena
+from bridge.errors import StaleVersion
 from bridge.lora import AdapterSpec
 from bridge.manifest import TensorInfo
 from bridge.messages import Reference
@@ -87,3 +88,29 @@ class OpenPush:
     keeps_adapter: bool = False
     """Weights only: the adapter that is served over them stays."""
     since: float = field(default_factory=time.monotonic)
+
+
+def after(push: OpenPush, name: str | None, now: Served | None) -> Served:
+    """What is served once a push is committed; `name` is the adapter's that serves then."""
+    brought = Held(push.version, push.plan, push.slot)
+    if push.plan.adapter is not None:
+        return Served(push.version, now.weights if now is not None else None, brought, name)
+    adapter = now.adapter if now is not None and name is not None else None
+    return Served(push.version, brought, adapter, name)
+
+
+def to_reload(back: Served, now: Served, where: str) -> Held:
+    """The bytes that bring `back` about: its weights, or its adapter where the weights are the same. Raises
+    StaleVersion when it takes both."""
+    same = back.weights == now.weights
+    if same and back.adapter is not None and back.adapter != now.adapter:
+        return back.adapter
+    if back.weights is None or not (back.name is None or back.name == now.name):
+        raise StaleVersion(
+            "the previous version cannot be brought back in one step",
+            where=where,
+            expected="other weights, or another adapter, but not both",
+            got=f"version {back.version} had the adapter {back.name} over other weights",
+            remedy="push what should be served",
+        )
+    return back.weights
