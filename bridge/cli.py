@@ -246,7 +246,8 @@ def push(
     allow_nonfinite: bool,
     timeout: float | None,
 ) -> None:
-    """Push the checkpoint in FOLDER into every engine of NAME. Takes the lease, like any trainer."""
+    """Push the checkpoint in FOLDER into every engine of NAME. Takes the lease, like any trainer. A LoRA adapter that a
+    trainer has pushed before is taken away: it was trained over other weights. The output says so."""
     tensors = backend.named_tensors(folder)
     with _connected(backend, name) as made, render.progress(f"pushing {folder}"):
         receipt = made.push(

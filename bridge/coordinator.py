@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -62,7 +63,7 @@ from bridge.plans import Plans
 from bridge.ports import EnginePort
 from bridge.records import receipt_of, scope_of
 from bridge.verdict import LEVELS_OF, Verdict
-from bridge.versions import ROLLBACK, Held, OpenPush, Plan, References, Served, after, to_reload
+from bridge.versions import ROLLBACK, Held, OpenPush, Plan, References, Served, after, mode_of_reload, to_reload
 from bridge.wire import ErrorInfo
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ class Coordinator:
                 node=self.node,
                 pid=os.getpid(),
                 busy=self._push.version if self._push else None,
+                **_served_now(self._committed),
             )
 
     # ---- plan -------------------------------------------------------------------------------------------------------
@@ -237,6 +239,10 @@ class Coordinator:
         with self._lock:
             self._refuse_when_busy()
             plan = self._plans.current(request.plan)
+            if plan.adapter is not None:
+                self.fleet.require_serving(self._committed.version if self._committed is not None else None)
+            if request.over is not None and request.over != self._weights_version():
+                return Begun(0, None, None)
             version = 0 if request.compare else self.ledger.issue(request.version)
             kept = self._committed.of(plan) if self._committed is not None else None
             taken = kept.slot if kept is not None else None
@@ -245,7 +251,7 @@ class Coordinator:
             self._plans.drop_unheld(self._held())
             plan.slots.pop(slot, None)
             self._push = OpenPush(version, plan, slot, request.holder)
-            return Begun(version, slot, taken, self._weights_version())
+            return Begun(version, slot, taken)
 
     def _weights_version(self) -> int | None:
         weights = self._committed.weights if self._committed is not None else None
@@ -308,7 +314,8 @@ class Coordinator:
     # ---- one push ---------------------------------------------------------------------------------------------------
 
     def _run(self, push: OpenPush, request: SubmitRequest) -> None:
-        push.keeps_adapter = request.options.mode == "base"
+        push.mode = request.options.mode
+        push.keeps_adapter = push.mode == "base"
         try:
             result = self._push_sealed(push, request)
         except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
@@ -358,10 +365,13 @@ class Coordinator:
         return now.name if now is not None and push.keeps_adapter else None
 
     def _push_sealed(self, push: OpenPush, request: SubmitRequest) -> Finished:
-        target = self._target(push, request.options, request.root)
-        verdict = self.fleet.advance(target, self._committed, on_commit=lambda: self._commit(push, target.adapter))
+        target, before = self._target(push, request.options, request.root), self._committed
+        verdict = self.fleet.advance(target, before, on_commit=lambda: self._commit(push, target.adapter))
         if verdict.verified and not request.base_proven:
             verdict.verified = "partial"
+        if verdict.error is None and before is not None and before.name is not None and target.adapter is None:
+            gone = f"the adapter {before.name} is not served any more: these weights took the place of its base"
+            verdict.notes = (*verdict.notes, gone)
         receipt = receipt_of(push, request, target, verdict)
         unwritten = self._note("receipt", version=push.version, receipt=receipt.to_dict())
         if unwritten is not None:
@@ -409,14 +419,15 @@ class Coordinator:
             push.keeps_adapter = back.name is not None
             self._push = push
         verify = "outputs" if back.version in self._references else "weights"
-        options = Options(verify, LEVELS_OF[verify], reason="rollback", timeout_s=request.timeout_s)
+        mode = mode_of_reload(back, held)
+        options = Options(verify, LEVELS_OF[verify], mode=mode, reason="rollback", timeout_s=request.timeout_s)
         seal = held.plan.arena.seal_of(held.slot)
         try:
             if seal is None:
                 raise ProtocolError("the previous version is no longer sealed", got=f"version {back.version}")
             submit = SubmitRequest(back.version, seal.root, options, {}, 0)
             target = self._target(push, options, seal.root)
-            served = Served(back.version, back.weights, back.adapter, target.adapter)
+            served = Served(back.version, back.weights, back.adapter, target.adapter, back.mode)
             verdict = self.fleet.advance(target, now, on_commit=lambda: self._commit_rollback(served))
             receipt = receipt_of(push, submit, target, verdict)
             self._note("receipt", version=back.version, receipt=receipt.to_dict())
@@ -491,3 +502,15 @@ class Coordinator:
         self._mailbox.close()
         self._mailbox.unlink()
         self.ledger.close()
+
+
+def _served_now(served: Served | None) -> dict[str, Any]:
+    """What a client is told of the version that is served, besides its number."""
+    if served is None:
+        return {}
+    weights, adapter = served.weights, served.adapter if served.name is not None else None
+    return {
+        "mode": served.mode,
+        "weights": weights.version if weights is not None else None,
+        "adapter": adapter.version if adapter is not None else None,
+    }

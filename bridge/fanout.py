@@ -40,7 +40,7 @@ from bridge.engine_messages import (
     EngineResume,
     EngineVersionZero,
 )
-from bridge.errors import BridgeError, Busy, PeerLost
+from bridge.errors import BridgeError, Busy, EngineQuarantined, PeerLost, TransportError
 from bridge.ledger import EngineState
 from bridge.manifest import Manifest
 from bridge.messages import EngineInfo, Options, PlanRequest, Reference
@@ -148,6 +148,34 @@ class Fleet:
     def serving(self) -> dict[str, int | None]:
         """Engine -> version it served when it was last heard of."""
         return {name: info.serving for name, info in self._infos.items()}
+
+    def require_serving(self, version: int | None) -> None:
+        """An adapter goes over weights that every engine serves. Engines that were last heard of in another state are
+        asked again, for a short while. Raises PeerLost for one that is gone, EngineQuarantined for one that does not
+        answer or does not serve `version` (None: any)."""
+
+        def right(info: EngineInfo) -> bool:
+            return info.state == EngineState.SERVING.value and version in (None, info.serving)
+
+        doubtful = [engine for engine in self._engines if not right(self._infos[engine.id])]
+        deadline = Deadline.after(LOST_TIMEOUT_S)
+        answers = self._each(lambda e: expect(e.call(EngineHello(), deadline), EngineIs).info, doubtful)
+        for engine, answer in answers.items():
+            if isinstance(answer, PeerLost):
+                raise answer
+            got = str(answer)
+            if not isinstance(answer, BridgeError):
+                self._infos[engine] = answer
+                if right(answer):
+                    continue
+                got = f"{answer.state}, version {answer.serving} {answer.detail}"
+            raise EngineQuarantined(
+                "this engine does not serve the weights that the adapter would go over",
+                where=engine,
+                expected="SERVING" if version is None else f"SERVING, version {version}",
+                got=got.strip(),
+                remedy="push the weights first: mode='base', then the adapter",
+            )
 
     # ---- plan -------------------------------------------------------------------------------------------------------
 
@@ -286,6 +314,8 @@ class Fleet:
         for engine, answer in answers.items():
             if isinstance(answer, BridgeError):
                 verdict.error = verdict.error or answer
+                if isinstance(answer, TransportError):  # it may hang: the others' way back does not wait for it
+                    reports[engine] = merge(reports[engine], self._lost(engine, answer))
             else:
                 reports[engine] = merge(reports[engine], answer)
         verdict.reports = tuple(reports.values())
@@ -319,6 +349,7 @@ class Fleet:
 
     def _restored(self, before: tuple[EngineReport, ...], back: Served | None, reason: str) -> tuple[EngineReport, ...]:
         weights = back.weights if back else None
+        self._turn += 1  # what an engine that hung has not begun yet must not be done after it was told to go back
         message = EngineRestore(
             plan=weights.plan_id if weights else 0,
             slot=weights.slot if weights else None,

@@ -83,12 +83,14 @@ class PlanRequest(Message, frozen=True):
 
 class BeginRequest(Message, frozen=True):
     """Ask for a free slot. Refused with Busy while another push is open, StaleVersion for an old version. With
-    `compare` nothing will be pushed: the slot is for a `CompareRequest`, and no version is issued (it is 0)."""
+    `compare` nothing will be pushed: the slot is for a `CompareRequest`, and no version is issued (it is 0). With
+    `over` nothing is begun, and Begun says so, unless that push brought the weights which the engines serve."""
 
     plan: int
     version: int | None
     holder: str
     compare: bool = False
+    over: int | None = None
 
 
 class CompareRequest(Message, frozen=True):
@@ -161,7 +163,7 @@ ToCoordinator = (
 
 
 class DaemonIs(Message, frozen=True):
-    """`epoch` changes whenever a plan must be asked for again."""
+    """`epoch` changes whenever a plan must be asked for again. Which name the adapter has is each engine's to say."""
 
     name: str
     engines: tuple[EngineInfo, ...]
@@ -171,6 +173,12 @@ class DaemonIs(Message, frozen=True):
     node: str
     pid: int
     busy: int | None = None
+    mode: str | None = None
+    """The mode of the push that brought what is served; None for the engines' own checkpoint."""
+    weights: int | None = None
+    """The version that brought the weights which are served."""
+    adapter: int | None = None
+    """The version that brought the adapter which is served over them, if one is."""
 
 
 class Planned(Message, frozen=True):
@@ -184,17 +192,16 @@ class Planned(Message, frozen=True):
 
 
 class Begun(Message, frozen=True):
-    """`weights`: the push that brought the weights (not the adapter) which the engines serve now; 0 their own
-    checkpoint's, None when nothing is known of them."""
+    """`slot` None: nothing was begun, other weights are served than those that were asked for."""
 
     version: int
-    slot: int
+    slot: int | None
     base: int | None
-    weights: int | None = None
 
 
 class Compared(Message, frozen=True):
-    """`known` False: there is nothing to compare with. `weights` as in `Begun`."""
+    """`known` False: there is nothing to compare with. `weights`: the push that brought the weights (not the adapter)
+    which the engines serve now; 0 their own checkpoint's."""
 
     known: bool
     differing: tuple[str, ...] = ()

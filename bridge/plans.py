@@ -73,7 +73,7 @@ class Plans:
         tensor that the new plan writes.
         """
         weights = served.weights if served is not None else None
-        name, adapter = (served.name, served.adapter) if served is not None else (None, None)
+        name, adapter, mode = (served.name, served.adapter, served.mode) if served is not None else (None, None, None)
         version = served.version if served is not None else 0
         brought = weights.version if weights is not None else 0
         try:
@@ -83,10 +83,10 @@ class Plans:
             raise
         if kept:
             plan.slots[CARRY_SLOT] = brought
-            return Served(version, Held(brought, plan, CARRY_SLOT), adapter, name)
+            return Served(version, Held(brought, plan, CARRY_SLOT), adapter, name, mode)
         if weights is not None and not planning.holds(weights.plan.arena.manifest, plan.arena.manifest):
             log.warning("version %d cannot be restored once the new layout was pushed", version)
-            return None if adapter is None else Served(version, None, adapter, name)
+            return None if adapter is None else Served(version, None, adapter, name, mode)
         return served
 
     def use(self, plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -109,6 +109,11 @@ class TrainerPort(Protocol):
     def collect_base(self) -> Snapshot:
         """The bound model's base weights as they stand, whatever was sent. Raises UnsupportedLora when they are packed
         in a format that no engine's weights can be compared with."""
+        ...
+
+    def base_mark(self, sent: Snapshot | None = None) -> Hashable | None:
+        """A fingerprint of the bound model's base, equal while nothing of it moved. None when it has none, or when the
+        snapshot `sent` holds other values than the live base."""
         ...
 
     def write(

@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
@@ -28,7 +28,7 @@ from bridge.arena import Arena
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.digest import seal_slot
-from bridge.errors import BridgeError, Busy, Closed, ConfigError, UnexpectedTensor, UnsupportedLora
+from bridge.errors import BridgeError, Busy, Closed, ConfigError, ProtocolError, UnexpectedTensor, UnsupportedLora
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
 from bridge.health import HealthReport, assess, local_facts
 from bridge.lease import Lease
@@ -79,6 +79,15 @@ class _Agreed:
     arena: Arena
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Where the snapshot of `version` goes; `base` is the slot that unsent tensors are carried over from."""
+
+    version: int
+    index: int
+    base: int | None
+
+
 class Bridge:
     """The trainer's end of a bridge. Made by `bridge.launch`, `bridge.connect` and `bridge.attach`; one trainer process
     holds the lease at a time. Methods may be called from one thread; `push` blocks unless `wait=False`."""
@@ -110,8 +119,9 @@ class Bridge:
         self._agreed: dict[bool, _Agreed] = {}
         """By whether it is an adapter's."""
         self._engine_infos: tuple[EngineInfo, ...] | None = None
-        self._base: int | None = None
-        """The push that brought the engines' weights, if those are known to be the bound model's base."""
+        self._base: tuple[int | None, Hashable] | None = None
+        """The push that brought the engines' weights, if those are known to be the bound model's base, and the base's
+        mark then."""
         self._closed = False
         self._warned = False
 
@@ -223,15 +233,15 @@ class Bridge:
         if self._guard is not None:
             self._guard(self._trainer.storages())
         agreed = self._agree(snapshot, options.partial and snapshot.adapter is None)
-        begun, doubt = self._begin(agreed, asked.version, over_base=snapshot.adapter is not None)
+        slot, doubt = self._begin(agreed, asked.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
         try:
-            written = self._write(snapshot, agreed, begun, asked.allow_nonfinite)
+            written = self._write(snapshot, agreed, slot, asked.allow_nonfinite)
             references, options, notes = self._reference(options, asked.reference)
-            seal = seal_slot(agreed.arena, begun.slot, begun.version, written.digests)
+            seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             phases = {"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at}
             submit = SubmitRequest(
-                begun.version,
+                slot.version,
                 seal.root,
                 options,
                 phases,
@@ -245,19 +255,21 @@ class Bridge:
         except BaseException:
             # what went wrong is worth more than a second failure on the way out; an unsealed push is dropped anyway
             with contextlib.suppress(BridgeError):
-                self._call(CancelRequest(begun.version), Done)
+                self._call(CancelRequest(slot.version), Done)
             raise
         if choice.mode == "base" and not options.partial:
-            self._base = begun.version  # if it is committed, the engines' weights are of this version
-        return PendingPush(self._coordinator, begun.version, options.timeout_s)
+            mark = self._trainer.base_mark(snapshot)
+            # if this push is committed, the engines' weights are of its version
+            self._base = None if mark is None else (slot.version, mark)
+        return PendingPush(self._coordinator, slot.version, options.timeout_s)
 
-    def _write(self, snapshot: Snapshot, agreed: _Agreed, begun: Begun, allow_nonfinite: bool) -> Written:
-        agreed.arena.begin(begun.slot)
+    def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool) -> Written:
+        agreed.arena.begin(slot.index)
         return self._trainer.write(
             snapshot,
             agreed.arena,
-            begun.slot,
-            begun.base,
+            slot.index,
+            slot.base,
             allow_nonfinite=allow_nonfinite,
             threads=self.config.copy_threads,
         )
@@ -279,44 +291,53 @@ class Bridge:
         agreed = self._agreed[kind] = _Agreed(snapshot.tensors, partial, planned, arena)
         return agreed
 
-    def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[Begun, tuple[str, ...]]:
+    def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[_Slot, tuple[str, ...]]:
         """Ask for a slot. An adapter is only right over the base that it was trained on, so before the first one the
         engines' weights are compared with it, bit for bit; the second answer says why that could not be done."""
-        if over_base and self._base is None:
+        doubt: tuple[str, ...] = ()
+        if over_base and (self._base is None or self._base[1] != self._trainer.base_mark()):
             doubt = self._prove_base()
-            if doubt:
-                return self._ask_slot(agreed, version), doubt
-        begun = self._ask_slot(agreed, version)
-        if over_base and begun.weights != self._base:  # somebody has pushed, or gone back, since
-            self._call(CancelRequest(begun.version), Done)
+        over = self._base[0] if over_base and self._base is not None else None
+        slot = self._ask_slot(agreed, version, over=over)
+        if slot is None:  # somebody has pushed other weights, or gone back, since
             doubt = self._prove_base()
-            return self._ask_slot(agreed, None if version is None else begun.version + 1), doubt
-        return begun, ()
+            slot = self._ask_slot(agreed, version, over=self._base[0] if self._base is not None else None)
+        if slot is None:
+            raise Busy("somebody else pushes weights at the same time", where=self.name, remedy="push again")
+        return slot, doubt
 
-    def _ask_slot(self, agreed: _Agreed, version: int | None, *, compare: bool = False) -> Begun:
+    def _ask_slot(
+        self, agreed: _Agreed, version: int | None, *, compare: bool = False, over: int | None = None
+    ) -> _Slot | None:
+        """A free slot; None when other weights are served than those that the push `over` brought."""
         holder = f"pid {os.getpid()} on {socket.gethostname()}"
-        return self._call(BeginRequest(agreed.planned.plan, version, holder, compare), Begun)
+        begun = self._call(BeginRequest(agreed.planned.plan, version, holder, compare, over), Begun)
+        return None if begun.slot is None else _Slot(begun.version, begun.slot, begun.base)
 
     def _prove_base(self) -> tuple[str, ...]:
         """Compare the engines' weights with the bound model's base. Writes no engine. Returns why there is nothing to
         compare; raises UnsupportedLora when they differ."""
+        self._base = None
         try:
+            mark = self._trainer.base_mark()
             snapshot = self._trainer.collect_base()
         except UnsupportedLora as error:
             return (f"the engines' base weights were not compared with the trainer's: {error}",)
         agreed = self._agree(snapshot, False)
-        begun = self._ask_slot(agreed, None, compare=True)
+        slot = self._ask_slot(agreed, None, compare=True)
+        if slot is None:
+            raise ProtocolError("no slot to compare in", where=self.name)
         try:
-            written = self._write(snapshot, agreed, begun, allow_nonfinite=True)
-            seal = seal_slot(agreed.arena, begun.slot, begun.version, written.digests)
+            written = self._write(snapshot, agreed, slot, allow_nonfinite=True)
+            seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             compared = self._call(CompareRequest(seal.root), Compared)
         except BaseException:
             with contextlib.suppress(BridgeError):
-                self._call(CancelRequest(begun.version), Done)
+                self._call(CancelRequest(slot.version), Done)
             raise
         if not compared.known or compared.differing:
             raise _another_base(compared, len(snapshot.tensors))
-        self._base = compared.weights
+        self._base = (compared.weights, mark)
         return ()
 
     def _reference(

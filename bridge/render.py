@@ -83,11 +83,11 @@ def show_status(out: Console, status: Payload) -> None:
     committed = status["committed"]
     busy = f", pushing version {status['busy']}" if status["busy"] is not None else ""
     out.print(
-        f"{status['name']}: {'nothing pushed yet' if committed is None else f'version {committed}'}{busy}"
+        f"{status['name']}: {'nothing pushed yet' if committed is None else _served(status)}{busy}"
         f" (highest issued {status['highest']}, pid {status['pid']} on {status['node']})",
         soft_wrap=True,
     )
-    table = _table("engine", "kind", "ranks>", "state", "serves>", "pid>", "node", "detail")
+    table = _table("engine", "kind", "ranks>", "state", "serves>", "adapter", "pid>", "node", "detail")
     for engine in status["engines"]:
         state = _styled(engine["state"], "green" if engine["state"] in GOOD_STATES else "bold red")
         serves = "nothing" if engine["serving"] is None else str(engine["serving"])
@@ -97,6 +97,7 @@ def show_status(out: Console, status: Payload) -> None:
             engine["ranks"],
             state,
             serves,
+            engine["adapter"] or "-",
             engine["pid"],
             engine["node"],
             engine["detail"],
@@ -109,15 +110,15 @@ def show_daemons(out: Console, listing: Payload) -> None:
     if not listing["daemons"]:
         out.print("no daemon runs")
         return
-    table = _table("daemon", "version>", "engines>", "serving>", "note")
+    table = _table("daemon", "version>", "mode", "engines>", "serving>", "note")
     for daemon in listing["daemons"]:
         if "error" in daemon:
-            _row(table, daemon["name"], "?", "?", "?", _styled(daemon["error"], "bold red"))
+            _row(table, daemon["name"], "?", "?", "?", "?", _styled(daemon["error"], "bold red"))
             continue
         serving = sum(engine["state"] in GOOD_STATES for engine in daemon["engines"])
         note = f"pushing version {daemon['busy']}" if daemon["busy"] is not None else ""
         version = "-" if daemon["committed"] is None else daemon["committed"]
-        _row(table, daemon["name"], version, len(daemon["engines"]), serving, note)
+        _row(table, daemon["name"], version, daemon["mode"] or "-", len(daemon["engines"]), serving, note)
     out.print(table)
 
 
@@ -130,7 +131,7 @@ def show_receipt(out: Console, payload: Payload) -> None:
     seconds = sum(receipt["phases"].values())
     rate = receipt["nbytes"] / seconds / 1e9 if seconds else 0.0
     out.print(
-        f"{payload['name']} serves version {receipt['version']}: {receipt['tensors']} tensors,"
+        f"{payload['name']} serves version {receipt['version']} (mode {receipt['mode']}): {receipt['tensors']} tensors,"
         f" {_size(receipt['nbytes'])} in {_ms(seconds)} ({rate:.2f} GB/s), paused {_ms(receipt['pause_s'])},"
         f" verify={receipt['verify']}, verified={receipt['verified']}",
         soft_wrap=True,
@@ -139,21 +140,25 @@ def show_receipt(out: Console, payload: Payload) -> None:
     _row(table, *(_ms(value) for value in receipt["phases"].values()))
     out.print(table)
     for engine in receipt["engines"]:
-        out.print(f"  {engine['id']}: {engine['state']}, version {engine['serving']}{_drift(engine)}", soft_wrap=True)
+        adapter = f", adapter {engine['adapter']}" if engine["adapter"] else ""
+        what = f"{engine['state']}, version {engine['serving']}{adapter}{_drift(engine)}"
+        out.print(f"  {engine['id']}: {what}", soft_wrap=True)
     for note in receipt["notes"]:
         out.print(f"  note: {note}", soft_wrap=True)
 
 
 def show_history(out: Console, payload: Payload) -> None:
     table = _table(
-        "at", "version>", "previous>", "tensors>", "size>", "sync>", "pause>", "verify", "verified", "drift>", "error"
-    )
+        "at", "version>", "mode", "adapter", "previous>", "tensors>", "size>", "sync>", "pause>", "verify", "verified",
+        "drift>", "error",
+    )  # fmt: skip
     for receipt in payload["receipts"]:
         drifts = [e["canary"]["mean_abs"] for e in receipt["engines"] if e["canary"] is not None]
         previous = "-" if receipt["previous"] is None else receipt["previous"]
         _row(
-            table, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(receipt["at"])), receipt["version"], previous,
-            receipt["tensors"], _size(receipt["nbytes"]), _ms(sum(receipt["phases"].values())), _ms(receipt["pause_s"]),
+            table, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(receipt["at"])), receipt["version"],
+            receipt["mode"], _adapters(receipt), previous, receipt["tensors"], _size(receipt["nbytes"]),
+            _ms(sum(receipt["phases"].values())), _ms(receipt["pause_s"]),
             receipt["verify"], _verified(receipt["verified"]), f"{max(drifts):.4f}" if drifts else "-",
             _styled(receipt["error"] or "", "bold red"),
         )  # fmt: skip
@@ -235,6 +240,19 @@ def _verified(value: object) -> Any:
     if value is True:
         return _styled("yes", "green")
     return _styled("partial", "yellow") if value == "partial" else _styled("no", "bold red")
+
+
+def _served(status: Payload) -> str:
+    """The version, and what it is made of where an adapter lies over weights of another push."""
+    version = f"version {status['committed']}"
+    if status["adapter"] is not None:
+        return f"{version}: the adapter of version {status['adapter']} over the weights of version {status['weights']}"
+    return version if status["mode"] is None else f"{version} (mode {status['mode']})"
+
+
+def _adapters(receipt: Payload) -> str:
+    """The name of the adapter that a push brought, one for each engine that has another."""
+    return ", ".join(dict.fromkeys(e["adapter"] for e in receipt["engines"] if e.get("adapter"))) or "-"
 
 
 def _drift(engine: Payload) -> str:

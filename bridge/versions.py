@@ -52,6 +52,8 @@ class Served:
     weights: Held | None
     adapter: Held | None = None
     name: str | None = None
+    mode: str | None = None
+    """Of the push that brought it; None: no push did."""
 
     @property
     def held(self) -> tuple[Held, ...]:
@@ -85,6 +87,7 @@ class OpenPush:
     slot: int
     holder: str
     submitted: bool = False
+    mode: str | None = None
     keeps_adapter: bool = False
     """Weights only: the adapter that is served over them stays."""
     since: float = field(default_factory=time.monotonic)
@@ -94,9 +97,9 @@ def after(push: OpenPush, name: str | None, now: Served | None) -> Served:
     """What is served once a push is committed; `name` is the adapter's that serves then."""
     brought = Held(push.version, push.plan, push.slot)
     if push.plan.adapter is not None:
-        return Served(push.version, now.weights if now is not None else None, brought, name)
+        return Served(push.version, now.weights if now is not None else None, brought, name, push.mode)
     adapter = now.adapter if now is not None and name is not None else None
-    return Served(push.version, brought, adapter, name)
+    return Served(push.version, brought, adapter, name, push.mode)
 
 
 def to_reload(back: Served, now: Served, where: str) -> Held:
@@ -114,3 +117,11 @@ def to_reload(back: Served, now: Served, where: str) -> Held:
             remedy="push what should be served",
         )
     return back.weights
+
+
+def mode_of_reload(back: Served, held: Held) -> str:
+    """The mode in which `held` is sent once more to bring `back` about."""
+    if held.plan.adapter is not None:
+        return "adapter"
+    # weights that lie under an adapter are its base, whichever of the two came last
+    return "base" if back.name is not None else back.mode or "full"

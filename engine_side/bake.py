@@ -20,7 +20,7 @@ from bridge.manifest import TensorInfo
 from bridge.plan import Coverage, Fill, Move, RankPlan, Region, Target, dense, dest_coverage, follow, source_coverage
 from bridge.recorder import Recorder
 from engine_side import diagnose
-from engine_side.adapters.base import RankHost
+from engine_side.adapters.base import NamesUnloaded, RankHost
 from engine_side.inplace import twin_parameter
 from engine_side.layout import is_dense
 
@@ -72,6 +72,7 @@ class Baked:
         read: source regions of tensors that this rank reads only in part.
         native_sources: module path -> tensors that its native load needs.
         problems: what makes the plan unusable, most telling first. Empty in a sound plan.
+        unloaded: targets of the skeleton that no checkpoint fills, and that are not part of the plan.
     """
 
     plan: RankPlan
@@ -84,6 +85,7 @@ class Baked:
     native_sources: dict[str, tuple[str, ...]]
     problems: tuple[BridgeError, ...]
     partial: bool
+    unloaded: frozenset[str] = frozenset()
 
     def check(self) -> Baked:
         """Raises the first problem."""
@@ -112,7 +114,8 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     offenders: dict[str, BridgeError] = {}
     found = _offer_aliases(host, wanted, _trace_around(host, wanted, offenders), offenders)
     native = _native(host, wanted, found, offenders)
-    plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial)
+    unloaded = _unloaded(host, found)
+    plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial, unloaded)
     coverage = dest_coverage(plan)
     problems = list(offenders.values())
     problems.extend(diagnose.broadcasts(plan.moves, {i.name: i for i in wanted}))
@@ -130,7 +133,15 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
         native_sources=sources,
         problems=diagnose.together(problems),
         partial=partial,
+        unloaded=unloaded,
     )
+
+
+def _unloaded(host: RankHost, found: Trace) -> frozenset[str]:
+    """What the engine says nothing fills, less what this trace fills nevertheless."""
+    if not isinstance(host, NamesUnloaded):
+        return frozenset()
+    return host.unloaded() - {move.target for move in found.moves} - found.tainted.keys()
 
 
 def stand_ins(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
@@ -302,12 +313,18 @@ def _native(
     return out
 
 
-def _plan(found: Trace, native: dict[str, str], partial: bool) -> RankPlan:
+def _plan(
+    found: Trace, native: dict[str, str], partial: bool, unloaded: frozenset[str] = frozenset()
+) -> RankPlan:
     targets, fills = found.targets.targets, found.fills
     if partial:
         touched = {move.target for move in found.moves}.union(found.tainted)
         targets = tuple(t for t in targets if t.path in touched)
-        fills = tuple(f for f in fills if f.target in touched)
+    elif unloaded:
+        targets = tuple(t for t in targets if t.path not in unloaded)
+    if partial or unloaded:
+        kept = {t.path for t in targets}
+        fills = tuple(f for f in fills if f.target in kept)
     return RankPlan(targets, found.moves, fills, native)
 
 

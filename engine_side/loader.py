@@ -132,6 +132,7 @@ class Loader:
         self._feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
         self._derived = list(bind(template, host.model, self.decided.derived).items())
+        self._sources_of = {path: self._around(path) for path, _ in self._derived}
         self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self._derived)))
         self._moved: dict[str, None] = {}
 
@@ -377,10 +378,9 @@ class Loader:
             outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
             written += nbytes
             done.append(choice.path)
-        touched = [p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)]
+        touched = {p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
         for path, module in self._derived:
-            parent = path.rpartition(".")[0]
-            if not parent or any(p.startswith(f"{parent}.") for p in touched):
+            if not touched.isdisjoint(self._sources_of[path]):
                 self.host.post_load(module)
                 done.append(path)
         self.decided.twins.forget()
@@ -542,6 +542,13 @@ class Loader:
     def _places(self, choice: Choice) -> list[tuple[str, int]]:
         cluster = self.decided.clusters[choice.path]
         return list(cluster.places[cluster.paths.index(choice.path)].items())
+
+    def _around(self, path: str) -> frozenset[str]:
+        """The modules of the plan that a module without weights may derive something from: those that hang, under
+        whichever name, below it or below its parent."""
+        template = self.decided.twins.template
+        below = {id(m) for m in template.get_submodule(path.rpartition(".")[0]).modules()}
+        return frozenset(p for p in self.decided.choices if id(template.get_submodule(p)) in below)
 
     def _fed_by(self, choice: Choice, index: Mapping[str, int]) -> frozenset[int]:
         """Manifest indices of the tensors that reach a module."""

@@ -82,8 +82,16 @@ class Outputs:
         scores = self.scores(alone.prompts, deadline)
         self._loaded = Answers(request.version, alone.prompts, scores, request.canary_floor)
         drift = self._weigh(request, alone, scores)
-        if request.adapter is None or not drift.ok:
+        if request.adapter is None:
             return drift
+        if not drift.ok:
+            raise CanaryMismatch(
+                "without the adapter, the engine does not answer as the trainer's base does",
+                where=f"{self._id}, {drift.tokens} canary tokens",
+                expected=f"mean |difference| at most {drift.limit:.4f} nats",
+                got=f"mean {drift.mean_abs:.4f}, max {drift.max_abs:.4f}",
+                remedy="push mode='base' once, then the adapter",
+            )
         acting = self.scores(request.reference.prompts, deadline, request.adapter)
         if acting == scores and request.reference.logprobs != alone.logprobs:
             raise CanaryMismatch(

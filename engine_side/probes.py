@@ -121,15 +121,19 @@ def call(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | N
 
 def find(
     host: RankHost, module: nn.Module, values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]
-) -> Probe | None:
-    """A way to call `module`, which holds canonical `values` by name. `first_row` maps names to (first global row,
-    number of sent rows) on this rank. None when no input is accepted."""
+) -> tuple[Probe, ...]:
+    """The ways to call `module`, which holds canonical `values` by name: by ids, by rows, or both (a table that is also
+    a head, which may keep one copy of its weight for each). `first_row` maps names to (first global row, number of
+    sent rows) on this rank. Empty when no input is accepted."""
+    found: dict[str, Probe] = {}
     for probe in _candidates(values, first_row):
+        if probe.kind in found:
+            continue
         x = probe.inputs(next(iter(values.values())).device)
         y = call(host, module, x)
         if y is not None:
-            return _with_form(probe, x, y, values)
-    return None
+            found[probe.kind] = _with_form(probe, x, y, values)
+    return tuple(found.values())
 
 
 def _candidates(values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]) -> list[Probe]:

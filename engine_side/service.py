@@ -209,6 +209,9 @@ class EngineService:
             self._require_weights()
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
+        if self._staged is not None:  # committed, but this engine never resumed with it: it is one of ours all the same
+            self._loaded.add(self._staged)
+            self._staged = None
         try:
             ranks = self._stage(request, phases, deadline)
             raise_first_failure(self.id, ranks)
@@ -233,7 +236,7 @@ class EngineService:
 
     def _require_weights(self) -> None:
         """An adapter goes over weights that somebody verified."""
-        if self._standing.serving is None:
+        if self._standing.serving is None or self._standing.state is EngineState.STALE:
             raise EngineQuarantined(
                 "this engine serves no weights that an adapter could go over",
                 where=self.id,

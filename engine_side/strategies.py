@@ -54,7 +54,7 @@ class Choice:
 
     Attributes:
         stored: name -> how that canonical tensor lies in the module after post-load.
-        probe: how to call the module, None when it cannot be called alone.
+        probes: the ways to call the module; none when it cannot be called alone.
         direct: values are written straight into the live storage (in place, permuted).
     """
 
@@ -63,7 +63,12 @@ class Choice:
     strategy: Strategy
     reason: str
     stored: Mapping[str, Stored]
-    probe: Probe | None
+    probes: tuple[Probe, ...]
+
+    @property
+    def probe(self) -> Probe | None:
+        """The first of them."""
+        return self.probes[0] if self.probes else None
 
     @property
     def direct(self) -> bool:
@@ -117,7 +122,7 @@ def decide(host: RankHost, baked: Baked) -> Decided:
     order = [path for path in baked.targets.of_module() if path in found]
     decided.choices = {path: found[path] for path in order}
     decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
-    decided.derived = _derived(host, found.keys() | baked.targets.of_module().keys())
+    decided.derived = _derived(host, found.keys() | _holders(baked))
     return decided
 
 
@@ -208,7 +213,7 @@ class _Experiment:
         self.host, self.baked, self.group, self.live, self.twins = host, baked, group, live, twins
         self.cluster = group[0]
         self.device = device_of(live[self.cluster.paths[0]])
-        self.probes: list[Probe | None] = []
+        self.probes: list[tuple[Probe, ...]] = []
 
     def run(self) -> list[Choice]:
         """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
@@ -252,35 +257,37 @@ class _Experiment:
         The first look comes before the second values are written, so that a copy kept by a first call would show.
         """
         values = twin.by_role()
-        found: list[Probe] = []
-        before: list[torch.Tensor] = []
+        found: list[tuple[Probe, ...]] = []
+        before: list[list[torch.Tensor]] = []
         for version in (1, 2):
             for role, value in enumerate(values):
                 probes.tile_into(value, probes.random_tile(value, (version, role)))
             for k, module in enumerate(twin.modules):
                 named = self._named(k, values)
                 if version == 1:
-                    probe = probes.find(self.host, module, named, self._first_rows(k))
-                    if probe is None or probe.form == "twin":
+                    ways = probes.find(self.host, module, named, self._first_rows(k))
+                    if not ways or any(probe.form == "twin" for probe in ways):
                         return False
-                    found.append(probe)
-                x = found[k].inputs(self.device)
-                y = probes.call(self.host, module, x)
-                if y is None:
-                    return False
-                if version == 1:
-                    before.append(y)
-                elif torch.equal(y, before[k]) or probes.matches(found[k], x, y, named) is not None:
-                    return False
-        self.probes = list(found)
+                    found.append(ways)
+                    before.append([])
+                for i, probe in enumerate(found[k]):
+                    x = probe.inputs(self.device)
+                    y = probes.call(self.host, module, x)
+                    if y is None:
+                        return False
+                    if version == 1:
+                        before[k].append(y)
+                    elif torch.equal(y, before[k][i]) or probes.matches(probe, x, y, named) is not None:
+                        return False
+        self.probes = found
         return True
 
     def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> Choice:
-        probe = self.probes[k]
-        if probe is None:
+        ways = self.probes[k]
+        if not ways:
             reason += "; cannot be called alone, judged by its state"
         cls = type(self.live[self.cluster.paths[k]]).__name__
-        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, probe)
+        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways)
 
     def _no_strategy(self, k: int, why: str) -> ConfigError:
         path = self.cluster.paths[k]
@@ -318,10 +325,14 @@ class _Experiment:
 
     def _observe(self, k: int, module: nn.Module) -> dict[str, torch.Tensor] | None:
         """What can be seen of a module: its output, or all tensors of its state. None when part of it is closed."""
-        probe = self.probes[k]
-        if probe is not None:
-            y = probes.call(self.host, module, probe.inputs(self.device))
-            return None if y is None else {"output": y}
+        if self.probes[k]:
+            outputs: dict[str, torch.Tensor] = {}
+            for probe in self.probes[k]:
+                y = probes.call(self.host, module, probe.inputs(self.device))
+                if y is None:
+                    return None
+                outputs[f"output by {probe.kind}"] = y
+            return outputs
         tensors, opaque = reachable(module)
         return None if opaque else {name: t.detach().clone() for name, t in tensors.items()}
 
@@ -480,7 +491,7 @@ def _compare(
         return f"its state differs in {', '.join(sorted(seen.keys() ^ want.keys())[:4])}"
     moved = False
     for name, reference in want.items():
-        if name != "output" and reference.device.type == "meta":
+        if reference.device.type == "meta":
             continue
         why = probes.deviation(seen[name], reference, probes.twin_tolerance(reference))
         if why is not None:
@@ -508,6 +519,12 @@ def _check_live(live: nn.Module, choice: Choice) -> None:
             remedy="attach after the engine has loaded, and with the configuration it was loaded with",
             names=(f"{choice.path}.{name}",),
         )
+
+
+def _holders(baked: Baked) -> set[str]:
+    """Modules that hold weights, in the plan or not; what no checkpoint fills is none."""
+    modules = baked.targets.of_module()
+    return {path for path, places in modules.items() if any(p.target not in baked.unloaded for p in places)}
 
 
 def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ...]:

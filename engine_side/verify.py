@@ -82,7 +82,7 @@ class Verifier:
         return tuple(
             choice.path
             for choice in self._packed
-            if choice.probe is None and reachable(self.loader.decided.live[choice.path])[1]
+            if not choice.probes and reachable(self.loader.decided.live[choice.path])[1]
         )
 
     # ---- levels ------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Verifier:
         lost = {choice.path for choice in self.loader.lost(self.loader.replaced())}
         wanted = self._packed
         if every:
-            wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probe is not None]
+            wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
         with uncollected():
             for choice in wanted:
                 why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
@@ -176,11 +176,13 @@ class Verifier:
         wanted = set(range(len(self.loader.mapped.manifest.tensors))) if changed is None else set(changed)
         failures = self._unmoved_storage(slot, previous, wanted)
         for choice in self._packed:
-            if choice.probe is None or wanted.isdisjoint(self.loader.feeds(choice.path)):
+            if wanted.isdisjoint(self.loader.feeds(choice.path)):
                 continue
-            why = self._unmoved_output(choice, slot, previous)
-            if why is not None:
-                failures.append(Failure(choice.path, f"an output unlike the previous version's ({choice.cls})", why))
+            for probe in choice.probes:
+                why = self._unmoved_output(choice, probe, slot, previous)
+                if why is not None:
+                    said = f"an output unlike the previous version's ({choice.cls})"
+                    failures.append(Failure(choice.path, said, why))
         self.loader.decided.twins.forget()
         return _result("change", len(wanted), failures)
 
@@ -228,9 +230,9 @@ class Verifier:
             self._pairs[slot] = cached = (now, before, both)
         return cached[2]
 
-    def _unmoved_output(self, choice: Choice, slot: int, previous: int) -> str | None:
-        seen = self._output(choice)
-        new, old = self._reference(choice, slot), self._reference(choice, previous)
+    def _unmoved_output(self, choice: Choice, probe: Probe, slot: int, previous: int) -> str | None:
+        seen = self._output(choice, probe)
+        new, old = self._reference(choice, probe, slot), self._reference(choice, probe, previous)
         if seen is None or new is None or old is None:
             return "it cannot be called any more"
         if probes.deviation(new[0].to(seen.dtype), old[0], old[1]) is None:
@@ -239,24 +241,23 @@ class Verifier:
         return "the output is still that of the version before" if still else None
 
     def _probe_one(self, choice: Choice, slot: int) -> str | None:
-        if choice.probe is None:
+        if not choice.probes:
             return self._compare_state(choice, slot)
-        seen, want = self._output(choice), self._reference(choice, slot)
-        if seen is None or want is None:
-            return "it cannot be called any more"
-        return probes.deviation(seen, *want)
+        for probe in choice.probes:
+            seen, want = self._output(choice, probe), self._reference(choice, probe, slot)
+            if seen is None or want is None:
+                return "it cannot be called any more"
+            why = probes.deviation(seen, *want)
+            if why is not None:
+                return why
+        return None
 
-    def _output(self, choice: Choice) -> torch.Tensor | None:
+    def _output(self, choice: Choice, probe: Probe) -> torch.Tensor | None:
         module = self.loader.decided.live[choice.path]
-        if choice.probe is None:
-            raise ConfigError("this module cannot be called alone", where=choice.path)
-        return probes.call(self.loader.host, module, self._input(choice.probe, choice))
+        return probes.call(self.loader.host, module, self._input(probe, choice))
 
-    def _reference(self, choice: Choice, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _reference(self, choice: Choice, probe: Probe, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(output, tolerance) of the arena's weights."""
-        probe = choice.probe
-        if probe is None:
-            raise ConfigError("this module cannot be called alone", where=choice.path)
         x = self._input(probe, choice)
         if probe.form != "twin":
             return probe.reference(x, self.loader.values(choice, slot))

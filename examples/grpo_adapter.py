@@ -12,6 +12,7 @@ import os
 import random
 import tempfile
 
+import torch
 from peft import LoraConfig, get_peft_model
 
 import bridge
@@ -20,10 +21,13 @@ from trainer_side.demo.policy import save_policy, tiny_qwen2
 from trainer_side.demo.task import CountOn, grouped_prompts, reward
 
 GROUPS, GROUP_SIZE = 16, 16
-LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+# A pretrained policy would do without the last two. This one starts from noise: frozen ends would say nothing.
+LORA = LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS)
 
 
 def main(steps: int) -> float:
+    torch.manual_seed(0)
     base = tiny_qwen2(seed=0)
     task, rng = CountOn(vocab_size=64), random.Random(0)
     with tempfile.TemporaryDirectory() as folder:

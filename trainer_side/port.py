@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import nn
 
 from bridge import canary
 from bridge.arena import Arena
-from bridge.errors import ConfigError, IntegrityError, MissingTensor, UnexpectedTensor
+from bridge.errors import BridgeError, ConfigError, IntegrityError, MissingTensor, UnexpectedTensor
 from bridge.lora import LoraLimits
 from bridge.manifest import TensorInfo
 from bridge.messages import Reference
 from bridge.ports import Choice, Snapshot, Written
+from trainer_side.lora.mark import base_mark
 from trainer_side.lora.model import LoraModel
 from trainer_side.lora.shallow import bare
 from trainer_side.lora.still import require_still_forward
@@ -107,10 +108,21 @@ class TrainerSide:
         """As `TrainerPort.collect_base`."""
         if self._lora is None or self._model is None:
             raise ConfigError("only a bound model with LoRA has a base", remedy="b.bind(peft_model)")
+        self._lora.choose("base", None)
         kept = self._storages
         collected = self._collect_lora(self._lora, self._model.named_parameters(), False, "base")
         self._storages = kept
         return collected
+
+    def base_mark(self, sent: Snapshot | None = None) -> Hashable | None:
+        """As `TrainerPort.base_mark`."""
+        if self._lora is None or self._model is None:
+            return None
+        view = self._lora.view("base", self._lora.tensors(), partial=False)
+        live = [tensor for _, tensor in view.named]
+        if isinstance(sent, Collected) and not {t.data_ptr() for t in live} >= set(sent.addresses) - {0}:
+            return None
+        return base_mark(view.named)
 
     # ---- the snapshot ------------------------------------------------------------------------------------------------
 
@@ -126,15 +138,19 @@ class TrainerSide:
             if writer is not None:
                 writer.close()
             writer = self._snapshotters[kind] = Snapshotter(arena, threads)
-        written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite)
-        if self._lora is not None and self._lora.state() != snapshot.state:
-            raise IntegrityError(
-                "the model's LoRA layers changed while they were pushed",
-                expected="the same adapters, merged, active and scaled as when the push began",
-                got="another state",
-                remedy="push between steps: not while another thread merges, disables or switches adapters",
-            )
+        try:
+            written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite)
+        except (BridgeError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
+            # what another thread takes away while it is read fails anywhere, in words that help nobody
+            if self._changed_since(snapshot):
+                raise _changed_meanwhile() from error
+            raise
+        if self._changed_since(snapshot):
+            raise _changed_meanwhile()
         return written
+
+    def _changed_since(self, snapshot: Collected) -> bool:
+        return self._lora is not None and self._lora.state() != snapshot.state
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
         """One no-grad forward of the bound model (and one without its adapters) over the canary's prompts, at most
@@ -178,6 +194,15 @@ def _require_all(source: WeightSource, tensors: tuple[TensorInfo, ...]) -> None:
             remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
             names=missing,
         )
+
+
+def _changed_meanwhile() -> IntegrityError:
+    return IntegrityError(
+        "the model's LoRA layers changed while they were pushed",
+        expected="the same adapters, merged, active and scaled as when the push began",
+        got="another state",
+        remedy="push between steps: not while another thread merges, disables or switches adapters",
+    )
 
 
 def _wrapped_since(error: UnexpectedTensor | MissingTensor) -> ConfigError:

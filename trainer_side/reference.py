@@ -111,7 +111,8 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """[rows, tokens, vocabulary] from one forward."""
     try:
         logits = getattr(model(input_ids=ids), "logits", None)
-    except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError) as error:
+        # the model's own code runs here, and so may its hooks
         raise _not_a_language_model(model, f"{type(error).__name__}: {error}") from error
     if not isinstance(logits, torch.Tensor):
         raise _not_a_language_model(model, "an output without logits")

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 HOSTED: Mapping[str, str] = {"embedded": "engine_side.adapters.embedded:host"}
 """Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
 
-ATTACHED: tuple[str, ...] = ("engine_side.adapters.embedded:attach", "engine_side.adapters.module:attach")
+ATTACHED: tuple[str, ...] = (
+    "engine_side.adapters.embedded:attach",
+    "engine_side.adapters.vllm.driver:attach",
+    "engine_side.adapters.module:attach",
+)
 """Tried in order: each takes what `adapt` was given and answers an adapter, or None for an object not of its kind."""
 
 
@@ -62,6 +66,6 @@ def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
     raise ConfigError(
         "nobody knows how to push into this object",
         where="engine",
-        expected="an embedded Engine or any torch.nn.Module",
+        expected="an embedded Engine, a vllm.LLM or any torch.nn.Module",
         got=type(engine).__name__,
     )

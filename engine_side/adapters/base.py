@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -229,4 +229,13 @@ class RankHost(Protocol):
 
     def remove_adapter(self, name: str) -> None:
         """Drop an adapter that no request uses: a load that did not pass. Unknown names are ignored."""
+        ...
+
+
+@runtime_checkable
+class NamesUnloaded(Protocol):
+    """What a rank half adds whose engine registers tensors that no checkpoint fills (constants, cache scales)."""
+
+    def unloaded(self) -> frozenset[str]:
+        """Paths of skeleton parameters and buffers that no push has to bring."""
         ...

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -304,9 +305,11 @@ def test_up_hands_the_engine_arguments_on(tmp_path: Path, monkeypatch: pytest.Mo
     backend = FakeBackend()
     line = ["up", "run1", "--engine", "embedded:model", "--engines", "2", "--tp", "2", "--layout", "packed"]
     line += ["--set", "max_num_seqs=8", "--set", "wrap_linears=true", "--set", "load=dummy"]
+    line += ["--set", "max_loras=3", "--set", 'lora_targets=["q_proj"]']
     assert cli.main(line, backend) == 0
     arguments = {
-        "tensor_parallel_size": 2, "layout": "packed", "max_num_seqs": 8, "wrap_linears": True, "load": "dummy"
+        "tensor_parallel_size": 2, "layout": "packed", "max_num_seqs": 8, "wrap_linears": True, "load": "dummy",
+        "max_loras": 3, "lora_targets": ["q_proj"],
     }  # fmt: skip
     assert backend.launched == [(f"embedded:{tmp_path / 'model'}", "run1", 2, arguments)]
     assert backend.made.calls[-1] == ("close", None)
@@ -339,6 +342,58 @@ def test_status_without_a_name_lists_daemons_also_one_that_does_not_answer(
     backend.names = []
     assert cli.main(["status"], backend) == 0
     assert "no daemon runs" in capsys.readouterr().out
+
+
+# An adapter of version 9 over weights of version 7.
+LORA_ENGINE = msgspec.structs.replace(ENGINE, serving=9, adapter="run1-v9")
+LORA_DAEMON = msgspec.structs.replace(
+    DAEMON, engines=(LORA_ENGINE,), committed=9, mode="adapter", weights=7, adapter=9
+)  # fmt: skip
+LORA_RECEIPT = msgspec.structs.replace(
+    RECEIPT, version=9, previous=7, mode="adapter", engines=(msgspec.structs.replace(REPORT, adapter="run1-v9"),)
+)
+
+
+class LoraBridge(FakeBridge):
+    def status(self) -> DaemonIs:
+        return LORA_DAEMON
+
+    def history(self, last: int) -> list[dict[str, Any]]:
+        return [RECEIPT.to_dict(), LORA_RECEIPT.to_dict()]
+
+    def push(self, named: Iterable[tuple[str, torch.Tensor]], **options: Any) -> Receipt:
+        return LORA_RECEIPT
+
+
+def test_status_tells_which_adapter_lies_over_which_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    backend = FakeBackend(LoraBridge())
+    assert cli.main(["status", "run1"], backend) == 0
+    first, *table = capsys.readouterr().out.splitlines()
+    assert "version 9: the adapter of version 9 over the weights of version 7" in first
+    assert any("engine0" in line and "run1-v9" in line for line in table)
+    assert cli.main(["status", "run1", "--json"], backend) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["committed"], found["mode"], found["weights"], found["adapter"]) == (9, "adapter", 7, 9)
+    assert found["engines"][0]["adapter"] == "run1-v9"
+    assert cli.main(["status"], backend) == 0
+    assert "adapter" in capsys.readouterr().out
+
+
+def test_history_and_push_tell_mode_and_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    backend = FakeBackend(LoraBridge())
+    assert cli.main(["history", "run1"], backend) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "yes" in line]
+    assert [[word in row.split() for word in ("full", "adapter", "run1-v9")] for row in rows] == [
+        [True, False, False],
+        [False, True, True],
+    ]
+    assert cli.main(["history", "run1", "--json"], backend) == 0
+    plain = json.loads(capsys.readouterr().out)["receipts"][1]
+    assert (plain["mode"], plain["engines"][0]["adapter"]) == ("adapter", "run1-v9")
+    assert cli.main(["push", "run1", "folder"], backend) == 0
+    out = capsys.readouterr().out
+    assert "version 9 (mode adapter)" in out
+    assert "adapter run1-v9" in out
 
 
 def test_a_name_nobody_launched(capsys: pytest.CaptureFixture[str]) -> None:

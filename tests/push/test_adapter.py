@@ -238,6 +238,47 @@ def test_another_base_in_the_engine_is_found_by_its_bits(make: Make) -> None:
         rig.push(mode="adapter")
 
 
+def _replace_parameter(model: Any) -> None:
+    head = model.get_base_model().lm_head
+    head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.detach() * 1.01, requires_grad=False)
+
+
+def _edit_in_place(model: Any) -> None:
+    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data *= 1 + 1e-3
+
+
+def _merge_and_unmerge(model: Any) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def _edit_a_norm(model: Any) -> None:
+    model.get_base_model().model.norm.weight.data *= 1.001
+
+
+@pytest.mark.parametrize("move", [_replace_parameter, _edit_in_place, _merge_and_unmerge, _edit_a_norm])
+@pytest.mark.parametrize("verify", ["weights", "outputs"])
+def test_a_base_that_moved_after_it_was_compared(make: Make, move: Callable[[Any], None], verify: str) -> None:
+    rig = make(tiny_qwen2(dtype=torch.bfloat16), target_modules=["q_proj", "lm_head"])
+    rig.push(mode="adapter")
+    before = rig.answers()
+    move(rig.model)
+    with refused(UnsupportedLora, 5, "base", "mode='base'"):
+        rig.push(mode="adapter", verify=verify)
+    assert rig.answers() == before
+    assert rig.push(verify=verify).mode == "merged", "auto goes the way that is open"
+    rig.push(mode="base", verify=verify)
+    assert rig.push(mode="adapter", verify=verify).verified is True
+
+
+def test_a_base_push_of_other_values_than_the_live_ones_proves_nothing(make: Make) -> None:
+    rig = make()
+    averaged = [(n, p.detach() * 0.9) for n, p in rig.model.named_parameters()]
+    rig.b.push(averaged, mode="base", verify="weights")
+    with refused(UnsupportedLora, 5, "base"):
+        rig.push(mode="adapter", verify="weights")
+
+
 # ---- back -----------------------------------------------------------------------------------------------------------
 
 

@@ -24,8 +24,8 @@ from bridge.errors import (
     MissingTensor,
     PushAborted,
 )
-from bridge.fanout import LEVELS_OF
 from bridge.receipt import LEVELS
+from bridge.verdict import LEVELS_OF
 from engine_side.embedded.config import LAYOUTS
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
 from tests.push import faults

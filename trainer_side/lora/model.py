@@ -200,8 +200,10 @@ class LoraModel:
         return found
 
     def _findings_of(self, now: LoraState) -> _Findings:
-        places = self._tree.places
-        key = now.unscaled, tuple([tensor.requires_grad for p in places if (tensor := p.tensor()) is not None])
+        trained = tuple([tensor.requires_grad for p in self._tree.places if (tensor := p.tensor()) is not None])
+        # factors that somebody resized in place may no longer fit
+        shapes = tuple([tensor.shape for e in self._tree.extras if (tensor := e.tensor()) is not None])
+        key = now.unscaled, trained, shapes
         found = self._findings.get(key)
         if found is None:
             read = survey(self._tree)

@@ -68,7 +68,7 @@ class Baked:
         known: the names; None for an adapter, whose names are canonical.
         direct: tensors that travel as they stand.
         made: tensors that are computed.
-        needs: further tensors that have to come; `dtypes` are theirs.
+        needs: further tensors that have to come; `forms` are their dtypes and shapes.
         plan: of an adapter.
         rivals: computed tensors over one stored tensor, and which of them are equal: scalings decide it.
     """
@@ -77,7 +77,7 @@ class Baked:
     direct: tuple[Place, ...]
     made: tuple[Made, ...] = ()
     needs: tuple[Extra, ...] = ()
-    dtypes: tuple[torch.dtype | None, ...] = ()
+    forms: tuple[tuple[torch.dtype, torch.Size] | None, ...] = ()
     plan: adapter.Plan | None = None
     rivals: tuple[tuple[tuple[Made, ...], tuple[int, ...]], ...] = ()
 
@@ -89,7 +89,7 @@ class Baked:
                 return False
         if any(_pattern(group) != pattern for group, pattern in self.rivals):
             return False
-        return tuple(map(_dtype, self.needs)) == self.dtypes
+        return tuple(map(_form, self.needs)) == self.forms
 
 
 def bake_base(tree: Tree) -> Baked:
@@ -146,7 +146,7 @@ def bake_adapter(tree: Tree, survey: Survey, ends: CanonicalMap) -> Baked:
         if layers and layers[0].parameters is not None and layers[0].parameters.adapters:
             acting.append(adapter.Acting(layers[0].wrapper.path, layers[0].wrapper.module, place.clean))
             needs += [e for layer in layers for e in layer.extras if e.adapter in layer.adapters]
-    return Baked(None, (), (), tuple(needs), tuple(map(_dtype, needs)), adapter.plan(acting, ends))
+    return Baked(None, (), (), tuple(needs), tuple(map(_form, needs)), adapter.plan(acting, ends))
 
 
 def computed(baked: Baked, given: Given | None, only: Iterable[Made] | None = None) -> list[Computed]:
@@ -159,9 +159,9 @@ def computed(baked: Baked, given: Given | None, only: Iterable[Made] | None = No
     ]
 
 
-def _dtype(item: Extra) -> torch.dtype | None:
+def _form(item: Extra) -> tuple[torch.dtype, torch.Size] | None:
     tensor = item.tensor()
-    return None if tensor is None else tensor.dtype
+    return None if tensor is None else (tensor.dtype, tensor.shape)
 
 
 def _names(

@@ -1,0 +1,190 @@
+"""The rank half in a vLLM worker: skeleton, loader, post-load step and single calls of modules, all of them vLLM's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding, get_masked_input_and_mask
+from vllm.model_executor.model_loader.utils import device_loading_context, initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from bridge.errors import ConfigError, NotFound, UnsupportedLora
+from bridge.lora import AdapterSpec
+from bridge.manifest import TensorInfo
+from engine_side.adapters.base import AdapterView, Prompts
+from engine_side.adapters.vllm.logprobs import prompt_logprobs
+from engine_side.unloaded import unloaded
+
+
+class VllmRankHost:
+    """Over one worker (`vllm.v1.worker.worker_base.WorkerBase`)."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._config: VllmConfig = worker.vllm_config
+        self._unloaded: frozenset[str] | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self._worker.rank)
+
+    @property
+    def model(self) -> nn.Module:
+        model: nn.Module = self._worker.model_runner.get_model()
+        return model
+
+    def skeleton(self) -> nn.Module:
+        """vLLM's own constructor on the meta device, with registries of its own: layers announce themselves by name in
+        the config's, where the live ones stand already."""
+        config = copy.copy(self._config)
+        config.compilation_config = _own_containers(config.compilation_config)
+        config.compilation_config.static_forward_context = {}
+        dtype = config.model_config.dtype
+        with _shared_rotary(), set_current_vllm_config(config), set_default_torch_dtype(dtype), torch.device("meta"):
+            made: nn.Module = initialize_model(vllm_config=config)
+        return made
+
+    def unloaded(self) -> frozenset[str]:
+        """Scales of an unquantised KV cache and the like, by the checkpoint that this engine was started from."""
+        if self._unloaded is None:
+            folder = Path(self._config.model_config.model)
+            self._unloaded = unloaded(self, folder if folder.is_dir() else None)
+        return self._unloaded
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        skeleton.load_weights(weights)  # type: ignore[operator]
+
+    def post_load(self, module: nn.Module) -> bool:
+        """One module's share of vLLM's `process_weights_after_loading`, in its order: the quantisation method's, then
+        the attention layer's own, then the model's."""
+        method = getattr(module, "quant_method", None)
+        found = False
+        if isinstance(method, QuantizeMethodBase):
+            with device_loading_context(module, self._worker.device):
+                method.process_weights_after_loading(module)
+            if hasattr(module, "update_param_tp_status"):
+                module.update_param_tp_status()
+            found = True
+        if is_deferred_attention_layer(module):
+            with device_loading_context(module, self._worker.device):
+                module.process_weights_after_loading(self._config.model_config.dtype)
+            found = True
+        elif not found and type(module) is type(self.model) and hasattr(module, "process_weights_after_loading"):
+            module.process_weights_after_loading()
+            found = True
+        return found
+
+    @torch.no_grad()
+    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What this rank alone contributes: experts take rows, each sent to one of them at weight 1; vocabulary layers
+        ids (rows of other ranks are zeros) or rows; linear layers rows; a module without a method only if it has no
+        children."""
+        method = getattr(module, "quant_method", None)
+        ids = not x.is_floating_point()
+        if isinstance(method, FusedMoEMethodBase):
+            if ids:
+                raise NotImplementedError("experts take rows")
+            return _experts(method, module, x)
+        if ids:
+            if not isinstance(module, VocabParallelEmbedding):
+                raise NotImplementedError(f"{type(module).__name__} takes no ids")
+            return _embed(module, x)
+        if isinstance(method, QuantizeMethodBase):
+            bias = getattr(module, "bias", None)
+            out: torch.Tensor = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
+            return out
+        if module._modules:
+            raise NotImplementedError(f"{type(module).__name__} has children")
+        y = module(x)
+        if not isinstance(y, torch.Tensor):
+            raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
+        return y
+
+    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+        if adapter is not None:
+            raise self._no_lora(adapter)
+        return prompt_logprobs(self._worker, prompts, None)
+
+    def untie(self, names: Sequence[str]) -> bool:
+        """Never: which layers share a weight is the engine's configuration, of which its kernels have copies."""
+        return False
+
+    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+        raise self._unsupported()
+
+    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+        raise self._unsupported()
+
+    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+        raise self._no_lora(name)
+
+    def remove_adapter(self, name: str) -> None:
+        """There are none to drop."""
+
+    def _no_lora(self, name: str) -> NotFound:
+        return NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+
+    def _unsupported(self) -> UnsupportedLora:
+        return UnsupportedLora("the engine was started without LoRA", where="vllm.LLM", remedy="enable_lora=True")
+
+
+def _own_containers(config: Any) -> Any:
+    """A copy whose dicts, lists and sets are its own."""
+    out = copy.copy(config)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, (dict, list, set)):
+            object.__setattr__(out, name, copy.copy(value))
+    return out
+
+
+@contextmanager
+def _shared_rotary() -> Iterator[None]:
+    """vLLM caches rotary embeddings for the process: one that was made on the meta device must not stay there."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    cache: dict[Any, Any] = rotary_embedding._ROPE_DICT
+    before = set(cache)
+    try:
+        yield
+    finally:
+        for key in cache.keys() - before:
+            del cache[key]
+
+
+def _experts(method: FusedMoEMethodBase, module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Row i goes to expert i % E alone."""
+    count = module.global_num_experts
+    chosen = torch.arange(len(x), device=x.device).remainder(count).unsqueeze(1).to(torch.int32)
+    if method.is_monolithic:
+        logits = torch.full((len(x), count), -1e4, dtype=torch.float32, device=x.device)
+        out: torch.Tensor = method.apply_monolithic(module, x, logits.scatter_(1, chosen.long(), 1e4))
+        return out
+    weights = torch.ones(chosen.shape, dtype=torch.float32, device=x.device)
+    y: torch.Tensor = method.apply(module, x, weights, chosen, None, None)
+    return y
+
+
+def _embed(module: VocabParallelEmbedding, x: torch.Tensor) -> torch.Tensor:
+    mask: torch.Tensor | None = None
+    if module.tp_size > 1:
+        at = module.shard_indices
+        x, mask = get_masked_input_and_mask(
+            x,
+            at.org_vocab_start_index,
+            at.org_vocab_end_index,
+            at.num_org_vocab_padding,
+            at.added_vocab_start_index,
+            at.added_vocab_end_index,
+        )
+    out: torch.Tensor = module.quant_method.embedding(module, x.long())
+    return out if mask is None else out.masked_fill(mask.unsqueeze(-1), 0)

@@ -1,0 +1,73 @@
+"""The weight-transfer backend "bridge" as vLLM knows it.
+
+It keeps this worker's `Rank` (plans, arena, mailbox) for as long as vLLM keeps the backend. Jobs do not come through
+vLLM's own update calls: those raise in a worker, drop what a worker says, and end with every adapter removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from engine_side.rank import Rank
+
+
+@dataclass
+class BridgeInitInfo(WeightTransferInitInfo):
+    """Nothing: the bridge tells each job what it needs."""
+
+
+@dataclass
+class BridgeUpdateInfo(WeightTransferUpdateInfo):
+    """Nothing travels this way."""
+
+
+class BridgeTransfer(WeightTransferEngine[BridgeInitInfo, BridgeUpdateInfo]):
+    """Made by vLLM at the end of `Worker.load_model`, once per worker."""
+
+    init_info_cls = BridgeInitInfo
+    update_info_cls = BridgeUpdateInfo
+
+    def __init__(
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self.rank: Rank | None = None
+
+    def rank_of(self, worker: Any) -> Rank:
+        """The rank of this worker, made at its first job."""
+        if self.rank is None:
+            from engine_side.adapters.vllm.host import VllmRankHost
+
+            self.rank = Rank(VllmRankHost(worker))
+        return self.rank
+
+    def init_transfer_engine(self, init_info: BridgeInitInfo) -> None:
+        """Nothing to connect to."""
+
+    def start_weight_update(self) -> None:
+        """Raises RuntimeError: an update that the bridge does not verify is none of its."""
+        raise RuntimeError("the backend 'bridge' is driven by bridge.attach(llm).push(...), not by update calls")
+
+    def receive_weights(self, update_info: BridgeUpdateInfo) -> None:
+        """Raises RuntimeError, as `start_weight_update`."""
+        self.start_weight_update()
+
+    def finish_weight_update(self) -> None:
+        """Nothing was started."""
+
+    def shutdown(self) -> None:
+        """Let go of arenas and mailbox. Idempotent."""
+        if self.rank is not None:
+            self.rank.close()
+            self.rank = None

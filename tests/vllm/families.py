@@ -1,0 +1,111 @@
+"""Tiny random models of every family, made from configs: awkward vocabularies, grouped heads, biases that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 411,  # not a multiple of 64: vLLM pads it
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _qwen2(**changes: Any) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "tie_word_embeddings": False, **changes}))
+
+
+def _qwen3(**changes: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 32, "tie_word_embeddings": False, **changes}))
+
+
+def _llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": False, **changes}))
+
+
+def _gemma2(**changes: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embeddings": True}
+    return Gemma2ForCausalLM(Gemma2Config(**{**sizes, **changes}))
+
+
+def _phi3(**changes: Any) -> Any:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {**SIZES, "original_max_position_embeddings": 512, "tie_word_embeddings": False}
+    return Phi3ForCausalLM(Phi3Config(**{**sizes, **changes}))
+
+
+def _qwen3_moe(**changes: Any) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {
+        **SIZES, "head_dim": 32, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2,
+        "norm_topk_prob": True, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **changes}))
+
+
+def _deepseek(**changes: Any) -> Any:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = {
+        **SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512,
+        "q_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        "routed_scaling_factor": 1.0, "norm_topk_prob": True, "tie_word_embeddings": False, "rope_interleave": True,
+    }  # fmt: skip
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**sizes, **changes}))
+
+
+FAMILIES: Mapping[str, Callable[..., Any]] = {
+    "qwen2": _qwen2,
+    "qwen2-tied": lambda **changes: _qwen2(**{"tie_word_embeddings": True, **changes}),
+    "qwen3": _qwen3,
+    "llama": _llama,
+    "gemma2": _gemma2,
+    "phi3": _phi3,
+    "qwen3-moe": _qwen3_moe,
+    "deepseek": _deepseek,
+}
+
+
+def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A bf16 transformers model whose log-probabilities are not flat."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family](**changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    return model.to(torch.bfloat16).eval()
+
+
+def perturb(model: Any, seed: int) -> None:
+    """An optimiser's step: every parameter moves by a fifth of its own size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = parameter.float().std() if parameter.numel() > 1 else parameter.float().abs()
+            scale = scale if bool(scale > 0) else torch.tensor(0.1)
+            parameter.add_((noise * 0.2 * scale).to(parameter.dtype))
