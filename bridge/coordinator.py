@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +70,7 @@ from bridge.wire import ErrorInfo
 log = logging.getLogger(__name__)
 
 HEALTH_TRIES = 5
+COMPARE_TIMEOUT_S = 120.0
 LEASE_GRACE_S = 2.0
 """How long an unsubmitted push is kept after its trainer's lease was found free: a trainer that is just connecting."""
 
@@ -94,6 +96,7 @@ class Coordinator:
         self._committed: Served | None = None
         self._previous: Served | None = None
         self._reloads = 0
+        self._nonce = secrets.token_hex(3)  # an engine remembers adapter names longer than a journal lasts
         self._push: OpenPush | None = None
         self._results: dict[int, Finished] = {}
         self._references: dict[int, References] = {}
@@ -115,6 +118,9 @@ class Coordinator:
         self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir, journal=ledger.path)
         try:
             self.fleet.assign_pages(str(self._mailbox.path), name, Deadline.after(60))
+            left = self.fleet.serve_adapter()
+            if left is not None:  # by a bridge before this one; its bytes are not ours, but it is what is served
+                self._committed = Served(0, None, None, left)
         except BaseException:
             self._mailbox.close()
             self._mailbox.unlink()
@@ -270,6 +276,8 @@ class Coordinator:
             if kept is None:
                 return Compared(False)
             differing = planning.differing_names(push.plan.arena, kept.slot, push.slot)
+            if not differing:  # what was verified once may have been written to since
+                differing = self.fleet.same_weights(push.plan.id, push.slot, Deadline.after(COMPARE_TIMEOUT_S))
             return Compared(True, differing, self._weights_version())
 
     def _cancel(self, request: CancelRequest) -> Done:
@@ -286,6 +294,7 @@ class Coordinator:
             seal = push.plan.arena.seal_of(push.slot)
             if seal is None or seal.version != request.version or seal.root != request.root:
                 raise ProtocolError("the version is not sealed as announced", where=f"version {request.version}")
+            self._refuse_half_a_change(push, request.options)
             self.ledger.record(
                 "sealed", version=push.version, root=request.root.hex(), slot=push.slot, arena=str(push.plan.arena.path)
             )
@@ -295,6 +304,19 @@ class Coordinator:
                 self._references[push.version] = References(request.reference, request.base)
             self._start(lambda: self._run(push, request))
             return Done()
+
+    def _refuse_half_a_change(self, push: OpenPush, options: Options) -> None:
+        """Weights that take the place of an adapter must all come: what is not sent would lose its delta."""
+        now = self._committed
+        takes_away = push.plan.adapter is None and options.mode != "base" and now is not None and now.name is not None
+        if takes_away and options.partial:
+            raise ConfigError(
+                "a subset of the weights cannot take the place of an adapter that is served",
+                where=f"the adapter {now.name if now else ''}",
+                expected="all weights, or the base alone",
+                got=f"partial=True, mode={options.mode!r}",
+                remedy="push all weights once, or mode='base' or 'adapter'",
+            )
 
     def _start(self, run: Callable[[], None]) -> None:
         self._runner = threading.Thread(target=run, name=f"weighbridge-{self.name}", daemon=True)
@@ -333,10 +355,7 @@ class Coordinator:
         now = self._committed
         kept = now.of(push.plan) if now is not None else None
         references = self._references.get(push.version, References())
-        if push.plan.adapter is None and references.base is not None:
-            references = References(
-                references.base
-            )  # back to the weights under an adapter: they are weighed without it
+        references = references.for_slot_of(push.plan)
         seal = push.plan.arena.seal_of(push.slot)
         return Target(
             plan=push.plan.id,
@@ -360,9 +379,11 @@ class Coordinator:
         if push.plan.adapter is not None:
             self._reloads += push.holder == ROLLBACK
             again = f"-again{self._reloads}" if push.holder == ROLLBACK else ""
-            return f"{self.name}-v{push.version}{again}"
+            return f"{self.name}-v{push.version}-{self._nonce}{again}"
         now = self._committed
-        return now.name if now is not None and push.keeps_adapter else None
+        if now is None or now.name is None or not push.keeps_adapter:
+            return None
+        return now.name if self.fleet.hold_adapter(now.name, Deadline.after(30)) else None
 
     def _push_sealed(self, push: OpenPush, request: SubmitRequest) -> Finished:
         target, before = self._target(push, request.options, request.root), self._committed
@@ -431,6 +452,9 @@ class Coordinator:
             verdict = self.fleet.advance(target, now, on_commit=lambda: self._commit_rollback(served))
             receipt = receipt_of(push, submit, target, verdict)
             self._note("receipt", version=back.version, receipt=receipt.to_dict())
+        except Exception as failure:  # as in `_run`: whatever broke, engines are not left paused
+            self.fleet.put_back(now, f"the rollback failed: {failure}")
+            raise
         finally:
             with self._lock:
                 self._push = None

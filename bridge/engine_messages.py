@@ -64,7 +64,8 @@ class EngineLoad(Message, frozen=True):
     asked of it meanwhile in its queue, and nothing of an attempt that has ended may be done after a later one.
 
     With `adapter` the slot holds an adapter, which is loaded under this new name beside the others; `base` is then what
-    the trainer answers without it.
+    the trainer answers without it. Otherwise it holds weights, and `keeps` is the adapter that will be served over
+    them: requests of any other one are ended, for it belongs to the weights before.
     """
 
     plan: int
@@ -82,6 +83,7 @@ class EngineLoad(Message, frozen=True):
     turn: int = 0
     adapter: str | None = None
     base: Reference | None = None
+    keeps: str | None = None
 
 
 class EngineCommit(Message, frozen=True):
@@ -104,8 +106,8 @@ class EngineResume(Message, frozen=True):
 
 
 class EngineRestore(Message, frozen=True):
-    """Go back to `version`: from `slot`, verified, then resume. Without a slot, quarantine. An engine whose weights
-    were not touched only resumes."""
+    """Go back to `version` with `adapter`: weights from `slot`, verified, then resume. Without a slot, quarantine. An
+    engine whose weights were not touched and that serves just that only resumes."""
 
     plan: int
     slot: int | None
@@ -114,6 +116,7 @@ class EngineRestore(Message, frozen=True):
     timeout_s: float
     retry: bool = True
     turn: int = 0
+    adapter: str | None = None
 
 
 class EngineCheck(Message, frozen=True):

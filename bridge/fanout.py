@@ -149,6 +149,22 @@ class Fleet:
         """Engine -> version it served when it was last heard of."""
         return {name: info.serving for name, info in self._infos.items()}
 
+    def serve_adapter(self) -> str | None:
+        """The adapter that every engine was left with by a bridge before this one; None when they do not agree."""
+        names = {info.adapter for info in self._infos.values()}
+        return names.pop() if len(names) == 1 else None
+
+    def hold_adapter(self, name: str, deadline: Deadline) -> bool:
+        """Do all engines still hold it?"""
+        return all(name in info.adapters for info in self.hello(deadline, strict=False))
+
+    def same_weights(self, plan: int, slot: int, deadline: Deadline) -> tuple[str, ...]:
+        """Read every engine's live weights back against a slot, whatever was last verified: names of what differs."""
+        check = EngineCheck(plan, slot, ("read-back", "probe"), timeout_s=deadline.remaining_s)
+        answers = self._all(lambda e: expect(e.call(check, deadline), EngineChecked).ranks)
+        bad = [f.name for ranks in answers.values() for rank in ranks for level in rank for f in level.failures]
+        return tuple(dict.fromkeys(name.partition(" -> ")[0] for name in bad))
+
     def require_serving(self, version: int | None) -> None:
         """An adapter goes over weights that every engine serves. Engines that were last heard of in another state are
         asked again, for a short while. Raises PeerLost for one that is gone, EngineQuarantined for one that does not
@@ -246,7 +262,7 @@ class Fleet:
                 answers = self._each(
                     lambda e: expect(e.call(resume, Deadline.after(RESTORE_TIMEOUT_S)), EngineOk).report
                 )
-                self._after_resume(verdict, target, answers)
+                self._after_resume(verdict, target, back.weights if back else None, answers)
             verdict.phases["commit"] = time.perf_counter() - started
         if verdict.error is not None:
             verdict.reports = self._restored(verdict.reports, back, str(verdict.error))
@@ -286,6 +302,7 @@ class Fleet:
                 turn=self._turn,
                 adapter=target.adapter if target.load_adapter else None,
                 base=target.base_reference,
+                keeps=None if target.load_adapter else target.adapter,
             )
             return expect(engine.call(message, deadline), EngineLoaded)
 
@@ -321,7 +338,11 @@ class Fleet:
         verdict.reports = tuple(reports.values())
 
     def _after_resume(
-        self, verdict: Verdict, target: Target, answers: Mapping[str, EngineReport | BridgeError]
+        self,
+        verdict: Verdict,
+        target: Target,
+        weights: Held | None,
+        answers: Mapping[str, EngineReport | BridgeError],
     ) -> None:
         """After the journal entry nothing is undone: an engine that did not resume is loaded anew, or refuses, or, when
         it does not answer at all, is STALE; the others serve."""
@@ -329,18 +350,25 @@ class Fleet:
         for engine, answer in answers.items():
             if isinstance(answer, BridgeError):
                 verdict.notes = (*verdict.notes, f"{engine} did not resume after the commit: {answer}")
-                answer = self._load_again(engine, target, answer)
+                answer = self._load_again(engine, target, weights, answer)
             reports[engine] = merge(reports[engine], answer)
             self._heard(answer)
         verdict.reports = tuple(reports.values())
 
-    def _load_again(self, engine_id: str, target: Target, why: BridgeError) -> EngineReport:
-        if target.load_adapter:
-            return self._lost(engine_id, why)
-        deadline = Deadline.after(RESTORE_TIMEOUT_S)
-        message = EngineRestore(target.plan, target.slot, target.version, str(why), RESTORE_TIMEOUT_S, turn=self._turn)
+    def _load_again(self, engine_id: str, target: Target, weights: Held | None, why: BridgeError) -> EngineReport:
+        """An engine that did not resume after the commit: asked once more, then brought there from the arena."""
         engine = next(e for e in self._engines if e.id == engine_id)
-        answer = _outcome(lambda e: expect(e.call(message, deadline), EngineOk).report, engine)
+        deadline = Deadline.after(RESTORE_TIMEOUT_S)
+        resume = EngineResume(target.version, RESTORE_TIMEOUT_S, self._turn, target.adapter)
+        answer = _outcome(lambda e: expect(e.call(resume, deadline), EngineOk).report, engine)
+        if isinstance(answer, BridgeError) and not isinstance(answer, TransportError):
+            plan, slot = (target.plan, target.slot) if not target.load_adapter else (0, None)
+            if target.load_adapter and weights is not None:
+                plan, slot = weights.plan_id, weights.slot
+            message = EngineRestore(
+                plan, slot, target.version, str(why), RESTORE_TIMEOUT_S, turn=self._turn, adapter=target.adapter
+            )
+            answer = _outcome(lambda e: expect(e.call(message, deadline), EngineOk).report, engine)
         return self._lost(engine_id, answer) if isinstance(answer, BridgeError) else answer
 
     def put_back(self, back: Served | None, reason: str) -> None:
@@ -357,6 +385,7 @@ class Fleet:
             reason=reason,
             timeout_s=RESTORE_TIMEOUT_S,
             turn=self._turn,
+            adapter=back.name if back else None,
         )
         lost = {report.id for report in before if report.state == EngineState.STALE.value}
 

@@ -56,6 +56,8 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora: LoraLimits | None = None
     adapter: str | None = None
     """The adapter that `current` means now."""
+    adapters: tuple[str, ...] = ()
+    """Those that pushes have loaded and that it still holds."""
 
 
 class Refused(Message, frozen=True):

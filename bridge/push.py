@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
@@ -25,10 +25,19 @@ import msgspec
 import torch
 
 from bridge.arena import Arena
+from bridge.base_proof import BaseProof
 from bridge.config import Config
 from bridge.deadline import Deadline
 from bridge.digest import seal_slot
-from bridge.errors import BridgeError, Busy, Closed, ConfigError, ProtocolError, UnexpectedTensor, UnsupportedLora
+from bridge.errors import (
+    BridgeError,
+    Busy,
+    Closed,
+    ConfigError,
+    ProtocolError,
+    UnexpectedTensor,
+    UnsupportedLora,
+)
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
 from bridge.health import HealthReport, assess, local_facts
 from bridge.lease import Lease
@@ -119,9 +128,7 @@ class Bridge:
         self._agreed: dict[bool, _Agreed] = {}
         """By whether it is an adapter's."""
         self._engine_infos: tuple[EngineInfo, ...] | None = None
-        self._base: tuple[int | None, Hashable] | None = None
-        """The push that brought the engines' weights, if those are known to be the bound model's base, and the base's
-        mark then."""
+        self._base = BaseProof(trainer, self._compare, lambda: self.status().weights)
         self._closed = False
         self._warned = False
 
@@ -148,7 +155,7 @@ class Bridge:
         push, and again after wrapping or replacing the model itself."""
         self._require_open()
         self._trainer.bind(model)
-        self._base = None
+        self._base.forget()
 
     @overload
     def push(self, named: Named, *, wait: Literal[True] = True, **options: Unpack[PushOptions]) -> Receipt: ...
@@ -258,9 +265,7 @@ class Bridge:
                 self._call(CancelRequest(slot.version), Done)
             raise
         if choice.mode == "base" and not options.partial:
-            mark = self._trainer.base_mark(snapshot)
-            # if this push is committed, the engines' weights are of its version
-            self._base = None if mark is None else (slot.version, mark)
+            self._base.brought(slot.version, snapshot)
         return PendingPush(self._coordinator, slot.version, options.timeout_s)
 
     def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool) -> Written:
@@ -294,17 +299,14 @@ class Bridge:
     def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[_Slot, tuple[str, ...]]:
         """Ask for a slot. An adapter is only right over the base that it was trained on, so before the first one the
         engines' weights are compared with it, bit for bit; the second answer says why that could not be done."""
-        doubt: tuple[str, ...] = ()
-        if over_base and (self._base is None or self._base[1] != self._trainer.base_mark()):
-            doubt = self._prove_base()
-        over = self._base[0] if over_base and self._base is not None else None
-        slot = self._ask_slot(agreed, version, over=over)
+        doubt = self._base.prove() if over_base and not self._base.holds else None
+        slot = self._ask_slot(agreed, version, over=self._base.over if over_base else None)
         if slot is None:  # somebody has pushed other weights, or gone back, since
-            doubt = self._prove_base()
-            slot = self._ask_slot(agreed, version, over=self._base[0] if self._base is not None else None)
+            doubt = self._base.prove()
+            slot = self._ask_slot(agreed, version, over=self._base.over)
         if slot is None:
             raise Busy("somebody else pushes weights at the same time", where=self.name, remedy="push again")
-        return slot, doubt
+        return slot, () if doubt is None else (doubt,)
 
     def _ask_slot(
         self, agreed: _Agreed, version: int | None, *, compare: bool = False, over: int | None = None
@@ -314,15 +316,8 @@ class Bridge:
         begun = self._call(BeginRequest(agreed.planned.plan, version, holder, compare, over), Begun)
         return None if begun.slot is None else _Slot(begun.version, begun.slot, begun.base)
 
-    def _prove_base(self) -> tuple[str, ...]:
-        """Compare the engines' weights with the bound model's base. Writes no engine. Returns why there is nothing to
-        compare; raises UnsupportedLora when they differ."""
-        self._base = None
-        try:
-            mark = self._trainer.base_mark()
-            snapshot = self._trainer.collect_base()
-        except UnsupportedLora as error:
-            return (f"the engines' base weights were not compared with the trainer's: {error}",)
+    def _compare(self, snapshot: Snapshot) -> Compared:
+        """Bring a snapshot into a free slot and have it compared with the weights that every engine serves."""
         agreed = self._agree(snapshot, False)
         slot = self._ask_slot(agreed, None, compare=True)
         if slot is None:
@@ -330,15 +325,11 @@ class Bridge:
         try:
             written = self._write(snapshot, agreed, slot, allow_nonfinite=True)
             seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
-            compared = self._call(CompareRequest(seal.root), Compared)
+            return self._call(CompareRequest(seal.root), Compared, self.config.plan_timeout_s)
         except BaseException:
             with contextlib.suppress(BridgeError):
                 self._call(CancelRequest(slot.version), Done)
             raise
-        if not compared.known or compared.differing:
-            raise _another_base(compared, len(snapshot.tensors))
-        self._base = (compared.weights, mark)
-        return ()
 
     def _reference(
         self, options: Options, wanted: bool | None
@@ -389,7 +380,7 @@ class Bridge:
         go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
         self._require_open()
         self._hold_lease()
-        self._base = None
+        self._base.forget()
         finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
         version = finished.receipt.version if finished.receipt else 0
         return receipt_or_raise(finished, version)
@@ -442,16 +433,3 @@ def _read_again(named: Named) -> Named:
         return list(named)
     except TypeError:
         return named
-
-
-def _another_base(compared: Compared, total: int) -> UnsupportedLora:
-    names = compared.differing
-    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-    return UnsupportedLora(
-        "the engines do not serve the base weights that this adapter was trained on",
-        where=shown or "the engines' weights",
-        expected="the bound model's base, bit for bit",
-        got=f"{len(names)} of {total} tensors differ" if compared.known else "weights that cannot be read back",
-        remedy="push mode='base' once (it brings a base that its initialisation changed as well), then the adapter",
-        names=names,
-    )

@@ -71,6 +71,13 @@ class References:
     served: Reference | None = None
     base: Reference | None = None
 
+    def for_slot_of(self, plan: Plan) -> References:
+        """What a load of this plan's bytes is weighed against: weights alone, and an adapter also without it. Going
+        back to a version whose last push was of the other kind, what is known is the base's answers."""
+        if plan.adapter is None:
+            return References(self.served if self.base is None else self.base)
+        return self if self.base is not None else References(self.served, self.served)
+
     @property
     def with_adapter(self) -> bool:
         """Whether `served` was computed with the adapter acting."""

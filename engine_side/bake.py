@@ -217,10 +217,10 @@ def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
             host.load_weights(skeleton, recorder.feed(iter(weights.items())))
     except diagnose.LOADER_ERRORS as error:
         raise diagnose.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
-    return Trace(targets, tuple(recorder.moves), _uncovered_fills(recorder), dict(recorder.tainted))
+    return Trace(targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))
 
 
-def _uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
+def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
     """Fills less what a move wrote over: a loader that clears a parameter before it copies writes each element once."""
     over: dict[str, list[Region]] = {}
     for move in recorder.moves:

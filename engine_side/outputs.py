@@ -46,7 +46,7 @@ class Outputs:
         part."""
         return self._ranks.ask(LogprobsJob(prompts, adapter), RankScores, deadline)[0].logprobs
 
-    def warm_cache(self, request: EngineLoad, serving: int | None) -> None:
+    def warm_cache(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the pause: have the old weights' KV of one canary prompt in the prefix cache, so that `check_cache`
         has something to find stale. Only an engine that serves can; a busy one does it like any user request."""
         self._cached = []
@@ -54,7 +54,8 @@ class Outputs:
         if wanted and request.reference is not None and serving is not None:
             prompt = self._long_enough([token for row in request.reference.prompts for token in row])
             self._floor = request.canary_floor
-            self._adapter.generate([prompt], _GREEDY, "base" if request.adapter is None else "current", past_gate=True)
+            which = "base" if request.adapter is None else "current"
+            self._adapter.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
             self._cached = prompt
 
     def _long_enough(self, tokens: list[int]) -> list[int]:
@@ -78,7 +79,7 @@ class Outputs:
         self._loaded = None
         if "canary" not in request.options.levels or request.reference is None or not self._adapter.can_generate:
             return None
-        alone = request.reference if request.adapter is None or request.base is None else request.base
+        alone = request.reference if request.base is None else request.base
         scores = self.scores(alone.prompts, deadline)
         self._loaded = Answers(request.version, alone.prompts, scores, request.canary_floor)
         drift = self._weigh(request, alone, scores)
@@ -92,8 +93,11 @@ class Outputs:
                 got=f"mean {drift.mean_abs:.4f}, max {drift.max_abs:.4f}",
                 remedy="push mode='base' once, then the adapter",
             )
+        if request.reference is alone:
+            return drift
         acting = self.scores(request.reference.prompts, deadline, request.adapter)
-        if acting == scores and request.reference.logprobs != alone.logprobs:
+        drift = self._weigh(request, request.reference, acting)
+        if not drift.ok and acting == scores:
             raise CanaryMismatch(
                 "the adapter is loaded and does not act",
                 where=f"{self._id}, adapter {request.adapter}",
@@ -101,7 +105,7 @@ class Outputs:
                 got="the same, bit for bit",
                 remedy="look for modules that the engine holds slots for and does not compute with",
             )
-        return self._weigh(request, request.reference, acting)
+        return drift
 
     @staticmethod
     def _weigh(request: EngineLoad, reference: Reference, scores: Scores) -> CanaryResult:
@@ -117,7 +121,8 @@ class Outputs:
             return LevelResult("cache", True, 1, note="reset answered; no prompt was cached before")
         if len(self._cached) <= self._adapter.cache_grain:
             return LevelResult("cache", True, 1, note="reset answered; no prompt that the engine takes fills its cache")
-        (again,) = self._adapter.generate([self._cached], _GREEDY, adapter or "base", past_gate=True)
+        which = adapter or "base"
+        (again,) = self._adapter.generate([self._cached], _GREEDY, which, past_gate=True, deadline=deadline)
         if not again.token_ids:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
             return LevelResult("cache", False, 1, (failure,))

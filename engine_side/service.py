@@ -51,11 +51,9 @@ from bridge.errors import (
 )
 from bridge.jobs import (
     BakeJob,
-    DropAdapterJob,
     ExplainJob,
     LoadJob,
     RankBake,
-    RankDone,
     RankExplanation,
     RankLoaded,
     Scores,
@@ -70,6 +68,7 @@ from engine_side.arenas import Arenas
 from engine_side.failures import canary_error, level_error, raise_first_failure
 from engine_side.outputs import Outputs
 from engine_side.rankline import RankLine
+from engine_side.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +94,7 @@ class EngineService:
         self._paused_at: float | None = None
         self._pause_s = 0.0
         self._outputs = Outputs(engine_id, adapter, self._ranks)
-        self._adapter: str | None = None
-        """What "current" means now."""
-        self._staged: str | None = None
-        """The adapter that the push under way has loaded."""
-        self._loaded: set[str] = set()
-        """Adapters that pushes of this bridge have brought and that were not retired yet."""
+        self._shelf = Shelf(adapter, self._ranks)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +173,8 @@ class EngineService:
                 self._detail,
                 a.max_prompt,
                 a.lora,
-                self._adapter,
+                self._shelf.current,
+                tuple(sorted(self._shelf.loaded)),
             )
         )
 
@@ -209,15 +204,17 @@ class EngineService:
             self._require_weights()
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
-        if self._staged is not None:  # committed, but this engine never resumed with it: it is one of ours all the same
-            self._loaded.add(self._staged)
-            self._staged = None
+        self._shelf.settle()  # committed, but this engine never resumed with it: one of ours all the same
         try:
             ranks = self._stage(request, phases, deadline)
             raise_first_failure(self.id, ranks)
+            if request.adapter is None:
+                self._shelf.require(request.keeps)
             serving = self._standing.serving
-            self._outputs.warm_cache(request, serving)
+            self._outputs.warm_cache(request, serving, deadline)
             self._pause(request.options.inflight, deadline)
+            if request.adapter is None:
+                self._shelf.end_others(request.keeps)
             self._outputs.remember(request, serving, deadline)
             written = True
             ranks, notes = self._write(request, ranks, phases, deadline)
@@ -232,7 +229,8 @@ class EngineService:
         except BridgeError as error:
             report = _with_canary(self._report(ranks, str(error)), drift)
             return EngineLoaded(report, written or self._ranks.touched, ErrorInfo.of(error), phases)
-        return EngineLoaded(_with_canary(self._report(ranks), drift), True, None, phases, notes)
+        report = self._report(ranks, adapter=request.adapter)
+        return EngineLoaded(_with_canary(report, drift), True, None, phases, notes)
 
     def _require_weights(self) -> None:
         """An adapter goes over weights that somebody verified."""
@@ -265,7 +263,7 @@ class EngineService:
         self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
     ) -> tuple[tuple[RankReport, ...], tuple[str, ...]]:
         """Load and verify on every rank: their reports over the staged ones, and notes for the receipt."""
-        self._staged = request.adapter
+        self._shelf.staged = request.adapter
         self._ranks.touched |= request.adapter is None
         levels = tuple(level for level in request.options.levels if level in RANK_LEVELS - {"coverage"})
         job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous, request.adapter)
@@ -314,9 +312,10 @@ class EngineService:
         levels: tuple[LevelResult, ...] = ()
         if request.options.kv == "reset" and self.adapter.can_generate:
             # what was cached under another adapter's name stays true: only new weights make it stale
-            answered = self._staged is not None or self.adapter.reset_caches()
+            staged = self._shelf.staged
+            answered = staged is not None or self.adapter.reset_caches()
             if "cache" in request.options.levels:
-                levels = (self._outputs.check_cache(answered, Deadline.after(request.timeout_s), self._staged),)
+                levels = (self._outputs.check_cache(answered, Deadline.after(request.timeout_s), staged),)
             elif not answered:
                 raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
         elif "cache" in request.options.levels:
@@ -333,36 +332,32 @@ class EngineService:
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
         self._outputs.published()
-        if self._staged is not None:
-            self._loaded.add(self._staged)
-        loaded, self._staged = self._staged, None
+        self._shelf.settle()
         self._publish(request.version, request.adapter)
-        return EngineOk(self._report(adapter=loaded))
+        return EngineOk(self._report())
 
     def _publish(self, version: int, adapter: str | None) -> None:
         """Serve `version`; adapters of earlier pushes go as soon as no request uses them."""
-        self.adapter.publish(version, adapter)
-        self._adapter = adapter
-        old = self._loaded - {adapter}
-        self.adapter.retire(sorted(old))
-        self._loaded -= old
+        self._shelf.publish(version, adapter)
         self.adapter.refuse(None)
+        self._unpause()
         self._standing.move(EngineState.SERVING, version)
         self._detail = ""
-        self._unpause()
+        self._shelf.tidy()
 
     # ---- put back ---------------------------------------------------------------------------------------------------
 
     def _restore(self, request: EngineRestore) -> EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
         try:
-            self._drop_staged(Deadline.after(request.timeout_s))
-            if not self._ranks.touched and self._standing.serving is not None:
+            self._shelf.drop(Deadline.after(request.timeout_s), keep=request.adapter)
+            if self._stands_at(request):
                 if self._standing.state is EngineState.LOADED:
                     self._standing.move(EngineState.STAGING)  # an adapter that did not pass: the weights never moved
                 if self._standing.state is not EngineState.SERVING:
-                    self._publish(self._standing.serving, self._adapter)
+                    self._publish(self._standing.serving or 0, self._shelf.current)
                 return EngineOk(self._report())
+            self._shelf.require(request.adapter)
             self._load_back(request)
         except Exception as error:  # the engine's own code runs here: whatever broke, nothing may be served
             if not isinstance(error, BridgeError):
@@ -371,11 +366,14 @@ class EngineService:
             return EngineOk(self._report(error=self._detail))
         return EngineOk(self._report(error=request.reason))
 
-    def _drop_staged(self, deadline: Deadline) -> None:
-        """An adapter that did not pass goes; nothing ever used it."""
-        staged, self._staged = self._staged, None
-        if staged is not None:
-            self._ranks.ask(DropAdapterJob(staged), RankDone, deadline)
+    def _stands_at(self, request: EngineRestore) -> bool:
+        """Nothing was written here, and what is served is what is to be returned to: an engine that has missed a commit
+        must not serve what came before it."""
+        if self._ranks.touched or self._standing.serving is None:
+            return False
+        if request.version is None:  # whoever asks has never brought anything
+            return True
+        return request.version == self._standing.serving and request.adapter == self._shelf.current
 
     def _load_back(self, request: EngineRestore) -> None:
         deadline = Deadline.after(request.timeout_s)
@@ -393,7 +391,7 @@ class EngineService:
         if self.adapter.can_generate and not self.adapter.reset_caches():
             raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
         self._ranks.touched = False
-        self._publish(request.version, self._adapter)
+        self._publish(request.version, request.adapter)
 
     def _quarantine(self, reason: str) -> None:
         log.error("%s is quarantined: %s", self.id, reason)

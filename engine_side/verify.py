@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 
-from bridge.errors import ConfigError
 from bridge.memory import uncollected
 from bridge.plan import dest_coverage
 from bridge.receipt import Failure, LevelResult

@@ -311,6 +311,10 @@ def test_vllm_35077_quant_method_through_wrapper_chains(make: Make, layout: str,
     host = EmbeddedRankHost(rig.engine.runner)
     x = torch.randn(3, 48)
     assert all(torch.equal(host.apply(link, x), host.apply(core, x)) for link in chain)
+    run: list[Any] = []
+    core.quant_method = SimpleNamespace(process_weights_after_loading=run.append)
+    assert all(host.post_load(link) for link in chain)
+    assert [layer is core for layer in run] == [True] * len(chain), "on the layer itself, from every link"
 
 
 def test_vllm_35077_the_warm_up_rank_is_what_sharded_experts_need(

@@ -68,6 +68,8 @@ def test_the_training_loops(start: Start, script: str) -> None:
     ]
     assert all(0 <= float(row["reward"]) <= 1 for row in rows)
     assert len({row["reward"] for row in rows}) > 1
+    modes = {"grpo_adapter.py": {"adapter"}, "grpo_merged.py": {"merged"}}
+    assert {row["mode"] for row in rows if "mode" in row} == modes.get(script, set())
 
 
 def test_the_attached_module(start: Start) -> None:

@@ -129,12 +129,24 @@ class EngineAdapter(Protocol):
         ...
 
     @property
+    def published(self) -> tuple[int, str | None]:
+        """What `publish` was told last, by whatever bridge: the version that completions report, and the adapter that
+        "current" means. An engine that nobody has pushed to: (0, None)."""
+        ...
+
+    @property
     def lora(self) -> LoraLimits | None:
         """What adapters the engine can hold; None when it was started without LoRA."""
         ...
 
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that are loaded now, whoever loaded them."""
+        ...
+
+    def end_users(self, names: Iterable[str]) -> None:
+        """End, as aborted, every running or waiting request that uses one of these adapters, or has asked for one by
+        name. One that waits for "current" takes what is published when it begins. Works while paused. Privileged
+        requests are left alone, unknown names ignored."""
         ...
 
     def retire(self, names: Iterable[str]) -> None:
@@ -152,11 +164,18 @@ class EngineAdapter(Protocol):
         ...
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        adapter: str = "current",
+        *,
+        past_gate: bool = False,
+        deadline: Deadline | None = None,
     ) -> list[Completion]:
         """Sample one completion per prompt, as users do, prefix cache reads allowed. Blocks while paused, unless
         `past_gate`: the cache check runs before the engine is opened to traffic. `adapter` is "current" (what was
-        published last), "base", or the name of a loaded adapter; a request keeps what it began with."""
+        published last), "base", or the name of a loaded adapter; a request keeps what it began with. Raises
+        DeadlineExceeded, and ends what has not finished, when the deadline passes (None waits)."""
         ...
 
     def refuse_shared(self, storages: frozenset[int]) -> None:

@@ -71,6 +71,13 @@ class EmbeddedAdapter:
         self.engine.publish(version, adapter)
 
     @property
+    def published(self) -> tuple[int, str | None]:
+        return self.engine.weight_version, self.engine.adapter
+
+    def end_users(self, names: Iterable[str]) -> None:
+        self.engine.end_users(names)
+
+    @property
     def lora(self) -> LoraLimits | None:
         return self.engine.runner.lora_limits
 
@@ -92,9 +99,15 @@ class EmbeddedAdapter:
         return self.engine.reset_prefix_cache(reset_running_requests=True)
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: str = CURRENT, *, past_gate: bool = False
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        adapter: str = CURRENT,
+        *,
+        past_gate: bool = False,
+        deadline: Deadline | None = None,
     ) -> list[Completion]:
-        return self.engine.generate(prompts, sampling, adapter, past_gate=past_gate)
+        return self.engine.generate(prompts, sampling, adapter, past_gate=past_gate, deadline=deadline)
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Only rank 0 lies in this process; storage that post-load has emptied has no address."""

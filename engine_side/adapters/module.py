@@ -91,6 +91,14 @@ class ModuleAdapter:
         if adapter is not None:
             raise _no_adapter(adapter)
 
+    @property
+    def published(self) -> tuple[int, str | None]:
+        """A module keeps no label."""
+        return 0, None
+
+    def end_users(self, names: Iterable[str]) -> None:
+        """Nobody uses an adapter here."""
+
     def adapters(self) -> tuple[str, ...]:
         """None: a module has no slots for any."""
         return ()
@@ -99,7 +107,13 @@ class ModuleAdapter:
         """There are none to drop."""
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: str = "current", *, past_gate: bool = False
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        adapter: str = "current",
+        *,
+        past_gate: bool = False,
+        deadline: Deadline | None = None,
     ) -> list[Completion]:
         """Raises ConfigError: a module does not generate."""
         raise ConfigError("a plain module does not generate", remedy="attach an inference engine for rollouts")

@@ -84,6 +84,7 @@ class Engine:
         adapter: str = CURRENT,
         *,
         past_gate: bool = False,
+        deadline: Deadline | None = None,
     ) -> list[Completion]:
         """One completion per prompt, in order; a stop token is part of its completion.
 
@@ -182,6 +183,13 @@ class Engine:
             self._retired |= set(names).intersection(self.adapters)
         with self._exclusive(Deadline.after(self.config.timeout_s)):
             self._drop_unused()
+
+    def end_users(self, names: Iterable[str]) -> None:
+        """End, as aborted, the ordinary requests that use one of these adapters or have asked for one by name; one that
+        waits for "current" takes what is published when it begins. Works while paused."""
+        chosen = set(names)
+        with self._changed:
+            self._finish([r for r in self._ordinary() if not r.follows and r.adapter in chosen], "abort")
 
     def refuse(self, reason: str | None) -> None:
         """Make `generate` raise EngineQuarantined, also for calls that wait or run now; None lifts it."""

@@ -435,3 +435,126 @@ def test_lora_missing_from_what_is_sent(make: Make) -> None:
     with pytest.raises(bridge.MissingTensor, match="v_proj"):
         rig.b.push(named, mode="adapter")
     assert rig.engine.adapters == ()
+
+
+# ---- one engine, one bridge after the other -------------------------------------------------------------------------
+
+
+def test_a_kept_request_ends_when_merged_weights_take_its_base_away(make: Make) -> None:
+    rig = make()
+    rig.push(mode="adapter")
+    thread, out = _long_request(rig)
+    rig.push(mode="merged", inflight="keep")
+    thread.join(60)
+    assert out[0].finish_reason == "abort", "its adapter over merged weights would act twice"
+    assert rig.engine.adapters == ()
+    assert rig.serves(rig.truth())
+
+
+def test_a_kept_request_goes_on_over_new_base_weights(make: Make) -> None:
+    rig = make()
+    rig.push(mode="adapter")
+    thread, out = _long_request(rig)
+    rig.push(mode="base", inflight="keep")
+    thread.join(60)
+    assert out[0].finish_reason == "length"
+
+
+def test_the_next_bridge_finds_the_adapter_that_is_served(make: Make) -> None:
+    rig = make()
+    rig.push(mode="adapter")
+    truth, name = rig.truth(), rig.engine.adapter
+    rig.b.close()
+    rig.b = bridge.attach(rig.engine, model=rig.model)
+    assert rig.b.status().engines[0].adapter == name
+    assert rig.push(mode="base").verified is True
+    assert rig.engine.adapter == name
+    assert rig.serves(truth)
+    with pytest.raises(bridge.NonFinite):
+        rig.b.push([(n, p.detach() * float("nan")) for n, p in rig.model.named_parameters()], mode="base")
+    assert (rig.engine.adapter, rig.serves(truth)) == (name, True)
+    rig.step()
+    receipt = rig.push(mode="adapter")
+    assert rig.engine.adapters == (receipt.engines[0].adapter,), "the one of the bridge before is dropped"
+
+
+def test_bridges_one_after_the_other_leave_no_slot_behind(make: Make) -> None:
+    rig = make(engine={"max_loras": 2})
+    for _ in range(5):
+        rig.step()
+        assert rig.push(mode="adapter").verified is True
+        assert len(rig.engine.adapters) == 1
+        rig.b.close()
+        rig.b = bridge.attach(rig.engine, model=rig.model)
+
+
+def test_a_failed_push_of_the_next_bridge_leaves_adapter_and_label(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make()
+    rig.push(mode="adapter")
+    truth, name = rig.truth(), rig.engine.adapter
+    rig.b.close()
+    rig.b = bridge.attach(rig.engine, model=rig.model)
+    rig.step()
+    with monkeypatch.context() as patch:
+        _spoil(patch, _one_wrong)
+        with pytest.raises(PushAborted):
+            rig.push(mode="adapter")
+    assert (rig.engine.adapter, rig.engine.weight_version) == (name, 1)
+    assert rig.serves(truth)
+
+
+def test_a_subset_of_merged_weights_cannot_take_an_adapter_away(make: Make) -> None:
+    rig = make()
+    rig.push(mode="adapter")
+    truth = rig.truth()
+    subset = [(n, p) for n, p in rig.model.named_parameters() if "q_proj" in n.split(".")]
+    with refused(ConfigError, 2, "adapter", "partial"):
+        rig.b.push(subset, mode="merged", partial=True)
+    assert rig.serves(truth)
+    assert rig.push(mode="merged").verified is True
+
+
+def test_a_weight_that_somebody_wrote_to_in_the_engine_is_no_base(make: Make) -> None:
+    rig = make()
+    weight = rig.engine.runner.model.get_parameter("model.norm.weight")
+    with torch.no_grad():
+        rig.push(mode="base")
+        weight.mul_(1.001)
+        rig.b.bind(rig.model)
+        with refused(UnsupportedLora, 5, "model.norm.weight"):
+            rig.push(mode="adapter", verify="weights")
+
+
+def test_rollback_over_a_base_push_to_an_adapter(make: Make) -> None:
+    rig = make()
+    rig.push(mode="adapter")
+    rig.push(mode="base")
+    truth = rig.truth()
+    rig.step()
+    rig.push(mode="adapter")
+    assert rig.b.rollback().version == 2
+    assert rig.serves(truth)
+
+
+@pytest.mark.parametrize("what", ["resume", "retire", "publish"])
+def test_a_resume_that_fails_once_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    from engine_side.adapters.embedded import EmbeddedAdapter
+
+    rig = make()
+    rig.push(mode="adapter")
+    rig.step()
+    real, calls = getattr(EmbeddedAdapter, what), []
+
+    def once(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(what)
+        if len(calls) == 1:
+            raise ConfigError("injected")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(EmbeddedAdapter, what, once)
+    assert rig.push(mode="adapter").verified is True
+    assert not rig.engine.paused
+    assert rig.serves(rig.truth())
+    rig.step()
+    assert rig.push(mode="adapter").verified is True
+    assert len(rig.engine.adapters) == 1

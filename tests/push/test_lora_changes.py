@@ -182,7 +182,7 @@ CHANGES: tuple[tuple[Callable[[Any], None], set[str]], ...] = (
     (replaced_by_another_wrapper, RIGHT),
     (wrapped_once_more, RIGHT),
     (rescaled, RIGHT),
-    (merged_and_unmerged, RIGHT),
+    (merged_and_unmerged, {"base", "merged"}),
     (merged, {"merged"}),
     (deleted, {"base", "merged"}),
     (unloaded, {"base", "merged"}),
@@ -209,7 +209,9 @@ def test_a_model_that_changed_between_pushes(
         assert rig.serves(_truth(twin, mode))
         return
     before = rig.answers(), rig.engine.adapters
-    with refused(UnsupportedLora, 5, f"cannot be pushed in {mode} mode") as caught:
+    # PEFT's unmerge leaves other bits than the base that the engine serves
+    words = "push mode='base' once" if change is merged_and_unmerged else f"cannot be pushed in {mode} mode"
+    with refused(UnsupportedLora, 5, words) as caught:
         rig.push(mode=mode)
     assert caught.value.names
     assert caught.value.remedy
@@ -322,6 +324,8 @@ def test_state_that_changes_inside_the_snapshot_aborts_the_version(
         assert (rig.answers(), rig.engine.adapters) == (before, names)
         assert not rig.engine.paused
         _changed(rig.model, back)
+        if (what, mode) == ("merged", "adapter"):
+            rig.push(mode="base")  # the trainer's thread left other bits in its base
         rig.push(mode=mode)
         assert rig.serves(_truth(copy.deepcopy(rig.model), mode))
 

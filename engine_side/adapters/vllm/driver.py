@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -15,7 +16,7 @@ from bridge.wire import Completion, Sampling
 from engine_side.adapters import claim
 from engine_side.adapters.base import Prompts
 from engine_side.adapters.vllm.gate import Gate, running_adapters
-from engine_side.adapters.vllm.plugin import BACKEND, METHOD
+from engine_side.adapters.vllm.plugin import ADAPTERS, BACKEND, METHOD
 from engine_side.adapters.vllm.versions import check_version
 
 if TYPE_CHECKING:
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 
 CURRENT, BASE = "current", "base"
 _MODES = ("drain", "abort", "keep")
+
+
+@dataclass
+class _Books:
+    """What was published, and what waits to be dropped: kept on the engine, for the bridge after this one."""
+
+    version: int = 0
+    adapter: str | None = None
+    retiring: set[str] = field(default_factory=set)
+
+
+_BOOKS = "_weighbridge_books"
 
 
 class LLMAdapter:
@@ -37,9 +50,8 @@ class LLMAdapter:
         self._config = self._engine.vllm_config
         self._gate: Gate | None = None
         self._paused = False
-        self._adapter: str | None = None
-        self._retiring: set[str] = set()
         _check(self._config)
+        self._books: _Books = vars(self._engine).setdefault(_BOOKS, _Books())
 
     @property
     def gate(self) -> Gate:
@@ -163,12 +175,22 @@ class LLMAdapter:
         if adapter is not None and adapter not in self.adapters():
             raise NotFound("this engine holds no such adapter", where="adapter", got=repr(adapter))
         self._engine.set_weight_version(str(version))
-        self._adapter = adapter
+        self._books.version, self._books.adapter = version, adapter
+
+    @property
+    def published(self) -> tuple[int, str | None]:
+        return self._books.version, self._books.adapter
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompts, sampling: Sampling, adapter: str = CURRENT, *, past_gate: bool = False
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        adapter: str = CURRENT,
+        *,
+        past_gate: bool = False,
+        deadline: Deadline | None = None,
     ) -> list[Completion]:
         """Past the gate of a paused engine scheduling is opened for these requests; kept ones go on by as many steps,
         and wait again."""
@@ -186,7 +208,7 @@ class LLMAdapter:
         if opened:
             self.llm.wake_up(tags=["scheduling"])
         try:
-            outputs = self.gate.run(add, len(prompts))
+            outputs = self.gate.run(add, len(prompts), deadline)
         finally:
             if opened:
                 self.llm.sleep(level=0, mode="keep")
@@ -195,10 +217,15 @@ class LLMAdapter:
         return [_completion(output) for output in outputs]
 
     def _lora_request(self, adapter: str) -> Any:
-        name = self._adapter if adapter == CURRENT else None if adapter == BASE else adapter
+        name = self._books.adapter if adapter == CURRENT else None if adapter == BASE else adapter
         if name is None:
             return None
-        raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+        from engine_side.adapters.vllm.loras import lora_request
+
+        held = self._held()
+        if name not in held:
+            raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+        return lora_request(name, held[name])
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
@@ -208,11 +235,34 @@ class LLMAdapter:
         return None if config is None else LoraLimits(int(config.max_lora_rank), int(config.max_loras))
 
     def adapters(self) -> tuple[str, ...]:
-        return ()
+        """Those that the bridge loaded, then `#id` for those that vLLM read from folders: it keeps no names."""
+        if self.lora is None:
+            return ()
+        held = self._held()
+        others = sorted(set(self._engine.list_loras()) - set(held.values()))
+        return (*held, *(f"#{number}" for number in others))
+
+    def _held(self) -> dict[str, int]:
+        if self.lora is None:
+            return {}
+        with self.gate.between_steps(stepping_blocks=not self.in_process):
+            found: dict[str, int] = self.llm.collective_rpc(ADAPTERS)[0]
+        return found
+
+    def end_users(self, names: Iterable[str]) -> None:
+        with self.gate.between_steps(stepping_blocks=not self.in_process):
+            self.gate.abort(frozenset(names))
 
     def retire(self, names: Iterable[str]) -> None:
-        self._retiring |= set(names) - set(running_adapters(self._engine))
-        self._retiring.clear()
+        """Those still in use go at the next call."""
+        self._books.retiring |= set(names)
+        if not self._books.retiring:
+            return
+        held, used = self._held(), running_adapters(self._engine)
+        for name in sorted(self._books.retiring.difference(used)):
+            if name in held:
+                self._engine.remove_lora(held[name])
+            self._books.retiring.discard(name)
 
     def close(self) -> None:
         """The engine runs on, or goes on refusing."""

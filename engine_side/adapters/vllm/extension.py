@@ -1,4 +1,4 @@
-"""`bridge_run`: the one method that vLLM's workers execute for the bridge."""
+"""The two methods that vLLM's workers execute for the bridge."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def bridge_run(self: Any, frame: bytes) -> str:
         log.exception("rank %s: a job could not be answered", getattr(self, "rank", "?"))
         return f"rank {self.rank}: {type(error).__name__}: {error}"
     return ""
+
+
+def bridge_adapters(self: Any) -> dict[str, int]:
+    """Name -> id of the adapters that the bridge has loaded in this worker."""
+    from engine_side.adapters.vllm.transfer import BridgeTransfer
+
+    transfer = self.weight_transfer_engine
+    return transfer.adapters() if isinstance(transfer, BridgeTransfer) else {}

@@ -8,7 +8,7 @@ Results of other requests that fall out while the bridge steps the engine are ke
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -94,7 +94,7 @@ class Gate:
             self._opened.notify_all()
 
     @contextmanager
-    def between_steps(self, *, stepping_blocks: bool) -> Any:
+    def between_steps(self, *, stepping_blocks: bool) -> Iterator[None]:
         """No step of an engine of this process is under way inside. One that only waits for another process
         (`stepping_blocks`) is no obstacle, and would never end while that one is paused."""
         if stepping_blocks:
@@ -111,27 +111,36 @@ class Gate:
                 if self._call("has_unfinished_requests"):
                     self._others += self._step()
 
-    def abort(self) -> None:
-        """End what runs or waits; its callers get what there is, marked as aborted."""
+    def abort(self, adapters: Container[str] | None = None) -> None:
+        """End what runs or waits (with `adapters`: what uses one of these); its callers get what there is, marked as
+        aborted. The bridge's own requests are left alone."""
         from vllm.v1.engine import FinishReason
 
         engine = self._live()
-        states = dict(engine.output_processor.request_states)
+        states = {
+            name: state
+            for name, state in engine.output_processor.request_states.items()
+            if state.external_req_id not in self._ours and (adapters is None or state.lora_name in adapters)
+        }
         for state in states.values():
             output = state.make_request_output([], None, FinishReason.ABORT, None)
             if output is not None:
                 self._others.append(output)
         engine.abort_request(list(states), internal=True)
 
-    def run(self, add: Callable[[Callable[..., str], int], str], count: int) -> list[Any]:
-        """Add `count` requests past the gate (`add(add_request, k)` answers the internal id) and step until all are
-        done; their final outputs. Blocks."""
+    def run(
+        self, add: Callable[[Callable[..., str], int], str], count: int, deadline: Deadline | None = None
+    ) -> list[Any]:
+        """Add `count` requests past the gate (`add(add_request, k)` answers the id) and step until all are done; their
+        final outputs. Blocks. Raises DeadlineExceeded, and ends them."""
         ids: list[str] = []
         self._guest, before = threading.get_ident(), self._guest
         try:
             for k in range(count):
                 ids.append(add(self._add_ours, k))
             while any(self._ours[name] is None for name in ids):
+                if deadline is not None:
+                    deadline.check("requests of the bridge did not finish")
                 with self._stepping:
                     if any(self._ours[name] is None for name in ids):
                         self._others += self._step()

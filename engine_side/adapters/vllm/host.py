@@ -18,10 +18,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.utils import device_loading_context, initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from bridge.errors import ConfigError, NotFound, UnsupportedLora
+from bridge.errors import NotFound, UnsupportedLora
 from bridge.lora import AdapterSpec
 from bridge.manifest import TensorInfo
 from engine_side.adapters.base import AdapterView, Prompts
+from engine_side.adapters.vllm.loras import Loras
 from engine_side.adapters.vllm.logprobs import prompt_logprobs
 from engine_side.unloaded import unloaded
 
@@ -33,6 +34,7 @@ class VllmRankHost:
         self._worker = worker
         self._config: VllmConfig = worker.vllm_config
         self._unloaded: frozenset[str] | None = None
+        self.loras = None if self._config.lora_config is None else Loras(worker)
 
     @property
     def rank(self) -> int:
@@ -111,31 +113,39 @@ class VllmRankHost:
         return y
 
     def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
-        if adapter is not None:
-            raise self._no_lora(adapter)
-        return prompt_logprobs(self._worker, prompts, None)
+        lora = None if adapter is None else self._loras(adapter).request(adapter)
+        return prompt_logprobs(self._worker, prompts, lora)
 
     def untie(self, names: Sequence[str]) -> bool:
         """Never: which layers share a weight is the engine's configuration, of which its kernels have copies."""
         return False
 
     def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
-        raise self._unsupported()
+        return self._loras().plan(tensors, spec)
 
     def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
-        raise self._unsupported()
+        self._loras().load(name, tensors, spec)
 
     def adapter_views(self, name: str) -> Sequence[AdapterView]:
-        raise self._no_lora(name)
+        return self._loras(name).views(name)
 
     def remove_adapter(self, name: str) -> None:
-        """There are none to drop."""
+        if self.loras is not None:
+            self.loras.remove(name)
 
-    def _no_lora(self, name: str) -> NotFound:
-        return NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
-
-    def _unsupported(self) -> UnsupportedLora:
-        return UnsupportedLora("the engine was started without LoRA", where="vllm.LLM", remedy="enable_lora=True")
+    def _loras(self, name: str | None = None) -> Loras:
+        """Raises NotFound for a name, UnsupportedLora without one, where vLLM was started without LoRA."""
+        if self.loras is not None:
+            return self.loras
+        if name is not None:
+            raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name))
+        raise UnsupportedLora(
+            "the engine was started without LoRA",
+            where="vllm.LLM",
+            expected="enable_lora=True",
+            got="enable_lora=False",
+            remedy="start it with enable_lora=True, max_loras=2 or more, or push mode='merged'",
+        )
 
 
 def _own_containers(config: Any) -> Any:

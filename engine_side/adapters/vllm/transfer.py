@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from engine_side.adapters.vllm.host import VllmRankHost
 from engine_side.rank import Rank
 
 
@@ -43,14 +44,19 @@ class BridgeTransfer(WeightTransferEngine[BridgeInitInfo, BridgeUpdateInfo]):
     ) -> None:
         super().__init__(config, vllm_config, device, model)
         self.rank: Rank | None = None
+        self._host: VllmRankHost | None = None
 
     def rank_of(self, worker: Any) -> Rank:
         """The rank of this worker, made at its first job."""
         if self.rank is None:
-            from engine_side.adapters.vllm.host import VllmRankHost
-
-            self.rank = Rank(VllmRankHost(worker))
+            self._host = VllmRankHost(worker)
+            self.rank = Rank(self._host)
         return self.rank
+
+    def adapters(self) -> dict[str, int]:
+        """Name -> id of the in-memory adapters; empty before the first job."""
+        loras = None if self._host is None else self._host.loras
+        return {} if loras is None else loras.names
 
     def init_transfer_engine(self, init_info: BridgeInitInfo) -> None:
         """Nothing to connect to."""
