@@ -72,7 +72,7 @@ class RayPort:
                 "an actor is gone",
                 where=self.id,
                 got=str(error).splitlines()[0],
-                remedy="weighbridge up starts it again",
+                remedy="weighbridge down, then up again; the other engines go on until then",
             ) from error
         except exceptions.RayError as error:
             raise TransportError("a call through Ray failed", where=self.id, got=str(error)[:500]) from error

@@ -34,6 +34,7 @@ from bridge.errors import (
     Busy,
     Closed,
     ConfigError,
+    EngineQuarantined,
     ProtocolError,
     UnexpectedTensor,
     UnsupportedLora,
@@ -225,7 +226,7 @@ class Bridge:
         named = _read_again(named)
         try:
             return self._send(named, asked, choice)
-        except (UnsupportedLora, UnexpectedTensor) as error:
+        except (UnsupportedLora, UnexpectedTensor, EngineQuarantined) as error:
             if asked.options.mode != "auto" or choice.mode != "adapter":
                 raise
             merged = self._trainer.choose("merged", limits)

@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("weighbridge", deadline=None)  # on a busy machine, time says nothing
+hypothesis.settings.load_profile("weighbridge")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,6 +42,7 @@ class Engine:
         self.config = config
         self.weight_version = 0
         self.adapter: str | None = None
+        self._version_of: dict[str, int] = {}  # loaded adapter -> the version it was published under last
         self.steps = 0
         self._ranks = Ranks(config)
         limits = self._ranks.runner.limits
@@ -90,26 +91,28 @@ class Engine:
 
         `adapter` is "current" (what is published when a request first runs), "base", or the name of a loaded LoRA
         adapter; a request keeps what it began with, whatever is published while it runs. Blocks until all are done, and
-        while the engine is paused. `past_gate` runs although paused or quarantined. Raises EngineQuarantined, Closed,
-        NotFound (an adapter that is not loaded, or retired), ConfigError (bad prompt), PeerLost (a rank died).
+        while the engine is paused. `past_gate` runs although paused or quarantined, and before all others. Raises
+        EngineQuarantined, Closed, NotFound (an adapter that is not loaded, or retired), ConfigError (bad prompt),
+        PeerLost (a rank died), DeadlineExceeded (and what has not finished by then ends).
         """
         sampling = sampling or Sampling()
         tokens = self.runner.check(prompts)
         requests = [Request(ids, sampling, stream(sampling, i), past_gate) for i, ids in enumerate(tokens)]
         with self._changed:
-            self._changed.wait_for(lambda: past_gate or self._gate_open or self._refusal is not None or self._closed)
+            self._wait(lambda: past_gate or self._gate_open or self._refusal is not None or self._closed, deadline)
             self._check_open(past_gate)
             named = None if adapter == CURRENT else self._named(adapter)
             for request in requests:
                 request.adapter, request.follows = named, adapter == CURRENT
                 if not sampling.max_tokens or len(request.tokens) >= self._scheduler.max_seq_len:
-                    request.version, request.reason = self.weight_version, "length"
+                    version = self.weight_version if named is None else self._version_of.get(named, self.weight_version)
+                    request.version, request.reason = version, "length"
             self._scheduler.add(r for r in requests if not r.done)
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: all(r.done for r in requests))
+                self._wait(lambda: all(r.done for r in requests), deadline)
             finally:
-                # Only an interrupted caller leaves anything to end here.
+                # Only a caller that was interrupted, or came to its deadline, leaves anything to end here.
                 self._finish([r for r in requests if not r.done], "abort")
         for request in requests:
             if request.error is not None:
@@ -173,6 +176,9 @@ class Engine:
             if adapter is not None:
                 self._named(adapter)
             self.weight_version, self.adapter = version, adapter
+            self._version_of = {name: number for name, number in self._version_of.items() if name in self.adapters}
+            if adapter is not None:
+                self._version_of[adapter] = version
             self._changed.notify_all()  # the one before may be free to go
 
     def retire(self, names: Iterable[str]) -> None:
@@ -218,8 +224,7 @@ class Engine:
         """End running requests, the thread and the children. Idempotent."""
         with self._changed:
             self._closed = True
-            everything = [*self._scheduler.running, *self._scheduler.waiting]
-            self._finish(everything, "abort", Closed("the engine was closed"))
+            self._finish(self._everything(), "abort", Closed("the engine was closed"))
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(self.config.timeout_s)
@@ -242,42 +247,57 @@ class Engine:
                 self._changed.wait_for(self._may_step)
                 if self._closed:
                     return
-            self._step()
+            with self._execution:
+                try:
+                    self._drop_unused()
+                except Exception:
+                    log.exception("an adapter could not be dropped")
+                self._step()
 
     def _step(self) -> None:
-        """Schedule, compute and book one step. Errors end the requests that took part, never this thread."""
-        with self._execution:
-            try:
-                self._drop_unused()
-            except BridgeError:
-                log.exception("an adapter could not be dropped")
+        """Schedule, compute and book one step. Errors end the requests that took part, or all of them when it is not
+        known which did, and never this thread: without it every caller would wait for ever."""
+        chosen: list[Request] | None = None
+        try:
             with self._changed:
-                if self._closed:
-                    return
-                self._end_without_adapter()
-                planned = self._scheduler.schedule(not self._scheduling, self.weight_version, self.adapter)
+                planned = self._plan_step()
                 self._stepping = planned is not None
             if planned is None:
                 return
             chosen, batch = planned
-            try:
-                tokens, logprobs = self._compute(chosen, batch)
-            except Exception as error:
-                failure = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
-                failure.__cause__ = None if failure is error else error
-                with self._changed:
-                    self._stepping = False
-                    self._finish(chosen, "abort", failure)
-                return
+            tokens, logprobs = self._compute(chosen, batch)
+            with self._changed:
+                self._book(chosen, tokens, logprobs)
+        except Exception as error:
+            failure = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
+            failure.__cause__ = None if failure is error else error
+            with self._changed:
+                self._fail(self._everything() if chosen is None else chosen, failure)
+        finally:
             with self._changed:
                 self._stepping = False
-                self.steps += 1
-                # A request may have been ended while its step ran.
-                alive = [i for i, request in enumerate(chosen) if not request.done]
-                self._scheduler.advance(
-                    [chosen[i] for i in alive], [tokens[i] for i in alive], [logprobs[i] for i in alive]
-                )
                 self._changed.notify_all()
+
+    def _plan_step(self) -> tuple[list[Request], Batch] | None:
+        if self._closed:
+            return None
+        self._end_without_adapter()
+        return self._scheduler.schedule(not self._scheduling, self.weight_version, self.adapter, self._version_of)
+
+    def _book(self, chosen: list[Request], tokens: list[int], logprobs: list[float]) -> None:
+        self.steps += 1
+        # A request may have been ended while its step ran.
+        alive = [i for i, request in enumerate(chosen) if not request.done]
+        self._scheduler.advance([chosen[i] for i in alive], [tokens[i] for i in alive], [logprobs[i] for i in alive])
+
+    def _fail(self, requests: Iterable[Request], failure: BridgeError) -> None:
+        for request in requests:
+            if request.done:
+                continue
+            try:
+                self._scheduler.finish(request, "abort", failure)
+            except Exception:  # the books are what is broken; the request itself is marked, its caller goes on
+                log.exception("a request that failed could not be taken off the books")
 
     def _compute(self, chosen: list[Request], batch: Batch) -> tuple[list[int], list[float]]:
         logits = self._ranks.forward(batch)
@@ -323,7 +343,7 @@ class Engine:
         """Retired adapters that neither a request nor the published version uses."""
         if not self._retired:
             return set()
-        used = {r.adapter for r in (*self._scheduler.running, *self._scheduler.waiting)}
+        used = {r.adapter for r in self._everything()}
         return {name for name in self._retired if name not in used and name != self.adapter}
 
     def _named(self, adapter: object) -> str | None:
@@ -344,19 +364,27 @@ class Engine:
         if self.runner.lora is None:
             return
         loaded = {None, *self.adapters}
-        for request in [*self._scheduler.running, *self._scheduler.waiting]:
+        for request in self._everything():
             wanted = self.adapter if request.follows else request.adapter
             if wanted not in loaded:
                 error = NotFound("the adapter of this request was dropped", where="adapter", got=repr(wanted))
                 self._finish([request], "abort", error)
 
+    def _everything(self) -> list[Request]:
+        return [*self._scheduler.running, *self._scheduler.waiting]
+
     def _ordinary(self) -> list[Request]:
-        return [r for r in (*self._scheduler.running, *self._scheduler.waiting) if not r.privileged]
+        return [r for r in self._everything() if not r.privileged]
 
     def _finish(self, requests: Sequence[Request], reason: str, error: BridgeError | None = None) -> None:
         for request in requests:
             self._scheduler.finish(request, reason, error)
         self._changed.notify_all()
+
+    def _wait(self, ready: Callable[[], bool], deadline: Deadline | None) -> None:
+        if not self._changed.wait_for(ready, None if deadline is None else deadline.remaining_s):
+            remedy = "give it more time, or resume the engine if it is paused"
+            raise DeadlineExceeded("the completions were not finished in time", remedy=remedy)
 
     def _await(self, ready: Callable[[], bool], before: tuple[bool, bool], deadline: Deadline) -> None:
         if self._changed.wait_for(lambda: ready() or self._closed, deadline.remaining_s):

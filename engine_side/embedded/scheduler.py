@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from bridge.errors import BridgeError
 from bridge.wire import Completion, Sampling
@@ -18,6 +19,7 @@ from engine_side.embedded.runner import Batch
 
 _STEP_TOKENS = 8192
 """Largest padded frame (sequences x longest) of one prefill step."""
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(eq=False)
@@ -73,21 +75,18 @@ class Scheduler:
         return any(r.privileged or not privileged for r in (*self.running, *self.waiting))
 
     def schedule(
-        self, privileged: bool, version: int, current: str | None = None
+        self, privileged: bool, version: int, current: str | None = None, versions: Mapping[str, int] = _NONE
     ) -> tuple[list[Request], Batch] | None:
         """The next step: newly admitted requests if any, else one token for each running one; None when idle.
 
-        With `privileged`, only requests that may pass the gate run. A request keeps the version it first ran under, and
-        the adapter: `current` for one that follows what is published.
+        With `privileged`, only requests that may pass the gate run. A request keeps what it first ran with: the adapter
+        (`current` for one that follows what is published) and the version. For an adapter that was asked for by name
+        that is the version it was published under last (`versions`): a later push may have published another one.
         """
-        chosen = self._admit(privileged, current)
-        if not chosen:
-            chosen = self._decode(privileged)
+        begun = self._admit(privileged, current, version, versions)
+        chosen = begun or self._decode(privileged)
         if not chosen:
             return None
-        for request in chosen:
-            if request.version is None:
-                request.version = version
         return chosen, Batch(
             tuple(token for r in chosen for token in r.tokens[r.computed :]),
             tuple(len(r.tokens) - r.computed for r in chosen),
@@ -96,10 +95,13 @@ class Scheduler:
             tuple(r.adapter or "" for r in chosen) if any(r.adapter for r in chosen) else (),
         )
 
-    def _admit(self, privileged: bool, current: str | None) -> list[Request]:
+    def _admit(
+        self, privileged: bool, current: str | None, version: int, versions: Mapping[str, int]
+    ) -> list[Request]:
         chosen: list[Request] = []
         longest = 0
-        for request in [r for r in self.waiting if r.privileged or not privileged]:
+        # Privileged ones first: a push waits for them, and must not wait for a whole queue of users.
+        for request in sorted((r for r in self.waiting if r.privileged or not privileged), key=_rank_in_queue):
             adapter = current if request.follows else request.adapter
             cached = self.pool.match(request.tokens, adapter)
             fresh = len(request.tokens) - len(cached) * self.pool.block_size
@@ -111,21 +113,26 @@ class Scheduler:
             # One block more than the prompt: a request that is admitted can also take its first step.
             need = len(request.tokens) // self.pool.block_size + 1
             need = min(need, -(-self.max_seq_len // self.pool.block_size)) - len(cached)
-            if not self._room(need + self.pool.idle(cached), request.privileged):
+            if not self._room(need, cached, request.privileged, chosen):
                 break
             self.pool.share(cached)
             request.blocks = [*cached, *(self.pool.take() for _ in range(need))]
             request.computed = len(cached) * self.pool.block_size
+            if request.version is None:
+                named = None if request.follows else adapter
+                request.version = version if named is None else versions.get(named, version)
             request.adapter, request.follows = adapter, False
             self.waiting.remove(request)
             self.running.append(request)
             chosen.append(request)
         return chosen
 
-    def _room(self, blocks: int, privileged: bool) -> bool:
-        """Are so many blocks free? A privileged request may push running ones out."""
-        while self.pool.free < blocks:
-            victim = next((r for r in reversed(self.running) if not r.privileged), None)
+    def _room(self, fresh: int, cached: Sequence[int], privileged: bool, chosen: Sequence[Request]) -> bool:
+        """Are so many blocks free besides the cached ones? A privileged request may push running ones out, but none that
+        this very step will compute."""
+        # Counted anew each time: a cached block that only the victim used is among the free ones afterwards.
+        while self.pool.free < fresh + self.pool.idle(cached):
+            victim = next((r for r in reversed(self.running) if not r.privileged and r not in chosen), None)
             if not privileged or victim is None:
                 return False
             self.preempt([victim])
@@ -137,7 +144,8 @@ class Scheduler:
                 if self.pool.free:
                     request.blocks.append(self.pool.take())
                 else:
-                    self.preempt([self.running[-1]])
+                    ordinary = (r for r in reversed(self.running) if not r.privileged)
+                    self.preempt([next(ordinary, self.running[-1])])
         return [r for r in self.running if r.privileged or not privileged]
 
     def preempt(self, requests: Sequence[Request]) -> None:
@@ -164,12 +172,12 @@ class Scheduler:
 
     def finish(self, request: Request, reason: str, error: BridgeError | None = None) -> None:
         """End a request, wherever it is."""
+        request.reason, request.error = reason, error  # first: who waits for it is answered whatever fails below
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self._drop_blocks(request)
-        request.reason, request.error = reason, error
 
     def reset(self, preempt_running: bool) -> bool:
         """Forget all prefixes; running requests are preempted first where allowed. False: nothing was forgotten."""
@@ -188,3 +196,7 @@ class Scheduler:
     def _drop_blocks(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.blocks, request.names, request.computed = [], [], 0
+
+
+def _rank_in_queue(request: Request) -> bool:
+    return not request.privileged

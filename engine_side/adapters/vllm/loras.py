@@ -213,7 +213,7 @@ class Loras:
 
 def id_of(name: str) -> int:
     """The id that all ranks and the driver give an adapter."""
-    return (xxhash.xxh3_64_intdigest(name) & _ID_BITS) | 1
+    return (xxhash.xxh3_64_intdigest(name.encode()) & _ID_BITS) | 1
 
 
 def lora_request(name: str, adapter_id: int) -> LoRARequest:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from bridge.dtypes import dtype_of
 from bridge.errors import (
@@ -65,8 +66,13 @@ def places(
     found: list[Place] = []
     refused: dict[str, list[Pair]] = {}
     announced = pairs(tensors)
+
+    @cache
+    def known() -> frozenset[str]:  # one walk, and only for an adapter that is refused
+        return frozenset(name for name, _ in model.named_modules())
+
     for pair in announced:
-        place = _place(model, layers, silent, pair)
+        place = _place(model, layers, silent, pair, known)
         if isinstance(place, Place):
             found.append(place)
         else:
@@ -91,15 +97,18 @@ def _distinct(tensors: Sequence[TensorInfo]) -> None:
 
 
 def _place(
-    model: CausalLM, layers: Mapping[str, BaseLayerWithLoRA], silent: Collection[str], pair: Pair
+    model: CausalLM,
+    layers: Mapping[str, BaseLayerWithLoRA],
+    silent: Collection[str],
+    pair: Pair,
+    known: Callable[[], Collection[str]],
 ) -> Place | str:
-    """The place of a pair, or why it has none."""
+    """The place of a pair, or why it has none; `known` are the paths of all modules."""
     target, arguments = model.resolve(f"{pair.module}.weight")
     path = target.rpartition(".")[0]
     layer, key = layers.get(path), key_of(arguments)
     if layer is None:
-        known = any(name == path for name, _ in model.named_modules())
-        return "not wrapped for LoRA" if known else "not in this model"
+        return "not wrapped for LoRA" if path in known() else "not in this model"
     if key not in layer.parts:
         return "not in this model"
     if layer.embedding is not pair.embedding:
