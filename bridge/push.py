@@ -35,6 +35,7 @@ from bridge.errors import (
     Closed,
     ConfigError,
     EngineQuarantined,
+    MissingTensor,
     ProtocolError,
     UnexpectedTensor,
     UnsupportedLora,
@@ -231,7 +232,13 @@ class Bridge:
                 raise
             merged = self._trainer.choose("merged", limits)
             reason = f"merged weights, because the adapter was refused: {error}"
-            return self._send(named, asked, Choice("merged", reason, merged.notes))
+            try:
+                return self._send(named, asked, Choice("merged", reason, merged.notes))
+            except MissingTensor as m:  # only the adapter's tensors came, which would have done for an adapter
+                remedy = f"{m.remedy}; as an adapter it was refused: {error}"
+                raise MissingTensor(
+                    m.what, where=m.where, expected=m.expected, got=m.got, remedy=remedy, names=m.names
+                ) from error
 
     def _send(self, named: Named, asked: Wish, choice: Choice) -> PendingPush:
         """Everything of a push that needs this process."""

@@ -313,9 +313,7 @@ def _native(
     return out
 
 
-def _plan(
-    found: Trace, native: dict[str, str], partial: bool, unloaded: frozenset[str] = frozenset()
-) -> RankPlan:
+def _plan(found: Trace, native: dict[str, str], partial: bool, unloaded: frozenset[str] = frozenset()) -> RankPlan:
     targets, fills = found.targets.targets, found.fills
     if partial:
         touched = {move.target for move in found.moves}.union(found.tainted)

@@ -131,9 +131,10 @@ class Loader:
         self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self._feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
-        self._derived = list(bind(template, host.model, self.decided.derived).items())
-        self._sources_of = {path: self._around(path) for path, _ in self._derived}
-        self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self._derived)))
+        self.derived = tuple(bind(template, host.model, self.decided.derived).items())
+        """(path, live module) of those without weights whose post-load step derives something from others."""
+        self._sources_of = {path: self._around(path) for path, _ in self.derived}
+        self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
     def close(self) -> None:
@@ -379,7 +380,7 @@ class Loader:
             written += nbytes
             done.append(choice.path)
         touched = {p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
-        for path, module in self._derived:
+        for path, module in self.derived:
             if not touched.isdisjoint(self._sources_of[path]):
                 self.host.post_load(module)
                 done.append(path)

@@ -22,6 +22,7 @@ from bridge.plan import dest_coverage
 from bridge.receipt import Failure, LevelResult
 from engine_side import probes
 from engine_side.copies import Chunk, Pair, chunks, differing, first_difference, run_all, same_bits
+from engine_side.derived import DerivedState
 from engine_side.inplace import AttributeSnapshot, diff
 from engine_side.layout import bits
 from engine_side.loader import Loader, LoadOutcome
@@ -46,6 +47,9 @@ class Verifier:
         self._chunks: dict[int, tuple[object, list[list[Chunk]]]] = {}
         self._pairs: dict[int, tuple[object, object, list[tuple[Pair, Pair]]]] = {}
         self._packed = [choice for choice in loader.decided.choices.values() if not choice.direct]
+        self._derived = DerivedState(loader)
+        self._proven: set[str] = set()
+        """Modules whose output was weighed in this run: it is the new version's, so it cannot be the former's."""
         self._inputs: dict[tuple[Probe, torch.device], torch.Tensor] = {}
 
     def run(
@@ -63,6 +67,7 @@ class Verifier:
         and `changed` the manifest indices whose bits differ between the two (None: unknown, all are looked at).
         """
         out: list[LevelResult] = []
+        self._proven.clear()
         if "coverage" in levels:
             out.append(self.coverage())
         if "attributes" in levels:
@@ -74,6 +79,7 @@ class Verifier:
             self._probed |= out[-1].ok
         if "change" in levels and previous is not None:
             out.append(self.change(slot, previous, changed))
+        self._proven.clear()
         return tuple(out)
 
     def canary_only(self) -> tuple[str, ...]:
@@ -163,19 +169,23 @@ class Verifier:
         with uncollected():
             for choice in wanted:
                 why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
-                if why is not None:
+                if why is None:
+                    self._proven.add(choice.path)
+                else:
                     failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
+            for path, cls, why in self._derived.wrong(slot):
+                failures.append(Failure(path, f"what the arena's weights give ({cls})", why))
         self.loader.decided.twins.forget()
         self._inputs.clear()
-        note = "" if wanted else "nothing is packed: read-back shows every weight"
-        return _result("probe", len(wanted), failures, note)
+        note = "" if wanted or self._derived.paths else "nothing is packed: read-back shows every weight"
+        return _result("probe", len(wanted) + len(self._derived.paths), failures, note)
 
     def change(self, slot: int, previous: int, changed: Collection[int] | None = None) -> LevelResult:
         """What changed in the trainer must not still show the version before."""
         wanted = set(range(len(self.loader.mapped.manifest.tensors))) if changed is None else set(changed)
         failures = self._unmoved_storage(slot, previous, wanted)
         for choice in self._packed:
-            if wanted.isdisjoint(self.loader.feeds(choice.path)):
+            if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
                 continue
             for probe in choice.probes:
                 why = self._unmoved_output(choice, probe, slot, previous)

@@ -10,14 +10,15 @@ from torch import nn
 
 from bridge import canary
 from bridge.arena import Arena
-from bridge.errors import BridgeError, ConfigError, IntegrityError, MissingTensor, UnexpectedTensor
+from bridge.errors import BridgeError, ConfigError, MissingTensor, UnexpectedTensor
 from bridge.lora import LoraLimits
 from bridge.manifest import TensorInfo
 from bridge.messages import Reference
 from bridge.ports import Choice, Snapshot, Written
 from trainer_side.lora.mark import base_mark
-from trainer_side.lora.model import LoraModel
+from trainer_side.lora.model import LoraModel, View
 from trainer_side.lora.shallow import bare
+from trainer_side.lora.state import changed_meanwhile
 from trainer_side.lora.still import require_still_forward
 from trainer_side.naming import CanonicalMap
 from trainer_side.reference import reference_logprobs, vocabulary_size
@@ -102,7 +103,7 @@ class TrainerSide:
         collected = source.collect(view.named, partial=partial, computed=view.computed)
         if not partial and view.adapter is None:
             _require_all(source, collected.tensors)
-        return dataclasses.replace(collected, adapter=view.adapter, notes=tuple(view.notes), state=view.state)
+        return dataclasses.replace(collected, adapter=view.adapter, notes=tuple(view.notes), state=view)
 
     def collect_base(self) -> Collected:
         """As `TrainerPort.collect_base`."""
@@ -143,14 +144,15 @@ class TrainerSide:
         except (BridgeError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             # what another thread takes away while it is read fails anywhere, in words that help nobody
             if self._changed_since(snapshot):
-                raise _changed_meanwhile() from error
+                raise changed_meanwhile() from error
             raise
         if self._changed_since(snapshot):
-            raise _changed_meanwhile()
+            raise changed_meanwhile()
         return written
 
     def _changed_since(self, snapshot: Collected) -> bool:
-        return self._lora is not None and self._lora.state() != snapshot.state
+        view = snapshot.state
+        return self._lora is not None and isinstance(view, View) and self._lora.changed_since(view)
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
         """One no-grad forward of the bound model (and one without its adapters) over the canary's prompts, at most
@@ -194,15 +196,6 @@ def _require_all(source: WeightSource, tensors: tuple[TensorInfo, ...]) -> None:
             remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
             names=missing,
         )
-
-
-def _changed_meanwhile() -> IntegrityError:
-    return IntegrityError(
-        "the model's LoRA layers changed while they were pushed",
-        expected="the same adapters, merged, active and scaled as when the push began",
-        got="another state",
-        remedy="push between steps: not while another thread merges, disables or switches adapters",
-    )
 
 
 def _wrapped_since(error: UnexpectedTensor | MissingTensor) -> ConfigError:

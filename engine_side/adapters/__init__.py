@@ -18,6 +18,7 @@ HOSTED: Mapping[str, str] = {"embedded": "engine_side.adapters.embedded:host"}
 ATTACHED: tuple[str, ...] = (
     "engine_side.adapters.embedded:attach",
     "engine_side.adapters.vllm.driver:attach",
+    "engine_side.adapters.sglang.driver:attach",
     "engine_side.adapters.module:attach",
 )
 """Tried in order: each takes what `adapt` was given and answers an adapter, or None for an object not of its kind."""
@@ -66,6 +67,6 @@ def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
     raise ConfigError(
         "nobody knows how to push into this object",
         where="engine",
-        expected="an embedded Engine, a vllm.LLM or any torch.nn.Module",
+        expected="an embedded Engine, a vllm.LLM, a sglang.Engine or any torch.nn.Module",
         got=type(engine).__name__,
     )

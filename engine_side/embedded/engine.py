@@ -105,8 +105,8 @@ class Engine:
             for request in requests:
                 request.adapter, request.follows = named, adapter == CURRENT
                 if not sampling.max_tokens or len(request.tokens) >= self._scheduler.max_seq_len:
-                    version = self.weight_version if named is None else self._version_of.get(named, self.weight_version)
-                    request.version, request.reason = version, "length"
+                    request.version = self._version_of.get(named or BASE, self.weight_version)
+                    request.reason = "length"
             self._scheduler.add(r for r in requests if not r.done)
             self._changed.notify_all()
             try:
@@ -176,9 +176,8 @@ class Engine:
             if adapter is not None:
                 self._named(adapter)
             self.weight_version, self.adapter = version, adapter
-            self._version_of = {name: number for name, number in self._version_of.items() if name in self.adapters}
-            if adapter is not None:
-                self._version_of[adapter] = version
+            told = self._version_of if adapter is None else {**self._version_of, adapter: version}
+            self._version_of = {name: told[name] for name in self.adapters if name in told}
             self._changed.notify_all()  # the one before may be free to go
 
     def retire(self, names: Iterable[str]) -> None:

@@ -26,6 +26,13 @@ class Parallel:
         self.timeout_s = timeout_s
         self._group: Any = None  # a ProcessGroupGloo; torch's stubs lack it
         self._deadline: Deadline | None = None
+        self._begun = self._ended = 0
+
+    @property
+    def collectives(self) -> tuple[int, int]:
+        """How many this rank has begun and ended since it joined its group. Ranks are in step between two jobs when all
+        of these numbers are one."""
+        return self._begun, self._ended
 
     def connect(self, store_path: str) -> None:
         """Join the group through a file that all ranks share. Blocks until all have; raises PeerLost. *(all ranks)*"""
@@ -59,6 +66,7 @@ class Parallel:
         if self._group is None:
             return x
         x = x.contiguous()
+        self._begun += 1
         self._wait(self._group.allreduce([x]), "all_reduce")
         return x
 
@@ -68,6 +76,7 @@ class Parallel:
             return x
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._begun += 1
         self._wait(self._group.allgather([parts], [x]), "all_gather")
         return torch.cat(parts, dim)
 
@@ -79,6 +88,7 @@ class Parallel:
             where = f"{what} on rank {self.rank} of {self.size}"
             remedy = "a rank died or hung; restart the engine"
             raise PeerLost("a collective failed", where=where, got=str(error)[:200], remedy=remedy) from error
+        self._ended += 1
 
 
 def divide(total: int, parts: int, what: str) -> int:

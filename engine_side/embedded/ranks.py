@@ -10,14 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import msgspec
 import torch
 
 from bridge.deadline import Deadline
-from bridge.errors import BridgeError, PeerLost
+from bridge.errors import BridgeError, DeadlineExceeded, PeerLost
 from bridge.wire import Count, ErrorInfo, Message
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.config import EngineConfig
@@ -27,6 +28,7 @@ from engine_side.embedded.runner import Batch, ModelRunner
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _GRACE_S = 3.0
+_LOST_GRACE_S = 0.3
 _START_S = 60.0
 """A process needs this long to import torch on a busy machine, however short the waits are meant to be later."""
 
@@ -41,10 +43,11 @@ class Setup(Message, tag=True, frozen=True):
 
 
 class Job(Message, tag=True, frozen=True):
-    """Run one opaque job of the bridge; answered by `Done` with the same number."""
+    """Run one opaque job of the bridge, whose collectives end `within_s`; answered by `Done` with the same number."""
 
     number: Count
     job: bytes
+    within_s: Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Prompts(Message, tag=True, frozen=True):
@@ -65,10 +68,12 @@ class Stop(Message, tag=True, frozen=True):
 
 
 class Done(Message, tag=True, frozen=True):
-    """A child's answer. An `error` to number 0 outside the start means that the child is ending."""
+    """A child's answer, and how many collectives it has begun and ended so far. An `error` to number 0 outside the
+    start means that the child is ending."""
 
     number: Count
     error: ErrorInfo | None = None
+    collectives: tuple[Count, Count] = (0, 0)
 
 
 Command = Setup | Job | Prompts | DropAdapter | Stop | Batch
@@ -93,13 +98,14 @@ class Child:
                 env=environment,
             )
         self.answered = 0
+        self.collectives = (0, 0)
         self.channel = Channel(ours, f"rank {rank}, pid {self.process.pid}")
 
     def wait_done(self, number: int, deadline: Deadline) -> ErrorInfo | None:
         """The answer to `number`; late answers to earlier jobs are dropped. Raises what a dying child said last."""
         while True:
             done: Done = self.channel.receive(Done, deadline)
-            self.answered = done.number
+            self.answered, self.collectives = done.number, done.collectives
             if done.number == number:
                 return done.error
             if done.error is not None and done.number == 0:
@@ -115,19 +121,20 @@ class Child:
         try:
             while self.channel.ready():
                 done: Done = self.channel.receive(Done, Deadline.after(1.0))
+                self.answered, self.collectives = done.number, done.collectives
                 if done.number == 0 and done.error is not None:
                     return done.error.rebuild()
         except BridgeError as error:
             return error
         return None
 
-    def end(self) -> None:
+    def end(self, grace_s: float = _GRACE_S) -> None:
         """Stop gracefully, then by force. Never raises for a process that is gone already."""
         with contextlib.suppress(BridgeError):  # it is gone, or hangs: the wait below decides
-            self.channel.send(Stop(), Deadline.after(_GRACE_S))
+            self.channel.send(Stop(), Deadline.after(grace_s))
         self.channel.close()
         try:
-            self.process.wait(_GRACE_S)
+            self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -157,13 +164,15 @@ class Jobs:
 class Ranks:
     """Rank 0's runner and the children that mirror it. Used by one thread at a time (the engine's execution lock).
 
-    After a child has died, or a collective has failed, every call raises PeerLost: the group is out of step for good.
+    After a child has died, or one of the ranks has left a collective, every call raises PeerLost: the group is out of
+    step for good, and the next collective would meet the remains of that one.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.size = config.tensor_parallel_size
         self._timeout_s = config.timeout_s
         self._number = 0
+        self._collectives = (0, 0)  # rank 0's when its part of the last job was over
         self._lost: BridgeError | None = None
         self._children: list[Child] = []
         tp = Parallel(0, self.size, config.timeout_s)
@@ -220,12 +229,20 @@ class Ranks:
         self._in_step(DropAdapter(name), lambda: self.runner.drop_adapter(name))
 
     def run_job(self, job: bytes, deadline: Deadline) -> None:
-        """Have every rank run `job`, this one in the calling thread; returns when all have."""
-        self._tell(Job(self._number + 1, job), deadline)
+        """Have every rank run `job`, this one in the calling thread; returns when all have.
+
+        Raises PeerLost, now and from then on, when a rank has left a collective that another one is in: for what it
+        sent or waits for would be met by the next. A job that fails alike in all ranks, or without any collective,
+        costs nothing but itself.
+        """
+        self._tell(Job(self._number + 1, job, deadline.remaining_s), deadline)
         self._number += 1
         with self.runner.tp.until(deadline):
             own = self._jobs.attempt(job)  # an error is held back until the children have answered too
+        self._collectives = self.runner.tp.collectives
+        self._check_step(())  # one that rank 0 has left: nobody's answer can mend that
         errors = [own] + [self._watch(child, lambda c: c.wait_done(self._number, deadline)) for child in self._children]
+        self._check_step(self._children)
         for error in errors:
             if error is not None:
                 raise error.rebuild()
@@ -246,10 +263,33 @@ class Ranks:
     def _tell(self, message: Command, deadline: Deadline) -> None:
         if self._lost is not None:
             remedy = "restart the engine"
-            raise PeerLost("the ranks of this engine are out of step", got=self._lost.what, remedy=remedy)
+            raise PeerLost("this engine has lost its ranks before", got=self._lost.what, remedy=remedy)
         for child in self._children:
             self._watch(child, lambda c: c.catch_up(self._number, deadline))
-            self._watch(child, lambda c: c.channel.send(message, deadline))
+        self._check_step(self._children)
+        try:
+            for child in self._children:
+                self._watch(child, lambda c: c.channel.send(message, deadline))
+        except DeadlineExceeded as error:
+            self._lost = error  # half a frame may lie there, and some children have been told
+            raise
+
+    def _check_step(self, children: Sequence[Child]) -> None:
+        """Raises PeerLost unless rank 0 and these children have ended every collective that one of them has begun."""
+        begun = max(self._collectives)
+        if all(count == (begun, begun) for count in (self._collectives, *(child.collectives for child in children))):
+            return
+        said = self._last_words()
+        answered = [(c.rank, c.collectives) for c in self._children if c.answered == self._number]
+        counts = ((0, self._collectives), *answered)
+        self._lost = said or PeerLost(
+            "the ranks of this engine are out of step",
+            where=f"rank 0 and {', '.join(str(child.rank) for child in self._children)}",
+            expected="as many collectives begun and ended in every rank",
+            got=", ".join(f"rank {rank}: {began} begun, {ended} ended" for rank, (began, ended) in counts),
+            remedy="restart the engine; the log of the rank that fell behind says why",
+        )
+        raise self._lost
 
     def _watch(self, child: Child, action: Callable[[Child], T]) -> T:
         try:
@@ -260,14 +300,16 @@ class Ranks:
 
     def _cause(self, error: Exception) -> BridgeError:
         """What a dying child said, rather than the broken collective that it left behind."""
+        own = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
+        return self._last_words() or own
+
+    def _last_words(self) -> BridgeError | None:
         told = [words for child in self._children if (words := child.last_words()) is not None]
-        best = sorted(told, key=lambda words: isinstance(words, PeerLost))
-        if best:
-            return best[0]
-        return error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
+        return min(told, key=lambda words: isinstance(words, PeerLost), default=None)
 
     def close(self) -> None:
         """End the children. Idempotent."""
         for child in self._children:
-            child.end()
+            # one that was left alone in a collective cannot end by itself before that collective's timeout
+            child.end(_GRACE_S if self._lost is None else _LOST_GRACE_S)
         self._children.clear()

@@ -95,9 +95,7 @@ class Scheduler:
             tuple(r.adapter or "" for r in chosen) if any(r.adapter for r in chosen) else (),
         )
 
-    def _admit(
-        self, privileged: bool, current: str | None, version: int, versions: Mapping[str, int]
-    ) -> list[Request]:
+    def _admit(self, privileged: bool, current: str | None, version: int, versions: Mapping[str, int]) -> list[Request]:
         chosen: list[Request] = []
         longest = 0
         # Privileged ones first: a push waits for them, and must not wait for a whole queue of users.
@@ -119,8 +117,8 @@ class Scheduler:
             request.blocks = [*cached, *(self.pool.take() for _ in range(need))]
             request.computed = len(cached) * self.pool.block_size
             if request.version is None:
-                named = None if request.follows else adapter
-                request.version = version if named is None else versions.get(named, version)
+                named = not request.follows and adapter
+                request.version = versions.get(named, version) if named else version
             request.adapter, request.follows = adapter, False
             self.waiting.remove(request)
             self.running.append(request)
@@ -128,8 +126,8 @@ class Scheduler:
         return chosen
 
     def _room(self, fresh: int, cached: Sequence[int], privileged: bool, chosen: Sequence[Request]) -> bool:
-        """Are so many blocks free besides the cached ones? A privileged request may push running ones out, but none that
-        this very step will compute."""
+        """Are so many blocks free besides the cached ones? A privileged request may push running ones out, but none
+        that this very step will compute."""
         # Counted anew each time: a cached block that only the victim used is among the free ones afterwards.
         while self.pool.free < fresh + self.pool.idle(cached):
             victim = next((r for r in reversed(self.running) if not r.privileged and r not in chosen), None)

@@ -42,7 +42,9 @@ def serve(channel: Channel) -> None:
         elif isinstance(command, DropAdapter):
             runner.drop_adapter(command.name)
         elif isinstance(command, Job):
-            channel.send(Done(command.number, jobs.attempt(command.job)), Deadline.after(_SEND_S))
+            with tp.until(Deadline.after(command.within_s)):
+                error = jobs.attempt(command.job)
+            channel.send(Done(command.number, error, tp.collectives), Deadline.after(_SEND_S))
         elif isinstance(command, Stop):
             return
         else:

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from bridge.arena import Arena
 from bridge.deadline import Deadline
 from bridge.dtypes import dtype_name
-from bridge.errors import BridgeError, ConfigError, NotFound, UnsupportedLora
+from bridge.errors import BridgeError, ConfigError, NotFound, UnexpectedTensor, UnsupportedLora
 from bridge.jobs import (
     BakeJob,
     ForgetJob,
@@ -444,13 +444,68 @@ def test_a_request_that_has_not_begun_follows_what_is_published(start: Open, one
         until(lambda: len(engine._scheduler.waiting) == 2)
         engine.pause("keep")
     line.adapter.publish(2, "two")
+    assert engine.generate([PROMPT], Sampling(max_tokens=0), "one", past_gate=True)[0].weight_version == 1
     line.adapter.retire(["one"])
     engine.resume()
     assert first.result()[0].weight_version == 1
     (got,) = second.result()
     assert (got.weight_version, list(got.token_ids)) == (2, tiny.reference_greedy(two.model, PROMPT, 24))
-    assert list(named.result()[0].token_ids) == tiny.reference_greedy(one.model, PROMPT, 24)
+    (by_name,) = named.result()
+    assert (by_name.weight_version, list(by_name.token_ids)) == (1, tiny.reference_greedy(one.model, PROMPT, 24))
     until(lambda: engine.adapters == ("two",))
+
+
+def test_a_named_adapter_reports_the_version_it_was_published_under_last(start: Open, one: Lora, two: Lora) -> None:
+    """A base push that keeps the adapter publishes it again: what begins after it comes from the newer version."""
+    engine, line = start(max_num_seqs=1)
+    assert line.adapter.published == (0, None)
+    line.load("one", one)
+    assert engine.generate([PROMPT], GREEDY, "one")[0].weight_version == 0, "loaded, and published by nobody"
+    line.adapter.publish(1, "one")
+    first, _ = in_the_middle(engine)
+    queued = Call(lambda: engine.generate([PROMPT], GREEDY, "one"))
+    engine.resume()
+    until(lambda: len(engine._scheduler.waiting) == 1)
+    line.adapter.publish(2, "one")
+    assert (first.result()[0].weight_version, queued.result()[0].weight_version) == (1, 2)
+    line.load("two", two)
+    line.adapter.publish(3, "two")
+    assert line.adapter.published == EmbeddedAdapter(engine).published == (3, "two")
+    assert {name: engine.generate([PROMPT], GREEDY, name)[0].weight_version for name in ("one", "two")} == {
+        "one": 2,
+        "two": 3,
+    }
+    line.adapter.retire(["one"])
+    line.adapter.publish(4)
+    assert "one" not in engine._version_of
+
+
+def test_the_users_of_an_adapter_are_ended_while_paused(start: Open, one: Lora, two: Lora) -> None:
+    engine, line = start(max_num_seqs=2)
+    line.load("one", one)
+    line.load("two", two)
+    line.adapter.publish(1, "one")
+    users = [in_the_middle(engine)[0]]
+    with engine._exclusive(Deadline.after(20)):  # no step
+        engine.resume()
+        follower = Call(lambda: engine.generate([PROMPT], GREEDY))
+        users.append(Call(lambda: engine.generate([PROMPT], GREEDY, "one")))
+        others = {name: Call(lambda n=name: engine.generate([PROMPT], GREEDY, n)) for name in ("two", "base")}  # type: ignore[misc]
+        until(lambda: len(engine._scheduler.waiting) == 4)
+        engine.pause("keep")
+        check = Call(lambda: engine.generate([PROMPT], GREEDY, "one", past_gate=True))
+        until(lambda: len(engine._scheduler.waiting) == 5)
+        line.adapter.end_users(["one", "never-heard-of"])
+        assert [call.result()[0].finish_reason for call in users] == ["abort", "abort"]
+    assert users[0].result()[0].token_ids, "what there was is theirs"
+    assert list(check.result()[0].token_ids) == tiny.reference_greedy(one.model, PROMPT, 24)
+    line.adapter.publish(2, "two")
+    engine.resume()
+    assert list(follower.result()[0].token_ids) == tiny.reference_greedy(two.model, PROMPT, 24)
+    assert {name: call.result()[0].finish_reason for name, call in others.items()} == {
+        "two": "length",
+        "base": "length",
+    }
 
 
 def test_retiring_what_nobody_uses_drops_it_at_once_and_what_is_published_later(
@@ -545,6 +600,29 @@ def test_two_ranks_serve_adapters_and_drop_them(start: Open, model: Any, one: Lo
 
 
 # ---- the protocol without LoRA, and its limits ---------------------------------------------------------------------
+
+
+def test_a_refused_adapter_costs_one_walk_of_the_model(start: Open, one: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = start()
+    walks: list[int] = []
+    named_modules = torch.nn.Module.named_modules
+
+    def counted(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
+        if module is engine.runner.model:
+            walks.append(1)
+        return named_modules(module, *args, **options)
+
+    infos = [TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in one.tensors.items()]
+    strange = [TensorInfo(i.name.replace("self_attn", "elsewhere"), i.dtype, i.shape) for i in infos]
+    norms = [n for name in ("input_layernorm", "post_attention_layernorm") for n in names_of(f"model.layers.0.{name}")]
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    host = EmbeddedRankHost(engine.runner)
+    with pytest.raises(UnexpectedTensor, match=r"not in this model: .*elsewhere.*not wrapped for LoRA: .*layernorm"):
+        host.plan_adapter([*strange, *(TensorInfo(n, "float32", (3, 3)) for n in norms)], one.spec)
+    assert len(walks) == 1
+    walks.clear()
+    host.plan_adapter(infos, one.spec)
+    assert not walks
 
 
 def test_an_engine_without_lora_says_so(start: Open, one: Lora) -> None:

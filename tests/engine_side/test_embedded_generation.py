@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from bridge.deadline import Deadline
-from bridge.errors import Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
+from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
 from bridge.wire import Completion, Sampling
 from engine_side.adapters.embedded import EmbeddedAdapter, attach, host
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
+from engine_side.embedded.kv import BlockPool
+from engine_side.embedded.scheduler import Request, Scheduler
 from tests.engine_side import embedded_models as tiny
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
@@ -296,6 +299,121 @@ def test_a_failing_step_raises_in_its_caller_and_the_engine_lives(engine: Engine
         engine.generate([PROMPT], GREEDY)
     del norm.forward
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("where", ["_end_without_adapter", "schedule", "advance", "_drop_unused"])
+def test_no_error_of_a_step_ends_the_engines_thread(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object) -> None:
+        raise IndexError(where)
+
+    owner = engine if where.startswith("_") else engine._scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, broken)
+        call = Call(lambda: engine.generate([PROMPT], GREEDY))
+        if where == "_drop_unused":
+            assert call.result()
+            assert "could not be dropped" in caplog.text
+        else:
+            with pytest.raises(BridgeError, match=where):
+                call.result()
+    assert engine._thread.is_alive()
+    assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
+    assert engine.reset_prefix_cache(), "no block leaked"
+
+
+def test_a_request_that_cannot_be_taken_off_the_books_still_answers_its_caller(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise IndexError("the books")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_compute", broken)
+        patch.setattr(engine._scheduler, "_drop_blocks", broken)
+        with pytest.raises(BridgeError, match="the books"):
+            Call(lambda: engine.generate([PROMPT], GREEDY)).result()
+    assert engine._thread.is_alive()
+    assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
+
+
+def request(first: int, tokens: int, privileged: bool = False) -> Request:
+    ids = list(range(first, first + tokens))
+    return Request(ids, Sampling(max_tokens=9), random.Random(0), privileged)
+
+
+def test_a_privileged_request_does_not_wait_behind_the_queue() -> None:
+    scheduler = Scheduler(BlockPool(6, 8), 1, 64)
+    running, waiting, push = request(0, 9), request(100, 9), request(200, 9, True)
+    scheduler.add([running])
+    assert scheduler.schedule(False, 1)
+    scheduler.add([waiting, push])
+    planned = scheduler.schedule(False, 1)
+    assert planned is not None
+    assert planned[0] == [push]
+
+
+def test_no_request_is_preempted_in_the_step_that_admits_it() -> None:
+    scheduler = Scheduler(BlockPool(6, 8), 8, 64)
+    scheduler.add([request(0, 30), request(50, 30, True)])
+    for _ in range(3):
+        planned = scheduler.schedule(False, 1)
+        assert planned is not None
+        chosen, batch = planned
+        assert [r.privileged for r in chosen] == [True]
+        assert all(batch.tables)
+        scheduler.advance(chosen, [1], [0.0])
+
+
+def test_what_a_step_has_chosen_is_no_victim() -> None:
+    scheduler = Scheduler(BlockPool(4, 8), 8, 64)
+    scheduler.add([request(0, 20)])
+    planned = scheduler.schedule(False, 1)
+    assert planned is not None
+    assert not scheduler._room(2, (), True, planned[0])
+    assert scheduler._room(2, (), True, ())
+
+
+def test_blocks_that_only_the_victim_shared_are_not_counted_twice() -> None:
+    scheduler = Scheduler(BlockPool(6, 8), 8, 64)
+    for first in (request(500, 9, True), request(0, 17)):  # two blocks and three
+        scheduler.add([first])
+        planned = scheduler.schedule(False, 1)
+        assert planned is not None
+        scheduler.advance(planned[0], [1], [0.0])
+    assert scheduler.pool.free == 1
+    push = request(0, 33, True)  # two of its five blocks are the victim's; four are left without it
+    scheduler.add([push])
+    planned = scheduler.schedule(False, 1)
+    assert planned is not None
+    assert push not in planned[0]
+
+
+def test_a_decoding_request_pushes_out_no_privileged_one() -> None:
+    scheduler = Scheduler(BlockPool(4, 8), 8, 64)
+    user, push = request(0, 15), request(50, 14, True)
+    scheduler.add([user, push])
+    for _ in range(3):
+        planned = scheduler.schedule(False, 1)
+        assert planned is not None
+        scheduler.advance(planned[0], [1] * len(planned[0]), [0.0] * len(planned[0]))
+    assert push in scheduler.running
+    assert user in scheduler.waiting
+
+
+def test_a_deadline_ends_what_has_not_finished(engine: Engine) -> None:
+    adapter = EmbeddedAdapter(engine)
+    assert len(adapter.generate([PROMPT], GREEDY, deadline=Deadline.after(20))[0].token_ids) == 24
+    with engine._exclusive(Deadline.after(20)), pytest.raises(DeadlineExceeded, match="finished"):  # no step
+        adapter.generate([PROMPT], GREEDY, past_gate=True, deadline=Deadline.after(0.05))
+    assert not engine._scheduler.waiting
+    engine.pause("keep")
+    with pytest.raises(DeadlineExceeded, match="paused"):
+        adapter.generate([PROMPT], GREEDY, deadline=Deadline.after(0.05))
+    engine.resume()
+    assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
+    assert engine.reset_prefix_cache(), "no block leaked"
 
 
 def test_closing_ends_callers(tmp_path: Path, model: Any) -> None:

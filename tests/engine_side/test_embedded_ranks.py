@@ -11,13 +11,16 @@ import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import distributed
 
 from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
-from bridge.wire import Sampling
+from bridge.jobs import LogprobsJob, RankJob
+from bridge.mailbox import Mailbox
+from bridge.wire import ErrorInfo, Sampling, pack
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from tests.engine_side import embedded_models as tiny
@@ -144,6 +147,58 @@ def test_ranks_are_in_step_again_after_a_job_that_came_late(engine: Engine) -> N
     assert engine.prompt_logprobs([PROMPT]) == before
     with pytest.raises(BridgeError):
         engine.run_job(b"not a job", Deadline.after(20))
+
+
+@pytest.fixture
+def scores() -> Iterator[bytes]:
+    """A job with collectives, as the bridge sends it."""
+    mailbox = Mailbox.create("collectives", 2)
+    yield pack(RankJob(str(mailbox.path), 0, 1, LogprobsJob((PROMPT,))))
+    mailbox.close()
+    mailbox.unlink()
+
+
+def assert_lost(engine: Engine) -> None:
+    for call in (lambda: engine.generate([PROMPT], GREEDY), lambda: engine.prompt_logprobs([PROMPT])):
+        with pytest.raises(PeerLost, match="restart"):
+            call()
+    with pytest.raises(PeerLost, match="restart"):
+        engine.run_job(b"", Deadline.after(5))
+
+
+def test_a_collective_that_a_child_never_joined_loses_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.generate([PROMPT], GREEDY)
+    for _ in range(2):  # refused by every rank alike
+        with pytest.raises(BridgeError):
+            engine.run_job(b"not a job", Deadline.after(20))
+    assert engine.prompt_logprobs([PROMPT])
+    runner, attempt = engine.runner, engine._ranks._jobs.attempt
+
+    def joins(job: bytes) -> Any:
+        try:
+            runner.prompt_logprobs([PROMPT])
+        except BridgeError as error:
+            return ErrorInfo.of(error)
+        return attempt(job)
+
+    monkeypatch.setattr(engine._ranks._jobs, "attempt", joins)
+    with pytest.raises(PeerLost, match=r"out of step.*rank 0: (\d+) begun, (?!\1)\d+ ended, rank 1: \d+ begun"):
+        engine.run_job(b"not a job", Deadline.after(0.5))
+    assert_lost(engine)
+
+
+@pytest.mark.usefixtures("tolerant_rank_0")
+def test_a_collective_that_rank_0_never_joined_loses_the_engine(engine: Engine, scores: bytes) -> None:
+    assert engine.prompt_logprobs([PROMPT])
+    with pytest.raises((PeerLost, DeadlineExceeded)):
+        engine.run_job(scores, Deadline.after(0.5))
+    started = time.monotonic()
+    with pytest.raises(PeerLost):
+        engine.prompt_logprobs([PROMPT])
+    assert time.monotonic() - started < 5, "the child was told when its job ends"
+    assert_lost(engine)
 
 
 def test_a_start_that_fails_leaves_no_process(tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ def test_disabled_while_one_layer_is_computed(make: Make, monkeypatch: pytest.Mo
         patch.setattr(modes, "effective_weight", interrupted)
         with refused(IntegrityError, 5, "changed while they were pushed"):
             rig.b.push(rig.model.named_parameters(), mode="merged")
-    assert len(calls) > 4
+    assert len(calls) >= 4
     assert rig.answers() == before
     rig.model.base_model.enable_adapter_layers()
     rig.push(mode="merged")

@@ -68,7 +68,9 @@ def _deepseek(**changes: Any) -> Any:
 
     sizes = {
         **SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "n_shared_experts": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512,
+        "n_shared_experts": 1,
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512,
         "q_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
         "routed_scaling_factor": 1.0, "norm_topk_prob": True, "tie_word_embeddings": False, "rope_interleave": True,
     }  # fmt: skip

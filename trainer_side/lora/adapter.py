@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from bridge.lora import names_of
+from trainer_side.lora.chain import read_chain
 from trainer_side.lora.factors import expert_factors, low_rank, wide_dtype
 from trainer_side.lora.grid import Grid, grid_of
-from trainer_side.lora.reader import lora_parameters
+from trainer_side.lora.reader import parameters_of
+from trainer_side.lora.state import Watch
 from trainer_side.lora.values import ActiveAdapter, LoraParameters
 from trainer_side.naming import CanonicalMap
 from trainer_side.source import Computed
@@ -63,10 +65,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Acting:
-    """A wrapper whose adapters act now: where it stands and the name of its weight's live tensor."""
+    """A wrapper whose adapters act now: where it stands, what was read there, the name of its weight's live tensor."""
 
     path: str
     layer: nn.Module
+    parameters: LoraParameters
     weight: str
 
 
@@ -79,13 +82,11 @@ def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
     for tensor in known.tensors:
         for live in {piece.live for piece in tensor.pieces}:
             by_live.setdefault(live, []).append(tensor.name)
-    read = {id(one.layer): lora_parameters(one.layer) for one in acting}
-    rank = max(map(rank_of, read.values()), default=0)
+    rank = max((rank_of(one.parameters) for one in acting), default=0)
     pairs: list[Pair] = []
     unfit: list[str] = []
     for one in acting:
-        parameters = read[id(one.layer)]
-        found = [_pair(known, name, one, parameters, rank) for name in by_live.get(one.weight, ())]
+        found = [_pair(known, name, one, one.parameters, rank) for name in by_live.get(one.weight, ())]
         if not found or any(pair is None for pair in found):
             unfit.append(one.path)
         else:
@@ -149,16 +150,20 @@ def acting_dtype(adapters: Sequence[ActiveAdapter]) -> torch.dtype:
 
 
 class Reader:
-    """Reads each layer once per push. Used by the copying threads; reading twice would do no harm."""
+    """Reads each layer once per push, in the state that the push began in: neither a merge nor a switch moves A and B,
+    so that one reading is all that has to be compared. Used by the copying threads; reading twice would do no harm."""
 
-    def __init__(self, given: Given | None) -> None:
+    def __init__(self, given: Given | None, watch: Watch) -> None:
         self.given = given or _live
+        self._watch = watch
         self._read: dict[int, LoraParameters] = {}
 
     def __call__(self, layer: nn.Module) -> LoraParameters:
         found = self._read.get(id(layer))
         if found is None:
-            found = self._read[id(layer)] = lora_parameters(layer)
+            chain = read_chain(layer)
+            self._watch.require(chain)
+            found = self._read[id(layer)] = parameters_of(chain, type(layer).__name__)
         return found
 
 
@@ -166,9 +171,9 @@ def _live(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def computed(plan: Plan, given: Given | None) -> list[Computed]:
+def computed(plan: Plan, given: Given | None, watch: Watch) -> list[Computed]:
     """The tensors of the adapter, A and B of each module in turn."""
-    reader = Reader(given)
+    reader = Reader(given, watch)
     found: list[Computed] = []
     for pair in plan.pairs:
         name_a, name_b = pair.names

@@ -137,7 +137,12 @@ TABLE: tuple[Row, ...] = (
         _yes("as its forward: `W + 2 delta` on out_proj"),
         _no("in_proj LoRA is not supported"),
     ),
-    Row(Feature.SHARDED, _no("gather it first"), _no("gather it first"), _no("gather it first")),
+    Row(
+        Feature.SHARDED,
+        _yes("if the base's own tensors are there"),
+        _no("its values are not here"),
+        _no("its values are not here"),
+    ),
     Row(
         Feature.UNKNOWN,
         _no("nothing here knows what it computes"),
@@ -158,12 +163,20 @@ class Finding:
         where: the module's path in the base model; "" for the model.
         names: the tensors concerned, as `named_parameters` gives them.
         reason: what the row's reason means here.
+        subject: what of the layer it is, where the row speaks of several things.
+        way_out: what to do about it, besides using another mode.
     """
 
     feature: Feature
     where: str = ""
     names: tuple[str, ...] = ()
     reason: str = ""
+    subject: str = ""
+    way_out: str = ""
+
+    def says(self, mode: str) -> str:
+        """What cannot be pushed in a mode that refuses it, and why; a clause without the place."""
+        return f"{self.name} cannot be pushed in {mode} mode: {self.refuses(mode)}"
 
     def refuses(self, mode: str) -> str | None:
         """Why this mode cannot carry it; None when it can."""
@@ -171,6 +184,31 @@ class Finding:
         if verdict.ok:
             return None
         return f"{verdict.text} ({self.reason})" if self.reason else verdict.text
+
+    @property
+    def name(self) -> str:
+        return self.subject or _SUBJECTS.get(self.feature) or self.feature.value.replace("`", "")
+
+
+_SUBJECTS: Mapping[Feature, str] = {
+    Feature.PER_TOKEN: "a variant that acts on some tokens",
+    Feature.LORA_BIAS: "lora_bias",
+    Feature.LORA_BIAS_ALONE: "lora_bias",
+    Feature.BASE_TRAINED: "a base tensor that is trained",
+    Feature.SHARDED: "an adapter whose tensors are sharded, empty or on the meta device",
+    Feature.AMBIGUOUS: "an adapter of expert parameters",
+    Feature.NO_ROWS: "an adapter of this weight",
+    Feature.UNKNOWN: "what is not known here",
+    Feature.UNREADABLE: "this layer",
+    Feature.NO_SINGLE_WEIGHT: "LoRA on a convolution",
+    Feature.MERGED: "a layer with merged adapters",
+    Feature.MERGED_DISABLED: "a layer with merged, disabled adapters",
+    Feature.DISABLED: "a disabled adapter",
+    Feature.INACTIVE: "an adapter that is not active",
+    Feature.QUANTISED: "a quantised base",
+    Feature.RANK: "this adapter",
+}
+"""What a sentence says of one thing, where the table's row names several."""
 
 
 def refusals(findings: Sequence[Finding], mode: str) -> list[Finding]:
@@ -188,27 +226,25 @@ def refuse(
     bad = refusals(findings, mode)
     first = bad[0]
     where = first.where or (first.names[0] if first.names else "the model")
-    kind = _plain(first.feature)
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     return UnsupportedLora(
-        f"{where}: {kind} cannot be pushed in {mode} mode: {first.refuses(mode)}{more}",
+        f"{where}: {first.says(mode)}{more}",
         where=_some(tuple(dict.fromkeys(f.where or "the model" for f in bad))),
         expected=f"what the {mode} column of the capability table allows",
-        got="; ".join(filter(None, (*dict.fromkeys(f"{_plain(f.feature)}: {f.refuses(mode)}" for f in bad), also))),
-        remedy=_remedy(mode, other),
+        got="; ".join(filter(None, (*dict.fromkeys(f"{f.name}: {f.refuses(mode)}" for f in bad), also))),
+        remedy=_remedy(mode, bad, other),
         names=tuple(dict.fromkeys(name for finding in bad for name in (finding.names or (finding.where,)))),
     )
 
 
-def _plain(feature: Feature) -> str:
-    return feature.value.replace("`", "")
-
-
-def _remedy(mode: str, other: Callable[[str], Sequence[Finding]]) -> str:
+def _remedy(mode: str, bad: Sequence[Finding], other: Callable[[str], Sequence[Finding]]) -> str:
     able = [m for m in ("merged", "base", "adapter") if m != mode and not refusals(other(m), m)]
+    ways = list(dict.fromkeys(finding.way_out for finding in bad if finding.way_out))
     if able:
-        return "use " + " or ".join(f'mode="{m}"' for m in able)
-    return "no mode can carry this: remove the module from the adapter, or unload it"
+        ways.append("use " + " or ".join(f'mode="{m}"' for m in able))
+    elif not ways:
+        return "no mode can carry this: remove the module from the adapter, or unload it"
+    return ", or ".join(ways)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,12 +35,21 @@ RANK_MAJOR, BY_EXPERT = "rank_major", "grouped_by_expert"
 slowest, as in older Unsloth."""
 
 
+class Setting(NamedTuple):
+    """What a wrapper is set to: what is merged into its base and what is active, whether it has that or not."""
+
+    disabled: bool
+    merged: tuple[str, ...]
+    active: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One wrapper around the layer.
+    """One wrapper around the layer, read once: its adapters stay what they were when they were first asked for.
 
     Attributes:
         wrapper: the live module.
+        setting: what it was set to; all the others follow from it.
         attribute: of the base layer, the parameter that it acts on.
         state: of this wrapper alone.
         owned: names of all adapters it has.
@@ -49,6 +59,7 @@ class Level:
     """
 
     wrapper: Any
+    setting: Setting
     attribute: str
     state: State
     owned: tuple[str, ...]
@@ -62,7 +73,12 @@ class Level:
         return _own(self.wrapper, "parameter_name") is not None
 
     def adapters(self) -> tuple[ActiveAdapter, ...]:
-        """Those of `names`, read now. Raises UnsupportedLora for what has no A and B."""
+        """Those of `names`. Raises UnsupportedLora for what has no A and B."""
+        return self._adapters
+
+    @cached_property
+    def _adapters(self) -> tuple[ActiveAdapter, ...]:
+        # Another thread may rescale: everybody who computes with this reading has to see one factor.
         return () if self.tokens else tuple(_adapter(self.wrapper, name) for name in self.names)
 
     def rows(self) -> tuple[TokenRows, ...]:
@@ -146,22 +162,29 @@ def unwrapped(module: Any) -> Any:
 def is_saved(module: Any) -> bool:
     """Whether it is a wrapper that holds whole copies of a module: `modules_to_save`."""
     children = getattr(module, "_modules", None) or {}
-    return isinstance(children.get("modules_to_save"), nn.ModuleDict) and "original_module" in children
+    return (
+        isinstance(children.get("modules_to_save"), nn.ModuleDict)
+        and "original_module" in children
+        and hasattr(module, "disable_adapters")
+    )
 
 
 def is_token_wrapper(module: Any) -> bool:
     """Whether it is the outer one of the two wrappers of trainable tokens."""
-    return isinstance((getattr(module, "_modules", None) or {}).get("token_adapter"), nn.Module)
+    inside = (getattr(module, "_modules", None) or {}).get("token_adapter")
+    return inside is not None and is_tokens(inside)
 
 
 def is_tokens(module: Any) -> bool:
     """Whether it replaces rows of its base layer's weight."""
-    return _own(module, "base_layer") is not None and _own(module, "trainable_tokens_delta") is not None
+    return _own(module, "base_layer") is not None and isinstance(_own(module, "trainable_tokens_delta"), _MAPPINGS)
 
 
 def is_lora(module: Any) -> bool:
-    """Whether it adds low-rank products to a layer."""
-    return any(isinstance(_own(module, name), _MAPPINGS) for name in ("lora_A", "lora_embedding_A"))
+    """Whether it adds low-rank products to a layer: both factors by adapter, and what they are multiplied with."""
+    pairs = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+    both = any(all(isinstance(_own(module, name), _MAPPINGS) for name in pair) for pair in pairs)
+    return both and hasattr(module, "scaling")
 
 
 def is_tuner(module: Any) -> bool:
@@ -206,25 +229,40 @@ def _saved_state(module: Any) -> State:
 def _names(module: Any) -> tuple[str, ...]:
     """The active adapters' names. PEFT may answer with its own list: it is copied."""
     active = getattr(module, "active_adapters", None)
-    if active is None:
+    if active is None or callable(active):
         active = getattr(module, "active_adapter", None)
     if active is None:
         active = ("default",)
     return (active,) if isinstance(active, str) else tuple(active)
 
 
+def setting_of(wrapper: Any) -> Setting:
+    """What a wrapper is set to now, each of it read once. A few microseconds."""
+    disabled = getattr(wrapper, "disable_adapters", None)
+    if disabled is None or callable(disabled):
+        disabled = getattr(wrapper, "_disable_adapters", False)
+    active = _names(wrapper)
+    merged = getattr(wrapper, "merged_adapters", None)
+    if merged is None:
+        # Unsloth's shapes say only whether.
+        merged = (active or ("merged",)) if getattr(wrapper, "merged", False) is True else ()
+    return Setting(bool(disabled), tuple(merged), active)
+
+
 def _level(wrapper: Any, base: Any) -> Level:
     tokens = is_tokens(wrapper)
     owned = tuple(dict.fromkeys(_keys(wrapper, ("token_indices",) if tokens else ("lora_A", "lora_embedding_A"))))
-    active = tuple(name for name in _names(wrapper) if name in owned)
-    merged = _merged(wrapper, active)
-    disabled = bool(getattr(wrapper, "disable_adapters", False)) or (tokens and not _names(wrapper))
+    setting = setting_of(wrapper)
+    disabled, merged, _ = setting
+    if tokens and not setting.active:
+        disabled = True
     if merged:
         state = State.MERGED_DISABLED if disabled else State.MERGED
     else:
         state = State.DISABLED if disabled else State.ACTIVE
-    names = {State.ACTIVE: active, State.MERGED_DISABLED: tuple(n for n in merged if n in owned)}.get(state, ())
-    return Level(wrapper, _attribute(wrapper, base), state, owned, merged, names, tokens)
+    acting = {State.ACTIVE: setting.active, State.MERGED_DISABLED: merged}.get(state, ())
+    names = tuple(name for name in acting if name in owned)
+    return Level(wrapper, setting, _attribute(wrapper, base), state, owned, merged, names, tokens)
 
 
 def _keys(wrapper: Any, attributes: tuple[str, ...]) -> Iterator[str]:
@@ -232,14 +270,6 @@ def _keys(wrapper: Any, attributes: tuple[str, ...]) -> Iterator[str]:
         found = getattr(wrapper, attribute, None)
         if found is not None:
             yield from found.keys()
-
-
-def _merged(wrapper: Any, active: tuple[str, ...]) -> tuple[str, ...]:
-    names = getattr(wrapper, "merged_adapters", None)
-    if names is not None:
-        return tuple(names)
-    # Unsloth's shapes say only whether.
-    return (active or ("merged",)) if getattr(wrapper, "merged", False) is True else ()
 
 
 def _attribute(wrapper: Any, base: Any) -> str:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from bridge.errors import UnsupportedLora
 
@@ -31,6 +32,8 @@ def quant_state(base: Any, weight: torch.Tensor) -> Any:
         return _first(*(getattr(base, name, None) for name in _SCALES))
     if _reads_itself(weight):
         return weight
+    if is_parametrized(base, "weight"):
+        return None  # computed anew each time it is asked for, and never the tensor that was read before
     return base if weight is not getattr(base, "weight", weight) or hasattr(base, "W_q") else None
 
 

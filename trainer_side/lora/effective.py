@@ -42,13 +42,15 @@ def effective_weight(
     *,
     attribute: str | None = None,
     copies: int | None = None,
+    chain: Chain | None = None,
 ) -> torch.Tensor:
     """The weight that a layer's eval-mode forward computes with, in the shape and orientation it is stored in.
 
     `module` is a layer with its wrappers (the outermost one), or a plain layer. `given` maps a live tensor to the
     values that the caller sent for it. `attribute` says which parameter of the layer inside is meant where wrappers
     act on several (expert parameters); by default the one that the outermost wrapper acts on. `copies` says how often
-    the forward adds each adapter: 1, but for an attention layer's output projection, see `attention_output`.
+    the forward adds each adapter: 1, but for an attention layer's output projection, see `attention_output`. `chain` is
+    an earlier reading of the module, for a caller who has to know what was read.
 
     Returns a tensor of `dtype`, rounded once, or of the dtype the sum was made in where `dtype` is wider. Where no
     adapter acts it may share memory with the live parameter: do not write to it. Computes for as long as the layer is
@@ -56,7 +58,7 @@ def effective_weight(
 
     Raises UnsupportedLora where `refusal` answers, ConfigError for a module without that weight.
     """
-    chain = read_chain(module)
+    chain = chain or read_chain(module)
     name = attribute or chain.attribute
     error = refused(chain, name, type(module).__name__, copies)
     if error is not None:
@@ -69,14 +71,19 @@ def effective_weight(
 
 
 def effective_bias(
-    module: nn.Module, dtype: torch.dtype, given: Given | None = None, *, copies: int | None = None
+    module: nn.Module,
+    dtype: torch.dtype,
+    given: Given | None = None,
+    *,
+    copies: int | None = None,
+    chain: Chain | None = None,
 ) -> torch.Tensor | None:
     """The bias that a layer's eval-mode forward adds; None for a layer without one.
 
     Arguments, returned dtype and errors as of `effective_weight`. `lora_bias` is scaled like its adapter, and by the
     DoRA adapters that come after it; PEFT's attention never adds the one of its input projection.
     """
-    chain = read_chain(module)
+    chain = chain or read_chain(module)
     name = chain.attribute
     bias = stored_bias(chain.base, name)
     if bias is None or kind_of(chain, name, bias) == "parameter":

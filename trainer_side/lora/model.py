@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -16,14 +16,16 @@ from bridge.lora import AdapterSpec, LoraLimits
 from bridge.ports import Choice
 from trainer_side.lora import modes, state
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
+from trainer_side.lora.mark import base_mark
 from trainer_side.lora.modes import Baked, Made
 from trainer_side.lora.sent import items_of, sent
-from trainer_side.lora.state import LoraState
+from trainer_side.lora.state import LoraState, Watch
 from trainer_side.lora.survey import survey
-from trainer_side.lora.tree import Item, read_tree
+from trainer_side.lora.tree import Item, Place, read_tree
 from trainer_side.lora.views import Slot, assemble, refuse_plain_names, slot_of
 from trainer_side.naming import CanonicalMap
 from trainer_side.source import Computed
+from trainer_side.tensors import nothing_sent
 
 _T = TypeVar("_T")
 Limits = Sequence[LoraLimits | None] | None
@@ -41,7 +43,8 @@ class View:
         named: tensors that travel as they stand, by clean live name.
         computed: tensors that are computed while the snapshot is written; their stand-ins stay the same objects.
         adapter: of an adapter push.
-        state: what the model was set to; compare with `LoraModel.state()` after the snapshot.
+        state: what the model was set to.
+        mark: of the stored tensors that a merge would move; see `LoraModel.changed_since`.
         notes: for the receipt.
     """
 
@@ -51,6 +54,8 @@ class View:
     adapter: AdapterSpec | None
     state: LoraState
     notes: tuple[str, ...] = ()
+    mark: Hashable = None
+    watched: tuple[tuple[str, Slot], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +80,7 @@ class _Last:
     cleans: list[str]
     direct: list[Slot]
     made: tuple[Made, ...]
+    watched: tuple[tuple[str, Slot], ...]
     notes: tuple[str, ...]
 
 
@@ -139,19 +145,33 @@ class LoraModel:
         out is the same tensor; a persistent buffer that did not come is added, unless `partial`; an adapter always
         travels whole.
 
-        Raises UnexpectedTensor (no name of the model), DuplicateTensor, MissingTensor (of the base or the acting
-        adapters, unless `partial`), ShapeMismatch, and what `trainer_side.tensors.plain` raises where a tensor has no
-        values to copy.
+        Raises UnexpectedTensor (no name of the model), DuplicateTensor, MissingTensor (nothing at all, nothing that
+        this mode sends, or not all of it unless `partial`), ShapeMismatch, ConfigError (a name that is no text), what
+        `trainer_side.tensors.plain` raises where a tensor has no values to copy, and IntegrityError when another
+        thread switches the layers meanwhile; so may the view's `compute`s.
         """
         names = [name for name, _ in pairs]
         tensors = [tensor for _, tensor in pairs]
+        if not names:
+            raise nothing_sent()
         now = self.state()
         last = self._last
         if last is not None and last.mode == mode and last.partial == partial and last.state == now.unscaled:
-            lives = [held.get(key) for held, key in last.slots] if last.names == names else []
-            if len(lives) == len(tensors) and all(map(operator.is_, lives, tensors)) and last.baked.current():
+            lives = (held.get(key) for held, key in last.slots)
+            if last.names == names and all(map(operator.is_, lives, tensors)) and last.baked.current():
                 return self._repeat(last, now)
         return self._resolve(mode, now, names, tensors, partial)
+
+    def changed_since(self, view: View) -> bool:
+        """Whether the model is set to something else than when this view was made, or stored tensors under its adapters
+        are not what they were. To be asked after the snapshot.
+
+        What was computed for the view has been compared one by one (`Watch`). What travels as it stands (the base in
+        base mode, a layer that is merged) is covered by this alone: a merge or unmerge that was taken back in between
+        is seen by the rounding errors it left in some elements of every weight, so a small one in a small model may go
+        unseen.
+        """
+        return self.state() != view.state or _mark(view.watched) != view.mark
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Every tensor that the model holds, named as `named_parameters` names it, shared ones under each name."""
@@ -206,7 +226,7 @@ class LoraModel:
         key = now.unscaled, trained, shapes
         found = self._findings.get(key)
         if found is None:
-            read = survey(self._tree)
+            read = survey(self._tree, self._watch(now))
             found = _Findings(read.findings, read.merged, read.notes)
         _keep(self._findings, key, found)
         return found
@@ -222,14 +242,15 @@ class LoraModel:
             if mode == "base":
                 found = modes.bake_base(self._tree)
             elif mode == "merged":
-                found = modes.bake_merged(self._tree, survey(self._tree))
+                found = modes.bake_merged(self._tree, survey(self._tree, self._watch(now)))
             else:
                 self._ends = self._ends or modes.bake_ends(self._tree)
-                found = modes.bake_adapter(self._tree, survey(self._tree), self._ends)
+                found = modes.bake_adapter(self._tree, survey(self._tree, self._watch(now)), self._ends)
         _keep(self._baked, key, found)
         return found
 
     def _resolve(self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool) -> View:
+        watch = self._watch(now)
         if self._items[0] != names:
             self._items = names, items_of(self._tree, names)
         items = self._items[1]
@@ -239,22 +260,40 @@ class LoraModel:
         chosen = assemble(mode, baked, came, partial=partial)
         as_it_lives = all(item.tensor() is tensor for item, tensor in zip(items, tensors, strict=True))
         self._last = None
+        watched = _watched(mode, chosen.places, chosen.made)
         if as_it_lives:
             slots, direct = list(map(slot_of, items)), list(map(slot_of, chosen.places))
             cleans = [place.clean for place in chosen.places]
             made, notes = chosen.made, self._notes(mode, now)
-            self._last = _Last(mode, partial, now.unscaled, names, slots, baked, cleans, direct, made, notes)
+            self._last = _Last(mode, partial, now.unscaled, names, slots, baked, cleans, direct, made, watched, notes)
         given = came if came.changed else None
-        return View(
-            baked.known, chosen.named, modes.computed(baked, given, chosen.made), _spec(baked), now,
-            self._notes(mode, now),
-        )  # fmt: skip
+        computed = modes.computed(baked, given, watch, chosen.made)
+        if self.state() != now:  # ties and copies were resolved in between
+            self._forget()
+            raise state.changed_meanwhile()
+        notes = self._notes(mode, now)
+        return View(baked.known, chosen.named, computed, _spec(baked), now, notes, _mark(watched), watched)
 
     def _repeat(self, last: _Last, now: LoraState) -> View:
         tensors = [held[key] for held, key in last.direct]
         named = [(name, tensor) for name, tensor in zip(last.cleans, tensors, strict=True) if tensor is not None]
-        computed = modes.computed(last.baked, None, last.made)
-        return View(last.baked.known, named, computed, _spec(last.baked), now, last.notes)
+        computed = modes.computed(last.baked, None, self._watch(now), last.made)
+        mark = _mark(last.watched)
+        return View(last.baked.known, named, computed, _spec(last.baked), now, last.notes, mark, last.watched)
+
+    def _watch(self, now: LoraState) -> Watch:
+        return Watch(self._tree.wrappers, now)
+
+
+def _watched(mode: str, places: Sequence[Place], made: Sequence[Made]) -> tuple[tuple[str, Slot], ...]:
+    """The tensors of the base that a merge writes to, among those that are read for a push."""
+    read = [*places, *(one.place for one in made)] if mode != "adapter" else []
+    return tuple((place.clean, slot_of(place)) for place in read if place.wrappers)
+
+
+def _mark(watched: Sequence[tuple[str, Slot]]) -> Hashable:
+    live = [(name, held.get(key)) for name, (held, key) in watched]
+    return base_mark((name, tensor) for name, tensor in live if tensor is not None)
 
 
 def _rank(baked: Baked) -> int:

@@ -12,9 +12,11 @@ from torch import nn
 
 from bridge.errors import MissingTensor
 from trainer_side.lora import adapter, state
+from trainer_side.lora.chain import read_chain
 from trainer_side.lora.dequant import FP8
 from trainer_side.lora.effective import effective_bias, effective_identity, effective_weight
 from trainer_side.lora.reader import lora_parameters
+from trainer_side.lora.state import Watch
 from trainer_side.lora.survey import Layer, Survey, plain_dtype, quantised
 from trainer_side.lora.survey import packed as is_packed
 from trainer_side.lora.tree import Extra, Kind, Place, Tree
@@ -50,11 +52,17 @@ class Made:
         """Everything that it is computed from."""
         return (self.place, *self.needs)
 
-    def compute(self, given: Given | None, dtype: torch.dtype) -> torch.Tensor:
-        """The effective value; see `effective_weight` for its dtype."""
-        if not self.bias:
-            return effective_weight(self.module, dtype, given, attribute=_attribute(self.place), copies=self.copies)
-        found = effective_bias(self.module, dtype, given, copies=self.copies)
+    def compute(self, given: Given | None, watch: Watch, dtype: torch.dtype) -> torch.Tensor:
+        """The effective value; see `effective_weight` for its dtype. Raises IntegrityError as `Watch.require`."""
+        chain = read_chain(self.module)
+        watch.require(chain)
+        if self.bias:
+            found = effective_bias(self.module, dtype, given, copies=self.copies, chain=chain)
+        else:
+            at, copies = _attribute(self.place), self.copies
+            found = effective_weight(self.module, dtype, given, attribute=at, copies=copies, chain=chain)
+        # A merge moves the stored values while they are read.
+        watch.require(read_chain(self.module))
         if found is None:
             raise MissingTensor("a bias of the bound model is gone", where=self.place.clean, names=(self.place.raw,))
         return found
@@ -143,18 +151,19 @@ def bake_adapter(tree: Tree, survey: Survey, ends: CanonicalMap) -> Baked:
     needs: list[Extra] = []
     for place, layers in weights.items():
         # The outermost one answers for all that act on this weight.
-        if layers and layers[0].parameters is not None and layers[0].parameters.adapters:
-            acting.append(adapter.Acting(layers[0].wrapper.path, layers[0].wrapper.module, place.clean))
+        wrapper, parameters = (layers[0].wrapper, layers[0].parameters) if layers else (None, None)
+        if wrapper is not None and parameters is not None and parameters.adapters:
+            acting.append(adapter.Acting(wrapper.path, wrapper.module, parameters, place.clean))
             needs += [e for layer in layers for e in layer.extras if e.adapter in layer.adapters]
     return Baked(None, (), (), tuple(needs), tuple(map(_form, needs)), adapter.plan(acting, ends))
 
 
-def computed(baked: Baked, given: Given | None, only: Iterable[Made] | None = None) -> list[Computed]:
-    """The computed tensors of one push, from the values that were given."""
+def computed(baked: Baked, given: Given | None, watch: Watch, only: Iterable[Made] | None = None) -> list[Computed]:
+    """The computed tensors of one push, from the values that were given, in the state that `watch` knows."""
     if baked.plan is not None:
-        return adapter.computed(baked.plan, given)
+        return adapter.computed(baked.plan, given, watch)
     return [
-        Computed(one.place.clean, one.stand_in, partial(one.compute, given))
+        Computed(one.place.clean, one.stand_in, partial(one.compute, given, watch))
         for one in (baked.made if only is None else only)
     ]
 

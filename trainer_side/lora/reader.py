@@ -26,14 +26,18 @@ def lora_parameters(module: nn.Module) -> LoraParameters:
 
     Raises ConfigError for a module without a weight, UnsupportedLora for a tuner that is no LoRA.
     """
-    chain = read_chain(module)
+    return parameters_of(read_chain(module), type(module).__name__)
+
+
+def parameters_of(chain: Chain, where: str) -> LoraParameters:
+    """The same of a layer whose wrappers were read; `where` names it in messages."""
     attribute = chain.attribute
     levels = chain.on(attribute)
     weight = stored(chain.base, attribute)
     if weight is None:
         raise ConfigError(
             "this module has no weight",
-            where=type(module).__name__,
+            where=where,
             expected=f"a layer with a parameter `{attribute}`, or a LoRA wrapper around one",
             got=type(chain.base).__name__,
             remedy="ask for the layers inside it",

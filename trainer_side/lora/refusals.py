@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bridge.errors import UnsupportedLora
 from trainer_side.lora.chain import Chain, Level, read_chain
@@ -27,10 +28,11 @@ PLAIN_VARIANTS = frozenset(
 DORA_VARIANTS = frozenset(
     {"DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant"}
 )
-PER_TOKEN_VARIANTS = frozenset({"ALoraLinearVariant", "ArrowLinearVariant"})
-"""Variants that act on some tokens only, or weigh adapters per token."""
+PER_TOKEN_VARIANTS = {"ALoraLinearVariant": "aLoRA", "ArrowLinearVariant": "Arrow"}
+"""Variants that act on some tokens only, or weigh adapters per token, and what people call them."""
 _ELSEWHERE = "Use mode='base' for the base weights, or merge the adapter into the model first"
 _ADAPTER = "Use mode='adapter'"
+_ADAPTER_OR_16_BIT = f"{_ADAPTER}, or a 16-bit base"
 
 
 def refusal(module: nn.Module, path: str, *, copies: int | None = None) -> UnsupportedLora | None:
@@ -39,63 +41,90 @@ def refusal(module: nn.Module, path: str, *, copies: int | None = None) -> Unsup
     `path` is the layer's name in messages. Reads attributes and shapes, no values; cheap enough for every push.
     Raises UnsupportedLora for a tuner that is no LoRA.
     """
-    chain = read_chain(module)
-    for name in dict.fromkeys(level.attribute for level in chain.levels):
-        error = refused(chain, name, path, copies)
-        if error is not None:
-            return error
-    return None
+    reason = reason_of(read_chain(module), copies)
+    return None if reason is None else _error(path, reason)
+
+
+class Reason(NamedTuple):
+    """Why a layer's effective tensors cannot be pushed.
+
+    Attributes:
+        subject: what of the layer cannot.
+        why: the reason, a clause.
+        got: what was found.
+        way_out: a sentence without its full stop.
+    """
+
+    subject: str
+    why: str
+    got: str
+    way_out: str
+
+    @property
+    def by_mode(self) -> bool:
+        """Whether the way out is another mode, and nothing about the layer."""
+        return self.way_out in (_ELSEWHERE, _ADAPTER, _ADAPTER_OR_16_BIT)
+
+
+def reason_of(chain: Chain, copies: int | None = None) -> Reason | None:
+    """The first reason that any parameter of a layer gives, which was read; None when there is none."""
+    names = dict.fromkeys(level.attribute for level in chain.levels)
+    return next((reason for name in names for reason in _reasons(chain, name, copies)), None)
 
 
 def refused(chain: Chain, name: str, path: str, copies: int | None = None) -> UnsupportedLora | None:
     """The same for one parameter of a layer whose wrappers were read."""
+    reason = next(_reasons(chain, name, copies), None)
+    return None if reason is None else _error(path, reason)
+
+
+def _reasons(chain: Chain, name: str, copies: int | None) -> Iterator[Reason]:
     levels = [level for level in chain.on(name) if level.names]
     if not levels:
-        return None
+        return
     weight = stored(chain.base, name)
     if weight is None:
-        return _error(path, "LoRA", f"the layer has no parameter {name}", type(chain.base).__name__, _ELSEWHERE)
+        yield Reason("LoRA", f"the layer has no parameter {name}", type(chain.base).__name__, _ELSEWHERE)
+        return
     for reason in (*_of_layer(chain, name, weight, levels, copies), *_of_levels(chain, name, weight, levels, copies)):
-        feature, why, got, way_out = reason
-        return _error(path, feature, why, got, way_out)
-    return None
+        yield Reason(*reason)
 
 
-_Reason = tuple[str, str, str, str]
-"""(feature, reason, what was found, the way out)."""
+_Found = tuple[str, str, str, str]
+"""The fields of a `Reason`."""
 
 
-def _error(path: str, feature: str, reason: str, got: str, way_out: str) -> UnsupportedLora:
+def _error(path: str, reason: Reason) -> UnsupportedLora:
     return UnsupportedLora(
-        f"{feature} cannot be pushed in merged mode: {reason}",
+        f"{reason.subject} cannot be pushed in merged mode: {reason.why}",
         where=path,
         expected="a layer whose forward computes with one weight that can be read",
-        got=got,
-        remedy=f"{way_out}.",
+        got=reason.got,
+        remedy=f"{reason.way_out}.",
         names=(path,),
     )
 
 
 def _of_layer(
     chain: Chain, name: str, weight: torch.Tensor, levels: list[Level], copies: int | None
-) -> Iterator[_Reason]:
+) -> Iterator[_Found]:
     """Reasons that lie in the base layer."""
     base = chain.base
     where = _elsewhere(weight)
     if where is not None:
         yield ("a sharded, offloaded or empty weight", f"its values are not here ({where})", where, "Gather it first")
         return
+    if is_parametrized(base, name):
+        reason = "the parameter is already computed by a parametrization"
+        yield ("LoRA on a parametrized weight", reason, type(base).__name__, "Remove the parametrization first")
     if not readable(base, weight):
         got = f"{type(base).__name__}, {type(weight).__name__} of {weight.dtype}"
-        yield ("LoRA on a quantised base", "there is no dequantiser for it", got, f"{_ADAPTER}, or a 16-bit base")
+        yield ("LoRA on a quantised base", "there is no dequantiser for it", got, _ADAPTER_OR_16_BIT)
     if weight.dtype in FP8 and not is_quantized(base, weight):
         yield ("LoRA on an fp8 parameter", "the forward adds in high precision and clamps", str(weight.dtype), _ADAPTER)
     if any(level.state is State.MERGED_DISABLED for level in levels) and is_quantized(base, weight):
         reason = "taking the merged adapters out of packed weights would round them again"
         yield ("a quantised base that is merged and disabled", reason, str(weight.dtype), "Unmerge it first")
-    if name in ((getattr(base, "_modules", None) or {}).get("parametrizations") or ()):
-        reason = "the parameter is already computed by a parametrization"
-        yield ("LoRA on a parametrized weight", reason, type(base).__name__, "Remove the parametrization first")
     if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear) and copies is None:
         reason = "its forward is never called, so that only the attention layer knows what its adapters do"
         yield ("LoRA on an attention layer's output projection", reason, type(base).__name__, _ELSEWHERE)
@@ -103,7 +132,7 @@ def _of_layer(
 
 def _of_levels(
     chain: Chain, name: str, weight: torch.Tensor, levels: list[Level], copies: int | None
-) -> Iterator[_Reason]:
+) -> Iterator[_Found]:
     """Reasons that lie in the adapters."""
     if len(levels) > 1 and any(level.tokens for level in levels):
         names = ", ".join(n for level in levels for n in level.names)
@@ -138,7 +167,7 @@ def is_plain_tensor(weight: torch.Tensor, chain: Chain) -> bool:
     return not is_quantized(chain.base, weight) or weight.dtype in FP8 or weight.dtype == torch.int8
 
 
-def _of_adapter(chain: Chain, level: Level, adapter: ActiveAdapter, kind: str, name: str) -> Iterator[_Reason]:
+def _of_adapter(chain: Chain, level: Level, adapter: ActiveAdapter, kind: str, name: str) -> Iterator[_Found]:
     variant = adapter.variant
     if variant in PER_TOKEN_VARIANTS:
         yield (f"adapter {adapter.name} ({variant})", "its effect depends on the token", variant, _ELSEWHERE)
@@ -146,7 +175,7 @@ def _of_adapter(chain: Chain, level: Level, adapter: ActiveAdapter, kind: str, n
     if unknown:
         got = ", ".join(unknown)
         yield (f"adapter {adapter.name}", f"the layer holds something that is not understood: {got}", got, _ELSEWHERE)
-    if variant not in PLAIN_VARIANTS | DORA_VARIANTS | PER_TOKEN_VARIANTS:
+    if variant not in PLAIN_VARIANTS | DORA_VARIANTS | PER_TOKEN_VARIANTS.keys():
         yield (f"adapter {adapter.name} ({variant})", "this variant is not known", variant, _ELSEWHERE)
     if (variant in DORA_VARIANTS) > (adapter.magnitude is not None):
         yield (f"DoRA adapter {adapter.name}", "it has no magnitude", variant, _ELSEWHERE)
@@ -167,7 +196,7 @@ def _of_adapter(chain: Chain, level: Level, adapter: ActiveAdapter, kind: str, n
         yield from _of_convolution(chain.base, level.wrapper, adapter)
 
 
-def _of_convolution(base: Any, wrapper: Any, adapter: ActiveAdapter) -> Iterator[_Reason]:
+def _of_convolution(base: Any, wrapper: Any, adapter: ActiveAdapter) -> Iterator[_Found]:
     """The product of two convolutions is one convolution only where both see the input alike."""
     groups, mode = getattr(base, "groups", 1), getattr(base, "padding_mode", "zeros")
     if groups != 1:

@@ -9,7 +9,7 @@ import torch
 
 from bridge.errors import DuplicateTensor, ShapeMismatch, UnexpectedTensor
 from trainer_side.lora.tree import Extra, Item, Tree
-from trainer_side.tensors import plain
+from trainer_side.tensors import not_pairs, plain
 from trainer_side.ties import same_bits
 
 
@@ -20,10 +20,12 @@ class Sent:
     Attributes:
         given: every live tensor that came, under any of its names.
         changed: those whose values were not given as the live tensor's own memory.
+        names: as they came.
     """
 
     given: dict[int, torch.Tensor]
     changed: dict[int, torch.Tensor]
+    names: tuple[str, ...]
 
     def __call__(self, live: torch.Tensor) -> torch.Tensor:
         """The values that count for a live tensor."""
@@ -35,10 +37,12 @@ class Sent:
 
 
 def items_of(tree: Tree, names: Sequence[str]) -> list[Item]:
-    """What each name means. Raises UnexpectedTensor, DuplicateTensor."""
+    """What each name means. Raises ConfigError (no text), UnexpectedTensor, DuplicateTensor."""
     found: list[Item] = []
     seen: dict[Item, str] = {}
     for name in names:
+        if not isinstance(name, str):
+            raise not_pairs(f"item {len(found)}", f"a name of type {type(name).__name__}")
         item = tree.find(name) or tree.find_plain(name)
         if item is None:
             raise _unknown(tree, name)
@@ -76,7 +80,7 @@ def sent(items: Sequence[Item], names: Sequence[str], tensors: Sequence[torch.Te
         if earlier is not None and earlier is not tensor and not _same_memory(earlier, tensor):
             _require_equal(item, name, plain(name, earlier), plain(name, tensor))
         given[key] = tensor
-    return Sent(given, changed)
+    return Sent(given, changed, tuple(names))
 
 
 def _checked(item: Item, name: str, tensor: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from trainer_side.lora.chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
+from trainer_side.lora.tree import peft_child
 from trainer_side.naming import ROOT_WRAPPER
 
 _COMPILED = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -39,13 +40,8 @@ def bare(model: nn.Module) -> nn.Module:
 
 def _peft_child(module: nn.Module) -> nn.Module | None:
     """The module inside a PEFT model or its tuner, by structure."""
-    children = module._modules
-    if isinstance(children.get("base_model"), nn.Module) and isinstance(getattr(module, "peft_config", None), Mapping):
-        return children["base_model"]
-    # A model with injected adapters may have a child called `model` too: only tuners inject.
-    if tuple(children) == ("model",) and callable(getattr(type(module), "inject_adapter", None)):
-        return children["model"]
-    return None
+    name = peft_child(module)
+    return None if name is None else module._modules[name]
 
 
 def _parallel_child(module: nn.Module) -> nn.Module | None:

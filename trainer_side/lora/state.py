@@ -3,13 +3,15 @@ a merge or `disable_adapter()` changes the effective weights without changing a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import isnan
 from typing import NamedTuple
 
-from torch import nn
-
-from trainer_side.lora.chain import acting_copy
+from bridge.errors import IntegrityError
+from trainer_side.lora.chain import Chain, Setting, acting_copy, setting_of
 from trainer_side.lora.tree import Kind, Wrapper
+from trainer_side.lora.values import ActiveAdapter
 
 _KEYED = {
     Kind.LORA: ("lora_A", "lora_embedding_A"),
@@ -55,14 +57,8 @@ class LoraState(NamedTuple):
 
 def read(wrapper: Wrapper) -> WrapperState:
     """What a wrapper is set to now. A few microseconds."""
-    holder = wrapper.holder
-    return WrapperState(
-        wrapper.path,
-        _flag(holder),
-        _names(getattr(holder, "merged_adapters", ())),
-        active_of(holder),
-        owned_by(wrapper),
-    )
+    disabled, merged, active = setting_of(wrapper.holder)
+    return WrapperState(wrapper.path, disabled, merged, active, owned_by(wrapper))
 
 
 def scaling_of(wrapper: Wrapper) -> tuple[tuple[str, float], ...]:
@@ -73,12 +69,6 @@ def scaling_of(wrapper: Wrapper) -> tuple[tuple[str, float], ...]:
     if isinstance(scaling, dict):
         return tuple([(name, float(s)) for name, s in scaling.items()])
     return () if scaling is None else (("", float(scaling)),)
-
-
-def active_of(module: nn.Module) -> tuple[str, ...]:
-    """The active adapters of a tuner's layer, in order; some layers of theirs the module may lack."""
-    found = getattr(module, "active_adapters", None)
-    return _names(getattr(module, "active_adapter", ()) if found is None or callable(found) else found)
 
 
 def owned_by(wrapper: Wrapper) -> tuple[str, ...]:
@@ -99,12 +89,41 @@ def copy_in_use(wrapper: Wrapper) -> str | None:
     return next((name for name, copy in copies._modules.items() if copy is acting), None) if copies else None
 
 
-def _flag(module: nn.Module) -> bool:
-    found = getattr(module, "disable_adapters", None)
-    return bool(getattr(module, "_disable_adapters", False) if found is None or callable(found) else found)
+class Watch:
+    """What the wrappers were set to when a push began. Everything that is computed for it is computed from readings
+    that were compared with that: another thread may switch adapters off and on again within one push, and at its two
+    ends nothing would be seen of it. Used by several threads; holds no tensor."""
+
+    def __init__(self, wrappers: Sequence[Wrapper], began: LoraState) -> None:
+        self._set = {
+            id(wrapper.holder): (Setting(state.disabled, state.merged, state.active), dict(scaling))
+            for wrapper, state, scaling in zip(wrappers, began.wrappers, began.scaling, strict=True)
+        }
+
+    def require(self, chain: Chain) -> None:
+        """Raises IntegrityError when a layer was read in another state, or with another factor, than at the start."""
+        for level in chain.levels:
+            setting, scaling = self._set.get(id(level.wrapper), (None, {}))
+            if level.setting != setting or not all(map(partial(_scaled_so, scaling), level.adapters())):
+                raise changed_meanwhile()
+
+    def require_now(self, wrapper: Wrapper) -> None:
+        """The same of one wrapper as it is now."""
+        if self._set.get(id(wrapper.holder), (None, {}))[0] != setting_of(wrapper.holder):
+            raise changed_meanwhile()
 
 
-def _names(found: object) -> tuple[str, ...]:
-    if isinstance(found, str):
-        return (found,)
-    return tuple(map(str, found)) if isinstance(found, Iterable) else ()
+def _scaled_so(scaling: Mapping[str, float], adapter: ActiveAdapter) -> bool:
+    expected = scaling.get(adapter.name, scaling.get(""))
+    # a factor that is not a number is the check for such values' business
+    return expected is not None and (expected == adapter.scaling or (isnan(expected) and isnan(adapter.scaling)))
+
+
+def changed_meanwhile() -> IntegrityError:
+    """For a push during which the layers' state, or the base under them, did not stay what it was at its start."""
+    return IntegrityError(
+        "the model's LoRA layers changed while they were pushed",
+        expected="the same adapters, merged, active and scaled as when the push began",
+        got="another state",
+        remedy="push between steps: not while another thread merges, disables or switches adapters",
+    )

@@ -1,4 +1,9 @@
-"""May the live model be run once for the canary? Only where a forward moves nothing (lora.md 0, 5)."""
+"""May the live model be run once for the canary? Only where a forward moves no bytes (lora.md 0, 5).
+
+What a forward of PEFT's own may touch is bookkeeping: around expert parameters it registers a parametrization and
+removes it again, which puts the very same Parameter back (its bytes, flags, identity and order as before) but may raise
+its `_version`, as every forward of that model does. `verify="weights"` runs no forward at all.
+"""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from torch import nn
 from bridge.errors import ConfigError, UnsupportedLora
 from trainer_side.lora import state as states
 from trainer_side.lora.capability import Feature, Finding
+from trainer_side.lora.chain import Chain, read_chain
 from trainer_side.lora.dequant import FP8, quant_state
 from trainer_side.lora.effective import is_inexact
-from trainer_side.lora.reader import lora_parameters
-from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, refusal
+from trainer_side.lora.reader import parameters_of
+from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
 from trainer_side.lora.tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
 from trainer_side.lora.values import ActiveAdapter, LoraParameters, State
 from trainer_side.naming import identity_of
@@ -29,6 +30,7 @@ class Layer:
         acts: its effective weight is not the base's.
         adapters: those that act, and whose tensors have to come.
         extras: all tensors that it adds.
+        chain: the reading that all of this comes from; None where `parameters` is.
     """
 
     wrapper: Wrapper
@@ -36,6 +38,7 @@ class Layer:
     acts: bool
     adapters: tuple[str, ...]
     extras: tuple[Extra, ...]
+    chain: Chain | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,8 +63,9 @@ class Survey:
     notes: tuple[str, ...] = field(default=())
 
 
-def survey(tree: Tree) -> Survey:
-    """Read every wrapper. Tens of microseconds per layer; runs no forward and changes nothing."""
+def survey(tree: Tree, watch: states.Watch) -> Survey:
+    """Read every wrapper, in the state that `watch` knows. Tens of microseconds per layer; runs no forward and changes
+    nothing. Raises IntegrityError where `Watch.require` does."""
     extras: dict[int, list[Extra]] = {}
     for extra in tree.extras:
         if extra.wrapper is not None:
@@ -70,16 +74,16 @@ def survey(tree: Tree) -> Survey:
     merged: list[Finding] = []
     layers = []
     for wrapper in tree.wrappers:
-        layer, problem = _layer(wrapper, tuple(extras.get(id(wrapper), ())))
+        layer, problem = _layer(wrapper, tuple(extras.get(id(wrapper), ())), watch)
         layers.append(layer)
         found = [problem] if problem is not None else list(_found(layer, tree))
         findings += found
-        if layer.acts and layer.parameters is not None:
-            error = refusal(wrapper.module, wrapper.path, copies=wrapper.copies)
-            if error is not None and not any(f.refuses("merged") for f in found):
+        if layer.acts and layer.parameters is not None and layer.chain is not None:
+            reason = reason_of(layer.chain, wrapper.copies)
+            if reason is not None and not any(f.refuses("merged") for f in found):
                 # What only merged needs is the values of the base: an adapter does without.
                 packs = packed(layer.parameters) or layer.parameters.weight.dtype in FP8
-                (merged if packs else findings).append(_unreadable(layer, error))
+                (merged if packs else findings).append(_unreadable(layer, reason))
     findings += _strays(tree)
     findings += _trained(tree)
     findings += _asleep(layers)
@@ -88,23 +92,27 @@ def survey(tree: Tree) -> Survey:
     )
 
 
-def _layer(wrapper: Wrapper, extras: tuple[Extra, ...]) -> tuple[Layer, Finding | None]:
+def _layer(wrapper: Wrapper, extras: tuple[Extra, ...], watch: states.Watch) -> tuple[Layer, Finding | None]:
     if wrapper.kind is Kind.SAVED:
         copy = states.copy_in_use(wrapper)
+        watch.require_now(wrapper)
         return Layer(wrapper, None, copy is not None, () if copy is None else (copy,), extras), None
     if wrapper.kind is Kind.UNKNOWN:
         kind = type(wrapper.module).__name__
         layer = Layer(wrapper, None, False, (), extras)
-        return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, f"a tuner's {kind} that is not LoRA")
+        return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, subject=f"a tuner's {kind} that is not LoRA")
     try:
-        parameters = lora_parameters(wrapper.module)
+        chain = read_chain(wrapper.module)
+        watch.require(chain)
+        parameters = parameters_of(chain, type(wrapper.module).__name__)
     except (UnsupportedLora, ConfigError) as error:
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what)
     undone = parameters.state is State.MERGED_DISABLED
     acting = parameters.rows if wrapper.kind is Kind.TOKENS else parameters.adapters
     adapters = tuple(dict.fromkeys(one.name for one in acting))
-    return Layer(wrapper, parameters, bool(adapters) or undone, parameters.merged if undone else adapters, extras), None
+    acts = bool(adapters) or undone
+    return Layer(wrapper, parameters, acts, parameters.merged if undone else adapters, extras, chain), None
 
 
 def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
@@ -149,7 +157,7 @@ def _saved(layer: Layer, tree: Tree) -> Iterator[Finding]:
         yield Finding(Feature.SAVED, wrapper.path, tuple(p.raw for p in acting or trained))
     idle = tuple(p.raw for p in trained if p not in acting)
     if idle and acting:
-        yield Finding(Feature.UNKNOWN, wrapper.path, idle, "a copy that is trained but not active")
+        yield Finding(Feature.UNKNOWN, wrapper.path, idle, subject="a copy that is trained but not active")
 
 
 def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
@@ -163,14 +171,15 @@ def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     )  # fmt: skip
     if strange:
         kind = type(layer.wrapper.module).__name__
-        yield Finding(Feature.UNKNOWN, layer.wrapper.path, strange, f"tensors of {kind} that plain LoRA does not have")
+        found = f"tensors of {kind} that plain LoRA does not have"
+        yield Finding(Feature.UNKNOWN, layer.wrapper.path, strange, subject=found)
 
 
 def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     path, names = layer.wrapper.path, layer.names
     empty = tuple(e.raw for e in layer.extras if e.adapter in layer.adapters and _without_values(e))
     if empty:
-        yield Finding(Feature.SHARDED, path, empty)
+        yield Finding(Feature.SHARDED, path, empty, way_out="gather it first")
     if len(parameters.adapters) > 1:
         yield Finding(Feature.SEVERAL, path, names)
     if parameters.kind == "embedding":
@@ -185,7 +194,7 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     for one in parameters.adapters:
         feature = _variant(one, experts)
         if feature is not None:
-            yield Finding(feature, path, names, ", ".join(one.extra.get("unknown", (one.variant,))))
+            yield Finding(feature, path, names, *_known_as(one))
     biased = tuple(e.raw for e in layer.extras if e.container == "lora_B" and e.attribute == "bias")
     if any(adapter.bias is not None for adapter in parameters.adapters):
         yield Finding(Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE, path, biased)
@@ -194,10 +203,12 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
         yield Finding(Feature.DORA, path, of)
 
 
-def _unreadable(layer: Layer, error: UnsupportedLora) -> Finding:
+def _unreadable(layer: Layer, reason: Reason) -> Finding:
     conv = layer.parameters is not None and layer.parameters.kind == "conv"
     feature = Feature.NO_SINGLE_WEIGHT if conv else Feature.UNREADABLE
-    return Finding(feature, layer.wrapper.path, layer.names, error.what)
+    found = reason.why if reason.got in reason.why else f"{reason.why}: {reason.got}"
+    way_out = "" if reason.by_mode else reason.way_out[:1].lower() + reason.way_out[1:]
+    return Finding(feature, layer.wrapper.path, layer.names, found, reason.subject, way_out)
 
 
 def _strays(tree: Tree) -> Iterator[Finding]:
@@ -205,7 +216,8 @@ def _strays(tree: Tree) -> Iterator[Finding]:
     base = {id(place.tensor()) for place in tree.places}
     names = tuple(e.raw for e in tree.extras if e.wrapper is None and not e.buffer and id(e.tensor()) not in base)
     if names:
-        yield Finding(Feature.UNKNOWN, "", names, "parameters of the PEFT model itself, as prompt tuning has them")
+        found = "a trained prompt, or another parameter of the PEFT model itself"
+        yield Finding(Feature.UNKNOWN, "", names, subject=found)
 
 
 def _trained(tree: Tree) -> Iterator[Finding]:
@@ -270,6 +282,16 @@ def _variant(adapter: ActiveAdapter, experts: bool) -> Feature | None:
     if adapter.variant not in PLAIN_VARIANTS | DORA_VARIANTS:
         return Feature.UNKNOWN
     return Feature.EXPANDED if adapter.extra.keys() & {"diagonal", "blocks_a", "blocks_b"} else None
+
+
+def _known_as(adapter: ActiveAdapter) -> tuple[str, str]:
+    """(reason, subject) of an adapter that is more than plain LoRA."""
+    if adapter.variant in PER_TOKEN_VARIANTS:
+        return "", PER_TOKEN_VARIANTS[adapter.variant]
+    unknown = adapter.extra.get("unknown")
+    if unknown:
+        return f"the layer holds {', '.join(unknown)}", f"adapter {adapter.name}"
+    return adapter.variant, f"adapter {adapter.name}"
 
 
 def packed(parameters: LoraParameters) -> bool:

@@ -225,13 +225,16 @@ def kind_of(module: nn.Module) -> Kind | None:
 def peft_child(module: nn.Module) -> str | None:
     """The name of the model inside a PEFT model or its tuner; None for other modules."""
     # Adapters may be injected into any model, which then carries a `peft_config` too, and models have children of these
-    # names: what only PEFT's own two classes do decides.
-    children, kind = module._modules, type(module)
-    if children.get("base_model") is not None and callable(getattr(kind, "get_base_model", None)):
+    # names: what only PEFT's own classes do decides. Its mixed model has no `get_base_model`, but a tuner inside.
+    children = module._modules
+    inside = children.get("base_model")
+    if inside is not None and (callable(getattr(type(module), "get_base_model", None)) or _is_tuner_model(inside)):
         return "base_model" if isinstance(getattr(module, "peft_config", None), Mapping) else None
-    if tuple(children) == ("model",) and callable(getattr(kind, "inject_adapter", None)):
-        return "model"
-    return None
+    return "model" if _is_tuner_model(module) else None
+
+
+def _is_tuner_model(module: nn.Module) -> bool:
+    return tuple(module._modules) == ("model",) and callable(getattr(type(module), "inject_adapter", None))
 
 
 def inner_model(model: nn.Module) -> nn.Module:

@@ -35,7 +35,8 @@ class Chosen:
 
 
 def assemble(mode: str, baked: Baked, came: Sent, *, partial: bool) -> Chosen:
-    """Raises MissingTensor, with every name, when something of the mode did not come; not when `partial`."""
+    """Raises MissingTensor, with every name, when something of the mode did not come; when `partial`, if all of it
+    did not."""
     missing: list[str] = []
     places: list[Place] = []
     named: list[tuple[str, torch.Tensor]] = []
@@ -58,6 +59,8 @@ def assemble(mode: str, baked: Baked, came: Sent, *, partial: bool) -> Chosen:
     if not partial:
         missing += _absent([item for one in made for item in one.items], came.came)
         missing += _absent(baked.needs, came.came)
+    elif not places and not made and not any(map(came.came, baked.needs)):
+        raise _beside(mode, came.names)
     if missing:
         raise _missing(mode, tuple(dict.fromkeys(missing)))
     # Ends that are equal by construction are computed once, under the name that stands for both.
@@ -85,13 +88,35 @@ def _absent(items: Iterable[Place | Extra], came: Callable[[Item], bool]) -> lis
     return [i.raw for i in items if not i.buffer and not came(i) and not (isinstance(i, Place) and not i.registered)]
 
 
+def _beside(mode: str, names: tuple[str, ...]) -> MissingTensor:
+    others = " or ".join(f'mode="{other}"' for other in ("merged", "base", "adapter") if other != mode)
+    what = "the adapter" if mode == "adapter" else f"what {mode} mode sends"
+    return MissingTensor(
+        f"nothing that was sent belongs to {what}",
+        where=_some(names),
+        expected=_sends(mode),
+        got=f"{len(names)} other tensor{'s' if len(names) > 1 else ''} of the model",
+        remedy=f"push some of these, or use {others}",
+        names=names,
+    )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def _sends(mode: str) -> str:
+    if mode == "base":
+        return "every base tensor"
+    acting = "every tensor of the active adapters"
+    return acting if mode == "adapter" else f"every base tensor and {acting}"
+
+
 def _missing(mode: str, names: tuple[str, ...]) -> MissingTensor:
     return MissingTensor(
         f"tensors that {mode} mode sends did not come",
-        where=", ".join(names[:5]) + (" ..." if len(names) > 5 else ""),
-        expected="every base tensor and every tensor of the active adapters"
-        if mode == "merged"
-        else ("every base tensor" if mode == "base" else "every tensor of the active adapters"),
+        where=_some(names),
+        expected=_sends(mode),
         got=f"without {len(names)} of them",
         remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
         names=names,

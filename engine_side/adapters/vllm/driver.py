@@ -28,8 +28,10 @@ _MODES = ("drain", "abort", "keep")
 
 @dataclass
 class _Books:
-    """What was published, and what waits to be dropped: kept on the engine, for the bridge after this one."""
+    """What was published, whether a bridge has paused it, and what waits to be dropped: kept on the engine, for the
+    bridge after this one."""
 
+    paused: bool = False
     version: int = 0
     adapter: str | None = None
     retiring: set[str] = field(default_factory=set)
@@ -49,7 +51,6 @@ class LLMAdapter:
         self._engine: Any = llm.llm_engine
         self._config = self._engine.vllm_config
         self._gate: Gate | None = None
-        self._paused = False
         _check(self._config)
         self._books: _Books = vars(self._engine).setdefault(_BOOKS, _Books())
 
@@ -120,28 +121,28 @@ class LLMAdapter:
         """Callers wait, what runs is drained, aborted or kept; then all KV blocks are free: the canary needs them."""
         if inflight not in _MODES:
             raise ConfigError("no such mode", where="inflight", expected=" | ".join(_MODES), got=repr(inflight))
-        if not self._paused and self._engine.is_sleeping():
+        if not self._books.paused and self._engine.is_sleeping():
             raise _asleep()
         self.gate.hold()
         try:
-            if inflight == "drain" and not self._paused:
+            if inflight == "drain" and not self._books.paused:
                 self.gate.drain(deadline)
             with self.gate.between_steps(stepping_blocks=not self.in_process):
                 if inflight == "abort":
                     self.gate.abort()
                 self.llm.sleep(level=0, mode="keep")
-                self._paused = True
+                self._books.paused = True
                 if not self.llm.reset_prefix_cache(reset_running_requests=True):
                     raise ProtocolError("vLLM did not free its KV blocks", where="reset_prefix_cache", got="False")
         except BaseException:
-            if not self._paused:
+            if not self._books.paused:
                 self.gate.release()
             raise
 
     def resume(self) -> None:
-        if self._paused:
+        if self._books.paused:
             self.llm.wake_up(tags=["scheduling"])
-            self._paused = False
+            self._books.paused = False
         self.gate.release()
 
     def reset_caches(self) -> bool:
@@ -156,7 +157,7 @@ class LLMAdapter:
     def claim(self, owner: str) -> None:
         """Raises ConfigError for an engine that is asleep: its weights are not there."""
         claim.take(self.llm, self, owner)
-        if self._engine.is_sleeping() and self.refusal is None and not self._paused:
+        if self._engine.is_sleeping() and self.refusal is None and not self._books.paused:
             claim.give_up(self.llm, self)
             raise _asleep()
 
@@ -194,6 +195,8 @@ class LLMAdapter:
     ) -> list[Completion]:
         """Past the gate of a paused engine scheduling is opened for these requests; kept ones go on by as many steps,
         and wait again."""
+        if self._engine.is_sleeping() and not self._books.paused:
+            raise _asleep()
         if sampling.max_tokens == 0:
             return [Completion((), (), "length", _number(self._engine.get_weight_version())) for _ in prompts]
         lora, parameters = self._lora_request(adapter), _parameters(sampling)
@@ -204,7 +207,7 @@ class LLMAdapter:
             name = f"bridge-{uuid4().hex}"
             return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, parameters, lora_request=lora))
 
-        opened = self._paused and past_gate
+        opened = self._books.paused and past_gate
         if opened:
             self.llm.wake_up(tags=["scheduling"])
         try:

@@ -22,9 +22,20 @@ from bridge.errors import NotFound, UnsupportedLora
 from bridge.lora import AdapterSpec
 from bridge.manifest import TensorInfo
 from engine_side.adapters.base import AdapterView, Prompts
-from engine_side.adapters.vllm.loras import Loras
 from engine_side.adapters.vllm.logprobs import prompt_logprobs
+from engine_side.adapters.vllm.loras import Loras
 from engine_side.unloaded import unloaded
+
+_POST_LOAD = "process_weights_after_loading"
+
+
+def _call(module: nn.Module, method: str, *args: Any) -> bool:
+    """Call what vLLM looks for on a module by name; False where it is not there."""
+    found = getattr(module, method, None)
+    if not callable(found):
+        return False
+    found(*args)
+    return True
 
 
 class VllmRankHost:
@@ -64,7 +75,7 @@ class VllmRankHost:
         return self._unloaded
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        skeleton.load_weights(weights)  # type: ignore[operator]
+        _call(skeleton, "load_weights", weights)
 
     def post_load(self, module: nn.Module) -> bool:
         """One module's share of vLLM's `process_weights_after_loading`, in its order: the quantisation method's, then
@@ -74,16 +85,14 @@ class VllmRankHost:
         if isinstance(method, QuantizeMethodBase):
             with device_loading_context(module, self._worker.device):
                 method.process_weights_after_loading(module)
-            if hasattr(module, "update_param_tp_status"):
-                module.update_param_tp_status()
+            _call(module, "update_param_tp_status")
             found = True
         if is_deferred_attention_layer(module):
             with device_loading_context(module, self._worker.device):
-                module.process_weights_after_loading(self._config.model_config.dtype)
+                _call(module, _POST_LOAD, self._config.model_config.dtype)
             found = True
-        elif not found and type(module) is type(self.model) and hasattr(module, "process_weights_after_loading"):
-            module.process_weights_after_loading()
-            found = True
+        elif not found and type(module) is type(self.model):
+            found = _call(module, _POST_LOAD)
         return found
 
     @torch.no_grad()

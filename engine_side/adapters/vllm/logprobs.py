@@ -64,19 +64,23 @@ def prompt_logprobs(worker: Any, prompts: Sequence[Sequence[int]], lora: LoRAReq
 def _steps(worker: Any, wanted: Sequence[tuple[int, list[int]]]) -> Iterator[list[_Piece]]:
     """Prompts packed into steps as far as tokens, sequences and KV blocks reach."""
     kv, scheduler = worker.model_runner.kv_cache_config, worker.vllm_config.scheduler_config
+    # with a wrapped head vLLM maps a step's tokens to adapters by its sampled rows: right for one request only
+    most = scheduler.max_num_seqs if worker.vllm_config.lora_config is None else 1
     tag = f"bridge-{time.monotonic_ns()}-"  # the runner takes an id that it knows for an update of that request
     pieces: list[_Piece] = []
     used, cursor = 0, kv.num_blocks
     for index, ids in wanted:
         blocks, after = _blocks(kv, len(ids), cursor)
-        full = used + len(ids) > scheduler.max_num_batched_tokens or len(pieces) == scheduler.max_num_seqs
+        full = used + len(ids) > scheduler.max_num_batched_tokens or len(pieces) == most
         if pieces and (full or after < 1):
             yield pieces
             pieces, used = [], 0
             blocks, after = _blocks(kv, len(ids), kv.num_blocks)
         if after < 1:
             raise ConfigError(
-                "a prompt does not fit the engine's KV pool", expected=f"{kv.num_blocks - 1} blocks", got=f"{len(ids)} tokens"
+                "a prompt does not fit the engine's KV pool",
+                expected=f"{kv.num_blocks - 1} blocks",
+                got=f"{len(ids)} tokens",
             )
         cursor, used = after, used + len(ids)
         pieces.append(_Piece(index, f"{tag}{index}", ids, blocks))

@@ -256,7 +256,7 @@ def _region(slot: torch.Tensor, region: Region) -> torch.Tensor:
 
 def _box(slot: torch.Tensor, move: Move, shape: tuple[int, ...]) -> tuple[torch.Tensor, tuple[slice, ...]]:
     """(view of the slot, which part of the tensor it holds) of one move of a rectangle."""
-    rows, width = shape
+    width = shape[1]
     source, dest = move.source, move.dest
     view = _region(slot, dest)
     sizes = [(n, s, k) for k, (n, s) in enumerate(zip(source.shape, source.strides, strict=True)) if n > 1]
@@ -267,8 +267,8 @@ def _box(slot: torch.Tensor, move: Move, shape: tuple[int, ...]) -> tuple[torch.
         view = slot.as_strided((count, width), (step * width, step), slot.storage_offset() + dest.offset)
         at = source.offset // width
         return view, (slice(at, at + count), slice(0, width))
-    tall = next((n for n, s, _ in sizes if s >= width and s % width == 0 and not (s == 1)), 1)
-    wide = next((n for n, s, _ in sizes if s == 1 and not (width == 1)), 1)
+    tall = next((n for n, s, _ in sizes if s == width and s != 1), 1)
+    wide = next((n for n, s, _ in sizes if s == 1 and width != 1), 1)
     strides = {s: dest.strides[k] for _, s, k in sizes}
     view = slot.as_strided((tall, wide), (strides.get(width, 0), strides.get(1, 0)), view.storage_offset())
     row, column = divmod(source.offset, width)

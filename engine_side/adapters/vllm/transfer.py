@@ -24,16 +24,16 @@ from engine_side.rank import Rank
 
 
 @dataclass
-class BridgeInitInfo(WeightTransferInitInfo):
+class BridgeInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """Nothing: the bridge tells each job what it needs."""
 
 
 @dataclass
-class BridgeUpdateInfo(WeightTransferUpdateInfo):
+class BridgeUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Nothing travels this way."""
 
 
-class BridgeTransfer(WeightTransferEngine[BridgeInitInfo, BridgeUpdateInfo]):
+class BridgeTransfer(WeightTransferEngine[BridgeInitInfo, BridgeUpdateInfo]):  # type: ignore[misc]
     """Made by vLLM at the end of `Worker.load_model`, once per worker."""
 
     init_info_cls = BridgeInitInfo

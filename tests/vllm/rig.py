@@ -1,0 +1,124 @@
+"""One `vllm.LLM`, the bridge into it and the trainer's model."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bridge
+from tests.vllm.families import make_model, perturb
+from trainer_side.reference import reference_logprobs
+
+PROMPTS = [[random.Random(n).randrange(3, 400) for _ in range(n)] for n in (5, 20, 150)]
+Logprobs = list[list[float]]
+
+
+class VllmRig:
+    """`how` is "inproc", "mp" (an engine core of its own) or "tp2"; `lora` gives the engine three adapter slots."""
+
+    def __init__(self, folder: Path, family: str, *, how: str = "inproc", lora: bool = False, **changes: Any) -> None:
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        self.family, self.how, self.folder = family, how, folder
+        self.model = make_model(family, **changes)
+        self.model.save_pretrained(folder)
+        more: dict[str, Any] = {}
+        if lora:
+            more.update(enable_lora=True, max_lora_rank=8, max_loras=3)
+        if how == "tp2":
+            more.update(tensor_parallel_size=2, distributed_executor_backend="mp")
+        with _environment(how):
+            self.llm = LLM(
+                str(folder),
+                skip_tokenizer_init=True,
+                enforce_eager=True,
+                max_model_len=256,
+                dtype="bfloat16",
+                enable_prefix_caching=True,
+                seed=0,
+                weight_transfer_config=WeightTransferConfig(backend="bridge"),
+                **more,
+            )
+        self.b = bridge.attach(self.llm, model=self.model)
+        self._seed = 0
+        self._first = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def close(self) -> None:
+        before = set(os.listdir("/dev/shm"))
+        self.b.close()
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        for name in before & set(os.listdir("/dev/shm")):
+            if name.startswith("vllm_dist_"):  # vLLM's own: its workers are gone
+                os.unlink(f"/dev/shm/{name}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def said(self, lora: Any = None) -> Logprobs:
+        """Prompt log-probabilities through vLLM's own `generate`."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=0)
+        # one at a time: with a wrapped head vLLM's own prompt log-probabilities fail on more
+        outputs = [
+            self.llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False, lora_request=lora)[0]
+            for ids in PROMPTS
+        ]
+        return [
+            [row[token].logprob for row, token in zip(out.prompt_logprobs[1:], ids[1:], strict=True)]
+            for out, ids in zip(outputs, PROMPTS, strict=True)
+        ]
+
+    def wanted(self) -> Logprobs:
+        wanted: Logprobs = reference_logprobs(self.model, PROMPTS)
+        return wanted
+
+    def off(self) -> float:
+        """Mean |difference| to transformers in nats."""
+        return difference(self.said(), self.wanted())
+
+    def step(self) -> None:
+        """Other weights, as far from the checkpoint's each time: noise between engines grows with them."""
+        self._seed += 1
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self._first[name])
+        perturb(self.model, self._seed)
+
+    def push(self, **options: Any) -> bridge.Receipt:
+        receipt: bridge.Receipt = self.b.push(self.model.named_parameters(), **options)
+        return receipt
+
+    def rank(self) -> Any:
+        """The rank object of an engine core in this process."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.weight_transfer_engine.rank
+
+
+def difference(a: Logprobs, b: Logprobs) -> float:
+    values = [abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
+    return sum(values) / len(values)
+
+
+@contextmanager
+def _environment(how: str) -> Iterator[None]:
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if how == "inproc" else "1"}
+    if how == "tp2":
+        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

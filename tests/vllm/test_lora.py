@@ -1,0 +1,80 @@
+"""With `enable_lora=True`: weights through the wrappers, adapters in memory beside those that the user loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bridge
+from tests.vllm.rig import PROMPTS, difference
+from trainer_side.reference import reference_logprobs
+
+pytestmark = pytest.mark.timeout(300)
+CASES = [("qwen2", "inproc"), ("qwen3", "inproc"), ("gemma2", "inproc"), ("phi3", "inproc"), ("qwen2", "tp2")]
+LIMIT = 0.025
+
+
+def jiggle(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_((torch.randn(parameter.shape, generator=generator) * 0.15).to(parameter.dtype))
+
+
+@pytest.mark.parametrize(("family", "how"), CASES, ids=lambda value: str(value))
+def test_adapters_and_the_base_below_them(rigs: Any, tmp_path: Path, family: str, how: str) -> None:
+    import peft
+    from vllm.lora.request import LoRARequest
+
+    rig = rigs.get(family, how=how, lora=True)
+    fused = ["qkv_proj", "o_proj", "down_proj"]
+    parts = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=fused if family == "phi3" else parts)
+    model = peft.get_peft_model(rig.model, config)
+    jiggle(model, 1)
+    model.save_pretrained(tmp_path)
+    users = LoRARequest("mine", 7, str(tmp_path))
+    assert difference(rig.said(users), reference_logprobs(model, PROMPTS)) < LIMIT
+    rig.b.bind(model)
+
+    receipt = rig.b.push(model.named_parameters(), mode="adapter")
+    assert receipt.verified is True
+    assert 7 in rig.llm.llm_engine.list_loras()
+    first = rig.b.engines[0].generate(PROMPTS, bridge.Sampling(max_tokens=4, temperature=0.0))
+    jiggle(model, 2)
+    assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
+    assert len(rig.llm.llm_engine.list_loras()) == 2, "the adapter before was dropped, the user's stays"
+    assert rig.b.engines[0].generate(PROMPTS, bridge.Sampling(max_tokens=4, temperature=0.0)) != first
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                parameter.mul_(1.06)
+    assert rig.b.push(model.named_parameters(), mode="base").verified is True
+    with model.disable_adapter():
+        assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < LIMIT
+    assert 7 in rig.llm.llm_engine.list_loras()
+    assert difference(rig.said(users), rig.said()) > 0.2, "the user's adapter still acts"
+    jiggle(model, 3)
+    assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
+    assert rig.b.push(model.named_parameters(), mode="merged").verified is True
+    assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < LIMIT
+
+
+def test_an_llm_without_the_backend_is_told_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import LLM
+
+    from tests.vllm.families import make_model
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    make_model("llama").save_pretrained(tmp_path)
+    llm = LLM(str(tmp_path), skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, dtype="bfloat16")
+    try:
+        with pytest.raises(bridge.ConfigError, match=r'WeightTransferConfig\(backend="bridge"\)'):
+            bridge.attach(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,172 @@
+"""What can go wrong and what may be in flight, on one dense family with tied embeddings (its head is packed twice)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import bridge
+from bridge.errors import Busy, ConfigError, EngineQuarantined, MissingTensor, PushAborted
+from tests.push.faults import Breaker
+from tests.vllm.rig import PROMPTS, difference
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def rig(rigs: Any) -> Iterator[Any]:
+    made = rigs.get("qwen2-tied")
+    made.step()
+    assert made.push().verified is True
+    yield made
+    made.step()
+    assert made.push().verified is True, "a good push works after every test"
+    assert made.off() < 0.012
+
+
+def bits(rig: Any) -> dict[str, bytes]:
+    model = rig.rank().host.model
+    return {n: t.detach().view(torch.uint8).numpy().tobytes() for n, t in model.named_parameters() if t.numel()}
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 9, 16])
+def test_a_push_that_fails_midway_leads_back(rig: Any, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, said = bits(rig), rig.said()
+    version = rig.b.status().engines[0].serving
+    rig.step()
+    with monkeypatch.context() as patch:
+        faults = Breaker(patch, k)
+        with pytest.raises(PushAborted):
+            rig.push()
+        assert faults.fired
+    assert rig.b.status().engines[0].serving == version
+    assert bits(rig) == before
+    assert rig.said() == said, "packed weights too"
+
+
+def test_an_engine_that_cannot_be_put_back_refuses(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.step()
+    with monkeypatch.context() as patch:
+        Breaker(patch, 5, always=True)
+        with pytest.raises(EngineQuarantined):
+            rig.push()
+    with pytest.raises(EngineQuarantined):
+        rig.said()
+    rig.b.close()
+    with pytest.raises(EngineQuarantined):
+        rig.said()
+    rig.b = bridge.attach(rig.llm, model=rig.model)
+    assert rig.push().verified is True
+    assert rig.off() < 0.012
+
+
+def test_a_subset_leaves_the_rest_bit_identical(rig: Any) -> None:
+    before = bits(rig)
+    kept = {n: p.detach().clone() for n, p in rig.model.named_parameters()}
+    rig.step()
+    with pytest.raises(MissingTensor):
+        rig.b.push([(n, p) for n, p in rig.model.named_parameters() if ".layers.1." in n])
+    with torch.no_grad():
+        for name, parameter in rig.model.named_parameters():
+            if ".layers.1." not in name:
+                parameter.copy_(kept[name])
+    receipt = rig.b.push([(n, p) for n, p in rig.model.named_parameters() if ".layers.1." in n], partial=True)
+    assert receipt.verified is True
+    after = bits(rig)
+    assert {n for n in before if before[n] != after[n]} == {n for n in before if ".layers.1." in n}
+    assert rig.off() < 0.012
+
+
+def test_only_norms(rig: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in rig.model.named_parameters():
+            if parameter.dim() == 1 and "norm" in name:
+                parameter.mul_(1.25)
+    norms = [(n, p) for n, p in rig.model.named_parameters() if "norm" in n]
+    receipt = rig.b.push(norms, partial=True)
+    assert receipt.verified is True
+    assert rig.off() < 0.012
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort", "drain"])
+def test_requests_in_flight(rig: Any, mode: str) -> None:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=30, temperature=0, detokenize=False, ignore_eos=True)
+    rig.llm.enqueue([{"prompt_token_ids": ids} for ids in PROMPTS], sampling, use_tqdm=False)
+    for _ in range(6):
+        assert not rig.llm.llm_engine.step()
+    old = int(rig.llm.llm_engine.get_weight_version())
+    rig.step()
+    receipt = rig.push(inflight=mode)
+    assert receipt.verified is True
+    outputs = rig.llm.wait_for_completion(use_tqdm=False)
+    assert len(outputs) == len(PROMPTS)
+    for output in outputs:
+        (first,) = output.outputs
+        served = [int(span.version) for span in first.weight_versions]
+        if mode == "keep":
+            assert (len(first.token_ids), first.finish_reason, served) == (30, "length", [old, receipt.version])
+        elif mode == "abort":
+            assert len(first.token_ids) < 30
+            assert (first.finish_reason, served) == ("abort", [old])
+        else:
+            assert (len(first.token_ids), first.finish_reason, served) == (30, "length", [old])
+
+
+def test_a_thread_that_generates_meanwhile(rig: Any) -> None:
+    """It waits while the weights change hands, and sees one version after the other."""
+    said: list[Any] = []
+    stop = threading.Event()
+
+    def user() -> None:
+        while not stop.is_set():
+            said.append(rig.b.engines[0].generate(PROMPTS[:1], bridge.Sampling(max_tokens=8, temperature=0.0)))
+
+    thread = threading.Thread(target=user)
+    thread.start()
+    try:
+        for _ in range(3):
+            rig.step()
+            assert rig.push(inflight="keep").verified is True
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    versions = [row[0].weight_version for row in said]
+    assert versions == sorted(versions)
+
+
+def test_caches_that_are_not_reset_are_found(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(rig.llm.llm_engine), "reset_prefix_cache", lambda *_, **__: True)
+        with pytest.raises(PushAborted, match="cache"):
+            rig.push()
+
+
+def test_two_bridges(rig: Any) -> None:
+    with pytest.raises(Busy):
+        bridge.attach(rig.llm, model=rig.model)
+
+
+def test_an_engine_asleep(rig: Any) -> None:
+    rig.llm.sleep(level=0, mode="keep")
+    try:
+        with pytest.raises((ConfigError, PushAborted), match="asleep"):
+            rig.push()
+    finally:
+        rig.llm.wake_up()
+
+
+def test_rollback(rig: Any) -> None:
+    said = rig.said()
+    rig.step()
+    rig.push()
+    assert difference(rig.said(), said) > 0.1
+    rig.b.rollback()
+    assert rig.said() == said
