@@ -41,6 +41,8 @@ class RankReport(msgspec.Struct, frozen=True):
     rebound: tuple[str, ...] = ()
     canary_only: tuple[str, ...] = ()
     written: int = 0
+    skipped_only: bool = False
+    """What failed is none of what this load wrote: tensors that were skipped as unchanged are not what was given."""
     load_s: float = 0.0
     postload_s: float = 0.0
     verify_s: float = 0.0

@@ -199,6 +199,7 @@ class Rank:
             rebound=(*outcome.rebound, *outcome.created),
             canary_only=verifier.canary_only(),
             written=outcome.written,
+            skipped_only=verifier.only_skipped(levels, job.changed),
             load_s=outcome.load_s,
             postload_s=outcome.postload_s,
             verify_s=time.perf_counter() - started,

@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -269,7 +268,8 @@ class EngineService:
         job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous, request.adapter)
         loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         notes: tuple[str, ...] = ()
-        if self._only_skipped_failed(request, loaded):
+        failed = [report for report in loaded if not all(level.ok for level in report.levels)]
+        if failed and all(report.skipped_only for report in failed):
             # what was skipped as unchanged is not what this engine was given: somebody wrote to it since. Load it all.
             notes = (f"{self.id} did not hold what it was given before; everything was loaded anew",)
             log.warning(notes[0])
@@ -279,16 +279,6 @@ class EngineService:
             phases[phase] = max(getattr(report, f"{phase}_s") for report in loaded)
         pairs = zip(staged, loaded, strict=True)
         return tuple(msgspec.structs.replace(now, levels=(*before.levels, *now.levels)) for before, now in pairs), notes
-
-    def _only_skipped_failed(self, request: EngineLoad, loaded: Sequence[RankReport]) -> bool:
-        """Something failed, and nothing that this load wrote: a fault of the load must not be healed in silence."""
-        if request.changed is None or request.adapter is not None:
-            return False
-        names = [spec.name for spec in self._arenas[request.plan].manifest.tensors]
-        written = {names[k] for k in request.changed}
-        bad = [(level.level, f.name) for r in loaded for level in r.levels for f in level.failures if not level.ok]
-        stored = all(level in ("read-back", "probe") for level, _ in bad)
-        return bool(bad) and stored and written.isdisjoint(name.partition(" -> ")[0] for _, name in bad)
 
     # ---- pause, commit, resume --------------------------------------------------------------------------------------
 

@@ -82,6 +82,23 @@ class Verifier:
         self._proven.clear()
         return tuple(out)
 
+    def only_skipped(self, levels: Iterable[LevelResult], changed: Collection[int] | None) -> bool:
+        """Something failed, and nothing that a load of `changed` wrote had a part in it: a fault of the load itself
+        must not be healed in silence."""
+        if changed is None:
+            return False
+        bad = [(level.level, failure.name) for level in levels if not level.ok for failure in level.failures]
+        index = self.loader.mapped.index
+        written = set(changed)
+
+        def skipped(name: str) -> bool:
+            if name in self.loader.decided.choices:
+                return written.isdisjoint(self.loader.feeds(name))
+            tensor = index.get(name.partition(" -> ")[0])
+            return tensor is not None and tensor not in written
+
+        return bool(bad) and all(level in ("read-back", "probe") and skipped(name) for level, name in bad)
+
     def canary_only(self) -> tuple[str, ...]:
         """Modules that neither read-back nor a probe can judge."""
         return tuple(
