@@ -145,7 +145,7 @@ def run_bench(
         say(f"[{len(found) + 1}/{len(jobs)}] {job.count} tensors, {job.shapes}, {job.engine}, {job.threads} thread(s)")
         found.append(measure(job, environment(job)))
     return {
-        "machine": _machine(),
+        "machine": machine(),
         "settings": {**msgspec.to_builtins(options), "tunables": f"GLIBC_TUNABLES={TUNABLE}"},
         "results": [_result(group) for group in _groups(found)],
     }
@@ -196,7 +196,7 @@ def _groups(found: Sequence[Measured]) -> list[list[Measured]]:
 def _result(group: Sequence[Measured]) -> dict[str, Any]:
     """The report of one group: its largest measurement, and the cost per tensor over all of them."""
     one = group[-1]
-    reference = _stats(one.reference, one.nbytes)
+    reference = stats(one.reference, one.nbytes)
     reference["spread"] = reference["p90_s"] / reference["median_s"] - 1
     variants = {name: _variant(one, name, reference["median_s"]) for name in one.variants}
     return {
@@ -208,7 +208,7 @@ def _result(group: Sequence[Measured]) -> dict[str, Any]:
         "reference": reference,
         "variants": variants,
         "first": {"seconds": one.first.seconds, "phases": one.first.phases},
-        "unchanged": _stats(one.unchanged, one.nbytes),
+        "unchanged": stats(one.unchanged, one.nbytes),
         "per_tensor": {name: fit_line(group, name) for name in one.variants} if len(group) > 1 else {},
         "memory": {
             "version_nbytes": one.nbytes,
@@ -226,16 +226,17 @@ def _result(group: Sequence[Measured]) -> dict[str, Any]:
 
 def _variant(one: Measured, name: str, reference_s: float) -> dict[str, Any]:
     timed = one.variants[name]
-    stats = _stats(timed, one.nbytes)
+    row = stats(timed, one.nbytes)
     phases = {phase for push in timed for phase in push.phases}
-    stats["ratio"] = reference_s / stats["median_s"]
-    stats["target"] = TARGETS.get((name, one.job.threads)) if one.job.shapes == "qwen2-0.5b" else None
-    stats["pause_s"] = statistics.median(push.pause_s for push in timed)
-    stats["phases"] = {p: statistics.median(push.phases.get(p, 0.0) for push in timed) for p in sorted(phases)}
-    return stats
+    row["ratio"] = reference_s / row["median_s"]
+    row["target"] = TARGETS.get((name, one.job.threads)) if one.job.shapes == "qwen2-0.5b" else None
+    row["pause_s"] = statistics.median(push.pause_s for push in timed)
+    row["phases"] = {p: statistics.median(push.phases.get(p, 0.0) for push in timed) for p in sorted(phases)}
+    return row
 
 
-def _stats(timed: Sequence[Timed], nbytes: int) -> dict[str, Any]:
+def stats(timed: Sequence[Timed], nbytes: int) -> dict[str, Any]:
+    """Median and spread of timed calls that moved `nbytes` each."""
     seconds = sorted(one.seconds for one in timed)
     median = statistics.median(seconds)
     return {
@@ -256,7 +257,8 @@ def fit_line(group: Sequence[Measured], variant: str) -> dict[str, float]:
     return {"us_per_tensor": fit.slope * 1e6, "fixed_ms": fit.intercept * 1e3}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a report says about where it was measured."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),

@@ -73,6 +73,10 @@ class Backend:
         """The bench's module: BenchOptions, run_bench."""
         return importlib.import_module("bridge.bench")
 
+    def engine_bench(self) -> Any:
+        """The bench into real engines: run."""
+        return importlib.import_module("bridge.engine_bench")
+
 
 @dataclass(frozen=True)
 class Output:
@@ -354,8 +358,16 @@ def demo(backend: Backend, out: Output, no_push: bool, quiet: bool, **given: Any
 @click.option("--threads", default="1,2", show_default=True, metavar="N,N", help="Copy threads to measure with.")
 @click.option("--ray", is_flag=True, help="Also into a hosted embedded engine, in another process.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the values and of the order of the variants.")
-def bench(backend: Backend, out: Output, shapes: str, rounds: int, threads: str, ray: bool, seed: int) -> None:
+@click.option("--engine", metavar="KIND:PATH", help="Instead: into a real engine (vllm:PATH, sglang:PATH; PATH a folder"
+              " or qwen2-0.5b), against its own way to take weights.")  # fmt: skip
+def bench(
+    backend: Backend, out: Output, shapes: str, rounds: int, threads: str, ray: bool, seed: int, engine: str | None
+) -> None:
     """Measure pushes against a flat one-thread copy of the same bytes, interleaved; every push is checked."""
+    if engine is not None:
+        report = backend.engine_bench().run(engine, rounds, seed, say=functools.partial(click.echo, err=True))
+        out.result("bench", report, render.show_engine_bench)
+        return
     module = backend.bench()
     options = module.BenchOptions.of(shapes=shapes, rounds=rounds, threads=threads, ray=ray, seed=seed)
     report = module.run_bench(options, say=functools.partial(click.echo, err=True))

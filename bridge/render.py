@@ -209,6 +209,24 @@ def show_bench(out: Console, report: Payload) -> None:
             out.print(f"  {name}: {fit['us_per_tensor']:.2f} us per tensor + {fit['fixed_ms']:.1f} ms", soft_wrap=True)
 
 
+def show_engine_bench(out: Console, report: Payload) -> None:
+    machine = report["machine"]
+    what = f"{machine['cpu']}, {machine['cores']} cores; python {machine['python']}, torch {machine['torch']}"
+    out.print(f"{what}; {report['tensors']} tensors, {_size(report['nbytes'])}", soft_wrap=True)
+    table = _table("engine", "variant", "median>", "p90>", "speed>", "target>", "pause>", "phases")
+    for name, row in report["variants"].items():
+        target = "" if row["target"] is None else f"{row['target']:.1f}"
+        phases = ", ".join(f"{phase} {_ms(seconds)}" for phase, seconds in row["phases"].items() if seconds >= 1e-3)
+        _row(table, report["engine"], name, _ms(row["median_s"]), _ms(row["p90_s"]), f"{row['ratio']:.2f}", target,
+             _ms(row["pause_s"]), phases)  # fmt: skip
+    out.print(table)
+    out.print(
+        f"speed 1.00 is the engine's own {report['own']}, of the same tensors, in the same rounds;"
+        f" first push {_ms(report['first']['seconds'])}; the engine started in {_ms(report['startup_s'])}",
+        soft_wrap=True,
+    )
+
+
 # ---- small parts -----------------------------------------------------------------------------------------------------
 
 

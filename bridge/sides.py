@@ -15,6 +15,7 @@ CHECK_SPEC = "engine_side.adapters:check_spec"
 SERVICE = "engine_side.service:EngineService"
 TRAINER_ACTOR = "trainer_side.actor:TrainerActor"
 ENGINE_ACTOR = "engine_side.actor:EngineActor"
+RIVAL = "engine_side.adapters.rivals:start"
 DEMO = "trainer_side.demo.run:run_demo"
 CHECKPOINT = "trainer_side.checkpoint:named_tensors"
 

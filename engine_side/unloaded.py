@@ -24,7 +24,7 @@ _WIRE = {dtype: name for name, dtype in DTYPES.items()}
 
 def unloaded(host: RankHost, checkpoint: Path | None) -> frozenset[str]:
     """Paths of skeleton targets that nothing fills. Costs a trace of the loader or two; once per host."""
-    if checkpoint is not None and (infos := _infos(checkpoint)):
+    if checkpoint is not None and (infos := checkpoint_tensors(checkpoint)):
         try:
             found = bake.trace(host, bake.stand_ins(infos))
         except LoaderRaised:
@@ -36,7 +36,7 @@ def unloaded(host: RankHost, checkpoint: Path | None) -> frozenset[str]:
     return frozenset(_nameless(host))
 
 
-def _infos(folder: Path) -> tuple[TensorInfo, ...]:
+def checkpoint_tensors(folder: Path) -> tuple[TensorInfo, ...]:
     """Every tensor of a folder's safetensors that can travel; empty where there are none."""
     try:
         from safetensors import safe_open

@@ -43,6 +43,7 @@ class BridgeTransfer(WeightTransferEngine[BridgeInitInfo, BridgeUpdateInfo]):  #
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
+        _leave_callable(model)
         self.rank: Rank | None = None
         self._host: VllmRankHost | None = None
 
@@ -77,3 +78,13 @@ class BridgeTransfer(WeightTransferEngine[BridgeInitInfo, BridgeUpdateInfo]):  #
         if self.rank is not None:
             self.rank.close()
             self.rank = None
+
+
+def _leave_callable(model: nn.Module) -> None:
+    """Where vLLM runs a model with transformers' own classes, it exchanges their `__call__` for one that asks the
+    instance whether to compile. A trainer's model in this process, made before, has no such attribute and could not be
+    called any more: it finds it on the class."""
+    for module in model.modules():
+        cls = type(module)
+        if "do_not_compile" in vars(module) and not hasattr(cls, "do_not_compile"):
+            cls.do_not_compile = True  # type: ignore[assignment]

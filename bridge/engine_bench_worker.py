@@ -1,0 +1,123 @@
+"""The measuring process of `weighbridge bench --engine`: an EngineJob comes in on stdin, the answer goes to stdout.
+
+A transformers model is the trainer. Every value changes before every timed call; pushes and the engine's own way take
+their turns in random order within each round, and at the end the engine is checked against the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import bridge
+from bridge import sides
+from bridge.bench import SHAPES, Failed, Timed
+from bridge.bench_worker import QWEN2_05B, Trainer
+from bridge.engine_bench import PUSHES, EngineJob, EngineMeasured
+from bridge.errors import BridgeError, IntegrityError, NotFound
+from bridge.wire import ErrorInfo
+
+
+@contextmanager
+def _folder(given: str) -> Iterator[Path]:
+    """The folder of a checkpoint; made and removed again for the name of a set of shapes."""
+    if given != SHAPES[0]:
+        path = Path(given)
+        if not (path / "config.json").is_file():
+            raise NotFound(
+                "no such checkpoint folder", where=given, remedy=f"give a folder with a config.json, or {SHAPES[0]}"
+            )
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="weighbridge-bench-model-") as made:
+        (Path(made) / "config.json").write_text(json.dumps(QWEN2_05B))
+        _model(Path(made)).save_pretrained(made)
+        yield Path(made)
+
+
+def _model(folder: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def measure(job: EngineJob) -> EngineMeasured:
+    """All rounds of one job. Blocks for minutes. Raises IntegrityError when the engine ends with other weights."""
+    with _folder(job.folder) as folder:
+        trainer = Trainer(_model(folder))
+        started = time.perf_counter()
+        rival = sides.load(sides.RIVAL)(job.scheme, folder)
+        startup = time.perf_counter() - started
+        try:
+            with bridge.attach(rival.engine, model=trainer.model) as made:
+                first, variants = _rounds(job, trainer, made, rival)
+        finally:
+            rival.stop()
+    parameters = list(trainer.model.parameters())
+    nbytes = sum(p.nbytes for p in parameters)
+    return EngineMeasured(job, rival.label, len(parameters), nbytes, variants, first, startup)
+
+
+def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Timed, dict[str, list[Timed]]]:
+    def push(verify: str) -> Timed:
+        trainer.change()
+        started = time.perf_counter()
+        receipt = made.push(trainer.model.named_parameters(), verify=verify)
+        return Timed(time.perf_counter() - started, 0.0, receipt.pause_s, dict(receipt.phases))
+
+    def own() -> Timed:
+        trainer.change()
+        started = time.perf_counter()
+        rival.own(trainer.model.named_parameters())
+        seconds = time.perf_counter() - started
+        return Timed(seconds, 0.0, seconds)
+
+    turns: dict[str, Callable[[], Timed]] = {name: (lambda v=v: push(v)) for name, v in PUSHES.items()}  # type: ignore[misc]
+    turns[rival.label] = own
+    first = push("full")
+    for turn in turns.values():
+        turn()
+    found: dict[str, list[Timed]] = {name: [] for name in turns}
+    order = random.Random(job.seed)
+    for _ in range(job.rounds):
+        names = list(turns)
+        order.shuffle(names)
+        for name in names:
+            found[name].append(turns[name]())
+    push("full")
+    wrong = [check.name for check in made.health().checks if not check.ok]
+    if wrong:
+        raise IntegrityError("after the rounds the engine is not what the trainer has", where=", ".join(wrong))
+    return first, found
+
+
+def main() -> int:
+    """Answer one job. Errors of ours travel as data; anything else ends this process with its traceback on stderr."""
+    stdout = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # engines print
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineJob)
+    answer: EngineMeasured | Failed
+    try:
+        answer = measure(job)
+    except BridgeError as error:
+        answer = Failed(ErrorInfo.of(error))
+    with stdout:
+        stdout.write(msgspec.json.encode(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What `weighbridge bench --engine` measures against: an engine's own way to take new weights from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bridge.errors import ConfigError
+from engine_side.adapters import _load
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A running engine of this process and the call that loads weights without the bridge.
+
+    `own(named)` takes canonical tensors as a trainer's `named_parameters()` gives them, returns when the engine serves
+    them (its caches dropped, nothing proven), and raises what the engine raises. `label` is that call's name.
+    """
+
+    engine: object
+    label: str
+    own: Callable[[Iterable[tuple[str, torch.Tensor]]], None]
+    stop: Callable[[], None]
+
+
+RIVALS: Mapping[str, str] = {
+    "vllm": "engine_side.adapters.vllm.rival:start",
+    "sglang": "engine_side.adapters.sglang.rival:start",
+}
+"""Scheme of an engine spec -> starter taking a checkpoint folder."""
+
+
+def start(scheme: str, folder: Path) -> Rival:
+    """Start the engine and its own way. Blocks until it can serve. Raises ConfigError for a scheme without one."""
+    if scheme not in RIVALS:
+        raise ConfigError("no such kind of engine to measure", expected=" | ".join(RIVALS), got=repr(scheme))
+    rival: Rival = _load(RIVALS[scheme])(folder)
+    return rival

@@ -1,0 +1,70 @@
+"""What a bridge has to know of a vLLM engine before it drives it, read from the engine's own configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import ConfigError
+from bridge.lora import LoraLimits
+from bridge.wire import Message
+from engine_side.adapters.vllm.plugin import BACKEND
+
+_PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
+
+
+class Facts(Message, frozen=True):
+    """Lengths in tokens. `block` is one KV block, 0 without a prefix cache; `sizes` are the kinds of parallelism beside
+    tensor parallelism; `dummy` says that the weights did not come from `model`."""
+
+    backend: str | None
+    ranks: int
+    model: str
+    dummy: bool
+    max_len: int
+    block: int
+    lora: LoraLimits | None
+    sizes: dict[str, int]
+    draft: bool
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder that was loaded; None for an engine that was started with dummy weights."""
+        path = Path(self.model)
+        return path if path.is_dir() and not self.dummy else None
+
+
+def facts_of(config: Any) -> Facts:
+    """The facts in a `vllm.config.VllmConfig`."""
+    transfer, lora, cache = config.weight_transfer_config, config.lora_config, config.cache_config
+    return Facts(
+        backend=None if transfer is None else str(transfer.backend),
+        ranks=int(config.parallel_config.world_size),
+        model=str(config.model_config.model),
+        dummy=config.load_config.load_format == "dummy",
+        max_len=int(config.model_config.max_model_len),
+        block=int(cache.block_size) if cache.enable_prefix_caching else 0,
+        lora=None if lora is None else LoraLimits(int(lora.max_lora_rank), int(lora.max_loras)),
+        sizes={name: int(getattr(config.parallel_config, name, 1)) for name in _PARALLEL},
+        draft=config.speculative_config is not None,
+    )
+
+
+def check_facts(facts: Facts, *, where: str, expected: str, remedy: str) -> None:
+    """Raises ConfigError for an engine that cannot be driven. `expected` and `remedy` say how the backend is asked for
+    where this engine was started."""
+    if facts.backend != BACKEND:
+        raise ConfigError(
+            "this vLLM was started without the bridge's weight-transfer backend",
+            where=where,
+            expected=expected,
+            got="none" if facts.backend is None else f"backend {facts.backend!r}",
+            remedy=remedy,
+        )
+    for name, size in facts.sizes.items():
+        if size != 1:
+            raise ConfigError("this kind of parallelism is not driven yet", where=name, expected="1", got=str(size))
+    if facts.draft:
+        raise ConfigError(
+            "a draft model would keep its old weights", where="speculative_config", expected="None", got="one"
+        )
