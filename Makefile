@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-vllm lint bench clean
+.PHONY: demo test test-vllm test-sglang lint bench clean
 
 # torch first and by its exact version: asked for on its own it resolves to the plain CPU build where one is offered.
 $(STAMP): pyproject.toml constraints.txt
@@ -38,6 +38,24 @@ $(VLLM_STAMP): pyproject.toml requirements-vllm.txt
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
 
+# SGLang pins other versions than vLLM. Its wheel is installed alone: its own list of requirements names kernels that
+# only machines with a GPU can load.
+SGLANG_VENV  := .venv-sglang
+SGLANG_BIN   := $(SGLANG_VENV)/bin
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+
+$(SGLANG_STAMP): pyproject.toml requirements-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV) || python3 -m venv $(SGLANG_VENV)
+	$(SGLANG_BIN)/python -m pip install --quiet --upgrade pip
+	$(SGLANG_BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(SGLANG_BIN)/python -m pip install --quiet -r requirements-sglang.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps sglang==0.5.23
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps -e .
+	touch $(SGLANG_STAMP)
+
+test-sglang: $(SGLANG_STAMP)
+	OMP_NUM_THREADS=1 $(SGLANG_BIN)/python -m pytest tests/sglang $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +66,4 @@ bench: $(STAMP)
 	$(BIN)/weighbridge bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo_out bench_out
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) demo_out bench_out

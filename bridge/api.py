@@ -21,7 +21,7 @@ from bridge.coordinator import Coordinator
 from bridge.deadline import Deadline
 from bridge.engine_messages import FromEngine, ToEngine
 from bridge.errors import ConfigError
-from bridge.health import HealthReport
+from bridge.health import HealthReport, assess_server, local_facts
 from bridge.ledger import Ledger
 from bridge.messages import FromCoordinator, ToCoordinator
 from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
@@ -105,10 +105,12 @@ def _on_ray(name: str, coordinator: CoordinatorPort, engines: Sequence[EnginePor
 
 
 def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | None = None) -> Bridge:
-    """A Bridge into an engine of this process, without Ray: an embedded Engine or any `torch.nn.Module`.
+    """A Bridge into an engine of this process, without Ray: an embedded Engine, a `vllm.LLM` or any `torch.nn.Module`;
+    or into an engine's server on this node, by its address: "http://host:port".
 
     The engine stays the caller's: closing the Bridge leaves it running. Without a `name` the journal is not kept.
-    Raises ConfigError for an object that nobody knows how to load.
+    Raises ConfigError for an object that nobody knows how to load, and for an address where nobody answers that can be
+    driven.
     """
     config = from_environment()
     trainer: TrainerPort = sides.load(sides.TRAINER)()
@@ -151,6 +153,13 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
         state=state,
     )
     return _remember(made, model)
+
+
+def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
+    """Examine the engine server at `url`, whoever drives it: does it serve, which version, and do its live weights
+    still hold what was loaded last. Blocks; changes nothing. Raises ConfigError as `attach` does."""
+    checks = sides.load(sides.EXAMINE)(url, Deadline.after(timeout_s))
+    return assess_server(url, checks, local_facts(from_environment().shm_dir))
 
 
 def _current() -> Bridge:

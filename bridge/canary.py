@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from bridge.errors import CanaryMismatch
 from bridge.receipt import CanaryResult
 
-PROMPTS = 4
-PROMPT_TOKENS = 24
-"""Longer than one KV block of 16, so that the cache check has a block to find stale."""
+TOKENS = 80
+"""In one prompt where the engine takes it: a long one reaches further positions than several short ones."""
 
 FLOORS = {"fp64": 0.002, "fp32": 0.002, "fp8_e4m3": 0.1, "fp8_e5m2": 0.1}
 """Mean |difference| in nats that is never an error, by the coarsest dtype in the engine (transports.md 7)."""
@@ -25,16 +24,14 @@ BASELINE_FACTOR = 3.0
 
 def prompts(vocab_size: int, max_tokens: int | None = None) -> list[list[int]]:
     """The fixed prompts for a vocabulary: the same in every process, spread over all ids by a linear congruence; cut
-    to `max_tokens` for engines that take no longer ones."""
+    into pieces of `max_tokens` for engines that take no longer ones."""
     state = 0x2545F491
-    out: list[list[int]] = []
-    for _ in range(PROMPTS):
-        row = []
-        for _ in range(PROMPT_TOKENS):
-            state = (1103515245 * state + 12345) & 0x7FFFFFFF
-            row.append((state >> 8) % vocab_size)
-        out.append(row[:max_tokens])
-    return out
+    ids = []
+    for _ in range(TOKENS):
+        state = (1103515245 * state + 12345) & 0x7FFFFFFF
+        ids.append((state >> 8) % vocab_size)
+    size = TOKENS if max_tokens is None else max(min(max_tokens, TOKENS), 1)
+    return [ids[start : start + size] for start in range(0, TOKENS, size)]
 
 
 def floor_for(dtypes: Iterable[str]) -> float:

@@ -24,6 +24,7 @@ from bridge import render, sides
 from bridge.errors import BUG_EXIT, ERRORS_BY_NAME, UNHEALTHY_EXIT, BridgeError, ConfigError, NotFound, PushAborted
 
 if TYPE_CHECKING:
+    from bridge.health import HealthReport
     from bridge.push import Bridge
 
 SCHEMA_VERSION = 1
@@ -44,6 +45,11 @@ class Backend:
         from bridge.api import connect
 
         return connect(name)
+
+    def examine(self, url: str, timeout_s: float) -> HealthReport:
+        from bridge.api import examine
+
+        return examine(url, timeout_s)
 
     def running(self) -> list[str]:
         """Names of the daemons of this machine's Ray; empty when no Ray runs."""
@@ -165,7 +171,7 @@ def _connected(backend: Backend, name: str) -> Iterator[Bridge]:
 
 @_command("up")
 @click.argument("name")
-@click.option("--engine", required=True, metavar="SPEC", help="What to host: embedded:PATH, a checkpoint folder.")
+@click.option("--engine", required=True, metavar="SPEC", help="What to host: embedded:PATH, vllm:PATH.")
 @click.option("--engines", type=click.IntRange(1), default=1, show_default=True, help="How many of them.")
 @click.option("--tp", type=click.IntRange(1), help="Tensor-parallel ranks of each engine.")
 @click.option("--dtype", help="What the engine computes in: bf16, fp16, fp32.")
@@ -264,16 +270,25 @@ def push(
 
 
 @_command("health")
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option("--server", metavar="URL", help="Examine an engine's own server, http://HOST:PORT, in place of a daemon.")
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=120.0, show_default=True, metavar="SECONDS",
     help="Longest wait for the engines.",
 )  # fmt: skip
-def health(backend: Backend, out: Output, name: str, timeout: float) -> int:
+def health(backend: Backend, out: Output, name: str | None, server: str | None, timeout: float) -> int:
     """Examine the live run NAME: actors, versions, the last receipt, a fresh read-back of every weight, a fresh canary,
-    orphaned shared memory. Writes nothing. Exits 1 when something is unhealthy."""
-    with _connected(backend, name) as made, render.progress(f"examining {name}"):
-        report = made.health(timeout)
+    orphaned shared memory; or one server, whoever drives it. Writes nothing. Exits 1 when something is unhealthy."""
+    if (name is None) == (server is None):
+        raise ConfigError(
+            "what is to be examined", where="health", expected="NAME, or --server URL", got="both or none"
+        )
+    if server is not None:
+        with render.progress(f"examining {server}"):
+            report = backend.examine(server, timeout)
+    else:
+        with _connected(backend, str(name)) as made, render.progress(f"examining {name}"):
+            report = made.health(timeout)
     out.result("health", report.to_dict(), render.show_health)
     return 0 if report.healthy else UNHEALTHY_EXIT
 

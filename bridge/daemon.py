@@ -28,6 +28,7 @@ from bridge.engine_messages import EngineGenerate, EngineHello, EngineIs, FromEn
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
 from bridge.messages import Ask, CloseRequest, DaemonIs, FromCoordinator
 from bridge.ports import expect
+from bridge.procs import started_at
 from bridge.statedir import checked_name, state_dir
 from bridge.wire import pack, unpack
 
@@ -156,17 +157,9 @@ def _our_ray() -> str | None:
         known = json.loads(_ray_file().read_text())
     except (FileNotFoundError, ValueError):
         return None
-    if _started_at(int(known["pid"])) != known["started"]:
+    if started_at(int(known["pid"])) != known["started"]:
         return None
     return str(known["address"])
-
-
-def _started_at(pid: int) -> str | None:
-    """The kernel's start time of a process: together with the pid it names one process for good."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError, IndexError):
-        return None
 
 
 def _free_port() -> int:
@@ -201,7 +194,7 @@ def _start_ray() -> str:
         if process.poll() is not None or deadline.expired:
             raise TransportError("a local Ray could not be started", where=str(folder / "ray.log"))
         time.sleep(0.1)
-    record = {"address": address, "pid": process.pid, "started": _started_at(process.pid)}
+    record = {"address": address, "pid": process.pid, "started": started_at(process.pid)}
     _ray_file().write_text(json.dumps(record))
     return address
 
@@ -225,11 +218,11 @@ def stop_ray() -> bool:
     except (FileNotFoundError, ValueError):
         return False
     pid = int(known["pid"])
-    alive = bool(_started_at(pid) == known["started"])
+    alive = bool(started_at(pid) == known["started"])
     if alive:
         os.kill(pid, signal.SIGTERM)
         deadline = Deadline.after(30)
-        while _started_at(pid) == known["started"] and not deadline.expired:
+        while started_at(pid) == known["started"] and not deadline.expired:
             _reap(pid)
             time.sleep(0.1)
     _ray_file().unlink(missing_ok=True)
@@ -287,8 +280,9 @@ def start(
         for index, (spec, arguments) in enumerate(specs):
             engine = f"engine{index}"
             actor = _actor(
-                sides.ENGINE_ACTOR, f"{name}:{engine}", workers, engine, spec, pack(dict(arguments)), workers
-            )
+                sides.ENGINE_ACTOR, f"{name}:{engine}", workers, engine, spec, pack(dict(arguments)), workers,
+                environment=sides.load(sides.ENVIRONMENT)(spec),
+            )  # fmt: skip
             started.append(actor)
             engines.append(engine_port(engine, actor))
         for engine_actor in engines:
@@ -304,11 +298,13 @@ def start(
     return port, engines
 
 
-def _actor(target: str, actor_name: str, threads: int, *arguments: Any) -> Any:
+def _actor(
+    target: str, actor_name: str, threads: int, *arguments: Any, environment: Mapping[str, str] | None = None
+) -> Any:
     """A detached, named actor on this node, with its thread count said explicitly."""
     import ray
 
-    environment = {"OMP_NUM_THREADS": str(threads), "WEIGHBRIDGE_THREADS": str(threads)}
+    variables = {**(environment or {}), "OMP_NUM_THREADS": str(threads), "WEIGHBRIDGE_THREADS": str(threads)}
     return (
         ray.remote(concurrency_groups={ROLLOUTS: ROLLOUT_THREADS})(sides.load(target))
         .options(
@@ -317,7 +313,7 @@ def _actor(target: str, actor_name: str, threads: int, *arguments: Any) -> Any:
             lifetime="detached",
             num_cpus=0,
             max_concurrency=16,
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": variables},
             scheduling_strategy=_here(),
         )
         .remote(*arguments)

@@ -18,7 +18,7 @@ import msgspec
 from bridge.bench import WORKER_TIMEOUT_S, Failed, Timed, machine, stats
 from bridge.errors import ConfigError, DeadlineExceeded, PeerLost
 
-PUSHES = {"unverified": "off", "bits and probes": "weights", "everything": "full"}
+PUSHES = {"unverified": "off", "bits and probes": "weights", "everything": "outputs"}
 """What is measured besides the engine's own way: label -> verify=."""
 TARGETS = {"vllm": {"everything": 1.0}, "sglang": {"unverified": 1.5, "everything": 1.0}}
 """How many times as fast as the engine's own way each has to be."""

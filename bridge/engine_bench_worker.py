@@ -87,7 +87,7 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Ti
 
     turns: dict[str, Callable[[], Timed]] = {name: (lambda v=v: push(v)) for name, v in PUSHES.items()}  # type: ignore[misc]
     turns[rival.label] = own
-    first = push("full")
+    first = push("outputs")
     for turn in turns.values():
         turn()
     found: dict[str, list[Timed]] = {name: [] for name in turns}
@@ -97,7 +97,7 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Ti
         order.shuffle(names)
         for name in names:
             found[name].append(turns[name]())
-    push("full")
+    push("outputs")
     wrong = [check.name for check in made.health().checks if not check.ok]
     if wrong:
         raise IntegrityError("after the rounds the engine is not what the trainer has", where=", ".join(wrong))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ def assess(facts: Mapping[str, Any], local: Mapping[str, Any]) -> HealthReport:
         _orphans(local),
     ]
     return HealthReport(facts["name"], tuple(checks))
+
+
+def assess_server(url: str, checks: Iterable[Check], local: Mapping[str, Any]) -> HealthReport:
+    """The report about a server that nobody has to drive: what its adapter found, and what this node sees."""
+    return HealthReport(url, (*checks, _orphans(local)))
 
 
 def _alive(engines: list[dict[str, Any]]) -> Iterator[Check]:

@@ -81,6 +81,12 @@ class ReadBackJob(Message, frozen=True):
     slot: int
 
 
+class ExamineJob(Message, frozen=True):
+    """Compare live weights with what was loaded last, whoever asks. Without anything to compare with: no levels."""
+
+    levels: tuple[str, ...]
+
+
 class ExplainJob(Message, frozen=True):
     """Where one canonical tensor goes on this rank."""
 
@@ -88,7 +94,18 @@ class ExplainJob(Message, frozen=True):
     name: str
 
 
-AnyJob = BakeJob | MapJob | ForgetJob | LoadJob | DropAdapterJob | VerifyJob | LogprobsJob | ReadBackJob | ExplainJob
+AnyJob = (
+    BakeJob
+    | MapJob
+    | ForgetJob
+    | LoadJob
+    | DropAdapterJob
+    | VerifyJob
+    | LogprobsJob
+    | ReadBackJob
+    | ExamineJob
+    | ExplainJob
+)
 
 
 class RankJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

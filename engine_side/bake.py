@@ -376,7 +376,7 @@ def bind(skeleton: nn.Module, live: nn.Module, paths: Iterable[str]) -> dict[str
 
 def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
     """The live counterpart of the skeleton module at `path`, without its wrappers."""
-    here, there = skeleton, _unwrapped(live, skeleton)
+    here, there = skeleton, unwrapped(live, skeleton)
     walked: list[str] = []
     for hop in path.split(".") if path else ():
         here = here.get_submodule(hop)
@@ -389,12 +389,29 @@ def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
                 got=f"{type(there).__name__} with {', '.join(there._modules) or 'no children'}",
                 remedy="the engine's skeleton must be built with the configuration of the live model",
             )
-        there = _unwrapped(child, here)
+        there = unwrapped(child, here)
         walked.append(hop)
     return there
 
 
-def _unwrapped(live: nn.Module, skeleton: nn.Module) -> nn.Module:
+def side_by_side(skeleton: nn.Module, live: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, skeleton module, its live counterpart without wrappers), each live module once; what only one of the two
+    trees has is left out."""
+    seen: set[int] = set()
+    todo = [("", skeleton, unwrapped(live, skeleton))]
+    while todo:
+        path, here, there = todo.pop()
+        if id(there) in seen:
+            continue
+        seen.add(id(there))
+        yield path, here, there
+        for hop, child in here._modules.items():
+            found = there._modules.get(hop)
+            if child is not None and found is not None:
+                todo.append((f"{path}.{hop}" if path else hop, child, unwrapped(found, child)))
+
+
+def unwrapped(live: nn.Module, skeleton: nn.Module) -> nn.Module:
     """`live` behind its wrappers; a skeleton module with a `base_layer` of its own is walked into by name instead."""
     while "base_layer" not in skeleton._modules:
         inner = live._modules.get("base_layer")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import is_
@@ -23,9 +24,11 @@ from bridge.manifest import Manifest, TensorInfo
 from bridge.memory import uncollected
 from bridge.plan import Fill, Move, Region, dense
 from engine_side.adapters.base import RankHost
-from engine_side.bake import Baked, bake, bind
+from engine_side.bake import Baked, bake, bind, side_by_side, stand_ins
 from engine_side.copies import Batch, Pair, batches, pair, run_all
+from engine_side.diagnose import LOADER_ERRORS
 from engine_side.inplace import AttributeSnapshot, Outcome, held
+from engine_side.kept import Kept
 from engine_side.layout import Stored, flat
 from engine_side.strategies import Choice, Decided, Strategy, decide
 from engine_side.together import torn
@@ -44,6 +47,7 @@ class LoadOutcome:
         written: bytes copied into live or temporary storage.
         rebound: "module.name" of parameters whose storage moved; `created`: of those that were not there before.
         post_loaded: modules whose post-load step ran again.
+        dropped: "module.name" of what forwards had kept of the former weights, and will make again.
     """
 
     written: int
@@ -52,6 +56,7 @@ class LoadOutcome:
     post_loaded: tuple[str, ...]
     load_s: float
     postload_s: float
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -134,6 +139,7 @@ class Loader:
         self.derived = tuple(bind(template, host.model, self.decided.derived).items())
         """(path, live module) of those without weights whose post-load step derives something from others."""
         self._sources_of = {path: self._around(path) for path, _ in self.derived}
+        self._kept = self._what_is_kept()
         self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
@@ -358,7 +364,9 @@ class Loader:
         outcomes, post_loaded, more = self._rebuild(slot, wanted)
         rebound = (*moved, *(name for name, what in outcomes.items() if what is Outcome.REBOUND))
         created = tuple(name for name, what in outcomes.items() if what is Outcome.CREATED)
-        return LoadOutcome(written + more, rebound, created, post_loaded, loaded - began, time.perf_counter() - loaded)
+        dropped = self._kept.drop()
+        done = time.perf_counter()
+        return LoadOutcome(written + more, rebound, created, post_loaded, loaded - began, done - loaded, dropped)
 
     def apply_subset(self, slot: int, names: Iterable[str]) -> LoadOutcome:
         """`apply` for canonical names. Raises ConfigError for one that is not in the manifest."""
@@ -413,18 +421,36 @@ class Loader:
             self._compile(slot)
         self._moved |= {watch.path: None for watch in moved if watch.registry.get(watch.name) is watch.tensor}
 
+    def _what_is_kept(self) -> Kept:
+        """What forwards of the live modules may have kept. What a post-load step sets, or the loader, is none of it."""
+        fresh = self.host.skeleton()
+        with suppress(*LOADER_ERRORS):
+            self.host.load_weights(fresh, iter(stand_ins(self.baked.infos).items()))
+        choices, derived = self.decided.choices, set(self.decided.derived)
+        found = {path: choice.kept for path, choice in choices.items()}
+        pairs = [pair for pair in side_by_side(fresh, self.host.model) if pair[0] not in derived]
+        return Kept(self.host.model, pairs, found)
+
+    def used(self, *, well: bool) -> bool:
+        """A forward ran after a load, `well` or not. True when it is to be tried again: with what was dropped."""
+        if well:
+            self._kept.settle()
+        return not well and self._kept.put_back()
+
     # ---- canonical values from the arena -----------------------------------------------------------------------------
 
-    def values(self, choice: Choice, slot: int, *, reuse: bool = False) -> dict[str, torch.Tensor]:
+    def values(self, choice: Choice, slot: int, *, reuse: bool = False, without: str = "") -> dict[str, torch.Tensor]:
         """Name -> canonical tensor of a module, from the arena, in the engine's dtype on its device.
 
         With `reuse`, a tensor that the module still stores canonically is filled and returned itself, so that nothing
         is allocated and its object survives; only for `apply`. Without it the values are for reading: they may lie in
-        the arena itself.
+        the arena itself. The tensor named `without` is left out.
         """
         module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
         out: dict[str, torch.Tensor] = {}
         for name, role in self._places(choice):
+            if name == without:
+                continue
             target, kind = cluster.targets[role], cluster.roles[role]
             sent = None if reuse else self._as_sent(target, kind, slot, device_of(module))
             if sent is not None:
@@ -453,6 +479,24 @@ class Loader:
         sent = self.mapped.slots[slot][self.mapped.index[moves[0].tensor]]
         same = sent.dtype == kind.dtype and sent.device == device and tuple(sent.shape) == kind.shape
         return sent if same else None
+
+    def blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
+        """The canonical matrix `name` of a module as blocks of rows that lie in the arena, one below the other; empty
+        where it is not made of such blocks, in the engine's dtype on its device."""
+        role = dict(self._places(choice))[name]
+        cluster = self.decided.clusters[choice.path]
+        target, kind = cluster.targets[role], cluster.roles[role]
+        if len(kind.shape) != 2 or kind.strides != dense(kind.shape).strides or self._fills.get(target):
+            return ()
+        device, done, out = device_of(self.decided.live[choice.path]), 0, []
+        for move in sorted(self._moves.get(target, ()), key=lambda move: move.dest.offset):
+            sent = self.mapped.slots[slot][self.mapped.index[move.tensor]]
+            rows = _rows(sent, move, kind.shape[1], done)
+            if rows is None or sent.dtype != kind.dtype or sent.device != device:
+                return ()
+            out.append(rows)
+            done += len(rows)
+        return tuple(out) if done == kind.shape[0] else ()
 
     def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
         """Write a target's moves and constants into a canonical tensor."""
@@ -558,6 +602,19 @@ class Loader:
         names = {m.tensor for target in targets for m in self._moves.get(target, ())}
         names.update(self.baked.native_sources.get(choice.path, ()))
         return frozenset(index[name] for name in names)
+
+
+def _rows(sent: torch.Tensor, move: Move, columns: int, start: int) -> torch.Tensor | None:
+    """What a move writes, as whole rows from `start` on; None where it writes anything else."""
+    count, rest = divmod(move.dest.numel, max(columns, 1))
+    if rest or move.dest != dense(move.dest.shape, start * columns):
+        return None
+    source = move.source
+    if source == dense(source.shape, source.offset):
+        return sent.as_strided((count, columns), (columns, 1), sent.storage_offset() + source.offset)
+    if source.shape == (count, columns):
+        return sent.as_strided(source.shape, source.strides, sent.storage_offset() + source.offset)
+    return None
 
 
 def _read_stored(live: torch.Tensor, stored: Stored, into: torch.Tensor) -> None:

@@ -37,6 +37,8 @@ class Outputs:
         self._adapter = adapter
         self._ranks = ranks
         self._cached: list[int] = []
+        self._expected: tuple[int, ...] = ()  # what followed it under the old weights
+        self._fresh: tuple[int, float] | None = None  # a token after it and its log-probability past the cache
         self._floor = canary.DEFAULT_FLOOR
         self._served: Answers | None = None  # by the version that serves
         self._loaded: Answers | None = None  # by the version that was just loaded
@@ -49,18 +51,19 @@ class Outputs:
     def warm_cache(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the pause: have the old weights' KV of one canary prompt in the prefix cache, so that `check_cache`
         has something to find stale. Only an engine that serves can; a busy one does it like any user request."""
-        self._cached = []
+        self._cached, self._expected, self._fresh = [], (), None
         wanted = "cache" in request.options.levels and request.options.kv == "reset" and self._adapter.can_generate
         if wanted and request.reference is not None and serving is not None:
             prompt = self._long_enough([token for row in request.reference.prompts for token in row])
             self._floor = request.canary_floor
             which = "base" if request.adapter is None else "current"
-            self._adapter.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
-            self._cached = prompt
+            (said,) = self._adapter.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
+            self._cached, self._expected = prompt, said.token_ids
 
     def _long_enough(self, tokens: list[int]) -> list[int]:
-        """A prompt that fills a block of the cache and goes on for a token, as far as the engine takes one."""
-        wanted = self._adapter.cache_grain + 2
+        """A prompt that fills a block of the cache, is long enough to show it, and goes on for a token, as far as the
+        engine takes one."""
+        wanted = max(self._adapter.cache_grain, canary.TOKENS) + 2
         prompt = (tokens * -(-wanted // max(len(tokens), 1)))[: max(wanted, 1)]
         return prompt[: self._adapter.max_prompt]
 
@@ -80,7 +83,7 @@ class Outputs:
         if "canary" not in request.options.levels or request.reference is None or not self._adapter.can_generate:
             return None
         alone = request.reference if request.base is None else request.base
-        scores = self.scores(alone.prompts, deadline)
+        scores = self._scores_with_cached(alone.prompts, deadline)
         self._loaded = Answers(request.version, alone.prompts, scores, request.canary_floor)
         drift = self._weigh(request, alone, scores)
         if request.adapter is None:
@@ -95,7 +98,7 @@ class Outputs:
             )
         if request.reference is alone:
             return drift
-        acting = self.scores(request.reference.prompts, deadline, request.adapter)
+        acting = self._scores_with_cached(request.reference.prompts, deadline, request.adapter)
         drift = self._weigh(request, request.reference, acting)
         if not drift.ok and acting == scores:
             raise CanaryMismatch(
@@ -106,6 +109,23 @@ class Outputs:
                 remedy="look for modules that the engine holds slots for and does not compute with",
             )
         return drift
+
+    def _scores_with_cached(self, prompts: Prompts, deadline: Deadline, adapter: str | None = None) -> Scores:
+        """Scores of the prompts, and in the same forward what `check_cache` will want: the cached prompt with the token
+        that followed it so far, which seldom changes in one step. A canary prompt with which it begins is not computed
+        twice: in a causal model what comes later changes nothing before it."""
+        if not self._cached or not self._expected:
+            return self.scores(prompts, deadline, adapter)
+        whole = (*self._cached, self._expected[0])
+        inside = [tuple(row) == whole[: len(row)] for row in prompts]
+        *rest, found = self.scores(
+            (*(row for row, covered in zip(prompts, inside, strict=True) if not covered), whole), deadline, adapter
+        )
+        self._fresh = (whole[-1], found[-1])
+        others = iter(rest)
+        return tuple(
+            found[: len(row) - 1] if covered else next(others) for row, covered in zip(prompts, inside, strict=True)
+        )
 
     @staticmethod
     def _weigh(request: EngineLoad, reference: Reference, scores: Scores) -> CanaryResult:
@@ -126,12 +146,18 @@ class Outputs:
         if not again.token_ids:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
             return LevelResult("cache", False, 1, (failure,))
-        fresh = self.scores(((*self._cached, again.token_ids[0]),), deadline, adapter)[0][-1]
+        fresh = self._past_cache(again.token_ids[0], deadline, adapter)
         weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
         if not weighed.ok:
             failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")
             return LevelResult("cache", False, 2, (failure,))
         return LevelResult("cache", True, 2)
+
+    def _past_cache(self, token: int, deadline: Deadline, adapter: str | None) -> float:
+        """What the new weights give for `token` after the cached prompt."""
+        if self._fresh is not None and self._fresh[0] == token:
+            return self._fresh[1]
+        return self.scores(((*self._cached, token),), deadline, adapter)[0][-1]
 
     def published(self) -> None:
         """The loaded version serves now."""

@@ -58,33 +58,65 @@ class Probe:
         rows[-1] = 0
         return rows.to(device=device, dtype=self.dtype)
 
-    def reference(self, x: torch.Tensor, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, tolerance per element) from canonical weights, in more precision than theirs. Not for "twin".
+    def reference(
+        self, x: torch.Tensor, values: Mapping[str, torch.Tensor], blocks: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, tolerance per element) from canonical weights. Not for "twin". `blocks`, where given, are the weight
+        in blocks of rows, one below the other.
 
         A row of the weight that is another's, or a bias left out, is many tolerances away: rounding grows with the root
         of the reduction length, such an error with the size of the output itself.
         """
-        weight = values[self.weight]
         if self.form == "rows":
-            found = weight[x - self.start].double()
+            found = values[self.weight][x - self.start].double()
             return found, torch.zeros_like(found)
-        weight = weight if self.form == "linear" else weight.t()
-        wide = torch.float64 if weight.element_size() >= 4 else torch.float32
+        if not blocks:
+            blocks = (values[self.weight] if self.form == "linear" else values[self.weight].t(),)
+        dtype, device = blocks[0].dtype, blocks[0].device
+        wide = torch.float64 if dtype.itemsize >= 4 else torch.float32
         rows = x.to(wide)
-        out, norms = _product(rows, weight, wide)
+        product = _native_product if x.dtype is dtype and _multiplies(dtype, device) else _wide_product
+        out, norms = product(x, blocks, wide)
         spread = rows.norm(dim=1, keepdim=True) / math.sqrt(max(rows.shape[1], 1)) * norms
         if self.bias:
             bias = values[self.bias].to(wide)
             out, spread = out + bias, spread + bias.abs()
-        narrow, accumulate = _eps(weight.dtype, weight.device), _eps(torch.float32, weight.device)
-        factor = 4 * narrow + 2 * math.sqrt(weight.shape[1]) * min(accumulate, narrow)
+        narrow, accumulate = _eps(dtype, device), _eps(torch.float32, device)
+        factor = 4 * narrow + 2 * math.sqrt(rows.shape[1]) * min(accumulate, narrow)
         # A kernel may take any subnormal for zero: an input, a weight, a product, the bias, the result.
-        flushed = _tiny(weight.dtype) * (rows.abs().sum(dim=1, keepdim=True) + rows.shape[1] + 2)
+        flushed = _tiny(dtype) * (rows.abs().sum(dim=1, keepdim=True) + rows.shape[1] + 2)
         return out.double(), (factor * (out.abs() + spread)).double() + flushed.double()
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows W^T, norm of each row of W) in `wide`, a cacheful of W at a time through one buffer."""
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Does this processor multiply matrices of `dtype` as they are, and add up in fp32? Then a product is as exact as
+    an output of `dtype` can be, at the price of reading the weights once. A GPU may add up in less."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return dtype is torch.bfloat16 and device.type == "cpu" and supported is not None and bool(supported())
+
+
+def _native_product(
+    x: torch.Tensor, blocks: Sequence[torch.Tensor], wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x W^T, norm of each row of W) in `wide`. The norms are estimated by the outputs themselves: those of random rows
+    spread as the norms do, and a tolerance needs no more."""
+    out = torch.cat([x @ block.t() for block in blocks], dim=1).to(wide)
+    lengths = x.to(wide).norm(dim=1, keepdim=True)
+    shown = lengths.squeeze(1) > 0
+    size = math.sqrt(max(x.shape[1], 1))
+    return out, (out[shown] / lengths[shown] * size).square().mean(dim=0).sqrt()
+
+
+def _wide_product(
+    x: torch.Tensor, blocks: Sequence[torch.Tensor], wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x W^T, norm of each row of W), all of it in `wide`, a cacheful of W at a time through one buffer."""
+    rows = x.to(wide)
+    found = [_widened(rows, block, wide) for block in blocks]
+    return torch.cat([out for out, _ in found], dim=1), torch.cat([norms for _, norms in found])
+
+
+def _widened(rows: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     count, size = weight.shape
     if weight.numel() <= _PART:
         block = weight.to(wide)

@@ -19,6 +19,7 @@ from bridge.jobs import (
     AnyJob,
     BakeJob,
     DropAdapterJob,
+    ExamineJob,
     ExplainJob,
     ForgetJob,
     LoadJob,
@@ -41,6 +42,7 @@ from bridge.receipt import RankReport
 from bridge.wire import ErrorInfo, pack, unpack
 from engine_side.adapter_loader import AdapterLoader
 from engine_side.adapters.base import RankHost
+from engine_side.diagnose import LOADER_ERRORS
 from engine_side.inplace import AttributeSnapshot
 from engine_side.loader import Loader
 from engine_side.verify import Verifier
@@ -74,6 +76,8 @@ class Rank:
         self._mailbox: Mailbox | None = None
         self._touched = False
         self._lost: AttributeSnapshot | None = None
+        self._loaded: tuple[int, int] | None = None
+        """(plan, slot) of the weights that were loaded last."""
 
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
@@ -117,12 +121,14 @@ class Rank:
             case VerifyJob():
                 return RankLoaded(self._verify(job))
             case LogprobsJob():
-                return RankScores(tuple(tuple(row) for row in self.host.prompt_logprobs(job.prompts, job.adapter)))
+                return RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
             case DropAdapterJob():
                 self.host.remove_adapter(job.adapter)
                 return RankDone()
             case ReadBackJob():
                 return self._read_back(job)
+            case ExamineJob():
+                return RankLoaded(self._examine(job))
             case ExplainJob():
                 return RankExplanation(self._planned(job.plan).loader.explain(job.name))
 
@@ -187,7 +193,9 @@ class Rank:
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
+        self._loaded = None
         outcome = loader.apply(job.slot, job.changed)
+        self._loaded = (job.plan, job.slot)
         started = time.perf_counter()
         levels = verifier.run(job.levels, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
         if any(level.level == "attributes" and not level.ok for level in levels):
@@ -196,7 +204,7 @@ class Rank:
             rank=self.host.rank,
             levels=levels,
             strategies=loader.rank_bake().strategies,
-            rebound=(*outcome.rebound, *outcome.created),
+            rebound=(*outcome.rebound, *outcome.created, *outcome.dropped),
             canary_only=verifier.canary_only(),
             written=outcome.written,
             skipped_only=verifier.only_skipped(levels, job.changed),
@@ -204,6 +212,21 @@ class Rank:
             postload_s=outcome.postload_s,
             verify_s=time.perf_counter() - started,
         )
+
+    def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
+        """The first forward after a load makes anew what the load dropped; where it cannot, in every rank alike, that
+        was not its own."""
+        loaders = [p.loader for p in self._plans.values() if isinstance(p.loader, Loader)]
+        try:
+            scores = self.host.prompt_logprobs(job.prompts, job.adapter)
+        except LOADER_ERRORS:
+            again = [loader.used(well=False) for loader in loaders]
+            if not any(again):
+                raise
+            scores = self.host.prompt_logprobs(job.prompts, job.adapter)
+        for loader in loaders:
+            loader.used(well=True)
+        return scores
 
     def _verify(self, job: VerifyJob) -> RankReport:
         started = time.perf_counter()
@@ -213,6 +236,12 @@ class Rank:
         else:
             levels = self._verifier(job.plan).run(job.levels, job.slot)
         return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
+
+    def _examine(self, job: ExamineJob) -> RankReport:
+        if self._loaded is None or self._loaded[0] not in self._plans:
+            return RankReport(rank=self.host.rank)
+        plan, slot = self._loaded
+        return self._verify(VerifyJob(plan, slot, job.levels))
 
     def _read_back(self, job: ReadBackJob) -> RankReadBack:
         planned = self._planned(job.plan)

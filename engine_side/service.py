@@ -10,6 +10,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -68,6 +70,7 @@ from engine_side.failures import canary_error, level_error, raise_first_failure
 from engine_side.outputs import Outputs
 from engine_side.rankline import RankLine
 from engine_side.shelf import Shelf
+from engine_side.trial import require_strategies
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +161,12 @@ class EngineService:
         if request.mailbox is not None:
             self.adapter.claim(request.owner)
             self._ranks.assign(Path(request.mailbox), request.page)
+            try:
+                require_strategies(self.id, self.adapter, self._ranks)
+            except BaseException:
+                self._ranks.close()
+                self.adapter.close()
+                raise
         a = self.adapter
         return EngineIs(
             EngineInfo(
@@ -403,8 +412,21 @@ class EngineService:
         found = self._ranks.ask(job, RankLoaded, deadline)
         scores: Scores = ()
         if request.prompts and self.adapter.can_generate:
-            scores = self._outputs.scores(request.prompts, deadline, request.scored)
+            with self._still(deadline):
+                scores = self._outputs.scores(request.prompts, deadline, request.scored)
         return EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
+
+    @contextmanager
+    def _still(self, deadline: Deadline) -> Iterator[None]:
+        """Log-probabilities past the scheduler take KV blocks that requests may hold: what runs is kept meanwhile."""
+        serving = self._standing.state is EngineState.SERVING and self._paused_at is None
+        if serving:
+            self.adapter.pause("keep", deadline)
+        try:
+            yield
+        finally:
+            if serving:
+                self.adapter.resume()
 
     def _generate(self, request: EngineGenerate) -> EngineGenerated:
         if self._standing.state is EngineState.QUARANTINED:

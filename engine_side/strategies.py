@@ -27,6 +27,7 @@ from engine_side.adapters.base import RankHost
 from engine_side.bake import Baked, Place, bind
 from engine_side.diagnose import LOADER_ERRORS
 from engine_side.inplace import held
+from engine_side.kept import Kept, came_with_use, state_of
 from engine_side.layout import Stored
 from engine_side.probes import Probe
 from engine_side.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
@@ -55,6 +56,7 @@ class Choice:
     Attributes:
         stored: name -> how that canonical tensor lies in the module after post-load.
         probes: the ways to call the module; none when it cannot be called alone.
+        kept: attributes that its first call fills with what it made of its weights.
         direct: values are written straight into the live storage (in place, permuted).
     """
 
@@ -64,6 +66,7 @@ class Choice:
     reason: str
     stored: Mapping[str, Stored]
     probes: tuple[Probe, ...]
+    kept: frozenset[str] = frozenset()
 
     @property
     def probe(self) -> Probe | None:
@@ -214,6 +217,7 @@ class _Experiment:
         self.cluster = group[0]
         self.device = device_of(live[self.cluster.paths[0]])
         self.probes: list[tuple[Probe, ...]] = []
+        self.kept: list[frozenset[str]] = [frozenset() for _ in self.cluster.paths]
 
     def run(self) -> list[Choice]:
         """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
@@ -225,10 +229,12 @@ class _Experiment:
             self.twins.retire(plain)
         old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
         fresh = self._loaded(new)
+        unused = [state_of(module) for module in fresh.modules]
         self.probes = [
             probes.find(self.host, module, self._named(k, new), self._first_rows(k))
             for k, module in enumerate(fresh.modules)
         ]
+        self.kept = [came_with_use(module, unused[k]) for k, module in enumerate(fresh.modules)]
         want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
         self.twins.retire(fresh)
         plans = [Strategy.NATIVE if why else _first(names) for why, names in zip(native, stored, strict=True)]
@@ -287,7 +293,7 @@ class _Experiment:
         if not ways:
             reason += "; cannot be called alone, judged by its state"
         cls = type(self.live[self.cluster.paths[k]]).__name__
-        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways)
+        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
 
     def _no_strategy(self, k: int, why: str) -> ConfigError:
         path = self.cluster.paths[k]
@@ -377,6 +383,7 @@ class _Experiment:
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
+        Kept(module, [("", twin.templates[k], module)], {"": self.kept[k]}).drop()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
         """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""

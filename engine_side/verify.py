@@ -286,7 +286,9 @@ class Verifier:
         """(output, tolerance) of the arena's weights."""
         x = self._input(probe, choice)
         if probe.form != "twin":
-            return probe.reference(x, self.loader.values(choice, slot))
+            blocks = self.loader.blocks(choice, probe.weight, slot) if probe.form == "linear" else ()
+            without = probe.weight if blocks else ""
+            return probe.reference(x, self.loader.values(choice, slot, without=without), blocks)
         twin, k = self.loader.twin(choice, slot)
         y = probes.call(self.loader.host, twin.modules[k], x)
         return None if y is None else (y, probes.twin_tolerance(y))

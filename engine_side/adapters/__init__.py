@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import ConfigError, NotFound
+from engine_side.adapters.servers import attach_server, is_url
 
 if TYPE_CHECKING:
     from engine_side.adapters.base import EngineAdapter
     from engine_side.adapters.module import Canonical
 
-HOSTED: Mapping[str, str] = {"embedded": "engine_side.adapters.embedded:host"}
+HOSTED: Mapping[str, str] = {
+    "embedded": "engine_side.adapters.embedded:host",
+    "vllm": "engine_side.adapters.vllm.hosted:host",
+}
 """Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
+VARIABLES: Mapping[str, tuple[str, ...]] = {"vllm": ("VLLM_",)}
+"""Scheme -> prefixes of the environment variables that its engines read when they start."""
 
 ATTACHED: tuple[str, ...] = (
     "engine_side.adapters.embedded:attach",
@@ -54,12 +61,22 @@ def check_spec(spec: str) -> tuple[str, str]:
     return scheme, path
 
 
+def environment(spec: str) -> dict[str, str]:
+    """The variables of this process that a hosted engine of this kind reads: its actor may come from a Ray that was
+    started without them."""
+    prefixes = VARIABLES.get(spec.partition(":")[0], ())
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)} if prefixes else {}
+
+
 def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
-    """The adapter for an object of this process. Raises ConfigError for an object that nobody knows.
+    """The adapter for an object of this process, or for the server at an address. Raises ConfigError for an object that
+    nobody knows, and for an address where nobody answers that can be driven.
 
     Args:
         canonical: how checkpoint names map onto a module that has no loader of its own; None: by its live names.
     """
+    if is_url(engine):
+        return attach_server(str(engine))
     for target in ATTACHED:
         adapter: EngineAdapter | None = _load(target)(engine, canonical)
         if adapter is not None:
@@ -67,6 +84,7 @@ def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
     raise ConfigError(
         "nobody knows how to push into this object",
         where="engine",
-        expected="an embedded Engine, a vllm.LLM, a sglang.Engine or any torch.nn.Module",
-        got=type(engine).__name__,
+        expected="an embedded Engine, a vllm.LLM, a sglang.Engine, any torch.nn.Module, or a server's http://HOST:PORT",
+        got=repr(engine) if isinstance(engine, str) else type(engine).__name__,
+        remedy="bridge.launch hosts an engine from a checkpoint folder" if isinstance(engine, str) else None,
     )

@@ -95,6 +95,8 @@ class EngineAdapter(Protocol):
 
     def pause(self, inflight: str, deadline: Deadline) -> None:
         """Stop scheduling; running requests are drained, aborted or kept ("drain" | "abort" | "keep"). Idempotent.
+        A kept request has its tokens so far and goes on under the weights that serve next. vLLM and SGLang compute its
+        KV anew, over all of these tokens: their canary needs the blocks.
         Raises ConfigError for a mode that this engine cannot do."""
         ...
 
@@ -257,4 +259,14 @@ class NamesUnloaded(Protocol):
 
     def unloaded(self) -> frozenset[str]:
         """Paths of skeleton parameters and buffers that no push has to bring."""
+        ...
+
+
+@runtime_checkable
+class MayBeQuantised(Protocol):
+    """What a driver half adds whose engine may hold weights in a form that no strategy can bring there."""
+
+    @property
+    def quantisation(self) -> str | None:
+        """The engine's word for how its weights are stored; None where they are stored as they are computed with."""
         ...

@@ -172,10 +172,10 @@ def test_modules_without_a_step_are_settled_on_one_twin(monkeypatch: pytest.Monk
     assert taken.count("layers.0.norm") > 1, "what only a twin can judge still gets one"
 
 
-def test_a_copy_kept_by_the_first_call_is_no_in_place_module() -> None:
+def test_a_copy_kept_by_the_first_call_is_known_to_the_strategy() -> None:
     host = Stepless(method=Cached)
-    with pytest.raises(ConfigError, match=r"layers\.0\.qkv"):
-        decide(host, bake(host, host.infos).check())
+    choice = decide(host, bake(host, host.infos).check()).choices["layers.0.qkv"]
+    assert (choice.strategy, choice.kept) == (Strategy.IN_PLACE, {"kept"})
 
 
 def test_planning_is_linear_in_alike_modules() -> None:

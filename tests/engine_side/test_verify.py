@@ -236,6 +236,20 @@ def test_the_tolerance_catches_swapped_rows_and_a_dropped_bias(dtype: torch.dtyp
     assert probes.matches(probe, x, nn.functional.linear(x, column, bias), values) is not None
 
 
+def test_a_product_in_the_weights_own_dtype_judges_like_a_wider_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = torch.randn(300, 96).bfloat16(), torch.randn(300).bfloat16()
+    probe = Probe("rows", 96, 8, torch.bfloat16, form="linear", weight="w", bias="b")
+    x = probe.inputs(torch.device("cpu"))
+    found = []
+    for native in (True, False):
+        monkeypatch.setattr(probes, "_multiplies", lambda dtype, device, native=native: native)
+        found.append(probe.reference(x, {"b": bias}, (weight[:100], weight[100:])))
+    (narrow, limit), (wide, limit_wide) = found
+    assert bool(((narrow - wide).abs() <= limit_wide / 4).all())
+    assert bool((limit >= limit_wide / 8).all())
+    assert bool((limit <= limit_wide * 8).all())
+
+
 def test_the_reference_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"w": torch.randn(50, 30), "b": torch.randn(50)}
     probe = Probe("rows", 30, 8, torch.float32, form="linear", weight="w", bias="b")

@@ -89,10 +89,40 @@ FAMILIES: Mapping[str, Callable[..., Any]] = {
 }
 
 
+def _bloom() -> Any:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(vocab_size=411, hidden_size=128, n_layer=2, n_head=4))
+
+
+def _olmo2() -> Any:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    return Olmo2ForCausalLM(Olmo2Config(**{**SIZES, "tie_word_embeddings": False}))
+
+
+def _gpt_oss() -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    yarn = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "original_max_position_embeddings": 256, "truncate": False,
+    }  # fmt: skip
+    sizes = {
+        **SIZES, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64,
+        "rope_parameters": yarn, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return GptOssForCausalLM(GptOssConfig(**sizes))
+
+
+OTHERS: Mapping[str, Callable[..., Any]] = {"bloom": _bloom, "olmo2": _olmo2, "gpt-oss": _gpt_oss}
+"""Families that nothing was written for."""
+
+
 def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A bf16 transformers model whose log-probabilities are not flat."""
     torch.manual_seed(seed)
-    model = FAMILIES[family](**changes)
+    model = {**FAMILIES, **OTHERS}[family](**changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -103,11 +133,12 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def perturb(model: Any, seed: int) -> None:
-    """An optimiser's step: every parameter moves by a fifth of its own size."""
+    """An optimiser's step: every parameter, and every buffer that a checkpoint holds, moves by a fifth of its size."""
     generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict(keep_vars=True)
     with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = parameter.float().std() if parameter.numel() > 1 else parameter.float().abs()
+        for tensor in {id(tensor): tensor for tensor in saved.values()}.values():
+            noise = torch.randn(tensor.shape, generator=generator)
+            scale = tensor.float().std() if tensor.numel() > 1 else tensor.float().abs()
             scale = scale if bool(scale > 0) else torch.tensor(0.1)
-            parameter.add_((noise * 0.2 * scale).to(parameter.dtype))
+            tensor.add_((noise * 0.2 * scale).to(tensor.dtype))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.vllm.families import FAMILIES
+from tests.vllm.rig import difference
 
 pytestmark = pytest.mark.timeout(300)
 CASES = [
@@ -15,24 +16,30 @@ CASES = [
     ("qwen2-tied", "tp2", False),
     ("qwen3-moe", "tp2", False),
 ]
-NOISE = {"deepseek": 0.09, "qwen3-moe": 0.03, "gemma2": 0.02}
-"""Mean nats between vLLM and transformers on the same weights; dense families stay below 0.01."""
+LARGEST_NOISE = 0.03
+"""Mean nats that vLLM's bf16 arithmetic may differ from transformers' on the same weights (in fp32 the two agree to
+1e-3): above it a comparison between them says nothing."""
 
 
 @pytest.mark.parametrize(("family", "how", "lora"), CASES, ids=lambda value: str(value))
 def test_a_family(rigs: Any, family: str, how: str, lora: bool) -> None:
+    """What was pushed is what vLLM itself loads from a checkpoint, bit for bit, and so as near to transformers."""
     rig = rigs.get(family, how=how, lora=lora)
-    limit = NOISE.get(family, 0.012)
+    said = [rig.said()]
     for version in (1, 2):
         rig.step()
-        assert rig.off() > 3 * limit, "the step must show"
         receipt = rig.push()
         assert receipt.verified is True
-        assert rig.off() < limit
         assert rig.llm.llm_engine.get_weight_version() == str(version)
         for rank in receipt.engines[0].ranks:
             assert not rank.canary_only
             assert "native" not in rank.strategies
+        said.append(rig.said())
     rig.b.rollback()
-    assert rig.off() > 3 * limit
+    assert rig.said() == said[1] != said[0]
     assert rig.llm.llm_engine.get_weight_version() == "1"
+    loaded = rig.fresh()
+    noise = difference(loaded, rig.wanted())
+    assert said[2] == loaded
+    assert noise < LARGEST_NOISE
+    assert difference(said[2], said[1]) > 3 * noise, "the step must show"

@@ -14,7 +14,7 @@ from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(300)
 CASES = [("qwen2", "inproc"), ("qwen3", "inproc"), ("gemma2", "inproc"), ("phi3", "inproc"), ("qwen2", "tp2")]
-LIMIT = 0.025
+LARGEST = 0.025
 
 
 def jiggle(model: Any, seed: int) -> None:
@@ -38,7 +38,10 @@ def test_adapters_and_the_base_below_them(rigs: Any, tmp_path: Path, family: str
     jiggle(model, 1)
     model.save_pretrained(tmp_path)
     users = LoRARequest("mine", 7, str(tmp_path))
-    assert difference(rig.said(users), reference_logprobs(model, PROMPTS)) < LIMIT
+    noise = difference(rig.said(users), reference_logprobs(model, PROMPTS))
+    with model.disable_adapter():
+        noise = max(noise, difference(rig.said(), reference_logprobs(model, PROMPTS)))
+    limit = min(3 * noise, LARGEST)  # vLLM's own noise, on weights and an adapter that it has read itself
     rig.b.bind(model)
 
     receipt = rig.b.push(model.named_parameters(), mode="adapter")
@@ -56,13 +59,13 @@ def test_adapters_and_the_base_below_them(rigs: Any, tmp_path: Path, family: str
                 parameter.mul_(1.06)
     assert rig.b.push(model.named_parameters(), mode="base").verified is True
     with model.disable_adapter():
-        assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < LIMIT
+        assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
     assert 7 in rig.llm.llm_engine.list_loras()
     assert difference(rig.said(users), rig.said()) > 0.2, "the user's adapter still acts"
     jiggle(model, 3)
     assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
     assert rig.b.push(model.named_parameters(), mode="merged").verified is True
-    assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < LIMIT
+    assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
 
 
 def test_an_llm_without_the_backend_is_told_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

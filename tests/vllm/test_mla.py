@@ -36,4 +36,4 @@ def test_wrong_absorbed_projections_are_found_without_the_canary(rigs: Any, monk
     rig.step()
     receipt = rig.push(verify="weights")
     assert receipt.verified is True
-    assert rig.off() < 0.09
+    assert rig.said() == rig.fresh()

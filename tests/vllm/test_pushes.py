@@ -23,9 +23,9 @@ def rig(rigs: Any) -> Iterator[Any]:
     made.step()
     assert made.push().verified is True
     yield made
-    made.step()
+    made.step(0)
     assert made.push().verified is True, "a good push works after every test"
-    assert made.off() < 0.012
+    assert made.said() == made.known()
 
 
 def bits(rig: Any) -> dict[str, bytes]:
@@ -61,7 +61,6 @@ def test_an_engine_that_cannot_be_put_back_refuses(rig: Any, monkeypatch: pytest
         rig.said()
     rig.b = bridge.attach(rig.llm, model=rig.model)
     assert rig.push().verified is True
-    assert rig.off() < 0.012
 
 
 def test_a_subset_leaves_the_rest_bit_identical(rig: Any) -> None:
@@ -78,7 +77,7 @@ def test_a_subset_leaves_the_rest_bit_identical(rig: Any) -> None:
     assert receipt.verified is True
     after = bits(rig)
     assert {n for n in before if before[n] != after[n]} == {n for n in before if ".layers.1." in n}
-    assert rig.off() < 0.012
+    assert rig.said() == rig.fresh()
 
 
 def test_only_norms(rig: Any) -> None:
@@ -89,7 +88,40 @@ def test_only_norms(rig: Any) -> None:
     norms = [(n, p) for n, p in rig.model.named_parameters() if "norm" in n]
     receipt = rig.b.push(norms, partial=True)
     assert receipt.verified is True
-    assert rig.off() < 0.012
+    assert rig.said() == rig.fresh()
+
+
+def test_a_request_that_is_kept_goes_on_under_the_new_weights_over_all_of_its_tokens(rig: Any) -> None:
+    """Its tokens so far stay as they were sampled; its KV is computed anew, so that what follows is what the new
+    weights say after them, and not a mixture of both."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=24, temperature=0, detokenize=False, ignore_eos=True, logprobs=0)
+    alone = SamplingParams(max_tokens=24, temperature=0, detokenize=False, ignore_eos=True)
+    ids = PROMPTS[1]
+    (under_old,) = rig.llm.generate([{"prompt_token_ids": ids}], alone, use_tqdm=False)
+    old = int(rig.llm.llm_engine.get_weight_version())
+    rig.llm.enqueue([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    for _ in range(6):
+        assert not rig.llm.llm_engine.step()
+    rig.step()
+    receipt = rig.push(inflight="keep")
+    ((output,),) = [out.outputs for out in rig.llm.wait_for_completion(use_tqdm=False)]
+    spans = [(int(span.version), int(span.start)) for span in output.weight_versions]
+    assert [version for version, _ in spans] == [old, receipt.version]
+    kept = spans[1][1]
+    assert 0 < kept < 24
+    assert list(output.token_ids[:kept]) == list(under_old.outputs[0].token_ids[:kept])
+    rest = SamplingParams(max_tokens=24 - kept, temperature=0, detokenize=False, ignore_eos=True, logprobs=0)
+    begun = [*ids, *output.token_ids[:kept]]
+    (fresh,) = rig.llm.generate([{"prompt_token_ids": begun}], rest, use_tqdm=False)
+    assert list(output.token_ids[kept:]) == list(fresh.outputs[0].token_ids)
+    assert list(output.token_ids[kept:]) != list(under_old.outputs[0].token_ids[kept:])
+    ours = [row[token].logprob for row, token in zip(output.logprobs[kept:], output.token_ids[kept:], strict=True)]
+    theirs = [
+        row[token].logprob for row, token in zip(fresh.outputs[0].logprobs, fresh.outputs[0].token_ids, strict=True)
+    ]
+    assert difference([ours], [theirs]) < 0.01
 
 
 @pytest.mark.parametrize("mode", ["keep", "abort", "drain"])

@@ -3,65 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
-import msgspec
-
 from bridge.deadline import Deadline
 from bridge.errors import ConfigError, DeadlineExceeded, NotFound, ProtocolError
-from bridge.lora import LoraLimits
 from bridge.wire import Completion, Sampling
 from engine_side.adapters import claim
 from engine_side.adapters.base import Prompts
-from engine_side.adapters.sglang import LOADER
+from engine_side.adapters.sglang.common import BASE, CALL_S, CURRENT, MODES, Arguments, Books, SglangAdapter
 from engine_side.adapters.sglang.gate import OURS, Gate
 from engine_side.adapters.sglang.line import Line
 from engine_side.adapters.sglang.requests import completion, request
-from engine_side.adapters.sglang.scheduler import ACTION, ADAPTERS, FACTS, JOB, OPEN, SHUT, Answer, Facts
+from engine_side.adapters.sglang.scheduler import ACTION, OPEN, SHUT
 from engine_side.adapters.sglang.versions import check_version
 
-CURRENT, BASE = "current", "base"
-_MODES = ("drain", "abort", "keep")
 _BOOKS = "_weighbridge_books"
-_CALL_S = 120.0
-"""For calls of SGLang's that take no time of their own."""
 _POLL_S = 0.005
 
 
-@dataclass
-class _Books:
-    """What was published, and whether a bridge has paused the engine: kept on the engine, for the bridge after this
-    one. `known` are adapters that were made known to SGLang's front end."""
-
-    paused: bool = False
-    version: int = 0
-    adapter: str | None = None
-    known: set[str] = field(default_factory=set)
-
-
-class EngineAdapter:
+class EngineAdapter(SglangAdapter):
     """Over one Engine, which stays its owner's unless `owned`."""
 
-    kind = "sglang"
-    can_generate = True
-
     def __init__(self, engine: Any, *, owned: bool = False) -> None:
-        _check(engine)
+        arguments = Arguments.read(partial(getattr, engine.server_args), "sglang.Engine")
+        super().__init__(arguments, vars(engine).setdefault(_BOOKS, Books()), "sglang.Engine")
         self.engine = engine
         self._owned = owned
         self._manager = engine.tokenizer_manager
         self._gate = Gate.of(self._manager)
-        self._books: _Books = vars(engine).setdefault(_BOOKS, _Books())
         self._line: Line | None = Line.of(engine)
         self._line.take()
         try:
-            self._facts = self._ask_facts()
+            self.facts()
         except BaseException:
             self._hang_up()
             raise
@@ -72,72 +49,25 @@ class EngineAdapter:
             raise ProtocolError("this adapter was closed", where="sglang.Engine")
         return self._line
 
-    @property
-    def ranks(self) -> int:
-        return int(self.engine.server_args.tp_size)
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder that was loaded; None for an engine that was started with dummy weights."""
-        path = Path(self.engine.server_args.model_path)
-        return path if path.is_dir() and str(self.engine.server_args.load_format) != "dummy" else None
-
-    @property
-    def max_prompt(self) -> int:
-        return self._facts.max_prompt
-
-    @property
-    def cache_grain(self) -> int:
-        return self._facts.page
-
-    # ---- jobs ----------------------------------------------------------------------------------------------------
-
-    def dispatch(self, job: bytes, deadline: Deadline) -> None:
-        """Run the job in every rank. Raises ProtocolError where one could not answer, PeerLost, DeadlineExceeded."""
-        self._ask(JOB, base64.b64encode(job).decode(), deadline=deadline)
-
-    def _ask(self, verb: str, text: str = "", *, deadline: Deadline | None = None) -> Answer:
+    def _send(self, verb: str, text: str, deadline: Deadline) -> tuple[bool, str]:
         from sglang.srt.managers.io_struct import CheckWeightsReqInput
 
         words = CheckWeightsReqInput(action=ACTION, skip_tensor_list=[verb, text])
-        wait = deadline or Deadline.after(_CALL_S)
-        wait.check("a job for SGLang's schedulers")
-        ok, message, *_ = self.line.run(self._manager.check_weights(words), wait, f"{verb!r} of SGLang's schedulers")
-        if not ok:
-            raise ConfigError(
-                "SGLang's schedulers do not know the bridge",
-                where="sglang.Engine",
-                expected="the plugin 'weighbridge' of the entry point group sglang.srt.plugins",
-                got=str(message)[:200],
-                remedy="install weighbridge where SGLang runs, and let SGLANG_PLUGINS, if set, name 'weighbridge'",
-            )
-        try:
-            answer = msgspec.json.decode(message, type=Answer)
-        except msgspec.DecodeError as error:
-            raise ProtocolError("an answer that cannot be read", where="sglang.Engine", got=str(error)) from error
-        if answer.error:
-            raise ProtocolError("an SGLang scheduler could not answer", where="sglang.Engine", got=answer.error)
-        return answer
-
-    def _ask_facts(self) -> Facts:
-        facts = self._ask(FACTS).facts
-        if facts is None:
-            raise ProtocolError("an SGLang scheduler did not answer what it was asked", where="sglang.Engine")
-        return facts
-
-    def refuse_shared(self, storages: frozenset[int]) -> None:
-        """Weights lie in other processes."""
+        ok, message, *_ = self.line.run(
+            self._manager.check_weights(words), deadline, f"{verb!r} of SGLang's schedulers"
+        )
+        return bool(ok), str(message)
 
     # ---- pause and caches ----------------------------------------------------------------------------------------
 
     def pause(self, inflight: str, deadline: Deadline) -> None:
         """Callers wait, what runs is drained, aborted or taken back to be computed again."""
-        if inflight not in _MODES:
-            raise ConfigError("no such mode", where="inflight", expected=" | ".join(_MODES), got=repr(inflight))
+        if inflight not in MODES:
+            raise ConfigError("no such mode", where="inflight", expected=" | ".join(MODES), got=repr(inflight))
         self.line.run(self._pause(inflight, deadline), deadline, "pausing")
-        while not self._ask_facts().paused:  # it has no answer of its own
+        while not self.facts().paused:  # it has no answer of its own
             deadline.check("SGLang's pause")
-        self._books.paused = True
+        self.books.paused = True
         if inflight == "abort":
             self.line.run(self._call(self._manager.abort_request, abort_all=True), deadline, "aborting")
 
@@ -145,7 +75,7 @@ class EngineAdapter:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
         self._manager.auto_create_handle_loop()
-        if inflight == "drain" and not self._books.paused:
+        if inflight == "drain" and not self.books.paused:
             async with self._gate:
                 self._manager.is_pause = True
             try:
@@ -166,15 +96,15 @@ class EngineAdapter:
     def resume(self) -> None:
         from sglang.srt.managers.io_struct import ContinueGenerationReqInput
 
-        if not self._books.paused:
+        if not self.books.paused:
             return
-        empty = self.engine.server_args.device != "cpu"
+        empty = self.arguments.device != "cpu"
         go_on = self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=empty))
-        self._books.paused = False
-        self.line.run(go_on, Deadline.after(_CALL_S), "resuming")
+        self.books.paused = False
+        self.line.run(go_on, Deadline.after(CALL_S), "resuming")
 
     def reset_caches(self) -> bool:
-        answer = self.line.run(self._manager.flush_cache(), Deadline.after(_CALL_S), "flushing caches")
+        answer = self.line.run(self._manager.flush_cache(), Deadline.after(CALL_S), "flushing caches")
         return bool(answer.success)
 
     # ---- claim, refusal, versions --------------------------------------------------------------------------------
@@ -183,9 +113,16 @@ class EngineAdapter:
         """Raises Busy while another bridge drives the engine."""
         try:
             claim.take(self.engine, self, owner)
+            self._warm()
         except BaseException:
             self._hang_up()
             raise
+
+    def _warm(self) -> None:
+        """Two tokens: the first forward of some of SGLang's models changes their module tree, which has to be over
+        before anybody looks whether a push leaves it as it was."""
+        if self.refusal is None and not self.books.paused:
+            self._generated([[0, 0]], Sampling(max_tokens=2, temperature=0.0), BASE, Deadline.after(CALL_S), ours=True)
 
     @property
     def refusal(self) -> str | None:
@@ -193,7 +130,7 @@ class EngineAdapter:
 
     def refuse(self, reason: str | None) -> None:
         """Callers that wait in a push get the refusal as well."""
-        self.line.run(self._gate.refuse(reason), Deadline.after(_CALL_S), "closing the gate")
+        self.line.run(self._gate.refuse(reason), Deadline.after(CALL_S), "closing the gate")
 
     def publish(self, version: int, adapter: str | None = None) -> None:
         """`meta_info["weight_version"]` shows the version from now on."""
@@ -203,12 +140,8 @@ class EngineAdapter:
         if adapter is not None:
             self._make_known(adapter)
         label = UpdateWeightVersionReqInput(new_version=str(version), abort_all_requests=False)
-        self.line.run(self._manager.update_weight_version(label), Deadline.after(_CALL_S), "publishing")
-        self._books.version, self._books.adapter = version, adapter
-
-    @property
-    def published(self) -> tuple[int, str | None]:
-        return self._books.version, self._books.adapter
+        self.line.run(self._manager.update_weight_version(label), Deadline.after(CALL_S), "publishing")
+        self.books.version, self.books.adapter = version, adapter
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -228,13 +161,13 @@ class EngineAdapter:
             return self._generated(prompts, sampling, adapter, deadline, ours=False)
         if adapter not in (CURRENT, BASE):
             self._make_known(adapter)
-        if not self._books.paused:
+        if not self.books.paused:
             return self._generated(prompts, sampling, adapter, deadline, ours=True)
-        self._ask(OPEN, deadline=deadline)
+        self.ask(OPEN, deadline=deadline)
         try:
             return self._generated(prompts, sampling, adapter, deadline, ours=True)
         finally:
-            self._ask(SHUT)
+            self.ask(SHUT)
 
     def _generated(
         self, prompts: Prompts, sampling: Sampling, adapter: str, deadline: Deadline | None, *, ours: bool
@@ -245,7 +178,7 @@ class EngineAdapter:
             outputs = self.line.run(work, deadline, "generation")
         except DeadlineExceeded:
             for name in ids:
-                self.line.run(self._call(self._manager.abort_request, name), Deadline.after(_CALL_S), "aborting")
+                self.line.run(self._call(self._manager.abort_request, name), Deadline.after(CALL_S), "aborting")
             raise
         return [completion(output) for output in outputs]
 
@@ -255,7 +188,7 @@ class EngineAdapter:
         OURS.set(ours)
         async with self._gate:  # "current" is what is published when the request begins, not when it was asked for
             await self._gate.wait_for(lambda: not self._manager.is_pause)
-        name = self._books.adapter if adapter == CURRENT else None if adapter == BASE else adapter
+        name = self.books.meant(adapter)
         if name is not None and name not in self._manager.lora_registry.get_all_adapters():
             raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
         stream = self._manager.generate_request(request(prompts, sampling, name, ids), None)
@@ -264,28 +197,14 @@ class EngineAdapter:
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
-    @property
-    def lora(self) -> LoraLimits | None:
-        """One slot less than SGLang has: it keeps one that is never pinned."""
-        args = self.engine.server_args
-        if not args.enable_lora or args.max_lora_rank is None:
-            return None
-        return LoraLimits(int(args.max_lora_rank), max(0, int(args.max_loras_per_batch) - 1))
-
-    def adapters(self) -> tuple[str, ...]:
-        return tuple(self._held())
-
-    def _held(self) -> dict[str, str]:
-        return {} if self.lora is None else self._ask(ADAPTERS).adapters
-
     def _make_known(self, name: str) -> None:
         """Let requests ask for an adapter that the ranks hold: SGLang's front end knows only what it loaded itself."""
-        if name in self._books.known:
+        if name in self.books.known:
             return
-        held = self._held()
+        held = self.held()
         if name not in held:
             raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
-        self.line.run(self._register(name, held[name]), Deadline.after(_CALL_S), "registering an adapter")
+        self.line.run(self._register(name, held[name]), Deadline.after(CALL_S), "registering an adapter")
 
     async def _register(self, name: str, lora_id: str) -> None:
         from sglang.srt.lora.lora_registry import LoRARef
@@ -293,17 +212,17 @@ class EngineAdapter:
         registry = self._manager.lora_registry
         if name not in registry.get_all_adapters():
             await registry.register(LoRARef(lora_id=lora_id, lora_name=name, lora_path="memory", pinned=True))
-            self._books.known.add(name)
+            self.books.known.add(name)
 
     def _settle(self) -> None:
         """Forget adapters that were dropped in the ranks before they served."""
-        if self._books.known:
-            for name in self._books.known.difference(self._held()):
-                self._books.known.discard(name)
-                self.line.run(self._manager.lora_registry.unregister(name), Deadline.after(_CALL_S), "unregistering")
+        if self.books.known:
+            for name in self.books.known.difference(self.held()):
+                self.books.known.discard(name)
+                self.line.run(self._manager.lora_registry.unregister(name), Deadline.after(CALL_S), "unregistering")
 
     def end_users(self, names: Iterable[str]) -> None:
-        self.line.run(self._end_users(frozenset(names)), Deadline.after(_CALL_S), "ending requests")
+        self.line.run(self._end_users(frozenset(names)), Deadline.after(CALL_S), "ending requests")
 
     async def _end_users(self, names: frozenset[str]) -> None:
         for rid, state in list(self._manager.rid_to_state.items()):
@@ -312,15 +231,15 @@ class EngineAdapter:
 
     def retire(self, names: Iterable[str]) -> None:
         """SGLang drops an adapter when its last request has ended; waited for only where there is none."""
-        held = self._held()
+        held = self.held()
         for name in names:
             if name in held:
                 self._make_known(name)
-                self._books.known.discard(name)
-                idle = self.line.run(self._unused(held[name]), Deadline.after(_CALL_S), "retiring an adapter")
+                self.books.known.discard(name)
+                idle = self.line.run(self._unused(held[name]), Deadline.after(CALL_S), "retiring an adapter")
                 done = self.line.start(self._unload(name))
                 if idle:
-                    self.line._wait(done, Deadline.after(_CALL_S), "unloading an adapter")
+                    self.line._wait(done, Deadline.after(CALL_S), "unloading an adapter")
 
     async def _unused(self, lora_id: str) -> bool:
         counter = self._manager.lora_registry._counters.get(lora_id)
@@ -355,26 +274,3 @@ def attach(engine: object, canonical: object = None) -> EngineAdapter | None:
         return None
     check_version(str(module.__version__))
     return EngineAdapter(engine)
-
-
-def _check(engine: Any) -> None:
-    """Raises ConfigError for an engine that cannot be driven, with the argument to change."""
-    args = engine.server_args
-    named = args.custom_weight_loader or []
-    if LOADER not in named:
-        raise ConfigError(
-            "this Engine was started without the bridge's loader",
-            where="sglang.Engine",
-            expected=f'custom_weight_loader=["{LOADER}"]',
-            got=repr(named),
-            remedy=f'sglang.Engine(..., custom_weight_loader=["{LOADER}"])',
-        )
-    for name in ("pp_size", "dp_size", "nnodes", "tokenizer_worker_num"):
-        if getattr(args, name) != 1:
-            raise ConfigError("not driven yet", where=name, expected="1", got=str(getattr(args, name)))
-    if args.speculative_algorithm is not None:
-        raise ConfigError(
-            "a draft model would keep its old weights", where="speculative_algorithm", expected="None", got="one"
-        )
-    if args.disaggregation_mode != "null":
-        raise ConfigError("not driven yet", where="disaggregation_mode", expected="null", got=args.disaggregation_mode)

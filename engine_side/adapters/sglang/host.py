@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from sglang.srt.model_loader.loader import _get_quantization_config, _initialize
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
-from bridge.errors import ConfigError, NotFound, UnsupportedLora
+from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnsupportedLora
 from bridge.lora import AdapterSpec
 from bridge.manifest import TensorInfo
 from engine_side.adapters.base import AdapterView, Prompts
+from engine_side.adapters.sglang.derived import Derived
 from engine_side.adapters.sglang.logprobs import prompt_logprobs
-from engine_side.unloaded import unloaded
+from engine_side.adapters.sglang.loras import Loras
+from engine_side.unloaded import checkpoint_tensors, unloaded
 
 
 class SglangRankHost:
@@ -32,6 +35,14 @@ class SglangRankHost:
         self._scheduler = scheduler
         self._runner = scheduler.tp_worker.model_runner
         self._unloaded: frozenset[str] | None = None
+        self._derived = Derived()
+        manager = self._runner.lora_manager
+        self._loras = None if manager is None else Loras(self, manager, self._checkpoint)
+
+    @property
+    def _checkpoint(self) -> Path | None:
+        folder = Path(self._runner.model_config.model_path)
+        return folder if folder.is_dir() else None
 
     @property
     def rank(self) -> int:
@@ -57,27 +68,47 @@ class SglangRankHost:
                 got=f"{len(astray)} parameters with memory",
                 remedy="look for code that replaces torch.empty and its like in the scheduler process",
             )
+        self._derived.learn(made)
         return made
 
     def unloaded(self) -> frozenset[str]:
         """Scales of an unquantised KV cache and the like, by the checkpoint that this engine was started from."""
         if self._unloaded is None:
-            folder = Path(self._runner.model_config.model_path)
-            self._unloaded = unloaded(self, folder if folder.is_dir() else None)
+            self._unloaded = unloaded(self, self._checkpoint)
         return self._unloaded
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        skeleton.load_weights(weights)  # type: ignore[operator]
+        """Raises ShapeMismatch for a tensor of another shape than the checkpoint's: on CPU SGLang fills up with zeros
+        what is too small."""
+        skeleton.load_weights(self._of_known_shape(weights))  # type: ignore[operator]
+
+    def _of_known_shape(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in weights:
+            known = self._shapes.get(name)
+            if known is not None and tuple(weight.shape) != known:
+                raise ShapeMismatch(
+                    "a tensor has another shape than in the engine's checkpoint",
+                    where=name,
+                    expected=str(list(known)),
+                    got=str(list(weight.shape)),
+                    remedy="trainer and engine must run the same configuration",
+                    names=(name,),
+                )
+            yield name, weight
+
+    @cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """By the checkpoint that this engine was started from; empty where that is not at hand."""
+        folder = self._checkpoint
+        return {} if folder is None else {info.name: info.shape for info in checkpoint_tensors(folder)}
 
     def post_load(self, module: nn.Module) -> bool:
-        """One module's share of `DefaultModelLoader.postprocess_weights`; the whole model's own step is part of its
-        `load_weights`."""
+        """One module's share of `DefaultModelLoader.postprocess_weights`, or of the whole model's own step."""
         method = getattr(module, "quant_method", None)
         step = getattr(method, "process_weights_after_loading", None)
-        if step is None:
-            return False
-        step(module)
-        return True
+        if step is not None:
+            step(module)
+        return self._derived.renew(module, self.model) or step is not None
 
     @torch.no_grad()
     def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -119,20 +150,27 @@ class SglangRankHost:
 
     def adapters(self) -> dict[str, str]:
         """Name -> SGLang's id of every adapter that is loaded, whoever loaded it."""
-        manager = self._runner.lora_manager
-        return {} if manager is None else {ref.lora_name: key for key, ref in manager.lora_refs.items()}
+        return {} if self._loras is None else self._loras.names
 
     def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
-        raise self._no_lora()
+        return self._lora().plan(tensors, spec)
 
     def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
-        raise self._no_lora()
+        self._lora().load(name, tensors, spec)
 
     def adapter_views(self, name: str) -> Sequence[AdapterView]:
-        raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+        if self._loras is None:
+            raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+        return self._loras.views(name)
 
     def remove_adapter(self, name: str) -> None:
-        """Unknown names are ignored."""
+        if self._loras is not None:
+            self._loras.remove(name)
+
+    def _lora(self) -> Loras:
+        if self._loras is None:
+            raise self._no_lora()
+        return self._loras
 
     def _no_lora(self) -> UnsupportedLora:
         return UnsupportedLora(

@@ -52,6 +52,10 @@ class VllmAdapter:
         return self.facts.checkpoint
 
     @property
+    def quantisation(self) -> str | None:
+        return self.facts.quantisation
+
+    @property
     def max_prompt(self) -> int:
         return self.facts.max_len - 1
 

@@ -3,56 +3,52 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from bridge.deadline import Deadline
-from bridge.errors import ConfigError, EngineQuarantined, NotFound, PeerLost, ProtocolError
-from bridge.lora import LoraLimits
+from bridge.errors import ConfigError, EngineQuarantined, PeerLost, ProtocolError
 from bridge.wire import Completion, Sampling
 from engine_side.adapters import claim
 from engine_side.adapters.base import Prompts
+from engine_side.adapters.vllm.common import (
+    CURRENT,
+    Books,
+    VllmAdapter,
+    asleep,
+    check_mode,
+    completion,
+    not_held,
+    number,
+    parameters,
+)
+from engine_side.adapters.vllm.facts import check_facts, facts_of
 from engine_side.adapters.vllm.gate import Gate, running_adapters
-from engine_side.adapters.vllm.plugin import ADAPTERS, BACKEND, METHOD
+from engine_side.adapters.vllm.plugin import ADAPTERS, METHOD
 from engine_side.adapters.vllm.versions import check_version
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-CURRENT, BASE = "current", "base"
-_MODES = ("drain", "abort", "keep")
-
-
-@dataclass
-class _Books:
-    """What was published, whether a bridge has paused it, and what waits to be dropped: kept on the engine, for the
-    bridge after this one."""
-
-    paused: bool = False
-    version: int = 0
-    adapter: str | None = None
-    retiring: set[str] = field(default_factory=set)
-
-
 _BOOKS = "_weighbridge_books"
 
 
-class LLMAdapter:
+class LLMAdapter(VllmAdapter):
     """Over one LLM, which stays its owner's."""
-
-    kind = "vllm"
-    can_generate = True
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._engine: Any = llm.llm_engine
-        self._config = self._engine.vllm_config
         self._gate: Gate | None = None
-        _check(self._config)
-        self._books: _Books = vars(self._engine).setdefault(_BOOKS, _Books())
+        super().__init__(facts_of(self._engine.vllm_config), "vllm.LLM")
+        check_facts(
+            self.facts,
+            where="vllm.LLM",
+            expected='weight_transfer_config=WeightTransferConfig(backend="bridge")',
+            remedy='vllm.LLM(..., weight_transfer_config=vllm.config.WeightTransferConfig(backend="bridge"))',
+        )
+        self._books: Books = vars(self._engine).setdefault(_BOOKS, Books())
 
     @property
     def gate(self) -> Gate:
@@ -61,44 +57,21 @@ class LLMAdapter:
         return self._gate
 
     @property
-    def ranks(self) -> int:
-        return int(self._config.parallel_config.world_size)
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder that was loaded; None for an engine that was started with dummy weights."""
-        path = Path(self._config.model_config.model)
-        return path if path.is_dir() and self._config.load_config.load_format != "dummy" else None
-
-    @property
-    def max_prompt(self) -> int:
-        return int(self._config.model_config.max_model_len) - 1
-
-    @property
-    def cache_grain(self) -> int:
-        cache = self._config.cache_config
-        return int(cache.block_size) if cache.enable_prefix_caching else 0
-
-    @property
     def in_process(self) -> bool:
         """Does the engine core run in this process?"""
         return hasattr(self._engine.engine_core, "engine_core")
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
 
-    def dispatch(self, job: bytes, deadline: Deadline) -> None:
-        """Run the job in every worker. Raises ProtocolError for one that could not answer, PeerLost for dead ones."""
-        deadline.check("a job for vLLM's workers")
+    def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
         try:
             with self.gate.between_steps(stepping_blocks=not self.in_process):
-                said = self.llm.collective_rpc(METHOD, args=(job,))
+                said: Sequence[Any] = self.llm.collective_rpc(METHOD, args=(job,))
         except Exception as error:  # vLLM's own executor: dead workers, a closed engine
             raise PeerLost(
                 "vLLM's workers cannot be reached", where="vllm.LLM", got=f"{type(error).__name__}: {error}"
             ) from error
-        wrong = [text for text in said if text]
-        if wrong:
-            raise ProtocolError("a vLLM worker could not run a job", where="vllm.LLM", got="; ".join(wrong))
+        return said
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Weights of an engine core of this process lie where the trainer's may."""
@@ -119,10 +92,9 @@ class LLMAdapter:
 
     def pause(self, inflight: str, deadline: Deadline) -> None:
         """Callers wait, what runs is drained, aborted or kept; then all KV blocks are free: the canary needs them."""
-        if inflight not in _MODES:
-            raise ConfigError("no such mode", where="inflight", expected=" | ".join(_MODES), got=repr(inflight))
+        check_mode(inflight)
         if not self._books.paused and self._engine.is_sleeping():
-            raise _asleep()
+            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
         self.gate.hold()
         try:
             if inflight == "drain" and not self._books.paused:
@@ -159,7 +131,7 @@ class LLMAdapter:
         claim.take(self.llm, self, owner)
         if self._engine.is_sleeping() and self.refusal is None and not self._books.paused:
             claim.give_up(self.llm, self)
-            raise _asleep()
+            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
 
     @property
     def refusal(self) -> str | None:
@@ -174,7 +146,7 @@ class LLMAdapter:
     def publish(self, version: int, adapter: str | None = None) -> None:
         """`llm.llm_engine.get_weight_version()` and the spans on outputs show the version from now on."""
         if adapter is not None and adapter not in self.adapters():
-            raise NotFound("this engine holds no such adapter", where="adapter", got=repr(adapter))
+            raise not_held(adapter)
         self._engine.set_weight_version(str(version))
         self._books.version, self._books.adapter = version, adapter
 
@@ -196,16 +168,16 @@ class LLMAdapter:
         """Past the gate of a paused engine scheduling is opened for these requests; kept ones go on by as many steps,
         and wait again."""
         if self._engine.is_sleeping() and not self._books.paused:
-            raise _asleep()
+            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
         if sampling.max_tokens == 0:
-            return [Completion((), (), "length", _number(self._engine.get_weight_version())) for _ in prompts]
-        lora, parameters = self._lora_request(adapter), _parameters(sampling)
+            return [Completion((), (), "length", number(self._engine.get_weight_version())) for _ in prompts]
+        lora, wanted = self._lora_request(adapter), parameters(sampling)
         if not past_gate:
             self.gate._enter()
 
         def add(add_request: Any, k: int) -> str:
             name = f"bridge-{uuid4().hex}"
-            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, parameters, lora_request=lora))
+            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, wanted, lora_request=lora))
 
         opened = self._books.paused and past_gate
         if opened:
@@ -217,25 +189,20 @@ class LLMAdapter:
                 self.llm.sleep(level=0, mode="keep")
                 if not self.llm.reset_prefix_cache(reset_running_requests=True):
                     raise EngineQuarantined("vLLM did not free its KV blocks", where="reset_prefix_cache")
-        return [_completion(output) for output in outputs]
+        return [completion(output) for output in outputs]
 
     def _lora_request(self, adapter: str) -> Any:
-        name = self._books.adapter if adapter == CURRENT else None if adapter == BASE else adapter
+        name = self._books.meant(adapter)
         if name is None:
             return None
         from engine_side.adapters.vllm.loras import lora_request
 
         held = self._held()
         if name not in held:
-            raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+            raise not_held(name)
         return lora_request(name, held[name])
 
     # ---- adapters ------------------------------------------------------------------------------------------------
-
-    @property
-    def lora(self) -> LoraLimits | None:
-        config = self._config.lora_config
-        return None if config is None else LoraLimits(int(config.max_lora_rank), int(config.max_loras))
 
     def adapters(self) -> tuple[str, ...]:
         """Those that the bridge loaded, then `#id` for those that vLLM read from folders: it keeps no names."""
@@ -283,35 +250,6 @@ def attach(engine: object, canonical: object = None) -> LLMAdapter | None:
     return LLMAdapter(engine)
 
 
-def _check(config: Any) -> None:
-    """Raises ConfigError for an engine that cannot be driven, with the argument to change."""
-    transfer = config.weight_transfer_config
-    if transfer is None or transfer.backend != BACKEND:
-        raise ConfigError(
-            "this LLM was started without the bridge's weight-transfer backend",
-            where="vllm.LLM",
-            expected='weight_transfer_config=WeightTransferConfig(backend="bridge")',
-            got="none" if transfer is None else f"backend {transfer.backend!r}",
-            remedy='vllm.LLM(..., weight_transfer_config=vllm.config.WeightTransferConfig(backend="bridge"))',
-        )
-    parallel = config.parallel_config
-    for name in ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size"):
-        if getattr(parallel, name, 1) != 1:
-            raise ConfigError(
-                "this kind of parallelism is not driven yet", where=name, expected="1", got=str(getattr(parallel, name))
-            )
-    if config.speculative_config is not None:
-        raise ConfigError(
-            "a draft model would keep its old weights", where="speculative_config", expected="None", got="one"
-        )
-
-
-def _asleep() -> ConfigError:
-    return ConfigError(
-        "the engine is asleep or paused", where="vllm.LLM", got="asleep", remedy="llm.wake_up(), then try again"
-    )
-
-
 def _storages(engine: Any) -> Iterable[tuple[str, int]]:
     executor = engine.engine_core.engine_core.model_executor
     worker = getattr(executor, "driver_worker", None)
@@ -322,35 +260,3 @@ def _storages(engine: Any) -> Iterable[tuple[str, int]]:
         address = tensor.untyped_storage().data_ptr()
         if address:
             yield name, address
-
-
-def _parameters(sampling: Sampling) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        stop_token_ids=list(sampling.stop_token_ids),
-        seed=sampling.seed,
-        logprobs=0,
-        detokenize=False,
-    )
-
-
-def _completion(output: Any) -> Completion:
-    (first,) = output.outputs
-    ids = tuple(int(token) for token in first.token_ids)
-    rows = first.logprobs or ()
-    spans = first.weight_versions or ()
-    return Completion(
-        ids,
-        tuple(float(row[token].logprob) for token, row in zip(ids, rows, strict=False)),
-        first.finish_reason or "abort",
-        _number(spans[0].version) if spans else 0,
-    )
-
-
-def _number(version: str) -> int:
-    """vLLM's label as a version; 0 for what it calls its own checkpoint, and for labels of others."""
-    return int(version) if version.isdecimal() else 0

@@ -15,7 +15,7 @@ _PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_pa
 
 class Facts(Message, frozen=True):
     """Lengths in tokens. `block` is one KV block, 0 without a prefix cache; `sizes` are the kinds of parallelism beside
-    tensor parallelism; `dummy` says that the weights did not come from `model`."""
+    tensor parallelism; `dummy` says that the weights did not come from `model`; `quantisation` is vLLM's word."""
 
     backend: str | None
     ranks: int
@@ -26,6 +26,7 @@ class Facts(Message, frozen=True):
     lora: LoraLimits | None
     sizes: dict[str, int]
     draft: bool
+    quantisation: str | None = None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -47,6 +48,7 @@ def facts_of(config: Any) -> Facts:
         lora=None if lora is None else LoraLimits(int(lora.max_lora_rank), int(lora.max_loras)),
         sizes={name: int(getattr(config.parallel_config, name, 1)) for name in _PARALLEL},
         draft=config.speculative_config is not None,
+        quantisation=None if config.model_config.quantization is None else str(config.model_config.quantization),
     )
 
 

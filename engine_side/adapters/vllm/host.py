@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding, get_masked_input_and_mask
 from vllm.model_executor.model_loader.utils import device_loading_context, initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -24,6 +26,7 @@ from bridge.manifest import TensorInfo
 from engine_side.adapters.base import AdapterView, Prompts
 from engine_side.adapters.vllm.logprobs import prompt_logprobs
 from engine_side.adapters.vllm.loras import Loras
+from engine_side.inplace import twin_parameter
 from engine_side.unloaded import unloaded
 
 _POST_LOAD = "process_weights_after_loading"
@@ -45,6 +48,7 @@ class VllmRankHost:
         self._worker = worker
         self._config: VllmConfig = worker.vllm_config
         self._unloaded: frozenset[str] | None = None
+        self._computes = False
         self.loras = None if self._config.lora_config is None else Loras(worker)
 
     @property
@@ -62,9 +66,14 @@ class VllmRankHost:
         config = copy.copy(self._config)
         config.compilation_config = _own_containers(config.compilation_config)
         config.compilation_config.static_forward_context = {}
-        dtype = config.model_config.dtype
-        with _shared_rotary(), set_current_vllm_config(config), set_default_torch_dtype(dtype), torch.device("meta"):
-            made: nn.Module = initialize_model(vllm_config=config)
+        if not self._computes:
+            try:
+                return _construct(config, torch.device("meta"))
+            except (NotImplementedError, RuntimeError):
+                self._computes = True  # it looks at values that it has computed (slopes of a bias): it gets them
+                config.compilation_config.static_forward_context = {}
+        made = _construct(config, _EmptyOnMeta())
+        _drop_values(made, {id(module) for module in self.model.modules()})
         return made
 
     def unloaded(self) -> frozenset[str]:
@@ -82,7 +91,7 @@ class VllmRankHost:
         the attention layer's own, then the model's."""
         method = getattr(module, "quant_method", None)
         found = False
-        if isinstance(method, QuantizeMethodBase):
+        if isinstance(method, QuantizeMethodBase) and not _is_done(method, module):
             with device_loading_context(module, self._worker.device):
                 method.process_weights_after_loading(module)
             _call(module, "update_param_tp_status")
@@ -155,6 +164,45 @@ class VllmRankHost:
             got="enable_lora=False",
             remedy="start it with enable_lora=True, max_loras=2 or more, or push mode='merged'",
         )
+
+
+def _is_done(method: QuantizeMethodBase, module: nn.Module) -> bool:
+    """Scales of a KV cache are taken away by the step that reads them: without them there is nothing to read."""
+    return isinstance(method, BaseKVCacheMethod) and not hasattr(module, "k_scale")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory that nobody has written is meta; what has values is computed where the constructor asks for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func in _UNWRITTEN and given.get("device") is None:
+            given["device"] = torch.device("meta")
+        return func(*args, **given)
+
+
+_UNWRITTEN = frozenset({torch.empty, torch.empty_strided})
+
+
+def _construct(config: VllmConfig, where: AbstractContextManager[Any]) -> nn.Module:
+    dtype = config.model_config.dtype
+    with _shared_rotary(), set_current_vllm_config(config), set_default_torch_dtype(dtype), where:
+        made: nn.Module = initialize_model(vllm_config=config)
+    return made
+
+
+def _drop_values(model: nn.Module, live: Container[int]) -> None:
+    """Parameters and buffers that were made with values become meta tensors, ties kept; modules that hang in the `live`
+    model too (shared rotary embeddings) are left alone."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        if id(module) in live:
+            continue
+        for registry in (module._parameters, module._buffers):
+            for name, tensor in registry.items():
+                if tensor is not None and tensor.device.type != "meta":
+                    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+                    registry[name] = made.setdefault(id(tensor), twin_parameter(tensor, like))  # type: ignore[assignment]
 
 
 def _own_containers(config: Any) -> Any:

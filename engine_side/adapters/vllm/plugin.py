@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 BACKEND = "bridge"
 """What users write: `WeightTransferConfig(backend="bridge")`."""
 METHOD = "bridge_run"
 """The worker method that `collective_rpc` calls by name for a job."""
 ADAPTERS = "bridge_adapters"
 """The one that tells which in-memory adapters a worker holds."""
+FRONT = "bridge_front"
+"""What `collective_rpc` of an AsyncLLM answers itself: how a bridge reaches the front of a server."""
 
 
 def register() -> None:
@@ -16,16 +20,35 @@ def register() -> None:
     The backend alone would do for the weights, but vLLM hands it no model runner, without which a paused engine cannot
     be asked for log-probabilities. They are added to vLLM's worker base class, as vLLM itself adds worker
     extensions: nothing of vLLM's is replaced, and a `worker_extension_cls` of the user's own goes beside it.
+
+    Two methods of AsyncLLM are wrapped where it is loaded or will be: `add_request`, so that a server can hold and
+    refuse requests as an engine object does (pausing alone would hang its clients), and `collective_rpc`, the only one
+    of a server's own endpoints through which the bridge can say so. Until a bridge comes they do what they did.
     """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.v1.worker.worker_base import WorkerBase
 
     from engine_side.adapters.vllm import extension
 
-    for name, method in ((METHOD, extension.bridge_run), (ADAPTERS, extension.bridge_adapters)):
+    _stand_in_front()
+    methods = {METHOD: extension.bridge_run, ADAPTERS: extension.bridge_adapters, FRONT: extension.bridge_front}
+    for name, method in methods.items():
         if not hasattr(WorkerBase, name):
             setattr(WorkerBase, name, method)
     try:
         WeightTransferEngineFactory.register_engine(BACKEND, "engine_side.adapters.vllm.transfer", "BridgeTransfer")
     except ValueError:
         return  # vLLM's word for: this name is registered, by an earlier call of ours
+
+
+def _stand_in_front() -> None:
+    if multiprocessing.parent_process() is not None:
+        return  # an engine core or a worker: it has no front, and does not need to load one
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from engine_side.adapters.vllm import front
+
+    for name, around in (("add_request", front.gated), ("collective_rpc", front.answering)):
+        method = getattr(AsyncLLM, name)
+        if not hasattr(method, "__wrapped__"):
+            setattr(AsyncLLM, name, around(method))

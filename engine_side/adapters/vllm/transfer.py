@@ -87,4 +87,4 @@ def _leave_callable(model: nn.Module) -> None:
     for module in model.modules():
         cls = type(module)
         if "do_not_compile" in vars(module) and not hasattr(cls, "do_not_compile"):
-            cls.do_not_compile = True  # type: ignore[assignment]
+            cls.do_not_compile = True  # type: ignore[attr-defined]

@@ -1,0 +1,181 @@
+"""What the ways to an SGLang engine have in common: an `Engine` of this process, and one behind a server."""
+
+from __future__ import annotations
+
+import base64
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bridge.deadline import Deadline
+from bridge.errors import ConfigError, ProtocolError
+from bridge.lora import LoraLimits
+from engine_side.adapters.sglang import LOADER
+from engine_side.adapters.sglang.scheduler import ADAPTERS, FACTS, JOB, Answer, Facts
+
+CURRENT, BASE = "current", "base"
+MODES = ("drain", "abort", "keep")
+CALL_S = 120.0
+"""For calls of SGLang's that take no time of their own."""
+
+
+@dataclass
+class Books:
+    """What was published, and whether a bridge has paused the engine: kept with the engine, for the bridge after this
+    one. `known` are adapters that were made known to SGLang's front end."""
+
+    paused: bool = False
+    version: int = 0
+    adapter: str | None = None
+    known: set[str] = field(default_factory=set)
+
+    def meant(self, adapter: str) -> str | None:
+        """The adapter that a request asks for by this word; None is the base model."""
+        return self.adapter if adapter == CURRENT else None if adapter == BASE else adapter
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the bridge reads among the arguments that an engine was started with."""
+
+    ranks: int
+    device: str
+    checkpoint: Path | None
+    quantisation: str | None
+    lora: LoraLimits | None
+
+    @classmethod
+    def read(cls, get: Callable[[str], Any], where: str) -> Arguments:
+        """`get` answers an argument by SGLang's name. Raises ConfigError for an engine that cannot be driven, with the
+        argument to change."""
+        _check(get, where)
+        path, quantisation = Path(get("model_path")), get("quantization")
+        # one slot less than SGLang has: it keeps one that is never pinned
+        slots = max(0, int(get("max_loras_per_batch")) - 1)
+        rank = get("max_lora_rank") if get("enable_lora") else None
+        return cls(
+            ranks=int(get("tp_size")),
+            device=str(get("device")),
+            checkpoint=path if path.is_dir() and str(get("load_format")) != "dummy" else None,
+            quantisation=None if quantisation is None else str(quantisation),
+            lora=None if rank is None else LoraLimits(int(rank), slots),
+        )
+
+
+class SglangAdapter:
+    """The driver half as far as it is the same everywhere."""
+
+    kind = "sglang"
+    can_generate = True
+
+    def __init__(self, arguments: Arguments, books: Books, where: str) -> None:
+        self.arguments, self.books, self.where = arguments, books, where
+        self._limits: Facts | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.arguments.ranks
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder that was loaded; None for an engine that was started with dummy weights."""
+        return self.arguments.checkpoint
+
+    @property
+    def quantisation(self) -> str | None:
+        return self.arguments.quantisation
+
+    @property
+    def lora(self) -> LoraLimits | None:
+        return self.arguments.lora
+
+    @property
+    def max_prompt(self) -> int:
+        return self._known_facts().max_prompt
+
+    @property
+    def cache_grain(self) -> int:
+        return self._known_facts().page
+
+    @property
+    def published(self) -> tuple[int, str | None]:
+        return self.books.version, self.books.adapter
+
+    def refuse_shared(self, storages: frozenset[int]) -> None:
+        """Weights lie in other processes."""
+
+    def dispatch(self, job: bytes, deadline: Deadline) -> None:
+        """Run the job in every rank. Raises ProtocolError where one could not answer, PeerLost, DeadlineExceeded."""
+        self.ask(JOB, base64.b64encode(job).decode(), deadline=deadline)
+
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.held())
+
+    def held(self) -> dict[str, str]:
+        """Name -> SGLang's id of the adapters that the ranks hold."""
+        return {} if self.lora is None else self.ask(ADAPTERS).adapters
+
+    def facts(self) -> Facts:
+        """Asked anew."""
+        facts = self.ask(FACTS).facts
+        if facts is None:
+            raise ProtocolError("an SGLang scheduler did not answer what it was asked", where=self.where)
+        self._limits = facts
+        return facts
+
+    def _known_facts(self) -> Facts:
+        """Of which only whether it is paused changes."""
+        return self._limits or self.facts()
+
+    def ask(self, verb: str, text: str = "", *, deadline: Deadline | None = None) -> Answer:
+        """A request of the bridge to every rank; rank 0's answer. Raises ConfigError for schedulers without the plugin,
+        ProtocolError for an answer that says that something went wrong."""
+        wait = deadline or Deadline.after(CALL_S)
+        wait.check("a job for SGLang's schedulers")
+        ok, message = self._send(verb, text, wait)
+        if not ok:
+            raise ConfigError(
+                "SGLang's schedulers do not know the bridge",
+                where=self.where,
+                expected="the plugin 'weighbridge' of the entry point group sglang.srt.plugins",
+                got=message[:200],
+                remedy="install weighbridge where SGLang runs, and let SGLANG_PLUGINS, if set, name 'weighbridge'",
+            )
+        try:
+            answer = msgspec.json.decode(message, type=Answer)
+        except msgspec.DecodeError as error:
+            raise ProtocolError("an answer that cannot be read", where=self.where, got=str(error)) from error
+        if answer.error:
+            raise ProtocolError("an SGLang scheduler could not answer", where=self.where, got=answer.error)
+        return answer
+
+    @abstractmethod
+    def _send(self, verb: str, text: str, deadline: Deadline) -> tuple[bool, str]:
+        """SGLang's `check_weights` with the bridge's action and these two words: (success, message)."""
+
+
+def _check(get: Callable[[str], Any], where: str) -> None:
+    named = get("custom_weight_loader") or []
+    if LOADER not in named:
+        raise ConfigError(
+            "this engine was started without the bridge's loader",
+            where=where,
+            expected=f'custom_weight_loader=["{LOADER}"]',
+            got=repr(named),
+            remedy=f'sglang.Engine(..., custom_weight_loader=["{LOADER}"])',
+        )
+    for name in ("pp_size", "dp_size", "nnodes", "tokenizer_worker_num"):
+        if get(name) != 1:
+            raise ConfigError("not driven yet", where=name, expected="1", got=str(get(name)))
+    if get("speculative_algorithm") is not None:
+        raise ConfigError(
+            "a draft model would keep its old weights", where="speculative_algorithm", expected="None", got="one"
+        )
+    if get("disaggregation_mode") != "null":
+        raise ConfigError(
+            "not driven yet", where="disaggregation_mode", expected="null", got=get("disaggregation_mode")
+        )

@@ -1,0 +1,161 @@
+"""Hosting: an AsyncLLM of our own, started from arguments, on an event loop of its own, and ended without leftovers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import BridgeError, ConfigError
+from bridge.procs import started_at
+from engine_side.adapters import claim
+from engine_side.adapters.vllm.facts import check_facts, facts_of
+from engine_side.adapters.vllm.lines import LoopLine
+from engine_side.adapters.vllm.plugin import BACKEND, register
+from engine_side.adapters.vllm.remote import AsyncAdapter
+from engine_side.adapters.vllm.versions import check_version
+
+STOP_S = 20.0
+_SHM = "/dev/shm/"
+_SHORT: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Our words for dtypes, as the command line takes them, in vLLM's."""
+
+
+class HostedAdapter(AsyncAdapter):
+    """Over an AsyncLLM that ends with it."""
+
+    def __init__(self, line: LoopLine) -> None:
+        self._loop = line
+        facts = facts_of(line.engine.vllm_config)
+        own = (os.getpid(), started_at(os.getpid()) or "")
+        super().__init__(line, facts, "AsyncLLM", own, on_close=self._stop)
+
+    def claim(self, owner: str) -> None:
+        claim.take(self._loop.engine, self, owner)
+        super().claim(owner)
+
+    def _stop(self) -> None:
+        """The engine's processes end, and what they had in shared memory goes with them. Idempotent."""
+        engine = self._loop.engine
+        if engine is None:
+            return
+        self._loop.engine = None
+        files = _mapped_by_children()
+        try:
+            engine.shutdown(timeout=STOP_S)
+        finally:
+            self._loop.stop()
+            _remove(files)
+
+
+def host(path: str, arguments: Mapping[str, Any]) -> HostedAdapter:
+    """Start vLLM on a checkpoint folder; `arguments` are vLLM's own engine arguments. Blocks until it can serve. Raises
+    ConfigError, naming the argument, for one that vLLM does not have or does not accept."""
+    try:
+        import vllm
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "vLLM is not installed", where="engine", got=f"no module named {error.name}", remedy="pip install vllm"
+        ) from error
+    from engine_side.adapters.vllm.front import Front
+
+    check_version(str(vllm.__version__))
+    register()  # in an environment where the plugin's entry point is switched off, our own engine has it all the same
+    config = _config(path, arguments)
+    line = LoopLine()
+    try:
+        line.engine = line.run(_made(AsyncLLM, config), None)
+        line.front = Front.of(line.engine)
+        return HostedAdapter(line)
+    except BaseException as error:
+        if line.engine is not None:
+            line.engine.shutdown(timeout=STOP_S)
+        line.stop()
+        if isinstance(error, BridgeError) or not isinstance(error, Exception):
+            raise
+        raise ConfigError(
+            "vLLM could not be started with these arguments",
+            where=f"vllm:{path}",
+            got=f"{type(error).__name__}: {error}"[:2000],
+            remedy="vLLM's own log has the details",
+        ) from error
+
+
+async def _made(kind: Any, config: Any) -> Any:
+    """On the loop, so that vLLM's output handler starts there."""
+    return kind.from_vllm_config(config, disable_log_stats=True)
+
+
+def _config(path: str, arguments: Mapping[str, Any]) -> Any:
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init}
+    for name in arguments:
+        if name not in known or name == "model":
+            near = difflib.get_close_matches(name, sorted(known - {"model"}), n=3)
+            raise ConfigError(
+                "vLLM has no such engine argument" if name != "model" else "the model is the PATH of vllm:PATH",
+                where=name,
+                expected=f"an argument of vllm.AsyncEngineArgs{', such as ' if near else ''}{', '.join(near)}",
+                got=f"{name}={arguments[name]!r}",
+            )
+    given = {**arguments, "model": path}
+    if isinstance(given.get("dtype"), str):
+        given["dtype"] = _SHORT.get(given["dtype"], given["dtype"])
+    given.setdefault("skip_tokenizer_init", True)  # prompts and answers are token ids
+    given.setdefault("weight_transfer_config", WeightTransferConfig(backend=BACKEND))
+    try:
+        config = AsyncEngineArgs(**given).create_engine_config()
+    except (ValueError, TypeError, AssertionError, NotImplementedError, OSError) as error:
+        blamed = [name for name in arguments if name in str(error)]
+        raise ConfigError(
+            "vLLM does not accept an engine argument",
+            where=", ".join(blamed) or f"vllm:{path}",
+            got="; ".join(str(error).splitlines())[:2000],
+            remedy="see vLLM's engine arguments",
+        ) from error
+    check_facts(
+        facts_of(config),
+        where="weight_transfer_config",
+        expected=f"backend={BACKEND!r}",
+        remedy="leave this argument out: a hosted engine has it",
+    )
+    return config
+
+
+def _mapped_by_children() -> set[str]:
+    """Files in shared memory that our descendants map and we do not: vLLM's own."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError, IndexError, ValueError):
+                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry))
+    found: set[str] = set()
+    todo = [os.getpid()]
+    while todo:
+        for child in children.get(todo.pop(), ()):
+            todo.append(child)
+            found |= _maps(child)
+    return found - _maps(os.getpid())
+
+
+def _maps(pid: int) -> set[str]:
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line[line.index(_SHM) :] for line in lines if _SHM in line and not line.endswith("(deleted)")}
+
+
+def _remove(files: set[str]) -> None:
+    """What is still there although its processes have ended; arenas are their bridge's."""
+    for name in files:
+        if not Path(name).name.startswith("weighbridge") and Path(name).parent == Path(_SHM):
+            Path(name).unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""One `sglang.Engine`, the bridge into it and the trainer's model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bridge
+from tests.sglang.inside import ACTION
+from tests.vllm.families import make_model, perturb
+from trainer_side.reference import reference_logprobs
+
+LOADER = "engine_side.adapters.sglang.load"
+PROMPTS = [[random.Random(n).randrange(3, 400) for _ in range(n)] for n in (5, 20, 150)]
+Logprobs = list[list[float]]
+YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
+CHANGES: dict[str, Any] = {
+    # as DeepSeek's checkpoints have it, and the only rotary embedding that SGLang's latent attention has on CPU
+    "deepseek": {
+        "moe_layer_freq": 1,
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 256, "rope_theta": 10000.0},
+    },
+}
+
+
+def start(folder: Path, *, tp: int = 1, lora: bool = False, radix: bool = True, **more: Any) -> Any:
+    """An Engine on CPU as the facts about SGLang recommend it."""
+    import sglang
+
+    if lora:
+        more = {
+            "enable_lora": True, "max_lora_rank": 8, "max_loras_per_batch": 4, "lora_backend": "torch_native",
+            "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            **more,
+        }  # fmt: skip
+    arguments: dict[str, Any] = {
+        "model_path": str(folder), "device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch",
+        "skip_tokenizer_init": True, "dtype": "bfloat16", "disable_cuda_graph": True, "mem_fraction_static": 0.2,
+        "tp_size": tp, "max_total_tokens": 4096, "context_length": 256, "disable_overlap_schedule": True,
+        "log_level": "error", "disable_radix_cache": not radix, "random_seed": 0, "max_running_requests": 16,
+        "custom_weight_loader": [LOADER],
+    }  # fmt: skip
+    with _environment({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if tp == 2 else {}):
+        return sglang.Engine(**{**arguments, **more})
+
+
+class SglangRig:
+    """`lora` gives the engine four adapter slots, `tp` is the number of ranks."""
+
+    def __init__(self, folder: Path, family: str, *, tp: int = 1, lora: bool = False, **more: Any) -> None:
+        self.family, self.folder = family, folder
+        self._shm = set(os.listdir("/dev/shm"))
+        self.model = make_model(family, **CHANGES.get(family, {}))
+        if hasattr(self.model.config, "hidden_activation"):  # as checkpoints have it; SGLang reads the older name
+            self.model.config.hidden_act = self.model.config.hidden_activation
+        self.model.save_pretrained(folder)
+        self.engine = start(folder, tp=tp, lora=lora, **more)
+        self.b = bridge.attach(self.engine, model=self.model)
+        self._seed = 0
+        self._first = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+    def close(self) -> None:
+        self.b.close()
+        self.engine.shutdown()
+        del self.engine
+        sweep(self._shm)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def said(self, adapter: str | None = None) -> Logprobs:
+        """Prompt log-probabilities through SGLang's own `generate`."""
+        outputs = [
+            self.engine.generate(
+                input_ids=[ids],
+                sampling_params={"temperature": 0, "max_new_tokens": 1},
+                return_logprob=True,
+                logprob_start_len=0,
+                lora_path=[adapter] if adapter else None,
+            )[0]
+            for ids in PROMPTS
+        ]
+        return [[row[0] for row in out["meta_info"]["input_token_logprobs"][1:]] for out in outputs]
+
+    def wanted(self) -> Logprobs:
+        wanted: Logprobs = reference_logprobs(self.model, PROMPTS)
+        return wanted
+
+    def off(self) -> float:
+        """Mean |difference| to transformers in nats."""
+        return difference(self.said(), self.wanted())
+
+    def step(self) -> None:
+        """Other weights, as far from the checkpoint's each time: noise between engines grows with them."""
+        self._seed += 1
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self._first[name])
+        perturb(self.model, self._seed)
+
+    def push(self, **options: Any) -> bridge.Receipt:
+        receipt: bridge.Receipt = self.b.push(self.model.named_parameters(), **options)
+        return receipt
+
+    def inside(self, command: str, **arguments: Any) -> Any:
+        """Run a command of `tests.sglang.inside` in every scheduler; rank 0's answer."""
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+        words = CheckWeightsReqInput(action=ACTION, skip_tensor_list=[command, json.dumps(arguments)])
+        _, message, *_ = self.engine.loop.run_until_complete(self.engine.tokenizer_manager.check_weights(words))
+        return json.loads(message)
+
+    def own_update(self, tensors: list[tuple[str, torch.Tensor]]) -> tuple[bool, str]:
+        """SGLang's own in-memory update; what it says."""
+        self.engine.begin_weight_update()
+        answer = self.engine.update_weights_from_tensor(tensors)
+        self.engine.end_weight_update()
+        return bool(answer[0]), str(answer[1])
+
+    @property
+    def version(self) -> str:
+        """The label on what SGLang generates."""
+        out = self.engine.generate(input_ids=[PROMPTS[0]], sampling_params={"temperature": 0, "max_new_tokens": 1})
+        return str(out[0]["meta_info"]["weight_version"])
+
+
+def check_family(rig: SglangRig, limit: float = 0.02) -> None:
+    """Two pushes and a rollback: verified without the canary's help, and equal to transformers afterwards."""
+    serving = rig.b.status().engines[0].serving or 0
+    for version in (serving + 1, serving + 2):
+        rig.step()
+        assert rig.off() > 3 * limit, "the step must show"
+        receipt = rig.push()
+        assert receipt.verified is True
+        assert rig.off() < limit
+        assert rig.version == str(version)
+        for rank in receipt.engines[0].ranks:
+            assert not rank.canary_only
+            assert "native" not in rank.strategies
+    rig.b.rollback()
+    assert rig.off() > 3 * limit
+    assert rig.version == str(serving + 1)
+
+
+def difference(a: Logprobs, b: Logprobs) -> float:
+    values = [abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
+    return sum(values) / len(values)
+
+
+def sweep(before: set[str]) -> None:
+    """SGLang leaves files of shared memory behind: remove what came since, once no process maps it any more."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        ours = ("sglang_", "sgl_shm", "sem.mp-")
+        fresh = [name for name in set(os.listdir("/dev/shm")) - before if name.startswith(ours)]
+        mapped = _mapped()
+        for name in fresh:
+            if f"/dev/shm/{name}" not in mapped:
+                Path("/dev/shm", name).unlink(missing_ok=True)
+        if not any(f"/dev/shm/{name}" in mapped for name in fresh):
+            return
+        time.sleep(0.2)
+
+
+def _mapped() -> str:
+    """What all processes map."""
+    found = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            found += maps.read_text()
+        except OSError:
+            continue  # gone, or another user's
+    return found
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,143 @@
+"""Updates of SGLang's own that fail or lie, and ours beside them on the same engine or the same classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge.errors import MissingTensor, NonFinite, ShapeMismatch, UnexpectedTensor
+from tests.sglang.rig import check_family
+from tests.vllm.families import make_model
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def rig(rigs: Any) -> Iterator[Any]:
+    made = rigs.get("qwen2")
+    made.step()
+    assert made.push().verified is True
+    yield made
+    made.step()
+    assert made.push().verified is True, "a good push works after every test"
+    assert made.off() < 0.02
+
+
+def tensors(rig: Any) -> list[tuple[str, torch.Tensor]]:
+    return [(name, parameter.detach().clone()) for name, parameter in rig.model.named_parameters()]
+
+
+def refused(rig: Any, error: type[Exception], sent: list[tuple[str, torch.Tensor]], match: str) -> None:
+    """Ours raises, names the tensor, and has written nothing."""
+    before, said = rig.inside("bits"), rig.said()
+    with pytest.raises(error, match=match):
+        rig.b.push(sent)
+    assert rig.inside("bits") == before
+    assert rig.said() == said
+
+
+def test_qwen2(rig: Any) -> None:
+    check_family(rig)
+
+
+def test_a_part_of_the_tensors(rig: Any) -> None:
+    rig.step()
+    part = tensors(rig)[:5]
+    refused(rig, MissingTensor, part, "model")
+    assert rig.own_update(part)[0] is True
+    assert rig.off() > 0.06, "SGLang reports success over a model that is half of each"
+
+
+def test_a_value_that_is_not_a_number(rig: Any) -> None:
+    rig.step()
+    sent = tensors(rig)
+    name, value = next((n, t) for n, t in sent if n.endswith("layers.1.mlp.down_proj.weight"))
+    value[0, 0] = float("nan")
+    refused(rig, NonFinite, sent, "layers.1.mlp.down_proj")
+    assert rig.own_update([(name, value)])[0] is True
+    values = [x for row in rig.said() for x in row]
+    assert any(x != x for x in values), "SGLang reports success and serves NaN"
+
+
+def test_a_name_that_the_engine_does_not_know(rig: Any) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    old = rig.inside("bits")[name]
+    rig.step()
+    sent = tensors(rig)
+    renamed = [(n.replace("layers.1.mlp.down_proj", "layers.1.mlp.dawn_proj"), t) for n, t in sent]
+    refused(rig, UnexpectedTensor, renamed, "dawn_proj")
+    assert rig.own_update(renamed)[0] is True
+    assert rig.inside("bits")[name] == old, "SGLang reports success and keeps an old tensor"
+
+
+def test_a_shape_error_in_the_middle(rig: Any, tmp_path: Path) -> None:
+    """SGLang's loader raises with half of the tensors written, and the error ends its scheduler: on a model beside. A
+    tensor that lacks columns it does not even notice on CPU: it fills up with zeros."""
+    rig.step()
+    sent = tensors(rig)
+    at = next(k for k, (n, _) in enumerate(sent) if n.endswith("layers.1.mlp.down_proj.weight"))
+    sent[at] = (sent[at][0], sent[at][1][:, :-8].contiguous())
+    refused(rig, ShapeMismatch, sent, "layers.1.mlp.down_proj")
+    rig.model.save_pretrained(tmp_path)
+    found = rig.inside("workshop", job="shape_error_in_the_middle", folder=str(tmp_path))
+    assert "error" not in found, found["error"]
+    assert found["raised"]
+    assert found["raised changed"] > 0
+    assert found["filled up"] == ""
+    assert found["filled up changed"] > 0
+    for refusal, bad in zip(found["ours"], found["bad"], strict=True):
+        assert refusal.startswith("ShapeMismatch")
+        assert bad in refusal
+    assert found["ours untouched"]
+
+
+def test_experts_below_a_lora_wrapper(rig: Any, tmp_path: Path) -> None:
+    make_model("qwen3-moe").save_pretrained(tmp_path)
+    found = rig.inside("workshop", job="experts_below_a_wrapper", folder=str(tmp_path))
+    assert found == {"before": True, "own": "", "own stale": True, "ours": "", "ours right": True}
+
+
+def test_block_scales_that_a_model_class_drops(rig: Any, tmp_path: Path) -> None:
+    """SGLang's Llama renames them to what it has no parameter for, with and without a wrapper, and says nothing."""
+    block_fp8(tmp_path, "llama")
+    found = rig.inside("workshop", job="scales_below_a_wrapper", folder=str(tmp_path))
+    assert found["before"] == [True, False]
+    assert (found["own"], found["own right"]) == ("", [True, False])
+    assert "q_proj.weight_scale_inv" in found["ours"] or "k_proj.weight_scale_inv" in found["ours"]
+
+
+def test_block_scales_below_a_lora_wrapper(rig: Any, tmp_path: Path) -> None:
+    block_fp8(tmp_path, "qwen2")
+    found = rig.inside("workshop", job="scales_below_a_wrapper", folder=str(tmp_path))
+    assert found == {
+        "before": [True, True], "own": "", "own right": [True, False], "ours": "", "ours right": [True, True],
+    }  # fmt: skip
+
+
+def block_fp8(folder: Path, family: str) -> None:
+    """A checkpoint whose projections are fp8 codes with a scale per block of 128 x 128."""
+    from safetensors.torch import load_file, save_file
+
+    make_model(family, num_key_value_heads=4).save_pretrained(folder)
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if "_proj.weight" not in name:
+            out[name] = tensor
+            continue
+        rows, columns = (n // 128 for n in tensor.shape)
+        tiles = tensor.float().reshape(rows, 128, columns, 128)
+        scale = tiles.abs().amax(dim=(1, 3)) / 448
+        codes = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        out[name] = codes.reshape(tensor.shape)
+        out[f"{name}_scale_inv"] = scale
+    save_file(out, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))

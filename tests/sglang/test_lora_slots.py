@@ -1,0 +1,54 @@
+"""Adapters that fill a fused layer in part, and those that SGLang's slots cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import pytest
+
+from bridge.errors import UnexpectedTensor, UnsupportedLora
+from tests.sglang.rig import PROMPTS, difference
+from tests.sglang.test_lora import LIMIT, jiggle
+from trainer_side.reference import reference_logprobs
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@contextmanager
+def adapted(rig: Any, *modules: str, rank: int = 4) -> Iterator[Any]:
+    model = peft.get_peft_model(rig.model, peft.LoraConfig(r=rank, lora_alpha=8, target_modules=list(modules)))
+    jiggle(model, 1)
+    rig.b.bind(model)
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+@pytest.mark.parametrize("modules", [("gate_proj",), ("k_proj", "up_proj"), ("q_proj", "v_proj", "down_proj")], ids=str)
+def test_a_part_of_a_fused_layer(rigs: Any, modules: tuple[str, ...]) -> None:
+    """SGLang drops or mistakes an adapter for one of several fused projections: ours brings the others as zeros."""
+    rig = rigs.get("qwen2", lora=True)
+    with adapted(rig, *modules) as model:
+        receipt = rig.b.push(model.named_parameters(), mode="adapter")
+        assert receipt.verified is True
+        said = rig.said(receipt.engines[0].adapter)
+        assert difference(said, rig.said()) > 3 * LIMIT
+        assert difference(said, reference_logprobs(model, PROMPTS)) < LIMIT
+
+
+def test_a_module_that_was_not_wrapped(rigs: Any) -> None:
+    rig = rigs.get("qwen2", lora=True)
+    held = rig.inside("adapters")
+    with adapted(rig, "q_proj", "lm_head") as model, pytest.raises(UnexpectedTensor, match="lm_head"):
+        rig.b.push(model.named_parameters(), mode="adapter")
+    assert rig.inside("adapters") == held
+
+
+def test_a_rank_above_the_slots(rigs: Any) -> None:
+    rig = rigs.get("qwen2", lora=True)
+    with adapted(rig, "q_proj", rank=16) as model, pytest.raises(UnsupportedLora, match="16"):
+        rig.b.push(model.named_parameters(), mode="adapter")
