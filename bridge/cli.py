@@ -280,9 +280,7 @@ def health(backend: Backend, out: Output, name: str | None, server: str | None, 
     """Examine the live run NAME: actors, versions, the last receipt, a fresh read-back of every weight, a fresh canary,
     orphaned shared memory; or one server, whoever drives it. Writes nothing. Exits 1 when something is unhealthy."""
     if (name is None) == (server is None):
-        raise ConfigError(
-            "what is to be examined", where="health", expected="NAME, or --server URL", got="both or none"
-        )
+        raise click.UsageError("give the NAME of a daemon, or --server URL")
     if server is not None:
         with render.progress(f"examining {server}"):
             report = backend.examine(server, timeout)

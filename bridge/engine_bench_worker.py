@@ -88,14 +88,13 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Ti
     turns: dict[str, Callable[[], Timed]] = {name: (lambda v=v: push(v)) for name, v in PUSHES.items()}  # type: ignore[misc]
     turns[rival.label] = own
     first = push("outputs")
-    for turn in turns.values():
-        turn()
     found: dict[str, list[Timed]] = {name: [] for name in turns}
     order = random.Random(job.seed)
     for _ in range(job.rounds):
         names = list(turns)
         order.shuffle(names)
         for name in names:
+            turns[name]()  # as in a training loop: each follows its like, whose caches it finds
             found[name].append(turns[name]())
     push("outputs")
     wrong = [check.name for check in made.health().checks if not check.ok]

@@ -16,11 +16,13 @@ from tests.sglang.rig import check_family
 pytestmark = pytest.mark.timeout(300)
 CASES = [*[(family, 1) for family in ("llama", "qwen3", "phi3", "gemma2", "qwen3-moe")]]
 CASES += [("qwen3-moe", 2), ("qwen2-tied", 2)]
+WAYS = {"llama": {"disable_overlap_schedule": False}}
+"""SGLang's default, which the other engines go without as its facts about CPU recommend."""
 
 
 @pytest.mark.parametrize(("family", "tp"), CASES, ids=str)
 def test_a_family(rigs: Any, family: str, tp: int) -> None:
-    check_family(rigs.get(family, tp=tp))
+    check_family(rigs.get(family, tp=tp, **WAYS.get(family, {})))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -37,4 +39,4 @@ def test_a_rank_that_fails_midway_leads_all_back(rigs: Any, rank: int) -> None:
     assert rig.inside("bits") == before
     assert (rig.said(), rig.version) == (said, version)
     assert rig.push().verified is True
-    assert rig.off() < 0.02
+    assert rig.off() < 0.025

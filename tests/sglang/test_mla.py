@@ -27,7 +27,7 @@ def test_wrong_absorbed_projections_are_found_without_the_canary(rigs: Any) -> N
     rig.inside("mend")
     rig.step()
     assert rig.push(verify="weights").verified is True
-    assert rig.off() < 0.02
+    assert rig.off() < 0.025
 
 
 def test_halves_of_a_fused_projection_in_two_calls(rigs: Any) -> None:

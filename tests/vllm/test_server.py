@@ -415,7 +415,7 @@ def test_nobody_there(url: str) -> None:
 def test_a_server_that_cannot_see_our_memory(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on another node: the probe file is not there."""
 
-    monkeypatch.setattr("engine_side.adapters.vllm.server.device_and_inode", lambda descriptor: (0, 0))
+    monkeypatch.setattr("engine_side.adapters.probing.device_and_inode", lambda descriptor: (0, 0))
     with pytest.raises(ConfigError, match="node"):
         bridge.attach(rig.server.url)
 

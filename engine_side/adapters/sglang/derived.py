@@ -71,8 +71,11 @@ def _holders(root: nn.Module) -> tuple[str, ...]:
         if after.keys() != before[path].keys() or any(after[key] is not before[path][key] for key in after):
             found.append(path)
     for path in found:  # a skeleton is as before the step
-        module = root.get_submodule(path)
-        for (owner, name), value in before[path].items():
-            if not owner:
-                module.__dict__[name] = value
+        own = {name: value for (owner, name), value in before[path].items() if not owner}
+        state = root.get_submodule(path).__dict__
+        for name in [name for owner, name in State.of(root.get_submodule(path)).entries if not owner]:
+            if name in own:
+                state[name] = own[name]
+            else:
+                del state[name]
     return tuple(found)

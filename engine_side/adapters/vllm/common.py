@@ -9,28 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from bridge.deadline import Deadline
-from bridge.errors import ConfigError, NotFound, ProtocolError
+from bridge.errors import ConfigError, ProtocolError
 from bridge.lora import LoraLimits
 from bridge.wire import Completion, Sampling
+from engine_side.adapters.books import Books as PlainBooks
+from engine_side.adapters.books import number
 from engine_side.adapters.vllm.facts import Facts
-
-CURRENT, BASE = "current", "base"
-MODES = ("drain", "abort", "keep")
 
 
 @dataclass
-class Books:
-    """What was published, whether a bridge has paused it, and what waits to be dropped: kept on the engine, for the
-    bridge after this one."""
+class Books(PlainBooks):
+    """Also what waits to be dropped."""
 
-    paused: bool = False
-    version: int = 0
-    adapter: str | None = None
     retiring: set[str] = field(default_factory=set)
-
-    def meant(self, adapter: str) -> str | None:
-        """The adapter that a request asks for by this word; None is the base model."""
-        return self.adapter if adapter == CURRENT else None if adapter == BASE else adapter
 
 
 class VllmAdapter:
@@ -42,6 +33,8 @@ class VllmAdapter:
     def __init__(self, facts: Facts, where: str) -> None:
         self.facts = facts
         self.where = where
+        self._blocks_used = False
+        """Requests of the bridge's own have run in the paused engine, and left their KV in its cache."""
 
     @property
     def ranks(self) -> int:
@@ -70,27 +63,29 @@ class VllmAdapter:
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
         """Run the job in every worker. Raises ProtocolError for one that could not answer, PeerLost for dead ones."""
         deadline.check("a job for vLLM's workers")
+        if self._blocks_used:  # only now: a cache that is left alone serves the next push's check
+            self._free_blocks()
         wrong = [str(text) for text in self._run_job(job, deadline) if text]
         if wrong:
             raise ProtocolError("a vLLM worker could not run a job", where=self.where, got="; ".join(wrong))
+
+    def _free_blocks(self) -> None:
+        """A job may take any KV block of the paused engine. Raises ProtocolError when vLLM keeps them."""
+        if not self._reset_prefix_cache():
+            raise ProtocolError("vLLM did not free its KV blocks", where="reset_prefix_cache", got="False")
+        self._blocks_used = False
+
+    @abstractmethod
+    def _reset_prefix_cache(self) -> bool:
+        """Running requests give their blocks back as well, and compute them again. vLLM's answer."""
 
     @abstractmethod
     def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
         """`extension.bridge_run` in every worker; what each said."""
 
 
-def check_mode(inflight: str) -> None:
-    """Raises ConfigError for a word that says nothing about requests in flight."""
-    if inflight not in MODES:
-        raise ConfigError("no such mode", where="inflight", expected=" | ".join(MODES), got=repr(inflight))
-
-
 def asleep(where: str, remedy: str) -> ConfigError:
     return ConfigError("the engine is asleep or paused", where=where, got="asleep", remedy=remedy)
-
-
-def not_held(name: str) -> NotFound:
-    return NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
 
 
 def parameters(sampling: Sampling) -> Any:
@@ -120,8 +115,3 @@ def completion(output: Any) -> Completion:
         first.finish_reason or "abort",
         number(spans[0].version) if spans else 0,
     )
-
-
-def number(version: str) -> int:
-    """vLLM's label as a version; 0 for what it calls its own checkpoint, and for labels of others."""
-    return int(version) if version.isdecimal() else 0

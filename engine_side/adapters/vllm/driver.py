@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from bridge.deadline import Deadline
-from bridge.errors import ConfigError, EngineQuarantined, PeerLost, ProtocolError
+from bridge.errors import ConfigError, PeerLost
 from bridge.wire import Completion, Sampling
 from engine_side.adapters import claim
 from engine_side.adapters.base import Prompts
-from engine_side.adapters.vllm.common import (
-    CURRENT,
-    Books,
-    VllmAdapter,
-    asleep,
-    check_mode,
-    completion,
-    not_held,
-    number,
-    parameters,
-)
+from engine_side.adapters.books import CURRENT, check_mode, not_held, number
+from engine_side.adapters.vllm.common import Books, VllmAdapter, asleep, completion, parameters
 from engine_side.adapters.vllm.facts import check_facts, facts_of
 from engine_side.adapters.vllm.gate import Gate, running_adapters
 from engine_side.adapters.vllm.plugin import ADAPTERS, METHOD
@@ -104,8 +95,7 @@ class LLMAdapter(VllmAdapter):
                     self.gate.abort()
                 self.llm.sleep(level=0, mode="keep")
                 self._books.paused = True
-                if not self.llm.reset_prefix_cache(reset_running_requests=True):
-                    raise ProtocolError("vLLM did not free its KV blocks", where="reset_prefix_cache", got="False")
+                self._free_blocks()
         except BaseException:
             if not self._books.paused:
                 self.gate.release()
@@ -115,14 +105,18 @@ class LLMAdapter(VllmAdapter):
         if self._books.paused:
             self.llm.wake_up(tags=["scheduling"])
             self._books.paused = False
+        self._blocks_used = False
         self.gate.release()
 
     def reset_caches(self) -> bool:
         """Prefix, encoder and multimodal caches; what was kept is computed again under the new weights."""
-        answer = bool(self.llm.reset_prefix_cache(reset_running_requests=True))
+        answer = self._reset_prefix_cache()
         self.llm.reset_mm_cache()
         self._engine.reset_encoder_cache()
         return answer
+
+    def _reset_prefix_cache(self) -> bool:
+        return bool(self.llm.reset_prefix_cache(reset_running_requests=True))
 
     # ---- claim, refusal, versions --------------------------------------------------------------------------------
 
@@ -187,8 +181,7 @@ class LLMAdapter(VllmAdapter):
         finally:
             if opened:
                 self.llm.sleep(level=0, mode="keep")
-                if not self.llm.reset_prefix_cache(reset_running_requests=True):
-                    raise EngineQuarantined("vLLM did not free its KV blocks", where="reset_prefix_cache")
+                self._blocks_used = True
         return [completion(output) for output in outputs]
 
     def _lora_request(self, adapter: str) -> Any:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError, ConfigError
 from bridge.procs import started_at
-from engine_side.adapters import claim
+from engine_side.adapters import claim, hosting
 from engine_side.adapters.vllm.facts import check_facts, facts_of
 from engine_side.adapters.vllm.lines import LoopLine
 from engine_side.adapters.vllm.plugin import BACKEND, register
@@ -20,9 +17,6 @@ from engine_side.adapters.vllm.remote import AsyncAdapter
 from engine_side.adapters.vllm.versions import check_version
 
 STOP_S = 20.0
-_SHM = "/dev/shm/"
-_SHORT: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Our words for dtypes, as the command line takes them, in vLLM's."""
 
 
 class HostedAdapter(AsyncAdapter):
@@ -44,12 +38,12 @@ class HostedAdapter(AsyncAdapter):
         if engine is None:
             return
         self._loop.engine = None
-        files = _mapped_by_children()
+        files = hosting.shm_of_children()
         try:
             engine.shutdown(timeout=STOP_S)
         finally:
             self._loop.stop()
-            _remove(files)
+            hosting.remove(files)
 
 
 def host(path: str, arguments: Mapping[str, Any]) -> HostedAdapter:
@@ -96,30 +90,16 @@ def _config(path: str, arguments: Mapping[str, Any]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init}
-    for name in arguments:
-        if name not in known or name == "model":
-            near = difflib.get_close_matches(name, sorted(known - {"model"}), n=3)
-            raise ConfigError(
-                "vLLM has no such engine argument" if name != "model" else "the model is the PATH of vllm:PATH",
-                where=name,
-                expected=f"an argument of vllm.AsyncEngineArgs{', such as ' if near else ''}{', '.join(near)}",
-                got=f"{name}={arguments[name]!r}",
-            )
+    hosting.check_names("vllm", "vllm.AsyncEngineArgs", arguments, known, "model")
     given = {**arguments, "model": path}
     if isinstance(given.get("dtype"), str):
-        given["dtype"] = _SHORT.get(given["dtype"], given["dtype"])
+        given["dtype"] = hosting.DTYPES.get(given["dtype"], given["dtype"])
     given.setdefault("skip_tokenizer_init", True)  # prompts and answers are token ids
     given.setdefault("weight_transfer_config", WeightTransferConfig(backend=BACKEND))
     try:
         config = AsyncEngineArgs(**given).create_engine_config()
     except (ValueError, TypeError, AssertionError, NotImplementedError, OSError) as error:
-        blamed = [name for name in arguments if name in str(error)]
-        raise ConfigError(
-            "vLLM does not accept an engine argument",
-            where=", ".join(blamed) or f"vllm:{path}",
-            got="; ".join(str(error).splitlines())[:2000],
-            remedy="see vLLM's engine arguments",
-        ) from error
+        raise hosting.not_accepted("vllm", path, arguments, error) from error
     check_facts(
         facts_of(config),
         where="weight_transfer_config",
@@ -127,35 +107,3 @@ def _config(path: str, arguments: Mapping[str, Any]) -> Any:
         remedy="leave this argument out: a hosted engine has it",
     )
     return config
-
-
-def _mapped_by_children() -> set[str]:
-    """Files in shared memory that our descendants map and we do not: vLLM's own."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError, IndexError, ValueError):
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry))
-    found: set[str] = set()
-    todo = [os.getpid()]
-    while todo:
-        for child in children.get(todo.pop(), ()):
-            todo.append(child)
-            found |= _maps(child)
-    return found - _maps(os.getpid())
-
-
-def _maps(pid: int) -> set[str]:
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    return {line[line.index(_SHM) :] for line in lines if _SHM in line and not line.endswith("(deleted)")}
-
-
-def _remove(files: set[str]) -> None:
-    """What is still there although its processes have ended; arenas are their bridge's."""
-    for name in files:
-        if not Path(name).name.startswith("weighbridge") and Path(name).parent == Path(_SHM):
-            Path(name).unlink(missing_ok=True)

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 from bridge.deadline import Deadline
 from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
 from bridge.wire import pack, unpack
+from engine_side.adapters import front_messages as msg
 from engine_side.adapters.http import HttpClient, HttpStatus
-from engine_side.adapters.vllm import front_messages as msg
 from engine_side.adapters.vllm.plugin import FRONT
 
 T = TypeVar("T")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from uuid import uuid4
 
 from bridge.deadline import Deadline
-from bridge.errors import BridgeError, EngineQuarantined, ProtocolError
 from bridge.wire import Completion, Sampling
+from engine_side.adapters import front_messages as msg
 from engine_side.adapters.base import Prompts
-from engine_side.adapters.vllm import front_messages as msg
-from engine_side.adapters.vllm.common import CURRENT, VllmAdapter, asleep, check_mode, not_held
+from engine_side.adapters.books import CURRENT, check_mode, not_held
+from engine_side.adapters.fronted import CALL_S, Fronted
+from engine_side.adapters.vllm.common import VllmAdapter, asleep
 from engine_side.adapters.vllm.facts import Facts
 from engine_side.adapters.vllm.lines import Line
 from engine_side.adapters.vllm.plugin import METHOD
 
-CALL_S = 60.0
 _VLLMS_WORD = {"drain": "wait", "abort": "abort", "keep": "keep"}
 
 
-class AsyncAdapter(VllmAdapter):
+class AsyncAdapter(Fronted, VllmAdapter):
     """`own` says in which process the engine's driver is, for the claim: (pid, start time)."""
 
     def __init__(
@@ -33,13 +32,13 @@ class AsyncAdapter(VllmAdapter):
         remedy: str = "resume it, then try again",
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(facts, where)
+        VllmAdapter.__init__(self, facts, where)
+        Fronted.__init__(self, own, on_close)
         self._line = line
-        self._own = own
         self._remedy = remedy
-        self._on_close = on_close
-        self._token = uuid4().hex
-        self._claimed = False
+
+    def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+        return self._line.ask(request, deadline)
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
 
@@ -63,8 +62,7 @@ class AsyncAdapter(VllmAdapter):
             word = "keep" if paused and inflight == "drain" else _VLLMS_WORD[inflight]
             self._line.call("pause_generation", deadline, mode=word, clear_cache=False)
             self._tell(msg.Note(True))
-            if not self._reset_prefix_cache():
-                raise ProtocolError("vLLM did not free its KV blocks", where="reset_prefix_cache", got="False")
+            self._free_blocks()
         except BaseException:
             if not paused:
                 self.resume()
@@ -72,6 +70,7 @@ class AsyncAdapter(VllmAdapter):
 
     def resume(self) -> None:
         self._call("resume_generation")
+        self._blocks_used = False
         self._tell(msg.Note(False))
         self._tell(msg.Release())
 
@@ -89,8 +88,7 @@ class AsyncAdapter(VllmAdapter):
 
     def claim(self, owner: str) -> None:
         """Raises ConfigError for an engine that is asleep: its weights are not there."""
-        self._tell(msg.Claim(self._token, owner, *self._own))
-        self._claimed = True
+        self._take(owner)
         state = self.state()
         if state.refusal is None and not state.paused:
             self._require_awake()
@@ -99,32 +97,12 @@ class AsyncAdapter(VllmAdapter):
         if self._call("is_sleeping"):
             raise asleep(self.where, self._remedy)
 
-    @property
-    def refusal(self) -> str | None:
-        return self.state().refusal
-
-    def refuse(self, reason: str | None) -> None:
-        """Callers that wait in a push get the refusal as well; what is inside the engine is ended."""
-        self._tell(msg.Refuse(reason))
-
     def publish(self, version: int, adapter: str | None = None) -> None:
         """vLLM's own weight version, and the spans on outputs, show the version from now on."""
         if adapter is not None and adapter not in self.adapters():
             raise not_held(adapter)
         self._call("update_weight_version", new_version=str(version))
         self._tell(msg.Published(version, adapter))
-
-    @property
-    def published(self) -> tuple[int, str | None]:
-        state = self.state()
-        return state.version, state.adapter
-
-    def state(self) -> msg.State:
-        """What the engine's front knows."""
-        answer = self._ask(msg.Ask())
-        if not isinstance(answer, msg.State):
-            raise ProtocolError("an answer of the wrong kind", where=self.where, got=type(answer).__name__)
-        return answer
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -139,22 +117,15 @@ class AsyncAdapter(VllmAdapter):
     ) -> list[Completion]:
         """Past the gate of a paused engine scheduling is opened for these requests; kept ones go on by as many steps,
         and wait again."""
-        seconds = None if deadline is None else deadline.remaining_s
-        asked = msg.Generate(tuple(tuple(map(int, p)) for p in prompts), sampling, adapter, past_gate, seconds)
-        limit = Deadline.after(_FOREVER_S) if deadline is None else Deadline.after(deadline.remaining_s + CALL_S)
         opened = past_gate and self.state().paused
         if opened:
             self._call("resume_generation")
         try:
-            answer = self._line.ask(asked, limit)
+            return self._completions(prompts, sampling, adapter, past_gate, deadline)
         finally:
             if opened:
                 self._call("pause_generation", mode="keep", clear_cache=False)
-                if not self._reset_prefix_cache():
-                    raise EngineQuarantined("vLLM did not free its KV blocks", where="reset_prefix_cache")
-        if not isinstance(answer, msg.Completions):
-            raise ProtocolError("an answer of the wrong kind", where=self.where, got=type(answer).__name__)
-        return list(answer.completions)
+                self._blocks_used = True
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
@@ -162,38 +133,5 @@ class AsyncAdapter(VllmAdapter):
         """Those that the bridge loaded, then `#id` for those that vLLM read from folders: it keeps no names."""
         return () if self.lora is None else self.state().adapters
 
-    def end_users(self, names: Iterable[str]) -> None:
-        self._tell(msg.End(tuple(names)))
-
-    def retire(self, names: Iterable[str]) -> None:
-        """Those still in use go at the next call."""
-        self._tell(msg.Retire(tuple(names)))
-
-    def close(self) -> None:
-        """A server runs on, or goes on refusing; an engine of ours ends. Idempotent."""
-        try:
-            if self._claimed:
-                self._claimed = False
-                self._tell(msg.GiveUp(self._token))
-        except BridgeError:
-            if self._on_close is None:
-                raise
-        finally:
-            if self._on_close is not None:
-                self._on_close()
-
-    # ---- the line ------------------------------------------------------------------------------------------------
-
     def _call(self, method: str, **arguments: Any) -> Any:
         return self._line.call(method, Deadline.after(CALL_S), **arguments)
-
-    def _ask(self, request: msg.ToFront) -> msg.FromFront:
-        return self._line.ask(request, Deadline.after(CALL_S))
-
-    def _tell(self, request: msg.ToFront) -> None:
-        answer = self._ask(request)
-        if not isinstance(answer, msg.Done):
-            raise ProtocolError("an answer of the wrong kind", where=self.where, got=type(answer).__name__)
-
-
-_FOREVER_S = 30 * 24 * 3600.0

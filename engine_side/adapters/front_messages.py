@@ -1,13 +1,13 @@
-"""What a bridge says to the front of an AsyncLLM, and what it answers. `where` is a probe file: "PATH DEVICE INODE"."""
+"""What a bridge says to the front of an engine, and what it answers. The front is in the process where requests come
+in: a server's, or ours."""
 
 from __future__ import annotations
 
 from bridge.wire import Completion, ErrorInfo, Message, Sampling
-from engine_side.adapters.vllm.facts import Facts
 
 
 class Hello(Message, frozen=True):
-    """Who are you, and do you see this file and the process that asks?"""
+    """Who are you, and do you see this file, which is `inode` on `device` for whoever asks?"""
 
     file: str
     device: int
@@ -76,18 +76,19 @@ class Generate(Message, frozen=True):
 
 
 class FrontIs(Message, frozen=True):
-    """`clients` is the number of API server processes in front of the engine, `sees` whether the probe is there,
-    `sees_process` whether the asker's process is visible."""
+    """`facts` are the engine's own, packed by those who know it; `clients` is the number of processes that take
+    requests in, `sees` whether the file is there, `node` this machine's name."""
 
-    facts: Facts
-    vllm: str
+    version: str
+    facts: bytes
     clients: int
     sees: bool
     node: str
 
 
 class State(Message, frozen=True):
-    """`adapters`: those of the bridge, then `#id` for others. `owner`: who drives it, "" nobody (alive)."""
+    """`adapters`: those of the bridge, then what the engine calls others. `owner`: who drives it, "" nobody (alive).
+    `held`: new requests wait. `unfinished`: requests that are not the bridge's own way past the gate."""
 
     version: int
     adapter: str | None
