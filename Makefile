@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-vllm test-sglang lint bench clean
+.PHONY: demo test test-vllm test-sglang lint bench bench-sglang clean
 
 # torch first and by its exact version: asked for on its own it resolves to the plain CPU build where one is offered.
 $(STAMP): pyproject.toml constraints.txt
@@ -64,6 +64,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/weighbridge bench $(ARGS)
+
+# Against SGLang's own update call; the tests' shims let SGLang run without a GPU.
+bench-sglang: $(SGLANG_STAMP)
+	PYTHONPATH=tests/sglang/shims:. $(SGLANG_BIN)/python -m bridge bench --engine sglang:qwen2-0.5b $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) demo_out bench_out

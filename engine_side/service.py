@@ -219,7 +219,8 @@ class EngineService:
             if request.adapter is None:
                 self._shelf.require(request.keeps)
             serving = self._standing.serving
-            self._outputs.warm_cache(request, serving, deadline)
+            if request.adapter is None or not self._shelf.lost:
+                self._outputs.warm_cache(request, serving, deadline)
             self._pause(request.options.inflight, deadline)
             if request.adapter is None:
                 self._shelf.end_others(request.keeps)
@@ -337,7 +338,8 @@ class EngineService:
 
     def _publish(self, version: int, adapter: str | None) -> None:
         """Serve `version`; adapters of earlier pushes go as soon as no request uses them."""
-        self._shelf.publish(version, adapter)
+        if adapter is None or adapter != self._shelf.current or not self._shelf.lost:
+            self._shelf.publish(version, adapter)
         self.adapter.refuse(None)
         self._unpause()
         self._standing.move(EngineState.SERVING, version)

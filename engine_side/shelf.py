@@ -34,6 +34,11 @@ class Shelf:
         """Those of this bridge that the engine still holds, those that wait for their last request included."""
         return frozenset(self._ours.intersection(self._engine.adapters()))
 
+    @property
+    def lost(self) -> bool:
+        """Somebody else has unloaded the adapter that is served: requests for it fail, those of the base do not."""
+        return self.current is not None and self.current not in self._engine.adapters()
+
     def require(self, name: str | None) -> None:
         """Raises NotFound when what is to be served is not loaded."""
         if name is not None and name not in self.loaded:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 HOSTED: Mapping[str, str] = {
     "embedded": "engine_side.adapters.embedded:host",
     "vllm": "engine_side.adapters.vllm.hosted:host",
+    "sglang": "engine_side.adapters.sglang.hosted:host",
 }
 """Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
-VARIABLES: Mapping[str, tuple[str, ...]] = {"vllm": ("VLLM_",)}
+VARIABLES: Mapping[str, tuple[str, ...]] = {"vllm": ("VLLM_",), "sglang": ("SGLANG_",)}
 """Scheme -> prefixes of the environment variables that its engines read when they start."""
 
 ATTACHED: tuple[str, ...] = (

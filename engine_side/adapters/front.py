@@ -97,7 +97,7 @@ class BaseFront:
         except Exception as error:  # process boundary: the asker is told, whatever broke
             if not isinstance(error, BridgeError):
                 log.exception("a call of the bridge failed")
-            reply = msg.Failed(ErrorInfo.of(error))
+            return failed(error)
         return base64.b64encode(pack(reply)).decode()
 
     async def handle(self, request: msg.ToFront) -> msg.FromFront:
@@ -209,6 +209,11 @@ class BaseFront:
             return
         log.error("bridge %r died in the middle of a push", holder.owner)
         await self.refuse(f"bridge {holder.owner!r} (process {holder.pid}) died in the middle of a push")
+
+
+def failed(error: Exception) -> str:
+    """What `answer` says of an error."""
+    return base64.b64encode(pack(msg.Failed(ErrorInfo.of(error)))).decode()
 
 
 def quarantined(where: str, reason: str) -> EngineQuarantined:

@@ -33,17 +33,29 @@ class Fronted:
     def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
         """The front's answer; its errors are raised. Raises PeerLost, DeadlineExceeded."""
 
-    def _take(self, owner: str) -> None:
-        """Raises Busy while another bridge drives the engine."""
+    @abstractmethod
+    def _ready(self) -> None:
+        """Called once the engine is ours. Raises ConfigError for one that cannot be driven now."""
+
+    def claim(self, owner: str) -> None:
+        """Raises Busy while another bridge drives the engine, ConfigError for one that somebody else has paused."""
         self._tell(msg.Claim(self._token, owner, *self._own))
         self._claimed = True
+        try:
+            self._ready()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        if self._claimed:
+            self._claimed = False
+            self._tell(msg.GiveUp(self._token))
 
     def close(self) -> None:
         """A server runs on, or goes on refusing; an engine of ours ends. Idempotent."""
         try:
-            if self._claimed:
-                self._claimed = False
-                self._tell(msg.GiveUp(self._token))
+            self._give_up()
         except BridgeError:
             if self._on_close is None:
                 raise
@@ -51,9 +63,9 @@ class Fronted:
             if self._on_close is not None:
                 self._on_close()
 
-    def state(self) -> msg.State:
+    def state(self, deadline: Deadline | None = None) -> msg.State:
         """What the engine's front knows."""
-        answer = self._front(msg.Ask(), Deadline.after(CALL_S))
+        answer = self._front(msg.Ask(), deadline or self._until())
         if not isinstance(answer, msg.State):
             raise self._wrong(answer)
         return answer
@@ -90,9 +102,13 @@ class Fronted:
         return list(answer.completions)
 
     def _tell(self, request: msg.ToFront, deadline: Deadline | None = None) -> None:
-        answer = self._front(request, deadline or Deadline.after(CALL_S))
+        answer = self._front(request, deadline or self._until())
         if not isinstance(answer, msg.Done):
             raise self._wrong(answer)
+
+    def _until(self) -> Deadline:
+        """How long a call may take that was given no deadline."""
+        return Deadline.after(CALL_S)
 
     def _wrong(self, answer: object) -> ProtocolError:
         return ProtocolError("an answer of the wrong kind", where=self.where, got=type(answer).__name__)

@@ -11,8 +11,7 @@ from typing import Any
 
 from bridge.errors import ConfigError
 
-DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Our words for dtypes, as the command line takes them, in the engines'."""
+_DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _SHM = "/dev/shm/"
 
 
@@ -32,6 +31,12 @@ def check_names(scheme: str, engine: str, arguments: Mapping[str, Any], known: C
             )
 
 
+def with_dtype(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Our words for dtypes, as the command line takes them, in the engines'."""
+    dtype = arguments.get("dtype")
+    return {**arguments, "dtype": _DTYPES.get(dtype, dtype)} if isinstance(dtype, str) else dict(arguments)
+
+
 def not_accepted(scheme: str, path: str, arguments: Mapping[str, Any], error: BaseException) -> ConfigError:
     """For an engine that says no to its arguments; those that it names are named."""
     blamed = [name for name in arguments if name in str(error)]
@@ -43,34 +48,47 @@ def not_accepted(scheme: str, path: str, arguments: Mapping[str, Any], error: Ba
     )
 
 
-def shm_of_children() -> set[str]:
-    """Files in shared memory that our descendants map and we do not: an engine's own."""
+class Leavings:
+    """What an engine leaves in shared memory when its processes are killed. Made before it starts."""
+
+    def __init__(self) -> None:
+        self._before = _in_use()
+        self._inodes: set[int] = set()
+
+    def note(self) -> None:
+        """While its processes run."""
+        self._inodes = _in_use() - self._before
+
+    def remove(self) -> None:
+        """What is still there after they have ended; arenas are their bridge's."""
+        for path in Path(_SHM).iterdir():
+            with suppress(FileNotFoundError):
+                ours = path.lstat().st_ino in self._inodes and not path.name.startswith("weighbridge")
+                if ours and path.is_file():
+                    path.unlink()
+
+
+def _in_use() -> set[int]:
+    """Inodes in shared memory that this process and its descendants map."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with suppress(OSError, IndexError, ValueError):
                 parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
                 children.setdefault(parent, []).append(int(entry))
-    found: set[str] = set()
+    found: set[int] = set()
     todo = [os.getpid()]
     while todo:
-        for child in children.get(todo.pop(), ()):
-            todo.append(child)
-            found |= shm_of(child)
-    return found - shm_of(os.getpid())
+        pid = todo.pop()
+        found |= _mapped(pid)
+        todo += children.get(pid, ())
+    return found
 
 
-def shm_of(pid: int) -> set[str]:
-    """Files in shared memory that a process maps."""
+def _mapped(pid: int) -> set[int]:
+    """By inode: a semaphore is mapped under a name that it had for a moment only."""
     try:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except OSError:
         return set()
-    return {line[line.index(_SHM) :] for line in lines if _SHM in line and not line.endswith("(deleted)")}
-
-
-def remove(files: set[str]) -> None:
-    """What is still there although the processes that mapped it have ended; arenas are their bridge's."""
-    for name in files:
-        if not Path(name).name.startswith("weighbridge") and Path(name).parent == Path(_SHM):
-            Path(name).unlink(missing_ok=True)
+    return {int(line.split(None, 5)[4]) for line in lines if _SHM in line}

@@ -45,17 +45,23 @@ class HttpClient:
         return self._call(urllib.request.Request(f"{self.url}{route}"), route, deadline)
 
     def post(
-        self, route: str, deadline: Deadline, query: Mapping[str, object] | None = None, body: object = None
+        self,
+        route: str,
+        deadline: Deadline,
+        query: Mapping[str, object] | None = None,
+        body: object = None,
+        *,
+        plain: bool = False,
     ) -> Any:
-        """The JSON answer (None for an empty one). Raises HttpStatus for an answer that is an error, PeerLost when
-        nobody answers, DeadlineExceeded, ProtocolError for an answer that is no JSON."""
+        """The JSON answer (None for an empty one; not looked at and None for `plain`). Raises HttpStatus for an answer
+        that is an error, PeerLost when nobody answers, DeadlineExceeded, ProtocolError for one that is no JSON."""
         words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in (query or {}).items()}
         address = f"{self.url}{route}" + (f"?{urllib.parse.urlencode(words)}" if words else "")
         data = b"" if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        return self._call(urllib.request.Request(address, data, headers, method="POST"), route, deadline)
+        return self._call(urllib.request.Request(address, data, headers, method="POST"), route, deadline, plain)
 
-    def _call(self, request: urllib.request.Request, route: str, deadline: Deadline) -> Any:
+    def _call(self, request: urllib.request.Request, route: str, deadline: Deadline, plain: bool = False) -> Any:
         deadline.check(f"a call of {route}")
         try:
             with self._opener.open(request, timeout=max(deadline.remaining_s, 0.001)) as reply:
@@ -70,6 +76,8 @@ class HttpClient:
                 raise self._late(route) from error
             got = str(getattr(error, "reason", error)) or type(error).__name__
             raise PeerLost("the server does not answer", where=f"{self.url}{route}", got=got) from error
+        if plain:
+            return None
         try:
             return json.loads(raw) if raw.strip() else None
         except ValueError as error:

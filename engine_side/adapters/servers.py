@@ -21,12 +21,18 @@ class ServedAdapter(EngineAdapter, Protocol):
         ...
 
 
-SERVERS: tuple[str, ...] = ("engine_side.adapters.vllm.server:recognise",)
+SERVERS: tuple[str, ...] = (
+    "engine_side.adapters.vllm.server:recognise",
+    "engine_side.adapters.sglang.server:recognise",
+)
 """Tried in order: each takes an HttpClient and a Deadline, and answers an adapter, or None for a server that is not of
 its kind. Raises ConfigError for one that is and cannot be driven."""
 
 ANSWER_S = 60.0
-KNOWN = 'vllm serve PATH --weight-transfer-config \'{"backend":"bridge"}\''
+KNOWN = (
+    'vllm serve PATH --weight-transfer-config \'{"backend":"bridge"}\', or '
+    "python -m sglang.launch_server --model-path PATH --custom-weight-loader engine_side.adapters.sglang.load"
+)
 
 
 def is_url(engine: object) -> bool:
@@ -56,8 +62,13 @@ def examine_server(url: str, deadline: Deadline) -> tuple[Check, ...]:
 
 def _require_answer(client: HttpClient, deadline: Deadline) -> None:
     try:
-        client.get("/health", deadline)
-    except HttpStatus:
+        client.get("/version", deadline)  # not /health: SGLang generates for it
+    except HttpStatus as error:
+        if error.status in (401, 403):
+            raise ConfigError(
+                "this server wants a key from whoever calls it", where=client.url, got=str(error),
+                remedy="start it without --api-key; a key between a router and its users does no harm",
+            ) from error  # fmt: skip
         return
     except (PeerLost, DeadlineExceeded) as error:
         raise ConfigError(

@@ -384,6 +384,23 @@ def test_health_finds_a_slot_that_somebody_wrote_to(make: Make) -> None:
     assert any(view.name in check.name for check in report.checks if not check.ok)
 
 
+def test_an_adapter_that_somebody_took_away(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its base is as it was: that is no reason for a quarantine, and the next adapter does not need it."""
+    rig = make()
+    rig.push(mode="adapter")
+    rig.engine.runner.lora.remove(rig.engine.adapter)
+    assert not rig.b.health().healthy
+    rig.step()
+    with monkeypatch.context() as patch:
+        _spoil(patch, _one_wrong)
+        with pytest.raises(PushAborted):
+            rig.push(mode="adapter")
+    assert rig.b.status().engines[0].state == "SERVING"
+    assert rig.serves(rig.base_truth(), "base")
+    assert rig.push(mode="adapter").verified is True
+    assert rig.serves(rig.truth())
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

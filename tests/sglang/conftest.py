@@ -2,7 +2,9 @@
 
 The whole folder is left out where SGLang is not installed. `shims` stands in for what SGLang on CPU lacks without its
 kernels (each file says what it replaces); it is on the path of these tests and of the processes they start, nowhere
-else.
+else. The bench needs them as well where there is no GPU (`make bench-sglang`):
+
+    PYTHONPATH=tests/sglang/shims:. python -m bridge bench --engine sglang:qwen2-0.5b
 """
 
 from __future__ import annotations

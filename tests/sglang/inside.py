@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from typing import Any
 
@@ -44,6 +45,20 @@ def break_write(scheduler: Any, k: int, always: bool = False, rank: int = 0) -> 
 
     if torch.distributed.get_rank(scheduler.tp_group.cpu_group) == rank:
         _breakers.append(Breaker(_patch(), k, always=always))
+
+
+def slow_write(scheduler: Any, k: int, seconds: float) -> None:
+    """The k-th write waits."""
+    from tests.push.faults import Breaker, Injected
+
+    class Slow(Breaker):
+        def tick(self) -> None:
+            try:
+                super().tick()
+            except Injected:
+                time.sleep(seconds)
+
+    _breakers.append(Slow(_patch(), k))
 
 
 def keep_caches(scheduler: Any) -> None:
@@ -118,5 +133,17 @@ def workshop(scheduler: Any, job: str, folder: str) -> dict[str, Any]:
 
 COMMANDS = {
     each.__name__: each
-    for each in (mend, break_write, keep_caches, bits, scale, adapters, peek, pools, double_absorbed, workshop)
+    for each in (
+        mend,
+        break_write,
+        slow_write,
+        keep_caches,
+        bits,
+        scale,
+        adapters,
+        peek,
+        pools,
+        double_absorbed,
+        workshop,
+    )
 }

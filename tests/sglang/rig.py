@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 
 LOADER = "engine_side.adapters.sglang.load"
-PROMPTS = [[random.Random(n).randrange(3, 400) for _ in range(n)] for n in (5, 20, 150)]
+PROMPTS = [random.Random(n).choices(range(3, 400), k=n) for n in (5, 20, 150)]
 Logprobs = list[list[float]]
 YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
 CHANGES: dict[str, Any] = {
@@ -159,24 +159,26 @@ def sweep(before: set[str]) -> None:
     until = time.monotonic() + 10
     while time.monotonic() < until:
         ours = ("sglang_", "sgl_shm", "sem.mp-")
-        fresh = [name for name in set(os.listdir("/dev/shm")) - before if name.startswith(ours)]
+        fresh = [Path("/dev/shm", name) for name in set(os.listdir("/dev/shm")) - before if name.startswith(ours)]
         mapped = _mapped()
-        for name in fresh:
-            if f"/dev/shm/{name}" not in mapped:
-                Path("/dev/shm", name).unlink(missing_ok=True)
-        if not any(f"/dev/shm/{name}" in mapped for name in fresh):
+        waiting = False
+        for path in fresh:
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino in mapped:
+                    waiting = True
+                else:
+                    path.unlink()
+        if not waiting:
             return
         time.sleep(0.2)
 
 
-def _mapped() -> str:
-    """What all processes map."""
-    found = ""
+def _mapped() -> set[int]:
+    """Inodes of what all processes map: a semaphore is mapped under a name that it had for a moment only."""
+    found: set[int] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            found += maps.read_text()
-        except OSError:
-            continue  # gone, or another user's
+        with suppress(OSError):  # gone, or another user's
+            found |= {int(line.split(None, 5)[4]) for line in maps.read_text().splitlines() if "/dev/shm/" in line}
     return found
 
 

@@ -64,6 +64,8 @@ def _qwen3_moe(**changes: Any) -> Any:
 
 
 def _deepseek(**changes: Any) -> Any:
+    """As DeepSeek's own checkpoints with yarn: vLLM's rotary kernel for CPU, which it takes for plain positions, leaves
+    most of what latent attention hands it as it was, and its own load of a checkpoint is wrong then."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     sizes = {
@@ -73,6 +75,10 @@ def _deepseek(**changes: Any) -> Any:
         "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 512,
         "q_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
         "routed_scaling_factor": 1.0, "norm_topk_prob": True, "tie_word_embeddings": False, "rope_interleave": True,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+        },
     }  # fmt: skip
     return DeepseekV3ForCausalLM(DeepseekV3Config(**{**sizes, **changes}))
 
@@ -87,6 +93,14 @@ FAMILIES: Mapping[str, Callable[..., Any]] = {
     "qwen3-moe": _qwen3_moe,
     "deepseek": _deepseek,
 }
+
+
+WITH_LORA: Mapping[str, Callable[..., Any]] = {
+    **{family: make for family, make in FAMILIES.items() if family not in ("qwen3-moe", "deepseek")},
+    "deepseek-dense": lambda **changes: _deepseek(**{"first_k_dense_replace": 2, **changes}),
+}
+"""With LoRA vLLM runs experts by a Triton kernel, also where adapters leave them alone, and ends on a CPU machine:
+AttributeError: module 'triton.language' has no attribute 'bfloat16'."""
 
 
 def _bloom() -> Any:
@@ -122,7 +136,7 @@ OTHERS: Mapping[str, Callable[..., Any]] = {"bloom": _bloom, "olmo2": _olmo2, "g
 def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A bf16 transformers model whose log-probabilities are not flat."""
     torch.manual_seed(seed)
-    model = {**FAMILIES, **OTHERS}[family](**changes)
+    model = {**FAMILIES, **WITH_LORA, **OTHERS}[family](**changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

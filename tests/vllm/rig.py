@@ -16,7 +16,7 @@ import bridge
 from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 
-PROMPTS = [[random.Random(n).randrange(3, 400) for _ in range(n)] for n in (5, 20, 150)]
+PROMPTS = [random.Random(n).choices(range(3, 400), k=n) for n in (5, 20, 150)]
 Logprobs = list[list[float]]
 
 

@@ -5,20 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from tests.vllm.families import FAMILIES
-from tests.vllm.rig import difference
+from tests.vllm.families import FAMILIES, WITH_LORA, make_model
+from tests.vllm.rig import PROMPTS, difference
+from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(300)
 CASES = [
-    *[(family, "inproc", False) for family in FAMILIES],
-    ("qwen2-tied", "mp", False),
+    *[(family, how, False) for family in FAMILIES for how in ("inproc", "mp")],
+    *[(family, "inproc", True) for family in WITH_LORA],
     ("qwen2-tied", "tp2", False),
     ("qwen3-moe", "tp2", False),
 ]
 LARGEST_NOISE = 0.03
 """Mean nats that vLLM's bf16 arithmetic may differ from transformers' on the same weights (in fp32 the two agree to
 1e-3): above it a comparison between them says nothing."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prompts_show_every_parameter(family: str) -> None:
+    """A prompt of one token over and over would see neither queries nor keys nor positions."""
+    model = make_model(family).float()
+    before = reference_logprobs(model, PROMPTS)
+    for name, parameter in model.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.copy_(torch.randn_like(kept) * (kept.std(correction=0) or 1.0))
+        assert difference(reference_logprobs(model, PROMPTS), before) > 1e-5, name
+        with torch.no_grad():
+            parameter.copy_(kept)
 
 
 @pytest.mark.parametrize(("family", "how", "lora"), CASES, ids=lambda value: str(value))

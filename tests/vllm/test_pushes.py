@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -202,3 +203,45 @@ def test_rollback(rig: Any) -> None:
     assert difference(rig.said(), said) > 0.1
     rig.b.rollback()
     assert rig.said() == said
+
+
+def quarantine(rig: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    rig.step()
+    with monkeypatch.context() as patch:
+        Breaker(patch, 5, always=True)
+        with pytest.raises(EngineQuarantined):
+            rig.push(**options)
+
+
+def test_callers_that_overlapped_are_refused_like_everybody(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when somebody wakes the engine up by accident."""
+
+    def roll(tokens: int) -> None:
+        rig.b.engines[0].generate([[tokens, 6, 7]], bridge.Sampling(max_tokens=tokens, temperature=0.0))
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        first = one.submit(roll, 30)
+        while not (rig.llm.llm_engine.has_unfinished_requests() or first.done()):
+            pass
+        second = other.submit(roll, 60)
+        first.result(60)
+        assert not second.done()
+        second.result(60)
+        quarantine(rig, monkeypatch)
+        rig.llm.wake_up()
+        for pool in (one, other):
+            with pytest.raises(EngineQuarantined):
+                pool.submit(rig.said).result(60)
+
+
+def test_what_is_inside_a_torn_engine_is_ended(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = bridge.Sampling(max_tokens=200, temperature=0.0)
+        rolling = pool.submit(rig.b.engines[0].generate, [[5, 6, 7]], asked)
+        while not (rig.llm.llm_engine.has_unfinished_requests() or rolling.done()):
+            pass
+        quarantine(rig, monkeypatch, inflight="keep")
+        rig.llm.wake_up()
+        with pytest.raises(EngineQuarantined):
+            rolling.result(30)
+    assert not rig.llm.llm_engine.has_unfinished_requests()

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bridge import cli
 from bridge.api import examine
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
 from tests.ray.conftest import eventually, gone
+from tests.servers import Answers, free_port
 from tests.vllm.families import make_model, perturb
 from tests.vllm.rig import PROMPTS, difference
 from trainer_side.reference import reference_logprobs
@@ -105,14 +106,6 @@ def _metadata(path: Path) -> None:
     info = path / f"vllm-{vllm.__version__}+cpu.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}+cpu\n")
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Rig:
@@ -360,24 +353,6 @@ def test_a_trainer_that_dies_in_the_middle(rig: Rig) -> None:
 
 
 # ---- what cannot be driven -------------------------------------------------------------------------------------------
-
-
-class Answers(BaseHTTPRequestHandler):
-    """A server of canned answers."""
-
-    routes: dict[str, Any] = {}
-
-    def do_GET(self) -> None:
-        known = self.routes.get(self.path.partition("?")[0])
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(404 if known is None else 200)
-        self.end_headers()
-        self.wfile.write(b"{}" if known is None else json.dumps(known).encode())
-
-    do_POST = do_GET
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 VLLM = {"/version": {"version": "0.32.0"}, "/load": {"server_load": 0}}

@@ -1,8 +1,15 @@
 """SGLang behind the adapter protocol. Nothing here imports SGLang before SGLang itself is there.
 
-`plugin` hooks the scheduler's `check_weights`, through which jobs come to every rank (`scheduler`, over `host`,
-`logprobs` and `loras`). `driver` speaks for a `sglang.Engine` of this process: `line` lets every thread use its event
-loop, `gate` stands in front of its requests. `load` is what users name when they start the engine.
+In every scheduler `plugin` hooks `check_weights`, through which jobs come to each rank (`scheduler`, over `host`,
+`logprobs` and `loras`). In the process where requests come in stands `front`: on the tokenizer manager, with a `gate`
+that every request passes; the same hook there leads to it.
+
+Three doors, one adapter (`remote`, over what `common` has) and two lines:
+- `driver` speaks for a `sglang.Engine` of this process, over its event loop, which `line` keeps running and to which
+  `relay` takes what users await in others;
+- `hosted` starts such an Engine and ends it;
+- `server` recognises a running server at an address, and speaks through its endpoints.
+`load` is what users name when they start an engine or a server of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the ways to an SGLang engine have in common: an `Engine` of this process, and one behind a server."""
+"""What the ways to an SGLang engine have in common: an `Engine` of this process, hosted or not, and one behind a
+server."""
 
 from __future__ import annotations
 
@@ -14,28 +15,16 @@ import msgspec
 from bridge.deadline import Deadline
 from bridge.errors import ConfigError, ProtocolError
 from bridge.lora import LoraLimits
+from engine_side.adapters.books import Books as PlainBooks
 from engine_side.adapters.sglang import LOADER
 from engine_side.adapters.sglang.scheduler import ADAPTERS, FACTS, JOB, Answer, Facts
 
-CURRENT, BASE = "current", "base"
-MODES = ("drain", "abort", "keep")
-CALL_S = 120.0
-"""For calls of SGLang's that take no time of their own."""
-
 
 @dataclass
-class Books:
-    """What was published, and whether a bridge has paused the engine: kept with the engine, for the bridge after this
-    one. `known` are adapters that were made known to SGLang's front end."""
+class Books(PlainBooks):
+    """Also the adapters that were made known to SGLang's front end."""
 
-    paused: bool = False
-    version: int = 0
-    adapter: str | None = None
     known: set[str] = field(default_factory=set)
-
-    def meant(self, adapter: str) -> str | None:
-        """The adapter that a request asks for by this word; None is the base model."""
-        return self.adapter if adapter == CURRENT else None if adapter == BASE else adapter
 
 
 @dataclass(frozen=True)
@@ -49,10 +38,10 @@ class Arguments:
     lora: LoraLimits | None
 
     @classmethod
-    def read(cls, get: Callable[[str], Any], where: str) -> Arguments:
-        """`get` answers an argument by SGLang's name. Raises ConfigError for an engine that cannot be driven, with the
-        argument to change."""
-        _check(get, where)
+    def read(cls, get: Callable[[str], Any], where: str, start: str) -> Arguments:
+        """`get` answers an argument by SGLang's name, `start` is how such an engine is started. Raises ConfigError for
+        one that cannot be driven, with the argument to change."""
+        _check(get, where, start)
         path, quantisation = Path(get("model_path")), get("quantization")
         # one slot less than SGLang has: it keeps one that is never pinned
         slots = max(0, int(get("max_loras_per_batch")) - 1)
@@ -72,8 +61,8 @@ class SglangAdapter:
     kind = "sglang"
     can_generate = True
 
-    def __init__(self, arguments: Arguments, books: Books, where: str) -> None:
-        self.arguments, self.books, self.where = arguments, books, where
+    def __init__(self, arguments: Arguments, where: str) -> None:
+        self.arguments, self.where = arguments, where
         self._limits: Facts | None = None
 
     @property
@@ -101,10 +90,6 @@ class SglangAdapter:
     def cache_grain(self) -> int:
         return self._known_facts().page
 
-    @property
-    def published(self) -> tuple[int, str | None]:
-        return self.books.version, self.books.adapter
-
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Weights lie in other processes."""
 
@@ -119,9 +104,9 @@ class SglangAdapter:
         """Name -> SGLang's id of the adapters that the ranks hold."""
         return {} if self.lora is None else self.ask(ADAPTERS).adapters
 
-    def facts(self) -> Facts:
+    def facts(self, deadline: Deadline | None = None) -> Facts:
         """Asked anew."""
-        facts = self.ask(FACTS).facts
+        facts = self.ask(FACTS, deadline=deadline).facts
         if facts is None:
             raise ProtocolError("an SGLang scheduler did not answer what it was asked", where=self.where)
         self._limits = facts
@@ -134,31 +119,39 @@ class SglangAdapter:
     def ask(self, verb: str, text: str = "", *, deadline: Deadline | None = None) -> Answer:
         """A request of the bridge to every rank; rank 0's answer. Raises ConfigError for schedulers without the plugin,
         ProtocolError for an answer that says that something went wrong."""
-        wait = deadline or Deadline.after(CALL_S)
+        wait = deadline or self._until()
         wait.check("a job for SGLang's schedulers")
-        ok, message = self._send(verb, text, wait)
-        if not ok:
-            raise ConfigError(
-                "SGLang's schedulers do not know the bridge",
-                where=self.where,
-                expected="the plugin 'weighbridge' of the entry point group sglang.srt.plugins",
-                got=message[:200],
-                remedy="install weighbridge where SGLang runs, and let SGLANG_PLUGINS, if set, name 'weighbridge'",
-            )
-        try:
-            answer = msgspec.json.decode(message, type=Answer)
-        except msgspec.DecodeError as error:
-            raise ProtocolError("an answer that cannot be read", where=self.where, got=str(error)) from error
-        if answer.error:
-            raise ProtocolError("an SGLang scheduler could not answer", where=self.where, got=answer.error)
-        return answer
+        return read_answer(self.where, *self._send(verb, text, wait))
+
+    @abstractmethod
+    def _until(self) -> Deadline:
+        """How long a call may take that was given no deadline."""
 
     @abstractmethod
     def _send(self, verb: str, text: str, deadline: Deadline) -> tuple[bool, str]:
         """SGLang's `check_weights` with the bridge's action and these two words: (success, message)."""
 
 
-def _check(get: Callable[[str], Any], where: str) -> None:
+def read_answer(where: str, ok: bool, message: str) -> Answer:
+    """What the schedulers answered. Raises as `SglangAdapter.ask`."""
+    if not ok:
+        raise ConfigError(
+            "SGLang's schedulers do not know the bridge",
+            where=where,
+            expected="the plugin 'weighbridge' of the entry point group sglang.srt.plugins",
+            got=message[:200],
+            remedy="install weighbridge where SGLang runs, and let SGLANG_PLUGINS, if set, name 'weighbridge'",
+        )
+    try:
+        answer = msgspec.json.decode(message, type=Answer)
+    except msgspec.DecodeError as error:
+        raise ProtocolError("an answer that cannot be read", where=where, got=str(error)) from error
+    if answer.error:
+        raise ProtocolError("an SGLang scheduler could not answer", where=where, got=answer.error)
+    return answer
+
+
+def _check(get: Callable[[str], Any], where: str, start: str) -> None:
     named = get("custom_weight_loader") or []
     if LOADER not in named:
         raise ConfigError(
@@ -166,7 +159,7 @@ def _check(get: Callable[[str], Any], where: str) -> None:
             where=where,
             expected=f'custom_weight_loader=["{LOADER}"]',
             got=repr(named),
-            remedy=f'sglang.Engine(..., custom_weight_loader=["{LOADER}"])',
+            remedy=start,
         )
     for name in ("pp_size", "dp_size", "nnodes", "tokenizer_worker_num"):
         if get(name) != 1:

@@ -1,61 +1,46 @@
-"""What stands in front of an SGLang engine's requests: callers wait while it is paused, and are refused if need be.
+"""The condition on which every request of an SGLang engine waits before it leaves for the scheduler, made into a gate.
 
-Every way to generate (blocking, async, over HTTP in the same process) waits on one condition of the tokenizer manager
-before a request leaves for the scheduler. The gate takes its place.
+Every way to generate (blocking, async, over HTTP) waits on one condition of the tokenizer manager. The gate takes its
+place.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextvars import ContextVar
-from typing import Any
 
-from bridge.errors import ConfigError, EngineQuarantined
+from fastapi import HTTPException
 
-OURS: ContextVar[bool] = ContextVar("weighbridge_ours", default=False)
-"""Set in tasks whose requests are the bridge's own: they pass."""
+from bridge.errors import EngineQuarantined
+from engine_side.adapters.front import quarantined
 
 
 class Gate(asyncio.Condition):
-    """`is_pause_cond` of one tokenizer manager. Used in its event loop only."""
+    """`is_pause_cond` of one tokenizer manager. Used in its event loop only.
 
-    def __init__(self) -> None:
+    Attributes:
+        shut: callers wait, whether the engine is paused or not.
+    """
+
+    def __init__(self, passes: Callable[[bool], bool]) -> None:
+        """`passes` is told whether the engine runs, and says whether the caller passes; it raises for one that is to be
+        refused."""
         super().__init__()
-        self.reason: str | None = None
-
-    @classmethod
-    def of(cls, manager: Any) -> Gate:
-        """The gate of this tokenizer manager, put there if it has none. Raises ConfigError for one that somebody has
-        paused: its waiting callers could not be told."""
-        found = manager.is_pause_cond
-        if isinstance(found, Gate):
-            return found
-        if manager.is_pause:
-            raise ConfigError(
-                "the engine is paused",
-                where="sglang.Engine",
-                got="pause_generation by somebody else",
-                remedy="continue_generation, then try again",
-            )
-        gate = manager.is_pause_cond = cls()
-        return gate
+        self._passes = passes
+        self.shut = False
 
     async def wait_for(self, predicate: Callable[[], bool]) -> bool:  # type: ignore[override]
-        """Raises EngineQuarantined while the engine refuses, also for those who waited already."""
-        if OURS.get():
-            return True
-        await super().wait_for(lambda: self.reason is not None or predicate())
-        if self.reason is not None:
-            raise EngineQuarantined(
-                "this engine holds weights that nobody verified and serves nothing",
-                where="sglang.Engine",
-                got=self.reason,
-                remedy="push a version that verifies",
-            )
-        return True
+        """Raises Refused while the engine refuses, also for those who waited already."""
+        return await super().wait_for(lambda: self._passes(predicate()))
 
-    async def refuse(self, reason: str | None) -> None:
-        async with self:
-            self.reason = reason
-            self.notify_all()
+
+class Refused(EngineQuarantined, HTTPException):  # type: ignore[misc]  # fastapi is not looked into
+    """What callers meet in front of an engine that serves nothing; SGLang's servers answer it as a 503."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        said = quarantined(where, reason)
+        super().__init__(said.what, where=said.where, got=said.got, remedy=said.remedy)
+        self.status_code, self.detail, self.headers = 503, self._message(), None
+
+    def __str__(self) -> str:
+        return self._message()

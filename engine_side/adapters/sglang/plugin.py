@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_MANAGER = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 
 
 def register() -> None:
     """Put the bridge's door around `check_weights`, and refuse update calls that would go past it.
 
     `check_weights` reaches every rank through the same socket as pause and flush, in their order, and answers by value.
-    Requests that are not the bridge's go on to SGLang's own.
+    Requests that are not the bridge's go on to SGLang's own. In the process where requests come in it has a door of its
+    own, through which a bridge reaches the front of a server.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from engine_side.adapters.sglang import scheduler
+    from engine_side.adapters.sglang import front, scheduler
 
     HookRegistry.register(f"{_UPDATER}.check_weights", scheduler.door, HookType.AROUND)
     HookRegistry.register(f"{_UPDATER}.update_weights_from_tensor", scheduler.refuse_update, HookType.AROUND)
+    HookRegistry.register(f"{_MANAGER}.check_weights", front.door, HookType.AROUND)

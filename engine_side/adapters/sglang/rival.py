@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from bridge.errors import ProtocolError
+from engine_side.adapters.hosting import Leavings
 from engine_side.adapters.rivals import Rival
 from engine_side.adapters.sglang import LOADER
+from engine_side.adapters.sglang.hosted import Stop
 
 _ON_CPU = {
     "device": "cpu",
@@ -25,6 +27,7 @@ def start(folder: Path) -> Rival:
     """An Engine whose schedulers take weights from this process through SGLang's own update bracket."""
     import sglang
 
+    leavings = Leavings()
     engine = sglang.Engine(
         model_path=str(folder),
         skip_tokenizer_init=True,
@@ -43,7 +46,7 @@ def start(folder: Path) -> Rival:
         _require(engine.update_weights_from_tensor(weights, flush_cache=True))
         _require(engine.end_weight_update())
 
-    return Rival(engine, "update_weights_from_tensor", own, engine.shutdown)
+    return Rival(engine, "update_weights_from_tensor", own, Stop(engine, leavings))
 
 
 def _require(answer: Any) -> None:

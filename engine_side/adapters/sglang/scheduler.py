@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 ACTION = "weighbridge"
 """The `action` of a `check_weights` request that is the bridge's."""
 JOB, FACTS, ADAPTERS, OPEN, SHUT = "job", "facts", "adapters", "open", "shut"
+FRONT = "front"
+"""Never gets here: what the process where requests come in answers itself (`front.door`)."""
 _POST = "_weighbridge_post"
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from bridge.deadline import Deadline
-from bridge.errors import ConfigError, PeerLost
+from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.wire import Completion, Sampling
 from engine_side.adapters import claim
 from engine_side.adapters.base import Prompts
 from engine_side.adapters.books import CURRENT, check_mode, not_held, number
+from engine_side.adapters.fronted import CALL_S
+from engine_side.adapters.vllm.alive import answered, lost
 from engine_side.adapters.vllm.common import Books, VllmAdapter, asleep, completion, parameters
 from engine_side.adapters.vllm.facts import check_facts, facts_of
 from engine_side.adapters.vllm.gate import Gate, running_adapters
@@ -22,6 +26,8 @@ from engine_side.adapters.vllm.versions import check_version
 if TYPE_CHECKING:
     from vllm import LLM
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 _BOOKS = "_weighbridge_books"
 
 
@@ -57,12 +63,43 @@ class LLMAdapter(VllmAdapter):
     def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
         try:
             with self.gate.between_steps(stepping_blocks=not self.in_process):
-                said: Sequence[Any] = self.llm.collective_rpc(METHOD, args=(job,))
+                said: Sequence[Any] = self._call(lambda: self.llm.collective_rpc(METHOD, args=(job,)), deadline)
+        except BridgeError:
+            raise
         except Exception as error:  # vLLM's own executor: dead workers, a closed engine
             raise PeerLost(
                 "vLLM's workers cannot be reached", where="vllm.LLM", got=f"{type(error).__name__}: {error}"
             ) from error
         return said
+
+    def _call(self, ask: Callable[[], T], deadline: Deadline | None = None) -> T:
+        """One call to the engine core. Raises PeerLost, DeadlineExceeded for one in another process."""
+        if self.in_process:
+            return ask()
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        deadline = deadline or Deadline.after(CALL_S)
+        try:
+            return answered(self._engine.engine_core, ask, deadline, "vllm.LLM")
+        except EngineDeadError as error:
+            raise lost("vllm.LLM", str(error)) from error
+
+    def _is_asleep(self) -> bool:
+        """Did somebody else pause it? A push of ours that begins or ends meanwhile is none of it."""
+        ours = self._books.paused or self.gate.held
+        return not ours and bool(self._call(self._engine.is_sleeping)) and not (self._books.paused or self.gate.held)
+
+    def _require_awake(self) -> None:
+        if self._is_asleep() and self._is_asleep():  # once more: a push may have ended in between
+            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
+
+    def _stop(self) -> None:
+        """Nothing is scheduled any more."""
+        self._call(lambda: self.llm.sleep(level=0, mode="keep"))
+        self._books.paused = True
+
+    def _go_on(self) -> None:
+        self._call(lambda: self.llm.wake_up(tags=["scheduling"]))
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Weights of an engine core of this process lie where the trainer's may."""
@@ -84,8 +121,7 @@ class LLMAdapter(VllmAdapter):
     def pause(self, inflight: str, deadline: Deadline) -> None:
         """Callers wait, what runs is drained, aborted or kept; then all KV blocks are free: the canary needs them."""
         check_mode(inflight)
-        if not self._books.paused and self._engine.is_sleeping():
-            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
+        self._require_awake()
         self.gate.hold()
         try:
             if inflight == "drain" and not self._books.paused:
@@ -93,8 +129,9 @@ class LLMAdapter(VllmAdapter):
             with self.gate.between_steps(stepping_blocks=not self.in_process):
                 if inflight == "abort":
                     self.gate.abort()
-                self.llm.sleep(level=0, mode="keep")
-                self._books.paused = True
+                if self.in_process and not self._books.paused:
+                    self.gate.tidy()
+                self._stop()
                 self._free_blocks()
         except BaseException:
             if not self._books.paused:
@@ -103,7 +140,7 @@ class LLMAdapter(VllmAdapter):
 
     def resume(self) -> None:
         if self._books.paused:
-            self.llm.wake_up(tags=["scheduling"])
+            self._go_on()
             self._books.paused = False
         self._blocks_used = False
         self.gate.release()
@@ -111,19 +148,19 @@ class LLMAdapter(VllmAdapter):
     def reset_caches(self) -> bool:
         """Prefix, encoder and multimodal caches; what was kept is computed again under the new weights."""
         answer = self._reset_prefix_cache()
-        self.llm.reset_mm_cache()
-        self._engine.reset_encoder_cache()
+        self._call(self.llm.reset_mm_cache)
+        self._call(self._engine.reset_encoder_cache)
         return answer
 
     def _reset_prefix_cache(self) -> bool:
-        return bool(self.llm.reset_prefix_cache(reset_running_requests=True))
+        return bool(self._call(lambda: self.llm.reset_prefix_cache(reset_running_requests=True)))
 
     # ---- claim, refusal, versions --------------------------------------------------------------------------------
 
     def claim(self, owner: str) -> None:
         """Raises ConfigError for an engine that is asleep: its weights are not there."""
         claim.take(self.llm, self, owner)
-        if self._engine.is_sleeping() and self.refusal is None and not self._books.paused:
+        if self.refusal is None and self._is_asleep():
             claim.give_up(self.llm, self)
             raise asleep("vllm.LLM", "llm.wake_up(), then try again")
 
@@ -132,16 +169,25 @@ class LLMAdapter(VllmAdapter):
         return self.gate.reason
 
     def refuse(self, reason: str | None) -> None:
-        """Callers that wait in a push get the refusal as well."""
+        """Callers that wait in a push get the refusal as well. What is inside the engine is ended: whoever wakes it up
+        by accident has it compute nothing."""
         self.gate.reason = reason
-        if reason is not None:
+        if reason is None:
+            return
+        try:
+            with self.gate.between_steps(stepping_blocks=not self.in_process):
+                self.gate.abort()
+                self._stop()
+        except (PeerLost, DeadlineExceeded) as error:
+            log.warning("the engine could not be paused: %s", error)
+        finally:
             self.gate.release()
 
     def publish(self, version: int, adapter: str | None = None) -> None:
         """`llm.llm_engine.get_weight_version()` and the spans on outputs show the version from now on."""
         if adapter is not None and adapter not in self.adapters():
             raise not_held(adapter)
-        self._engine.set_weight_version(str(version))
+        self._call(lambda: self._engine.set_weight_version(str(version)))
         self._books.version, self._books.adapter = version, adapter
 
     @property
@@ -161,13 +207,13 @@ class LLMAdapter(VllmAdapter):
     ) -> list[Completion]:
         """Past the gate of a paused engine scheduling is opened for these requests; kept ones go on by as many steps,
         and wait again."""
-        if self._engine.is_sleeping() and not self._books.paused:
-            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
-        if sampling.max_tokens == 0:
-            return [Completion((), (), "length", number(self._engine.get_weight_version())) for _ in prompts]
-        lora, wanted = self._lora_request(adapter), parameters(sampling)
         if not past_gate:
-            self.gate._enter()
+            self.gate.enter(deadline)
+        self._require_awake()
+        if sampling.max_tokens == 0:
+            label = self._call(self._engine.get_weight_version)
+            return [Completion((), (), "length", number(label)) for _ in prompts]
+        lora, wanted = self._lora_request(adapter), parameters(sampling)
 
         def add(add_request: Any, k: int) -> str:
             name = f"bridge-{uuid4().hex}"
@@ -175,14 +221,22 @@ class LLMAdapter(VllmAdapter):
 
         opened = self._books.paused and past_gate
         if opened:
-            self.llm.wake_up(tags=["scheduling"])
+            self._go_on()
         try:
-            outputs = self.gate.run(add, len(prompts), deadline)
+            outputs = self._run(add, len(prompts), deadline, past_gate)
         finally:
             if opened:
-                self.llm.sleep(level=0, mode="keep")
+                self._stop()
                 self._blocks_used = True
         return [completion(output) for output in outputs]
+
+    def _run(self, add: Callable[..., str], count: int, deadline: Deadline | None, past_gate: bool) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self.gate.run(add, count, deadline, past=past_gate)
+        except EngineDeadError as error:
+            raise lost("vllm.LLM", str(error)) from error
 
     def _lora_request(self, adapter: str) -> Any:
         name = self._books.meant(adapter)
@@ -202,14 +256,14 @@ class LLMAdapter(VllmAdapter):
         if self.lora is None:
             return ()
         held = self._held()
-        others = sorted(set(self._engine.list_loras()) - set(held.values()))
+        others = sorted(set(self._call(self._engine.list_loras)) - set(held.values()))
         return (*held, *(f"#{number}" for number in others))
 
     def _held(self) -> dict[str, int]:
         if self.lora is None:
             return {}
         with self.gate.between_steps(stepping_blocks=not self.in_process):
-            found: dict[str, int] = self.llm.collective_rpc(ADAPTERS)[0]
+            found: dict[str, int] = self._call(lambda: self.llm.collective_rpc(ADAPTERS))[0]
         return found
 
     def end_users(self, names: Iterable[str]) -> None:
@@ -224,7 +278,7 @@ class LLMAdapter(VllmAdapter):
         held, used = self._held(), running_adapters(self._engine)
         for name in sorted(self._books.retiring.difference(used)):
             if name in held:
-                self._engine.remove_lora(held[name])
+                self._call(partial(self._engine.remove_lora, held[name]))
             self._books.retiring.discard(name)
 
     def close(self) -> None:

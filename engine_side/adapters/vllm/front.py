@@ -26,7 +26,7 @@ from bridge.wire import Completion, pack
 from engine_side.adapters import front_messages as msg
 from engine_side.adapters.books import not_held, number
 from engine_side.adapters.front import BaseFront
-from engine_side.adapters.vllm.common import Books, completion, parameters
+from engine_side.adapters.vllm.common import Books, asleep, completion, parameters
 from engine_side.adapters.vllm.facts import facts_of
 from engine_side.adapters.vllm.plugin import ADAPTERS, FRONT, METHOD
 
@@ -204,6 +204,7 @@ class Front(BaseFront):
         else:
             await self._enter()
         try:
+            await self._require_awake()
             lora = await self.lora_request(request.adapter)
             sampling = parameters(request.sampling)
             sampling.output_kind = RequestOutputKind.FINAL_ONLY
@@ -212,6 +213,11 @@ class Front(BaseFront):
                 queues.append(await self._live().add_request(name, prompt, sampling, lora_request=lora))
         finally:
             self._entering -= 1
+
+    async def _require_awake(self) -> None:
+        """No push can begin before whoever asks has entered, and none is under way: its owner put it to sleep."""
+        if not self.books.paused and await self._live().is_sleeping():
+            raise asleep(self.name, "resume it or wake it up, then try again")
 
     def _live(self) -> Any:
         engine = self._engine()

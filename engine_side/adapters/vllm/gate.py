@@ -3,6 +3,7 @@ lets the bridge's own requests through.
 
 The gate hangs on the engine object (`LLMEngine`), through which every way to generate leads: `add_request` and `step`.
 Results of other requests that fall out while the bridge steps the engine are kept, and handed out at the next `step`.
+The bridge's own requests do not come through here: `run` calls the engine's methods past what hangs on the object.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 from weakref import ref
 
 from bridge.deadline import Deadline
-from bridge.errors import EngineQuarantined
+from bridge.errors import DeadlineExceeded, EngineQuarantined
+from engine_side.adapters.vllm.alive import LOOK_S, has_output
 
 _KEY = "_weighbridge_gate"
 _WAYS = ("add_request", "step", "has_unfinished_requests")
@@ -28,7 +30,6 @@ class Gate:
         self.reason: str | None = None
         self._opened = threading.Condition()
         self._held = False
-        self._guest: int | None = None
         self._stepping = threading.RLock()
         self._ours: dict[str, Any] = {}
         self._others: list[Any] = []
@@ -56,29 +57,38 @@ class Gate:
     # ---- what the engine's callers meet --------------------------------------------------------------------------
 
     def add_request(self, *args: Any, **kwargs: Any) -> Any:
-        self._enter()
+        self.enter()
         return self._call("add_request", *args, **kwargs)
 
     def step(self) -> list[Any]:
-        self._enter()
-        with self._stepping:
-            kept, self._others = self._others, []
-            return kept or self._step()
+        while True:
+            self.enter()
+            with self._stepping:
+                if self._others or self._ready(0.0):
+                    kept, self._others = self._others, []
+                    return kept or self._step()
+            self._ready(LOOK_S)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._others) or bool(self._call("has_unfinished_requests"))
 
-    def _enter(self) -> None:
-        """Wait while a push is under way; raise while the engine refuses."""
+    def enter(self, deadline: Deadline | None = None) -> None:
+        """Wait while a push is under way. Raises EngineQuarantined while the engine refuses, DeadlineExceeded."""
         with self._opened:
-            self._opened.wait_for(lambda: not self._held or self._guest == threading.get_ident())
-        if self.reason is not None and self._guest != threading.get_ident():
+            if not self._opened.wait_for(lambda: not self._held, None if deadline is None else deadline.remaining_s):
+                raise DeadlineExceeded("a push is under way", where="vllm.LLM")
+        if self.reason is not None:
             raise EngineQuarantined(
                 "this engine holds weights that nobody verified and serves nothing",
                 where="vllm.LLM",
                 got=self.reason,
                 remedy="push a version that verifies",
             )
+
+    @property
+    def held(self) -> bool:
+        """Do callers wait?"""
+        return self._held
 
     # ---- what the bridge does ------------------------------------------------------------------------------------
 
@@ -107,9 +117,16 @@ class Gate:
         """Step until nothing runs or waits any more. Raises DeadlineExceeded."""
         while self._call("has_unfinished_requests"):
             deadline.check("requests in flight did not finish")
+            self._ready(LOOK_S)
             with self._stepping:
-                if self._call("has_unfinished_requests"):
+                if self._call("has_unfinished_requests") and self._ready(0.0):
                     self._others += self._step()
+
+    def tidy(self) -> None:
+        """Where nothing runs any more: let the engine forget what has finished, which it does at its next step."""
+        with self._stepping:
+            if not self._call("has_unfinished_requests") and self._ready(0.0):
+                self._others += self._step()
 
     def abort(self, adapters: Container[str] | None = None) -> None:
         """End what runs or waits (with `adapters`: what uses one of these); its callers get what there is, marked as
@@ -129,29 +146,49 @@ class Gate:
         engine.abort_request(list(states), internal=True)
 
     def run(
-        self, add: Callable[[Callable[..., str], int], str], count: int, deadline: Deadline | None = None
+        self,
+        add: Callable[[Callable[..., str], int], str],
+        count: int,
+        deadline: Deadline | None = None,
+        *,
+        past: bool = False,
     ) -> list[Any]:
-        """Add `count` requests past the gate (`add(add_request, k)` answers the id) and step until all are done; their
-        final outputs. Blocks. Raises DeadlineExceeded, and ends them."""
+        """Add `count` requests (`add(add_request, k)` answers the id) and step until all are done; their final outputs.
+        Blocks. With `past`, although callers are held or refused; else as one of them. Raises DeadlineExceeded,
+        EngineQuarantined and PeerLost, and ends the requests."""
         ids: list[str] = []
-        self._guest, before = threading.get_ident(), self._guest
         try:
+            if not past:
+                self.enter(deadline)
             for k in range(count):
                 ids.append(add(self._add_ours, k))
-            while any(self._ours[name] is None for name in ids):
+            while self._waits_for(ids):
                 if deadline is not None:
                     deadline.check("requests of the bridge did not finish")
+                if not past:
+                    self.enter(deadline)
+                self._ready(LOOK_S)
                 with self._stepping:
-                    if any(self._ours[name] is None for name in ids):
+                    if self._waits_for(ids) and (past or self._is_open()) and self._ready(0.0):
                         self._others += self._step()
             return [self._ours[name] for name in ids]
         finally:
-            self._guest = before
             unfinished = [name for name in ids if self._ours.get(name) is None]
             for name in ids:
                 self._ours.pop(name, None)
             if unfinished:
                 self._live().abort_request(unfinished)
+
+    def _waits_for(self, ids: Iterable[str]) -> bool:
+        return any(self._ours[name] is None for name in ids)
+
+    def _is_open(self) -> bool:
+        return not self._held and self.reason is None
+
+    def _ready(self, wait_s: float) -> bool:
+        """Would a step return without waiting? Blocks for up to `wait_s` for it, and must then be called without the
+        lock. Raises PeerLost."""
+        return has_output(self._live().engine_core, wait_s, "vllm.LLM")
 
     def _add_ours(self, request_id: str, *args: Any, **kwargs: Any) -> str:
         self._ours[request_id] = None

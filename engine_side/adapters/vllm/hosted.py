@@ -22,8 +22,9 @@ STOP_S = 20.0
 class HostedAdapter(AsyncAdapter):
     """Over an AsyncLLM that ends with it."""
 
-    def __init__(self, line: LoopLine) -> None:
+    def __init__(self, line: LoopLine, leavings: hosting.Leavings) -> None:
         self._loop = line
+        self._leavings = leavings
         facts = facts_of(line.engine.vllm_config)
         own = (os.getpid(), started_at(os.getpid()) or "")
         super().__init__(line, facts, "AsyncLLM", own, on_close=self._stop)
@@ -38,12 +39,12 @@ class HostedAdapter(AsyncAdapter):
         if engine is None:
             return
         self._loop.engine = None
-        files = hosting.shm_of_children()
+        self._leavings.note()
         try:
             engine.shutdown(timeout=STOP_S)
         finally:
             self._loop.stop()
-            hosting.remove(files)
+            self._leavings.remove()
 
 
 def host(path: str, arguments: Mapping[str, Any]) -> HostedAdapter:
@@ -61,11 +62,11 @@ def host(path: str, arguments: Mapping[str, Any]) -> HostedAdapter:
     check_version(str(vllm.__version__))
     register()  # in an environment where the plugin's entry point is switched off, our own engine has it all the same
     config = _config(path, arguments)
-    line = LoopLine()
+    line, leavings = LoopLine(), hosting.Leavings()
     try:
         line.engine = line.run(_made(AsyncLLM, config), None)
         line.front = Front.of(line.engine)
-        return HostedAdapter(line)
+        return HostedAdapter(line, leavings)
     except BaseException as error:
         if line.engine is not None:
             line.engine.shutdown(timeout=STOP_S)
@@ -91,9 +92,7 @@ def _config(path: str, arguments: Mapping[str, Any]) -> Any:
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init}
     hosting.check_names("vllm", "vllm.AsyncEngineArgs", arguments, known, "model")
-    given = {**arguments, "model": path}
-    if isinstance(given.get("dtype"), str):
-        given["dtype"] = hosting.DTYPES.get(given["dtype"], given["dtype"])
+    given = {**hosting.with_dtype(arguments), "model": path}
     given.setdefault("skip_tokenizer_init", True)  # prompts and answers are token ids
     given.setdefault("weight_transfer_config", WeightTransferConfig(backend=BACKEND))
     try:

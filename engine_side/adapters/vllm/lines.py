@@ -6,7 +6,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -15,9 +15,12 @@ from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
 from bridge.wire import pack, unpack
 from engine_side.adapters import front_messages as msg
 from engine_side.adapters.http import HttpClient, HttpStatus
+from engine_side.adapters.vllm.alive import LOOK_S, has_died, lost
 from engine_side.adapters.vllm.plugin import FRONT
 
 T = TypeVar("T")
+GRACE_S = 1.0
+"""For what vLLM itself says of a dead engine core."""
 
 
 class Line(Protocol):
@@ -50,12 +53,15 @@ class LoopLine:
         """Run a coroutine on the loop and wait for it; one that is too late is cancelled."""
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(None if deadline is None else max(deadline.remaining_s, 0.001))
-        except TimeoutError:
-            if future.done():
-                raise
-            future.cancel()
-            raise DeadlineExceeded("vLLM did not answer in time", where="AsyncLLM") from None
+            while not wait((future,), LOOK_S if deadline is None else min(LOOK_S, deadline.remaining_s)).done:
+                if deadline is not None and deadline.expired:
+                    future.cancel()
+                    raise DeadlineExceeded("vLLM did not answer in time", where="AsyncLLM")
+                engine = self.engine
+                if engine is not None and has_died(engine.engine_core) and not wait((future,), GRACE_S).done:
+                    future.cancel()
+                    raise lost("AsyncLLM")
+            return future.result()
         except CancelledError as error:
             raise PeerLost("vLLM's engine was stopped", where="AsyncLLM") from error
 

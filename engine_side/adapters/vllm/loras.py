@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -73,14 +73,16 @@ class Loras:
     def plan(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> dict[str, str]:
         """Tensor -> dtype of the slot that it goes to. Raises UnexpectedTensor, ShapeMismatch, UnsupportedLora."""
         placed = self._place(tensors, spec)
+        self._require_evictable()
         return {move.tensor: dtype_name(_stack(*placed.stacks[move.target]).dtype) for move in placed.moves}
 
     def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
-        """Write an adapter into a free slot and pin it there. Raises ConfigError where none is free, or for a name that
-        was used; no other slot is touched."""
+        """Write an adapter into a free slot and pin it there. Where none is free, the adapter that was used least
+        recently leaves its slot, as vLLM has it. Raises ConfigError where all are pinned or in use, or for a name that
+        was used."""
         infos = [TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items()]
         placed = self._place(infos, spec)
-        self._require_room(name)
+        self._make_room(name)
         adapter_id = id_of(name)
         model = self._lora_model(adapter_id, {n: t.clone() for n, t in tensors.items()}, spec, self._runner.device)
         self._used.add(name)
@@ -125,18 +127,43 @@ class Loras:
             raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
         return held
 
-    def _require_room(self, name: str) -> None:
+    def _make_room(self, name: str) -> None:
         if name in self._used:
             raise ConfigError("an adapter's name was used before", where=name, remedy="load it under another name")
+        manager, used = self._manager, self._in_use()
+        for limit, cache, size in self._caches():
+            if len(cache) < size:
+                continue
+            idle = next((k for k in cache.order if k not in cache.pinned_items and k not in used), None)
+            if idle is None:
+                raise _full(ConfigError, limit, size, cache, used)
+            if cache is manager._active_adapters:
+                manager.deactivate_adapter(idle)
+            else:
+                manager.remove_adapter(idle)
+
+    def _require_evictable(self) -> None:
+        """What is in use now may not be when the adapter comes; what is pinned stays."""
+        for limit, cache, size in self._caches():
+            if len(cache) >= size and all(k in cache.pinned_items for k in cache.order):
+                raise _full(UnsupportedLora, limit, size, cache, frozenset())
+
+    def _caches(self) -> tuple[tuple[str, Any, int], ...]:
+        """vLLM's argument, its cache and how many it holds: of adapters in memory, and of those in slots."""
         manager = self._manager
-        if None not in manager.lora_index_to_id or len(manager.list_adapters()) >= manager.capacity:
-            raise ConfigError(
-                "every adapter slot of the engine is taken",
-                where="max_loras",
-                expected="a free one: one serves while the next is loaded",
-                got=f"{manager.lora_slots} slots, {len(manager.list_adapters())} adapters",
-                remedy="start the engine with a larger max_loras, or remove an adapter",
-            )
+        return (
+            ("max_cpu_loras", manager._registered_adapters, manager.capacity),
+            ("max_loras", manager._active_adapters, manager.lora_slots),
+        )
+
+    def _in_use(self) -> frozenset[int]:
+        """Ids that requests of this worker ask for, running or kept."""
+        state = getattr(self._runner, "lora_state", None)
+        if state is not None:
+            found = state.lora_requests.values()
+        else:
+            found = [request.lora_request for request in self._runner.requests.values()]
+        return frozenset(request.lora_int_id for request in found if request is not None)
 
     def _lora_model(
         self, adapter_id: int, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec, device: torch.device | str
@@ -209,6 +236,20 @@ class Loras:
             remedy="train other target modules, or push mode='merged'",
             names=tuple(names),
         )
+
+
+E = TypeVar("E", bound=BridgeError)
+
+
+def _full(kind: type[E], limit: str, size: int, cache: Any, used: frozenset[int]) -> E:
+    ids = [f"{k} ({'pinned' if k in cache.pinned_items else 'in use' if k in used else 'idle'})" for k in cache.order]
+    return kind(
+        "every adapter slot of the engine is taken",
+        where=limit,
+        expected="one that is free or idle: one adapter serves while the next is loaded",
+        got=f"{size} slots with the adapters {', '.join(ids)}",
+        remedy=f"start the engine with a larger {limit}, let their requests finish, or remove one (vLLM's remove_lora)",
+    )
 
 
 def id_of(name: str) -> int:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 BACKEND = "bridge"
 """What users write: `WeightTransferConfig(backend="bridge")`."""
@@ -12,6 +17,7 @@ ADAPTERS = "bridge_adapters"
 """The one that tells which in-memory adapters a worker holds."""
 FRONT = "bridge_front"
 """What `collective_rpc` of an AsyncLLM answers itself: how a bridge reaches the front of a server."""
+_MODULE = "vllm.v1.engine.async_llm"
 
 
 def register() -> None:
@@ -42,13 +48,40 @@ def register() -> None:
 
 
 def _stand_in_front() -> None:
-    if multiprocessing.parent_process() is not None:
-        return  # an engine core or a worker: it has no front, and does not need to load one
-    from vllm.v1.engine.async_llm import AsyncLLM
+    """Now if AsyncLLM is there, else when somebody imports it: an engine core or a worker never does, a server's front
+    does in whatever process it was started."""
+    module = sys.modules.get(_MODULE)
+    if module is not None and hasattr(module, "AsyncLLM"):
+        _wrap(module)
+    elif not any(isinstance(finder, _Awaits) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Awaits())
 
+
+class _Awaits(MetaPathFinder):
+    """Finds nothing itself: has the module that it waits for wrapped once it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _MODULE or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def and_wrap(module: ModuleType) -> None:
+                execute(module)
+                _wrap(module)
+
+            vars(spec.loader)["exec_module"] = and_wrap
+        return spec
+
+
+def _wrap(module: ModuleType) -> None:
     from engine_side.adapters.vllm import front
 
     for name, around in (("add_request", front.gated), ("collective_rpc", front.answering)):
-        method = getattr(AsyncLLM, name)
+        method = getattr(module.AsyncLLM, name)
         if not hasattr(method, "__wrapped__"):
-            setattr(AsyncLLM, name, around(method))
+            setattr(module.AsyncLLM, name, around(method))

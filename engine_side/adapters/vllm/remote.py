@@ -65,12 +65,19 @@ class AsyncAdapter(Fronted, VllmAdapter):
             self._free_blocks()
         except BaseException:
             if not paused:
-                self.resume()
+                self._go_on()
             raise
 
     def resume(self) -> None:
-        self._call("resume_generation")
+        """An engine that its owner has paused stays paused."""
+        if self.state().paused:
+            self._go_on()
+        else:
+            self._tell(msg.Release())
         self._blocks_used = False
+
+    def _go_on(self) -> None:
+        self._call("resume_generation")
         self._tell(msg.Note(False))
         self._tell(msg.Release())
 
@@ -86,9 +93,8 @@ class AsyncAdapter(Fronted, VllmAdapter):
 
     # ---- claim, refusal, versions --------------------------------------------------------------------------------
 
-    def claim(self, owner: str) -> None:
-        """Raises ConfigError for an engine that is asleep: its weights are not there."""
-        self._take(owner)
+    def _ready(self) -> None:
+        """An engine that is asleep has no weights."""
         state = self.state()
         if state.refusal is None and not state.paused:
             self._require_awake()

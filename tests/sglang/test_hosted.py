@@ -1,0 +1,204 @@
+"""SGLang hosted on Ray, as a user has it: `weighbridge up`, a trainer that connects, `weighbridge down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bridge
+from bridge.errors import ConfigError, PeerLost
+from engine_side.adapters import host
+from tests.ray.conftest import ROOT, Home, eventually, gone, home  # noqa: F401
+from tests.sglang.conftest import SHIMS
+from tests.sglang.rig import PROMPTS
+from tests.vllm.families import make_model, perturb
+from trainer_side.reference import reference_logprobs
+
+pytestmark = pytest.mark.timeout(400)
+GREEDY = bridge.Sampling(max_tokens=6, temperature=0.0)
+ON_CPU = {
+    "device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_cuda_graph": True,
+    "mem_fraction_static": 0.2, "max_total_tokens": 8192, "context_length": 2048, "disable_overlap_schedule": True,
+}  # fmt: skip
+LORA = {
+    "enable_lora": True, "max_lora_rank": 8, "max_loras_per_batch": 4, "lora_backend": "torch_native",
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_state(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("XDG_STATE_HOME", str(home.state))
+    monkeypatch.setenv("WEIGHBRIDGE_THREADS", "1")
+
+
+class Hosted:
+    """The daemon, the trainer's model (PEFT over qwen2) and what the machine held before."""
+
+    def __init__(self, home: Home, folder: Path) -> None:  # noqa: F811
+        import peft
+
+        self.home = home
+        model = make_model("qwen2", max_position_embeddings=2048)
+        model.save_pretrained(folder)
+        targets = ["q_proj", "v_proj", "down_proj"]
+        self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+        more = [word for k, v in {**ON_CPU, **LORA}.items() for word in ("--set", f"{k}={json.dumps(v)}")]
+        words = ("up", "hosted", "--engine", f"sglang:{folder}", "--dtype", "bf16", *more)
+        self.status = home.cli(*words, PYTHONPATH=os.pathsep.join((SHIMS, str(ROOT))))
+        self.pid = int(self.status["engines"][0]["pid"])
+
+    def push(self, mode: str, b: bridge.Bridge, **options: Any) -> bridge.Receipt:
+        receipt: bridge.Receipt = b.push(self.model.named_parameters(), mode=mode, **options)
+        assert receipt.verified is True, receipt
+        return receipt
+
+
+@pytest.fixture(scope="module")
+def hosted(home: Home, rigs: Any, tmp_path_factory: pytest.TempPathFactory) -> Hosted:  # noqa: F811
+    rigs.close()  # two engines at once are too much for a small machine
+    return Hosted(home, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def b(hosted: Hosted) -> Iterator[bridge.Bridge]:
+    with bridge.connect("hosted", model=hosted.model) as connected:
+        yield connected
+
+
+def said(b: bridge.Bridge, adapter: str = "current") -> list[tuple[float, ...]]:
+    """Log-probabilities of greedy answers."""
+    return [answer.logprobs for answer in b.engines[0].generate(PROMPTS, GREEDY, adapter)]
+
+
+def off(b: bridge.Bridge, model: Any, adapter: str = "current") -> float:
+    """How far they are from what the trainer gives the same tokens."""
+    answers = b.engines[0].generate(PROMPTS, GREEDY, adapter)
+    whole = [[*prompt, *answer.token_ids] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    wanted = reference_logprobs(model, whole)
+    pairs = [
+        (x, y)
+        for answer, row in zip(answers, wanted, strict=True)
+        for x, y in zip(answer.logprobs, row[-len(answer.logprobs) :], strict=True)
+    ]
+    return sum(abs(x - y) for x, y in pairs) / len(pairs)
+
+
+def test_base_and_adapter_pushes(hosted: Hosted, b: bridge.Bridge) -> None:
+    assert hosted.status["engines"][0]["kind"] == "sglang"
+    perturb(hosted.model, 1)
+    assert hosted.push("base", b).engines[0].canary is not None
+    with hosted.model.disable_adapter():
+        assert off(b, hosted.model) < 0.03
+    first = hosted.push("adapter", b)
+    assert off(b, hosted.model) < 0.03
+    with hosted.model.disable_adapter():
+        assert off(b, hosted.model, "base") < 0.03
+    with_first = said(b)
+    perturb(hosted.model, 2)
+    assert hosted.push("merged", b).version > first.version
+    assert off(b, hosted.model) < 0.03
+    assert said(b) != with_first
+    assert b.engines[0].generate(PROMPTS[:1], GREEDY)[0].weight_version == b.status().committed
+
+
+def test_rollback_and_health(hosted: Hosted, b: bridge.Bridge) -> None:
+    before = hosted.push("merged", b)
+    old = said(b)
+    perturb(hosted.model, 3)
+    hosted.push("merged", b)
+    assert said(b) != old
+    report = hosted.home.cli("health", "hosted")
+    assert report["healthy"], report
+    assert b.rollback().version == before.version
+    assert said(b) == old
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("abort", "abort"), ("keep", "length"), ("drain", "length")])
+def test_rollouts_of_several_callers_at_once(hosted: Hosted, b: bridge.Bridge, mode: str, reason: str) -> None:
+    """They run beside each other; a push meanwhile ends them with what they have, keeps them or waits for them."""
+    version = hosted.push("merged", b).version
+    perturb(hosted.model, 4)
+    asked = bridge.Sampling(max_tokens=1200, temperature=0.0)
+    with ThreadPoolExecutor(3) as pool:
+        rolling = [pool.submit(b.engines[0].generate, [[k + 5, 6, 7]], asked) for k in range(3)]
+        time.sleep(0.3)
+        receipt = hosted.push("merged", b, inflight=mode)
+        answers = [future.result(120)[0] for future in rolling]
+    assert {answer.finish_reason for answer in answers} == {reason}, answers
+    assert {answer.weight_version for answer in answers} == {version}
+    assert receipt.version == version + 1
+
+
+ARGUMENTS = [
+    ({"tensor_paralel_size": 2}, "tensor_paralel_size"),
+    ({"tp_sise": 2}, "tp_sise.*tp_size"),
+    ({"tp_size": "two"}, "tp_size"),
+    ({"dtype": "bf17"}, "dtype.*bfloat16"),
+    ({"model_path": "elsewhere"}, "model_path"),
+    ({"pp_size": 2}, "pp_size"),
+    ({"custom_weight_loader": ["my.loader"]}, "custom_weight_loader"),
+    ({**ON_CPU, "context_length": 999_999_999}, "context_length"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), ARGUMENTS, ids=[said.partition(".")[0] for _, said in ARGUMENTS])
+def test_wrong_arguments_are_named(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"(?s){said}"):
+        host(f"sglang:{tmp_path}", arguments)
+
+
+def test_down_leaves_nothing(hosted: Hosted) -> None:
+    """Not even with a rollout that is still running: its caller is told."""
+    import ray
+
+    b = bridge.connect("hosted", model=hosted.model)
+    ended: list[BaseException | None] = []
+
+    def roll() -> None:
+        try:
+            b.engines[0].generate([[5, 6]] * 4, bridge.Sampling(max_tokens=1000, temperature=1.0))
+            ended.append(None)
+        except bridge.BridgeError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=roll)
+    thread.start()
+    time.sleep(0.2)
+    family = [hosted.pid, *descendants(hosted.pid)]
+    assert len(family) > 1
+    inodes = {inode for pid in family for inode in mapped(pid)}
+    files = {path for path in Path("/dev/shm").iterdir() if path.lstat().st_ino in inodes and path.is_file()}
+    assert files
+    hosted.home.cli("down", "hosted")
+    b.close()
+    ray.shutdown()  # its cluster has gone, and Ray ends processes that notice later
+    thread.join(60)
+    assert ended
+    assert ended[0] is None or isinstance(ended[0], PeerLost), ended
+    assert eventually(lambda: all(gone(pid) for pid in family)), "a process of SGLang's is left"
+    assert not [path for path in files if path.exists()]
+    assert hosted.home.files() == []
+
+
+def descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in (Path("/proc") / str(pid) / "task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def mapped(pid: int) -> set[int]:
+    """Inodes in shared memory: a semaphore is mapped under a name that it had for a moment only."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {int(line.split(None, 5)[4]) for line in lines if "/dev/shm/" in line}
