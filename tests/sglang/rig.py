@@ -6,15 +6,15 @@ import json
 import os
 import random
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import bridge
+from engine_side.adapters.hosting import Leavings
 from tests.sglang.inside import ACTION
 from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
@@ -58,7 +58,7 @@ class SglangRig:
 
     def __init__(self, folder: Path, family: str, *, tp: int = 1, lora: bool = False, **more: Any) -> None:
         self.family, self.folder = family, folder
-        self._shm = set(os.listdir("/dev/shm"))
+        self._leavings = Leavings()
         self.model = make_model(family, **CHANGES.get(family, {}))
         if hasattr(self.model.config, "hidden_activation"):  # as checkpoints have it; SGLang reads the older name
             self.model.config.hidden_act = self.model.config.hidden_activation
@@ -70,9 +70,10 @@ class SglangRig:
 
     def close(self) -> None:
         self.b.close()
+        self._leavings.note()
         self.engine.shutdown()
         del self.engine
-        sweep(self._shm)
+        self._leavings.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def said(self, adapter: str | None = None) -> Logprobs:
@@ -152,34 +153,6 @@ def check_family(rig: SglangRig, limit: float = 0.025) -> None:
 def difference(a: Logprobs, b: Logprobs) -> float:
     values = [abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
     return sum(values) / len(values)
-
-
-def sweep(before: set[str]) -> None:
-    """SGLang leaves files of shared memory behind: remove what came since, once no process maps it any more."""
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        ours = ("sglang_", "sgl_shm", "sem.mp-")
-        fresh = [Path("/dev/shm", name) for name in set(os.listdir("/dev/shm")) - before if name.startswith(ours)]
-        mapped = _mapped()
-        waiting = False
-        for path in fresh:
-            with suppress(FileNotFoundError):
-                if path.stat().st_ino in mapped:
-                    waiting = True
-                else:
-                    path.unlink()
-        if not waiting:
-            return
-        time.sleep(0.2)
-
-
-def _mapped() -> set[int]:
-    """Inodes of what all processes map: a semaphore is mapped under a name that it had for a moment only."""
-    found: set[int] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):  # gone, or another user's
-            found |= {int(line.split(None, 5)[4]) for line in maps.read_text().splitlines() if "/dev/shm/" in line}
-    return found
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import bridge
-from tests.sglang.rig import LOADER, start, sweep
+from engine_side.adapters.hosting import Leavings
+from tests.sglang.rig import LOADER, start
 from tests.vllm.families import make_model
 
 pytestmark = pytest.mark.timeout(300)
@@ -28,7 +28,7 @@ class WithLoader:
 
 
 def test_an_engine_without_the_loader_or_the_plugin_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shm = set(os.listdir("/dev/shm"))
+    leavings = Leavings()
     make_model("llama").save_pretrained(tmp_path)
     monkeypatch.setenv("SGLANG_PLUGINS", "weighbridge_cpu_shims")
     engine = start(tmp_path, custom_weight_loader=None)
@@ -41,5 +41,6 @@ def test_an_engine_without_the_loader_or_the_plugin_is_told_so(tmp_path: Path, m
         outputs = engine.generate(input_ids=[[3, 4, 5]], sampling_params={"max_new_tokens": 2, "temperature": 0})
         assert len(outputs[0]["output_ids"]) == 2, "a refused engine is left as it was"
     finally:
+        leavings.note()
         engine.shutdown()
-        sweep(shm)
+        leavings.remove()

@@ -52,3 +52,17 @@ def test_a_rank_above_the_slots(rigs: Any) -> None:
     rig = rigs.get("qwen2", lora=True)
     with adapted(rig, "q_proj", rank=16) as model, pytest.raises(UnsupportedLora, match="16"):
         rig.b.push(model.named_parameters(), mode="adapter")
+
+
+def test_an_adapter_that_its_user_has_unloaded(rigs: Any) -> None:
+    """SGLang's registry has lost it: the next push loads anew and forgets the name."""
+    rig = rigs.get("qwen2", lora=True)
+    with adapted(rig, "q_proj") as model:
+        first = rig.b.push(model.named_parameters(), mode="adapter").engines[0].adapter
+        assert rig.engine.unload_lora_adapter(first).success
+        jiggle(model, 4)
+        receipt = rig.b.push(model.named_parameters(), mode="adapter")
+        assert receipt.verified is True
+        assert not [note for note in receipt.notes if "did not resume" in note]
+        assert difference(rig.said(receipt.engines[0].adapter), reference_logprobs(model, PROMPTS)) < LIMIT
+    assert first not in rig.inside("adapters")

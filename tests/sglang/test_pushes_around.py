@@ -108,8 +108,6 @@ def test_attached_from_within_a_loop_that_ends(rig: Any) -> None:
         rig.b = await asyncio.to_thread(bridge.attach, rig.engine, model=rig.model)
         rig.step()
         assert (await asyncio.to_thread(rig.push)).verified is True
-        with pytest.raises(ConfigError, match="to_thread"):
-            rig.push()
         assert await ask(rig) == 6
 
     asyncio.run(rollout())

@@ -25,11 +25,12 @@ import bridge
 from bridge import cli
 from bridge.api import examine
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
+from engine_side.adapters.hosting import Leavings
 from tests.ray.conftest import eventually, gone
 from tests.servers import Answers, free_port
 from tests.sglang.conftest import SHIMS
 from tests.sglang.inside import ACTION
-from tests.sglang.rig import LOADER, PROMPTS, difference, sweep
+from tests.sglang.rig import LOADER, PROMPTS, difference
 from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 
@@ -47,7 +48,7 @@ class Server:
     def __init__(self, folder: Path, *arguments: str) -> None:
         port = free_port()
         self.url, self.folder = f"http://127.0.0.1:{port}", folder
-        self._shm = set(os.listdir("/dev/shm"))
+        self._leavings = Leavings()
         self.log = folder.with_name(f"server-{port}.log").open("w+")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join((SHIMS, str(ROOT))), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -74,6 +75,7 @@ class Server:
         return self
 
     def close(self) -> None:
+        self._leavings.note()
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(30)
@@ -81,7 +83,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
         self.log.close()
-        sweep(self._shm)
+        self._leavings.remove()
 
     def get(self, route: str) -> Any:
         with urllib.request.urlopen(f"{self.url}{route}", timeout=60) as reply:

@@ -37,12 +37,12 @@ class Hosted:
         import peft
 
         self.home = home
-        model = make_model("qwen2")
+        model = make_model("qwen2", eos_token_id=None, max_position_embeddings=4096)  # rollouts as long as asked for
         model.save_pretrained(folder)
         targets = ["q_proj", "v_proj", "down_proj"]
         self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
         self.shm = set(os.listdir("/dev/shm"))
-        settings = ("enforce_eager=true", "max_model_len=512", "enable_lora=true", "max_lora_rank=8", "max_loras=3")
+        settings = ("enforce_eager=true", "max_model_len=4096", "enable_lora=true", "max_lora_rank=8", "max_loras=3")
         more = [word for setting in settings for word in ("--set", setting)]
         self.status = home.cli("up", "hosted", "--engine", f"vllm:{folder}", "--dtype", "bf16", *more)
         self.pid = int(self.status["engines"][0]["pid"])
@@ -123,7 +123,7 @@ def test_rollouts_of_several_callers_at_once(hosted: Hosted, b: bridge.Bridge, m
     """They run beside each other; a push meanwhile ends them with what they have, keeps them or waits for them."""
     version = hosted.push("merged", b).version
     hosted.step(4)
-    asked = bridge.Sampling(max_tokens=400, temperature=0.0)
+    asked = bridge.Sampling(max_tokens=3000 if mode == "abort" else 400, temperature=0.0)
     prompts = [[[k + 5, 6, 7]] for k in range(3)]
     with ThreadPoolExecutor(3) as pool:
         rolling = [pool.submit(b.engines[0].generate, prompt, asked) for prompt in prompts]
@@ -161,7 +161,7 @@ def test_down_leaves_nothing(hosted: Hosted) -> None:
 
     def roll() -> None:
         try:
-            b.engines[0].generate([[5, 6]] * 4, bridge.Sampling(max_tokens=240, temperature=1.0))
+            b.engines[0].generate([[5, 6]] * 4, bridge.Sampling(max_tokens=3000, temperature=1.0))
             ended.append(None)
         except bridge.BridgeError as error:
             ended.append(error)

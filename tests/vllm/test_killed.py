@@ -15,7 +15,6 @@ import pytest
 
 import bridge
 from bridge.errors import BridgeError
-from engine_side.adapters.hosting import Leavings
 from engine_side.adapters.vllm.driver import LLMAdapter
 
 pytestmark = pytest.mark.timeout(200)
@@ -26,12 +25,9 @@ PUSH_S, GRACE_S = 10.0, 5.0
 def rig(tmp_path: Path) -> Iterator[Any]:
     from tests.vllm.rig import VllmRig
 
-    leavings = Leavings()
     made = VllmRig(tmp_path, "qwen2", how="mp")
-    leavings.note()
     yield made
     made.close()
-    leavings.remove()
 
 
 def kill(rig: Any) -> None:
@@ -45,6 +41,7 @@ def test_a_core_that_is_killed_in_the_middle_of_a_push(rig: Any, monkeypatch: py
     run = LLMAdapter._run_job
 
     def killing(self: LLMAdapter, *arguments: Any) -> Any:
+        monkeypatch.undo()
         threading.Timer(0.01, kill, (rig,)).start()
         return run(self, *arguments)
 

@@ -75,6 +75,44 @@ def test_adapters_and_the_base_below_them(rigs: Any, tmp_path: Path, family: str
     assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
 
 
+def test_users_adapters_that_are_idle_make_room(rigs: Any, tmp_path: Path) -> None:
+    """Three slots, all taken: the one used least recently leaves, and comes back when it is asked for. Pinned ones
+    stay; where only such are left, their numbers are named, and "auto" does without an adapter."""
+    import peft
+    from vllm.lora.request import LoRARequest
+
+    rig = rigs.get("qwen2", lora=True, how="inproc")
+    model = peft.get_peft_model(rig.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    engine = rig.llm.llm_engine
+    users = [LoRARequest(f"mine{k}", k, str(tmp_path / str(k))) for k in (11, 12, 13)]
+    for user in users:
+        jiggle(model, user.lora_int_id)
+        model.save_pretrained(user.lora_path)
+        engine.add_lora(user)
+        engine.pin_lora(user.lora_int_id)
+    rig.b.bind(model)
+    receipt = rig.b.push(model.named_parameters())
+    assert receipt.mode == "merged"
+    assert "11 (pinned)" in receipt.reason
+    assert rig.b.push(model.named_parameters(), mode="base").verified is True
+    for user in users:
+        engine.remove_lora(user.lora_int_id)
+
+    before = [rig.said(user) for user in users]
+    assert engine.list_loras() == {11, 12, 13}
+    assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
+    assert {12, 13} < set(engine.list_loras()), "11 was used least recently"
+    assert [rig.said(user) for user in users] == before
+    rig.said(users[2])
+    engine.pin_lora(13)
+    engine.add_lora(users[1])
+    engine.pin_lora(12)
+    with pytest.raises(bridge.BridgeError, match=r"12 \(pinned\)"):
+        rig.b.push(model.named_parameters(), mode="adapter")
+    for user in users:
+        engine.remove_lora(user.lora_int_id)
+
+
 def test_an_llm_without_the_backend_is_told_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import LLM
 

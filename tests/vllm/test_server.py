@@ -313,6 +313,29 @@ def test_clients_do_not_notice_an_examination(rig: Rig) -> None:
         assert running.result(60)["choices"][0]["token_ids"] == calm
 
 
+def test_a_server_that_its_owner_has_paused(rig: Rig) -> None:
+    """It stays paused, whatever is asked of it; nothing is generated and nothing changes hands."""
+    version = rig.b.status().engines[0].serving
+    pause(rig.server, "/pause?mode=keep")
+    try:
+        started = time.monotonic()
+        with pytest.raises(ConfigError, match=r"asleep or paused.*resume"):
+            rig.b.engines[0].generate([[5, 6, 7]], bridge.Sampling(max_tokens=3))
+        rig.step()
+        with pytest.raises((ConfigError, PushAborted), match=r"asleep or paused.*resume"):
+            rig.push(timeout_s=30)
+        assert time.monotonic() - started < 15
+        assert rig.server.get("/is_paused")["is_paused"] is True
+    finally:
+        pause(rig.server, "/resume")
+    assert rig.b.status().engines[0].serving == version
+    assert rig.server.generate([5, 6], max_tokens=2)["choices"]
+
+
+def pause(server: Server, route: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(server.url + route, method="POST"), timeout=30).close()
+
+
 def test_two_bridges(rig: Rig) -> None:
     with pytest.raises(Busy, match="served"):
         bridge.attach(rig.server.url, model=rig.model)
