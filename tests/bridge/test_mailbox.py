@@ -164,7 +164,7 @@ def test_readers_never_see_half_a_post_of_another_process(box: Mailbox) -> None:
         "box = Mailbox.open(Path(sys.argv[1]))\n"
         "for n in range(2000):\n"
         "    box.post(0, n % 2, n.to_bytes(2, 'big') + bytes([n % 251]) * (n * 7 % 8000))\n"
-        "    time.sleep(0.01 if n % 100 == 99 else 0)\n"  # so that a reader on a busy machine sees some of them
+        "    time.sleep(0.05 if n % 100 == 99 else 0)\n"  # so that a reader on a busy machine sees some of them
     )
     writer = subprocess.Popen(
         [sys.executable, "-c", code, str(box.path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
