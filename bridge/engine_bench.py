@@ -21,8 +21,8 @@ from bridge.errors import ConfigError, DeadlineExceeded, PeerLost
 PUSHES = {"unverified": "off", "bits and probes": "weights", "everything": "outputs"}
 """What is measured besides the engine's own way: label -> verify=."""
 TARGETS = {"vllm": {"bits and probes": 1.0}, "sglang": {"unverified": 1.5, "bits and probes": 1.0}}
-"""How many times as fast as the engine's own way each has to be. "everything" adds forwards of trainer and engine, which
-on a CPU take longer than any copy."""
+"""How many times as fast as the engine's own way each has to be. "everything" adds forwards of trainer and engine,
+which on a CPU take longer than any copy."""
 
 
 class EngineJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

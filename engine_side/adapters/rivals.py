@@ -34,8 +34,17 @@ RIVALS: Mapping[str, str] = {
 
 
 def start(scheme: str, folder: Path) -> Rival:
-    """Start the engine and its own way. Blocks until it can serve. Raises ConfigError for a scheme without one."""
+    """Start the engine and its own way. Blocks until it can serve. Raises ConfigError for a scheme without one, or an
+    engine that is not installed."""
     if scheme not in RIVALS:
         raise ConfigError("no such kind of engine to measure", expected=" | ".join(RIVALS), got=repr(scheme))
-    rival: Rival = _load(RIVALS[scheme])(folder)
+    try:
+        rival: Rival = _load(RIVALS[scheme])(folder)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "this engine is not installed here",
+            where=scheme,
+            got=f"no module named {error.name}",
+            remedy=f"run the bench in the environment of {scheme}",
+        ) from error
     return rival
