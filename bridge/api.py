@@ -105,8 +105,9 @@ def _on_ray(name: str, coordinator: CoordinatorPort, engines: Sequence[EnginePor
 
 
 def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | None = None) -> Bridge:
-    """A Bridge into an engine of this process, without Ray: an embedded Engine, a `vllm.LLM` or any `torch.nn.Module`;
-    or into an engine's server on this node, by its address: "http://host:port".
+    """A Bridge into an engine of this process, without Ray: an embedded Engine, a `vllm.LLM`, a
+    `sglang.Engine` or any `torch.nn.Module`; or into an engine's server on this node, by its address:
+    "http://host:port".
 
     The engine stays the caller's: closing the Bridge leaves it running. Without a `name` the journal is not kept.
     Raises ConfigError for an object that nobody knows how to load, and for an address where nobody answers that can be

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -121,7 +121,7 @@ class BenchOptions(msgspec.Struct, frozen=True):
         ]
 
 
-Answer = Measured | Failed
+T = TypeVar("T")
 Runner = Callable[[Job, Mapping[str, str]], Measured]
 
 
@@ -163,9 +163,15 @@ def environment(job: Job, base: Mapping[str, str] | None = None) -> dict[str, st
 
 def run_worker(job: Job, environ: Mapping[str, str]) -> Measured:
     """Measure one job in a process of its own. Raises what went wrong there."""
+    return ask_process("bridge.bench_worker", job, Measured, environ)
+
+
+def ask_process(module: str, job: msgspec.Struct, answer: type[T], environ: Mapping[str, str]) -> T:
+    """Run `python -m module` on one job (see `bench_worker.answer_one`). Raises what went wrong there,
+    DeadlineExceeded, PeerLost."""
     with tempfile.TemporaryDirectory(prefix="weighbridge-bench-") as folder:
         state = {"XDG_STATE_HOME": folder}  # the bench's journal and its own Ray are nobody else's
-        command = [sys.executable, "-m", "bridge.bench_worker"]
+        command = [sys.executable, "-m", module]
         try:
             done = subprocess.run(
                 command, input=msgspec.json.encode(job), stdout=subprocess.PIPE, env={**environ, **state},
@@ -174,12 +180,12 @@ def run_worker(job: Job, environ: Mapping[str, str]) -> Measured:
         except subprocess.TimeoutExpired as error:
             raise DeadlineExceeded("a measurement did not end", where=repr(job)) from error
     try:
-        answer: Answer = msgspec.json.decode(done.stdout, type=Answer)
+        said = msgspec.json.decode(done.stdout, type=answer | Failed)
     except msgspec.DecodeError as error:
         raise PeerLost("a measuring process died", where=repr(job), got=f"exit code {done.returncode}") from error
-    if isinstance(answer, Failed):
-        raise answer.error.rebuild()
-    return answer
+    if isinstance(said, Failed):
+        raise said.error.rebuild()
+    return cast(T, said)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,12 +28,13 @@ import torch
 from torch import nn
 
 import bridge
-from bridge.bench import VARIANTS, Answer, Failed, Job, Measured, Timed
+from bridge.bench import VARIANTS, Failed, Job, Measured, Timed
 from bridge.errors import BridgeError, DigestMismatch
 from bridge.push import Bridge
 from bridge.shm import directory
 from bridge.wire import ErrorInfo
 
+J = TypeVar("J")
 Shapes = list[tuple[str, tuple[int, ...]]]
 
 QWEN2_05B = {
@@ -335,12 +336,12 @@ def _jiffies() -> list[int]:
     return [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
 
 
-def main() -> int:
-    """Answer one Job. Errors of ours travel as data; anything else ends this process with its traceback on stderr."""
+def answer_one(job_type: type[J], measure: Callable[[J], msgspec.Struct]) -> int:
+    """Read one job from stdin, write the answer to stdout. Errors of ours travel as data; anything else ends this
+    process with its traceback on stderr."""
     stdout = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever else prints must not reach the answer
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    answer: Answer
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=job_type)
     try:
         answer = measure(job)
     except BridgeError as error:
@@ -351,4 +352,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_one(Job, measure))

@@ -171,7 +171,7 @@ def _connected(backend: Backend, name: str) -> Iterator[Bridge]:
 
 @_command("up")
 @click.argument("name")
-@click.option("--engine", required=True, metavar="SPEC", help="What to host: embedded:PATH, vllm:PATH.")
+@click.option("--engine", required=True, metavar="SPEC", help="What to host: embedded:PATH, vllm:PATH, sglang:PATH.")
 @click.option("--engines", type=click.IntRange(1), default=1, show_default=True, help="How many of them.")
 @click.option("--tp", type=click.IntRange(1), help="Tensor-parallel ranks of each engine.")
 @click.option("--dtype", help="What the engine computes in: bf16, fp16, fp32.")

@@ -6,17 +6,14 @@ This half starts the measuring process (`engine_bench_worker`) and puts its figu
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from os import environ
 from typing import Any
 
 import msgspec
 
-from bridge.bench import WORKER_TIMEOUT_S, Failed, Timed, machine, stats
-from bridge.errors import ConfigError, DeadlineExceeded, PeerLost
+from bridge.bench import Timed, ask_process, machine, stats
+from bridge.errors import ConfigError
 
 PUSHES = {"unverified": "off", "bits and probes": "weights", "everything": "outputs"}
 """What is measured besides the engine's own way: label -> verify=."""
@@ -65,22 +62,7 @@ def run(spec: str, rounds: int, seed: int, *, say: Callable[[str], None] = lambd
 
 
 def _measure(job: EngineJob) -> EngineMeasured:
-    with tempfile.TemporaryDirectory(prefix="weighbridge-bench-") as state:
-        command = [sys.executable, "-m", "bridge.engine_bench_worker"]
-        try:
-            done = subprocess.run(
-                command, input=msgspec.json.encode(job), stdout=subprocess.PIPE, timeout=WORKER_TIMEOUT_S, check=False,
-                env={**environ, "XDG_STATE_HOME": state},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise DeadlineExceeded("a measurement did not end", where=job.scheme) from error
-    try:
-        answer = msgspec.json.decode(done.stdout, type=EngineMeasured | Failed)
-    except msgspec.DecodeError as error:
-        raise PeerLost("the measuring process died", where=job.scheme, got=f"exit code {done.returncode}") from error
-    if isinstance(answer, Failed):
-        raise answer.error.rebuild()
-    return answer
+    return ask_process("bridge.engine_bench_worker", job, EngineMeasured, environ)
 
 
 def _report(found: EngineMeasured) -> dict[str, Any]:

@@ -7,7 +7,6 @@ their turns in random order within each round, and at the end the engine is chec
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import tempfile
@@ -17,15 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 import bridge
 from bridge import sides
-from bridge.bench import SHAPES, Failed, Timed
-from bridge.bench_worker import QWEN2_05B, Trainer
+from bridge.bench import SHAPES, Timed
+from bridge.bench_worker import QWEN2_05B, Trainer, answer_one
 from bridge.engine_bench import PUSHES, EngineJob, EngineMeasured
-from bridge.errors import BridgeError, IntegrityError, NotFound
-from bridge.wire import ErrorInfo
+from bridge.errors import IntegrityError, NotFound
 
 
 @contextmanager
@@ -103,20 +99,5 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Ti
     return first, found
 
 
-def main() -> int:
-    """Answer one job. Errors of ours travel as data; anything else ends this process with its traceback on stderr."""
-    stdout = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # engines print
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineJob)
-    answer: EngineMeasured | Failed
-    try:
-        answer = measure(job)
-    except BridgeError as error:
-        answer = Failed(ErrorInfo.of(error))
-    with stdout:
-        stdout.write(msgspec.json.encode(answer))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_one(EngineJob, measure))

@@ -3,7 +3,7 @@ projections): built anew on a fresh skeleton from the arena's weights, and compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -52,7 +52,12 @@ class DerivedState:
                 host.post_load(skeleton.get_submodule(choice.path))
             before = reachable(module)[0]
             host.post_load(module)
-        return _differs(before, reachable(module)[0], reachable(live)[0])
+        made = {
+            name: tensor
+            for name, tensor in reachable(module)[0].items()
+            if tensor is not before.get(name) and tensor.device.type != "meta"
+        }
+        return probes.state_deviation(reachable(live)[0], made)
 
 
 def _below(loader: Loader, module: nn.Module) -> tuple[Choice, ...]:
@@ -61,19 +66,3 @@ def _below(loader: Loader, module: nn.Module) -> tuple[Choice, ...]:
     template, choices = loader.decided.twins.template, loader.decided.choices
     found = tuple(c for path, c in choices.items() if id(template.get_submodule(path)) in inside)
     return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found
-
-
-def _differs(
-    before: Mapping[str, torch.Tensor], made: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]
-) -> str | None:
-    """What the step has made anew, against what the live module has under the same path."""
-    for name, want in made.items():
-        if want is before.get(name) or want.device.type == "meta":
-            continue
-        have = live.get(name)
-        if have is None:
-            return f"{name} is missing"
-        why = probes.deviation(have, want, probes.twin_tolerance(want))
-        if why is not None:
-            return f"{name}: {why}"
-    return None

@@ -228,6 +228,18 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
     return f"{int(bad.sum())} of {y.numel()} outputs off, at {at} {got:.6g} instead of {expected:.6g}"
 
 
+def state_deviation(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> str | None:
+    """None when tensors by name are what the same code made of the same values, else which one is not."""
+    for name, made in want.items():
+        held = have.get(name)
+        if held is None:
+            return f"{name} is missing"
+        why = deviation(held, made, twin_tolerance(made))
+        if why is not None:
+            return f"{name}: {why}"
+    return None
+
+
 def random_values(shapes: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
     """Values of about unit variance, different for each seed: experiments tell versions apart by them."""
     out = [torch.empty_like(like) for like in shapes]

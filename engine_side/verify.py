@@ -305,16 +305,7 @@ class Verifier:
         here, opaque = reachable(self.loader.decided.live[choice.path])
         twin, k = self.loader.twin(choice, slot)
         there, _ = reachable(twin.modules[k])
-        if opaque:
-            return None
-        for name, want in there.items():
-            have = here.get(name)
-            if have is None:
-                return f"{name} is missing"
-            why = probes.deviation(have, want, probes.twin_tolerance(want))
-            if why is not None:
-                return f"{name}: {why}"
-        return None
+        return None if opaque else probes.state_deviation(here, there)
 
     def _device(self, choice: Choice) -> torch.device:
         return device_of(self.loader.decided.live[choice.path])

@@ -32,7 +32,8 @@ ATTACHED: tuple[str, ...] = (
 """Tried in order: each takes what `adapt` was given and answers an adapter, or None for an object not of its kind."""
 
 
-def _load(target: str) -> Any:
+def entry(target: str) -> Any:
+    """The object behind "module:attribute" of one of these tables."""
     import importlib
 
     module, _, attribute = target.partition(":")
@@ -43,7 +44,7 @@ def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
     """Start the engine that a spec like "embedded:PATH" names, in this process. Blocks until it can serve. Raises
     ConfigError for an unknown scheme or argument, NotFound for a missing folder."""
     scheme, path = check_spec(spec)
-    adapter: EngineAdapter = _load(HOSTED[scheme])(path, dict(arguments))
+    adapter: EngineAdapter = entry(HOSTED[scheme])(path, dict(arguments))
     return adapter
 
 
@@ -79,7 +80,7 @@ def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
     if is_url(engine):
         return attach_server(str(engine))
     for target in ATTACHED:
-        adapter: EngineAdapter | None = _load(target)(engine, canonical)
+        adapter: EngineAdapter | None = entry(target)(engine, canonical)
         if adapter is not None:
             return adapter
     raise ConfigError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bridge.errors import ConfigError
-from engine_side.adapters import _load
+from engine_side.adapters import entry
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def start(scheme: str, folder: Path) -> Rival:
     if scheme not in RIVALS:
         raise ConfigError("no such kind of engine to measure", expected=" | ".join(RIVALS), got=repr(scheme))
     try:
-        rival: Rival = _load(RIVALS[scheme])(folder)
+        rival: Rival = entry(RIVALS[scheme])(folder)
     except ModuleNotFoundError as error:
         raise ConfigError(
             "this engine is not installed here",

@@ -9,16 +9,16 @@ else. The bench needs them as well where there is no GPU (`make bench-sglang`):
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.rigs import Rigs
 
 SHIMS = str(Path(__file__).parent / "shims")
 collect_ignore_glob = [] if find_spec("sglang") else ["test_*.py"]
@@ -35,32 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
-class Rigs:
-    """Makes rigs, and keeps the last one: tests are grouped by engine, and two engines would not fit two cores."""
+def _make(folder: Path, family: str, **ways: Any) -> Any:
+    from tests.sglang.rig import SglangRig
 
-    def __init__(self) -> None:
-        self._key: object = None
-        self._rig: Any = None
-
-    def get(self, family: str, **ways: Any) -> Any:
-        key = (family, *sorted(ways.items()))
-        if key != self._key:
-            self.close()
-            from tests.sglang.rig import SglangRig
-
-            folder = Path(tempfile.mkdtemp(prefix="weighbridge-sglang-"))
-            self._rig, self._key = SglangRig(folder, family, **ways), key
-        return self._rig
-
-    def close(self) -> None:
-        if self._rig is not None:
-            self._rig.close()
-        self._rig = self._key = None
-        gc.collect()
+    return SglangRig(folder, family, **ways)
 
 
 @pytest.fixture(scope="session")
 def rigs() -> Iterator[Rigs]:
-    made = Rigs()
+    made = Rigs(_make)
     yield made
     made.close()

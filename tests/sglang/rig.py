@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,13 @@ import torch
 
 import bridge
 from engine_side.adapters.hosting import Leavings
+from tests.rigs import Logprobs, difference, variables
 from tests.sglang.inside import ACTION
 from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 
 LOADER = "engine_side.adapters.sglang.load"
 PROMPTS = [random.Random(n).choices(range(3, 400), k=n) for n in (5, 20, 150)]
-Logprobs = list[list[float]]
 YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
 CHANGES: dict[str, Any] = {
     # as DeepSeek's checkpoints have it, and the only rotary embedding that SGLang's latent attention has on CPU
@@ -49,7 +46,7 @@ def start(folder: Path, *, tp: int = 1, lora: bool = False, radix: bool = True, 
         "log_level": "error", "disable_radix_cache": not radix, "random_seed": 0, "max_running_requests": 16,
         "custom_weight_loader": [LOADER],
     }  # fmt: skip
-    with _environment({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if tp == 2 else {}):
+    with variables({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if tp == 2 else {}):
         return sglang.Engine(**{**arguments, **more})
 
 
@@ -148,22 +145,3 @@ def check_family(rig: SglangRig, limit: float = 0.025) -> None:
     rig.b.rollback()
     assert rig.off() > 2 * limit
     assert rig.version == str(serving + 1)
-
-
-def difference(a: Logprobs, b: Logprobs) -> float:
-    values = [abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
-    return sum(values) / len(values)
-
-
-@contextmanager
-def _environment(wanted: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

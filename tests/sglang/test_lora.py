@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import bridge
-from tests.sglang.rig import PROMPTS, difference
+from tests.rigs import difference
+from tests.sglang.rig import PROMPTS
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(300)

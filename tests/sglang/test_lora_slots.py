@@ -10,7 +10,8 @@ import peft
 import pytest
 
 from bridge.errors import UnexpectedTensor, UnsupportedLora
-from tests.sglang.rig import PROMPTS, difference
+from tests.rigs import difference
+from tests.sglang.rig import PROMPTS
 from tests.sglang.test_lora import LIMIT, jiggle
 from trainer_side.reference import reference_logprobs
 

@@ -12,7 +12,8 @@ import torch
 
 import bridge
 from bridge.errors import Busy, EngineQuarantined, MissingTensor, PushAborted
-from tests.sglang.rig import PROMPTS, check_family, difference
+from tests.rigs import difference
+from tests.sglang.rig import PROMPTS, check_family
 
 pytestmark = pytest.mark.timeout(300)
 

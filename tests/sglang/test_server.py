@@ -27,10 +27,11 @@ from bridge.api import examine
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
 from engine_side.adapters.hosting import Leavings
 from tests.ray.conftest import eventually, gone
+from tests.rigs import difference
 from tests.servers import Answers, free_port
 from tests.sglang.conftest import SHIMS
 from tests.sglang.inside import ACTION
-from tests.sglang.rig import LOADER, PROMPTS, difference
+from tests.sglang.rig import LOADER, PROMPTS
 from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 

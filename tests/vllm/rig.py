@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import bridge
+from tests.rigs import Logprobs, difference, variables
 from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 
 PROMPTS = [random.Random(n).choices(range(3, 400), k=n) for n in (5, 20, 150)]
-Logprobs = list[list[float]]
 
 
 class VllmRig:
@@ -122,7 +120,7 @@ def start(folder: Path, how: str, **more: Any) -> Any:
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
-    with _environment(how):
+    with variables(_variables(how)):
         return LLM(
             str(folder),
             skip_tokenizer_init=True,
@@ -136,23 +134,6 @@ def start(folder: Path, how: str, **more: Any) -> Any:
         )
 
 
-def difference(a: Logprobs, b: Logprobs) -> float:
-    values = [abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
-    return sum(values) / len(values)
-
-
-@contextmanager
-def _environment(how: str) -> Iterator[None]:
+def _variables(how: str) -> dict[str, str]:
     wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if how == "inproc" else "1"}
-    if how == "tp2":
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return {**wanted, "VLLM_CPU_OMP_THREADS_BIND": "0|1"} if how == "tp2" else wanted

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import bridge
+from tests.rigs import difference
 from tests.vllm.families import WITH_LORA
-from tests.vllm.rig import PROMPTS, difference
+from tests.vllm.rig import PROMPTS
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(300)

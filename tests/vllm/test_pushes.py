@@ -13,7 +13,8 @@ import torch
 import bridge
 from bridge.errors import Busy, ConfigError, EngineQuarantined, MissingTensor, PushAborted
 from tests.push.faults import Breaker
-from tests.vllm.rig import PROMPTS, difference
+from tests.rigs import difference
+from tests.vllm.rig import PROMPTS
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,31 +18,33 @@ from sglang.srt.model_loader.loader import _get_quantization_config, _initialize
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
-from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnsupportedLora
-from bridge.lora import AdapterSpec
-from bridge.manifest import TensorInfo
-from engine_side.adapters.base import AdapterView, Prompts
+from bridge.errors import ConfigError, NotFound, ShapeMismatch
+from engine_side.adapters.base import Prompts
+from engine_side.adapters.enginehost import EngineHost, call_alone
 from engine_side.adapters.sglang.derived import Derived
 from engine_side.adapters.sglang.logprobs import prompt_logprobs
 from engine_side.adapters.sglang.loras import Loras
-from engine_side.unloaded import checkpoint_tensors, unloaded
+from engine_side.unloaded import checkpoint_tensors
 
 
-class SglangRankHost:
+class SglangRankHost(EngineHost[Loras]):
     """Over one scheduler (`sglang.srt.managers.scheduler.Scheduler`)."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._runner = scheduler.tp_worker.model_runner
-        self._unloaded: frozenset[str] | None = None
         self._derived = Derived()
         manager = self._runner.lora_manager
-        self._loras = None if manager is None else Loras(self, manager, self._checkpoint)
+        self.loras = None if manager is None else Loras(self, manager, self.checkpoint)
 
     @property
-    def _checkpoint(self) -> Path | None:
+    def checkpoint(self) -> Path | None:
         folder = Path(self._runner.model_config.model_path)
         return folder if folder.is_dir() else None
+
+    @property
+    def lora_remedy(self) -> tuple[str, str]:
+        return "sglang.Engine", "max_loras_per_batch=3 or more"
 
     @property
     def rank(self) -> int:
@@ -71,12 +73,6 @@ class SglangRankHost:
         self._derived.learn(made)
         return made
 
-    def unloaded(self) -> frozenset[str]:
-        """Scales of an unquantised KV cache and the like, by the checkpoint that this engine was started from."""
-        if self._unloaded is None:
-            self._unloaded = unloaded(self, self._checkpoint)
-        return self._unloaded
-
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Raises ShapeMismatch for a tensor of another shape than the checkpoint's: on CPU SGLang fills up with zeros
         what is too small."""
@@ -99,7 +95,7 @@ class SglangRankHost:
     @cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
         """By the checkpoint that this engine was started from; empty where that is not at hand."""
-        folder = self._checkpoint
+        folder = self.checkpoint
         return {} if folder is None else {info.name: info.shape for info in checkpoint_tensors(folder)}
 
     def post_load(self, module: nn.Module) -> bool:
@@ -129,12 +125,7 @@ class SglangRankHost:
             bias = getattr(module, "bias", None)
             out: torch.Tensor = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
             return out
-        if module._modules:
-            raise NotImplementedError(f"{type(module).__name__} has children")
-        y = module(x)
-        if not isinstance(y, torch.Tensor):
-            raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
-        return y
+        return call_alone(module, x)
 
     def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
         lora_id = None if adapter is None else self.adapters().get(adapter)
@@ -142,44 +133,11 @@ class SglangRankHost:
             raise NotFound("this engine holds no such adapter", where="adapter", got=repr(adapter))
         return prompt_logprobs(self._scheduler, prompts, lora_id)
 
-    def untie(self, names: Sequence[str]) -> bool:
-        """Never: which layers share a weight is the engine's configuration."""
-        return False
-
     # ---- adapters ------------------------------------------------------------------------------------------------
 
     def adapters(self) -> dict[str, str]:
         """Name -> SGLang's id of every adapter that is loaded, whoever loaded it."""
-        return {} if self._loras is None else self._loras.names
-
-    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
-        return self._lora().plan(tensors, spec)
-
-    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
-        self._lora().load(name, tensors, spec)
-
-    def adapter_views(self, name: str) -> Sequence[AdapterView]:
-        if self._loras is None:
-            raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
-        return self._loras.views(name)
-
-    def remove_adapter(self, name: str) -> None:
-        if self._loras is not None:
-            self._loras.remove(name)
-
-    def _lora(self) -> Loras:
-        if self._loras is None:
-            raise self._no_lora()
-        return self._loras
-
-    def _no_lora(self) -> UnsupportedLora:
-        return UnsupportedLora(
-            "the engine was started without LoRA",
-            where="sglang.Engine",
-            expected="enable_lora=True",
-            got="enable_lora=False",
-            remedy="start it with enable_lora=True and max_loras_per_batch=3 or more, or push mode='merged'",
-        )
+        return {} if self.loras is None else self.loras.names
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.utils import device_loading_context, initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from bridge.errors import NotFound, UnsupportedLora
-from bridge.lora import AdapterSpec
-from bridge.manifest import TensorInfo
-from engine_side.adapters.base import AdapterView, Prompts
+from engine_side.adapters.base import Prompts
+from engine_side.adapters.enginehost import EngineHost, call_alone
 from engine_side.adapters.vllm.logprobs import prompt_logprobs
 from engine_side.adapters.vllm.loras import Loras
 from engine_side.inplace import twin_parameter
-from engine_side.unloaded import unloaded
 
 _POST_LOAD = "process_weights_after_loading"
 
@@ -41,15 +38,23 @@ def _call(module: nn.Module, method: str, *args: Any) -> bool:
     return True
 
 
-class VllmRankHost:
+class VllmRankHost(EngineHost[Loras]):
     """Over one worker (`vllm.v1.worker.worker_base.WorkerBase`)."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._config: VllmConfig = worker.vllm_config
-        self._unloaded: frozenset[str] | None = None
         self._computes = False
         self.loras = None if self._config.lora_config is None else Loras(worker)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        folder = Path(self._config.model_config.model)
+        return folder if folder.is_dir() else None
+
+    @property
+    def lora_remedy(self) -> tuple[str, str]:
+        return "vllm.LLM", "max_loras=2 or more"
 
     @property
     def rank(self) -> int:
@@ -75,13 +80,6 @@ class VllmRankHost:
         made = _construct(config, _EmptyOnMeta())
         _drop_values(made, {id(module) for module in self.model.modules()})
         return made
-
-    def unloaded(self) -> frozenset[str]:
-        """Scales of an unquantised KV cache and the like, by the checkpoint that this engine was started from."""
-        if self._unloaded is None:
-            folder = Path(self._config.model_config.model)
-            self._unloaded = unloaded(self, folder if folder.is_dir() else None)
-        return self._unloaded
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         _call(skeleton, "load_weights", weights)
@@ -123,47 +121,11 @@ class VllmRankHost:
             bias = getattr(module, "bias", None)
             out: torch.Tensor = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
             return out
-        if module._modules:
-            raise NotImplementedError(f"{type(module).__name__} has children")
-        y = module(x)
-        if not isinstance(y, torch.Tensor):
-            raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
-        return y
+        return call_alone(module, x)
 
     def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
-        lora = None if adapter is None else self._loras(adapter).request(adapter)
+        lora = None if adapter is None else self._slots(adapter).request(adapter)
         return prompt_logprobs(self._worker, prompts, lora)
-
-    def untie(self, names: Sequence[str]) -> bool:
-        """Never: which layers share a weight is the engine's configuration, of which its kernels have copies."""
-        return False
-
-    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
-        return self._loras().plan(tensors, spec)
-
-    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
-        self._loras().load(name, tensors, spec)
-
-    def adapter_views(self, name: str) -> Sequence[AdapterView]:
-        return self._loras(name).views(name)
-
-    def remove_adapter(self, name: str) -> None:
-        if self.loras is not None:
-            self.loras.remove(name)
-
-    def _loras(self, name: str | None = None) -> Loras:
-        """Raises NotFound for a name, UnsupportedLora without one, where vLLM was started without LoRA."""
-        if self.loras is not None:
-            return self.loras
-        if name is not None:
-            raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name))
-        raise UnsupportedLora(
-            "the engine was started without LoRA",
-            where="vllm.LLM",
-            expected="enable_lora=True",
-            got="enable_lora=False",
-            remedy="start it with enable_lora=True, max_loras=2 or more, or push mode='merged'",
-        )
 
 
 def _is_done(method: QuantizeMethodBase, module: nn.Module) -> bool:
