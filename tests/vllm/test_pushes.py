@@ -221,10 +221,10 @@ def test_callers_that_overlapped_are_refused_like_everybody(rig: Any, monkeypatc
         rig.b.engines[0].generate([[tokens, 6, 7]], bridge.Sampling(max_tokens=tokens, temperature=0.0))
 
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-        first = one.submit(roll, 30)
+        first = one.submit(roll, 20)
         while not (rig.llm.llm_engine.has_unfinished_requests() or first.done()):
             pass
-        second = other.submit(roll, 60)
+        second = other.submit(roll, 200)
         first.result(60)
         assert not second.done()
         second.result(60)
