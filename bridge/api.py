@@ -23,7 +23,7 @@ from bridge.engine_messages import FromEngine, ToEngine
 from bridge.errors import ConfigError
 from bridge.health import HealthReport, assess_server, local_facts
 from bridge.ledger import Ledger
-from bridge.messages import FromCoordinator, ToCoordinator
+from bridge.messages import FromCoordinator, ToCoordinator, WaitRequest
 from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
 from bridge.push import Bridge, Named
 from bridge.statedir import checked_name
@@ -44,13 +44,19 @@ Reply = TypeVar("Reply", covariant=True)
 
 
 class LocalPort(Generic[Request, Reply]):
-    """A service of this process as a port: a plain call."""
+    """A service of this process as a port: a plain call. `admit` raises for a request that this thread may not wait
+    for."""
 
-    def __init__(self, port_id: str, handle: Callable[[Request], Reply]) -> None:
+    def __init__(
+        self, port_id: str, handle: Callable[[Request], Reply], admit: Callable[[Request], None] | None = None
+    ) -> None:
         self.id = port_id
         self._handle = handle
+        self._admit = admit
 
     def call(self, request: Request, deadline: Deadline) -> Reply:
+        if self._admit is not None:
+            self._admit(request)
         return self._handle(request)
 
 
@@ -109,7 +115,8 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     `sglang.Engine` or any `torch.nn.Module`; or into an engine's server on this node, by its address:
     "http://host:port".
 
-    The engine stays the caller's: closing the Bridge leaves it running. Without a `name` the journal is not kept.
+    The engine stays the caller's: closing the Bridge leaves it running. Without a `name` the journal is not kept, and
+    versions begin at 1.
     Raises ConfigError for an object that nobody knows how to load, and for an address where nobody answers that can be
     driven.
     """
@@ -142,10 +149,14 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
         coordinator.close()
         forget()
 
+    def admit(request: ToCoordinator) -> None:
+        if not (isinstance(request, WaitRequest) and request.timeout_s == 0.0):  # which only asks
+            service.refuse_caller()
+
     atexit.register(detach)
     made = Bridge(
         chosen,
-        LocalPort[ToCoordinator, FromCoordinator](chosen, coordinator.handle),
+        LocalPort[ToCoordinator, FromCoordinator](chosen, coordinator.handle, admit),
         [port],
         trainer,
         config,

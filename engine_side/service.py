@@ -64,7 +64,7 @@ from bridge.ledger import EngineState, Standing
 from bridge.messages import EngineInfo, Refused
 from bridge.receipt import CanaryResult, EngineReport, LevelResult, RankReport
 from bridge.wire import ErrorInfo
-from engine_side.adapters.base import EngineAdapter
+from engine_side.adapters.base import EngineAdapter, LivesInALoop
 from engine_side.arenas import Arenas
 from engine_side.failures import canary_error, level_error, raise_first_failure
 from engine_side.outputs import Outputs
@@ -442,6 +442,11 @@ class EngineService:
             raise ConfigError("this engine is stale and serves nothing until a verified push", where=self.id)
         completions = self.adapter.generate(request.prompts, request.sampling, request.adapter)
         return EngineGenerated(tuple(completions))
+
+    def refuse_caller(self) -> None:
+        """Raise ConfigError when this thread may not wait for the engine, because the engine would wait for it."""
+        if isinstance(self.adapter, LivesInALoop):
+            self.adapter.refuse_caller()
 
     def close(self) -> None:
         """Have the ranks let go of the arenas, release the mailbox, give the engine up. Idempotent."""

@@ -263,6 +263,15 @@ class NamesUnloaded(Protocol):
 
 
 @runtime_checkable
+class LivesInALoop(Protocol):
+    """What a driver half adds whose engine runs in an event loop of this process."""
+
+    def refuse_caller(self) -> None:
+        """Raise ConfigError when this thread runs that loop: who blocks it would wait for itself."""
+        ...
+
+
+@runtime_checkable
 class MayBeQuantised(Protocol):
     """What a driver half adds whose engine may hold weights in a form that no strategy can bring there."""
 

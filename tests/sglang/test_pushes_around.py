@@ -116,6 +116,31 @@ def test_attached_from_within_a_loop_that_ends(rig: Any) -> None:
     assert asyncio.run(ask(rig)) == 6
 
 
+def test_a_push_from_within_the_engines_own_loop_is_refused_at_once(rig: Any) -> None:
+    """It would wait for schedulers whose answers only this loop can take."""
+    rig.b.close()
+    manager = rig.engine.tokenizer_manager
+    rig.engine.loop.run_until_complete(end_tasks(manager))
+    manager.event_loop = None
+
+    async def rollout() -> None:
+        assert await ask(rig) == 6
+        rig.b = await asyncio.to_thread(bridge.attach, rig.engine, model=rig.model)
+        rig.step()
+        started = time.monotonic()
+        for blocking in (rig.push, rig.b.health, rig.b.rollback):
+            with pytest.raises(ConfigError, match="to_thread"):
+                blocking()
+        assert time.monotonic() - started < 2
+        pending = await asyncio.to_thread(rig.push, wait=False)
+        while not pending.done():
+            await asyncio.sleep(0.01)
+        assert pending.result().verified is True
+        assert await ask(rig) == 6
+
+    asyncio.run(rollout())
+
+
 async def end_tasks(manager: Any) -> None:
     """As if the engine had never been called."""
     for task in list(manager.asyncio_tasks):

@@ -43,6 +43,10 @@ class EngineAdapter(FrontedAdapter):
             raise ProtocolError("this adapter was closed", where=self.where)
         return self._taken
 
+    def refuse_caller(self) -> None:
+        """Raises ConfigError when this thread runs the engine's event loop."""
+        self.line.refuse_caller()
+
     def claim(self, owner: str) -> None:
         """By a mark on the engine object, which knows when an adapter was forgotten instead of closed."""
         try:

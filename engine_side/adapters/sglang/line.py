@@ -118,21 +118,27 @@ class LoopLine:
             self.loop.call_soon_threadsafe(self.loop.stop)
             keeper.join()
 
+    def refuse_caller(self) -> None:
+        """Raises ConfigError when this thread runs the engine's loop."""
+        if _running() is self.home():
+            raise ConfigError(
+                "a call of the bridge blocks, and this thread runs the engine's event loop",
+                where="sglang.Engine",
+                remedy="call it from another thread: await asyncio.to_thread(b.push, ...)",
+            )
+
     def run(
         self, work: Coroutine[Any, Any, T], deadline: Deadline | None = None, what: str = "a call", *, end: bool = True
     ) -> T:
         """Run in the loop and wait. Raises what `work` raises, DeadlineExceeded (`end`: which ends the work), PeerLost
         when the engine's processes are gone, ConfigError when called from the loop's own thread, which would wait for
         itself."""
-        loop = self.home()
-        if _running() is loop:
+        try:
+            self.refuse_caller()
+        except ConfigError:
             work.close()
-            raise ConfigError(
-                "a call of the bridge blocks, and this thread runs the engine's event loop",
-                where="sglang.Engine",
-                remedy="call it from another thread: await asyncio.to_thread(b.push, ...)",
-            )
-        future = asyncio.run_coroutine_threadsafe(work, loop)
+            raise
+        future = asyncio.run_coroutine_threadsafe(work, self.home())
         self._wait(future, deadline, what, end)
         return future.result()
 
