@@ -62,8 +62,9 @@ from bridge.messages import (
 from bridge.orphans import clean_orphans
 from bridge.plans import Plans
 from bridge.ports import EnginePort
+from bridge.receipt import Receipt
 from bridge.records import receipt_of, scope_of
-from bridge.verdict import LEVELS_OF, Verdict
+from bridge.verdict import LEVELS_OF, Verdict, unserved
 from bridge.versions import ROLLBACK, Held, OpenPush, Plan, References, Served, after, mode_of_reload, to_reload
 from bridge.wire import ErrorInfo
 
@@ -398,13 +399,18 @@ class Coordinator:
         if unwritten is not None:
             receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
         if verdict.error is None:
-            return Finished(receipt, serving=self.fleet.serving())
+            self._journal_quarantines(verdict)
+            return self._committed_as(receipt)
         self._note("aborted", version=push.version, reason=str(verdict.error))
         self._journal_quarantines(verdict)
         with self._lock:
             push.plan.slots.pop(push.slot, None)
             self._references.pop(push.version, None)
         return Finished(receipt, ErrorInfo.of(verdict.error), aborted=verdict.touched, serving=self.fleet.serving())
+
+    def _committed_as(self, receipt: Receipt) -> Finished:
+        lost = unserved(receipt.version, receipt.engines)
+        return Finished(receipt, None if lost is None else ErrorInfo.of(lost), serving=self.fleet.serving())
 
     def _journal_quarantines(self, verdict: Verdict) -> None:
         for report in verdict.reports:
@@ -458,7 +464,9 @@ class Coordinator:
         finally:
             with self._lock:
                 self._push = None
-        error = None if verdict.error is None else ErrorInfo.of(verdict.error)
+        if verdict.error is None:
+            return self._committed_as(receipt)
+        error = ErrorInfo.of(verdict.error)
         return Finished(receipt, error, aborted=verdict.touched, serving=self.fleet.serving())
 
     def _commit_rollback(self, served: Served) -> None:

@@ -75,11 +75,14 @@ class PendingPush:
 
 def receipt_or_raise(finished: Finished, version: int) -> Receipt:
     """The receipt of a push that ended well. Raises the cause of one that touched nothing, PushAborted (or
-    EngineQuarantined) *from* the cause of one that had to be undone."""
+    EngineQuarantined) *from* the cause of one that had to be undone; EngineQuarantined or PeerLost for one that was
+    committed while an engine was lost."""
     if finished.error is None and finished.receipt is not None:
         return finished.receipt
     cause = finished.error.rebuild() if finished.error else BridgeError("the push ended without a receipt")
     if not finished.aborted:
+        if isinstance(cause, PushAborted):  # committed, but not served everywhere
+            cause.receipt, cause.serving = finished.receipt, finished.serving
         raise cause
     lost = [engine for engine, serving in finished.serving.items() if serving is None]
     kind = EngineQuarantined if lost else PushAborted

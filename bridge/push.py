@@ -198,7 +198,8 @@ class Bridge:
         Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
 
         Raises ConfigError (Busy, LeaseHeld, Closed), IntegrityError (which tensor, where, expected, got) and
-        StaleVersion before any engine was written; PushAborted *from* the cause after that, every engine put back.
+        StaleVersion before any engine was written; PushAborted *from* the cause after that, every engine put back;
+        EngineQuarantined or PeerLost when an engine was lost between the commit and its serving (the others serve).
         """
         self._require_open()
         asked = PushOptions(

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from bridge.engine_messages import EngineChecked
-from bridge.errors import BridgeError, ProtocolError
+from bridge.errors import BridgeError, EngineQuarantined, PeerLost, ProtocolError
+from bridge.ledger import EngineState
 from bridge.receipt import EngineReport, Verified
 
 WEIGHT_LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change")
@@ -70,6 +71,22 @@ def verified(version: int, reports: Iterable[EngineReport]) -> Verified:
     if not found or not all(found):
         return False
     return True if all(shown is True for shown in found) else "partial"
+
+
+def unserved(version: int, reports: Iterable[EngineReport]) -> BridgeError | None:
+    """What the trainer must hear of a version that was committed: EngineQuarantined or PeerLost for engines that were
+    lost before they served it; None when all do."""
+    lost = [report for report in reports if report.serving != version]
+    if not lost:
+        return None
+    kind = EngineQuarantined if any(report.state == EngineState.QUARANTINED.value for report in lost) else PeerLost
+    return kind(
+        f"version {version} is committed, and an engine was lost before it served it",
+        where=", ".join(report.id for report in lost),
+        expected=f"version {version} served by every engine",
+        got="; ".join(f"{report.state}: {report.error or 'no answer'}" for report in lost),
+        remedy="the other engines serve it; what was lost serves nothing until a verified push",
+    )
 
 
 def _shown(report: EngineReport, version: int) -> Verified:

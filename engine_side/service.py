@@ -48,6 +48,7 @@ from bridge.errors import (
     CanaryMismatch,
     ConfigError,
     EngineQuarantined,
+    PeerLost,
     ProtocolError,
 )
 from bridge.jobs import (
@@ -333,7 +334,11 @@ class EngineService:
             )
         self._outputs.published()
         self._shelf.settle()
-        self._publish(request.version, request.adapter)
+        try:
+            self._publish(request.version, request.adapter)
+        except PeerLost as error:  # nobody may wait at the gate of an engine that is gone
+            self._quarantine(f"lost when version {request.version} was to be served: {error}")
+            return EngineOk(self._report(error=self._detail))
         return EngineOk(self._report())
 
     def _publish(self, version: int, adapter: str | None) -> None:
@@ -428,7 +433,14 @@ class EngineService:
             yield
         finally:
             if serving:
-                self.adapter.resume()
+                self._go_on()
+
+    def _go_on(self) -> None:
+        try:
+            self.adapter.resume()
+        except PeerLost as error:
+            self._quarantine(f"lost after an examination: {error}")
+            raise
 
     def _generate(self, request: EngineGenerate) -> EngineGenerated:
         if self._standing.state is EngineState.QUARANTINED:

@@ -110,9 +110,10 @@ def test_a_full_disk_neither_blocks_nor_lies(attached: Any, monkeypatch: pytest.
     assert drift(engine, model) < 1e-4
 
 
+@pytest.mark.parametrize("error", [RuntimeError, bridge.PeerLost])
 @pytest.mark.parametrize("always", [False, True])
 def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
-    attached: Any, monkeypatch: pytest.MonkeyPatch, always: bool
+    attached: Any, monkeypatch: pytest.MonkeyPatch, always: bool, error: type[Exception]
 ) -> None:
     from engine_side.adapters.embedded import EmbeddedAdapter
 
@@ -124,11 +125,18 @@ def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
     def fails(self: EmbeddedAdapter) -> None:
         if not always:
             monkeypatch.setattr(EmbeddedAdapter, "resume", real)
-        raise RuntimeError("resume failed")
+        raise error("resume failed")
 
     perturb(model)
     monkeypatch.setattr(EmbeddedAdapter, "resume", fails)
-    receipt = b.push(model.named_parameters())
+    lost = always or error is bridge.PeerLost
+    if lost:
+        with pytest.raises(bridge.EngineQuarantined, match="committed") as caught:
+            b.push(model.named_parameters())
+        receipt = caught.value.receipt
+        assert caught.value.serving == {"engine0": None}
+    else:
+        receipt = b.push(model.named_parameters())
     monkeypatch.setattr(EmbeddedAdapter, "resume", real)
     ended: list[object] = []
 
@@ -142,11 +150,13 @@ def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
     caller.start()
     caller.join(20)
     assert ended, "generate hangs"
-    assert receipt.verified is (not always)
-    assert isinstance(ended[0], bridge.EngineQuarantined) is always
-    assert b.health().healthy is (not always)
-    if not always:
-        assert drift(engine, model) < 1e-4
+    assert receipt is not None
+    assert receipt.verified is (not lost)
+    assert isinstance(ended[0], bridge.EngineQuarantined) is lost
+    assert b.health().healthy is (not lost)
+    if lost:
+        assert b.push(model.named_parameters()).verified is True, "a good push lifts the quarantine"
+    assert drift(engine, model) < 1e-4
 
 
 def test_a_foreign_error_on_the_way_back_quarantines(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""An engine core in a process of its own that is killed: nobody waits for it for ever."""
+"""An engine core, or one of its workers, that is killed at any point of a push: nobody waits for it for ever."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import bridge
@@ -19,45 +19,72 @@ from engine_side.adapters.vllm.driver import LLMAdapter
 
 pytestmark = pytest.mark.timeout(200)
 PUSH_S, GRACE_S = 10.0, 5.0
+ASKED = bridge.Sampling(max_tokens=200, temperature=0.0)
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Any]:
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     from tests.vllm.rig import VllmRig
 
-    made = VllmRig(tmp_path, "qwen2", how="mp")
+    made = VllmRig(tmp_path, "qwen2-tied", how=request.param)
     yield made
     made.close()
 
 
 def kill(rig: Any) -> None:
+    """The engine core; where it has workers, the last of them."""
     (core,) = rig.llm.llm_engine.engine_core.resources.engine_manager.processes
-    os.kill(core.pid, signal.SIGKILL)
+    victim = psutil.Process(core.pid)
+    if rig.how == "tp2":
+        victim = [child for child in victim.children(recursive=True) if "Worker" in child.name()][-1]
+    victim.send_signal(signal.SIGKILL)
 
 
-def test_a_core_that_is_killed_in_the_middle_of_a_push(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def killing(rig: Any, monkeypatch: pytest.MonkeyPatch, point: str, nth: int, after: bool) -> None:
+    """Kill at the nth call of one of the adapter's methods: in its middle, or when it is through."""
+    real, calls = getattr(LLMAdapter, point), [0]
+
+    def hooked(self: LLMAdapter, *arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] != nth:
+            return real(self, *arguments, **keywords)
+        if not after:
+            threading.Timer(0.01, kill, (rig,)).start()
+            return real(self, *arguments, **keywords)
+        try:
+            return real(self, *arguments, **keywords)
+        finally:
+            kill(rig)
+
+    monkeypatch.setattr(LLMAdapter, point, hooked)
+
+
+@pytest.mark.parametrize(
+    ("rig", "point", "nth", "after"),
+    [
+        ("mp", "_run_job", 1, False),
+        ("mp", "publish", 1, True),
+        ("tp2", "_run_job", 2, False),
+    ],
+    indirect=["rig"],
+)
+def test_killed_in_the_middle_of_a_push(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, point: str, nth: int, after: bool
+) -> None:
     rig.step()
     assert rig.push().verified is True
-    run = LLMAdapter._run_job
-
-    def killing(self: LLMAdapter, *arguments: Any) -> Any:
-        monkeypatch.undo()
-        threading.Timer(0.01, kill, (rig,)).start()
-        return run(self, *arguments)
-
-    asked = bridge.Sampling(max_tokens=200, temperature=0.0)
     rig.step()
     with ThreadPoolExecutor(1) as pool:
-        rolling = pool.submit(rig.b.engines[0].generate, [[5, 6, 7]], asked)
-        monkeypatch.setattr(LLMAdapter, "_run_job", killing)
+        rolling = pool.submit(rig.b.engines[0].generate, [[5, 6, 7]], ASKED)
+        killing(rig, monkeypatch, point, nth, after)
         started = time.monotonic()
-        with pytest.raises(BridgeError, match="died"):
+        with pytest.raises(BridgeError, match="died|cannot be reached"):
             rig.push(timeout_s=PUSH_S, inflight="keep")
         assert time.monotonic() - started < PUSH_S + GRACE_S
         assert rig.b.status().engines[0].state == "QUARANTINED"
         with pytest.raises(BridgeError):
             rolling.result(GRACE_S)
-    for ask in (rig.said, lambda: rig.b.engines[0].generate([[5, 6]], asked), lambda: rig.push(timeout_s=PUSH_S)):
+    for ask in (rig.said, lambda: rig.b.engines[0].generate([[5, 6]], ASKED), lambda: rig.push(timeout_s=PUSH_S)):
         started = time.monotonic()
         with pytest.raises(BridgeError):
             ask()
