@@ -78,7 +78,7 @@ def test_killed_in_the_middle_of_a_push(
         rolling = pool.submit(rig.b.engines[0].generate, [[5, 6, 7]], ASKED)
         killing(rig, monkeypatch, point, nth, after)
         started = time.monotonic()
-        with pytest.raises(BridgeError, match="died|cannot be reached"):
+        with pytest.raises(BridgeError, match=r"died|cannot be reached"):
             rig.push(timeout_s=PUSH_S, inflight="keep")
         assert time.monotonic() - started < PUSH_S + GRACE_S
         assert rig.b.status().engines[0].state == "QUARANTINED"
