@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ from bridge.config import from_environment
 from bridge.coordinator import Coordinator
 from bridge.deadline import Deadline
 from bridge.engine_messages import FromEngine, ToEngine
-from bridge.errors import ConfigError
+from bridge.errors import BridgeError, ConfigError
 from bridge.health import HealthReport, assess_server, local_facts
 from bridge.ledger import Ledger
 from bridge.messages import FromCoordinator, ToCoordinator, WaitRequest
@@ -121,19 +122,20 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     driven.
     """
     config = from_environment()
+    chosen = f"attached-{os.getpid()}-{secrets.token_hex(4)}" if name is None else checked_name(name)
     trainer: TrainerPort = sides.load(sides.TRAINER)()
     adapter = sides.load(sides.ADAPT)(engine, sides.load(sides.ROUTES))
     node = socket.gethostname()
-    service = sides.load(sides.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
-    chosen = name or f"attached-{os.getpid()}-{secrets.token_hex(4)}"
-    state = None if name else Path(tempfile.mkdtemp(prefix="weighbridge-"))
-    port = LocalPort[ToEngine, FromEngine]("engine0", service.handle)
+    state: Path | None = None
 
     def forget() -> None:
         if state is not None:
             shutil.rmtree(state, ignore_errors=True)
 
     try:
+        service = sides.load(sides.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
+        port = LocalPort[ToEngine, FromEngine]("engine0", service.handle)
+        state = None if name is not None else Path(tempfile.mkdtemp(prefix="weighbridge-"))
         ledger = Ledger.open(chosen, directory=state)
         try:
             coordinator = Coordinator(chosen, [port], ledger, node=node, shm_dir=config.shm_dir)
@@ -142,6 +144,8 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
             raise
     except BaseException:
         forget()
+        with contextlib.suppress(BridgeError):  # what went wrong first is worth more
+            adapter.close()
         raise
 
     def detach() -> None:
@@ -160,6 +164,7 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
         [port],
         trainer,
         config,
+        before_close=service.refuse_caller,
         on_close=detach,
         guard=adapter.refuse_shared,
         state=state,

@@ -141,9 +141,12 @@ class EngineExplain(Message, frozen=True):
 
 
 class EngineGenerate(Message, frozen=True):
+    """What has not finished after `timeout_s` is ended."""
+
     prompts: Prompts
     sampling: Sampling
     adapter: str = "current"
+    timeout_s: float = 600.0
 
 
 class EngineClose(Message, frozen=True):

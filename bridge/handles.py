@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bridge.asked import asked
 from bridge.deadline import Deadline
-from bridge.engine_messages import EngineGenerate, EngineGenerated
+from bridge.engine_messages import EngineGenerated
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.messages import Finished, WaitRequest
 from bridge.ports import CoordinatorPort, EnginePort, expect
@@ -33,9 +34,11 @@ class EngineHandle:
         timeout_s: float = 600.0,
     ) -> list[Completion]:
         """Sample one completion per prompt (token ids in, token ids and log-probabilities out). Blocks, also while the
-        engine is paused for a push. Raises EngineQuarantined when the engine serves nothing."""
-        request = EngineGenerate(tuple(tuple(map(int, p)) for p in prompts), sampling or Sampling(), adapter)
-        return list(expect(self._port.call(request, Deadline.after(timeout_s)), EngineGenerated).completions)
+        engine is paused for a push, for at most `timeout_s` seconds. `adapter` is "current", "base" or the name of a
+        loaded one. Raises EngineQuarantined when the engine serves nothing, ConfigError for prompts or a sampling that
+        it cannot take, NotFound for an adapter, DeadlineExceeded (what has not finished is ended)."""
+        request = asked(prompts, sampling, adapter, timeout_s)
+        return list(expect(self._port.call(request, Deadline.after(request.timeout_s)), EngineGenerated).completions)
 
 
 class PendingPush:
@@ -76,7 +79,7 @@ class PendingPush:
 def receipt_or_raise(finished: Finished, version: int) -> Receipt:
     """The receipt of a push that ended well. Raises the cause of one that touched nothing, PushAborted (or
     EngineQuarantined) *from* the cause of one that had to be undone; EngineQuarantined or PeerLost for one that was
-    committed while an engine was lost."""
+    committed while an engine was lost: its receipt is in the journal (`Bridge.history`)."""
     if finished.error is None and finished.receipt is not None:
         return finished.receipt
     cause = finished.error.rebuild() if finished.error else BridgeError("the push ended without a receipt")

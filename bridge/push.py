@@ -111,6 +111,7 @@ class Bridge:
         trainer: TrainerPort,
         config: Config,
         *,
+        before_close: Callable[[], None] | None = None,
         on_close: Callable[[], None] | None = None,
         on_shutdown: Callable[[], None] | None = None,
         guard: Callable[[frozenset[int]], None] | None = None,
@@ -121,6 +122,7 @@ class Bridge:
         self.config = config
         self._coordinator = coordinator
         self._trainer = trainer
+        self._before_close = before_close
         self._on_close = on_close
         self._on_shutdown = on_shutdown
         self._guard = guard
@@ -396,9 +398,12 @@ class Bridge:
 
     def close(self) -> None:
         """Give up the lease and what this process holds. Idempotent. A daemon goes on (`weighbridge down` stops it); an
-        attached engine stays the user's. Later calls raise Closed."""
+        attached engine stays the user's. Later calls raise Closed. Raises ConfigError, and closes nothing, in a thread
+        that runs the event loop of the attached engine: it would wait for itself."""
         if self._closed:
             return
+        if self._before_close is not None:
+            self._before_close()
         self._closed = True
         self._trainer.close()
         for agreed in self._agreed.values():

@@ -1,68 +1,98 @@
-"""What a module without weights of its own has computed from those that hang below it (an attention layer's absorbed
+"""What a module without weights of its own has computed from those below or beside it (an attention layer's absorbed
 projections): built anew on a fresh skeleton from the arena's weights, and compared with what the live module holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from engine_side import probes
+from engine_side.diagnose import LOADER_ERRORS
 from engine_side.loader import Loader
 from engine_side.strategies import Choice, Strategy
 from engine_side.twins import materialise, reachable, tensor_of
 
 
 class DerivedState:
-    """Over one mapped Loader; knows which of its derived modules can be built alone."""
+    """Over one mapped Loader; knows which of its derived modules can be built alone, and from what."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        template = loader.decided.twins.template
-        self._below = {path: _below(loader, template.get_submodule(path)) for path, _ in loader.derived}
+        self._from = {path: self._below(path) for path, _ in loader.derived}
+        """Path -> the modules whose weights are given to it; empty where it is not looked at."""
+        self._tried = {path for path, choices in self._from.items() if choices}
+        for path in self._from.keys() - self._tried:
+            # It may hold what it derives from where no module tree shows it. Whether it does is seen at the first look.
+            self._from[path] = self._known_to_fill(loader.sources_of[path])
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The modules that are looked at."""
-        return tuple(path for path, choices in self._below.items() if choices)
+        return tuple(path for path, choices in self._from.items() if choices)
 
     def wrong(self, slot: int) -> Iterator[tuple[str, str, str]]:
         """(path, class, why) of every derived module that does not hold what the arena's weights give. Builds one
-        skeleton; gives memory to the modules below one derived module at a time."""
+        skeleton; gives memory to the modules that one derived module is made from at a time."""
         if not self.paths:
             return
         skeleton = self._loader.host.skeleton()
         for path, live in self._loader.derived:
-            if self._below[path]:
-                why = self._compare(skeleton, path, live, slot)
-                if why is not None:
-                    yield path, type(live).__name__, why
+            if not self._from[path]:
+                continue
+            made = self._made(skeleton, path, live, slot)
+            if not made:
+                self._forget_its_like(path, live)
+                continue
+            self._tried.add(path)
+            why = probes.state_deviation(reachable(live)[0], made)
+            if why is not None:
+                yield path, type(live).__name__, why
 
-    def _compare(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> str | None:
+    def _made(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
+        """What the step makes of the arena's weights; nothing where it cannot be told in this way."""
+        try:
+            return self._build(skeleton, path, live, slot)
+        except LOADER_ERRORS:
+            if path in self._tried:
+                raise
+            return {}
+
+    def _build(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
         module, host = skeleton.get_submodule(path), self._loader.host
         materialise(module, live, {}, {}, [])
         with torch.no_grad():
-            for choice in self._below[path]:
-                below = skeleton.get_submodule(choice.path)
-                materialise(below, self._loader.decided.live[choice.path], {}, {}, [])
+            for choice in self._from[path]:
+                source = skeleton.get_submodule(choice.path)
+                materialise(source, self._loader.decided.live[choice.path], {}, {}, [])
                 for name, value in self._loader.values(choice, slot).items():
-                    tensor_of(below, name).detach().copy_(value)
-            for choice in self._below[path]:
+                    tensor_of(source, name).detach().copy_(value)
+            for choice in self._from[path]:
                 host.post_load(skeleton.get_submodule(choice.path))
             before = reachable(module)[0]
             host.post_load(module)
-        made = {
+        return {
             name: tensor
             for name, tensor in reachable(module)[0].items()
             if tensor is not before.get(name) and tensor.device.type != "meta"
         }
-        return probes.state_deviation(reachable(live)[0], made)
 
+    def _forget_its_like(self, path: str, live: nn.Module) -> None:
+        """What one module of a kind does not keep, none does: many engines have a step that only sets flags in every
+        layer, and building all around each of them would cost as much as the load."""
+        if path in self._tried:
+            return
+        for other, module in self._loader.derived:
+            if other not in self._tried and type(module) is type(live):
+                self._from[other] = ()
 
-def _below(loader: Loader, module: nn.Module) -> tuple[Choice, ...]:
-    """The choices of the modules below `module`; none where one of them can only be filled by the engine's loader."""
-    inside = {id(m) for m in module.modules()}
-    template, choices = loader.decided.twins.template, loader.decided.choices
-    found = tuple(c for path, c in choices.items() if id(template.get_submodule(path)) in inside)
-    return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found
+    def _below(self, path: str) -> tuple[Choice, ...]:
+        template = self._loader.decided.twins.template
+        inside = {id(m) for m in template.get_submodule(path).modules()}
+        return self._known_to_fill(p for p in self._loader.decided.choices if id(template.get_submodule(p)) in inside)
+
+    def _known_to_fill(self, paths: Iterable[str]) -> tuple[Choice, ...]:
+        """The choices of these modules; none where one of them can only be filled by the engine's loader."""
+        found = tuple(self._loader.decided.choices[path] for path in paths)
+        return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found

@@ -138,7 +138,8 @@ class Loader:
         template = self.decided.twins.template
         self.derived = tuple(bind(template, host.model, self.decided.derived).items())
         """(path, live module) of those without weights whose post-load step derives something from others."""
-        self._sources_of = {path: self._around(path) for path, _ in self.derived}
+        self.sources_of = {path: self._around(path) for path, _ in self.derived}
+        """Path of a derived module -> those that it may derive something from."""
         self._kept = self._what_is_kept()
         self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
@@ -389,7 +390,7 @@ class Loader:
             done.append(choice.path)
         touched = {p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
         for path, module in self.derived:
-            if not touched.isdisjoint(self._sources_of[path]):
+            if not touched.isdisjoint(self.sources_of[path]):
                 self.host.post_load(module)
                 done.append(path)
         self.decided.twins.forget()

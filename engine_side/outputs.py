@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bridge import canary
 from bridge.deadline import Deadline
 from bridge.engine_messages import EngineLoad
-from bridge.errors import CanaryMismatch
+from bridge.errors import Busy, CanaryMismatch
 from bridge.jobs import LogprobsJob, Prompts, RankScores, Scores
 from bridge.messages import Reference
 from bridge.receipt import CanaryResult, Failure, LevelResult
@@ -142,7 +142,10 @@ class Outputs:
         if len(self._cached) <= self._adapter.cache_grain:
             return LevelResult("cache", True, 1, note="reset answered; no prompt that the engine takes fills its cache")
         which = adapter or "base"
-        (again,) = self._adapter.generate([self._cached], _GREEDY, which, past_gate=True, deadline=deadline)
+        try:
+            (again,) = self._adapter.generate([self._cached], _GREEDY, which, past_gate=True, deadline=deadline)
+        except Busy:  # tokens of a version that does not serve yet would reach their callers
+            return LevelResult("cache", True, 1, note="reset answered; not asked again while requests are kept")
         if not again.token_ids:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
             return LevelResult("cache", False, 1, (failure,))

@@ -47,9 +47,11 @@ from bridge.errors import (
     Busy,
     CanaryMismatch,
     ConfigError,
+    DeadlineExceeded,
     EngineQuarantined,
     PeerLost,
     ProtocolError,
+    TransportError,
 )
 from bridge.jobs import (
     BakeJob,
@@ -69,6 +71,7 @@ from engine_side.adapters.base import EngineAdapter, LivesInALoop
 from engine_side.arenas import Arenas
 from engine_side.failures import canary_error, level_error, raise_first_failure
 from engine_side.outputs import Outputs
+from engine_side.prompts import require_fit
 from engine_side.rankline import RankLine
 from engine_side.shelf import Shelf
 from engine_side.trial import require_strategies
@@ -335,11 +338,21 @@ class EngineService:
         self._outputs.published()
         self._shelf.settle()
         try:
-            self._publish(request.version, request.adapter)
-        except PeerLost as error:  # nobody may wait at the gate of an engine that is gone
+            self._serve(request.version, request.adapter, Deadline.after(request.timeout_s))
+        except TransportError as error:  # nobody may wait at the gate of an engine that does not answer
             self._quarantine(f"lost when version {request.version} was to be served: {error}")
             return EngineOk(self._report(error=self._detail))
         return EngineOk(self._report())
+
+    def _serve(self, version: int, adapter: str | None, deadline: Deadline) -> None:
+        """`_publish`; an engine that was only late, a second time."""
+        try:
+            self._publish(version, adapter)
+        except DeadlineExceeded as error:
+            if deadline.expired:
+                raise
+            log.warning("%s is asked once more to serve version %d: %s", self.id, version, error)
+            self._publish(version, adapter)
 
     def _publish(self, version: int, adapter: str | None) -> None:
         """Serve `version`; adapters of earlier pushes go as soon as no request uses them."""
@@ -347,7 +360,8 @@ class EngineService:
             self._shelf.publish(version, adapter)
         self.adapter.refuse(None)
         self._unpause()
-        self._standing.move(EngineState.SERVING, version)
+        if self._standing.state is not EngineState.SERVING:  # it is, the second time, if only the tidying was late
+            self._standing.move(EngineState.SERVING, version)
         self._detail = ""
         self._shelf.tidy()
 
@@ -361,7 +375,8 @@ class EngineService:
                 if self._standing.state is EngineState.LOADED:
                     self._standing.move(EngineState.STAGING)  # an adapter that did not pass: the weights never moved
                 if self._standing.state is not EngineState.SERVING:
-                    self._publish(self._standing.serving or 0, self._shelf.current)
+                    deadline = Deadline.after(request.timeout_s)
+                    self._serve(self._standing.serving or 0, self._shelf.current, deadline)
                 return EngineOk(self._report())
             self._shelf.require(request.adapter)
             self._load_back(request)
@@ -397,13 +412,17 @@ class EngineService:
         if self.adapter.can_generate and not self.adapter.reset_caches():
             raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
         self._ranks.touched = False
-        self._publish(request.version, request.adapter)
+        self._serve(request.version, request.adapter, deadline)
 
     def _quarantine(self, reason: str) -> None:
         log.error("%s is quarantined: %s", self.id, reason)
         self._standing.move(EngineState.QUARANTINED)
         self._detail = reason
-        self.adapter.refuse(reason)
+        try:
+            self.adapter.refuse(reason)
+        except TransportError as error:  # it refuses here, and the report of it must not get lost
+            self._detail = f"{reason}; and it could not be told to refuse: {error}"
+            log.error("%s could not be told to refuse: %s", self.id, error)
 
     # ---- health, generation, end ------------------------------------------------------------------------------------
 
@@ -428,7 +447,11 @@ class EngineService:
         """Log-probabilities past the scheduler take KV blocks that requests may hold: what runs is kept meanwhile."""
         serving = self._standing.state is EngineState.SERVING and self._paused_at is None
         if serving:
-            self.adapter.pause("keep", deadline)
+            try:
+                self.adapter.pause("keep", deadline)
+            except TransportError:  # it may still fall asleep, or have closed its door
+                self._go_on()
+                raise
         try:
             yield
         finally:
@@ -436,9 +459,16 @@ class EngineService:
                 self._go_on()
 
     def _go_on(self) -> None:
+        """Asked a second time where it was not lost; after that nobody may wait for it."""
         try:
-            self.adapter.resume()
-        except PeerLost as error:
+            try:
+                self.adapter.resume()
+            except PeerLost:
+                raise
+            except Exception as error:  # the engine's own code runs here
+                log.warning("%s is asked once more to go on after an examination: %s", self.id, error)
+                self.adapter.resume()
+        except Exception as error:  # as above
             self._quarantine(f"lost after an examination: {error}")
             raise
 
@@ -452,7 +482,10 @@ class EngineService:
             )
         if self._standing.state is EngineState.STALE:
             raise ConfigError("this engine is stale and serves nothing until a verified push", where=self.id)
-        completions = self.adapter.generate(request.prompts, request.sampling, request.adapter)
+        if self.adapter.can_generate:
+            require_fit(self.adapter, request.prompts)
+        deadline = Deadline.after(request.timeout_s)
+        completions = self.adapter.generate(request.prompts, request.sampling, request.adapter, deadline=deadline)
         return EngineGenerated(tuple(completions))
 
     def refuse_caller(self) -> None:

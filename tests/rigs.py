@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+import bridge
+from bridge.handles import EngineHandle
 
 Logprobs = list[list[float]]
 
@@ -58,3 +64,26 @@ def variables(wanted: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def refuses_what_does_not_fit(engine: EngineHandle, vocabulary: int, longest: int) -> None:
+    """Prompts and samplings that an engine may die of are refused in words, and it answers the next one."""
+    short = bridge.Sampling(max_tokens=1, temperature=0.0)
+    bad: list[tuple[Any, bridge.Sampling, str]] = [
+        ([[5], []], short, "prompt 1"),
+        ([[5], [vocabulary]], short, f"prompt 1; expected: 0 to {vocabulary - 1}; got: {vocabulary}"),
+        ([[5], [5, 10**6]], short, "prompt 1"),
+        ([[5], [-5]], short, "prompt 1"),
+        ([[5] * (longest + 1)], short, f"prompt 0; expected: 1 to {longest} tokens; got: {longest + 1}"),
+        ([[5] * 100_000], short, "prompt 0"),
+        ([5, 6], short, "prompt 0"),
+        ([[5]], bridge.Sampling(max_tokens=-1), "sampling.max_tokens"),
+        ([[5]], bridge.Sampling(temperature=-1.0), "sampling.temperature"),
+        ([[5]], bridge.Sampling(top_p=0.0), "sampling.top_p"),
+    ]
+    for prompts, sampling, where in bad:
+        with pytest.raises(bridge.ConfigError, match=re.escape(f"where: {where}")) as caught:
+            engine.generate(prompts, sampling)
+        assert caught.value.remedy
+    assert len(engine.generate([[vocabulary - 1], [5] * longest], short)) == 2
+    assert [len(c.token_ids) for c in engine.generate([[5]], bridge.Sampling(max_tokens=0))] == [0]

@@ -17,7 +17,8 @@ off; the paused prompt log-probabilities were bit-identical to `generate`'s):
   pool; its adapter resets caches right after pausing, so that those are free. SGLang: hand-made `Req`s through
   `ScheduleBatch.prepare_for_extend` and `model_runner.forward`, then `release_kv_cache`.
 - reset_caches. vLLM: `reset_prefix_cache(reset_running_requests=True)`. SGLang: `flush_cache().success`.
-- past_gate. Embedded: a privileged request. vLLM, SGLang: scheduling is opened for the bridge's own request alone.
+- past_gate. Embedded: a privileged request. SGLang: scheduling is opened for the bridge's own request alone. vLLM:
+  it is opened for all, and so not while there are kept requests.
 - adapters (read in the sources, not run yet). vLLM: `LoRAModel.from_lora_tensors` into the worker's LoRA manager
   (`add_adapter`, `activate_adapter`, `pin_adapter`) under an id that was never used, since its prefix cache is keyed by
   it; requests carry a `LoRARequest`; views are slices of `lora_a_stacked` and `lora_b_stacked`. SGLang:
@@ -177,7 +178,8 @@ class EngineAdapter(Protocol):
         """Sample one completion per prompt, as users do, prefix cache reads allowed. Blocks while paused, unless
         `past_gate`: the cache check runs before the engine is opened to traffic. `adapter` is "current" (what was
         published last), "base", or the name of a loaded adapter; a request keeps what it began with. Raises
-        DeadlineExceeded, and ends what has not finished, when the deadline passes (None waits)."""
+        DeadlineExceeded, and ends what has not finished, when the deadline passes (None waits); past the gate Busy,
+        where the engine's kept requests would run as well."""
         ...
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
@@ -268,6 +270,16 @@ class LivesInALoop(Protocol):
 
     def refuse_caller(self) -> None:
         """Raise ConfigError when this thread runs that loop: who blocks it would wait for itself."""
+        ...
+
+
+@runtime_checkable
+class KnowsVocabulary(Protocol):
+    """What a driver half adds whose engine breaks, or guesses, at a token id that its model does not have."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids of a prompt lie below this; None when the engine does not say."""
         ...
 
 

@@ -43,8 +43,10 @@ def take(engine: object, adapter: object, owner: str) -> None:
     state[_KEY] = mine
 
 
-def give_up(engine: object, adapter: object) -> None:
-    """Take the mark off, if it is this adapter's. Idempotent."""
+def give_up(engine: object, adapter: object) -> bool:
+    """Take the mark off, if it is this adapter's. Does nobody drive the engine now? Idempotent."""
     found = vars(engine).get(_KEY)
-    if isinstance(found, _Claim) and found._adapter() is adapter:
+    holder = found._adapter() if isinstance(found, _Claim) else None
+    if holder is adapter:
         del vars(engine)[_KEY]
+    return holder is None or holder is adapter

@@ -51,6 +51,10 @@ class EmbeddedAdapter:
         return self.engine.runner.limits.max_seq_len - 1
 
     @property
+    def vocabulary(self) -> int:
+        return self.engine.runner.model_config.vocab_size
+
+    @property
     def cache_grain(self) -> int:
         return self.engine.runner.limits.block_size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -34,9 +35,11 @@ class HttpClient:
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError for anything but `http://HOST:PORT` (or https)."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("not the address of a server", where="engine", expected="http://HOST:PORT", got=repr(url))
+        if not _is_address(url):
+            raise ConfigError(
+                "not the address of a server", where="engine", expected="http://HOST:PORT", got=repr(url),
+                remedy="give the address that the server was started on",
+            )  # fmt: skip
         self.url = url.rstrip("/")
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -71,10 +74,10 @@ class HttpClient:
                 raise HttpStatus(route, error.code, error.read(4096).decode(errors="replace")) from None
         except TimeoutError as error:
             raise self._late(route) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(getattr(error, "reason", None), TimeoutError):
                 raise self._late(route) from error
-            got = str(getattr(error, "reason", error)) or type(error).__name__
+            got = str(getattr(error, "reason", error)).strip() or type(error).__name__
             raise PeerLost("the server does not answer", where=f"{self.url}{route}", got=got) from error
         if plain:
             return None
@@ -86,3 +89,14 @@ class HttpClient:
 
     def _late(self, route: str) -> DeadlineExceeded:
         return DeadlineExceeded("the server did not answer in time", where=f"{self.url}{route}")
+
+
+def _is_address(url: str) -> bool:
+    if not url.isprintable() or " " in url:
+        return False
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:  # brackets that do not close, a port that is none
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bridge.errors import (
     Busy,
     Closed,
     ConfigError,
+    DeadlineExceeded,
     DtypeMismatch,
     DuplicateTensor,
     IntegrityError,
@@ -36,9 +38,11 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.ledger import Ledger
+from engine_side.adapters.embedded import EmbeddedAdapter
 from engine_side.loader import Loader
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.rig import Rig, refused
+from tests.rigs import refuses_what_does_not_fit
 
 Save = Callable[[Any], Path]
 GATE = "model.layers.1.mlp.gate_proj.weight"  # [80, 48]
@@ -458,6 +462,79 @@ def test_shared_memory_is_full(fresh: Callable[..., Rig], monkeypatch: pytest.Mo
     assert set(_shared_memory()) == before, "nothing may be created"
     monkeypatch.delenv("WEIGHBRIDGE_SHM_LIMIT")
     rig.good_push()
+
+
+def test_prompts_and_samplings_that_do_not_fit(rig: Rig) -> None:
+    limits = rig.engine.runner
+    refuses_what_does_not_fit(rig.b.engines[0], limits.model_config.vocab_size, limits.limits.max_seq_len - 1)
+
+
+def test_a_caller_at_a_paused_engine_waits_as_long_as_it_said(rig: Rig) -> None:
+    rig.engine.pause()
+    try:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            rig.b.engines[0].generate([[3, 1, 4]], timeout_s=0.3)
+        assert 0.2 < time.monotonic() - started < 5
+    finally:
+        rig.engine.resume()
+    assert rig.b.engines[0].generate([[3, 1, 4]], bridge.Sampling(max_tokens=2))
+
+
+@pytest.mark.parametrize("name", ["no/such name", "", ".hidden", "a" * 65])
+def test_a_name_that_is_none_is_refused_before_anything_is_made(
+    name: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr("engine_side.adapters.adapt", lambda *given: made.append(given))
+    with refused(ConfigError, 2, "not a name", "expected", "got"):
+        bridge.attach(rig.engine, name=name)
+    assert not made
+
+
+@pytest.mark.parametrize(
+    "part", ["engine_side.service.EngineService", "bridge.api.Ledger.open", "bridge.api.Coordinator"]
+)
+def test_a_refused_attach_lets_go_of_the_engine_and_tells_the_first_error(
+    part: str, fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = fresh()
+    rig.b.close()
+    closed: list[object] = []
+
+    def breaks(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("the first error")
+
+    def close(adapter: EmbeddedAdapter) -> None:
+        closed.append(adapter.engine)
+        raise bridge.PeerLost("and a second one")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part, breaks)
+        patch.setattr(EmbeddedAdapter, "close", close)
+        with pytest.raises(RuntimeError, match="the first error"):
+            bridge.attach(rig.engine)
+    assert closed == [rig.engine]
+    rig.b = bridge.attach(rig.engine, model=rig.model)
+    rig.good_push()
+
+
+def test_a_close_that_is_refused_closes_nothing(fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by an engine whose event loop runs in the calling thread."""
+    rig = fresh()
+    rig.good_push()
+
+    def refuse_caller(adapter: EmbeddedAdapter) -> None:
+        raise ConfigError("not in this thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddedAdapter, "refuse_caller", refuse_caller, raising=False)
+        with pytest.raises(ConfigError, match="not in this thread"):
+            rig.b.close()
+    rig.good_push()
+    rig.b.close()
+    with refused(Closed, 2, "closed"):
+        rig.push()
 
 
 def test_no_engine(tmp_path: Path) -> None:

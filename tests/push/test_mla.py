@@ -178,3 +178,23 @@ def test_heads_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
     make_model("deepseek-v3").save_pretrained(tmp_path)
     with pytest.raises(bridge.ConfigError, match="attention heads"):
         ModelRunner(EngineConfig(str(tmp_path), tensor_parallel_size=4), Parallel(0, 4))
+
+
+@one_rank()
+def test_wrong_absorbed_projections_are_found_without_the_canary(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention holds `kv_b_proj` where no module tree shows it: what it derived is built again all the same."""
+    rig.good_push()
+    live = {id(module) for module in rig.engine.runner.model.modules()}
+    real = AbsorbMethod.process_weights_after_loading
+
+    def faulty(self: AbsorbMethod, layer: torch.nn.Module) -> None:
+        real(self, layer)
+        if id(layer) in live:
+            layer.w_uv.data.mul_(2)
+
+    rig.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(AbsorbMethod, "process_weights_after_loading", faulty)
+        with pytest.raises(bridge.BridgeError, match="self_attn"):
+            rig.push(verify="weights")
+    assert rig.push(verify="weights").verified is True

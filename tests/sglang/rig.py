@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 
 LOADER = "engine_side.adapters.sglang.load"
+FRESH_S = 200.0
 PROMPTS = [random.Random(n).choices(range(3, 400), k=n) for n in (5, 20, 150)]
 YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
 CHANGES: dict[str, Any] = {
@@ -44,7 +47,7 @@ def start(folder: Path, *, tp: int = 1, lora: bool = False, radix: bool = True, 
         "skip_tokenizer_init": True, "dtype": "bfloat16", "disable_cuda_graph": True, "mem_fraction_static": 0.2,
         "tp_size": tp, "max_total_tokens": 4096, "context_length": 256, "disable_overlap_schedule": True,
         "log_level": "error", "disable_radix_cache": not radix, "random_seed": 0, "max_running_requests": 16,
-        "custom_weight_loader": [LOADER],
+        "custom_weight_loader": [LOADER], "sleep_on_idle": True,
     }  # fmt: skip
     with variables({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if tp == 2 else {}):
         return sglang.Engine(**{**arguments, **more})
@@ -60,7 +63,8 @@ class SglangRig:
         if hasattr(self.model.config, "hidden_activation"):  # as checkpoints have it; SGLang reads the older name
             self.model.config.hidden_act = self.model.config.hidden_activation
         self.model.save_pretrained(folder)
-        self.engine = start(folder, tp=tp, lora=lora, **more)
+        self._ways = {"tp": tp, "lora": lora, **more}
+        self.engine = start(folder, **self._ways)
         self.b = bridge.attach(self.engine, model=self.model)
         self._seed = 0
         self._first = {n: p.detach().clone() for n, p in self.model.named_parameters()}
@@ -75,17 +79,15 @@ class SglangRig:
 
     def said(self, adapter: str | None = None) -> Logprobs:
         """Prompt log-probabilities through SGLang's own `generate`."""
-        outputs = [
-            self.engine.generate(
-                input_ids=[ids],
-                sampling_params={"temperature": 0, "max_new_tokens": 1},
-                return_logprob=True,
-                logprob_start_len=0,
-                lora_path=[adapter] if adapter else None,
-            )[0]
-            for ids in PROMPTS
-        ]
-        return [[row[0] for row in out["meta_info"]["input_token_logprobs"][1:]] for out in outputs]
+        return said_by(self.engine, adapter)
+
+    def fresh(self) -> Logprobs:
+        """What SGLang itself says of the trainer's weights: an engine like this one, started from a checkpoint of
+        them. In a process of its own, since the end of one engine ends every child of the process that it is in."""
+        folder = self.folder / "fresh"
+        self.model.save_pretrained(folder)
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:
+            return other.submit(_said_by_fresh, folder, self._ways).result(FRESH_S)
 
     def wanted(self) -> Logprobs:
         wanted: Logprobs = reference_logprobs(self.model, PROMPTS)
@@ -129,8 +131,35 @@ class SglangRig:
         return str(out[0]["meta_info"]["weight_version"])
 
 
+def _said_by_fresh(folder: Path, ways: dict[str, Any]) -> Logprobs:
+    leavings = Leavings()
+    engine = start(folder, **ways)
+    try:
+        return said_by(engine)
+    finally:
+        leavings.note()
+        engine.shutdown()
+        leavings.remove()
+
+
+def said_by(engine: Any, adapter: str | None = None) -> Logprobs:
+    """Prompt log-probabilities of an engine, through SGLang's own `generate`."""
+    outputs = [
+        engine.generate(
+            input_ids=[ids],
+            sampling_params={"temperature": 0, "max_new_tokens": 1},
+            return_logprob=True,
+            logprob_start_len=0,
+            lora_path=[adapter] if adapter else None,
+        )[0]
+        for ids in PROMPTS
+    ]
+    return [[row[0] for row in out["meta_info"]["input_token_logprobs"][1:]] for out in outputs]
+
+
 def check_family(rig: SglangRig, limit: float = 0.025) -> None:
-    """Two pushes and a rollback: verified without the canary's help, and equal to transformers afterwards."""
+    """Two pushes and a rollback: verified without the canary's help, as near to transformers as SGLang is, and with one
+    rank equal to an engine that was started from a checkpoint of the same weights."""
     serving = rig.b.status().engines[0].serving or 0
     for version in (serving + 1, serving + 2):
         rig.step()
@@ -142,6 +171,8 @@ def check_family(rig: SglangRig, limit: float = 0.025) -> None:
         for rank in receipt.engines[0].ranks:
             assert not rank.canary_only
             assert "native" not in rank.strategies
+    if rig.b.status().engines[0].ranks == 1:  # four schedulers are too many for two cores
+        assert rig.said() == rig.fresh()
     rig.b.rollback()
     assert rig.off() > 2 * limit
     assert rig.version == str(serving + 1)

@@ -146,6 +146,9 @@ ARGUMENTS = [
     ({"model_path": "elsewhere"}, "model_path"),
     ({"pp_size": 2}, "pp_size"),
     ({"custom_weight_loader": ["my.loader"]}, "custom_weight_loader"),
+    ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache.*without"),
+    ({"enable_lmcache": True}, "enable_lmcache.*without"),
+    ({"enable_eplb": True}, "enable_eplb.*without"),
     ({**ON_CPU, "context_length": 999_999_999}, "context_length"),
 ]
 

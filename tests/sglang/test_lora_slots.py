@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -67,3 +68,21 @@ def test_an_adapter_that_its_user_has_unloaded(rigs: Any) -> None:
         assert not [note for note in receipt.notes if "did not resume" in note]
         assert difference(rig.said(receipt.engines[0].adapter), reference_logprobs(model, PROMPTS)) < LIMIT
     assert first not in rig.inside("adapters")
+
+
+def test_a_slot_that_a_larger_adapter_had(rigs: Any, tmp_path: Path) -> None:
+    rig = rigs.get("qwen2", lora=True)
+    names = ["big0", "big1", "big2", "big3"]
+    with adapted(rig, "q_proj", "v_proj", "down_proj", rank=8) as model:
+        model.save_pretrained(tmp_path)
+    for name in names:
+        assert rig.engine.load_lora_adapter(name, str(tmp_path)).success
+        rig.said(name)
+    try:
+        with adapted(rig, "q_proj", rank=4) as model:
+            receipt = rig.b.push(model.named_parameters(), mode="adapter")
+            assert receipt.verified is True
+            assert difference(rig.said(receipt.engines[0].adapter), reference_logprobs(model, PROMPTS)) < LIMIT
+    finally:
+        for name in names:
+            assert rig.engine.unload_lora_adapter(name).success

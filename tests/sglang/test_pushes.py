@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -162,3 +164,25 @@ def test_rollback(rig: Any) -> None:
     assert difference(rig.said(), said) > 0.1
     rig.b.rollback()
     assert rig.said() == said
+
+
+def test_who_waits_in_a_push_that_tears_the_engine_is_refused(rig: Any) -> None:
+    front = vars(rig.engine.tokenizer_manager)["_weighbridge_front"]
+
+    def late() -> None:
+        while not front._gate.shut:
+            time.sleep(0.001)
+        rig.b.engines[0].generate(PROMPTS[:1], bridge.Sampling(max_tokens=4, temperature=0.0))
+
+    rig.step()
+    rig.inside("break_write", k=5, always=True)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(late)
+        try:
+            with pytest.raises(EngineQuarantined):
+                rig.push()
+            with pytest.raises(EngineQuarantined):
+                waiting.result(10)
+        finally:
+            rig.inside("mend")
+            assert rig.push().verified is True

@@ -369,6 +369,18 @@ CASES = [
     ({"/model_info": {"weight_version": "default"}}, "another kind"),
     ({**MODEL, "/server_info": {**INFO, "version": "0.4.1"}}, ">=0.5.23"),
     ({**MODEL, "/server_info": {**INFO, "custom_weight_loader": []}}, "--custom-weight-loader engine_side"),
+    *(
+        ({**MODEL, "/server_info": {**INFO, name: value}}, f"without {name}")
+        for name, value in {
+            "enable_hierarchical_cache": True,
+            "hicache_storage_backend": "file",
+            "enable_lmcache": True,
+            "enable_flexkv": True,
+            "radix_cache_backend": "flexkv",
+            "enable_eplb": True,
+            "elastic_ep_backend": "mooncake",
+        }.items()
+    ),
     ({**MODEL, "/server_info": INFO, "/weights_checker": {"success": False, "message": "Unknown action"}}, "plugin"),
 ]
 

@@ -142,6 +142,8 @@ ARGUMENTS = [
     ({"layout": "packed"}, "layout"),
     ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
     ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
+    ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config.*without"),
+    ({"kv_offloading_size": 0.1}, "kv_offloading_size.*without"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import bridge
-from bridge.errors import Busy, ConfigError, EngineQuarantined, MissingTensor, PushAborted
+from bridge.deadline import Deadline
+from bridge.errors import Busy, ConfigError, DeadlineExceeded, EngineQuarantined, MissingTensor, PushAborted
 from tests.push.faults import Breaker
-from tests.rigs import difference
+from tests.rigs import difference, refuses_what_does_not_fit
 from tests.vllm.rig import PROMPTS
 
 pytestmark = pytest.mark.timeout(300)
@@ -99,7 +101,7 @@ def test_a_request_that_is_kept_goes_on_under_the_new_weights_over_all_of_its_to
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=24, temperature=0, detokenize=False, ignore_eos=True, logprobs=0)
-    alone = SamplingParams(max_tokens=24, temperature=0, detokenize=False, ignore_eos=True)
+    alone = sampling.clone()
     ids = PROMPTS[1]
     (under_old,) = rig.llm.generate([{"prompt_token_ids": ids}], alone, use_tqdm=False)
     old = int(rig.llm.llm_engine.get_weight_version())
@@ -108,6 +110,8 @@ def test_a_request_that_is_kept_goes_on_under_the_new_weights_over_all_of_its_to
         assert not rig.llm.llm_engine.step()
     rig.step()
     receipt = rig.push(inflight="keep")
+    (cache,) = [level for level in receipt.engines[0].ranks[0].levels if level.level == "cache"]
+    assert "kept" in str(cache.note), "to ask the cached prompt again, vLLM would have run the kept one as well"
     ((output,),) = [out.outputs for out in rig.llm.wait_for_completion(use_tqdm=False)]
     spans = [(int(span.version), int(span.start)) for span in output.weight_versions]
     assert [version for version, _ in spans] == [old, receipt.version]
@@ -119,11 +123,17 @@ def test_a_request_that_is_kept_goes_on_under_the_new_weights_over_all_of_its_to
     (fresh,) = rig.llm.generate([{"prompt_token_ids": begun}], rest, use_tqdm=False)
     assert list(output.token_ids[kept:]) == list(fresh.outputs[0].token_ids)
     assert list(output.token_ids[kept:]) != list(under_old.outputs[0].token_ids[kept:])
-    ours = [row[token].logprob for row, token in zip(output.logprobs[kept:], output.token_ids[kept:], strict=True)]
-    theirs = [
-        row[token].logprob for row, token in zip(fresh.outputs[0].logprobs, fresh.outputs[0].token_ids, strict=True)
-    ]
-    assert difference([ours], [theirs]) < 0.01
+    assert largest(scored(output)[:kept], scored(under_old.outputs[0])[:kept]) < 0.02, "sampled under the old weights"
+    assert largest(scored(output)[kept:], scored(fresh.outputs[0])) < 0.02
+
+
+def scored(output: Any) -> list[float]:
+    """What the engine said of each token that it sampled."""
+    return [row[token].logprob for row, token in zip(output.logprobs, output.token_ids, strict=True)]
+
+
+def largest(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["keep", "abort", "drain"])
@@ -184,8 +194,41 @@ def test_caches_that_are_not_reset_are_found(rig: Any, monkeypatch: pytest.Monke
 
 
 def test_two_bridges(rig: Any) -> None:
+    """The one that is refused leaves the gate of the other one where it is."""
+    gate = vars(rig.llm.llm_engine)["_weighbridge_gate"]
     with pytest.raises(Busy):
         bridge.attach(rig.llm, model=rig.model)
+    assert vars(rig.llm.llm_engine)["_weighbridge_gate"] is gate
+
+
+def test_a_refused_attach_leaves_the_engine_as_it_was(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("on purpose")
+
+    rig.b.close()
+    before = dict(vars(rig.llm.llm_engine))
+    with monkeypatch.context() as patch:
+        patch.setattr("bridge.api.Coordinator", breaks)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            bridge.attach(rig.llm)
+    assert vars(rig.llm.llm_engine) == before
+    rig.b = bridge.attach(rig.llm, model=rig.model)
+
+
+def test_prompts_and_samplings_that_do_not_fit(rig: Any) -> None:
+    config = rig.llm.llm_engine.vllm_config.model_config
+    refuses_what_does_not_fit(rig.b.engines[0], rig.model.config.vocab_size, config.max_model_len - 1)
+
+
+def test_a_caller_behind_the_gate_waits_as_long_as_it_said(rig: Any) -> None:
+    gate = vars(rig.llm.llm_engine)["_weighbridge_gate"]
+    gate.hold(Deadline.after(10))
+    try:
+        with pytest.raises(DeadlineExceeded):
+            rig.b.engines[0].generate([[5]], timeout_s=0.3)
+    finally:
+        gate.release()
+    assert rig.b.engines[0].generate([[5]], bridge.Sampling(max_tokens=1))
 
 
 def test_an_engine_asleep(rig: Any) -> None:
@@ -246,3 +289,45 @@ def test_what_is_inside_a_torn_engine_is_ended(rig: Any, monkeypatch: pytest.Mon
         with pytest.raises(EngineQuarantined):
             rolling.result(30)
     assert not rig.llm.llm_engine.has_unfinished_requests()
+
+
+def test_users_requests_inside_are_ended(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=200, temperature=0, detokenize=False, ignore_eos=True)
+    rig.llm.enqueue([{"prompt_token_ids": PROMPTS[0]}], sampling, use_tqdm=False)
+    for _ in range(6):
+        assert not rig.llm.llm_engine.step()
+
+    def torn(*_: Any) -> None:
+        raise RuntimeError("no way back")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine_side.service.EngineService._load_back", torn)
+        quarantine(rig, monkeypatch, inflight="keep")
+    engine = rig.llm.llm_engine
+    unfinished = type(engine).has_unfinished_requests(engine)
+    assert rig.push().verified is True
+    (output,) = rig.llm.wait_for_completion(use_tqdm=False)
+    assert not unfinished
+    assert output.outputs[0].finish_reason == "abort"
+
+
+def test_who_waits_is_refused(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+
+    gate = vars(rig.llm.llm_engine)["_weighbridge_gate"]
+
+    def late() -> None:
+        while not gate.held:
+            time.sleep(0.001)
+        rig.llm.enqueue([{"prompt_token_ids": PROMPTS[0]}], SamplingParams(max_tokens=4), use_tqdm=False)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(late)
+        time.sleep(0.1)
+        quarantine(rig, monkeypatch)
+        with pytest.raises(EngineQuarantined):
+            waiting.result(30)
+    engine = rig.llm.llm_engine
+    assert not type(engine).has_unfinished_requests(engine)

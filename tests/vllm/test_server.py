@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -402,6 +403,46 @@ def test_servers_that_cannot_be_driven(routes: dict[str, Any], said: str) -> Non
         finally:
             server.shutdown()
     assert caught.value.remedy
+
+
+UNREACHED = [
+    (("kv_transfer_config", "kv_connector", "LMCacheConnectorV1"), "kv_transfer_config"),
+    (("kv_transfer_config", "kv_connector", None), None),
+    (("ec_transfer_config", "ec_connector", "ECExampleConnector"), "ec_transfer_config"),
+    (("parallel_config", "enable_eplb", True), "enable_eplb"),
+]
+
+
+@pytest.mark.parametrize(("setting", "said"), UNREACHED)
+def test_what_no_push_could_take_into_account_is_refused(
+    tmp_path: Path, setting: tuple[str, str, Any], said: str | None
+) -> None:
+    """As a server's front tells it to a bridge."""
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from bridge.wire import pack, unpack
+    from engine_side.adapters.vllm.facts import Facts, check_facts, facts_of
+
+    make_model("llama").save_pretrained(tmp_path)
+    asked = EngineArgs(
+        model=str(tmp_path), skip_tokenizer_init=True, weight_transfer_config=WeightTransferConfig(backend="bridge")
+    )
+    config = asked.create_engine_config()
+    part, name, value = setting
+    holder = getattr(config, part)
+    if holder is None:
+        setattr(config, part, SimpleNamespace(**{name: value}))
+    else:
+        setattr(holder, name, value)
+    facts = unpack(pack(facts_of(config)), Facts)
+    if said is None:
+        check_facts(facts, where="x", expected="x", remedy="x")
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_facts(facts, where="x", expected="x", remedy="x")
+    assert caught.value.where == said
+    assert said in (caught.value.remedy or "")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://nobody.invalid:80", "http://"])

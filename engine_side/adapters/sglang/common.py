@@ -19,6 +19,31 @@ from engine_side.adapters.books import Books as PlainBooks
 from engine_side.adapters.sglang import LOADER
 from engine_side.adapters.sglang.scheduler import ADAPTERS, FACTS, JOB, Answer, Facts
 
+_UNREACHED = {
+    **dict.fromkeys(
+        (
+            "enable_hierarchical_cache",  # its host pool is emptied, but stores can be attached to it at any time
+            "hicache_storage_backend",
+            "enable_unified_cache_external_linker",
+            "enable_lmcache",
+            "enable_flexkv",
+            "enable_hisparse",
+            "radix_cache_backend",
+        ),
+        "it keeps KV where flush_cache does not reach: that of the old weights would outlive a push",
+    ),
+    "enable_mm_global_cache": "it keeps encoder outputs, and those of the old weights would outlive a push",
+    **dict.fromkeys(
+        ("enable_eplb", "elastic_ep_backend", "enable_paged_experts"),
+        "experts would move away from where a push's plan has found them",
+    ),
+    **dict.fromkeys(
+        ("enable_elastic_expert_backup", "kt_weight_path"),
+        "experts would also be read from where a push does not write",
+    ),
+}
+"""Arguments that are refused when set, and why."""
+
 
 @dataclass
 class Books(PlainBooks):
@@ -85,6 +110,10 @@ class SglangAdapter:
     @property
     def max_prompt(self) -> int:
         return self._known_facts().max_prompt
+
+    @property
+    def vocabulary(self) -> int:
+        return self._known_facts().vocabulary
 
     @property
     def cache_grain(self) -> int:
@@ -172,3 +201,12 @@ def _check(get: Callable[[str], Any], where: str, start: str) -> None:
         raise ConfigError(
             "not driven yet", where="disaggregation_mode", expected="null", got=get("disaggregation_mode")
         )
+    for name, why in _UNREACHED.items():
+        if get(name):
+            raise ConfigError(
+                why,
+                where=name,
+                expected="an engine without it",
+                got=repr(get(name)),
+                remedy=f"start the engine without {name}",
+            )

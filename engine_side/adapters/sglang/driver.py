@@ -44,8 +44,9 @@ class EngineAdapter(FrontedAdapter):
         return self._taken
 
     def refuse_caller(self) -> None:
-        """Raises ConfigError when this thread runs the engine's event loop."""
-        self.line.refuse_caller()
+        """Raises ConfigError when this thread runs the engine's event loop. After `close` nothing is asked of it."""
+        if self._taken is not None:
+            self._taken.refuse_caller()
 
     def claim(self, owner: str) -> None:
         """By a mark on the engine object, which knows when an adapter was forgotten instead of closed."""

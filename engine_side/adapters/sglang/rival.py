@@ -37,6 +37,7 @@ def start(folder: Path) -> Rival:
         disable_cuda_graph=True,
         disable_overlap_schedule=True,
         custom_weight_loader=[LOADER],
+        sleep_on_idle=True,  # an idle scheduler would take a core from the trainer, and so from both ways
         **({} if torch.cuda.is_available() else _ON_CPU),
     )
 

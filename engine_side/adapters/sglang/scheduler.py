@@ -25,12 +25,13 @@ _POST = "_weighbridge_post"
 
 class Facts(msgspec.Struct, frozen=True):
     """What the driver asks of a scheduler: longest prompt, tokens per cache page (0 without a prefix cache), is it
-    paused, and whether log-probabilities are those before temperature."""
+    paused, whether log-probabilities are those before temperature, and the vocabulary that token ids lie below."""
 
     max_prompt: int
     page: int
     paused: bool
     original_logprobs: bool
+    vocabulary: int
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -115,7 +116,8 @@ def _facts(scheduler: Any) -> Facts:
     rows = int(scheduler.req_to_token_pool.req_to_token.shape[1])
     longest = min(int(scheduler.max_req_input_len), rows, int(scheduler.token_to_kv_pool_allocator.size)) - 1
     page = 0 if scheduler.disable_radix_cache else int(scheduler.token_to_kv_pool_allocator.page_size)
-    return Facts(longest, page, bool(scheduler._engine_paused), bool(sampler.SGLANG_RETURN_ORIGINAL_LOGPROB))
+    paused, original = bool(scheduler._engine_paused), bool(sampler.SGLANG_RETURN_ORIGINAL_LOGPROB)
+    return Facts(longest, page, paused, original, int(scheduler.model_config.vocab_size))
 
 
 def _open(scheduler: Any, post: _Post) -> Answer:

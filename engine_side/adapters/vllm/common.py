@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.deadline import Deadline
-from bridge.errors import ConfigError, ProtocolError
+from bridge.errors import Busy, ConfigError, ProtocolError
 from bridge.lora import LoraLimits
 from bridge.wire import Completion, Sampling
 from engine_side.adapters.books import Books as PlainBooks
@@ -53,6 +53,10 @@ class VllmAdapter:
         return self.facts.max_len - 1
 
     @property
+    def vocabulary(self) -> int | None:
+        return self.facts.vocabulary or None
+
+    @property
     def cache_grain(self) -> int:
         return self.facts.block
 
@@ -86,6 +90,11 @@ class VllmAdapter:
 
 def asleep(where: str, remedy: str) -> ConfigError:
     return ConfigError("the engine is asleep or paused", where=where, got="asleep", remedy=remedy)
+
+
+def keeping(where: str) -> Busy:
+    """vLLM's scheduler runs for all or for none: what was kept would go on before a version serves."""
+    return Busy("kept requests would run as well", where=where, remedy="resume the engine first")
 
 
 def parameters(sampling: Sampling) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
@@ -17,7 +18,7 @@ from engine_side.adapters.base import Prompts
 from engine_side.adapters.books import CURRENT, check_mode, not_held, number
 from engine_side.adapters.fronted import CALL_S
 from engine_side.adapters.vllm.alive import answered, lost
-from engine_side.adapters.vllm.common import Books, VllmAdapter, asleep, completion, parameters
+from engine_side.adapters.vllm.common import Books, VllmAdapter, asleep, completion, keeping, parameters
 from engine_side.adapters.vllm.facts import check_facts, facts_of
 from engine_side.adapters.vllm.gate import Gate, running_adapters
 from engine_side.adapters.vllm.plugin import ADAPTERS, METHOD
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _BOOKS = "_weighbridge_books"
+_LATE_S = 3.0
+"""How long an engine that did not stop in time is waited for when it is told to go on."""
 
 
 class LLMAdapter(VllmAdapter):
@@ -98,8 +101,8 @@ class LLMAdapter(VllmAdapter):
         self._call(lambda: self.llm.sleep(level=0, mode="keep"))
         self._books.paused = True
 
-    def _go_on(self) -> None:
-        self._call(lambda: self.llm.wake_up(tags=["scheduling"]))
+    def _go_on(self, deadline: Deadline | None = None) -> None:
+        self._call(lambda: self.llm.wake_up(tags=["scheduling"]), deadline)
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Weights of an engine core of this process lie where the trainer's may."""
@@ -122,8 +125,8 @@ class LLMAdapter(VllmAdapter):
         """Callers wait, what runs is drained, aborted or kept; then all KV blocks are free: the canary needs them."""
         check_mode(inflight)
         self._require_awake()
-        self.gate.hold()
         try:
+            self.gate.hold(deadline)
             if inflight == "drain" and not self._books.paused:
                 self.gate.drain(deadline)
             with self.gate.between_steps(stepping_blocks=not self.in_process):
@@ -135,6 +138,8 @@ class LLMAdapter(VllmAdapter):
                 self._free_blocks()
         except BaseException:
             if not self._books.paused:
+                with suppress(BridgeError):  # a stop that came too late is done all the same, and undone after it
+                    self._go_on(Deadline.after(_LATE_S))
                 self.gate.release()
             raise
 
@@ -205,22 +210,25 @@ class LLMAdapter(VllmAdapter):
         past_gate: bool = False,
         deadline: Deadline | None = None,
     ) -> list[Completion]:
-        """Past the gate of a paused engine scheduling is opened for these requests; kept ones go on by as many steps,
-        and wait again."""
+        """Past the gate of a paused engine scheduling is opened, which is for everybody inside: raises Busy where there
+        are kept requests."""
         if not past_gate:
             self.gate.enter(deadline)
         self._require_awake()
         if sampling.max_tokens == 0:
             label = self._call(self._engine.get_weight_version)
             return [Completion((), (), "length", number(label)) for _ in prompts]
-        lora, wanted = self._lora_request(adapter), parameters(sampling)
+        wanted = parameters(sampling)
+        lora = cache(partial(self._lora_request, adapter))  # asked for once no push can begin any more
 
         def add(add_request: Any, k: int) -> str:
             name = f"bridge-{uuid4().hex}"
-            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, wanted, lora_request=lora))
+            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, wanted, lora_request=lora()))
 
         opened = self._books.paused and past_gate
         if opened:
+            if self.gate.keeps:
+                raise keeping("vllm.LLM")
             self._go_on()
         try:
             outputs = self._run(add, len(prompts), deadline, past_gate)
@@ -283,8 +291,8 @@ class LLMAdapter(VllmAdapter):
 
     def close(self) -> None:
         """The engine runs on, or goes on refusing."""
-        claim.give_up(self.llm, self)
-        self.gate.lift()
+        if claim.give_up(self.llm, self):  # else the gate is that of another bridge, which has refused us
+            self.gate.lift()
 
 
 def attach(engine: object, canonical: object = None) -> LLMAdapter | None:

@@ -15,7 +15,8 @@ _PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_pa
 
 class Facts(Message, frozen=True):
     """Lengths in tokens. `block` is one KV block, 0 without a prefix cache; `sizes` are the kinds of parallelism beside
-    tensor parallelism; `dummy` says that the weights did not come from `model`; `quantisation` is vLLM's word."""
+    tensor parallelism; `dummy` says that the weights did not come from `model`; `unreached` are the
+    arguments, with why, whose caches or moves no push could take into account; `quantisation` is vLLM's word."""
 
     backend: str | None
     ranks: int
@@ -26,7 +27,10 @@ class Facts(Message, frozen=True):
     lora: LoraLimits | None
     sizes: dict[str, int]
     draft: bool
+    unreached: dict[str, str]
     quantisation: str | None = None
+    vocabulary: int = 0
+    """Token ids lie below; 0 where vLLM does not say."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -48,8 +52,27 @@ def facts_of(config: Any) -> Facts:
         lora=None if lora is None else LoraLimits(int(lora.max_lora_rank), int(lora.max_loras)),
         sizes={name: int(getattr(config.parallel_config, name, 1)) for name in _PARALLEL},
         draft=config.speculative_config is not None,
+        unreached=_unreached(config),
         quantisation=None if config.model_config.quantization is None else str(config.model_config.quantization),
+        vocabulary=int(config.model_config.get_vocab_size()),
     )
+
+
+def _unreached(config: Any) -> dict[str, str]:
+    """vLLM itself turns `kv_offloading_size` into a connector. Resetting the prefix cache empties the block pool; few
+    connectors can be emptied, and none proves that it was: in a store that others share it could not be."""
+    found: dict[str, str] = {}
+    connector = getattr(config.kv_transfer_config, "kv_connector", None)
+    if connector is not None:
+        offloads = config.cache_config.kv_offloading_size is not None
+        name = "kv_offloading_size" if offloads else "kv_transfer_config"
+        found[name] = f"{connector} keeps KV outside vLLM's block pool, where that of the old weights outlives a push"
+    encodings = getattr(config.ec_transfer_config, "ec_connector", None)
+    if encodings is not None:
+        found["ec_transfer_config"] = f"{encodings} keeps encoder outputs: those of the old weights outlive a push"
+    if config.parallel_config.enable_eplb:
+        found["enable_eplb"] = "experts would move away from where a push's plan has found them"
+    return found
 
 
 def check_facts(facts: Facts, *, where: str, expected: str, remedy: str) -> None:
@@ -69,4 +92,8 @@ def check_facts(facts: Facts, *, where: str, expected: str, remedy: str) -> None
     if facts.draft:
         raise ConfigError(
             "a draft model would keep its old weights", where="speculative_config", expected="None", got="one"
+        )
+    for name, why in facts.unreached.items():
+        raise ConfigError(
+            why, where=name, expected="an engine without it", got="it is set", remedy=f"start the engine without {name}"
         )

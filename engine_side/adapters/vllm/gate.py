@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -30,6 +30,7 @@ class Gate:
         self.reason: str | None = None
         self._opened = threading.Condition()
         self._held = False
+        self._entering = 0
         self._stepping = threading.RLock()
         self._ours: dict[str, Any] = {}
         self._others: list[Any] = []
@@ -44,6 +45,7 @@ class Gate:
         vars(engine)[_KEY] = gate
         for way in _WAYS:
             vars(engine)[way] = getattr(gate, way)
+        one_sender_at_a_time(engine.engine_core)
         return gate
 
     def lift(self) -> None:
@@ -57,8 +59,8 @@ class Gate:
     # ---- what the engine's callers meet --------------------------------------------------------------------------
 
     def add_request(self, *args: Any, **kwargs: Any) -> Any:
-        self.enter()
-        return self._call("add_request", *args, **kwargs)
+        with self.entering(None), self._stepping:
+            return self._call("add_request", *args, **kwargs)
 
     def step(self) -> list[Any]:
         while True:
@@ -85,17 +87,42 @@ class Gate:
                 remedy="push a version that verifies",
             )
 
+    @contextmanager
+    def entering(self, deadline: Deadline | None) -> Iterator[None]:
+        """Inside, a request is handed to the engine, under what serves now: no push begins before it has arrived. Waits
+        and raises as `enter`."""
+        while True:
+            self.enter(deadline)
+            with self._opened:
+                if not self._held:
+                    self._entering += 1
+                    break
+        try:
+            yield
+        finally:
+            with self._opened:
+                self._entering -= 1
+                self._opened.notify_all()
+
     @property
     def held(self) -> bool:
         """Do callers wait?"""
         return self._held
 
+    @property
+    def keeps(self) -> bool:
+        """Does the engine hold requests that are not the bridge's own?"""
+        return any(state.external_req_id not in self._ours for state in self._states().values())
+
     # ---- what the bridge does ------------------------------------------------------------------------------------
 
-    def hold(self) -> None:
-        """From now on callers wait. What is in flight goes on until the engine itself is paused. Idempotent."""
+    def hold(self, deadline: Deadline) -> None:
+        """From now on callers wait, and whoever was on the way in has arrived. What is in flight goes on until the
+        engine itself is paused. Idempotent. Raises DeadlineExceeded, and holds."""
         with self._opened:
             self._held = True
+            if not self._opened.wait_for(lambda: not self._entering, deadline.remaining_s):
+                raise DeadlineExceeded("requests on their way into the engine did not arrive", where="vllm.LLM")
 
     def release(self) -> None:
         """Callers go on. Idempotent."""
@@ -136,7 +163,7 @@ class Gate:
         engine = self._live()
         states = {
             name: state
-            for name, state in engine.output_processor.request_states.items()
+            for name, state in self._states().items()
             if state.external_req_id not in self._ours and (adapters is None or state.lora_name in adapters)
         }
         for state in states.values():
@@ -158,10 +185,9 @@ class Gate:
         EngineQuarantined and PeerLost, and ends the requests."""
         ids: list[str] = []
         try:
-            if not past:
-                self.enter(deadline)
-            for k in range(count):
-                ids.append(add(self._add_ours, k))
+            with nullcontext() if past else self.entering(deadline):
+                for k in range(count):
+                    ids.append(add(self._add_ours, k))
             while self._waits_for(ids):
                 if deadline is not None:
                     deadline.check("requests of the bridge did not finish")
@@ -192,8 +218,13 @@ class Gate:
 
     def _add_ours(self, request_id: str, *args: Any, **kwargs: Any) -> str:
         self._ours[request_id] = None
-        self._call("add_request", request_id, *args, **kwargs)
+        with self._stepping:
+            self._call("add_request", request_id, *args, **kwargs)
         return request_id
+
+    def _states(self) -> dict[str, Any]:
+        """What the engine has not finished, as of now: callers add to it meanwhile."""
+        return dict(self._live().output_processor.request_states)
 
     def _step(self) -> list[Any]:
         """One step of the engine; outputs that are not ours."""
@@ -220,7 +251,26 @@ class Gate:
         return engine
 
 
+def one_sender_at_a_time(core: Any) -> None:
+    """A client of an engine core in another process sends through one ZeroMQ socket, which two threads at once break:
+    the process aborts, or the core's input ends. The bridge pushes from a thread of its own beside the user's."""
+    send = getattr(core, "_send_input", None)
+    if send is None or isinstance(send, _OneAtATime):
+        return
+    core._send_input = _OneAtATime(send)
+
+
+class _OneAtATime:
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return self._call(*args, **kwargs)
+
+
 def running_adapters(engine: Any) -> Sequence[str]:
     """Names of the adapters that some running or waiting request uses."""
-    states = engine.output_processor.request_states.values()
-    return [state.lora_name for state in states if state.lora_name is not None]
+    states = dict(engine.output_processor.request_states)
+    return [state.lora_name for state in states.values() if state.lora_name is not None]

@@ -11,7 +11,7 @@ from engine_side.adapters import front_messages as msg
 from engine_side.adapters.base import Prompts
 from engine_side.adapters.books import CURRENT, check_mode, not_held
 from engine_side.adapters.fronted import CALL_S, Fronted
-from engine_side.adapters.vllm.common import VllmAdapter, asleep
+from engine_side.adapters.vllm.common import VllmAdapter, asleep, keeping
 from engine_side.adapters.vllm.facts import Facts
 from engine_side.adapters.vllm.lines import Line
 from engine_side.adapters.vllm.plugin import METHOD
@@ -121,10 +121,13 @@ class AsyncAdapter(Fronted, VllmAdapter):
         past_gate: bool = False,
         deadline: Deadline | None = None,
     ) -> list[Completion]:
-        """Past the gate of a paused engine scheduling is opened for these requests; kept ones go on by as many steps,
-        and wait again."""
-        opened = past_gate and self.state().paused
+        """Past the gate of a paused engine scheduling is opened, which is for everybody inside: raises Busy where there
+        are kept requests."""
+        state = self.state(deadline) if past_gate else None
+        opened = state is not None and state.paused
         if opened:
+            if state is not None and state.unfinished:
+                raise keeping(self.where)
             self._call("resume_generation")
         try:
             return self._completions(prompts, sampling, adapter, past_gate, deadline)
