@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping, Set
+from numbers import Real
 from typing import Any
 
 import msgspec
@@ -27,14 +28,14 @@ def asked(prompts: object, sampling: object, adapter: object, timeout_s: object)
             "an adapter is asked for by name", where="adapter", expected="'current', 'base' or its name",
             got=repr(adapter), remedy="leave it out for what was pushed last",
         )  # fmt: skip
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real) or not float(timeout_s) > 0:
         raise ConfigError(
             "a deadline must be positive", where="timeout_s", expected="seconds", got=repr(timeout_s),
             remedy="leave it out for 600 seconds",
         )  # fmt: skip
     rows = enumerate(_iterate(prompts, "prompts"))
     ids = tuple(_token_ids(prompt, f"prompt {index}") for index, prompt in rows)
-    return EngineGenerate(ids, _checked(sampling), adapter, float(min(timeout_s, _LONGEST_S)))
+    return EngineGenerate(ids, _checked(sampling), adapter, min(float(timeout_s), _LONGEST_S))
 
 
 def _token_ids(prompt: object, where: str) -> tuple[int, ...]:

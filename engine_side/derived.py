@@ -33,14 +33,18 @@ class DerivedState:
         return tuple(path for path, choices in self._from.items() if choices)
 
     def wrong(self, slot: int) -> Iterator[tuple[str, str, str]]:
-        """(path, class, why) of every derived module that does not hold what the arena's weights give. Builds one
-        skeleton; gives memory to the modules that one derived module is made from at a time."""
+        """(path, class, why) of every derived module that does not hold what the arena's weights give. Builds a
+        skeleton, another one where two derive from the same weights, and gives memory to what they are made from."""
         if not self.paths:
             return
-        skeleton = self._loader.host.skeleton()
+        skeleton, used = self._loader.host.skeleton(), set[str]()
         for path, live in self._loader.derived:
-            if not self._from[path]:
+            sources = {choice.path for choice in self._from[path]}
+            if not sources:
                 continue
+            if not used.isdisjoint(sources):  # they have been through their post-load step
+                skeleton, used = self._loader.host.skeleton(), set()
+            used |= sources
             made = self._made(skeleton, path, live, slot)
             if not made:
                 self._forget_its_like(path, live)

@@ -57,7 +57,10 @@ class Outputs:
             prompt = self._long_enough([token for row in request.reference.prompts for token in row])
             self._floor = request.canary_floor
             which = "base" if request.adapter is None else "current"
-            (said,) = self._adapter.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
+            try:
+                (said,) = self._adapter.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
+            except Busy:  # it is paused still, and keeps requests
+                return
             self._cached, self._expected = prompt, said.token_ids
 
     def _long_enough(self, tokens: list[int]) -> list[int]:

@@ -47,9 +47,7 @@ from bridge.errors import (
     Busy,
     CanaryMismatch,
     ConfigError,
-    DeadlineExceeded,
     EngineQuarantined,
-    PeerLost,
     ProtocolError,
     TransportError,
 )
@@ -345,10 +343,11 @@ class EngineService:
         return EngineOk(self._report())
 
     def _serve(self, version: int, adapter: str | None, deadline: Deadline) -> None:
-        """`_publish`; an engine that was only late, a second time."""
+        """`_publish`, a second time for an engine that was only late or whose connection broke: who is gone says so
+        again."""
         try:
             self._publish(version, adapter)
-        except DeadlineExceeded as error:
+        except TransportError as error:
             if deadline.expired:
                 raise
             log.warning("%s is asked once more to serve version %d: %s", self.id, version, error)
@@ -449,7 +448,7 @@ class EngineService:
         if serving:
             try:
                 self.adapter.pause("keep", deadline)
-            except TransportError:  # it may still fall asleep, or have closed its door
+            except Exception:  # it may still fall asleep, or have closed its door
                 self._go_on()
                 raise
         try:
@@ -459,12 +458,10 @@ class EngineService:
                 self._go_on()
 
     def _go_on(self) -> None:
-        """Asked a second time where it was not lost; after that nobody may wait for it."""
+        """Asked a second time; after that nobody may wait for it."""
         try:
             try:
                 self.adapter.resume()
-            except PeerLost:
-                raise
             except Exception as error:  # the engine's own code runs here
                 log.warning("%s is asked once more to go on after an examination: %s", self.id, error)
                 self.adapter.resume()

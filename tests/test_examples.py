@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bridge import daemon
+from bridge.procs import started_at
 
 ROOT = Path(__file__).parents[1]
 Start = Callable[..., subprocess.CompletedProcess[str]]
@@ -31,10 +32,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory, _own_shared_memory: No
     token = home / "weighbridge" / "_ray" / "token"
     found["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("another-home"))
     yield {**found, "RAY_ADDRESS": ray["address"], "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    assert Path(f"/proc/{ray['pid']}").exists(), "one of them stopped a Ray that it had not started"
+    assert started_at(ray["pid"]) is not None, "one of them stopped a Ray that it had not started"
     found["XDG_STATE_HOME"] = str(home)
     subprocess.run([sys.executable, "-c", "from bridge import daemon; daemon.stop_ray()"], env=found, check=True)
-    assert not Path(f"/proc/{ray['pid']}").exists()
+    assert started_at(ray["pid"]) is None
 
 
 @pytest.fixture

@@ -23,9 +23,10 @@ ASKED = bridge.Sampling(max_tokens=200, temperature=0.0)
 
 
 @pytest.fixture
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+def rig(request: pytest.FixtureRequest, tmp_path: Path, rigs: Any) -> Iterator[Any]:
     from tests.vllm.rig import VllmRig
 
+    rigs.close()  # while an engine core lives in this process, vLLM remembers that all of them are to
     made = VllmRig(tmp_path, "qwen2-tied", how=request.param)
     yield made
     made.close()

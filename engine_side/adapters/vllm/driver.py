@@ -125,6 +125,7 @@ class LLMAdapter(VllmAdapter):
         """Callers wait, what runs is drained, aborted or kept; then all KV blocks are free: the canary needs them."""
         check_mode(inflight)
         self._require_awake()
+        paused = self._books.paused
         try:
             self.gate.hold(deadline)
             if inflight == "drain" and not self._books.paused:
@@ -137,11 +138,18 @@ class LLMAdapter(VllmAdapter):
                 self._stop()
                 self._free_blocks()
         except BaseException:
-            if not self._books.paused:
-                with suppress(BridgeError):  # a stop that came too late is done all the same, and undone after it
-                    self._go_on(Deadline.after(_LATE_S))
-                self.gate.release()
+            if not paused:
+                self._undo_pause()
             raise
+
+    def _undo_pause(self) -> None:
+        """Also of a stop that came too late: it is done all the same, and this after it."""
+        try:
+            with suppress(BridgeError):
+                self._go_on(Deadline.after(_LATE_S))
+            self._books.paused = False
+        finally:
+            self.gate.release()
 
     def resume(self) -> None:
         if self._books.paused:

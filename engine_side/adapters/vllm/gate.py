@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import ref
+from weakref import WeakMethod, ref
 
 from bridge.deadline import Deadline
 from bridge.errors import DeadlineExceeded, EngineQuarantined
@@ -111,8 +111,8 @@ class Gate:
 
     @property
     def keeps(self) -> bool:
-        """Does the engine hold requests that are not the bridge's own?"""
-        return any(state.external_req_id not in self._ours for state in self._states().values())
+        """Does the engine hold requests, rollouts asked of the bridge among them?"""
+        return bool(self._states())
 
     # ---- what the bridge does ------------------------------------------------------------------------------------
 
@@ -203,7 +203,8 @@ class Gate:
             for name in ids:
                 self._ours.pop(name, None)
             if unfinished:
-                self._live().abort_request(unfinished)
+                with self._stepping:
+                    self._live().abort_request(unfinished)
 
     def _waits_for(self, ids: Iterable[str]) -> bool:
         return any(self._ours[name] is None for name in ids)
@@ -261,13 +262,18 @@ def one_sender_at_a_time(core: Any) -> None:
 
 
 class _OneAtATime:
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
+    """Over a method of the object that it hangs on: it must not keep that alive, whose end ends the core's process."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = WeakMethod(send)
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        send = self._send()
+        if send is None:
+            raise EngineQuarantined("the engine is gone", where="vllm.LLM", got="it was deleted")
         with self._lock:
-            return self._call(*args, **kwargs)
+            return send(*args, **kwargs)
 
 
 def running_adapters(engine: Any) -> Sequence[str]:
