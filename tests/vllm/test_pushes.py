@@ -162,6 +162,24 @@ def test_requests_in_flight(rig: Any, mode: str) -> None:
             assert (len(first.token_ids), first.finish_reason, served) == (30, "length", [old])
 
 
+@pytest.mark.parametrize("mode", ["keep", "abort", "drain"])
+def test_rollouts_in_flight(rig: Any, mode: str) -> None:
+    """Those that were asked of the bridge are requests like others."""
+    old = int(rig.llm.llm_engine.get_weight_version())
+    asked = bridge.Sampling(max_tokens=150, temperature=0.0)
+    with ThreadPoolExecutor(1) as pool:
+        rolling = pool.submit(rig.b.engines[0].generate, PROMPTS[:2], asked)
+        while not (rig.llm.llm_engine.has_unfinished_requests() or rolling.done()):
+            pass
+        rig.step()
+        receipt = rig.push(inflight=mode)
+        said = rolling.result(60)
+    assert receipt.verified is True
+    assert [one.weight_version for one in said] == [old, old]
+    assert [one.finish_reason for one in said] == ["abort" if mode == "abort" else "length"] * 2
+    assert all((len(one.token_ids) == 150) is (mode != "abort") for one in said)
+
+
 def test_a_thread_that_generates_meanwhile(rig: Any) -> None:
     """It waits while the weights change hands, and sees one version after the other."""
     said: list[Any] = []

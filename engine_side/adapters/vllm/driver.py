@@ -189,7 +189,7 @@ class LLMAdapter(VllmAdapter):
             return
         try:
             with self.gate.between_steps(stepping_blocks=not self.in_process):
-                self.gate.abort()
+                self.gate.abort(rollouts=False)  # they learn by themselves, and why
                 self._stop()
         except (PeerLost, DeadlineExceeded) as error:
             log.warning("the engine could not be paused: %s", error)

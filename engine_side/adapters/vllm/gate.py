@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakMethod, ref
 
@@ -33,6 +34,7 @@ class Gate:
         self._entering = 0
         self._stepping = threading.RLock()
         self._ours: dict[str, Any] = {}
+        self._privileged: set[str] = set()
         self._others: list[Any] = []
 
     @classmethod
@@ -155,22 +157,24 @@ class Gate:
             if not self._call("has_unfinished_requests") and self._ready(0.0):
                 self._others += self._step()
 
-    def abort(self, adapters: Container[str] | None = None) -> None:
+    def abort(self, adapters: Container[str] | None = None, *, rollouts: bool = True) -> None:
         """End what runs or waits (with `adapters`: what uses one of these); its callers get what there is, marked as
-        aborted. The bridge's own requests are left alone."""
+        aborted. What runs past the gate is left alone; without `rollouts` all that was asked of the bridge is."""
         from vllm.v1.engine import FinishReason
 
         engine = self._live()
-        states = {
-            name: state
-            for name, state in self._states().items()
-            if state.external_req_id not in self._ours and (adapters is None or state.lora_name in adapters)
-        }
-        for state in states.values():
-            output = state.make_request_output([], None, FinishReason.ABORT, None)
-            if output is not None:
-                self._others.append(output)
-        engine.abort_request(list(states), internal=True)
+        with self._stepping:
+            alone = self._privileged if rollouts else self._ours
+            states = {
+                name: state
+                for name, state in self._states().items()
+                if state.external_req_id not in alone and (adapters is None or state.lora_name in adapters)
+            }
+            for state in states.values():
+                output = state.make_request_output([], None, FinishReason.ABORT, None)
+                if output is not None:
+                    self._others += self._sort([output])
+            engine.abort_request(list(states), internal=True)
 
     def run(
         self,
@@ -187,7 +191,7 @@ class Gate:
         try:
             with nullcontext() if past else self.entering(deadline):
                 for k in range(count):
-                    ids.append(add(self._add_ours, k))
+                    ids.append(add(partial(self._add_ours, past), k))
             while self._waits_for(ids):
                 if deadline is not None:
                     deadline.check("requests of the bridge did not finish")
@@ -202,6 +206,7 @@ class Gate:
             unfinished = [name for name in ids if self._ours.get(name) is None]
             for name in ids:
                 self._ours.pop(name, None)
+            self._privileged.difference_update(ids)
             if unfinished:
                 with self._stepping:
                     self._live().abort_request(unfinished)
@@ -217,8 +222,10 @@ class Gate:
         lock. Raises PeerLost."""
         return has_output(self._live().engine_core, wait_s, "vllm.LLM")
 
-    def _add_ours(self, request_id: str, *args: Any, **kwargs: Any) -> str:
+    def _add_ours(self, past: bool, request_id: str, *args: Any, **kwargs: Any) -> str:
         self._ours[request_id] = None
+        if past:
+            self._privileged.add(request_id)
         with self._stepping:
             self._call("add_request", request_id, *args, **kwargs)
         return request_id
