@@ -17,7 +17,7 @@ from uuid import uuid4
 from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.wire import Completion
 from engine_side.adapters import front_messages as msg
-from engine_side.adapters.books import not_held
+from engine_side.adapters.books import CURRENT, not_held
 from engine_side.adapters.front import BaseFront, failed, quarantined
 from engine_side.adapters.sglang.common import Books, read_answer
 from engine_side.adapters.sglang.gate import Gate, Refused
@@ -183,6 +183,8 @@ class Front(BaseFront):
         await self._resolve(asked)
 
     async def _asked_for(self, asked: msg.Generate) -> str | None:
+        if asked.adapter == CURRENT and not asked.past_gate and self._manager.server_args.enable_lora:
+            return CURRENT  # resolved behind the gate: a push may begin before the request is there
         name = self.books.meant(asked.adapter)
         if name is None:
             return None
