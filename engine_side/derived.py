@@ -22,7 +22,8 @@ class DerivedState:
         self._loader = loader
         self._from = {path: self._below(path) for path, _ in loader.derived}
         """Path -> the modules whose weights are given to it; empty where it is not looked at."""
-        self._tried = {path for path, choices in self._from.items() if choices}
+        self._below_known = frozenset(path for path, choices in self._from.items() if choices)
+        self._tried = set(self._below_known)
         for path in self._from.keys() - self._tried:
             # It may hold what it derives from where no module tree shows it. Whether it does is seen at the first look.
             self._from[path] = self._known_to_fill(loader.sources_of[path])
@@ -76,11 +77,15 @@ class DerivedState:
                 host.post_load(skeleton.get_submodule(choice.path))
             before = reachable(module)[0]
             host.post_load(module)
-        return {
+        made = {
             name: tensor
             for name, tensor in reachable(module)[0].items()
             if tensor is not before.get(name) and tensor.device.type != "meta"
         }
+        if path in self._below_known:
+            return made
+        # what was there before may as well be a constant, of which a skeleton knows nothing
+        return {name: tensor for name, tensor in made.items() if name not in before}
 
     def _forget_its_like(self, path: str, live: nn.Module) -> None:
         """What one module of a kind does not keep, none does: many engines have a step that only sets flags in every

@@ -93,6 +93,8 @@ def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> Non
             pass
         assert rig.b.push(model.named_parameters(), mode="merged", inflight="keep").verified is True
         (said,) = rolling.result(60)
+    model.unload()
+    rig.b.bind(rig.model)
     assert said.finish_reason == "abort", "an adapter over weights that have it merged in would act twice"
 
 

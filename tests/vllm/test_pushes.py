@@ -204,11 +204,18 @@ def test_a_thread_that_generates_meanwhile(rig: Any) -> None:
 
 
 def test_caches_that_are_not_reset_are_found(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig.step()
+    """By one token's log-probability, which by chance may be the same over old KV: three steps show it."""
+    found = 0
     with monkeypatch.context() as patch:
         patch.setattr(type(rig.llm.llm_engine), "reset_prefix_cache", lambda *_, **__: True)
-        with pytest.raises(PushAborted, match="cache"):
-            rig.push()
+        for _ in range(3):
+            rig.step()
+            try:
+                rig.push()
+            except PushAborted as error:
+                found += 1
+                assert "cache" in str(error)
+    assert found
 
 
 def test_two_bridges(rig: Any) -> None:
