@@ -77,27 +77,6 @@ def test_adapters_and_the_base_below_them(rigs: Any, tmp_path: Path, family: str
     assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
 
 
-def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> None:
-    import peft
-
-    rig = rigs.get("qwen2", lora=True, how="inproc")
-    model = peft.get_peft_model(rig.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
-    jiggle(model, 5)
-    rig.b.bind(model)
-    assert rig.b.push(model.named_parameters(), mode="base").verified is True
-    assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
-    asked = bridge.Sampling(max_tokens=200, temperature=0.0)
-    with ThreadPoolExecutor(1) as pool:
-        rolling = pool.submit(rig.b.engines[0].generate, PROMPTS[:1], asked)
-        while not (rig.llm.llm_engine.has_unfinished_requests() or rolling.done()):
-            pass
-        assert rig.b.push(model.named_parameters(), mode="merged", inflight="keep").verified is True
-        (said,) = rolling.result(60)
-    model.unload()
-    rig.b.bind(rig.model)
-    assert said.finish_reason == "abort", "an adapter over weights that have it merged in would act twice"
-
-
 def test_users_adapters_that_are_idle_make_room(rigs: Any, tmp_path: Path) -> None:
     """Three slots, all taken: the one used least recently leaves, and comes back when it is asked for. Pinned ones
     stay; where only such are left, their numbers are named, and "auto" does without an adapter."""
@@ -134,6 +113,28 @@ def test_users_adapters_that_are_idle_make_room(rigs: Any, tmp_path: Path) -> No
         rig.b.push(model.named_parameters(), mode="adapter")
     for user in users:
         engine.remove_lora(user.lora_int_id)
+
+
+def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> None:
+    import peft
+
+    rig = rigs.get("qwen2", lora=True, how="inproc")
+    model = peft.get_peft_model(rig.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    jiggle(model, 5)
+    rig.b.bind(model)
+    assert rig.b.push(model.named_parameters(), mode="base").verified is True
+    assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
+    asked = bridge.Sampling(max_tokens=200, temperature=0.0)
+    with ThreadPoolExecutor(1) as pool:
+        rolling = pool.submit(rig.b.engines[0].generate, PROMPTS[:1], asked)
+        while not (rig.llm.llm_engine.has_unfinished_requests() or rolling.done()):
+            pass
+        assert rig.b.push(model.named_parameters(), mode="merged", inflight="keep").verified is True
+        (said,) = rolling.result(60)
+    model.unload()
+    rig.b.bind(rig.model)
+    assert rig.push().verified is True
+    assert said.finish_reason == "abort", "an adapter over weights that have it merged in would act twice"
 
 
 def test_an_llm_without_the_backend_is_told_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
