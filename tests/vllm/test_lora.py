@@ -113,6 +113,7 @@ def test_users_adapters_that_are_idle_make_room(rigs: Any, tmp_path: Path) -> No
         rig.b.push(model.named_parameters(), mode="adapter")
     for user in users:
         engine.remove_lora(user.lora_int_id)
+    model.unload()
 
 
 def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> None:
