@@ -27,7 +27,10 @@ class WithLoader:
         return getattr(self._arguments, name)
 
 
-def test_an_engine_without_the_loader_or_the_plugin_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_the_loader_or_the_plugin_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rigs: Any
+) -> None:
+    rigs.close()  # the end of one engine ends every child of this process, those of another one too
     leavings = Leavings()
     make_model("llama").save_pretrained(tmp_path)
     monkeypatch.setenv("SGLANG_PLUGINS", "weighbridge_cpu_shims")
