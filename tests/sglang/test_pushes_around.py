@@ -99,14 +99,10 @@ def test_attached_after_the_loop_of_a_rollout_was_closed(rig: Any) -> None:
 
 
 def test_attached_from_within_a_loop_that_ends(rig: Any) -> None:
-    rig.b.close()
-    manager = rig.engine.tokenizer_manager
-    rig.engine.loop.run_until_complete(end_tasks(manager))
-    manager.event_loop = None
+    unattached(rig)
 
     async def rollout() -> None:
-        assert await ask(rig) == 6
-        rig.b = await asyncio.to_thread(bridge.attach, rig.engine, model=rig.model)
+        await attached_here(rig)
         rig.step()
         assert (await asyncio.to_thread(rig.push)).verified is True
         assert await ask(rig) == 6
@@ -119,14 +115,10 @@ def test_attached_from_within_a_loop_that_ends(rig: Any) -> None:
 
 def test_a_push_from_within_the_engines_own_loop_is_refused_at_once(rig: Any) -> None:
     """It would wait for schedulers whose answers only this loop can take."""
-    rig.b.close()
-    manager = rig.engine.tokenizer_manager
-    rig.engine.loop.run_until_complete(end_tasks(manager))
-    manager.event_loop = None
+    unattached(rig)
 
     async def rollout() -> None:
-        assert await ask(rig) == 6
-        rig.b = await asyncio.to_thread(bridge.attach, rig.engine, model=rig.model)
+        await attached_here(rig)
         rig.step()
         started = time.monotonic()
         for blocking in (rig.push, rig.b.health, rig.b.rollback):
@@ -144,14 +136,10 @@ def test_a_push_from_within_the_engines_own_loop_is_refused_at_once(rig: Any) ->
 
 def test_closing_from_within_the_engines_own_loop_is_refused_at_once(rig: Any) -> None:
     """And closes nothing: another thread can close it afterwards."""
-    rig.b.close()
-    manager = rig.engine.tokenizer_manager
-    rig.engine.loop.run_until_complete(end_tasks(manager))
-    manager.event_loop = None
+    unattached(rig)
 
     async def rollout() -> None:
-        assert await ask(rig) == 6
-        rig.b = await asyncio.to_thread(bridge.attach, rig.engine, model=rig.model)
+        await attached_here(rig)
         rig.step()
         started = time.monotonic()
         with pytest.raises(ConfigError, match="to_thread"):
@@ -210,6 +198,20 @@ def test_a_caller_waits_as_long_as_it_said(rig: Any) -> None:
     while rig.engine.tokenizer_manager.rid_to_state and time.monotonic() < until:
         time.sleep(0.05)
     assert not rig.engine.tokenizer_manager.rid_to_state, "what has not finished is ended"
+
+
+def unattached(rig: Any) -> None:
+    """No bridge, and an engine that takes the next loop for its own."""
+    rig.b.close()
+    manager = rig.engine.tokenizer_manager
+    rig.engine.loop.run_until_complete(end_tasks(manager))
+    manager.event_loop = None
+
+
+async def attached_here(rig: Any) -> None:
+    """The engine takes this loop, then a bridge."""
+    assert await ask(rig) == 6
+    rig.b = await asyncio.to_thread(bridge.attach, rig.engine, model=rig.model)
 
 
 async def end_tasks(manager: Any) -> None:
