@@ -71,7 +71,7 @@ class DerivedState:
             for choice in self._from[path]:
                 source = skeleton.get_submodule(choice.path)
                 materialise(source, self._loader.decided.live[choice.path], {}, {}, [])
-                for name, value in self._loader.values(choice, slot).items():
+                for name, value in self._loader.canonical.values(choice, slot).items():
                     tensor_of(source, name).detach().copy_(value)
             for choice in self._from[path]:
                 host.post_load(skeleton.get_submodule(choice.path))

@@ -9,6 +9,7 @@ time; blocks; no collectives of its own (an engine's post-load may have some, so
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,21 +23,19 @@ from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
 from bridge.jobs import RankBake
 from bridge.manifest import Manifest, TensorInfo
 from bridge.memory import uncollected
-from bridge.plan import Fill, Move, Region, dense
 from engine_side.adapters.base import RankHost
 from engine_side.bake import Baked, bake, bind, side_by_side, stand_ins
+from engine_side.canonical import Canonical, Slot
 from engine_side.copies import Batch, Pair, batches, pair, run_all
 from engine_side.diagnose import LOADER_ERRORS
+from engine_side.explain import explain
 from engine_side.inplace import AttributeSnapshot, Outcome, held
 from engine_side.kept import Kept
-from engine_side.layout import Stored, flat
+from engine_side.loan import Loan
 from engine_side.strategies import Choice, Decided, Strategy, decide
 from engine_side.together import torn
 from engine_side.tree import Replaced, Tree
-from engine_side.twins import Cluster, Role, Twin, device_of, graft, redo
-
-Slot = Sequence[torch.Tensor]
-"""The tensors of one version in manifest order: views of the arena."""
+from engine_side.twins import Cluster, Twin, graft, redo
 
 
 @dataclass(frozen=True)
@@ -125,16 +124,11 @@ class Loader:
         with uncollected():
             self.decided: Decided = decide(host, self.baked)
         self.problems = tuple(_packed_in_part(self.baked, self.decided))
-        self._moves: dict[str, list[Move]] = {}
-        self._fills: dict[str, list[Fill]] = {}
-        for move in self.baked.plan.moves:
-            self._moves.setdefault(move.target, []).append(move)
-        for fill in self.baked.plan.fills:
-            self._fills.setdefault(fill.target, []).append(fill)
-        self._whole = {t.path for t in self.baked.plan.targets} - self.baked.coverage.holes.keys()
-        """Targets of which every element comes from the arena."""
+        self.canonical = Canonical(self.baked, self.decided, self.pool, self.threads)
         self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self._feeds: dict[str, frozenset[int]] = {}
+        self._hoarded: defaultdict[str, set[str]] = defaultdict(set)
+        """Path of a module -> what its post-load step was lent and kept, unlike on its twin; not lent again."""
         template = self.decided.twins.template
         self.derived = tuple(bind(template, host.model, self.decided.derived).items())
         """(path, live module) of those without weights whose post-load step derives something from others."""
@@ -173,17 +167,7 @@ class Loader:
 
     def explain(self, name: str) -> tuple[dict[str, str], ...]:
         """Where one canonical tensor goes: a row per move (tensor, parameter, regions, module, strategy, reason)."""
-        rows: list[dict[str, str]] = []
-        aliases = {alias: info.name for info in self.baked.infos for alias in info.aliases}
-        wanted = aliases.get(name, name)
-        for path, choice in self.decided.choices.items():
-            cluster = self.decided.clusters[path]
-            for attribute, role in self._places(choice):
-                target = cluster.targets[role]
-                for move in self._moves.get(target, ()):
-                    if move.tensor == wanted:
-                        rows.append(_row(name, move, choice, attribute))
-        return tuple(rows)
+        return explain(self.baked, self.canonical, name)
 
     def replaced(self) -> list[Replaced]:
         """Where the live tree has other modules than those that the plan was bound to. About 60 ns per module."""
@@ -197,7 +181,7 @@ class Loader:
         ]
 
     def _sources(self, target: str) -> frozenset[int]:
-        return frozenset(self.mapped.index[move.tensor] for move in self._moves.get(target, ()))
+        return frozenset(self.mapped.index[move.tensor] for move in self.canonical.moves.get(target, ()))
 
     def lost(self, replaced: Iterable[Replaced]) -> list[Choice]:
         """The modules of the plan that hang, or hung, below what was replaced."""
@@ -243,6 +227,7 @@ class Loader:
 
     def _compile_all(self, mapped: _Map) -> None:
         self._map, index = mapped, mapped.index
+        self.canonical.map(mapped.slots, index)
         self._feeds = {c.path: self._fed_by(c, index) for c in self.decided.choices.values()}
         bound = {id(module) for module in self.decided.live.values()}
         self.snapshot = AttributeSnapshot.take(self.host.model, bound)
@@ -262,7 +247,7 @@ class Loader:
         self._absent: list[tuple[Choice, str, int]] = []
         for choice in self.decided.choices.values():
             module = self.decided.live[choice.path]
-            for name, role in self._places(choice):
+            for name, role in self.canonical.places(choice):
                 tensor = held(module, name)
                 if tensor is None and choice.direct and choice.stored[name].readable:
                     self._absent.append((choice, name, role))
@@ -273,7 +258,6 @@ class Loader:
                     self._watches.append(_Watch(path, registry, name, tensor, tensor.data_ptr()))
         self._bound = [watch.tensor for watch in self._watches]
         self._addresses = [watch.address for watch in self._watches]
-        self._written_directly = set(self._addresses)
 
     def _in_place(self) -> bool:
         """Do all bound tensors hang and lie where they did? About 0.4 us each."""
@@ -294,13 +278,13 @@ class Loader:
         seen: set[tuple[int, str]] = set()
         for choice in choices:
             module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
-            for name, role in self._places(choice):
+            for name, role in self.canonical.places(choice):
                 stored, live = choice.stored[name], held(module, name)
                 target = cluster.targets[role]
                 if live is None or not stored.readable or (live.data_ptr(), target) in seen:
                     continue
                 seen.add((live.data_ptr(), target))
-                for move in self._moves.get(target, ()):
+                for move in self.canonical.moves.get(target, ()):
                     tensor = self.mapped.index[move.tensor]
                     sent = self.mapped.slots[slot][tensor]
                     for at, of in stored.locate(move.dest, move.source) or ():
@@ -325,9 +309,9 @@ class Loader:
         """(target, live view, value) of every fill that lies in readable storage."""
         for choice in self.decided.choices.values():
             module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
-            for name, role in self._places(choice):
+            for name, role in self.canonical.places(choice):
                 live, stored = held(module, name), choice.stored[name]
-                for fill in self._fills.get(cluster.targets[role], ()):
+                for fill in self.canonical.fills.get(cluster.targets[role], ()):
                     if live is None:
                         continue
                     for at, _ in stored.locate(fill.dest, fill.dest) or ():
@@ -381,6 +365,7 @@ class Loader:
         outcomes: dict[str, Outcome] = {}
         done: list[str] = []
         written = 0
+        self.canonical.begin(self._addresses)
         for choice in self._rebuilt:
             if wanted is not None and wanted.isdisjoint(self._feeds[choice.path]):
                 continue
@@ -401,14 +386,30 @@ class Loader:
     def _rebuild_one(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
         module = self.decided.live[choice.path]
         if choice.strategy is Strategy.REDO:
-            values = self.values(choice, slot, reuse=True)
-            template = self.decided.twins.template.get_submodule(choice.path)
-            outcomes = redo(self.host, module, template, values)
-            return outcomes, sum(v.numel() * v.element_size() for v in values.values())
+            return self._redo(choice, slot)
         twin, k = self.twin(choice, slot)
         return graft(twin.modules[k], twin.before[k], module), sum(
             t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
         )
+
+    def _redo(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
+        """Post-load again, on the arena's own memory where this step only reads and what it wants lies there whole."""
+        module = self.decided.live[choice.path]
+        whole = {
+            name: self.canonical.in_one_piece(choice, name, slot)
+            for name in choice.borrows - self._hoarded[choice.path]
+        }
+        lent = {name: Loan(tensor) for name, tensor in whole.items() if tensor is not None}
+        values = self.canonical.values(choice, slot, reuse=True, without=lent)
+        values.update((name, loan.take()) for name, loan in lent.items())
+        nbytes = sum(v.numel() * v.element_size() for v in values.values())
+        outcomes = redo(self.host, module, self.decided.twins.template.get_submodule(choice.path), values)
+        values.clear()
+        hoarded = {name for name, loan in lent.items() if not loan.returned()}
+        if hoarded:  # it must not serve from an arena that the next version is written to
+            self._hoarded[choice.path] |= hoarded
+            return self._redo(choice, slot)
+        return outcomes, nbytes
 
     def rebind_if_moved(self) -> None:
         """Views of a storage that is no longer the live one would write into nowhere, and show nothing. Under which
@@ -438,81 +439,7 @@ class Loader:
             self._kept.settle()
         return not well and self._kept.put_back()
 
-    # ---- canonical values from the arena -----------------------------------------------------------------------------
-
-    def values(self, choice: Choice, slot: int, *, reuse: bool = False, without: str = "") -> dict[str, torch.Tensor]:
-        """Name -> canonical tensor of a module, from the arena, in the engine's dtype on its device.
-
-        With `reuse`, a tensor that the module still stores canonically is filled and returned itself, so that nothing
-        is allocated and its object survives; only for `apply`. Without it the values are for reading: they may lie in
-        the arena itself. The tensor named `without` is left out.
-        """
-        module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
-        out: dict[str, torch.Tensor] = {}
-        for name, role in self._places(choice):
-            if name == without:
-                continue
-            target, kind = cluster.targets[role], cluster.roles[role]
-            sent = None if reuse else self._as_sent(target, kind, slot, device_of(module))
-            if sent is not None:
-                out[name] = sent
-                continue
-            live, stored = held(module, name), choice.stored[name]
-            reached = bool(self._moves.get(target) or self._fills.get(target))
-            if live is not None and stored.identity and (reuse or not reached):
-                value = live.detach()
-                if tuple(value.shape) != kind.shape or value.stride() != kind.strides:
-                    value = value.as_strided(kind.shape, kind.strides, value.storage_offset())
-            else:
-                value = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=device_of(module))
-                if live is not None and target not in self._whole:
-                    _read_stored(live, stored, value)
-            if reached and not (reuse and value.data_ptr() in self._written_directly):
-                self.fill(target, value, slot)
-            out[name] = value
-        return out
-
-    def _as_sent(self, target: str, kind: Role, slot: int, device: torch.device) -> torch.Tensor | None:
-        """The arena's own tensor where it is what the target holds, element for element."""
-        moves, whole = self._moves.get(target, ()), dense(kind.shape)
-        if len(moves) != 1 or self._fills.get(target) or moves[0].dest != whole or moves[0].source != whole:
-            return None
-        sent = self.mapped.slots[slot][self.mapped.index[moves[0].tensor]]
-        same = sent.dtype == kind.dtype and sent.device == device and tuple(sent.shape) == kind.shape
-        return sent if same else None
-
-    def blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
-        """The canonical matrix `name` of a module as blocks of rows that lie in the arena, one below the other; empty
-        where it is not made of such blocks, in the engine's dtype on its device."""
-        role = dict(self._places(choice))[name]
-        cluster = self.decided.clusters[choice.path]
-        target, kind = cluster.targets[role], cluster.roles[role]
-        if len(kind.shape) != 2 or kind.strides != dense(kind.shape).strides or self._fills.get(target):
-            return ()
-        device, done, out = device_of(self.decided.live[choice.path]), 0, []
-        for move in sorted(self._moves.get(target, ()), key=lambda move: move.dest.offset):
-            sent = self.mapped.slots[slot][self.mapped.index[move.tensor]]
-            rows = _rows(sent, move, kind.shape[1], done)
-            if rows is None or sent.dtype != kind.dtype or sent.device != device:
-                return ()
-            out.append(rows)
-            done += len(rows)
-        return tuple(out) if done == kind.shape[0] else ()
-
-    def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
-        """Write a target's moves and constants into a canonical tensor."""
-        pairs: list[Pair] = []
-        with torch.no_grad():
-            for fill in self._fills.get(target, ()):
-                at = fill.dest
-                value.as_strided(at.shape, at.strides, value.storage_offset() + at.offset).fill_(fill.value)
-            for move in self._moves.get(target, ()):
-                tensor = self.mapped.index[move.tensor]
-                sent = self.mapped.slots[slot][tensor]
-                made = pair(value, move.dest, sent, move.source, tensor, target, "")
-                if made is not None:
-                    pairs.append(made)
-            run_all(self.pool, [batch.copy for batch in batches(pairs, self.threads)])
+    # ---- twins -------------------------------------------------------------------------------------------------------
 
     def twin(self, choice: Choice, slot: int) -> tuple[Twin, int]:
         """A fresh twin of the module's cluster holding the version in `slot`, post-loaded; the module's index in it."""
@@ -526,23 +453,9 @@ class Loader:
                 place = next((m, n) for m, names in enumerate(cluster.places) for n, r in names.items() if r == role)
                 into = held(twin.modules[place[0]], place[1])
                 if into is not None:
-                    self._fill_or_keep(cluster, role, target, into.detach(), slot)
+                    self.canonical.fill_or_keep(cluster, role, target, into.detach(), slot)
         twin.post_load(self.host)
         return twin, k
-
-    def _fill_or_keep(self, cluster: Cluster, role: int, target: str, into: torch.Tensor, slot: int) -> None:
-        """From the arena; what a partial push leaves alone, a target or some of its elements, from the live module."""
-        if target not in self._whole:
-            self._keep(cluster, role, into)
-        self.fill(target, into, slot)
-
-    def _keep(self, cluster: Cluster, role: int, into: torch.Tensor) -> None:
-        for path, names in zip(cluster.paths, cluster.places, strict=True):
-            for name, r in names.items():
-                live, stored = held(self.decided.live[path], name), self.decided.choices[path].stored[name]
-                if r == role and live is not None and stored.readable:
-                    _read_stored(live, stored, into)
-                    return
 
     def _native_twin(self, choice: Choice, cluster: Cluster, slot: int) -> Twin:
         """The engine's own loader, on a skeleton in which only this module has memory."""
@@ -585,10 +498,6 @@ class Loader:
 
     # ---- small helpers -----------------------------------------------------------------------------------------------
 
-    def _places(self, choice: Choice) -> list[tuple[str, int]]:
-        cluster = self.decided.clusters[choice.path]
-        return list(cluster.places[cluster.paths.index(choice.path)].items())
-
     def _around(self, path: str) -> frozenset[str]:
         """The modules of the plan that a module without weights may derive something from: those that hang, under
         whichever name, below it or below its parent."""
@@ -599,54 +508,14 @@ class Loader:
     def _fed_by(self, choice: Choice, index: Mapping[str, int]) -> frozenset[int]:
         """Manifest indices of the tensors that reach a module."""
         cluster = self.decided.clusters[choice.path]
-        targets = {cluster.targets[role] for _, role in self._places(choice)}
-        names = {m.tensor for target in targets for m in self._moves.get(target, ())}
+        targets = {cluster.targets[role] for _, role in self.canonical.places(choice)}
+        names = {m.tensor for target in targets for m in self.canonical.moves.get(target, ())}
         names.update(self.baked.native_sources.get(choice.path, ()))
         return frozenset(index[name] for name in names)
 
 
-def _rows(sent: torch.Tensor, move: Move, columns: int, start: int) -> torch.Tensor | None:
-    """What a move writes, as whole rows from `start` on; None where it writes anything else."""
-    count, rest = divmod(move.dest.numel, max(columns, 1))
-    if rest or move.dest != dense(move.dest.shape, start * columns):
-        return None
-    source = move.source
-    if source == dense(source.shape, source.offset):
-        return sent.as_strided((count, columns), (columns, 1), sent.storage_offset() + source.offset)
-    if source.shape == (count, columns):
-        return sent.as_strided(source.shape, source.strides, sent.storage_offset() + source.offset)
-    return None
-
-
-def _read_stored(live: torch.Tensor, stored: Stored, into: torch.Tensor) -> None:
-    """A live tensor's canonical values into a canonical tensor; nothing where it does not hold them any more."""
-    if stored.held is None or stored.origin is None:
-        return
-    source, dest, at, of = flat(live), flat(into), stored.origin, stored.held
-    dest.as_strided(of.shape, of.strides, dest.storage_offset() + of.offset).copy_(
-        source.as_strided(at.shape, at.strides, source.storage_offset() + at.offset)
-    )
-
-
 def _turn(run: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
     return None if run is None else (run[1], run[0], run[2])
-
-
-def _row(name: str, move: Move, choice: Choice, attribute: str) -> dict[str, str]:
-    return {
-        "tensor": name,
-        "parameter": f"{choice.path}.{attribute}",
-        "source": _show(move.source),
-        "dest": _show(move.dest),
-        "module": choice.cls,
-        "strategy": choice.strategy.value,
-        "reason": choice.reason,
-    }
-
-
-def _show(region: Region) -> str:
-    whole = "" if region != dense(region.shape, region.offset) else " dense"
-    return f"{list(region.shape)} at {region.offset} strides {list(region.strides)}{whole}"
 
 
 def _packed_in_part(baked: Baked, decided: Decided) -> Iterable[MissingTensor]:

@@ -51,6 +51,7 @@ class Verifier:
         self._proven: set[str] = set()
         """Modules whose output was weighed in this run: it is the new version's, so it cannot be the former's."""
         self._inputs: dict[tuple[Probe, torch.device], torch.Tensor] = {}
+        self._products: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(
         self,
@@ -192,8 +193,7 @@ class Verifier:
                     failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
             for path, cls, why in self._derived.wrong(slot):
                 failures.append(Failure(path, f"what the arena's weights give ({cls})", why))
-        self.loader.decided.twins.forget()
-        self._inputs.clear()
+        self._forget()
         note = "" if wanted or self._derived.paths else "nothing is packed: read-back shows every weight"
         return _result("probe", len(wanted) + len(self._derived.paths), failures, note)
 
@@ -209,7 +209,7 @@ class Verifier:
                 if why is not None:
                     said = f"an output unlike the previous version's ({choice.cls})"
                     failures.append(Failure(choice.path, said, why))
-        self.loader.decided.twins.forget()
+        self._forget()
         return _result("change", len(wanted), failures)
 
     def _unread(self, names: Sequence[str]) -> list[Failure]:
@@ -227,6 +227,12 @@ class Verifier:
         ]
 
     # ---- how ---------------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """What was made for one level's modules: the arena holds something else at the next push."""
+        self.loader.decided.twins.forget()
+        self._inputs.clear()
+        self._products.clear()
 
     def _unmoved_storage(self, slot: int, previous: int, wanted: set[int]) -> list[Failure]:
         if not wanted:
@@ -286,12 +292,23 @@ class Verifier:
         """(output, tolerance) of the arena's weights."""
         x = self._input(probe, choice)
         if probe.form != "twin":
-            blocks = self.loader.blocks(choice, probe.weight, slot) if probe.form == "linear" else ()
-            without = probe.weight if blocks else ""
-            return probe.reference(x, self.loader.values(choice, slot, without=without), blocks)
+            blocks = self.loader.canonical.blocks(choice, probe.weight, slot) if probe.form == "linear" else ()
+            return self._product(choice, probe, slot, x, blocks)
         twin, k = self.loader.twin(choice, slot)
         y = probes.call(self.loader.host, twin.modules[k], x)
         return None if y is None else (y, probes.twin_tolerance(y))
+
+    def _product(
+        self, choice: Choice, probe: Probe, slot: int, x: torch.Tensor, blocks: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference of a probe that has a form; one for modules that hold the same matrix of the arena alone."""
+        values = self.loader.canonical.values(choice, slot, without=(probe.weight,) if blocks else ())
+        if values or not blocks:
+            return probe.reference(x, values, blocks)
+        key = (probe, x.device, tuple((block.data_ptr(), block.shape, block.stride()) for block in blocks))
+        if key not in self._products:
+            self._products[key] = probe.reference(x, values, blocks)
+        return self._products[key]
 
     def _input(self, probe: Probe, choice: Choice) -> torch.Tensor:
         """What a probe feeds in, made once for all modules that are alike."""

@@ -88,11 +88,13 @@ def swapped(moves: tuple[Move, ...], a: str, b: str) -> tuple[Move, ...]:
 def test_swapped_shards_fire_read_back(method: Any) -> None:
     with ready(method=method) as (host, loader, verifier):
         weight = host.model.layers[0].qkv.weight
-        good = loader._moves["layers.0.qkv.weight"]
-        loader._moves["layers.0.qkv.weight"] = list(swapped(tuple(good), "layers.0.k.weight", "layers.0.v.weight"))
+        good = loader.canonical.moves["layers.0.qkv.weight"]
+        loader.canonical.moves["layers.0.qkv.weight"] = list(
+            swapped(tuple(good), "layers.0.k.weight", "layers.0.v.weight")
+        )
         loader._compile(0)
         loader.apply(0)
-        loader._moves["layers.0.qkv.weight"] = good
+        loader.canonical.moves["layers.0.qkv.weight"] = good
         loader._compile(0)
         assert weight is host.model.layers[0].qkv.weight
         assert fired(verifier, 0) == {"read-back"}
