@@ -77,15 +77,17 @@ class Probe:
         rows = x.to(wide)
         product = _native_product if x.dtype is dtype and _multiplies(dtype, device) else _wide_product
         out, norms = product(x, blocks, wide)
-        spread = rows.norm(dim=1, keepdim=True) / math.sqrt(max(rows.shape[1], 1)) * norms
+        lengths = rows.norm(dim=1, keepdim=True) / math.sqrt(max(rows.shape[1], 1))
+        spread = torch.outer(lengths.squeeze(1), norms)
         if self.bias:
             bias = values[self.bias].to(wide)
             out, spread = out + bias, spread + bias.abs()
+        limit = out.abs().add_(spread)
         narrow, accumulate = _eps(dtype, device), _eps(torch.float32, device)
-        factor = 4 * narrow + 2 * math.sqrt(rows.shape[1]) * min(accumulate, narrow)
+        limit *= 4 * narrow + 2 * math.sqrt(rows.shape[1]) * min(accumulate, narrow)
         # A kernel may take any subnormal for zero: an input, a weight, a product, the bias, the result.
         flushed = _tiny(dtype) * (rows.abs().sum(dim=1, keepdim=True) + rows.shape[1] + 2)
-        return out.double(), (factor * (out.abs() + spread)).double() + flushed.double()
+        return out, limit.add_(flushed)
 
 
 def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -100,11 +102,13 @@ def _native_product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x W^T, norm of each row of W) in `wide`. The norms are estimated by the outputs themselves: those of random rows
     spread as the norms do, and a tolerance needs no more."""
-    out = torch.cat([x @ block.t() for block in blocks], dim=1).to(wide)
-    lengths = x.to(wide).norm(dim=1, keepdim=True)
-    shown = lengths.squeeze(1) > 0
-    size = math.sqrt(max(x.shape[1], 1))
-    return out, (out[shown] / lengths[shown] * size).square().mean(dim=0).sqrt()
+    parts = [x @ block.t() for block in blocks]
+    out = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(wide)
+    lengths = x.to(wide).norm(dim=1)
+    shown = (lengths > 0).to(wide)
+    # The mean size of a normal variable is sqrt(2 / pi) of its spread.
+    per_row = shown / lengths.clamp_min(_tiny(wide)) * math.sqrt(max(x.shape[1], 1) * math.pi / 2)
+    return out, torch.mv(out.abs().t(), per_row / shown.sum().clamp_min(1))
 
 
 def _wide_product(
@@ -216,8 +220,11 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
         return f"output of shape {tuple(y.shape)} instead of {tuple(want.shape)}"
     if torch.equal(y, want.to(y.dtype)):
         return None
-    have, wide = y.double(), want.double()
-    off = (have - wide).abs()
+    exact = torch.float32 if max(y.itemsize, want.itemsize // 2) <= 2 else torch.float64
+    have, wide = y.to(exact), want.to(exact)
+    off = (have - wide).abs_()
+    if math.isfinite(float(off.amax())) and bool((off <= limit).all()):
+        return None
     # Which of NaN and infinity comes of a sum depends on its order; that neither becomes a number does not.
     bad = torch.where(wide.isfinite(), ~(off <= limit), have.isfinite())
     if not bool(bad.any()):
