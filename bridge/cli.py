@@ -372,7 +372,7 @@ def demo(backend: Backend, out: Output, no_push: bool, quiet: bool, **given: Any
 @click.option("--ray", is_flag=True, help="Also into a hosted embedded engine, in another process.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the values and of the order of the variants.")
 @click.option("--engine", metavar="KIND:PATH", help="Instead: into a real engine (vllm:PATH, sglang:PATH; PATH a folder"
-              " or qwen2-0.5b), against its own way to take weights.")  # fmt: skip
+              " or qwen2-0.5b[-untied]), against its own way to take weights.")  # fmt: skip
 def bench(
     backend: Backend, out: Output, shapes: str, rounds: int, threads: str, ray: bool, seed: int, engine: str | None
 ) -> None:

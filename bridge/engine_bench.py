@@ -47,7 +47,8 @@ def run(spec: str, rounds: int, seed: int, *, say: Callable[[str], None] = lambd
     """Measure one engine and return a plain report. Blocks for minutes.
 
     Args:
-        spec: "vllm:PATH" or "sglang:PATH"; PATH a checkpoint folder or "qwen2-0.5b", whose shapes are then made up.
+        spec: "vllm:PATH" or "sglang:PATH"; PATH a checkpoint folder, or "qwen2-0.5b" or "qwen2-0.5b-untied", whose
+            weights are then made up.
 
     Raises ConfigError for a spec that cannot be measured, PeerLost when the measuring process dies.
     """
