@@ -5,32 +5,42 @@ Spares the copy into memory of our own, half of what a packed weight costs to mo
 
 from __future__ import annotations
 
-import ctypes
 import weakref
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+
+class _Window:
+    """A dense host tensor's bytes for numpy; keeps their memory alive."""
+
+    def __init__(self, of: torch.Tensor) -> None:
+        self._of = of
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        nbytes = self._of.numel() * self._of.element_size()
+        return {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (self._of.data_ptr(), False)}
 
 
 class Loan:
     """The memory of a dense host tensor that is not empty, to be taken once as a tensor with a storage of its own.
 
-    The lender keeps the memory alive. `returned` says whether the borrower, and every view that it made, is gone: what
-    still reads lent memory would follow whatever is written there next.
+    `returned` says whether the borrower, and every view that it made, is gone: what still reads lent memory would
+    follow whatever is written there next.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
-        self._out: weakref.ref[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] | None = None
+        self._out: weakref.ref[npt.NDArray[np.uint8]] | None = None
 
     def take(self) -> torch.Tensor:
         """The tensor to lend. Its storage dies with the last tensor that shows it."""
-        of = self._tensor
-        nbytes = of.numel() * of.element_size()
-        memory = (ctypes.c_uint8 * nbytes).from_address(of.data_ptr())
-        array = np.frombuffer(memoryview(memory), dtype=np.uint8)
+        array: npt.NDArray[np.uint8] = np.asarray(_Window(self._tensor))
         self._out = weakref.ref(array)
-        return torch.from_numpy(array).view(of.dtype).as_strided(of.shape, of.stride())
+        return torch.from_numpy(array).view(self._tensor.dtype).as_strided(self._tensor.shape, self._tensor.stride())
 
     def returned(self) -> bool:
         """Does nobody hold what was taken?"""

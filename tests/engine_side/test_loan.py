@@ -131,7 +131,8 @@ def test_a_loan_is_returned_with_the_last_view_of_it() -> None:
     view = taken.t()[1:]
     assert torch.equal(taken, owned)
     assert taken.data_ptr() == owned.data_ptr()
-    del taken
+    del taken, owned
     assert not loan.returned()
+    assert view.tolist() == [[1.0, 4.0], [2.0, 5.0]]
     del view
     assert loan.returned()
