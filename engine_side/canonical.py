@@ -43,12 +43,14 @@ class Canonical:
         """Targets of which every element comes from the arena."""
         self._slots: Sequence[Slot] = ()
         self._index: Mapping[str, int] = {}
+        self._blocks: dict[tuple[str, str, int], tuple[torch.Tensor, ...]] = {}
         self._written: set[int] = set()
         self._filled: set[tuple[int, str]] = set()
 
     def map(self, slots: Sequence[Slot], index: Mapping[str, int]) -> None:
         """The arena to read: `index` gives a tensor's place in a slot by its name."""
         self._slots, self._index = slots, index
+        self._blocks.clear()
 
     def begin(self, written: Iterable[int]) -> None:
         """A load begins that has written the live storages at these addresses already; tied ones are written once."""
@@ -113,6 +115,12 @@ class Canonical:
     def blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
         """The canonical matrix `name` of a module as blocks of rows that lie in the arena, one below the other; empty
         where it is not made of such blocks, in the engine's dtype on its device. Neighbours in memory are one block."""
+        key = (choice.path, name, slot)
+        if key not in self._blocks:
+            self._blocks[key] = self._find_blocks(choice, name, slot)
+        return self._blocks[key]
+
+    def _find_blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
         role = dict(self.places(choice))[name]
         cluster = self.decided.clusters[choice.path]
         target, kind = cluster.targets[role], cluster.roles[role]
