@@ -45,8 +45,8 @@ QWEN2_05B = {
 }  # fmt: skip
 """The published config.json of Qwen2-0.5B: 290 tensors, 988 MB in bf16, embeddings tied."""
 MANTISSA = 0x1F
-"""The bits of a bf16 value that the rounds change: 32 states, so that no arena slot holds a value again by chance, and a
-model whose logits, and with them an engine's own rounding, stay of one size (all 7 bits take norms from 1 to 2)."""
+"""The bits of a bf16 value that the rounds change: 32 states, many more than an arena has slots, in a model that keeps
+its size, and with it an engine's own rounding (all 7 bits would take norms from 1 to 2)."""
 UNCHANGED = 5
 
 
