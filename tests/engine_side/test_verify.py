@@ -139,6 +139,25 @@ def test_a_second_shuffle_fires_read_back_and_probe_of_everything() -> None:
         assert [f.name for f in result.failures] == ["layers.0.qkv"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_probe_weighs_what_the_arena_holds_now(tied: bool) -> None:
+    """Not what it held when this slot, or the arena before it, was last looked at."""
+    with ready(method=toy.Packed, tied=tied) as (host, loader, verifier):
+        assert verifier.probe(0, every=True).ok
+        fresh = toy.weights_of(host.infos, 3)
+        for spec, tensor in zip(loader.mapped.manifest.tensors, loader.mapped.slots[0], strict=True):
+            tensor.copy_(fresh[spec.name])
+        assert not verifier.probe(0, every=True).ok
+        loader.apply(0)
+        assert verifier.probe(0, every=True).ok
+        former = loader.mapped.slots  # kept, so that the next arena lies elsewhere
+        loader.map(*toy.arena(host.infos, 4, 5))
+        assert not verifier.probe(0, every=True).ok
+        loader.apply(0)
+        assert verifier.probe(0, every=True).ok
+        assert former is not loader.mapped.slots
+
+
 def test_storage_that_nobody_reads_fires_only_the_probe_of_everything() -> None:
     with ready() as (host, _loader, verifier):
         layer = host.model.layers[0].qkv
