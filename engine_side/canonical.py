@@ -1,4 +1,4 @@
-"""The canonical tensors of modules, made of what lies in the arena: to write them, to judge by them, or to lend them.
+"""The canonical tensors of modules, made of what lies in the arena: to write them, or to judge by them.
 
 Pure of any decision: which module needs which tensor says its Choice, what reaches a tensor says the plan.
 """
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from bridge.errors import ConfigError
 from bridge.plan import Fill, Move, dense
 from engine_side.bake import Baked
 from engine_side.copies import Pair, batches, pair, run_all
@@ -43,12 +44,12 @@ class Canonical:
         """Targets of which every element comes from the arena."""
         self._slots: Sequence[Slot] = ()
         self._index: Mapping[str, int] = {}
-        self._blocks: dict[tuple[str, str, int], tuple[torch.Tensor, ...]] = {}
+        self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._written: set[int] = set()
         self._filled: set[tuple[int, str]] = set()
 
     def map(self, slots: Sequence[Slot], index: Mapping[str, int]) -> None:
-        """The arena to read: `index` gives a tensor's place in a slot by its name."""
+        """The arena to read: `index` gives a tensor's place in a slot by its name. Without slots: let go of it."""
         self._slots, self._index = slots, index
         self._blocks.clear()
 
@@ -63,7 +64,9 @@ class Canonical:
         return list(cluster.places[cluster.paths.index(choice.path)].items())
 
     def sent(self, move: Move, slot: int) -> torch.Tensor:
-        """The arena's tensor from which a move reads."""
+        """The arena's tensor from which a move reads. Raises ConfigError before `map`."""
+        if not self._slots:
+            raise ConfigError("this plan is not mapped onto an arena yet")
         return self._slots[slot][self._index[move.tensor]]
 
     def values(
@@ -115,7 +118,7 @@ class Canonical:
     def blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
         """The canonical matrix `name` of a module as blocks of rows that lie in the arena, one below the other; empty
         where it is not made of such blocks, in the engine's dtype on its device. Neighbours in memory are one block."""
-        key = (choice.path, name, slot)
+        key = (choice.path, name, slot, device_of(self.decided.live[choice.path]))
         if key not in self._blocks:
             self._blocks[key] = self._find_blocks(choice, name, slot)
         return self._blocks[key]
@@ -150,19 +153,6 @@ class Canonical:
                 if made is not None:
                     pairs.append(made)
             run_all(self._pool, [batch.copy for batch in batches(pairs, self._threads)])
-
-    def in_one_piece(self, choice: Choice, name: str, slot: int) -> torch.Tensor | None:
-        """The arena's memory where it holds a canonical tensor of a module in one piece, in the engine's dtype."""
-        role = dict(self.places(choice))[name]
-        cluster = self.decided.clusters[choice.path]
-        target, kind = cluster.targets[role], cluster.roles[role]
-        if kind.strides != dense(kind.shape).strides:
-            return None
-        sent = self._as_sent(target, kind, slot, device_of(self.decided.live[choice.path]))
-        if sent is not None:
-            return sent if sent.is_contiguous() else None
-        blocks = self.blocks(choice, name, slot)
-        return blocks[0] if len(blocks) == 1 and blocks[0].is_contiguous() else None
 
     def fill_or_keep(self, cluster: Cluster, role: int, target: str, into: torch.Tensor, slot: int) -> None:
         """From the arena; what a partial push leaves alone, a target or some of its elements, from the live module."""

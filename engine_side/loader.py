@@ -9,7 +9,6 @@ time; blocks; no collectives of its own (an engine's post-load may have some, so
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,7 +30,6 @@ from engine_side.diagnose import LOADER_ERRORS
 from engine_side.explain import explain
 from engine_side.inplace import AttributeSnapshot, Outcome, held
 from engine_side.kept import Kept
-from engine_side.loan import Loan
 from engine_side.strategies import Choice, Decided, Strategy, decide
 from engine_side.together import torn
 from engine_side.tree import Replaced, Tree
@@ -127,8 +125,6 @@ class Loader:
         self.canonical = Canonical(self.baked, self.decided, self.pool, self.threads)
         self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self._feeds: dict[str, frozenset[int]] = {}
-        self._hoarded: defaultdict[str, set[str]] = defaultdict(set)
-        """Path of a module -> what its post-load step was lent and kept, unlike on its twin; not lent again."""
         template = self.decided.twins.template
         self.derived = tuple(bind(template, host.model, self.decided.derived).items())
         """(path, live module) of those without weights whose post-load step derives something from others."""
@@ -140,6 +136,8 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads and let go of the arena. Idempotent."""
+        if self._map is not None:
+            self.canonical.map((), {})
         self._map = None
         self.pool.shutdown(wait=True)
 
@@ -386,30 +384,14 @@ class Loader:
     def _rebuild_one(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
         module = self.decided.live[choice.path]
         if choice.strategy is Strategy.REDO:
-            return self._redo(choice, slot)
+            values = self.canonical.values(choice, slot, reuse=True)
+            template = self.decided.twins.template.get_submodule(choice.path)
+            outcomes = redo(self.host, module, template, values)
+            return outcomes, sum(v.numel() * v.element_size() for v in values.values())
         twin, k = self.twin(choice, slot)
         return graft(twin.modules[k], twin.before[k], module), sum(
             t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
         )
-
-    def _redo(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
-        """Post-load again, on the arena's own memory where this step only reads and what it wants lies there whole."""
-        module = self.decided.live[choice.path]
-        whole = {
-            name: self.canonical.in_one_piece(choice, name, slot)
-            for name in choice.borrows - self._hoarded[choice.path]
-        }
-        lent = {name: Loan(tensor) for name, tensor in whole.items() if tensor is not None}
-        values = self.canonical.values(choice, slot, reuse=True, without=lent)
-        values.update((name, loan.take()) for name, loan in lent.items())
-        nbytes = sum(v.numel() * v.element_size() for v in values.values())
-        outcomes = redo(self.host, module, self.decided.twins.template.get_submodule(choice.path), values)
-        values.clear()
-        hoarded = {name for name, loan in lent.items() if not loan.returned()}
-        if hoarded:  # it must not serve from an arena that the next version is written to
-            self._hoarded[choice.path] |= hoarded
-            return self._redo(choice, slot)
-        return outcomes, nbytes
 
     def rebind_if_moved(self) -> None:
         """Views of a storage that is no longer the live one would write into nowhere, and show nothing. Under which

@@ -138,6 +138,7 @@ def _widened(rows: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> tup
 def twin_tolerance(reference: torch.Tensor) -> torch.Tensor:
     """Per element: the same code on the same values may differ by rounding in another order, or by what becomes of
     subnormals, no more. Values that are not finite say nothing about the others."""
+    reference = _real(reference)
     wide = reference.double().nan_to_num(0.0, 0.0, 0.0)
     rounding = 4 * _eps(reference.dtype, reference.device) * (wide.abs() + wide.square().mean().sqrt())
     return rounding + _SUMMED * _tiny(reference.dtype)
@@ -216,6 +217,9 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
     """None when |y - want| <= limit everywhere, else a text that says where it is worst."""
     if y.shape != want.shape:
         return f"output of shape {tuple(y.shape)} instead of {tuple(want.shape)}"
+    if y.is_complex() != want.is_complex():
+        return f"output in {y.dtype} instead of {want.dtype}"
+    y, want = _real(y), _real(want)
     exact = torch.float32 if max(y.itemsize, want.itemsize // 2) <= 2 else torch.float64
     have, wide = y.to(exact), want.to(exact)
     off = (have - wide).abs_()
@@ -223,12 +227,19 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
         return None
     # Which of NaN and infinity comes of a sum depends on its order; that neither becomes a number does not.
     bad = torch.where(wide.isfinite(), ~(off <= limit), have.isfinite())
+    # Below or above what an output can hold, its rounding is more than any tolerance; the reference rounds there too.
+    bad &= have != want.to(y.dtype).to(exact)
     if not bool(bad.any()):
         return None
     worst = int(torch.where(bad, torch.nan_to_num(off, nan=torch.inf), -1.0).argmax())
     at = tuple(int(k) for k in torch.unravel_index(torch.tensor(worst), off.shape))
     got, expected = float(have[at]), float(wide[at])
     return f"{int(bad.sum())} of {y.numel()} outputs off, at {at} {got:.6g} instead of {expected:.6g}"
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of numbers."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def state_deviation(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> str | None:

@@ -29,7 +29,6 @@ from engine_side.diagnose import LOADER_ERRORS
 from engine_side.inplace import held
 from engine_side.kept import Kept, came_with_use, state_of
 from engine_side.layout import Stored
-from engine_side.loan import Loan
 from engine_side.probes import Probe
 from engine_side.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
 
@@ -50,10 +49,6 @@ _LADDER = {
 }
 
 
-_OLD, _NEW = 1, 2
-"""Seeds of the values before and after what an experiment writes."""
-
-
 @dataclass(frozen=True)
 class Choice:
     """What is done for one module.
@@ -62,7 +57,6 @@ class Choice:
         stored: name -> how that canonical tensor lies in the module after post-load.
         probes: the ways to call the module; none when it cannot be called alone.
         kept: attributes that its first call fills with what it made of its weights.
-        borrows: tensors that its post-load step, run again, only reads and lets go of.
         direct: values are written straight into the live storage (in place, permuted).
     """
 
@@ -73,7 +67,6 @@ class Choice:
     stored: Mapping[str, Stored]
     probes: tuple[Probe, ...]
     kept: frozenset[str] = frozenset()
-    borrows: frozenset[str] = frozenset()
 
     @property
     def probe(self) -> Probe | None:
@@ -225,7 +218,6 @@ class _Experiment:
         self.device = device_of(live[self.cluster.paths[0]])
         self.probes: list[tuple[Probe, ...]] = []
         self.kept: list[frozenset[str]] = [frozenset() for _ in self.cluster.paths]
-        self.borrows: list[frozenset[str]] = [frozenset() for _ in self.cluster.paths]
 
     def run(self) -> list[Choice]:
         """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
@@ -235,7 +227,7 @@ class _Experiment:
             return [self._choice(k, Strategy.IN_PLACE, _storage_reason(names), names) for k, names in enumerate(stored)]
         if plain is not None:
             self.twins.retire(plain)
-        old, new = probes.random_values(self.blank, _OLD), probes.random_values(self.blank, _NEW)
+        old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
         fresh = self._loaded(new)
         unused = [state_of(module) for module in fresh.modules]
         self.probes = [
@@ -301,7 +293,7 @@ class _Experiment:
         if not ways:
             reason += "; cannot be called alone, judged by its state"
         cls = type(self.live[self.cluster.paths[k]]).__name__
-        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k], self.borrows[k])
+        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
 
     def _no_strategy(self, k: int, why: str) -> ConfigError:
         path = self.cluster.paths[k]
@@ -387,25 +379,11 @@ class _Experiment:
             for name, value in values.items():
                 write_stored(tensor_of(module, name), stored[name], value)
         elif strategy is Strategy.REDO:
-            self.borrows[k] = self._redo_on_loan(twin, k, stored, new)
+            redo(self.host, module, twin.templates[k], values)
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
         Kept(module, [("", twin.templates[k], module)], {"": self.kept[k]}).drop()
-
-    def _redo_on_loan(
-        self, twin: Twin, k: int, stored: Mapping[str, Stored], new: Sequence[torch.Tensor]
-    ) -> frozenset[str]:
-        """Run post-load again on memory that is only lent. The names that it neither wrote to nor held on to."""
-        module, values = twin.modules[k], self._named(k, new)
-        lent = {n: Loan(v) for n, v in values.items() if not stored[n].readable and _can_be_lent(v)}
-        redo(self.host, module, twin.templates[k], {**values, **{name: loan.take() for name, loan in lent.items()}})
-        roles = self.cluster.places[k]
-        return frozenset(
-            name
-            for name, loan in lent.items()
-            if loan.returned() and probes.is_tiled(values[name], probes.random_tile(values[name], (_NEW, roles[name])))
-        )
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
         """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""
@@ -450,10 +428,6 @@ class _Experiment:
                     shown[key].append(layout.flat(now).clone())
             self.twins.retire(twin)
         return {key: layout.affine(shown[key], bases[role_of[key]]) for key in doubtful if shown[key]}
-
-
-def _can_be_lent(value: torch.Tensor) -> bool:
-    return value.device.type == "cpu" and value.numel() > 0 and layout.is_dense(value)
 
 
 def write_stored(live: torch.Tensor, stored: Stored, value: torch.Tensor) -> None:

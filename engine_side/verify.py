@@ -12,7 +12,8 @@ Called by the rank's job dispatcher while the engine is paused. Blocks; no colle
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -184,7 +185,7 @@ class Verifier:
         wanted = self._packed
         if every:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
-        with uncollected():
+        with uncollected(), self._remembering():
             for choice in wanted:
                 why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
                 if why is None:
@@ -193,7 +194,6 @@ class Verifier:
                     failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
             for path, cls, why in self._derived.wrong(slot):
                 failures.append(Failure(path, f"what the arena's weights give ({cls})", why))
-        self._forget()
         note = "" if wanted or self._derived.paths else "nothing is packed: read-back shows every weight"
         return _result("probe", len(wanted) + len(self._derived.paths), failures, note)
 
@@ -201,15 +201,15 @@ class Verifier:
         """What changed in the trainer must not still show the version before."""
         wanted = set(range(len(self.loader.mapped.manifest.tensors))) if changed is None else set(changed)
         failures = self._unmoved_storage(slot, previous, wanted)
-        for choice in self._packed:
-            if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
-                continue
-            for probe in choice.probes:
-                why = self._unmoved_output(choice, probe, slot, previous)
-                if why is not None:
-                    said = f"an output unlike the previous version's ({choice.cls})"
-                    failures.append(Failure(choice.path, said, why))
-        self._forget()
+        with self._remembering():
+            for choice in self._packed:
+                if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
+                    continue
+                for probe in choice.probes:
+                    why = self._unmoved_output(choice, probe, slot, previous)
+                    if why is not None:
+                        said = f"an output unlike the previous version's ({choice.cls})"
+                        failures.append(Failure(choice.path, said, why))
         return _result("change", len(wanted), failures)
 
     def _unread(self, names: Sequence[str]) -> list[Failure]:
@@ -228,11 +228,16 @@ class Verifier:
 
     # ---- how ---------------------------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        """What was made for one level's modules: the arena holds something else at the next push."""
-        self.loader.decided.twins.forget()
-        self._inputs.clear()
-        self._products.clear()
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """Inside, what one module was judged by serves others too; not longer: the arena holds something else at the
+        next push, also after an error."""
+        try:
+            yield
+        finally:
+            self.loader.decided.twins.forget()
+            self._inputs.clear()
+            self._products.clear()
 
     def _unmoved_storage(self, slot: int, previous: int, wanted: set[int]) -> list[Failure]:
         if not wanted:

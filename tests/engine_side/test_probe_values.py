@@ -77,3 +77,25 @@ def test_tiles_look_like_no_rearrangement_of_themselves() -> None:
     assert not probes.is_tiled(value.t().contiguous(), tile)
     value[-1, -1] += 1
     assert not probes.is_tiled(value, tile)
+
+
+@pytest.mark.parametrize("scale", [2e5, 1e-6])
+def test_what_an_output_cannot_hold_is_rounded_as_the_reference_is(scale: float) -> None:
+    """Above the largest number and among the subnormals of fp16; each element for itself."""
+    held = {"weight": (values(torch.float32)["weight"] * scale).half(), "bias": torch.zeros(40).half()}
+    want, limit = LINEAR.reference(LINEAR.inputs(CPU).half(), held)
+    y = want.half()
+    assert bool(y.isinf().any()) is (scale > 1)
+    y[0, 0] = torch.nextafter(y[0, 0], y[0, 0] * 0) if scale > 1 else y[0, 0]
+    assert probes.deviation(y, want, limit) is None
+    assert probes.deviation(y.roll(1, dims=1), want, limit) is not None
+
+
+def test_complex_numbers_are_weighed_in_both_parts() -> None:
+    want = torch.randn(4, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    limit = probes.twin_tolerance(want)
+    assert probes.deviation(want.clone(), want, limit) is None
+    assert probes.deviation(want.conj(), want, limit) is not None
+    assert probes.deviation(want.real.clone(), want, limit) is not None
+    assert probes.state_deviation({"freqs": want.conj()}, {"freqs": want}) is not None
+    assert probes.state_deviation({"freqs": want}, {"freqs": want}) is None

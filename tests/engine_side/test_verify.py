@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from bridge.errors import ConfigError
 from bridge.plan import Move, RankPlan
 from bridge.receipt import LevelResult
 from engine_side import probes
@@ -156,6 +160,36 @@ def test_a_probe_weighs_what_the_arena_holds_now(tied: bool) -> None:
         loader.apply(0)
         assert verifier.probe(0, every=True).ok
         assert former is not loader.mapped.slots
+
+
+def test_a_probe_that_raised_leaves_no_answer_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ready(tied=False) as (host, loader, verifier):
+        fails = partial(_raise, OSError("no memory for a twin"))
+        monkeypatch.setattr(verifier._derived, "wrong", fails)
+        with pytest.raises(OSError, match="no memory"):
+            verifier.probe(0, every=True)
+        monkeypatch.undo()
+        fresh = toy.weights_of(host.infos, 3)
+        for spec, tensor in zip(loader.mapped.manifest.tensors, loader.mapped.slots[0], strict=True):
+            tensor.copy_(fresh[spec.name])
+        assert {f.name for f in verifier.probe(0, every=True).failures} >= {"embed", "head"}
+        loader.apply(0)
+        assert verifier.probe(0, every=True).ok
+
+
+def _raise(error: Exception, *_: Any) -> None:
+    raise error
+
+
+def test_a_closed_loader_holds_no_arena() -> None:
+    with ready(method=toy.Packed) as (_, loader, verifier):
+        assert verifier.probe(0, every=True).ok
+        shown = [weakref.ref(tensor) for slot in loader.mapped.slots for tensor in slot]
+        loader.close()
+        gc.collect()
+        assert not [ref for ref in shown if ref() is not None]
+        with pytest.raises(ConfigError, match="not mapped"):
+            loader.canonical.values(loader.decided.choices["layers.0.qkv"], 0)
 
 
 def test_storage_that_nobody_reads_fires_only_the_probe_of_everything() -> None:
