@@ -52,6 +52,10 @@ class Seal(msgspec.Struct, frozen=True):
     digests: bytes
 
 
+_MAP_NORESERVE = 0x4000
+"""<linux/mman.h>; Python names it from 3.13 on."""
+
+
 class _Window:
     """Shows numpy mapped memory as writable, whatever the mapping's protection, and keeps the mapping alive.
 
@@ -149,6 +153,19 @@ class Arena:
         except BaseException:
             os.close(fd)
             raise
+
+    @property
+    def address(self) -> int:
+        """Where the mapping begins."""
+        self._mapping()
+        return int(self._flat.ctypes.data)
+
+    def private(self) -> mmap.mmap:
+        """Another mapping of the whole file: what is written there stays in this process, page by page; all other pages
+        show what the arena holds (Linux; POSIX leaves it open). The caller closes it; until then it holds the lock."""
+        self._mapping()
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+        return mmap.mmap(self._fd, self.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def bytes(self, slot: int) -> memoryview:
         """The tensor bytes of a slot, `manifest.nbytes` long, padding included; read-only unless `writable`."""

@@ -1,4 +1,4 @@
-"""The canonical tensors of modules, made of what lies in the arena: to write them, or to judge by them.
+"""The canonical tensors of modules, made of what lies in the arena: to write them, to judge by them, or to lend them.
 
 Pure of any decision: which module needs which tensor says its Choice, what reaches a tensor says the plan.
 """
@@ -153,6 +153,19 @@ class Canonical:
                 if made is not None:
                     pairs.append(made)
             run_all(self._pool, [batch.copy for batch in batches(pairs, self._threads)])
+
+    def in_one_piece(self, choice: Choice, name: str, slot: int) -> torch.Tensor | None:
+        """The arena's memory where it holds a canonical tensor whole, in the engine's dtype on its device."""
+        role = dict(self.places(choice))[name]
+        cluster = self.decided.clusters[choice.path]
+        target, kind = cluster.targets[role], cluster.roles[role]
+        if kind.strides != dense(kind.shape).strides:
+            return None
+        sent = self._as_sent(target, kind, slot, device_of(self.decided.live[choice.path]))
+        if sent is not None:
+            return sent
+        blocks = self.blocks(choice, name, slot)
+        return blocks[0] if len(blocks) == 1 else None
 
     def fill_or_keep(self, cluster: Cluster, role: int, target: str, into: torch.Tensor, slot: int) -> None:
         """From the arena; what a partial push leaves alone, a target or some of its elements, from the live module."""

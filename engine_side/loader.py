@@ -30,6 +30,7 @@ from engine_side.diagnose import LOADER_ERRORS
 from engine_side.explain import explain
 from engine_side.inplace import AttributeSnapshot, Outcome, held
 from engine_side.kept import Kept
+from engine_side.lender import Lender
 from engine_side.strategies import Choice, Decided, Strategy, decide
 from engine_side.together import torn
 from engine_side.tree import Replaced, Tree
@@ -41,7 +42,7 @@ class LoadOutcome:
     """What one `apply` did.
 
     Attributes:
-        written: bytes copied into live or temporary storage.
+        written: bytes copied into live or temporary storage, or packed from the arena.
         rebound: "module.name" of parameters whose storage moved; `created`: of those that were not there before.
         post_loaded: modules whose post-load step ran again.
         dropped: "module.name" of what forwards had kept of the former weights, and will make again.
@@ -116,6 +117,7 @@ class Loader:
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         self.problems: tuple[BridgeError, ...] = (*others, *torn(self.baked), *holes)
         self._map: _Map | None = None
+        self._lender: Lender | None = None
         self._touched = False
         if self.problems:
             return
@@ -139,6 +141,7 @@ class Loader:
         if self._map is not None:
             self.canonical.map((), {})
         self._map = None
+        self._lend_from(None)
         self.pool.shutdown(wait=True)
 
     # ---- what the driver asks ----------------------------------------------------------------------------------------
@@ -203,11 +206,13 @@ class Loader:
 
     # ---- compile -----------------------------------------------------------------------------------------------------
 
-    def map(self, manifest: Manifest, slots: Iterable[Slot]) -> None:
+    def map(self, manifest: Manifest, slots: Iterable[Slot], lender: Lender | None = None) -> None:
         """Compile the plan onto the versions of an arena: `slots[k]` are the tensors of slot k in manifest order.
 
-        The tensors must stay mapped until the next `map` or `close`. Raises ProtocolError for a manifest that lacks a
-        tensor of the plan or has it in another shape.
+        The tensors must stay mapped until the next `map` or `close`. With a `lender`, which the loader then closes,
+        large weights that the engine packs are packed from where they lie.
+
+        Raises ProtocolError for a manifest that lacks a tensor of the plan or has it in another shape.
         """
         self.check()
         for info in self.baked.infos:
@@ -220,6 +225,7 @@ class Loader:
                     got="absent" if spec is None else f"shape {list(spec.shape)}",
                 )
         index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
+        self._lend_from(lender)
         with uncollected():
             self._compile_all(_Map(manifest, [list(slot) for slot in slots], index))
 
@@ -384,14 +390,40 @@ class Loader:
     def _rebuild_one(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
         module = self.decided.live[choice.path]
         if choice.strategy is Strategy.REDO:
-            values = self.canonical.values(choice, slot, reuse=True)
-            template = self.decided.twins.template.get_submodule(choice.path)
-            outcomes = redo(self.host, module, template, values)
-            return outcomes, sum(v.numel() * v.element_size() for v in values.values())
+            return self._redo(choice, slot)
         twin, k = self.twin(choice, slot)
         return graft(twin.modules[k], twin.before[k], module), sum(
             t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
         )
+
+    def _redo(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
+        """Post-load again, on the module's own storages, copies, or what the arena lends."""
+        lent = self._borrow(choice, slot)
+        values = {**self.canonical.values(choice, slot, reuse=True, without=lent), **lent}
+        lent.clear()
+        nbytes = sum(v.numel() * v.element_size() for v in values.values())
+        try:
+            template = self.decided.twins.template.get_submodule(choice.path)
+            return redo(self.host, self.decided.live[choice.path], template, values), nbytes
+        finally:
+            values.clear()
+            if self._lender is not None:
+                self._lender.settle()
+
+    def _borrow(self, choice: Choice, slot: int) -> dict[str, torch.Tensor]:
+        """What post-load packs away, where the arena holds it whole."""
+        lent: dict[str, torch.Tensor] = {}
+        for name, stored in choice.stored.items():
+            if self._lender is not None and not stored.readable:
+                shown = self._lender.lend(self.canonical.in_one_piece(choice, name, slot))
+                if shown is not None:
+                    lent[name] = shown
+        return lent
+
+    def _lend_from(self, lender: Lender | None) -> None:
+        former, self._lender = self._lender, lender
+        if former is not None:
+            former.close()
 
     def rebind_if_moved(self) -> None:
         """Views of a storage that is no longer the live one would write into nowhere, and show nothing. Under which

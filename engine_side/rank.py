@@ -44,6 +44,7 @@ from engine_side.adapter_loader import AdapterLoader
 from engine_side.adapters.base import RankHost
 from engine_side.diagnose import LOADER_ERRORS
 from engine_side.inplace import AttributeSnapshot
+from engine_side.lender import Lender
 from engine_side.loader import Loader
 from engine_side.verify import Verifier
 
@@ -168,10 +169,13 @@ class Rank:
     def _map(self, job: MapJob) -> RankDone:
         planned = self._planned(job.plan)
         arena = Arena.open(Path(job.path), validate(job.manifest))
-        planned.loader.map(job.manifest, [arena.tensors(slot) for slot in range(arena.slots)])
+        slots = [arena.tensors(slot) for slot in range(arena.slots)]
         planned.arena = arena
         if isinstance(planned.loader, Loader):
+            planned.loader.map(job.manifest, slots, Lender(arena.address, arena.private()))
             planned.verifier = Verifier(planned.loader)
+        else:
+            planned.loader.map(job.manifest, slots)
         return self._forget((job.plan, *job.keep))
 
     def _forget(self, keep: tuple[int, ...]) -> RankDone:
