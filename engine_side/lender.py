@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bridge.arena import Arena
+
 LEAST = 1 << 20
 """Bytes below which a copy costs less than putting the pages back in order."""
 ALIGNED = 64
@@ -35,6 +37,14 @@ class Lender:
         self._out: list[tuple[weakref.ref[_Bytes], int, int]] = []
         self.lends = True
         """Until something was kept: its pages, and those shared with its neighbours, are the arena's no more."""
+
+    @classmethod
+    def of(cls, arena: Arena) -> Lender | None:
+        """A lender of `arena`; None where no such mapping is to be had (a kernel that never overcommits)."""
+        try:
+            return cls(arena.address, arena.private())
+        except OSError:
+            return None
 
     def lend(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """The same values in the private mapping, as a tensor with a storage of its own; None for what is not worth it,

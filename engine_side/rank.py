@@ -172,7 +172,7 @@ class Rank:
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
         planned.arena = arena
         if isinstance(planned.loader, Loader):
-            planned.loader.map(job.manifest, slots, Lender(arena.address, arena.private()))
+            planned.loader.map(job.manifest, slots, Lender.of(arena))
             planned.verifier = Verifier(planned.loader)
         else:
             planned.loader.map(job.manifest, slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,7 @@ def lent(method: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         arena = Arena.open(writable.path, manifest)
         loader = Loader(host, host.infos)
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
-        loader.map(manifest, slots, Lender(arena.address, arena.private()))
+        loader.map(manifest, slots, Lender.of(arena))
         try:
             yield host, loader, writable
         finally:
@@ -158,6 +159,17 @@ def test_a_step_that_raised_leaves_nothing_of_the_arena_behind(tmp_path: Path, m
         monkeypatch.undo()
         loader.apply(1)
         assert same(outputs(host), outputs(toy.ToyHost(method=toy.Packed, seed=3)))
+        loader.apply(0)
+        assert same(outputs(host), outputs(toy.ToyHost(method=toy.Packed, seed=1)))
+
+
+def test_without_a_private_mapping_weights_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(arena: Arena) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(Arena, "private", refuse)
+    with lent(Watched, tmp_path, monkeypatch) as (host, loader, arena):
+        put(arena, host, 0, 1)
         loader.apply(0)
         assert same(outputs(host), outputs(toy.ToyHost(method=toy.Packed, seed=1)))
 
