@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import torch
 
+from engine_side import lender
+
 hypothesis.settings.register_profile("weighbridge", deadline=None)  # on a busy machine, time says nothing
 hypothesis.settings.load_profile("weighbridge")
 
@@ -46,6 +48,14 @@ def _own_shared_memory() -> Iterator[None]:
         os.environ["WEIGHBRIDGE_SHM_DIR"] = before
     if left:
         raise AssertionError(f"left in shared memory: {sorted(left)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_weights_are_lent() -> Iterator[None]:
+    """As a real model's large ones are, in every engine of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lender, "LEAST", lender.ALIGNED)
+        yield
 
 
 def tiny_qwen2(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
