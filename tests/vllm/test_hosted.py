@@ -174,6 +174,8 @@ def test_down_leaves_nothing(hosted: Hosted) -> None:
     family = [hosted.pid, *descendants(hosted.pid)]
     assert len(family) > 1
     hosted.home.cli("down", "hosted")
+    b.close()
+    ray.shutdown()  # its cluster has gone, and Ray ends processes that notice later, without a word
     thread.join(60)
     assert ended
     assert ended[0] is None or isinstance(ended[0], PeerLost), ended
@@ -182,8 +184,6 @@ def test_down_leaves_nothing(hosted: Hosted) -> None:
     mine = {name for name in left if (Path("/dev/shm") / name).stat().st_uid == os.getuid() and not mapped(name)}
     assert not mine
     assert hosted.home.files() == []
-    b.close()
-    ray.shutdown()  # its cluster has gone, and Ray ends processes that notice later
 
 
 def descendants(pid: int) -> list[int]:
