@@ -5,7 +5,7 @@ Pure of any decision: which module needs which tensor says its Choice, what reac
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -45,7 +45,7 @@ class Canonical:
         self._slots: Sequence[Slot] = ()
         self._index: Mapping[str, int] = {}
         self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
-        self._written: set[int] = set()
+        self._written: Set[int] = frozenset()
         self._filled: set[tuple[int, str]] = set()
 
     def map(self, slots: Sequence[Slot], index: Mapping[str, int]) -> None:
@@ -53,15 +53,21 @@ class Canonical:
         self._slots, self._index = slots, index
         self._blocks.clear()
 
-    def begin(self, written: Iterable[int]) -> None:
+    def begin(self, written: Set[int]) -> None:
         """A load begins that has written the live storages at these addresses already; tied ones are written once."""
-        self._written = set(written)
+        self._written = written
         self._filled.clear()
 
     def places(self, choice: Choice) -> list[tuple[str, int]]:
         """(name, role) of a module's canonical tensors."""
         cluster = self.decided.clusters[choice.path]
         return list(cluster.places[cluster.paths.index(choice.path)].items())
+
+    def _target(self, choice: Choice, name: str) -> tuple[str, Role]:
+        """The plan's target of a module's tensor, and what it looks like."""
+        cluster = self.decided.clusters[choice.path]
+        role = dict(self.places(choice))[name]
+        return cluster.targets[role], cluster.roles[role]
 
     def sent(self, move: Move, slot: int) -> torch.Tensor:
         """The arena's tensor from which a move reads. Raises ConfigError before `map`."""
@@ -124,9 +130,7 @@ class Canonical:
         return self._blocks[key]
 
     def _find_blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
-        role = dict(self.places(choice))[name]
-        cluster = self.decided.clusters[choice.path]
-        target, kind = cluster.targets[role], cluster.roles[role]
+        target, kind = self._target(choice, name)
         if len(kind.shape) != 2 or kind.strides != dense(kind.shape).strides or self.fills.get(target):
             return ()
         device, done = device_of(self.decided.live[choice.path]), 0
@@ -156,9 +160,7 @@ class Canonical:
 
     def in_one_piece(self, choice: Choice, name: str, slot: int) -> torch.Tensor | None:
         """The arena's memory where it holds a canonical tensor whole, in the engine's dtype on its device."""
-        role = dict(self.places(choice))[name]
-        cluster = self.decided.clusters[choice.path]
-        target, kind = cluster.targets[role], cluster.roles[role]
+        target, kind = self._target(choice, name)
         if kind.strides != dense(kind.shape).strides:
             return None
         sent = self._as_sent(target, kind, slot, device_of(self.decided.live[choice.path]))

@@ -262,6 +262,7 @@ class Loader:
                     self._watches.append(_Watch(path, registry, name, tensor, tensor.data_ptr()))
         self._bound = [watch.tensor for watch in self._watches]
         self._addresses = [watch.address for watch in self._watches]
+        self._written = frozenset(self._addresses)
 
     def _in_place(self) -> bool:
         """Do all bound tensors hang and lie where they did? About 0.4 us each."""
@@ -369,7 +370,7 @@ class Loader:
         outcomes: dict[str, Outcome] = {}
         done: list[str] = []
         written = 0
-        self.canonical.begin(self._addresses)
+        self.canonical.begin(self._written)
         for choice in self._rebuilt:
             if wanted is not None and wanted.isdisjoint(self._feeds[choice.path]):
                 continue

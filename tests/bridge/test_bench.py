@@ -123,7 +123,7 @@ def test_every_value_changes_each_time_keeps_its_size_and_none_comes_back_soon()
     trainer = bench_worker.Trainer(model)
     seen = [torch.cat([param.detach().view(torch.int16).flatten() for param in model.parameters()])]
     sizes = [param.detach().abs().float().clone() for param in model.parameters()]
-    for _ in range(31):
+    for _ in range(bench_worker.MANTISSA):
         trainer.change()
         now = torch.cat([param.detach().view(torch.int16).flatten() for param in model.parameters()])
         assert all(bool((now != before).all()) for before in seen)
