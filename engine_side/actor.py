@@ -10,8 +10,8 @@ import torch
 from bridge.engine_messages import ToEngine
 from bridge.messages import Refused
 from bridge.wire import ErrorInfo, pack, unpack
-from engine_side.adapters import host
-from engine_side.service import EngineService
+from engine_side.driver.service import EngineService
+from engine_side.engines.registry import host
 
 
 class EngineActor:

@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-from engine_side import lender
+from engine_side.load import arena_views
 
 hypothesis.settings.register_profile("weighbridge", deadline=None)  # on a busy machine, time says nothing
 hypothesis.settings.load_profile("weighbridge")
@@ -54,7 +54,7 @@ def _own_shared_memory() -> Iterator[None]:
 def _small_weights_are_lent() -> Iterator[None]:
     """As a real model's large ones are, in every engine of this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lender, "LEAST", lender.ALIGNED)
+        patch.setattr(arena_views, "LEAST", arena_views.ALIGNED)
         yield
 
 

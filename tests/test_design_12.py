@@ -18,7 +18,6 @@ from torch import nn
 
 import bridge
 from bridge.errors import ConfigError
-from engine_side.adapters.embedded import EmbeddedRankHost
 from engine_side.embedded import layouts
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, MergedColumnParallelLinear
@@ -28,7 +27,8 @@ from engine_side.embedded.mla import FusedQkvAProj
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
-from engine_side.inplace import AttributeSnapshot, Outcome, copy_or_rebind_param, diff
+from engine_side.engines.embedded import EmbeddedRankHost
+from engine_side.live.inplace import AttributeSnapshot, Outcome, copy_or_rebind_param, diff
 from tests.conftest import tiny_qwen2, tiny_qwen3_moe
 from tests.engine_side.embedded_models import make_model
 from tests.push.lora_rig import LoraRig, apart, stir, wrap

@@ -151,7 +151,7 @@ class Jobs:
         """Run one job; errors come back as data, for raising here would leave the other ranks out of step."""
         try:
             if self._run is None:
-                from engine_side.adapters.embedded import rank_run
+                from engine_side.engines.embedded import rank_run
 
                 self._run = rank_run(self._runner)
             self._run(job)

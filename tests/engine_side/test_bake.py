@@ -11,7 +11,7 @@ from torch import nn
 
 from bridge.errors import ConfigError, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
 from bridge.manifest import TensorInfo
-from engine_side.bake import bake, bind
+from engine_side.plan.bake import bake, bind
 from tests.engine_side import toy_engine as toy
 
 

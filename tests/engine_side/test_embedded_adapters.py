@@ -36,8 +36,7 @@ from bridge.lora import AdapterSpec, LoraLimits, names_of
 from bridge.mailbox import Mailbox
 from bridge.manifest import TensorInfo, lay_out
 from bridge.wire import Completion, Sampling
-from engine_side.adapters.embedded import EmbeddedAdapter, EmbeddedRankHost
-from engine_side.adapters.module import ModuleAdapter, ModuleRankHost
+from engine_side.driver.rank_client import RankLine
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool, chain_start
@@ -46,7 +45,8 @@ from engine_side.embedded.loading import load_checkpoint
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
-from engine_side.rankline import RankLine
+from engine_side.engines.embedded import EmbeddedAdapter, EmbeddedRankHost
+from engine_side.engines.module import ModuleAdapter, ModuleRankHost
 from tests.engine_side import embedded_models as tiny
 
 GREEDY = Sampling(max_tokens=24, temperature=0)

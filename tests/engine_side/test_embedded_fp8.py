@@ -15,15 +15,15 @@ from bridge.dtypes import dtype_name
 from bridge.errors import ConfigError, DtypeMismatch, MissingTensor, ShapeMismatch
 from bridge.manifest import TensorInfo, lay_out
 from bridge.plan import source_coverage
-from engine_side.adapters.embedded import EmbeddedRankHost
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import LinearBase
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.quant import STORAGE
 from engine_side.embedded.runner import ModelRunner
-from engine_side.loader import Loader
-from engine_side.verify import RANK_LEVELS, Verifier
+from engine_side.engines.embedded import EmbeddedRankHost
+from engine_side.load.loader import Loader
+from engine_side.verify.verify import RANK_LEVELS, Verifier
 from tests.engine_side import embedded_models as tiny
 
 BLOCK = (2, 8)

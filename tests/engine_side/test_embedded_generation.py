@@ -17,11 +17,11 @@ import torch
 from bridge.deadline import Deadline
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
 from bridge.wire import Completion, Sampling
-from engine_side.adapters.embedded import EmbeddedAdapter, attach, host
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.scheduler import Request, Scheduler
+from engine_side.engines.embedded import EmbeddedAdapter, attach, host
 from tests.engine_side import embedded_models as tiny
 
 GREEDY = Sampling(max_tokens=24, temperature=0)

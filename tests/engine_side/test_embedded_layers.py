@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from engine_side.adapters.embedded import EmbeddedRankHost
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, ParallelLMHead, VocabParallelEmbedding
 from engine_side.embedded.layouts import shuffle, unshuffle
@@ -16,6 +15,7 @@ from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import WrappedLinear
+from engine_side.engines.embedded import EmbeddedRankHost
 from tests.engine_side import embedded_models as tiny
 
 

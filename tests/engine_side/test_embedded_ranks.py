@@ -122,9 +122,9 @@ class _AcceptsAnything:
 @pytest.fixture
 def tolerant_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process every job succeeds; the child has the real thing, which refuses nonsense."""
-    module = types.ModuleType("engine_side.rank")
+    module = types.ModuleType("engine_side.worker.rank")
     module.Rank = _AcceptsAnything  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "engine_side.rank", module)
+    monkeypatch.setitem(sys.modules, "engine_side.worker.rank", module)
 
 
 @pytest.mark.usefixtures("tolerant_rank_0")

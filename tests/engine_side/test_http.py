@@ -12,7 +12,7 @@ import pytest
 from bridge import cli
 from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError
-from engine_side.adapters.http import HttpClient
+from engine_side.engines.common.http import HttpClient
 
 NO_ADDRESSES = [
     "http://127.0.0.1:abc", "http://127.0.0.1:99999", "http://127.0.0.1:0", "http://[::1", "http://a b:80",

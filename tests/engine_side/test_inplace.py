@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine_side.inplace import AttributeSnapshot, Outcome, copy_or_rebind_param, diff
+from engine_side.live.inplace import AttributeSnapshot, Outcome, copy_or_rebind_param, diff
 
 
 class Sharded(nn.Parameter):

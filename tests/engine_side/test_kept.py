@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine_side.kept import Kept
-from engine_side.loader import Loader
+from engine_side.live.forward_caches import Kept
+from engine_side.load.loader import Loader
 from tests.engine_side import toy_engine as toy
 
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from bridge.arena import Arena
 from bridge.manifest import lay_out
-from engine_side import lender as lending
-from engine_side.lender import Lender
-from engine_side.loader import Loader
-from engine_side.verify import RANK_LEVELS, Verifier
+from engine_side.load import arena_views as lending
+from engine_side.load.arena_views import Lender
+from engine_side.load.loader import Loader
+from engine_side.verify.verify import RANK_LEVELS, Verifier
 from tests.engine_side import toy_engine as toy
 from tests.engine_side.test_loader import outputs, same
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from bridge.errors import ConfigError, MissingTensor, ProtocolError
 from bridge.manifest import TensorInfo, lay_out
-from engine_side.loader import Loader
-from engine_side.strategies import Strategy
+from engine_side.load.loader import Loader
+from engine_side.plan.strategies import Strategy
 from tests.engine_side import toy_engine as toy
 
 METHODS = [toy.Plain, toy.Transposed, toy.Shuffled, toy.Packed, toy.HiddenCopy, toy.Latched]
@@ -253,7 +253,7 @@ def test_steady_state_walks_no_module_and_matches_no_name(monkeypatch: pytest.Mo
 
 def test_several_threads_share_one_large_tensor() -> None:
     from bridge.plan import dense
-    from engine_side.copies import batches, pair
+    from engine_side.load.copies import batches, pair
 
     live, sent = torch.zeros(3_000_000), torch.randn(3_000_000)
     small, other = torch.zeros(7), torch.randn(7)

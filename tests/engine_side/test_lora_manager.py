@@ -28,7 +28,6 @@ from bridge.errors import (
 )
 from bridge.lora import AdapterSpec, names_of
 from bridge.manifest import TensorInfo, lay_out
-from engine_side.adapters.embedded import EmbeddedRankHost
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, RMSNorm
 from engine_side.embedded.lora import BaseLayerWithLoRA, LoraManager, warm_up_rank
@@ -36,8 +35,9 @@ from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
-from engine_side.loader import Loader
-from engine_side.verify import RANK_LEVELS, Verifier
+from engine_side.engines.embedded import EmbeddedRankHost
+from engine_side.load.loader import Loader
+from engine_side.verify.verify import RANK_LEVELS, Verifier
 from tests.engine_side import embedded_models as tiny
 from tests.engine_side.lora_ranks import on_ranks
 

@@ -16,9 +16,9 @@ from bridge.errors import Busy, ConfigError, EngineQuarantined, ShapeMismatch, U
 from bridge.manifest import TensorInfo, lay_out
 from bridge.plan import Move, Routes, dense
 from bridge.wire import Sampling
-from engine_side.adapters.module import ModuleAdapter, ModuleRankHost, attach, storages_of
-from engine_side.loader import Loader
-from engine_side.verify import RANK_LEVELS, Verifier
+from engine_side.engines.module import ModuleAdapter, ModuleRankHost, attach, storages_of
+from engine_side.load.loader import Loader
+from engine_side.verify.verify import RANK_LEVELS, Verifier
 
 
 class Net(nn.Module):

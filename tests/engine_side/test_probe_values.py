@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from engine_side import probes
-from engine_side.probes import Probe
+from engine_side.plan import probes
+from engine_side.plan.probes import Probe
 
 CPU = torch.device("cpu")
 LINEAR = Probe("rows", 96, 8, torch.bfloat16, form="linear", weight="weight", bias="bias")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side import layout
-from engine_side.bake import bake
-from engine_side.strategies import Strategy, decide
-from engine_side.twins import TwinSource
+from engine_side.live import storage_layout
+from engine_side.plan.bake import bake
+from engine_side.plan.strategies import Strategy, decide
+from engine_side.plan.twins import TwinSource
 from tests.engine_side import toy_engine as toy
 
 
@@ -111,8 +111,11 @@ def test_any_affine_permutation_is_found(data: st.DataObject) -> None:
     def rearrange(x: torch.Tensor) -> torch.Tensor:
         return x.view(sizes).permute(order).reshape(-1)
 
-    digits = [layout.code(numel, base, k, torch.float32, cpu) for k in range(layout.digits_needed(numel, base))]
-    found = layout.affine([rearrange(d) for d in digits], base)
+    digits = [
+        storage_layout.code(numel, base, k, torch.float32, cpu)
+        for k in range(storage_layout.digits_needed(numel, base))
+    ]
+    found = storage_layout.affine([rearrange(d) for d in digits], base)
     assert found is not None
     held, origin = found
     canonical = torch.randn(numel)
@@ -126,17 +129,25 @@ def test_what_is_not_affine_is_refused(swap: tuple[int, int]) -> None:
     n, base, cpu = 64, 5, torch.device("cpu")
     order = torch.arange(n)
     order[list(swap)] = order[list(reversed(swap))]
-    digits = [layout.code(n, base, k, torch.float32, cpu)[order] for k in range(layout.digits_needed(n, base))]
-    assert layout.affine(digits, base) is None
-    rolled = [layout.code(n, base, k, torch.float32, cpu).roll(1) for k in range(layout.digits_needed(n, base))]
-    assert layout.affine(rolled, base) is None
+    digits = [
+        storage_layout.code(n, base, k, torch.float32, cpu)[order] for k in range(storage_layout.digits_needed(n, base))
+    ]
+    assert storage_layout.affine(digits, base) is None
+    rolled = [
+        storage_layout.code(n, base, k, torch.float32, cpu).roll(1)
+        for k in range(storage_layout.digits_needed(n, base))
+    ]
+    assert storage_layout.affine(rolled, base) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.int8, torch.bool])
 def test_codes_are_exact_in_every_dtype(dtype: torch.dtype) -> None:
-    base = layout.exact_base(dtype)
+    base = storage_layout.exact_base(dtype)
     n = 700
-    digits = [layout.code(n, base, k, dtype, torch.device("cpu")) for k in range(layout.digits_needed(n, base))]
+    digits = [
+        storage_layout.code(n, base, k, dtype, torch.device("cpu"))
+        for k in range(storage_layout.digits_needed(n, base))
+    ]
     index = sum(d.to(torch.int64) * base**k for k, d in enumerate(digits))
     assert torch.equal(index, torch.arange(n))
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.loader import Loader
-from engine_side.tree import Tree
-from engine_side.verify import Verifier
+from engine_side.live.module_tree import Tree
+from engine_side.load.loader import Loader
+from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
 
 

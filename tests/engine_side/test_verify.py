@@ -17,10 +17,10 @@ from torch import nn
 from bridge.errors import ConfigError
 from bridge.plan import Move, RankPlan
 from bridge.receipt import LevelResult
-from engine_side import probes
-from engine_side.loader import Loader
-from engine_side.probes import Probe
-from engine_side.verify import RANK_LEVELS, Verifier
+from engine_side.load.loader import Loader
+from engine_side.plan import probes
+from engine_side.plan.probes import Probe
+from engine_side.verify.verify import RANK_LEVELS, Verifier
 from tests.engine_side import toy_engine as toy
 
 METHODS = [toy.Plain, toy.Transposed, toy.Shuffled, toy.Packed, toy.HiddenCopy, toy.Latched]

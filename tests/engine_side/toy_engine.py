@@ -13,7 +13,7 @@ from bridge.dtypes import dtype_name
 from bridge.errors import NotFound, UnsupportedLora
 from bridge.lora import AdapterSpec
 from bridge.manifest import Manifest, TensorInfo, lay_out
-from engine_side.adapters.base import AdapterView
+from engine_side.protocol import AdapterView
 
 Method = Callable[[], Any]
 

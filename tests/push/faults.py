@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import engine_side.loader
+import engine_side.load.loader
 from bridge.messages import SubmitRequest
 from bridge.plan import Move
-from engine_side.adapters.embedded import EmbeddedRankHost
-from engine_side.copies import Batch
-from engine_side.loader import Loader, LoadOutcome
+from engine_side.engines.embedded import EmbeddedRankHost
+from engine_side.load.copies import Batch
+from engine_side.load.loader import Loader, LoadOutcome
 from tests.push.rig import Rig
 
 Patch = pytest.MonkeyPatch
@@ -68,7 +68,7 @@ def corrupt_a_byte(rig: Rig, patch: Patch) -> None:
 
 def with_moves(patch: Patch, change: Callable[[Move], Move | None]) -> None:
     """The engine's plan comes out of baking with other moves than its loader made."""
-    bake = engine_side.loader.bake
+    bake = engine_side.load.loader.bake
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         baked = bake(*args, **kwargs)

@@ -555,7 +555,7 @@ def test_rollback_over_a_base_push_to_an_adapter(make: Make) -> None:
 
 @pytest.mark.parametrize("what", ["resume", "retire", "publish"])
 def test_a_resume_that_fails_once_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    from engine_side.adapters.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     rig = make()
     rig.push(mode="adapter")

@@ -38,8 +38,8 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.ledger import Ledger
-from engine_side.adapters.embedded import EmbeddedAdapter
-from engine_side.loader import Loader
+from engine_side.engines.embedded import EmbeddedAdapter
+from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.rig import Rig, refused
 from tests.rigs import refuses_what_does_not_fit
@@ -486,14 +486,14 @@ def test_a_name_that_is_none_is_refused_before_anything_is_made(
     name: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
-    monkeypatch.setattr("engine_side.adapters.adapt", lambda *given: made.append(given))
+    monkeypatch.setattr("engine_side.engines.registry.adapt", lambda *given: made.append(given))
     with refused(ConfigError, 2, "not a name", "expected", "got"):
         bridge.attach(rig.engine, name=name)
     assert not made
 
 
 @pytest.mark.parametrize(
-    "part", ["engine_side.service.EngineService", "bridge.api.Ledger.open", "bridge.api.Coordinator"]
+    "part", ["engine_side.driver.service.EngineService", "bridge.api.Ledger.open", "bridge.api.Coordinator"]
 )
 def test_a_refused_attach_lets_go_of_the_engine_and_tells_the_first_error(
     part: str, fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import bridge
-from engine_side.loader import Loader
+from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
 from trainer_side.checkpoint import named_tensors
 from trainer_side.naming import bake_names

@@ -54,7 +54,7 @@ def test_a_retry_after_a_failed_plan_does_not_mix_versions(attached: Any, monkey
             parameter.mul_(1.1)
     b.push(layer, partial=True)
     before = engine.prompt_logprobs([[1, 2, 3, 4, 5]])
-    from engine_side.loader import Loader
+    from engine_side.load.loader import Loader
 
     real = Loader.read_back
 
@@ -115,7 +115,7 @@ def test_a_full_disk_neither_blocks_nor_lies(attached: Any, monkeypatch: pytest.
 def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
     attached: Any, monkeypatch: pytest.MonkeyPatch, always: bool, error: type[Exception]
 ) -> None:
-    from engine_side.adapters.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     model = tiny_qwen2()
     engine, b = attached(model)
@@ -149,7 +149,7 @@ def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
 
 def _fail(patch: pytest.MonkeyPatch, method: str, times: int, error: type[Exception] = DeadlineExceeded) -> list[str]:
     """The engine's adapter fails at this so many times, then does it. What was asked, in order."""
-    from engine_side.adapters.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     real = getattr(EmbeddedAdapter, method)
     asked: list[str] = []
@@ -218,7 +218,7 @@ def test_an_engine_that_stays_late_after_the_commit_is_quarantined(
     attached: Any, monkeypatch: pytest.MonkeyPatch, method: str, way: str, mute: bool
 ) -> None:
     """Never held without a reason: callers are refused, and status says why."""
-    from engine_side.adapters.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     def mutely(self: EmbeddedAdapter, reason: str | None) -> None:
         if reason is not None:
@@ -273,7 +273,7 @@ def test_a_pause_for_an_examination_that_comes_too_late(
     attached: Any, monkeypatch: pytest.MonkeyPatch, wakes: bool
 ) -> None:
     """It falls asleep all the same, after nobody waits for it any more."""
-    from engine_side.adapters.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     model = tiny_qwen2()
     engine, b = attached(model)
@@ -295,7 +295,7 @@ def test_a_pause_for_an_examination_that_comes_too_late(
 
 
 def test_a_foreign_error_on_the_way_back_quarantines(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine_side.adapters.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     model = tiny_qwen2()
     _, b = attached(model)
@@ -318,7 +318,7 @@ def test_quarantine_outlives_the_bridge() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     trainer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     b = bridge.attach(module)
-    from engine_side.loader import Loader
+    from engine_side.load.loader import Loader
 
     real = Loader.apply
 
@@ -355,7 +355,7 @@ def test_verified_says_only_what_was_shown() -> None:
 def test_a_stale_prefix_cache_is_found_whatever_the_block_size(
     attached: Any, monkeypatch: pytest.MonkeyPatch, block_size: int
 ) -> None:
-    from engine_side.adapters.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     model = tiny_qwen2()
     _, b = attached(model, block_size=block_size)
@@ -384,8 +384,8 @@ def test_a_push_that_is_under_way_can_be_awaited_after_close(attached: Any) -> N
 
 
 def test_an_examination_pauses_a_serving_engine(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine_side.adapters.embedded import EmbeddedAdapter
-    from engine_side.outputs import Outputs
+    from engine_side.driver.output_checks import Outputs
+    from engine_side.engines.embedded import EmbeddedAdapter
 
     model = tiny_qwen2()
     _, b = attached(model)

@@ -23,9 +23,9 @@ from bridge.config import from_environment
 from bridge.deadline import Deadline
 from bridge.engine_messages import EngineCommit, EngineLoad, EngineRestore
 from bridge.messages import Refused
-from engine_side.adapters import host
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
+from engine_side.engines.registry import host
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.lora_rig import stir, wrap
 from tests.ray.conftest import Home, Trainer, eventually, gone

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 import bridge
-from engine_side.adapters.hosting import Leavings
+from engine_side.engines.common.hosting import Leavings
 from tests.rigs import Logprobs, difference, variables
 from tests.sglang.inside import ACTION
 from tests.vllm.families import make_model, perturb
 from trainer_side.reference import reference_logprobs
 
-LOADER = "engine_side.adapters.sglang.load"
+LOADER = "engine_side.engines.sglang.load"
 FRESH_S = 200.0
 PROMPTS = [random.Random(n).choices(range(3, 400), k=n) for n in (5, 20, 150)]
 YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}

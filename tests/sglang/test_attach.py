@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import bridge
-from engine_side.adapters.hosting import Leavings
+from engine_side.engines.common.hosting import Leavings
 from tests.sglang.rig import LOADER, start
 from tests.vllm.families import make_model
 
@@ -36,7 +36,7 @@ def test_an_engine_without_the_loader_or_the_plugin_is_told_so(
     monkeypatch.setenv("SGLANG_PLUGINS", "weighbridge_cpu_shims")
     engine = start(tmp_path, custom_weight_loader=None)
     try:
-        with pytest.raises(bridge.ConfigError, match=r'custom_weight_loader=\["engine_side.adapters.sglang.load"\]'):
+        with pytest.raises(bridge.ConfigError, match=r'custom_weight_loader=\["engine_side.engines.sglang.load"\]'):
             bridge.attach(engine)
         monkeypatch.setattr(engine, "server_args", WithLoader(engine.server_args))
         with pytest.raises(bridge.ConfigError, match="SGLANG_PLUGINS"):

@@ -15,7 +15,7 @@ import pytest
 
 import bridge
 from bridge.errors import ConfigError, PeerLost
-from engine_side.adapters import host
+from engine_side.engines.registry import host
 from tests.ray.conftest import ROOT, Home, eventually, gone, home  # noqa: F401
 from tests.sglang.conftest import SHIMS
 from tests.sglang.rig import PROMPTS

@@ -25,7 +25,7 @@ import bridge
 from bridge import cli
 from bridge.api import examine
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
-from engine_side.adapters.hosting import Leavings
+from engine_side.engines.common.hosting import Leavings
 from tests.ray.conftest import eventually, gone
 from tests.rigs import difference
 from tests.servers import Answers, free_port
@@ -400,7 +400,7 @@ def test_servers_that_cannot_be_driven(routes: dict[str, Any], said: str) -> Non
 
 def test_a_server_that_cannot_see_our_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on another node: the probe file is not there."""
-    monkeypatch.setattr("engine_side.adapters.probing.device_and_inode", lambda descriptor: (0, 0))
+    monkeypatch.setattr("engine_side.engines.common.server_checks.device_and_inode", lambda descriptor: (0, 0))
     with pytest.raises(ConfigError, match="node"):
         bridge.attach(rig.server.url)
 

@@ -24,9 +24,9 @@ from torch import nn
 from bridge.dtypes import dtype_name
 from bridge.errors import BridgeError
 from bridge.manifest import TensorInfo, lay_out
-from engine_side.adapters.sglang.host import SglangRankHost
-from engine_side.loader import Loader
-from engine_side.verify import RANK_LEVELS, Verifier
+from engine_side.engines.sglang.host import SglangRankHost
+from engine_side.load.loader import Loader
+from engine_side.verify.verify import RANK_LEVELS, Verifier
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,12 +14,12 @@ STEP_S = 0.01
 
 
 class Install(MetaPathFinder):
-    """Waits for `engine_side.rank`, which only a process with live weights imports; what it imports is patched."""
+    """Patches what `engine_side.worker.rank` imports, once a process with live weights imports that module."""
 
     busy = False
 
     def find_spec(self, name, path=None, target=None):
-        if name == "engine_side.rank" and not self.busy:
+        if name == "engine_side.worker.rank" and not self.busy:
             self.busy = True
             import importlib
 
@@ -31,8 +31,8 @@ class Install(MetaPathFinder):
 def patch():
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from engine_side.loader import Loader
-    from engine_side.verify import Verifier
+    from engine_side.load.loader import Loader
+    from engine_side.verify.verify import Verifier
 
     switch = os.environ["WEIGHBRIDGE_TEST_FAULT"]
     apply, rebuild, run = Loader.apply, Loader._rebuild_one, Verifier.run

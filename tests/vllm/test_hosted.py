@@ -14,7 +14,7 @@ import pytest
 
 import bridge
 from bridge.errors import ConfigError, PeerLost
-from engine_side.adapters import host
+from engine_side.engines.registry import host
 from tests.ray.conftest import Home, eventually, gone, home  # noqa: F401
 from tests.vllm.families import make_model, perturb
 from tests.vllm.rig import PROMPTS

@@ -15,7 +15,7 @@ import pytest
 
 import bridge
 from bridge.errors import BridgeError
-from engine_side.adapters.vllm.driver import LLMAdapter
+from engine_side.engines.vllm.driver import LLMAdapter
 
 pytestmark = pytest.mark.timeout(200)
 PUSH_S, GRACE_S = 10.0, 5.0

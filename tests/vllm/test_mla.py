@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bridge.errors import PushAborted
-from engine_side.adapters.vllm.host import VllmRankHost
+from engine_side.engines.vllm.host import VllmRankHost
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -324,7 +324,7 @@ def test_users_requests_inside_are_ended(rig: Any, monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no way back")
 
     with monkeypatch.context() as patch:
-        patch.setattr("engine_side.service.EngineService._load_back", torn)
+        patch.setattr("engine_side.driver.service.EngineService._load_back", torn)
         quarantine(rig, monkeypatch, inflight="keep")
     engine = rig.llm.llm_engine
     unfinished = type(engine).has_unfinished_requests(engine)

@@ -422,7 +422,7 @@ def test_what_no_push_could_take_into_account_is_refused(
     from vllm.engine.arg_utils import EngineArgs
 
     from bridge.wire import pack, unpack
-    from engine_side.adapters.vllm.facts import Facts, check_facts, facts_of
+    from engine_side.engines.vllm.facts import Facts, check_facts, facts_of
 
     make_model("llama").save_pretrained(tmp_path)
     asked = EngineArgs(
@@ -455,7 +455,7 @@ def test_nobody_there(url: str) -> None:
 def test_a_server_that_cannot_see_our_memory(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on another node: the probe file is not there."""
 
-    monkeypatch.setattr("engine_side.adapters.probing.device_and_inode", lambda descriptor: (0, 0))
+    monkeypatch.setattr("engine_side.engines.common.server_checks.device_and_inode", lambda descriptor: (0, 0))
     with pytest.raises(ConfigError, match="node"):
         bridge.attach(rig.server.url)
 

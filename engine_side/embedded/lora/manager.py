@@ -12,7 +12,6 @@ from bridge.dtypes import dtype_name
 from bridge.errors import ConfigError, NotFound
 from bridge.lora import AdapterSpec, LoraLimits
 from bridge.manifest import TensorInfo
-from engine_side.adapters.base import AdapterView
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora import placing
 from engine_side.embedded.lora.context import LoraContext
@@ -20,6 +19,7 @@ from engine_side.embedded.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from engine_side.embedded.lora.placing import Place
 from engine_side.embedded.lora.targets import to_wrap
 from engine_side.embedded.parallel import Parallel
+from engine_side.protocol import AdapterView
 
 _WARM_UP = "warm-up"
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine_side.adapters.base import AdapterView
 from engine_side.embedded.weights import Cut
+from engine_side.protocol import AdapterView
 
 PartKey = tuple[object, object]
 """(shard id, expert id) as the model's `resolve` gives them to a loader; None where there is none."""

@@ -1,0 +1,237 @@
+"""The embedded engine behind the adapter protocol: `EmbeddedAdapter` (driver) and `EmbeddedRankHost` (each rank)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from bridge.deadline import Deadline
+from bridge.errors import ConfigError, NotFound, UnsupportedLora
+from bridge.lora import AdapterSpec, LoraLimits
+from bridge.manifest import TensorInfo
+from bridge.wire import Completion, Sampling
+from engine_side.embedded.config import EngineConfig
+from engine_side.embedded.engine import BASE, CURRENT, Engine
+from engine_side.embedded.layers import LinearBase, RMSNorm, VocabParallelEmbedding
+from engine_side.embedded.lora.manager import LoraManager
+from engine_side.embedded.moe import FusedMoE
+from engine_side.embedded.runner import ModelRunner
+from engine_side.embedded.wrappers import unwrap
+from engine_side.engines.common import claim
+from engine_side.protocol import AdapterView, Prompts
+
+
+class EmbeddedAdapter:
+    """The driver half, over an Engine of this process. An `owned` engine ends with `close`, another one runs on."""
+
+    kind = "embedded"
+    can_generate = True
+
+    def __init__(self, engine: Engine, *, owned: bool = False) -> None:
+        self.engine = engine
+        self._owned = owned
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """None for an engine that was started without weights."""
+        config = self.engine.config
+        return Path(config.path) if config.load == "checkpoint" else None
+
+    @property
+    def ranks(self) -> int:
+        return self.engine.config.tensor_parallel_size
+
+    @property
+    def max_prompt(self) -> int:
+        return self.engine.runner.limits.max_seq_len - 1
+
+    @property
+    def vocabulary(self) -> int:
+        return self.engine.runner.model_config.vocab_size
+
+    @property
+    def cache_grain(self) -> int:
+        return self.engine.runner.limits.block_size
+
+    def claim(self, owner: str) -> None:
+        claim.take(self.engine, self, owner)
+
+    def dispatch(self, job: bytes, deadline: Deadline) -> None:
+        """Run `job` in rank 0 (this thread) and, at the same time, in the children."""
+        self.engine.run_job(job, deadline)
+
+    def pause(self, inflight: str, deadline: Deadline) -> None:
+        self.engine.pause(inflight, deadline)
+
+    def resume(self) -> None:
+        self.engine.resume()
+
+    def publish(self, version: int, adapter: str | None = None) -> None:
+        self.engine.publish(version, adapter)
+
+    @property
+    def published(self) -> tuple[int, str | None]:
+        return self.engine.weight_version, self.engine.adapter
+
+    def end_users(self, names: Iterable[str]) -> None:
+        self.engine.end_users(names)
+
+    @property
+    def lora(self) -> LoraLimits | None:
+        return self.engine.runner.lora_limits
+
+    def adapters(self) -> tuple[str, ...]:
+        return self.engine.adapters
+
+    def retire(self, names: Iterable[str]) -> None:
+        self.engine.retire(names)
+
+    @property
+    def refusal(self) -> str | None:
+        return self.engine.refusal
+
+    def refuse(self, reason: str | None) -> None:
+        self.engine.refuse(reason)
+
+    def reset_caches(self) -> bool:
+        """Kept requests are preempted and computed again under the new weights."""
+        return self.engine.reset_prefix_cache(reset_running_requests=True)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        adapter: str = CURRENT,
+        *,
+        past_gate: bool = False,
+        deadline: Deadline | None = None,
+    ) -> list[Completion]:
+        return self.engine.generate(prompts, sampling, adapter, past_gate=past_gate, deadline=deadline)
+
+    def refuse_shared(self, storages: frozenset[int]) -> None:
+        """Only rank 0 lies in this process; storage that post-load has emptied has no address."""
+        for name, param in self.engine.runner.model.named_parameters():
+            address = param.untyped_storage().data_ptr()
+            if address and address in storages:
+                raise ConfigError(
+                    "the trainer and the engine share storage",
+                    where=name,
+                    expected="an engine with weights of its own",
+                    got=f"address {address:#x} on both sides",
+                    remedy="clone one of them",
+                    names=(name,),
+                )
+
+    def close(self) -> None:
+        claim.give_up(self.engine, self)
+        if self._owned:
+            self.engine.close()
+
+
+class EmbeddedRankHost:
+    """The rank half, in the process of each rank."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    @property
+    def rank(self) -> int:
+        return self._runner.tp.rank
+
+    @property
+    def model(self) -> nn.Module:
+        return self._runner.model
+
+    def skeleton(self) -> nn.Module:
+        return self._runner.skeleton()
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._runner.load_weights(skeleton, weights)
+
+    def post_load(self, module: nn.Module) -> bool:
+        return self._runner.post_load(module)
+
+    @torch.no_grad()
+    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What this rank alone contributes: linear layers and heads take [n, features of this rank], embeddings ids
+        [n] (rows of other ranks are zeros), norms [n, features]; experts [n, hidden] with row i sent to expert i % E
+        at weight 1."""
+        module = unwrap(module)
+        if isinstance(module, FusedMoE):
+            ids = torch.arange(len(x)).remainder(module.num_experts).unsqueeze(1)
+            rows = x.to(module.params_dtype)
+            return module.local(rows, torch.ones_like(ids, dtype=rows.dtype), ids)
+        if isinstance(module, VocabParallelEmbedding | LinearBase):
+            return module.local(x.to(module.params_dtype) if x.is_floating_point() else x)
+        if isinstance(module, RMSNorm):
+            out: torch.Tensor = module(x.to(module.weight.dtype))
+            return out
+        raise NotImplementedError(f"{type(module).__name__} cannot be called alone")
+
+    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+        return self._runner.prompt_logprobs(prompts, adapter)
+
+    def untie(self, names: Sequence[str]) -> bool:
+        return self._runner.untie(names)
+
+    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+        return self._manager().plan(tensors, spec)
+
+    @torch.no_grad()
+    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+        if name in ("", BASE, CURRENT):
+            expected = f"a name other than {BASE!r} and {CURRENT!r}, which requests ask for by these words"
+            raise ConfigError("an adapter cannot have this name", where="adapter", expected=expected, got=repr(name))
+        self._manager().load(name, tensors, spec)
+
+    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+        if self._runner.lora is None:
+            raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name))
+        return self._runner.lora.views(name)
+
+    def remove_adapter(self, name: str) -> None:
+        self._runner.drop_adapter(name)
+
+    def _manager(self) -> LoraManager:
+        if self._runner.lora is None:
+            raise UnsupportedLora(
+                "the engine was started without LoRA",
+                where="EngineConfig.max_loras",
+                expected="at least 1",
+                got="0",
+                remedy="start it with max_loras=2 (one serves while the next is loaded), or push mode='merged'",
+            )
+        return self._runner.lora
+
+
+def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:
+    """`Rank.run` over this process's runner: what `dispatch` executes in every rank."""
+    from engine_side.worker.rank import Rank
+
+    return Rank(EmbeddedRankHost(runner)).run
+
+
+def attach(engine: object, canonical: object = None) -> EmbeddedAdapter | None:
+    """The adapter of an Engine of this process; None for anything else. It has a loader of its own, so `canonical` is
+    not asked."""
+    return EmbeddedAdapter(engine) if isinstance(engine, Engine) else None
+
+
+def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedAdapter:
+    """Start an engine from a checkpoint folder in this process. Raises ConfigError, naming the argument, for one that
+    `EngineConfig` does not have."""
+    try:
+        config = msgspec.convert({"path": path, **arguments}, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            "an engine argument does not fit",
+            where="embedded",
+            expected=", ".join(name for name in EngineConfig.__struct_fields__ if name != "path"),
+            got=str(error),
+        ) from error
+    return EmbeddedAdapter(Engine(config), owned=True)

@@ -1,0 +1,92 @@
+"""The engine-adapter protocol (`base.py`) and who fills it. Entries are strings, imported on use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.errors import ConfigError, NotFound
+from engine_side.engines.common.server_discovery import attach_server, is_url
+
+if TYPE_CHECKING:
+    from engine_side.engines.module import Canonical
+    from engine_side.protocol import EngineAdapter
+
+HOSTED: Mapping[str, str] = {
+    "embedded": "engine_side.engines.embedded:host",
+    "vllm": "engine_side.engines.vllm.hosted:host",
+    "sglang": "engine_side.engines.sglang.hosted:host",
+}
+"""Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
+VARIABLES: Mapping[str, tuple[str, ...]] = {"vllm": ("VLLM_",), "sglang": ("SGLANG_",)}
+"""Scheme -> prefixes of the environment variables that its engines read when they start."""
+
+ATTACHED: tuple[str, ...] = (
+    "engine_side.engines.embedded:attach",
+    "engine_side.engines.vllm.driver:attach",
+    "engine_side.engines.sglang.driver:attach",
+    "engine_side.engines.module:attach",
+)
+"""Tried in order: each takes what `adapt` was given and answers an adapter, or None for an object not of its kind."""
+
+
+def entry(target: str) -> Any:
+    """The object behind "module:attribute" of one of these tables."""
+    import importlib
+
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
+    """Start the engine that a spec like "embedded:PATH" names, in this process. Blocks until it can serve. Raises
+    ConfigError for an unknown scheme or argument, NotFound for a missing folder."""
+    scheme, path = check_spec(spec)
+    adapter: EngineAdapter = entry(HOSTED[scheme])(path, dict(arguments))
+    return adapter
+
+
+def check_spec(spec: str) -> tuple[str, str]:
+    """(scheme, folder) of a spec. Raises ConfigError for a scheme that nobody hosts, NotFound for a missing folder."""
+    scheme, colon, path = spec.partition(":")
+    if not colon or scheme not in HOSTED:
+        raise ConfigError(
+            "no such kind of engine",
+            where="engine",
+            expected=" | ".join(f"{name}:PATH" for name in HOSTED),
+            got=repr(spec),
+        )
+    if not Path(path).is_dir():
+        raise NotFound("no such checkpoint folder", where=path, remedy="give the folder of a Hugging Face checkpoint")
+    return scheme, path
+
+
+def environment(spec: str) -> dict[str, str]:
+    """The variables of this process that a hosted engine of this kind reads: its actor may come from a Ray that was
+    started without them."""
+    prefixes = VARIABLES.get(spec.partition(":")[0], ())
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)} if prefixes else {}
+
+
+def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
+    """The adapter for an object of this process, or for the server at an address. Raises ConfigError for an object that
+    nobody knows, and for an address where nobody answers that can be driven.
+
+    Args:
+        canonical: how checkpoint names map onto a module that has no loader of its own; None: by its live names.
+    """
+    if is_url(engine):
+        return attach_server(str(engine))
+    for target in ATTACHED:
+        adapter: EngineAdapter | None = entry(target)(engine, canonical)
+        if adapter is not None:
+            return adapter
+    raise ConfigError(
+        "nobody knows how to push into this object",
+        where="engine",
+        expected="an embedded Engine, a vllm.LLM, a sglang.Engine, any torch.nn.Module, or a server's http://HOST:PORT",
+        got=repr(engine) if isinstance(engine, str) else type(engine).__name__,
+        remedy="bridge.launch hosts an engine from a checkpoint folder" if isinstance(engine, str) else None,
+    )

@@ -1,0 +1,50 @@
+"""Which modules of a checkpoint end in one parameter of the engine, and how large they are: by its own loader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from bridge.manifest import TensorInfo
+from engine_side.plan import bake
+from engine_side.plan.loader_errors import LoaderRaised
+from engine_side.plan.unfilled import checkpoint_tensors
+from engine_side.protocol import RankHost
+
+
+class Siblings:
+    """Asked once, of the checkpoint that the engine was started from; empty where that is not at hand."""
+
+    def __init__(self, host: RankHost, checkpoint: Path | None) -> None:
+        self._host = host
+        self._checkpoint = checkpoint
+
+    def shape(self, module: str) -> tuple[int, int] | None:
+        """(outputs, inputs) of a module's weight in the checkpoint; None for one that is not in it."""
+        return self._shapes.get(module)
+
+    def of(self, module: str) -> Mapping[str, tuple[int, int]]:
+        """The modules that share a parameter with this one, it included."""
+        return {name: self._shapes[name] for name in self._groups.get(module, ())}
+
+    @cached_property
+    def _infos(self) -> tuple[TensorInfo, ...]:
+        return () if self._checkpoint is None else checkpoint_tensors(self._checkpoint)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        found = [i for i in self._infos if len(i.shape) == 2 and i.name.endswith(".weight")]
+        return {i.name.removesuffix(".weight"): (i.shape[0], i.shape[1]) for i in found}
+
+    @cached_property
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        try:
+            found = bake.trace(self._host, bake.stand_ins(self._infos)) if self._infos else None
+        except LoaderRaised:
+            return {}
+        landed: dict[str, dict[str, None]] = {}
+        for move in found.moves if found is not None else ():
+            if move.tensor.removesuffix(".weight") in self._shapes:
+                landed.setdefault(move.target, {})[move.tensor.removesuffix(".weight")] = None
+        return {name: tuple(names) for names in landed.values() for name in names}

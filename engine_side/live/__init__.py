@@ -1,0 +1,1 @@
+"""Live modules: write parameters in place, walk module trees, find storage layouts and forward caches."""

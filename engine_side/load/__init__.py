@@ -1,0 +1,1 @@
+"""Loading: copy a sealed version from the local arena into live parameters."""

@@ -1,0 +1,421 @@
+"""Ask the engine's own loader, once, where every element of a checkpoint goes.
+
+`bake` runs the loader of a meta skeleton on meta stand-ins of the announced tensors under a `Recorder`; the recorded
+moves are the plan, and interval arithmetic proves that each engine element is written exactly once. `bind` finds the
+live module of each skeleton module by path. Nothing here touches a live weight; both run once per plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bridge.dtypes import DTYPES, dtype_of
+from bridge.errors import BridgeError, ConfigError
+from bridge.manifest import TensorInfo
+from bridge.plan import Coverage, Fill, Move, RankPlan, Region, Target, dense, dest_coverage, follow, source_coverage
+from bridge.recorder import Recorder
+from engine_side.live.inplace import twin_parameter
+from engine_side.live.storage_layout import is_dense
+from engine_side.plan import loader_errors
+from engine_side.protocol import NamesUnloaded, RankHost
+
+MAX_OFFENDERS = 32
+"""How many tensors that make a loader raise are looked for before the error is reported."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One name under which a skeleton module holds a target: `module` path, attribute `name`, the target's path."""
+
+    module: str
+    name: str
+    target: str
+    buffer: bool
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Every parameter and persistent buffer of a skeleton; ties by storage are one target with several places."""
+
+    targets: tuple[Target, ...]
+    places: tuple[Place, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+    def of_module(self) -> dict[str, tuple[Place, ...]]:
+        """Module path -> its places, in the skeleton's order."""
+        out: dict[str, list[Place]] = {}
+        for place in self.places:
+            out.setdefault(place.module, []).append(place)
+        return {path: tuple(places) for path, places in out.items()}
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A rank's plan and what the driver must know of it.
+
+    Attributes:
+        plan: the moves; `targets` says which module holds what.
+        targets: every place of the skeleton, also those that a partial plan leaves out.
+        infos: the tensors it was baked for.
+        coverage: holes and overlaps per target, empty in a sound plan.
+        dtypes: sent tensor -> wire name of the dtype it lands in; absent when it lands in several.
+        unread: sent tensors this rank does not touch: another rank may.
+        read: source regions of tensors that this rank reads only in part.
+        native_sources: module path -> tensors that its native load needs.
+        problems: what makes the plan unusable, most telling first. Empty in a sound plan.
+        unloaded: targets of the skeleton that no checkpoint fills, and that are not part of the plan.
+    """
+
+    plan: RankPlan
+    targets: Targets
+    infos: tuple[TensorInfo, ...]
+    coverage: Coverage
+    dtypes: dict[str, str]
+    unread: tuple[str, ...]
+    read: dict[str, tuple[Region, ...]]
+    native_sources: dict[str, tuple[str, ...]]
+    problems: tuple[BridgeError, ...]
+    partial: bool
+    unloaded: frozenset[str] = frozenset()
+
+    def check(self) -> Baked:
+        """Raises the first problem."""
+        if self.problems:
+            raise self.problems[0]
+        return self
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one run of a loader did."""
+
+    targets: Targets
+    moves: tuple[Move, ...]
+    fills: tuple[Fill, ...]
+    tainted: Mapping[str, str]
+
+
+def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) -> Baked:
+    """Trace the loader of `host` on `infos` (global shapes). Once per plan; milliseconds, no weight memory.
+
+    With `partial` a subset of the model is meant: elements that nothing reaches are no problem. Weights that do not fit
+    are no exception here but `Baked.problems`. Raises ConfigError when the loader fails and no tensor explains it.
+    """
+    wanted = tuple(infos)
+    offenders: dict[str, BridgeError] = {}
+    found = _offer_aliases(host, wanted, _trace_around(host, wanted, offenders), offenders)
+    native = _native(host, wanted, found, offenders)
+    unloaded = _unloaded(host, found)
+    plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial, unloaded)
+    coverage = dest_coverage(plan)
+    problems = list(offenders.values())
+    problems.extend(loader_errors.broadcasts(plan.moves, {i.name: i for i in wanted}))
+    problems.extend(loader_errors.uncovered(plan, coverage, wanted, partial))
+    sources = {path: names for path, (_, names) in native.items()}
+    used = {move.tensor for move in plan.moves}.union(offenders, *sources.values())
+    return Baked(
+        plan=plan,
+        targets=found.targets,
+        infos=wanted,
+        coverage=coverage,
+        dtypes=_landing_dtypes(plan),
+        unread=tuple(i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0),
+        read=_partly_read(wanted, plan.moves, sources),
+        native_sources=sources,
+        problems=loader_errors.together(problems),
+        partial=partial,
+        unloaded=unloaded,
+    )
+
+
+def _unloaded(host: RankHost, found: Trace) -> frozenset[str]:
+    """What the engine says nothing fills, less what this trace fills nevertheless."""
+    if not isinstance(host, NamesUnloaded):
+        return frozenset()
+    return host.unloaded() - {move.target for move in found.moves} - found.tainted.keys()
+
+
+def stand_ins(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
+    """Name -> contiguous meta tensor of the wire dtype and global shape."""
+    return {i.name: torch.empty(i.shape, dtype=dtype_of(i.dtype), device="meta") for i in infos}
+
+
+def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Targets:
+    """The targets of a skeleton, in the order of its modules. Tensors whose storage the live engine owns (`shared`) are
+    none of ours; a tensor that is not on meta is replaced by a meta one, so that tracing cannot write it. Raises
+    ConfigError for one whose elements have gaps between them or share memory."""
+    targets: list[Target] = []
+    places: list[Place] = []
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for module_path, module in skeleton.named_modules():
+        for name, tensor, buffer in owned(module):
+            if tensor.device.type != "meta":
+                if tensor.untyped_storage().data_ptr() in shared:
+                    continue
+                tensor = _to_meta(module, name, tensor, buffer)
+            path = f"{module_path}.{name}" if module_path else name
+            if not is_dense(tensor):
+                raise _with_gaps(path, tensor)
+            key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+            first = seen.setdefault(key, path) if tensor.numel() else path
+            places.append(Place(module_path, name, first, buffer))
+            if first == path:
+                tensors[path] = tensor
+                targets.append(Target(path, _dtype_word(tensor.dtype), tuple(tensor.shape), buffer))
+    return Targets(tuple(targets), tuple(places), tensors)
+
+
+def _with_gaps(path: str, tensor: torch.Tensor) -> ConfigError:
+    return ConfigError(
+        "a parameter's elements do not fill one stretch of memory",
+        where=path,
+        expected="a dense tensor, in any order of its dimensions",
+        got=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
+        remedy="give the module a parameter of its own: nn.Parameter(tensor.contiguous())",
+        names=(path,),
+    )
+
+
+def _dtype_word(dtype: torch.dtype) -> str:
+    """The wire name, or torch's own word for a dtype that only this engine uses."""
+    return next((name for name, known in DTYPES.items() if known is dtype), str(dtype))
+
+
+def owned(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """(name, tensor, is a buffer) of the module's own parameters and persistent buffers."""
+    for name, param in module._parameters.items():
+        if param is not None:
+            yield name, param, False
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer, True
+
+
+def live_storages(model: nn.Module) -> frozenset[int]:
+    """Addresses of every storage that a live model's parameters and buffers use."""
+    found = (*model.parameters(), *model.buffers())
+    return frozenset(t.untyped_storage().data_ptr() for t in found if t.device.type != "meta")
+
+
+def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
+    """One run of the loader on a fresh skeleton. Raises LoaderRaised, which says at which tensor."""
+    skeleton = host.skeleton()
+    targets = collect(skeleton, live_storages(host.model))
+    recorder = Recorder(weights, targets.tensors)
+    try:
+        with recorder:
+            host.load_weights(skeleton, recorder.feed(iter(weights.items())))
+    except loader_errors.LOADER_ERRORS as error:
+        raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
+    return Trace(targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))
+
+
+def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
+    """Fills less what a move wrote over: a loader that clears a parameter before it copies writes each element once."""
+    over: dict[str, list[Region]] = {}
+    for move in recorder.moves:
+        over.setdefault(move.target, []).append(move.dest)
+    out: list[Fill] = []
+    for fill in recorder.fills:
+        rest = [fill.dest]
+        for dest in over.get(fill.target, ()):
+            split = [(region, follow(region, region, dest, dest)) for region in rest]
+            rest = [out for region, hit in split for out in ([region] if hit is None else [o for o, _ in hit.outside])]
+        out.extend(Fill(fill.target, region, fill.value) for region in rest)
+    return tuple(out)
+
+
+def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...], offenders: dict[str, BridgeError]) -> Trace:
+    """Trace; a tensor at which the loader raises is noted and left out of the next try, so that all are found."""
+    weights = stand_ins(infos)
+    for _ in range(MAX_OFFENDERS + 1):
+        try:
+            return trace(host, {name: w for name, w in weights.items() if name not in offenders})
+        except loader_errors.LoaderRaised as raised:
+            name = raised.tensor
+            if name is None or name in offenders:
+                raise ConfigError(
+                    "the engine's own loader failed, and no tensor explains it",
+                    where=type(host.model).__name__,
+                    got=f"{type(raised.error).__name__}: {raised.error}",
+                    remedy="load the same checkpoint into this engine to see its own error",
+                ) from raised.error
+            offenders[name] = loader_errors.explain_raise(host, raised, name, weights[name], trace)
+    first = next(iter(offenders.values()))
+    raise type(first)(
+        f"{first.what} (and at least {MAX_OFFENDERS} more tensors do not fit)",
+        where=first.where,
+        expected=first.expected,
+        got=first.got,
+        remedy="check that trainer and engine run the same model configuration",
+        names=tuple(offenders),
+    )
+
+
+def _offer_aliases(
+    host: RankHost, infos: tuple[TensorInfo, ...], first: Trace, offenders: Mapping[str, BridgeError]
+) -> Trace:
+    """An engine that does not tie what the trainer ties needs the tensor under each of its names."""
+    aliases = [(alias, info) for info in infos for alias in info.aliases if info.name not in offenders]
+    open_elements = sum(dest_coverage(_plan(first, {}, False)).holes.values()) if aliases else 0
+    owner = {alias: info.name for alias, info in aliases}
+    offered = {name: w for name, w in stand_ins(infos).items() if name not in offenders}
+    best = first
+    for alias, info in aliases:
+        if not open_elements:
+            break
+        attempt = {**offered, alias: torch.empty(info.shape, dtype=dtype_of(info.dtype), device="meta")}
+        try:
+            found = trace(host, attempt)
+        except loader_errors.LoaderRaised:
+            continue  # an unknown alias is no error: nobody sent it as a tensor of its own
+        coverage = dest_coverage(_plan(found, {}, False))
+        left = sum(coverage.holes.values())
+        if left < open_elements and not coverage.overlaps:
+            best, offered, open_elements = found, attempt, left
+    moves = tuple(Move(owner.get(m.tensor, m.tensor), m.source, m.target, m.dest) for m in best.moves)
+    return Trace(best.targets, moves, best.fills, best.tainted)
+
+
+def _native(
+    host: RankHost, infos: tuple[TensorInfo, ...], found: Trace, offenders: Mapping[str, BridgeError]
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Module path -> (why its values cannot be followed, the tensors that feed it), found by loading one at a time."""
+    out: dict[str, tuple[str, tuple[str, ...]]] = {}
+    if not found.tainted:
+        return out
+    moved = {move.tensor for move in found.moves}
+    weights = stand_ins(infos)
+    fed: dict[str, set[str]] = {}
+    for name, weight in weights.items():
+        if name in moved or name in offenders:
+            continue
+        try:
+            alone = trace(host, {name: weight})
+        except loader_errors.LoaderRaised:
+            continue
+        for path in alone.tainted:
+            fed.setdefault(path.rpartition(".")[0], set()).add(name)
+    for path, reason in found.tainted.items():
+        module = path.rpartition(".")[0]
+        names = fed.get(module, set()) | {m.tensor for m in found.moves if m.target.rpartition(".")[0] == module}
+        out.setdefault(module, (f"{path}: {reason}", tuple(sorted(names))))
+    return out
+
+
+def _plan(found: Trace, native: dict[str, str], partial: bool, unloaded: frozenset[str] = frozenset()) -> RankPlan:
+    targets, fills = found.targets.targets, found.fills
+    if partial:
+        touched = {move.target for move in found.moves}.union(found.tainted)
+        targets = tuple(t for t in targets if t.path in touched)
+    elif unloaded:
+        targets = tuple(t for t in targets if t.path not in unloaded)
+    if partial or unloaded:
+        kept = {t.path for t in targets}
+        fills = tuple(f for f in fills if f.target in kept)
+    return RankPlan(targets, found.moves, fills, native)
+
+
+def _landing_dtypes(plan: RankPlan) -> dict[str, str]:
+    """Tensor -> the one dtype of all targets it lands in, where there is one that can travel."""
+    known = {t.path: t.dtype for t in plan.targets}
+    landing: dict[str, set[str]] = {}
+    for move in plan.moves:
+        landing.setdefault(move.tensor, set()).add(known[move.target])
+    return {name: next(iter(found)) for name, found in landing.items() if len(found) == 1 and found <= DTYPES.keys()}
+
+
+def _partly_read(
+    infos: tuple[TensorInfo, ...], moves: tuple[Move, ...], native: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[Region, ...]]:
+    regions: dict[str, list[Region]] = {}
+    for move in moves:
+        regions.setdefault(move.tensor, []).append(_once(move.source))
+    whole = {name for names in native.values() for name in names}
+    sizes = {i.name: math.prod(i.shape) for i in infos if i.name in regions and i.name not in whole}
+    shapes = {i.name: dense(i.shape) for i in infos}
+    sizes = {name: size for name, size in sizes.items() if shapes[name] not in regions[name]}  # read whole at once
+    used = [(name, region) for name in sizes for region in regions[name]]
+    return {name: tuple(regions[name]) for name in source_coverage(sizes, used)}
+
+
+def _once(region: Region) -> Region:
+    """The elements of a region that a broadcast reads several times, each once."""
+    kept = [(n, s) for n, s in zip(region.shape, region.strides, strict=True) if s or n == 1]
+    return Region(region.offset, tuple(n for n, _ in kept), tuple(s for _, s in kept))
+
+
+def _to_meta(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool) -> torch.Tensor:
+    made = twin_parameter(tensor, torch.empty_like(tensor, device="meta"))
+    registry = module._buffers if buffer else module._parameters
+    registry[name] = made  # type: ignore[assignment]
+    return made
+
+
+# ---- binding -------------------------------------------------------------------------------------------------------
+
+
+def bind(skeleton: nn.Module, live: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """The live module of every skeleton path, walking through any chain of `base_layer` wrappers at each hop.
+
+    Raises ConfigError, naming the path and the live class, where a hop is missing. Whether the live module holds the
+    same names is not asked here: post-load may have taken them away.
+    """
+    return {path: find_live(skeleton, live, path) for path in paths}
+
+
+def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
+    """The live counterpart of the skeleton module at `path`, without its wrappers."""
+    here, there = skeleton, unwrapped(live, skeleton)
+    walked: list[str] = []
+    for hop in path.split(".") if path else ():
+        here = here.get_submodule(hop)
+        child = there._modules.get(hop)
+        if child is None:
+            raise ConfigError(
+                "the live model has no such module",
+                where=path,
+                expected=f"{type(here).__name__} at {'.'.join([*walked, hop])}",
+                got=f"{type(there).__name__} with {', '.join(there._modules) or 'no children'}",
+                remedy="the engine's skeleton must be built with the configuration of the live model",
+            )
+        there = unwrapped(child, here)
+        walked.append(hop)
+    return there
+
+
+def side_by_side(skeleton: nn.Module, live: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, skeleton module, its live counterpart without wrappers), each live module once; what only one of the two
+    trees has is left out."""
+    seen: set[int] = set()
+    todo = [("", skeleton, unwrapped(live, skeleton))]
+    while todo:
+        path, here, there = todo.pop()
+        if id(there) in seen:
+            continue
+        seen.add(id(there))
+        yield path, here, there
+        for hop, child in here._modules.items():
+            found = there._modules.get(hop)
+            if child is not None and found is not None:
+                todo.append((f"{path}.{hop}" if path else hop, child, unwrapped(found, child)))
+
+
+def unwrapped(live: nn.Module, skeleton: nn.Module) -> nn.Module:
+    """`live` behind its wrappers; a skeleton module with a `base_layer` of its own is walked into by name instead."""
+    while "base_layer" not in skeleton._modules:
+        inner = live._modules.get("base_layer")
+        if inner is None:
+            return live
+        live = inner
+    return live

@@ -1,0 +1,553 @@
+"""One strategy per module, found by experiment on twins.
+
+A module is *in place* when its storage after post-load is canonical and its output follows what is written there;
+*permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *twin* when it has to
+run on a fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin).
+Nothing is looked up by class or name: the storage is read back after post-load of known values, and what a strategy
+wrote must show in the module's output as it does in a freshly loaded twin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import nn
+
+from bridge.errors import BridgeError, ConfigError
+from bridge.plan import Move, Region, dense
+from engine_side.live import storage_layout
+from engine_side.live.forward_caches import Kept, came_with_use, state_of
+from engine_side.live.inplace import held
+from engine_side.live.storage_layout import Stored
+from engine_side.plan import probes
+from engine_side.plan.bake import Baked, Place, bind
+from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan.probes import Probe
+from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
+from engine_side.protocol import RankHost
+
+
+class Strategy(StrEnum):
+    IN_PLACE = "in place"
+    PERMUTED = "permuted"
+    REDO = "redo"
+    TWIN = "twin"
+    NATIVE = "native"
+
+
+_LADDER = {
+    Strategy.IN_PLACE: Strategy.REDO,
+    Strategy.PERMUTED: Strategy.REDO,
+    Strategy.REDO: Strategy.TWIN,
+    Strategy.TWIN: None,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is done for one module.
+
+    Attributes:
+        stored: name -> how that canonical tensor lies in the module after post-load.
+        probes: the ways to call the module; none when it cannot be called alone.
+        kept: attributes that its first call fills with what it made of its weights.
+        direct: values are written straight into the live storage (in place, permuted).
+    """
+
+    path: str
+    cls: str
+    strategy: Strategy
+    reason: str
+    stored: Mapping[str, Stored]
+    probes: tuple[Probe, ...]
+    kept: frozenset[str] = frozenset()
+
+    @property
+    def probe(self) -> Probe | None:
+        """The first of them."""
+        return self.probes[0] if self.probes else None
+
+    @property
+    def direct(self) -> bool:
+        return self.strategy in (Strategy.IN_PLACE, Strategy.PERMUTED)
+
+
+@dataclass
+class Decided:
+    """Choices by module path, in the skeleton's order, with the live modules and clusters they stand on."""
+
+    choices: dict[str, Choice]
+    clusters: dict[str, Cluster]
+    alike: dict[str, tuple[Cluster, ...]]
+    live: dict[str, nn.Module]
+    derived: tuple[str, ...]
+    twins: TwinSource
+    native: dict[str, str] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """Modules per strategy."""
+        return dict(self._counts)
+
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        return Counter(choice.strategy.value for choice in self.choices.values())
+
+
+def decide(host: RankHost, baked: Baked) -> Decided:
+    """Find the strategy of every module of a plan. Once per plan; twins of one cluster at a time in memory.
+
+    Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, or when no strategy
+    serves a module; both name the class.
+    """
+    template = host.skeleton()
+    groups = _groups(template, baked, _clusters(template, baked))
+    paths = [path for group in groups for cluster in group for path in cluster.paths]
+    live = bind(template, host.model, paths)
+    twins = TwinSource(host, template)
+    decided = Decided({}, {}, {}, live, (), twins)
+    found: dict[str, Choice] = {}
+    for group in groups:
+        chosen = _Experiment(host, baked, group, live, twins).run()
+        alike = tuple(group)
+        for cluster in group:
+            for path, choice in zip(cluster.paths, chosen, strict=True):
+                found[path] = replace(choice, path=path)
+                decided.clusters[path] = cluster
+                decided.alike[path] = alike
+                _check_live(live[path], found[path])
+        twins.forget()
+    order = [path for path in baked.targets.of_module() if path in found]
+    decided.choices = {path: found[path] for path in order}
+    decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
+    decided.derived = _derived(host, found.keys() | _holders(baked))
+    return decided
+
+
+def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
+    """Modules of the plan, joined where they hold the same target."""
+    wanted = {t.path for t in baked.plan.targets}
+    modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
+    holders: dict[str, list[str]] = {}
+    for path, places in modules.items():
+        for place in places:
+            holders.setdefault(place.target, []).append(path)
+    out: list[Cluster] = []
+    done: set[str] = set()
+    order = {path: k for k, path in enumerate(modules)}
+    for path in modules:
+        if path in done:
+            continue
+        members, todo = {path}, [path]
+        while todo:
+            for place in modules[todo.pop()]:
+                fresh = [p for p in holders[place.target] if p not in members]
+                members.update(fresh)
+                todo.extend(fresh)
+        done |= members
+        out.append(_cluster(template, tuple(sorted(members, key=order.__getitem__)), modules))
+    return out
+
+
+def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[Place]]) -> Cluster:
+    targets: dict[str, int] = {}
+    roles: list[Role] = []
+    places: list[dict[str, int]] = []
+    for path in paths:
+        names: dict[str, int] = {}
+        for place in modules[path]:
+            name, target = place.name, place.target
+            if target not in targets:
+                tensor = tensor_of(template.get_submodule(path), name)
+                targets[target] = len(roles)
+                roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
+            names[name] = targets[target]
+        places.append(names)
+    return Cluster(paths, tuple(targets), tuple(roles), tuple(places))
+
+
+def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> list[list[Cluster]]:
+    """Clusters that are alike in everything an experiment could see; one of them is tried for all."""
+    moves: dict[str, list[Move]] = {}
+    for move in baked.plan.moves:
+        moves.setdefault(move.target, []).append(move)
+    groups: dict[object, list[Cluster]] = {}
+    for cluster in clusters:
+        plan = tuple((m.source, m.dest) for target in cluster.targets for m in moves.get(target, ()))
+        shape = tuple(tuple(sorted(names.items())) for names in cluster.places)
+        marks = tuple(_marks(template.get_submodule(path)) for path in cluster.paths)
+        native = tuple(path for path in cluster.paths if path in baked.plan.native)
+        groups.setdefault((cluster.roles, shape, plan, marks, native), []).append(cluster)
+    return list(groups.values())
+
+
+def _marks(module: nn.Module) -> object:
+    """Class, flags and numbers of a module and of the objects that hang on it. Strings are names of places."""
+    own: list[tuple[object, ...]] = [(type(module),)]
+    for name, value in module.__dict__.items():
+        own.extend(_mark(name, value))
+        if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type)):
+            own.append((name, type(value)))
+            for key, item in vars(value).items():
+                own.extend(_mark(f"{name}.{key}", item))
+    return frozenset(own)
+
+
+def _mark(name: str, value: object) -> list[tuple[object, ...]]:
+    return [(name, type(value), value)] if isinstance(value, (bool, int, float, torch.dtype, type(None))) else []
+
+
+class _Experiment:
+    """All experiments on one group of clusters."""
+
+    def __init__(
+        self,
+        host: RankHost,
+        baked: Baked,
+        group: Sequence[Cluster],
+        live: Mapping[str, nn.Module],
+        twins: TwinSource,
+    ) -> None:
+        self.host, self.baked, self.group, self.live, self.twins = host, baked, group, live, twins
+        self.cluster = group[0]
+        self.device = device_of(live[self.cluster.paths[0]])
+        self.probes: list[tuple[Probe, ...]] = []
+        self.kept: list[frozenset[str]] = [frozenset() for _ in self.cluster.paths]
+
+    def run(self) -> list[Choice]:
+        """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
+        native = [self.baked.plan.native.get(path, "") for path in self.cluster.paths]
+        stored, plain = self._stored()
+        if plain is not None and not any(native) and self._follows_as_is(plain):
+            return [self._choice(k, Strategy.IN_PLACE, _storage_reason(names), names) for k, names in enumerate(stored)]
+        if plain is not None:
+            self.twins.retire(plain)
+        old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
+        fresh = self._loaded(new)
+        unused = [state_of(module) for module in fresh.modules]
+        self.probes = [
+            probes.find(self.host, module, self._named(k, new), self._first_rows(k))
+            for k, module in enumerate(fresh.modules)
+        ]
+        self.kept = [came_with_use(module, unused[k]) for k, module in enumerate(fresh.modules)]
+        want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
+        self.twins.retire(fresh)
+        plans = [Strategy.NATIVE if why else _first(names) for why, names in zip(native, stored, strict=True)]
+        reasons = [why or _storage_reason(names) for why, names in zip(native, stored, strict=True)]
+        while True:
+            failed = self._failures(plans, stored, old, new, want)
+            if not failed:
+                break
+            for k, why in failed.items():
+                higher = _LADDER[plans[k]]
+                if higher is None:
+                    raise self._no_strategy(k, why)
+                reasons[k] = f"{plans[k].value}: {why}"
+                plans[k] = higher
+        return [self._choice(k, plans[k], reasons[k], stored[k]) for k in range(len(plans))]
+
+    @cached_property
+    def blank(self) -> list[torch.Tensor]:
+        """A tensor per role, untouched memory."""
+        return [torch.empty_strided(r.shape, r.strides, dtype=r.dtype, device=self.device) for r in self.cluster.roles]
+
+    def _follows_as_is(self, twin: Twin) -> bool:
+        """Modules without any step after the load, whose storage is canonical: does their output follow what is written
+        there, as the arithmetic of a known form says? Then nothing else need be tried, and a single twin is enough.
+
+        The first look comes before the second values are written, so that a copy kept by a first call would show.
+        """
+        values = twin.by_role()
+        found: list[tuple[Probe, ...]] = []
+        before: list[list[torch.Tensor]] = []
+        for version in (1, 2):
+            for role, value in enumerate(values):
+                probes.tile_into(value, probes.random_tile(value, (version, role)))
+            for k, module in enumerate(twin.modules):
+                named = self._named(k, values)
+                if version == 1:
+                    ways = probes.find(self.host, module, named, self._first_rows(k))
+                    if not ways or any(probe.form == "twin" for probe in ways):
+                        return False
+                    found.append(ways)
+                    before.append([])
+                for i, probe in enumerate(found[k]):
+                    x = probe.inputs(self.device)
+                    y = probes.call(self.host, module, x)
+                    if y is None:
+                        return False
+                    if version == 1:
+                        before[k].append(y)
+                    elif torch.equal(y, before[k][i]) or probes.matches(probe, x, y, named) is not None:
+                        return False
+        self.probes = found
+        return True
+
+    def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> Choice:
+        ways = self.probes[k]
+        if not ways:
+            reason += "; cannot be called alone, judged by its state"
+        cls = type(self.live[self.cluster.paths[k]]).__name__
+        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
+
+    def _no_strategy(self, k: int, why: str) -> ConfigError:
+        path = self.cluster.paths[k]
+        return ConfigError(
+            "no strategy can update this module",
+            where=f"{path} ({type(self.live[path]).__name__})",
+            expected="an output that follows the weights after they are written or post-load is run again",
+            got=why,
+            remedy="report the class; this engine has to be restarted for new weights",
+            names=(path,),
+        )
+
+    def _twin(self) -> Twin:
+        return self.twins.take(self.group, self.live)
+
+    def _loaded(self, values: Sequence[torch.Tensor]) -> Twin:
+        twin = self._twin()
+        twin.fill(values)
+        twin.post_load(self.host)
+        return twin
+
+    def _named(self, k: int, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: values[role] for name, role in self.cluster.places[k].items()}
+
+    def _first_rows(self, k: int) -> dict[str, tuple[int, int]]:
+        """Name -> (global row at which this rank's part of the sent tensor begins, rows of it)."""
+        out: dict[str, tuple[int, int]] = {}
+        for name, role in self.cluster.places[k].items():
+            shape, target = self.cluster.roles[role].shape, self.cluster.targets[role]
+            move = next((m for m in self.baked.plan.moves if m.target == target), None)
+            if move is not None and len(shape) == 2 and len(move.source.shape) == 2:
+                width = max(math.prod(shape[1:]), 1)
+                out[name] = (move.source.offset // width, move.source.shape[0])
+        return out
+
+    def _observe(self, k: int, module: nn.Module) -> dict[str, torch.Tensor] | None:
+        """What can be seen of a module: its output, or all tensors of its state. None when part of it is closed."""
+        if self.probes[k]:
+            outputs: dict[str, torch.Tensor] = {}
+            for probe in self.probes[k]:
+                y = probes.call(self.host, module, probe.inputs(self.device))
+                if y is None:
+                    return None
+                outputs[f"output by {probe.kind}"] = y
+            return outputs
+        tensors, opaque = reachable(module)
+        return None if opaque else {name: t.detach().clone() for name, t in tensors.items()}
+
+    def _failures(
+        self,
+        plans: Sequence[Strategy],
+        stored: Sequence[Mapping[str, Stored]],
+        old: Sequence[torch.Tensor],
+        new: Sequence[torch.Tensor],
+        want: Sequence[dict[str, torch.Tensor] | None],
+    ) -> dict[int, str]:
+        """Module index -> why what the strategy wrote does not show. Native modules are not tried: their loader is."""
+        twin = self._loaded(old)
+        before = [self._observe(k, module) for k, module in enumerate(twin.modules)]
+        failed: dict[int, str] = {}
+        for k, strategy in enumerate(plans):
+            if strategy is Strategy.NATIVE:
+                continue
+            try:
+                self._write(twin, k, strategy, stored[k], new)
+            except LOADER_ERRORS as error:
+                failed[k] = f"it raised {type(error).__name__}: {error}"
+        for k, module in enumerate(twin.modules):
+            if k in failed or plans[k] is Strategy.NATIVE:
+                continue
+            seen, wanted = self._observe(k, module), want[k]
+            why = _compare(before[k], seen, wanted, plans[k])
+            if why is not None:
+                failed[k] = why
+        return failed
+
+    def _write(
+        self, twin: Twin, k: int, strategy: Strategy, stored: Mapping[str, Stored], new: Sequence[torch.Tensor]
+    ) -> None:
+        """Bring `new` into a post-loaded twin as the loader would into the live module."""
+        module, values = twin.modules[k], self._named(k, new)
+        if strategy in (Strategy.IN_PLACE, Strategy.PERMUTED):
+            for name, value in values.items():
+                write_stored(tensor_of(module, name), stored[name], value)
+        elif strategy is Strategy.REDO:
+            redo(self.host, module, twin.templates[k], values)
+        else:
+            other = self._loaded(new)
+            graft(other.modules[k], other.before[k], module)
+        Kept(module, [("", twin.templates[k], module)], {"": self.kept[k]}).drop()
+
+    def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
+        """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""
+        twin = self._twin()
+        values = twin.by_role()
+        noise = [_noise(value, k) for k, value in enumerate(values)]
+        for value, tile in zip(values, noise, strict=True):
+            probes.tile_into(value, tile)
+        worked = twin.post_load(self.host)
+        out: list[dict[str, Stored]] = []
+        doubtful: set[tuple[int, str]] = set()
+        for k, module in enumerate(twin.modules):
+            names: dict[str, Stored] = {}
+            for name, role in self.cluster.places[k].items():
+                names[name], settled = _compare_storage(held(module, name), self.cluster.roles[role], noise[role])
+                if not settled:
+                    doubtful.add((k, name))
+            out.append(names)
+        if not worked and all(stored.identity for names in out for stored in names.values()):
+            return out, twin
+        self.twins.retire(twin)
+        if doubtful:
+            for (k, name), found in self._permutations(doubtful).items():
+                now = out[k][name]
+                out[k][name] = replace(now, held=found[0], origin=found[1]) if found else now
+        return out, None
+
+    def _permutations(self, doubtful: set[tuple[int, str]]) -> dict[tuple[int, str], tuple[Region, Region] | None]:
+        bases = [storage_layout.exact_base(r.dtype) for r in self.cluster.roles]
+        sizes = [blank.numel() for blank in self.blank]
+        role_of = {key: self.cluster.places[key[0]][key[1]] for key in doubtful}
+        passes = max(storage_layout.digits_needed(sizes[r], bases[r]) for r in role_of.values())
+        shown: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in doubtful}
+        for digit in range(passes):
+            values = [torch.empty_like(blank) for blank in self.blank]
+            for r, value in enumerate(values):
+                storage_layout.flat(value).copy_(
+                    storage_layout.code(sizes[r], bases[r], digit, value.dtype, value.device)
+                )
+            twin = self._loaded(values)
+            for key in doubtful:
+                now = held(twin.modules[key[0]], key[1])
+                if now is not None:
+                    shown[key].append(storage_layout.flat(now).clone())
+            self.twins.retire(twin)
+        return {key: storage_layout.affine(shown[key], bases[role_of[key]]) for key in doubtful if shown[key]}
+
+
+def write_stored(live: torch.Tensor, stored: Stored, value: torch.Tensor) -> None:
+    """Write a whole canonical value into a tensor that stores it in place or permuted."""
+    if stored.held is None or stored.origin is None:
+        raise ConfigError("this tensor does not hold its canonical values", got=stored.why)
+    into, source = storage_layout.flat(live), storage_layout.flat(value)
+    at, of = stored.origin, stored.held
+    into.as_strided(at.shape, at.strides, into.storage_offset() + at.offset).copy_(
+        source.as_strided(of.shape, of.strides, source.storage_offset() + of.offset)
+    )
+
+
+def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """A tile of values of which no other order looks the same; a short tensor gets its own indices."""
+    base = storage_layout.exact_base(like.dtype)
+    numel = min(like.numel(), probes.PERIOD)
+    if numel <= base:
+        values = torch.arange(numel)
+    else:
+        values = torch.from_numpy(np.random.default_rng(seed).integers(0, base, numel, dtype=np.uint8))
+    return values.to(like.device, like.dtype)
+
+
+def _compare_storage(now: torch.Tensor | None, role: Role, tile: torch.Tensor) -> tuple[Stored, bool]:
+    """(what is stored, whether that is settled) by comparing the module's tensor with what was filled in."""
+    if now is None:
+        return Stored((), (), role.dtype, None, None, "post-load removed it"), True
+    now = now.detach()
+    lies = Stored(tuple(now.shape), tuple(now.stride()), now.dtype, None, None)
+    if now.numel() != math.prod(role.shape):
+        return replace(lies, why=f"post-load left {list(now.shape)} of {list(role.shape)}"), True
+    if now.dtype != role.dtype:
+        return replace(lies, why=f"post-load cast {role.dtype} to {now.dtype}"), True
+    if not storage_layout.is_dense(now):
+        return replace(lies, why="post-load left gaps between its elements"), True
+    if probes.is_tiled(now, tile):
+        plain = dense((now.numel(),))
+        return replace(lies, held=plain, origin=plain), True
+    return replace(lies, why="post-load changed its values"), False
+
+
+def _first(names: Mapping[str, Stored]) -> Strategy:
+    if all(s.identity for s in names.values()):
+        return Strategy.IN_PLACE
+    return Strategy.PERMUTED if all(s.readable for s in names.values()) else Strategy.REDO
+
+
+def _storage_reason(names: Mapping[str, Stored]) -> str:
+    hidden = [f"{name}: {s.why}" for name, s in names.items() if not s.readable]
+    if hidden:
+        return "; ".join(hidden)
+    moved = [name for name, s in names.items() if not s.identity]
+    return f"{', '.join(moved)} rearranged by post-load" if moved else "storage is canonical after post-load"
+
+
+def _compare(
+    before: dict[str, torch.Tensor] | None,
+    seen: dict[str, torch.Tensor] | None,
+    want: dict[str, torch.Tensor] | None,
+    strategy: Strategy,
+) -> str | None:
+    """None when the module shows the new weights, else what is wrong."""
+    if before is None or seen is None or want is None:
+        # closed state: only a strategy that builds all of it anew can be trusted
+        return None if strategy is Strategy.TWIN else "its state cannot be looked into"
+    if seen.keys() != want.keys():
+        return f"its state differs in {', '.join(sorted(seen.keys() ^ want.keys())[:4])}"
+    moved = False
+    for name, reference in want.items():
+        if reference.device.type == "meta":
+            continue
+        why = probes.deviation(seen[name], reference, probes.twin_tolerance(reference))
+        if why is not None:
+            return f"{name} does not follow: {why}"
+        earlier = before.get(name)
+        moved |= earlier is None or earlier.shape != reference.shape or not torch.equal(earlier, reference)
+    return None if moved or not want else "nothing that can be seen depends on its weights"
+
+
+def _check_live(live: nn.Module, choice: Choice) -> None:
+    """The live module must look as its twin did after post-load, or every conclusion about it is void."""
+    for name, stored in choice.stored.items():
+        now = held(live, name)
+        if now is None and not stored.shape and not stored.readable:
+            continue
+        same = now is not None and now.dtype == stored.dtype and tuple(now.shape) == stored.shape
+        if same and now is not None and (not stored.readable or tuple(now.stride()) == stored.strides):
+            continue
+        got = "absent" if now is None else f"{now.dtype} {list(now.shape)} strides {list(now.stride())}"
+        raise ConfigError(
+            "a live parameter is not what the engine's post-load makes of it",
+            where=f"{choice.path}.{name} ({type(live).__name__})",
+            expected=f"{stored.dtype} {list(stored.shape)} strides {list(stored.strides)}",
+            got=got,
+            remedy="attach after the engine has loaded, and with the configuration it was loaded with",
+            names=(f"{choice.path}.{name}",),
+        )
+
+
+def _holders(baked: Baked) -> set[str]:
+    """Modules that hold weights, in the plan or not; what no checkpoint fills is none."""
+    modules = baked.targets.of_module()
+    return {path for path, places in modules.items() if any(p.target not in baked.unloaded for p in places)}
+
+
+def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ...]:
+    """Modules without weights of their own that still have a post-load step: it derives something from others."""
+    scratch = host.skeleton()
+    out: list[str] = []
+    for path, module in scratch.named_modules():
+        if path in owners:
+            continue
+        try:
+            has = host.post_load(module)
+        except (BridgeError, *LOADER_ERRORS):
+            has = True
+        if has:
+            out.append(path)
+    return tuple(out)

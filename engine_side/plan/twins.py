@@ -1,0 +1,343 @@
+"""Twins: modules of a fresh skeleton, given memory, so that experiments and rebuilds never touch the live engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType, MethodType
+from weakref import ReferenceType
+
+import torch
+from torch import nn
+
+from bridge.errors import ConfigError
+from engine_side.live.inplace import Outcome, copy_or_rebind_param, held, reflect, twin_parameter
+from engine_side.protocol import RankHost
+
+_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_DEPTH = 4
+"""How far `reachable` looks into objects, containers and closures."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """One canonical tensor of a cluster."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Modules that share storage (mostly one): experiments see them together.
+
+    `targets[i]` is the plan's target of role i; `places[m]` maps names of module `paths[m]` to roles.
+    """
+
+    paths: tuple[str, ...]
+    targets: tuple[str, ...]
+    roles: tuple[Role, ...]
+    places: tuple[Mapping[str, int], ...]
+
+
+@dataclass
+class Twin:
+    """The modules of one cluster, with memory."""
+
+    cluster: Cluster
+    modules: list[nn.Module]
+    templates: list[nn.Module]
+    before: list[State] = field(default_factory=list)
+    memory: list[torch.Tensor] = field(default_factory=list)
+
+    def fill(self, values: Sequence[torch.Tensor]) -> None:
+        """Put canonical values (one per role) into the modules, as a loader would."""
+        with torch.no_grad():
+            for module, names in zip(self.modules, self.cluster.places, strict=True):
+                for name, role in names.items():
+                    tensor_of(module, name).detach().copy_(values[role])
+
+    def by_role(self) -> list[torch.Tensor]:
+        """The tensor of every role, before post-load."""
+        found: dict[int, torch.Tensor] = {}
+        for module, names in zip(self.modules, self.cluster.places, strict=True):
+            for name, role in names.items():
+                found.setdefault(role, tensor_of(module, name).detach())
+        return [found[role] for role in range(len(self.cluster.roles))]
+
+    def post_load(self, host: RankHost) -> bool:
+        """The engine's step on every module, in the skeleton's order. False when none of them has one."""
+        self.before = [State.of(module) for module in self.modules]
+        worked = [host.post_load(module) for module in self.modules]
+        return any(worked)
+
+
+class TwinSource:
+    """Hands out twins; asks the host for another skeleton only when all suitable modules of the last are used."""
+
+    def __init__(self, host: RankHost, template: nn.Module) -> None:
+        self.host = host
+        self.template = template
+        self._skeleton: nn.Module | None = None
+        self._used: set[str] = set()
+        self._spare: Spare = {}
+
+    def take(self, options: Sequence[Cluster], live: Mapping[str, nn.Module]) -> Twin:
+        """A fresh twin of any one of `options` (alike for our purpose); `live` maps module paths to live modules, from
+        which device and derived buffers come."""
+        choice = next((c for c in options if self._used.isdisjoint(c.paths)), None)
+        if self._skeleton is None or choice is None:
+            self._skeleton, self._used, choice = self.host.skeleton(), set(), options[0]
+        self._used.update(choice.paths)
+        modules = [self._skeleton.get_submodule(path) for path in choice.paths]
+        templates = [self.template.get_submodule(path) for path in choice.paths]
+        made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
+        memory: list[torch.Tensor] = []
+        for path, module in zip(choice.paths, modules, strict=True):
+            materialise(module, live[path], made, self._spare, memory)
+        return Twin(choice, modules, templates, memory=memory)
+
+    def retire(self, twin: Twin) -> None:
+        """Nobody will look at this twin again: the next ones may have its memory, which spares them fresh pages."""
+        for data in twin.memory:
+            self._spare.setdefault(_kind(data), []).append(data)
+        twin.memory = []
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The skeleton that the last twin came from."""
+        if self._skeleton is None:
+            raise ConfigError("no twin was taken yet")
+        return self._skeleton
+
+    def forget(self) -> None:
+        """Let the memory of used twins go."""
+        self._skeleton, self._used = None, set()
+        self._spare.clear()
+
+
+Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+Spare = dict[Kind, list[torch.Tensor]]
+"""Memory by what it can be: shape, strides, dtype, device."""
+
+
+def _kind(tensor: torch.Tensor) -> Kind:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def materialise(
+    module: nn.Module,
+    live: nn.Module,
+    made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor],
+    spare: Spare,
+    memory: list[torch.Tensor],
+) -> None:
+    """Give a meta module's own parameters and buffers memory on the live module's device (from `spare` where it fits;
+    all of it is noted in `memory`), keeping class, attributes and ties (`made`). Non-persistent buffers take the live
+    values: no checkpoint holds them."""
+    device = device_of(live)
+    swap: dict[int, torch.Tensor] = {}
+    for registry in (module._parameters, module._buffers):
+        for name, tensor in list(registry.items()):
+            if tensor is None or tensor.device.type != "meta":
+                continue
+            key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape))
+            if key not in made or not tensor.numel():
+                old = spare.get((tensor.shape, tensor.stride(), tensor.dtype, device))
+                if old:
+                    data = old.pop()
+                else:
+                    data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                memory.append(data)
+                known = live._buffers.get(name) if name in module._non_persistent_buffers_set else None
+                if known is not None and known.shape == data.shape:
+                    data.copy_(known)
+                made[key] = twin_parameter(tensor, data)
+            registry[name] = made[key]  # type: ignore[assignment]
+            swap[id(tensor)] = made[key]
+    module.__dict__.update({n: reflect(v, swap) for n, v in module.__dict__.items() if n not in _INTERNAL})
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a live module's tensors are; cpu for one that has none left."""
+    for registry in (module._parameters, module._buffers):
+        for tensor in registry.values():
+            if tensor is not None and tensor.device.type != "meta":
+                return tensor.device
+    return next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
+
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
+    """As `held`. Raises ConfigError when the module has no such tensor."""
+    found = held(module, name)
+    if found is None:
+        raise ConfigError("a module lost a parameter", where=f"{type(module).__name__}.{name}")
+    return found
+
+
+# ---- post-load state ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """What hangs on a module outside its registries: (owner attribute or "", name) -> value, one object deep."""
+
+    entries: Mapping[tuple[str, str], object]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> State:
+        entries: dict[tuple[str, str], object] = {}
+        for name, value in module.__dict__.items():
+            if name in _INTERNAL:
+                continue
+            entries["", name] = value
+            if _plain_object(value):
+                entries.update({(name, key): item for key, item in vars(value).items()})
+        return cls(entries)
+
+
+def _plain_object(value: object) -> bool:
+    foreign = (nn.Module, torch.Tensor, type, FunctionType, MethodType, partial)
+    return hasattr(value, "__dict__") and not isinstance(value, foreign)
+
+
+def redo(
+    host: RankHost, module: nn.Module, template: nn.Module, values: Mapping[str, torch.Tensor]
+) -> dict[str, Outcome]:
+    """Put canonical values back on a module that was post-loaded, run its post-load again, and bring the results into
+    the storages that were there before. A value that already *is* the module's storage is left where it is.
+
+    Name -> what happened to it. If the step raises, the former objects are back in place, with undefined values.
+    """
+    former = {name: tensor for registry in (module._parameters, module._buffers) for name, tensor in registry.items()}
+    try:
+        for name, value in values.items():
+            now = held(module, name)
+            if now is None or now.data_ptr() != value.data_ptr() or now.shape != value.shape:
+                _register(module, name, twin_parameter(tensor_of(template, name), value, (template, module)))
+        host.post_load(module)
+    except BaseException:
+        for name, tensor in former.items():
+            _register(module, name, tensor)
+        raise
+    outcomes: dict[str, Outcome] = {}
+    for name, old in former.items():
+        new = held(module, name)
+        if new is None or new is old:
+            continue
+        if old is not None:
+            _register(module, name, old)
+            outcomes[name] = copy_or_rebind_param(module, name, new)
+        else:
+            outcomes[name] = Outcome.CREATED
+    added = {name for registry in (module._parameters, module._buffers) for name in registry} - former.keys()
+    return outcomes | dict.fromkeys(added, Outcome.CREATED)
+
+
+def _register(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+    registry = module._buffers if name in module._buffers else module._parameters
+    module.__dict__.pop(name, None)
+    registry[name] = tensor  # type: ignore[assignment]
+
+
+def graft(twin: nn.Module, before: State, live: nn.Module) -> dict[str, Outcome]:
+    """Bring everything that post-load changed on a twin over to the live module: parameters by copy or rebind, other
+    state by reference, tensors among it by copy where one of that shape is there.
+
+    Raises ConfigError when the live module keeps that state in an object of another class.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for registry in (twin._parameters, twin._buffers):
+        for name, tensor in registry.items():
+            if tensor is not None:
+                outcomes[name] = copy_or_rebind_param(live, name, tensor, like=tensor)
+    after = State.of(twin).entries
+    for owner, name in before.entries.keys() - after.keys():
+        _dict_of(live, twin, owner).pop(name, None)
+    for (owner, name), value in after.items():
+        fresh = (owner, name) not in before.entries or before.entries[owner, name] is not value
+        if owner and after["", owner] is not before.entries.get(("", owner)):
+            continue  # came over as a whole object
+        into = _dict_of(live, twin, owner)
+        there = into.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor) and _same_kind(value, there):
+            there.detach().copy_(value.detach())
+        elif fresh:
+            into[name] = value
+    return outcomes
+
+
+def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _dict_of(live: nn.Module, twin: nn.Module, owner: str) -> dict[str, object]:
+    if not owner:
+        return live.__dict__
+    ours, theirs = live.__dict__.get(owner), twin.__dict__.get(owner)
+    if type(ours) is not type(theirs):
+        raise ConfigError(
+            "post-load state cannot be brought to the live module",
+            where=f"{type(live).__name__}.{owner}",
+            expected=type(theirs).__name__,
+            got=type(ours).__name__,
+        )
+    return vars(ours)
+
+
+def reachable(module: nn.Module) -> tuple[dict[str, torch.Tensor], bool]:
+    """(path -> tensor of everything the module's own state holds, closures included; whether something could not be
+    looked into). What a module that cannot be called alone is compared by."""
+    found: dict[str, torch.Tensor] = {}
+    opaque = False
+    seen: set[int] = {id(module)}
+    roots: list[tuple[str, object, int]] = [
+        (name, t, 0) for name, t in (*module._parameters.items(), *module._buffers.items())
+    ]
+    roots += [(name, value, 0) for name, value in module.__dict__.items() if name not in _INTERNAL]
+    while roots:
+        path, value, depth = roots.pop()
+        if value is None or isinstance(value, (str, bytes, int, float, complex, type, torch.dtype, torch.device)):
+            continue
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif id(value) not in seen and not isinstance(value, nn.Module):
+            seen.add(id(value))
+            inside = list(_inside(value))
+            opaque |= not inside and not _is_empty(value)
+            if depth < _DEPTH:
+                roots += [(f"{path}.{name}", item, depth + 1) for name, item in inside]
+    return found, opaque
+
+
+def _inside(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, FunctionType):
+        for k, cell in enumerate(value.__closure__ or ()):
+            try:
+                yield f"closure{k}", cell.cell_contents
+            except ValueError:
+                continue  # a cell that was never filled
+        for k, item in enumerate(value.__defaults__ or ()):
+            yield f"default{k}", item
+    elif isinstance(value, MethodType):
+        yield "self", value.__self__
+    elif isinstance(value, ReferenceType):
+        yield "referent", value()
+    elif isinstance(value, partial):
+        yield "func", value.func
+        yield from ((f"arg{k}", item) for k, item in enumerate(value.args))
+        yield from value.keywords.items()
+    elif isinstance(value, Mapping):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from ((str(k), item) for k, item in enumerate(value))
+    elif hasattr(value, "__dict__"):
+        yield from vars(value).items()
+
+
+def _is_empty(value: object) -> bool:
+    """Nothing inside because there is nothing, not because it is closed to us."""
+    transparent = (FunctionType, MethodType, partial, Mapping, list, tuple, set, frozenset)
+    return isinstance(value, transparent) or hasattr(value, "__dict__") or type(value).__module__ == "builtins"

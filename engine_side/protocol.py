@@ -1,0 +1,293 @@
+"""The engine-adapter protocol: two small halves, filled by every engine.
+
+The *driver* half (`EngineAdapter`) lives in the process that holds the engine's handle. The *rank* half (`RankHost`)
+lives in each process that holds live parameters. Between them travel only opaque job frames, in whatever way the engine
+can run one Python function in all of its workers. Answers never come back that way: each rank posts one page in the
+mailbox, so a worker neither raises across an engine's RPC nor needs a return value.
+
+How each engine fills it (vLLM 0.32 and SGLang 0.5.23 were tried on CPU, paused, tensor parallel 1 and 2, LoRA on and
+off; the paused prompt log-probabilities were bit-identical to `generate`'s):
+
+- dispatch. Embedded, module: a call, and frames to child ranks. vLLM: `collective_rpc` of a worker-extension method.
+  SGLang: an AROUND hook on the scheduler's `check_weights` (it shares the socket with pause and flush and reaches every
+  rank), or a custom weight loader inside the update bracket.
+- pause. vLLM: `sleep(level=0)`, `pause_generation`. SGLang: `pause_generation`, mode "retract" ("in_place" never lets
+  the cache be flushed); it has no reply, so the scheduler is asked.
+- prompt_logprobs while paused. vLLM: `execute_model` on a hand-made `SchedulerOutput` over blocks from the end of the
+  pool; its adapter resets caches right after pausing, so that those are free. SGLang: hand-made `Req`s through
+  `ScheduleBatch.prepare_for_extend` and `model_runner.forward`, then `release_kv_cache`.
+- reset_caches. vLLM: `reset_prefix_cache(reset_running_requests=True)`. SGLang: `flush_cache().success`.
+- past_gate. Embedded: a privileged request. SGLang: scheduling is opened for the bridge's own request alone. vLLM:
+  it is opened for all, and so not while there are kept requests.
+- adapters (read in the sources, not run yet). vLLM: `LoRAModel.from_lora_tensors` into the worker's LoRA manager
+  (`add_adapter`, `activate_adapter`, `pin_adapter`) under an id that was never used, since its prefix cache is keyed by
+  it; requests carry a `LoRARequest`; views are slices of `lora_a_stacked` and `lora_b_stacked`. SGLang:
+  `model_runner.load_lora_adapter_from_tensors`, with `lora_alpha` = rank, for it scales by their quotient whatever the
+  adapter says; views lie in its memory pool's buffers.
+- skeleton. vLLM: `initialize_model` under a copied config with an empty forward context. SGLang:
+  `type(model)(config, quant_config)`. Both under the meta device.
+
+A rank that fails inside a collective leaves the others hanging: `prompt_logprobs` checks room and lengths first, and
+every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from bridge.deadline import Deadline
+from bridge.lora import AdapterSpec, LoraLimits
+from bridge.manifest import TensorInfo
+from bridge.wire import Completion, Sampling
+
+Prompts = Sequence[Sequence[int]]
+"""Token ids, one sequence per prompt."""
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """Where a part of one adapter tensor lies in an engine's slot.
+
+    `live` is a view of the slot that holds exactly the elements `index` of the tensor `name` (of its shape in the
+    manifest): after the engine's cast the two are bit for bit equal. `padding` are the views of the slot around it that
+    have to be zero. Several ranks, or several views of one rank, together hold a tensor's elements at least once.
+    """
+
+    name: str
+    live: torch.Tensor
+    index: tuple[slice, ...]
+    padding: tuple[torch.Tensor, ...] = ()
+
+
+class EngineAdapter(Protocol):
+    """The driver half. Called by EngineService only, from one thread at a time except `generate`."""
+
+    @property
+    def kind(self) -> str:
+        """Short word for messages and receipts: "embedded", "module", "vllm", "sglang"."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks hold live parameters; ranks are numbered 0 .. ranks-1."""
+        ...
+
+    @property
+    def can_generate(self) -> bool:
+        """False for a plain module: no generation, no canary, no caches."""
+        ...
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Folder of the checkpoint that this engine serves until its first push, if it knows: a source of version 0 for
+        modules whose live storage is packed away."""
+        ...
+
+    def dispatch(self, job: bytes, deadline: Deadline) -> None:
+        """Have `engine_side.worker.rank.Rank.run(job)` executed once in every rank and return when each has posted its
+        answer (or raise DeadlineExceeded / PeerLost). Works while the engine is paused."""
+        ...
+
+    def pause(self, inflight: str, deadline: Deadline) -> None:
+        """Stop scheduling; running requests are drained, aborted or kept ("drain" | "abort" | "keep"). Idempotent.
+        A kept request has its tokens so far and goes on under the weights that serve next. vLLM and SGLang compute its
+        KV anew, over all of these tokens: their canary needs the blocks.
+        Raises ConfigError for a mode that this engine cannot do."""
+        ...
+
+    def resume(self) -> None:
+        """Let requests run again. Idempotent."""
+        ...
+
+    @property
+    def max_prompt(self) -> int | None:
+        """Longest prompt in tokens that can be scored and continued by one; None when there is no such limit."""
+        ...
+
+    @property
+    def cache_grain(self) -> int:
+        """Tokens after which a prompt's prefix can be in the prefix cache (one KV block); 0 without such a cache."""
+        ...
+
+    def claim(self, owner: str) -> None:
+        """Mark the engine as driven by this bridge. Raises Busy, naming the other bridge, while another one drives it:
+        two of them would weigh one engine against two arenas. `close` gives the claim up."""
+        ...
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the engine refuses to generate now, whoever had it refuse; None when it does not. It outlives `close`:
+        an engine that holds weights nobody verified stays shut until a version was verified in it."""
+        ...
+
+    def publish(self, version: int, adapter: str | None = None) -> None:
+        """Make `version` the one that completions report from now on, and the loaded adapter of this name what
+        `generate(adapter="current")` uses (None: the base model)."""
+        ...
+
+    @property
+    def published(self) -> tuple[int, str | None]:
+        """What `publish` was told last, by whatever bridge: the version that completions report, and the adapter that
+        "current" means. An engine that nobody has pushed to: (0, None)."""
+        ...
+
+    @property
+    def lora(self) -> LoraLimits | None:
+        """What adapters the engine can hold; None when it was started without LoRA."""
+        ...
+
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded now, whoever loaded them."""
+        ...
+
+    def end_users(self, names: Iterable[str]) -> None:
+        """End, as aborted, every running or waiting request that uses one of these adapters, or has asked for one by
+        name. One that waits for "current" takes what is published when it begins. Works while paused. Privileged
+        requests are left alone, unknown names ignored."""
+        ...
+
+    def retire(self, names: Iterable[str]) -> None:
+        """Drop these adapters in every rank as soon as no running or waiting request uses them; at once where none
+        does. New requests cannot ask for them any more. Unknown names are ignored. Does not block for requests."""
+        ...
+
+    def refuse(self, reason: str | None) -> None:
+        """Make every way into the engine's generation raise EngineQuarantined with `reason`; None lifts it.
+        Pausing alone is not refusing: a paused engine hangs its callers."""
+        ...
+
+    def reset_caches(self) -> bool:
+        """Drop KV and prefix caches; the engine's own answer, checked by the caller."""
+        ...
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        adapter: str = "current",
+        *,
+        past_gate: bool = False,
+        deadline: Deadline | None = None,
+    ) -> list[Completion]:
+        """Sample one completion per prompt, as users do, prefix cache reads allowed. Blocks while paused, unless
+        `past_gate`: the cache check runs before the engine is opened to traffic. `adapter` is "current" (what was
+        published last), "base", or the name of a loaded adapter; a request keeps what it began with. Raises
+        DeadlineExceeded, and ends what has not finished, when the deadline passes (None waits); past the gate Busy,
+        where the engine's kept requests would run as well."""
+        ...
+
+    def refuse_shared(self, storages: frozenset[int]) -> None:
+        """Raise ConfigError, naming a parameter, when live weights of this process lie in one of these storages (data
+        addresses): the trainer must not be pushed into itself. A no-op for engines in other processes."""
+        ...
+
+    def close(self) -> None:
+        """Give up the claim and stop what this adapter started; leave an engine that belongs to the user as it is:
+        running, or refusing."""
+        ...
+
+
+class RankHost(Protocol):
+    """The rank half: what one process with live parameters offers to `engine_side.worker.rank.Rank`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The live root module, wrappers included."""
+        ...
+
+    def skeleton(self) -> nn.Module:
+        """The same model class, config and parallel state on the meta device: no LoRA wrappers, no post-load work, so
+        every parameter has its canonical shape and its loader attributes. Must not touch the live model."""
+        ...
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """The engine's own loader, run on a skeleton. Raises whatever that loader raises."""
+        ...
+
+    def post_load(self, module: nn.Module) -> bool:
+        """Run the engine's own post-load step of this one module; False when it has none."""
+        ...
+
+    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Call one unwrapped module on a batch of rows [n, features] or ids [n], without collectives: what this rank
+        alone contributes. Raises NotImplementedError for a module that cannot be called alone."""
+        ...
+
+    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+        """Log-probability of token i+1 given tokens 0..i, per prompt, computed past the scheduler (the engine is
+        paused) on fresh KV, with the loaded adapter of this name (None: the base model alone). All ranks call it
+        together; the answer of rank 0 counts."""
+        ...
+
+    def untie(self, names: Sequence[str]) -> bool:
+        """The trainer holds different values under these checkpoint names, which the engine ties to others: give them
+        storage of their own in the live model and in later skeletons, values as they are. False when it cannot."""
+        ...
+
+    # ---- adapters (LoRA); an engine without LoRA raises UnsupportedLora from `plan_adapter` ----
+
+    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+        """Which dtype each tensor of an adapter (names and shapes of `bridge.lora`) will have in this rank's slots.
+        Writes nothing. Raises UnexpectedTensor (all modules that the engine lacks or did not wrap), ShapeMismatch
+        (swapped or wrong shapes), UnsupportedLora (no LoRA here, rank above the maximum)."""
+        ...
+
+    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+        """Write an adapter into a free slot under a name that was never used before. The tensors are views of the
+        arena, whole, and must not be kept. Raises ConfigError when no slot is free; the other slots are untouched."""
+        ...
+
+    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+        """Where a loaded adapter's tensors lie in this rank, for the read-back. Raises NotFound."""
+        ...
+
+    def remove_adapter(self, name: str) -> None:
+        """Drop an adapter that no request uses: a load that did not pass. Unknown names are ignored."""
+        ...
+
+
+@runtime_checkable
+class NamesUnloaded(Protocol):
+    """What a rank half adds whose engine registers tensors that no checkpoint fills (constants, cache scales)."""
+
+    def unloaded(self) -> frozenset[str]:
+        """Paths of skeleton parameters and buffers that no push has to bring."""
+        ...
+
+
+@runtime_checkable
+class LivesInALoop(Protocol):
+    """What a driver half adds whose engine runs in an event loop of this process."""
+
+    def refuse_caller(self) -> None:
+        """Raise ConfigError when this thread runs that loop: who blocks it would wait for itself."""
+        ...
+
+
+@runtime_checkable
+class KnowsVocabulary(Protocol):
+    """What a driver half adds whose engine breaks, or guesses, at a token id that its model does not have."""
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids of a prompt lie below this; None when the engine does not say."""
+        ...
+
+
+@runtime_checkable
+class MayBeQuantised(Protocol):
+    """What a driver half adds whose engine may hold weights in a form that no strategy can bring there."""
+
+    @property
+    def quantisation(self) -> str | None:
+        """The engine's word for how its weights are stored; None where they are stored as they are computed with."""
+        ...

@@ -1,0 +1,1 @@
+"""Verification: compare live parameters with the arena, level by level."""

@@ -1,0 +1,107 @@
+"""What a module without weights of its own has computed from those below or beside it (an attention layer's absorbed
+projections): built anew on a fresh skeleton from the arena's weights, and compared with what the live module holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from engine_side.load.loader import Loader
+from engine_side.plan import probes
+from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan.strategies import Choice, Strategy
+from engine_side.plan.twins import materialise, reachable, tensor_of
+
+
+class DerivedState:
+    """Over one mapped Loader; knows which of its derived modules can be built alone, and from what."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._from = {path: self._below(path) for path, _ in loader.derived}
+        """Path -> the modules whose weights are given to it; empty where it is not looked at."""
+        self._below_known = frozenset(path for path, choices in self._from.items() if choices)
+        self._tried = set(self._below_known)
+        for path in self._from.keys() - self._tried:
+            # It may hold what it derives from where no module tree shows it. Whether it does is seen at the first look.
+            self._from[path] = self._known_to_fill(loader.sources_of[path])
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The modules that are looked at."""
+        return tuple(path for path, choices in self._from.items() if choices)
+
+    def wrong(self, slot: int) -> Iterator[tuple[str, str, str]]:
+        """(path, class, why) of every derived module that does not hold what the arena's weights give. Builds a
+        skeleton, another one where two derive from the same weights, and gives memory to what they are made from."""
+        if not self.paths:
+            return
+        skeleton, used = self._loader.host.skeleton(), set[str]()
+        for path, live in self._loader.derived:
+            sources = {choice.path for choice in self._from[path]}
+            if not sources:
+                continue
+            if not used.isdisjoint(sources):  # they have been through their post-load step
+                skeleton, used = self._loader.host.skeleton(), set()
+            used |= sources
+            made = self._made(skeleton, path, live, slot)
+            if not made:
+                self._forget_its_like(path, live)
+                continue
+            self._tried.add(path)
+            why = probes.state_deviation(reachable(live)[0], made)
+            if why is not None:
+                yield path, type(live).__name__, why
+
+    def _made(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
+        """What the step makes of the arena's weights; nothing where it cannot be told in this way."""
+        try:
+            return self._build(skeleton, path, live, slot)
+        except LOADER_ERRORS:
+            if path in self._tried:
+                raise
+            return {}
+
+    def _build(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
+        module, host = skeleton.get_submodule(path), self._loader.host
+        materialise(module, live, {}, {}, [])
+        with torch.no_grad():
+            for choice in self._from[path]:
+                source = skeleton.get_submodule(choice.path)
+                materialise(source, self._loader.decided.live[choice.path], {}, {}, [])
+                for name, value in self._loader.canonical.values(choice, slot).items():
+                    tensor_of(source, name).detach().copy_(value)
+            for choice in self._from[path]:
+                host.post_load(skeleton.get_submodule(choice.path))
+            before = reachable(module)[0]
+            host.post_load(module)
+        made = {
+            name: tensor
+            for name, tensor in reachable(module)[0].items()
+            if tensor is not before.get(name) and tensor.device.type != "meta"
+        }
+        if path in self._below_known:
+            return made
+        # what was there before may as well be a constant, of which a skeleton knows nothing
+        return {name: tensor for name, tensor in made.items() if name not in before}
+
+    def _forget_its_like(self, path: str, live: nn.Module) -> None:
+        """What one module of a kind does not keep, none does: many engines have a step that only sets flags in every
+        layer, and building all around each of them would cost as much as the load."""
+        if path in self._tried:
+            return
+        for other, module in self._loader.derived:
+            if other not in self._tried and type(module) is type(live):
+                self._from[other] = ()
+
+    def _below(self, path: str) -> tuple[Choice, ...]:
+        template = self._loader.decided.twins.template
+        inside = {id(m) for m in template.get_submodule(path).modules()}
+        return self._known_to_fill(p for p in self._loader.decided.choices if id(template.get_submodule(p)) in inside)
+
+    def _known_to_fill(self, paths: Iterable[str]) -> tuple[Choice, ...]:
+        """The choices of these modules; none where one of them can only be filled by the engine's loader."""
+        found = tuple(self._loader.decided.choices[path] for path in paths)
+        return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found

@@ -1,0 +1,135 @@
+"""One rank's way from the arena into an adapter slot of its engine, and back out of it for the proof.
+
+An adapter goes beside the weights under a name that was never used before, so nothing that is served changes until it
+is published; what does not pass is dropped. The engine itself says where it put A and B (`AdapterView`), and what lies
+there is compared with the arena bit for bit, the slot's padding with zero.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+
+import torch
+import xxhash
+
+from bridge import lora
+from bridge.errors import ProtocolError, UnsupportedLora
+from bridge.jobs import RankBake
+from bridge.manifest import Manifest, TensorInfo
+from bridge.receipt import Failure, LevelResult, RankReport
+from engine_side.live.storage_layout import bits
+from engine_side.protocol import AdapterView, RankHost
+
+SHOWN = 16
+"""Failures listed per level."""
+
+
+class AdapterLoader:
+    """A planned adapter of one rank. Blocks; no collectives of its own.
+
+    Raises, before anything is written, UnsupportedLora (no module at all, no LoRA in this engine, rank too large),
+    UnexpectedTensor (modules that the engine lacks), ShapeMismatch.
+    """
+
+    def __init__(self, host: RankHost, tensors: Sequence[TensorInfo], spec: lora.AdapterSpec) -> None:
+        self.host = host
+        self.spec = spec
+        self.pairs = lora.pairs(tensors)
+        if not self.pairs:
+            raise UnsupportedLora(
+                "an adapter without any module",
+                expected="at least one A and B",
+                got="none",
+                remedy="check the adapter's target modules, or push mode='merged'",
+            )
+        self.dtypes = dict(host.plan_adapter(tensors, spec))
+        self._tensors = tuple(tensors)
+        self._manifest: Manifest | None = None
+        self._slots: list[Sequence[torch.Tensor]] = []
+
+    def rank_bake(self) -> RankBake:
+        """The plan in summary; tensors that lie on no part of this rank are unread."""
+        names = [info.name for info in self._tensors]
+        digest = xxhash.xxh3_128_digest("\n".join(f"{n} {self.dtypes.get(n)}" for n in names).encode())
+        unread = tuple(name for name in names if name not in self.dtypes)
+        return RankBake(digest, self.dtypes, unread, strategies={"adapter": len(self.pairs)}, moves=len(self.dtypes))
+
+    def map(self, manifest: Manifest, slots: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Use this arena from now on."""
+        self._manifest, self._slots = manifest, list(slots)
+
+    def close(self) -> None:
+        """Let go of the arena. Idempotent."""
+        self._slots, self._manifest = [], None
+
+    def load(self, slot: int, name: str, levels: Collection[str], previous: int | None) -> RankReport:
+        """Write the slot's adapter under `name` and run the levels. Raises what the engine's loader raises."""
+        started = time.perf_counter()
+        tensors = self._of(slot)
+        self.host.load_adapter(name, {n: tensors[n] for n in self.dtypes}, self.spec)
+        loaded_at = time.perf_counter()
+        found = self.verify(slot, name, levels)
+        if "change" in levels and previous is not None:
+            found = (*found, self._change(slot, previous))
+        written = sum(t.numel() * t.element_size() for n, t in tensors.items() if n in self.dtypes)
+        return RankReport(
+            rank=self.host.rank,
+            levels=found,
+            strategies={"adapter": len(self.pairs)},
+            written=written,
+            load_s=loaded_at - started,
+            verify_s=time.perf_counter() - loaded_at,
+        )
+
+    def verify(self, slot: int, name: str | None, levels: Collection[str]) -> tuple[LevelResult, ...]:
+        """The levels of this rank. Without a `name` nothing is loaded yet, and coverage weighs the plan alone."""
+        out: list[LevelResult] = []
+        views = () if name is None else tuple(self.host.adapter_views(name))
+        if "coverage" in levels or name is not None:
+            out.append(self._coverage(None if name is None else views))
+        if "read-back" in levels and name is not None:
+            out.append(self._read_back(slot, views))
+        return tuple(out)
+
+    def explain(self, name: str) -> tuple[dict[str, str], ...]:
+        """Which module a tensor goes to, and how it is kept there."""
+        if name not in self.dtypes:
+            return ()
+        parts = lora.split(name)
+        module = parts[0] if parts is not None else name
+        return ({"tensor": name, "parameter": module, "strategy": "adapter", "reason": f"slot of {self.dtypes[name]}"},)
+
+    # ---- levels ------------------------------------------------------------------------------------------------------
+
+    def _coverage(self, views: Sequence[AdapterView] | None) -> LevelResult:
+        """Every module of the adapter is bound: before the load by the plan, after it by what lies in the slots."""
+        bound = set(self.dtypes) if views is None else {view.name for view in views if view.live.numel()}
+        missing = [n for pair in self.pairs for n in (pair.a.name, pair.b.name) if n in self.dtypes and n not in bound]
+        failures = tuple(Failure(n, "bound in the engine", "nowhere") for n in missing[:SHOWN])
+        note = f"{len(self.pairs)} modules bound" if not missing else ""
+        return LevelResult("coverage", not missing and bool(bound), len(self.pairs), failures, note)
+
+    def _read_back(self, slot: int, views: Sequence[AdapterView]) -> LevelResult:
+        tensors = self._of(slot)
+        failures: list[Failure] = []
+        for view in views:
+            wanted = tensors[view.name][view.index].to(view.live.dtype)
+            if wanted.shape != view.live.shape:
+                failures.append(Failure(view.name, str(list(wanted.shape)), f"a slot of {list(view.live.shape)}"))
+            elif not torch.equal(bits(view.live.contiguous()), bits(wanted.contiguous().to(view.live.device))):
+                failures.append(Failure(view.name, "the arena's bits", "others in the engine's slot"))
+            if any(bool(pad.count_nonzero()) for pad in view.padding):
+                failures.append(Failure(view.name, "zeros around it in the slot", "other values"))
+        return LevelResult("read-back", not failures, len(views), tuple(failures[:SHOWN]))
+
+    def _change(self, slot: int, previous: int) -> LevelResult:
+        """Bits were read back; what is left to say is whether the trainer's changed at all."""
+        now, before = self._of(slot), self._of(previous)
+        same = all(torch.equal(bits(t), bits(before[n])) for n, t in now.items())
+        return LevelResult("change", True, len(now), note="the trainer's adapter did not change" if same else "")
+
+    def _of(self, slot: int) -> dict[str, torch.Tensor]:
+        if self._manifest is None:
+            raise ProtocolError("this plan is not mapped onto an arena yet")
+        return {spec.name: t for spec, t in zip(self._manifest.tensors, self._slots[slot], strict=True)}

@@ -1,0 +1,255 @@
+"""One rank's end of the conversation: a job frame in, one page of the mailbox out.
+
+`Rank.run` is the one Python function that every engine has to be able to execute in each of its workers. It never
+raises for an error of a job (a raising worker poisons vLLM's RPC for later calls): the answer says so by value.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.arena import Arena
+from bridge.config import from_environment
+from bridge.errors import BridgeError, ProtocolError
+from bridge.jobs import (
+    AnyAnswer,
+    AnyJob,
+    BakeJob,
+    DropAdapterJob,
+    ExamineJob,
+    ExplainJob,
+    ForgetJob,
+    LoadJob,
+    LogprobsJob,
+    MapJob,
+    RankAnswer,
+    RankDone,
+    RankExplanation,
+    RankFailed,
+    RankJob,
+    RankLoaded,
+    RankReadBack,
+    RankScores,
+    ReadBackJob,
+    VerifyJob,
+)
+from bridge.mailbox import Mailbox
+from bridge.manifest import validate
+from bridge.receipt import RankReport
+from bridge.wire import ErrorInfo, pack, unpack
+from engine_side.live.inplace import AttributeSnapshot
+from engine_side.load.arena_views import Lender
+from engine_side.load.loader import Loader
+from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.protocol import RankHost
+from engine_side.verify.verify import Verifier
+from engine_side.worker.lora_loader import AdapterLoader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Planned:
+    """A baked plan of this rank and, once mapped, its arena."""
+
+    loader: Loader | AdapterLoader
+    arena: Arena | None = None
+    verifier: Verifier | None = None
+
+    def close(self) -> None:
+        self.verifier = None
+        self.loader.close()
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+
+
+class Rank:
+    """Keeps this rank's plans between jobs. One job at a time."""
+
+    def __init__(self, host: RankHost, threads: int | None = None) -> None:
+        self.host = host
+        self._threads = threads or from_environment().copy_threads
+        self._plans: dict[int, Planned] = {}
+        self._mailbox: Mailbox | None = None
+        self._touched = False
+        self._lost: AttributeSnapshot | None = None
+        self._loaded: tuple[int, int] | None = None
+        """(plan, slot) of the weights that were loaded last."""
+
+    def run(self, frame: bytes) -> None:
+        """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
+        job = unpack(frame, RankJob)
+        mailbox = self._open_mailbox(job.mailbox)
+        self._touched = False
+        try:
+            answer = self._answer(job.job)
+        except Exception as error:  # process boundary: a worker must answer by value whatever broke
+            if not isinstance(error, BridgeError):
+                log.exception("rank %d: %s failed", self.host.rank, type(job.job).__name__)
+            answer = RankFailed(ErrorInfo.of(error), self._touched)
+        mailbox.post(job.page + self.host.rank, job.nonce, pack(RankAnswer(self.host.rank, job.nonce, answer)))
+
+    def close(self) -> None:
+        """Let go of arenas and mailbox. Idempotent."""
+        for planned in self._plans.values():
+            planned.close()
+        self._plans.clear()
+        if self._mailbox is not None:
+            self._mailbox.close()
+            self._mailbox = None
+
+    def _open_mailbox(self, path: str) -> Mailbox:
+        if self._mailbox is None or str(self._mailbox.path) != path:
+            if self._mailbox is not None:
+                self._mailbox.close()
+            self._mailbox = Mailbox.open(Path(path))
+        return self._mailbox
+
+    def _answer(self, job: AnyJob) -> AnyAnswer:
+        match job:
+            case BakeJob():
+                return self._bake(job)
+            case MapJob():
+                return self._map(job)
+            case ForgetJob():
+                return self._forget(job.keep)
+            case LoadJob():
+                return RankLoaded(self._load(job))
+            case VerifyJob():
+                return RankLoaded(self._verify(job))
+            case LogprobsJob():
+                return RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
+            case DropAdapterJob():
+                self.host.remove_adapter(job.adapter)
+                return RankDone()
+            case ReadBackJob():
+                return self._read_back(job)
+            case ExamineJob():
+                return RankLoaded(self._examine(job))
+            case ExplainJob():
+                return RankExplanation(self._planned(job.plan).loader.explain(job.name))
+
+    def _planned(self, plan: int) -> Planned:
+        try:
+            return self._plans[plan]
+        except KeyError:
+            raise ProtocolError("this rank does not know that plan", got=str(plan)) from None
+
+    def _verifier(self, plan: int) -> Verifier:
+        verifier = self._planned(plan).verifier
+        if verifier is None:
+            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(plan))
+        return verifier
+
+    def _bake(self, job: BakeJob) -> AnyAnswer:
+        loader = self._loader(job)
+        try:
+            answer = loader.rank_bake()
+        except BaseException:
+            loader.close()
+            raise
+        self._plans[job.plan] = Planned(loader)
+        return answer
+
+    def _loader(self, job: BakeJob) -> Loader | AdapterLoader:
+        if job.adapter is not None:
+            return AdapterLoader(self.host, job.tensors, job.adapter)
+        loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+        unused = () if loader.problems else loader.rank_bake().unread
+        # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
+        if not unused or not self.host.untie(unused):
+            return loader
+        loader.close()
+        return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+
+    def _map(self, job: MapJob) -> RankDone:
+        planned = self._planned(job.plan)
+        arena = Arena.open(Path(job.path), validate(job.manifest))
+        slots = [arena.tensors(slot) for slot in range(arena.slots)]
+        planned.arena = arena
+        if isinstance(planned.loader, Loader):
+            planned.loader.map(job.manifest, slots, Lender.of(arena))
+            planned.verifier = Verifier(planned.loader)
+        else:
+            planned.loader.map(job.manifest, slots)
+        return self._forget((job.plan, *job.keep))
+
+    def _forget(self, keep: tuple[int, ...]) -> RankDone:
+        for plan in [p for p in self._plans if p not in keep]:
+            self._plans.pop(plan).close()
+        return RankDone()
+
+    def _load(self, job: LoadJob) -> RankReport:
+        planned = self._planned(job.plan)
+        if isinstance(planned.loader, AdapterLoader):
+            if job.adapter is None:
+                raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
+            return planned.loader.load(job.slot, job.adapter, job.levels, job.previous)
+        return self._load_weights(job, planned.loader)
+
+    def _load_weights(self, job: LoadJob, loader: Loader) -> RankReport:
+        verifier = self._verifier(job.plan)
+        self._touched = True
+        if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
+            self._lost.put_back()
+            self._lost = None
+        self._loaded = None
+        outcome = loader.apply(job.slot, job.changed)
+        self._loaded = (job.plan, job.slot)
+        started = time.perf_counter()
+        levels = verifier.run(job.levels, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
+        if any(level.level == "attributes" and not level.ok for level in levels):
+            self._lost = loader.snapshot
+        return RankReport(
+            rank=self.host.rank,
+            levels=levels,
+            strategies=loader.rank_bake().strategies,
+            rebound=(*outcome.rebound, *outcome.created, *outcome.dropped),
+            canary_only=verifier.canary_only(),
+            written=outcome.written,
+            skipped_only=verifier.only_skipped(levels, job.changed),
+            load_s=outcome.load_s,
+            postload_s=outcome.postload_s,
+            verify_s=time.perf_counter() - started,
+        )
+
+    def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
+        """The first forward after a load makes anew what the load dropped; where it cannot, in every rank alike, that
+        was not its own."""
+        loaders = [p.loader for p in self._plans.values() if isinstance(p.loader, Loader)]
+        try:
+            scores = self.host.prompt_logprobs(job.prompts, job.adapter)
+        except LOADER_ERRORS:
+            again = [loader.used(well=False) for loader in loaders]
+            if not any(again):
+                raise
+            scores = self.host.prompt_logprobs(job.prompts, job.adapter)
+        for loader in loaders:
+            loader.used(well=True)
+        return scores
+
+    def _verify(self, job: VerifyJob) -> RankReport:
+        started = time.perf_counter()
+        loader = self._planned(job.plan).loader
+        if isinstance(loader, AdapterLoader):
+            levels = loader.verify(job.slot, job.adapter, job.levels)
+        else:
+            levels = self._verifier(job.plan).run(job.levels, job.slot)
+        return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
+
+    def _examine(self, job: ExamineJob) -> RankReport:
+        if self._loaded is None or self._loaded[0] not in self._plans:
+            return RankReport(rank=self.host.rank)
+        plan, slot = self._loaded
+        return self._verify(VerifyJob(plan, slot, job.levels))
+
+    def _read_back(self, job: ReadBackJob) -> RankReadBack:
+        planned = self._planned(job.plan)
+        if planned.arena is None or isinstance(planned.loader, AdapterLoader):
+            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(job.plan))
+        with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
+            return RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))
