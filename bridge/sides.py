@@ -7,8 +7,8 @@ from typing import Any
 
 from bridge.errors import ConfigError
 
-TRAINER = "trainer_side.port:TrainerSide"
-ROUTES = "trainer_side.naming:routes_into"
+TRAINER = "trainer_side.trainer:TrainerSide"
+ROUTES = "trainer_side.names.naming:routes_into"
 ADAPT = "engine_side.engines.registry:adapt"
 EXAMINE = "engine_side.engines.common.server_discovery:examine_server"
 HOST = "engine_side.engines.registry:host"

@@ -35,7 +35,7 @@ from tests.push.lora_rig import LoraRig, apart, stir, wrap
 from tests.push.rig import Rig, refused, same_bits
 from tests.trainer_side.lora.oracle import TOLERANCE, live_linear
 from trainer_side.lora import lora_parameters
-from trainer_side.lora.values import State
+from trainer_side.lora.layers.values import State
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -19,10 +19,10 @@ from bridge.errors import BridgeError, IntegrityError, MissingTensor, Unsupporte
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, apart, everything, stir, wrap
 from tests.push.rig import PROMPTS, refused
-from trainer_side.lora import adapter as adapters
+from trainer_side.lora import lora_form as adapters
 from trainer_side.lora import modes
 from trainer_side.reference import reference_logprobs
-from trainer_side.snapshot import Snapshotter
+from trainer_side.snapshot.snapshotter import Snapshotter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -16,7 +16,7 @@ from bridge.errors import ConfigError, IntegrityError, MissingTensor, Unsupporte
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, stir, wrap
 from tests.push.rig import refused
-from trainer_side.snapshot import Snapshotter
+from trainer_side.snapshot.snapshotter import Snapshotter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -18,7 +18,7 @@ import bridge
 from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
 from trainer_side.checkpoint import named_tensors
-from trainer_side.naming import bake_names
+from trainer_side.names.naming import bake_names
 
 Attach = Callable[..., bridge.Bridge]
 

@@ -94,7 +94,7 @@ def test_a_view_that_is_negated_when_read(attach: Attach, size: int) -> None:
 
 
 def test_a_negated_view_is_no_tie() -> None:
-    from trainer_side.source import WeightSource
+    from trainer_side.names.tensor_layout import WeightSource
 
     w = torch.randn(3)
     assert len(WeightSource().collect([("a", w), ("b", torch._neg_view(w))]).tensors) == 2

@@ -14,7 +14,7 @@ import bridge
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import wrap
 from tests.ray.trainer_worker import die, say
-from trainer_side.port import TrainerSide
+from trainer_side.trainer import TrainerSide
 
 TARGETS = ["q_proj", "v_proj", "o_proj"]
 

@@ -18,7 +18,7 @@ import torch
 
 import bridge
 from tests.conftest import perturb, tiny_qwen2
-from trainer_side.port import TrainerSide
+from trainer_side.trainer import TrainerSide
 
 
 def say(**facts: Any) -> None:

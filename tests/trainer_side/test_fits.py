@@ -16,11 +16,11 @@ from bridge.arena import Arena
 from bridge.dtypes import DTYPES
 from bridge.errors import DtypeMismatch
 from bridge.manifest import TensorInfo, lay_out
-from trainer_side import naming
-from trainer_side.batches import SMALL
-from trainer_side.fits import _same_values
-from trainer_side.snapshot import Snapshotter
-from trainer_side.source import Collected, WeightSource
+from trainer_side.names import naming
+from trainer_side.names.tensor_layout import Collected, WeightSource
+from trainer_side.snapshot.batches import SMALL
+from trainer_side.snapshot.snapshotter import Snapshotter
+from trainer_side.snapshot.value_checks import _same_values
 
 Write = Callable[..., list[torch.Tensor]]
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from bridge.errors import ConfigError, IntegrityError
 from bridge.plan import Region
-from trainer_side import naming
-from trainer_side.naming import CanonicalMap, bake_names, canonical_unbound
+from trainer_side.names import naming
+from trainer_side.names.naming import CanonicalMap, bake_names, canonical_unbound
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")

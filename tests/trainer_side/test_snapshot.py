@@ -18,11 +18,12 @@ from bridge.digest import CHUNK, digest_slot, seal_slot
 from bridge.dtypes import DTYPES, dtype_of
 from bridge.errors import ConfigError, NonFinite, ProtocolError
 from bridge.manifest import TensorInfo, lay_out
-from trainer_side import naming, snapshot
-from trainer_side.batches import SMALL
-from trainer_side.finite import is_finite
-from trainer_side.snapshot import BLOCK, Snapshotter
-from trainer_side.source import Collected, WeightSource
+from trainer_side.names import naming
+from trainer_side.names.tensor_layout import Collected, WeightSource
+from trainer_side.snapshot import snapshotter
+from trainer_side.snapshot.batches import SMALL
+from trainer_side.snapshot.snapshotter import BLOCK, Snapshotter
+from trainer_side.snapshot.value_checks import is_finite
 
 Pairs = list[tuple[str, torch.Tensor]]
 MakeArena = Callable[..., Arena]
@@ -313,7 +314,7 @@ def test_workers_run_torch_on_one_thread_each() -> None:
     kept = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        pool = snapshot._single_threaded_pool(2)
+        pool = snapshotter._single_threaded_pool(2)
         found = [pool.submit(torch.get_num_threads).result() for _ in range(8)]
         pool.shutdown()
         assert set(found) == {1}

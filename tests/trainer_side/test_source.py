@@ -22,8 +22,8 @@ from bridge.errors import (
     UnexpectedTensor,
 )
 from bridge.plan import dense
-from trainer_side import naming
-from trainer_side.source import Collected, Part, WeightSource
+from trainer_side.names import naming
+from trainer_side.names.tensor_layout import Collected, Part, WeightSource
 
 
 class Tied(nn.Module):

@@ -1,8 +1,8 @@
 """What LoRA means for a push: one reader of a layer, the tensors of each mode, and the table of what each can carry."""
 
 from trainer_side.lora.export import adapter_tensors, base_tensors, merged_tensors
+from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.model import LoraModel, View
-from trainer_side.lora.reader import lora_parameters
 
 __all__ = [
     "LoraModel",

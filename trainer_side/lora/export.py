@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from trainer_side.lora.model import LoraModel, View
-from trainer_side.naming import CanonicalTensor
-from trainer_side.source import Computed
+from trainer_side.names.naming import CanonicalTensor
+from trainer_side.names.tensor_layout import Computed
 
 
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,17 +15,16 @@ from bridge.errors import ConfigError
 from bridge.lora import AdapterSpec, LoraLimits
 from bridge.ports import Choice
 from trainer_side.lora import modes, state
+from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
-from trainer_side.lora.mark import base_mark
+from trainer_side.lora.layers.findings import survey
+from trainer_side.lora.layers.module_tree import Item, Place, read_tree
 from trainer_side.lora.modes import Baked, Made
-from trainer_side.lora.sent import items_of, sent
+from trainer_side.lora.select import Slot, assemble, items_of, refuse_plain_names, sent, slot_of
 from trainer_side.lora.state import LoraState, Watch
-from trainer_side.lora.survey import survey
-from trainer_side.lora.tree import Item, Place, read_tree
-from trainer_side.lora.views import Slot, assemble, refuse_plain_names, slot_of
-from trainer_side.naming import CanonicalMap
-from trainer_side.source import Computed
-from trainer_side.tensors import nothing_sent
+from trainer_side.names.naming import CanonicalMap
+from trainer_side.names.tensor_checks import nothing_sent
+from trainer_side.names.tensor_layout import Computed
 
 _T = TypeVar("_T")
 Limits = Sequence[LoraLimits | None] | None
@@ -147,8 +146,8 @@ class LoraModel:
 
         Raises UnexpectedTensor (no name of the model), DuplicateTensor, MissingTensor (nothing at all, nothing that
         this mode sends, or not all of it unless `partial`), ShapeMismatch, ConfigError (a name that is no text), what
-        `trainer_side.tensors.plain` raises where a tensor has no values to copy, and IntegrityError when another
-        thread switches the layers meanwhile; so may the view's `compute`s.
+        `trainer_side.names.tensor_checks.plain` raises where a tensor has no values to copy, and IntegrityError when
+        another thread switches the layers meanwhile; so may the view's `compute`s.
         """
         names = [name for name, _ in pairs]
         tensors = [tensor for _, tensor in pairs]

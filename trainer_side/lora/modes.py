@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from bridge.errors import MissingTensor
-from trainer_side.lora import adapter, state
-from trainer_side.lora.chain import read_chain
-from trainer_side.lora.dequant import FP8
-from trainer_side.lora.effective import effective_bias, effective_identity, effective_weight
-from trainer_side.lora.reader import lora_parameters
+from trainer_side.lora import lora_form, state
+from trainer_side.lora.layers.dequant import FP8
+from trainer_side.lora.layers.effective import effective_bias, effective_identity, effective_weight
+from trainer_side.lora.layers.findings import Layer, Survey, plain_dtype, quantised
+from trainer_side.lora.layers.findings import packed as is_packed
+from trainer_side.lora.layers.module_tree import Extra, Kind, Place, Tree
+from trainer_side.lora.layers.read import lora_parameters
+from trainer_side.lora.layers.wrapper_chain import read_chain
 from trainer_side.lora.state import Watch
-from trainer_side.lora.survey import Layer, Survey, plain_dtype, quantised
-from trainer_side.lora.survey import packed as is_packed
-from trainer_side.lora.tree import Extra, Kind, Place, Tree
-from trainer_side.naming import CanonicalMap, LiveEntry, bake_entries, identity_of
-from trainer_side.source import Computed
+from trainer_side.names.naming import CanonicalMap, LiveEntry, bake_entries, identity_of
+from trainer_side.names.tensor_layout import Computed
 
 Given = Callable[[torch.Tensor], torch.Tensor]
 
@@ -86,7 +86,7 @@ class Baked:
     made: tuple[Made, ...] = ()
     needs: tuple[Extra, ...] = ()
     forms: tuple[tuple[torch.dtype, torch.Size] | None, ...] = ()
-    plan: adapter.Plan | None = None
+    plan: lora_form.Plan | None = None
     rivals: tuple[tuple[tuple[Made, ...], tuple[int, ...]], ...] = ()
 
     def current(self) -> bool:
@@ -147,21 +147,21 @@ def bake_adapter(tree: Tree, survey: Survey, ends: CanonicalMap) -> Baked:
         if place.original and place.wrappers:
             layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers]
             weights[place] = [layer for layer in layers if _role(place, layer) == "weight"]
-    acting: list[adapter.Acting] = []
+    acting: list[lora_form.Acting] = []
     needs: list[Extra] = []
     for place, layers in weights.items():
         # The outermost one answers for all that act on this weight.
         wrapper, parameters = (layers[0].wrapper, layers[0].parameters) if layers else (None, None)
         if wrapper is not None and parameters is not None and parameters.adapters:
-            acting.append(adapter.Acting(wrapper.path, wrapper.module, parameters, place.clean))
+            acting.append(lora_form.Acting(wrapper.path, wrapper.module, parameters, place.clean))
             needs += [e for layer in layers for e in layer.extras if e.adapter in layer.adapters]
-    return Baked(None, (), (), tuple(needs), tuple(map(_form, needs)), adapter.plan(acting, ends))
+    return Baked(None, (), (), tuple(needs), tuple(map(_form, needs)), lora_form.plan(acting, ends))
 
 
 def computed(baked: Baked, given: Given | None, watch: Watch, only: Iterable[Made] | None = None) -> list[Computed]:
     """The computed tensors of one push, from the values that were given, in the state that `watch` knows."""
     if baked.plan is not None:
-        return adapter.computed(baked.plan, given, watch)
+        return lora_form.computed(baked.plan, given, watch)
     return [
         Computed(one.place.clean, one.stand_in, partial(one.compute, given, watch))
         for one in (baked.made if only is None else only)

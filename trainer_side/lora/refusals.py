@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.chain import Chain, Level, read_chain
-from trainer_side.lora.dequant import FP8, is_quantized, readable
-from trainer_side.lora.factors import misfit
-from trainer_side.lora.reader import is_transposed, kind_of, stored, stored_bias
-from trainer_side.lora.values import ActiveAdapter, State
+from trainer_side.lora.layers.dequant import FP8, is_quantized, readable
+from trainer_side.lora.layers.factors import misfit
+from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
+from trainer_side.lora.layers.values import ActiveAdapter, State
+from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
 
 PLAIN_VARIANTS = frozenset(
     {

@@ -13,8 +13,8 @@ from bridge.manifest import TensorInfo
 from bridge.plan import Region, dense
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, build
 from trainer_side.lora import LoraModel, adapter_tensors, base_tensors, merged_tensors
-from trainer_side.lora.grid import Grid, grid_of
-from trainer_side.naming import CanonicalTensor, Piece
+from trainer_side.lora.layers.expert_slices import Grid, grid_of
+from trainer_side.names.naming import CanonicalTensor, Piece
 
 CARRIED = (
     "linear", "odd module name", "conv1d of transformers", "embedding", "embedding, fan_in_fan_out", "scaled embedding",

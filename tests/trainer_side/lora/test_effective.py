@@ -21,9 +21,15 @@ from tests.trainer_side.lora.oracle import (
     untouched,
 )
 from tests.trainer_side.lora.peft_rows import DEFAULT, HIDDEN, ROWS, VOCABULARY, Row, base_of, build, layer_of
-from trainer_side.lora.chain import acting_copy, is_saved
-from trainer_side.lora.effective import attention_output, effective_bias, effective_weight, is_inexact, refusal
-from trainer_side.lora.factors import product
+from trainer_side.lora.layers.effective import (
+    attention_output,
+    effective_bias,
+    effective_weight,
+    is_inexact,
+    refusal,
+)
+from trainer_side.lora.layers.factors import product
+from trainer_side.lora.layers.wrapper_chain import acting_copy, is_saved
 
 WIDE = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -278,7 +284,7 @@ def all_of(layer: Any, given: Any) -> list[torch.Tensor]:
 
 
 def test_blocks_of_rows_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer_side.lora import effective
+    from trainer_side.lora.layers import effective
 
     for row in ROWS:
         model = build(row)

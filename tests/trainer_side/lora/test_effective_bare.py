@@ -14,7 +14,7 @@ from bridge.errors import ConfigError
 from tests.conftest import tiny_qwen2
 from tests.trainer_side.lora.oracle import live_output, untouched
 from tests.trainer_side.lora.peft_rows import CAUSAL, HIDDEN, ROWS, VOCABULARY, Toy, build
-from trainer_side.lora.shallow import bare
+from trainer_side.lora.without_lora import bare
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 IDS = torch.tensor([[1, 5, 130, 7]])

@@ -12,7 +12,7 @@ from torch import nn
 from tests.trainer_side.lora.oracle import untouched
 from tests.trainer_side.lora.peft_rows import CAUSAL, DEFAULT, ROWS, build, layer_of
 from tests.trainer_side.lora.test_reader import stacked
-from trainer_side.lora.effective import effective_bias, effective_identity, effective_weight
+from trainer_side.lora.layers.effective import effective_bias, effective_identity, effective_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

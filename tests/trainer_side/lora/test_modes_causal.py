@@ -15,8 +15,8 @@ from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, Unexpec
 from bridge.lora import LoraLimits
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, Row, build
 from trainer_side.lora import LoraModel, View, adapter_tensors, base_tensors, merged_tensors
-from trainer_side.naming import bake_names
-from trainer_side.source import WeightSource
+from trainer_side.names.naming import bake_names
+from trainer_side.names.tensor_layout import WeightSource
 
 ROOM = [LoraLimits(64, 4)]
 TOKENS = torch.arange(24).reshape(2, 12) * 5

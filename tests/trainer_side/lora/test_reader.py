@@ -13,8 +13,8 @@ from torch import nn
 from bridge.errors import ConfigError, UnsupportedLora
 from tests.trainer_side.lora.oracle import innermost, untouched
 from tests.trainer_side.lora.peft_rows import ALPHA, DEFAULT, HIDDEN, RANK, ROWS, WIDE, Toy, build, layer_of
-from trainer_side.lora.reader import lora_parameters
-from trainer_side.lora.values import LoraParameters, State
+from trainer_side.lora.layers.read import lora_parameters
+from trainer_side.lora.layers.values import LoraParameters, State
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

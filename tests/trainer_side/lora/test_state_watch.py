@@ -12,12 +12,12 @@ from torch import nn
 from bridge.errors import IntegrityError
 from tests.trainer_side.lora.peft_rows import ROWS, build
 from trainer_side.lora import model as models
-from trainer_side.lora.chain import is_lora, is_saved, is_token_wrapper, read_chain
+from trainer_side.lora.layers.module_tree import read_tree
+from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, read_chain
 from trainer_side.lora.model import LoraModel
 from trainer_side.lora.refusals import reason_of
-from trainer_side.lora.shallow import bare
 from trainer_side.lora.state import Watch
-from trainer_side.lora.tree import read_tree
+from trainer_side.lora.without_lora import bare
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ROW = next(row for row in ROWS if row.name == "linear")

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import tiny_qwen2
 from trainer_side.lora import LoraModel, adapter_tensors, merged_tensors
-from trainer_side.lora.tree import Extra, Place, read_tree
+from trainer_side.lora.layers.module_tree import Extra, Place, read_tree
 
 
 class Odd(nn.Module):

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.chain import BY_EXPERT, RANK_MAJOR
-from trainer_side.lora.dequant import Given
-from trainer_side.lora.values import ActiveAdapter
+from trainer_side.lora.layers.dequant import Given
+from trainer_side.lora.layers.values import ActiveAdapter
+from trainer_side.lora.layers.wrapper_chain import BY_EXPERT, RANK_MAJOR
 
 EXACT = torch.float32
 """Sums are made in this dtype, or in a wider one that a parameter has."""

@@ -11,14 +11,14 @@ from torch import nn
 from bridge.errors import ConfigError, UnsupportedLora
 from trainer_side.lora import state as states
 from trainer_side.lora.capability import Feature, Finding
-from trainer_side.lora.chain import Chain, read_chain
-from trainer_side.lora.dequant import FP8, quant_state
-from trainer_side.lora.effective import is_inexact
-from trainer_side.lora.reader import parameters_of
+from trainer_side.lora.layers.dequant import FP8, quant_state
+from trainer_side.lora.layers.effective import is_inexact
+from trainer_side.lora.layers.module_tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
+from trainer_side.lora.layers.read import parameters_of
+from trainer_side.lora.layers.values import ActiveAdapter, LoraParameters, State
+from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
-from trainer_side.lora.tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
-from trainer_side.lora.values import ActiveAdapter, LoraParameters, State
-from trainer_side.naming import identity_of
+from trainer_side.names.naming import identity_of
 
 
 @dataclass(frozen=True, eq=False)

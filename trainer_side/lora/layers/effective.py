@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedLora
-from trainer_side.lora.chain import Chain, Level, is_attention, read_chain, unwrapped
-from trainer_side.lora.dequant import Given, dequantized
-from trainer_side.lora.factors import expert_factors, expert_rows, low_rank, product, rows_of, wide_dtype
-from trainer_side.lora.reader import is_transposed, kind_of, stored, stored_bias
+from trainer_side.lora.layers.dequant import Given, dequantized
+from trainer_side.lora.layers.factors import expert_factors, expert_rows, low_rank, product, rows_of, wide_dtype
+from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
+from trainer_side.lora.layers.values import ActiveAdapter, State
+from trainer_side.lora.layers.wrapper_chain import Chain, Level, is_attention, read_chain, unwrapped
 from trainer_side.lora.refusals import refusal, refused
-from trainer_side.lora.values import ActiveAdapter, State
 
 __all__ = [
     "attention_output",

@@ -18,9 +18,9 @@ from bridge.digest import CHUNK, fold
 from bridge.dtypes import dtype_of
 from bridge.errors import DtypeMismatch, ShapeMismatch
 from bridge.plan import cut
-from trainer_side.batches import Item, Slot, bytes_of, copies
-from trainer_side.finite import is_finite
-from trainer_side.source import Computed
+from trainer_side.names.tensor_layout import Computed
+from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
+from trainer_side.snapshot.value_checks import is_finite
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,15 @@ from bridge.lora import LoraLimits
 from bridge.manifest import TensorInfo
 from bridge.messages import Reference
 from bridge.ports import Choice, Snapshot, Written
-from trainer_side.lora.mark import base_mark
+from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.model import LoraModel, View
-from trainer_side.lora.shallow import bare
-from trainer_side.lora.state import changed_meanwhile
-from trainer_side.lora.still import require_still_forward
-from trainer_side.naming import CanonicalMap
+from trainer_side.lora.state import changed_meanwhile, require_still_forward
+from trainer_side.lora.without_lora import bare
+from trainer_side.names.naming import CanonicalMap
+from trainer_side.names.tensor_checks import Named, exhaust
+from trainer_side.names.tensor_layout import Collected, Layout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
-from trainer_side.snapshot import Snapshotter
-from trainer_side.source import Collected, Layout, WeightSource
-from trainer_side.tensors import Named, exhaust
+from trainer_side.snapshot.snapshotter import Snapshotter
 
 
 class TrainerSide:

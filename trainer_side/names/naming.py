@@ -24,7 +24,7 @@ from bridge.errors import ConfigError, IntegrityError, MissingTensor
 from bridge.manifest import TensorInfo
 from bridge.plan import Move, Region, Routes, dense, follow
 from bridge.recorder import Recorder
-from trainer_side.tensors import require_initialised
+from trainer_side.names.tensor_checks import require_initialised
 
 log = logging.getLogger(__name__)
 

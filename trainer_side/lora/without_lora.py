@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from bridge.errors import ConfigError
-from trainer_side.lora.chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
-from trainer_side.lora.tree import peft_child
-from trainer_side.naming import ROOT_WRAPPER
+from trainer_side.lora.layers.module_tree import peft_child
+from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
+from trainer_side.names.naming import ROOT_WRAPPER
 
 _COMPILED = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """Wrappers that compute what their module does: the tree without adapters does without them."""

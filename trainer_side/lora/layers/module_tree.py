@@ -19,10 +19,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from trainer_side.lora.chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
-from trainer_side.lora.effective import attention_output
-from trainer_side.lora.reader import lora_parameters
-from trainer_side.naming import RESERVED, ROOT_WRAPPER, wrapped_child
+from trainer_side.lora.layers.effective import attention_output
+from trainer_side.lora.layers.read import lora_parameters
+from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
+from trainer_side.names.naming import RESERVED, ROOT_WRAPPER, wrapped_child
 
 CONTAINERS = frozenset(
     {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}

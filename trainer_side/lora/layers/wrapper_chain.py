@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.values import ActiveAdapter, State, TokenRows
-from trainer_side.naming import RESERVED
+from trainer_side.lora.layers.values import ActiveAdapter, State, TokenRows
+from trainer_side.names.naming import RESERVED
 
 _CHILDREN = frozenset(
     {

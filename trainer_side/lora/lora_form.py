@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from bridge.lora import names_of
-from trainer_side.lora.chain import read_chain
-from trainer_side.lora.factors import expert_factors, low_rank, wide_dtype
-from trainer_side.lora.grid import Grid, grid_of
-from trainer_side.lora.reader import parameters_of
+from trainer_side.lora.layers.expert_slices import Grid, grid_of
+from trainer_side.lora.layers.factors import expert_factors, low_rank, wide_dtype
+from trainer_side.lora.layers.read import parameters_of
+from trainer_side.lora.layers.values import ActiveAdapter, LoraParameters
+from trainer_side.lora.layers.wrapper_chain import read_chain
 from trainer_side.lora.state import Watch
-from trainer_side.lora.values import ActiveAdapter, LoraParameters
-from trainer_side.naming import CanonicalMap
-from trainer_side.source import Computed
+from trainer_side.names.naming import CanonicalMap
+from trainer_side.names.tensor_layout import Computed
 
 Given = Callable[[torch.Tensor], torch.Tensor]
 

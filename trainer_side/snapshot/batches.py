@@ -16,8 +16,8 @@ import torch
 from bridge.dtypes import dtype_of
 from bridge.manifest import TensorSpec
 from bridge.plan import Region, dense, follow
-from trainer_side.finite import checked
-from trainer_side.source import Part
+from trainer_side.names.tensor_layout import Part
+from trainer_side.snapshot.value_checks import checked
 
 SMALL = 256 << 10
 """Bytes; tensors up to this are copied and checked many at a time."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bridge.plan import Region, dense
-from trainer_side.naming import CanonicalTensor
+from trainer_side.names.naming import CanonicalTensor
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from bridge.errors import BridgeError, DuplicateTensor
-from trainer_side.naming import CanonicalMap
-from trainer_side.tensors import plain
+from trainer_side.names.naming import CanonicalMap
+from trainer_side.names.tensor_checks import plain
 
 NO_ADDRESS = -1
 """In a tie pattern: nothing to compare (no elements), or no values (meta), which the slow path tells apart."""

@@ -19,10 +19,18 @@ from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, Unexpec
 from bridge.lora import AdapterSpec
 from bridge.manifest import TensorInfo
 from bridge.plan import Region, dense
-from trainer_side.naming import CanonicalMap, CanonicalTensor, Piece, bake_names, canonical_unbound, is_lora_name, walk
-from trainer_side.tensors import Named, exhaust, not_pairs, nothing_sent, plain
-from trainer_side.tensors import addresses as addresses_of
-from trainer_side.ties import NO_ADDRESS, TiesSent, check_ties, tie_pattern, ties_of, ties_sent
+from trainer_side.names.naming import (
+    CanonicalMap,
+    CanonicalTensor,
+    Piece,
+    bake_names,
+    canonical_unbound,
+    is_lora_name,
+    walk,
+)
+from trainer_side.names.tensor_checks import Named, exhaust, not_pairs, nothing_sent, plain
+from trainer_side.names.tensor_checks import addresses as addresses_of
+from trainer_side.names.ties import NO_ADDRESS, TiesSent, check_ties, tie_pattern, ties_of, ties_sent
 
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")

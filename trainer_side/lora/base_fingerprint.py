@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable
 import torch
 
 from bridge.errors import BridgeError
-from trainer_side.tensors import plain
+from trainer_side.names.tensor_checks import plain
 
 SAMPLES = 32
 """Elements of each tensor that are looked at, spread evenly over it."""

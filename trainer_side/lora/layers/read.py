@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from trainer_side.lora.chain import Chain, Level, read_chain
-from trainer_side.lora.dequant import quant_state
-from trainer_side.lora.values import ActiveAdapter, LoraParameters, State
+from trainer_side.lora.layers.dequant import quant_state
+from trainer_side.lora.layers.values import ActiveAdapter, LoraParameters, State
+from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
 
 _PACKED = ("qweight", "W_q", "codes")
 """Where layers keep a packed weight that have no `weight`."""

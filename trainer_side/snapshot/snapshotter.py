@@ -25,12 +25,11 @@ from bridge.manifest import Manifest
 from bridge.memory import memcmp, memcmp_held, memmove
 from bridge.plan import cut, dense
 from bridge.ports import Written
-from trainer_side.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
-from trainer_side.computed import Group, groups
-from trainer_side.computed import jobs as computed_jobs
-from trainer_side.finite import is_finite, nonfinite_error
-from trainer_side.fits import doubtful, require_fit
-from trainer_side.source import Collected, Layout
+from trainer_side.names.tensor_layout import Collected, Layout
+from trainer_side.snapshot.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
+from trainer_side.snapshot.computed import Group, groups
+from trainer_side.snapshot.computed import jobs as computed_jobs
+from trainer_side.snapshot.value_checks import doubtful, is_finite, nonfinite_error, require_fit
 
 _HELD = 64 << 10
 """Bytes below which a comparison keeps the interpreter lock."""

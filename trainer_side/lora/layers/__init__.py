@@ -1,0 +1,1 @@
+"""One LoRA layer at a time: find it, read it, compute its effective weight."""

@@ -1,0 +1,1 @@
+"""Names: turn live names into canonical names, resolve ties, check tensors."""

@@ -1,0 +1,1 @@
+"""Snapshots: cast, digest and check the trainer's tensors into an arena slot."""
