@@ -12,8 +12,6 @@ loaded on first use, so that the command line answers `--help` without torch.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import (
@@ -45,11 +43,11 @@ from bridge.errors import (
 
 if TYPE_CHECKING:
     from bridge.api import attach, bind, connect, health, launch, push
+    from bridge.client import Bridge
+    from bridge.coordinator.health import Check, HealthReport
     from bridge.handles import EngineHandle, PendingPush
-    from bridge.health import Check, HealthReport
-    from bridge.push import Bridge
-    from bridge.receipt import EngineReport, Receipt
-    from bridge.wire import Completion, Sampling
+    from bridge.model.receipt import EngineReport, Receipt
+    from bridge.protocol.codec import Completion, Sampling
 
 __all__ = [
     "ArenaFull",
@@ -94,15 +92,15 @@ __all__ = [
 ]
 
 _ON_USE = {
-    "Bridge": "bridge.push",
-    "Check": "bridge.health",
-    "Completion": "bridge.wire",
+    "Bridge": "bridge.client",
+    "Check": "bridge.coordinator.health",
+    "Completion": "bridge.protocol.codec",
     "EngineHandle": "bridge.handles",
-    "EngineReport": "bridge.receipt",
-    "HealthReport": "bridge.health",
+    "EngineReport": "bridge.model.receipt",
+    "HealthReport": "bridge.coordinator.health",
     "PendingPush": "bridge.handles",
-    "Receipt": "bridge.receipt",
-    "Sampling": "bridge.wire",
+    "Receipt": "bridge.model.receipt",
+    "Sampling": "bridge.protocol.codec",
     "attach": "bridge.api",
     "bind": "bridge.api",
     "connect": "bridge.api",
@@ -122,15 +120,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `bridge.push` and `bridge.health` the functions: the import system would bind the submodules of these names
-    in their place. `from bridge.push import Bridge` works as ever."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _ON_USE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

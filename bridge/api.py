@@ -16,18 +16,19 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from bridge import daemon, sides
+from bridge import entry_points
+from bridge.client import Bridge, Named
 from bridge.config import from_environment
-from bridge.coordinator import Coordinator
-from bridge.deadline import Deadline
-from bridge.engine_messages import FromEngine, ToEngine
+from bridge.coordinator.coordinator import Coordinator
+from bridge.coordinator.health import HealthReport, assess_server, local_facts
+from bridge.daemon import ray_cluster
 from bridge.errors import BridgeError, ConfigError
-from bridge.health import HealthReport, assess_server, local_facts
-from bridge.ledger import Ledger
-from bridge.messages import FromCoordinator, ToCoordinator, WaitRequest
-from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
-from bridge.push import Bridge, Named
-from bridge.statedir import checked_name
+from bridge.journal.ledger import Ledger
+from bridge.journal.state_dir import checked_name
+from bridge.protocol.coordinator_messages import FromCoordinator, ToCoordinator, WaitRequest
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.engine_messages import FromEngine, ToEngine
+from bridge.protocol.ports import CoordinatorPort, EnginePort, TrainerPort
 
 
 @dataclass
@@ -89,12 +90,12 @@ def launch(
         raise ConfigError("at least one engine is needed", where="engines", got=str(engines))
     config = from_environment()
     checked_name(name)
-    sides.load(sides.CHECK_SPEC)(engine)
-    daemon.ensure_ray()
+    entry_points.load(entry_points.CHECK_SPEC)(engine)
+    ray_cluster.ensure_ray()
     try:
-        coordinator, ports = daemon.start(name, [(engine, engine_args)] * engines, config)
+        coordinator, ports = ray_cluster.start(name, [(engine, engine_args)] * engines, config)
     except BaseException:
-        daemon.stop_ray_if_idle()
+        ray_cluster.stop_ray_if_idle()
         raise
     made = _on_ray(name, coordinator, ports)
     return _remember(made, model, undo=made.shutdown)
@@ -102,13 +103,13 @@ def launch(
 
 def connect(name: str = "default", *, model: torch.nn.Module | None = None) -> Bridge:
     """Connect to a running daemon. Raises NotFound, naming those that run."""
-    coordinator, ports = daemon.find(name)
+    coordinator, ports = ray_cluster.find(name)
     return _remember(_on_ray(name, coordinator, ports), model)
 
 
 def _on_ray(name: str, coordinator: CoordinatorPort, engines: Sequence[EnginePort]) -> Bridge:
-    trainer: TrainerPort = sides.load(sides.TRAINER)()
-    return Bridge(name, coordinator, engines, trainer, from_environment(), on_shutdown=lambda: daemon.stop(name))
+    trainer: TrainerPort = entry_points.load(entry_points.TRAINER)()
+    return Bridge(name, coordinator, engines, trainer, from_environment(), on_shutdown=lambda: ray_cluster.stop(name))
 
 
 def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | None = None) -> Bridge:
@@ -123,8 +124,8 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     """
     config = from_environment()
     chosen = f"attached-{os.getpid()}-{secrets.token_hex(4)}" if name is None else checked_name(name)
-    trainer: TrainerPort = sides.load(sides.TRAINER)()
-    adapter = sides.load(sides.ADAPT)(engine, sides.load(sides.ROUTES))
+    trainer: TrainerPort = entry_points.load(entry_points.TRAINER)()
+    adapter = entry_points.load(entry_points.ADAPT)(engine, entry_points.load(entry_points.ROUTES))
     node = socket.gethostname()
     state: Path | None = None
 
@@ -133,7 +134,7 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
             shutil.rmtree(state, ignore_errors=True)
 
     try:
-        service = sides.load(sides.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
+        service = entry_points.load(entry_points.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
         port = LocalPort[ToEngine, FromEngine]("engine0", service.handle)
         state = None if name is not None else Path(tempfile.mkdtemp(prefix="weighbridge-"))
         ledger = Ledger.open(chosen, directory=state)
@@ -175,7 +176,7 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
 def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
     """Examine the engine server at `url`, whoever drives it: does it serve, which version, and do its live weights
     still hold what was loaded last. Blocks; changes nothing. Raises ConfigError as `attach` does."""
-    checks = sides.load(sides.EXAMINE)(url, Deadline.after(timeout_s))
+    checks = entry_points.load(entry_points.EXAMINE)(url, Deadline.after(timeout_s))
     return assess_server(url, checks, local_facts(from_environment().shm_dir))
 
 

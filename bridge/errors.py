@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bridge.receipt import Receipt
+    from bridge.model.receipt import Receipt
 
 UNHEALTHY_EXIT = 1
 """Exit code of a command that ran and found something unhealthy."""

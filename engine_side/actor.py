@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from bridge.engine_messages import ToEngine
-from bridge.messages import Refused
-from bridge.wire import ErrorInfo, pack, unpack
+from bridge.protocol.codec import ErrorInfo, pack, unpack
+from bridge.protocol.coordinator_messages import Refused
+from bridge.protocol.engine_messages import ToEngine
 from engine_side.driver.service import EngineService
 from engine_side.engines.registry import host
 
 
 class EngineActor:
-    """Made by `bridge.daemon.start` with `ray.remote`; `max_concurrency` threads call it, generation beside control."""
+    """Made by `bridge.daemon.ray_cluster.start` with `ray.remote`; `max_concurrency` threads call it, so that
+    generation runs beside control."""
 
     def __init__(self, engine_id: str, spec: str, arguments: bytes, threads: int) -> None:
         # Ray's num_cpus=0 leaves one OpenMP thread; say what we want instead (transports.md 10)

@@ -41,10 +41,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from bridge.deadline import Deadline
-from bridge.lora import AdapterSpec, LoraLimits
-from bridge.manifest import TensorInfo
-from bridge.wire import Completion, Sampling
+from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.manifest import TensorInfo
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 
 Prompts = Sequence[Sequence[int]]
 """Token ids, one sequence per prompt."""
@@ -236,7 +236,7 @@ class RankHost(Protocol):
     # ---- adapters (LoRA); an engine without LoRA raises UnsupportedLora from `plan_adapter` ----
 
     def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
-        """Which dtype each tensor of an adapter (names and shapes of `bridge.lora`) will have in this rank's slots.
+        """Which dtype each tensor of an adapter (names and shapes of `lora_format`) will have in this rank's slots.
         Writes nothing. Raises UnexpectedTensor (all modules that the engine lacks or did not wrap), ShapeMismatch
         (swapped or wrong shapes), UnsupportedLora (no LoRA here, rank above the maximum)."""
         ...

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bridge import daemon
-from bridge.procs import started_at
+from bridge.daemon import ray_cluster
+from bridge.daemon.processes import started_at
 
 ROOT = Path(__file__).parents[1]
 Start = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,7 +28,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, _own_shared_memory: No
     found |= {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(home), "WEIGHBRIDGE_THREADS": "1"}
     code = "from bridge import daemon; daemon.ensure_ray()"
     subprocess.run([sys.executable, "-c", code], env=found, check=True, timeout=110)
-    ray = json.loads((home / "weighbridge" / "_ray" / daemon.RAY_FILE).read_text())
+    ray = json.loads((home / "weighbridge" / "_ray" / ray_cluster.RAY_FILE).read_text())
     token = home / "weighbridge" / "_ray" / "token"
     found["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("another-home"))
     yield {**found, "RAY_ADDRESS": ray["address"], "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}

@@ -6,22 +6,23 @@ import os
 
 import torch
 
-from bridge import daemon
-from bridge.coordinator import Coordinator
-from bridge.ledger import Ledger
-from bridge.messages import ToCoordinator
-from bridge.wire import pack, unpack
+from bridge.coordinator.coordinator import Coordinator
+from bridge.daemon import ray_cluster
+from bridge.journal.ledger import Ledger
+from bridge.protocol.codec import pack, unpack
+from bridge.protocol.coordinator_messages import ToCoordinator
 
 
 class TrainerActor:
-    """Made by `bridge.daemon.start` with `ray.remote`; several threads call it, so a wait does not block a question."""
+    """Made by `bridge.daemon.ray_cluster.start` with `ray.remote`; several threads call it, so a wait does
+    not block a question."""
 
     def __init__(self, name: str, engines: list[str], threads: int) -> None:
         import ray
 
         torch.set_num_threads(threads)
         ports = [
-            daemon.engine_port(engine, ray.get_actor(f"{name}:{engine}", namespace=daemon.NAMESPACE))
+            ray_cluster.engine_port(engine, ray.get_actor(f"{name}:{engine}", namespace=ray_cluster.NAMESPACE))
             for engine in engines
         ]
         node = str(ray.get_runtime_context().get_node_id())

@@ -92,7 +92,7 @@ def _check_ids(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
             where=type(model).__name__,
             expected=f"ids in 0 .. {rows - 1}" if rows is not None else "ids from 0",
             got=str(highest if lowest >= 0 else lowest),
-            remedy="make the prompts for this vocabulary: bridge.canary.prompts(vocabulary_size(model))",
+            remedy="make the prompts for this vocabulary: bridge.model.canary.prompts(vocabulary_size(model))",
         )
 
 

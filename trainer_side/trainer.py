@@ -1,4 +1,4 @@
-"""`TrainerSide`: everything one Bridge needs from the trainer's process, behind `bridge.ports.TrainerPort`."""
+"""`TrainerSide`: everything one Bridge needs from the trainer's process, behind `bridge.protocol.ports.TrainerPort`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import nn
 
-from bridge import canary
-from bridge.arena import Arena
 from bridge.errors import BridgeError, ConfigError, MissingTensor, UnexpectedTensor
-from bridge.lora import LoraLimits
-from bridge.manifest import TensorInfo
-from bridge.messages import Reference
-from bridge.ports import Choice, Snapshot, Written
+from bridge.model import canary
+from bridge.model.lora_format import LoraLimits
+from bridge.model.manifest import TensorInfo
+from bridge.protocol.coordinator_messages import Reference
+from bridge.protocol.ports import Choice, Snapshot, Written
+from bridge.shm.arena import Arena
 from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.model import LoraModel, View
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
@@ -96,7 +96,7 @@ class TrainerSide:
         view = lora.view(mode, list(zip(names, tensors, strict=True)), partial=partial)
         known, source = self._views.get(mode, (None, None))
         if source is None or known is not view.known:
-            # an adapter's names are those of `bridge.lora`, made by us: there is no model's name to resolve
+            # an adapter's names are those of `lora_format`, made by us: there is no model's name to resolve
             source = WeightSource(None if view.known is None else lora.model, view.known)
             self._views[mode] = (view.known, source)
         collected = source.collect(view.named, partial=partial, computed=view.computed)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from bridge.arena import Arena
-from bridge.deadline import Deadline
 from bridge.errors import DeadlineExceeded, PeerLost, TransportError
+from bridge.protocol.deadline import Deadline
+from bridge.shm.arena import Arena
 
 
 class Transport(Protocol):

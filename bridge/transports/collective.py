@@ -27,9 +27,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from bridge.arena import Arena, Seal
-from bridge.deadline import Deadline
-from bridge.digest import digest_slot, require_equal, root_digest
 from bridge.errors import (
     BridgeError,
     Closed,
@@ -38,9 +35,12 @@ from bridge.errors import (
     ProtocolError,
     TransportError,
 )
-from bridge.plan import cut
+from bridge.model.regions import cut
+from bridge.protocol.codec import Count, ErrorInfo, Message, pack, unpack
+from bridge.protocol.deadline import Deadline
+from bridge.shm.arena import Arena, Seal
+from bridge.shm.seal import digest_slot, require_equal, root_digest
 from bridge.transports.base import Transport, torch_errors
-from bridge.wire import Count, ErrorInfo, Message, pack, unpack
 
 CHUNK_NBYTES = 16 << 20
 """Bytes per broadcast; several are under way at once."""

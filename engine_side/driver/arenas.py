@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.arena import Arena
-from bridge.deadline import Deadline
-from bridge.digest import check_slot
-from bridge.engine_messages import EngineLoad, EngineMap, EngineReadBack, EngineVersionZero
 from bridge.errors import BridgeError, DigestMismatch, ProtocolError
-from bridge.jobs import ForgetJob, MapJob, RankDone, RankReadBack, ReadBackJob
-from bridge.receipt import Failure, LevelResult
+from bridge.model.receipt import Failure, LevelResult
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.engine_messages import EngineLoad, EngineMap, EngineReadBack, EngineVersionZero
+from bridge.protocol.rank_jobs import ForgetJob, MapJob, RankDone, RankReadBack, ReadBackJob
+from bridge.shm.arena import Arena
+from bridge.shm.seal import check_slot
 from engine_side.driver.rank_client import RankLine
 from engine_side.load.checkpoint import write_checkpoint, write_held
 

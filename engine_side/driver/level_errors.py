@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from bridge.errors import CanaryMismatch, DigestMismatch, IntegrityError, MissingTensor
-from bridge.receipt import CanaryResult, Failure, LevelResult, RankReport
+from bridge.model.receipt import CanaryResult, Failure, LevelResult, RankReport
 
 ERROR_OF_LEVEL: Mapping[str, type[IntegrityError]] = {
     "transfer": DigestMismatch,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, NotFound
-from bridge.jobs import DropAdapterJob, RankDone
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import DropAdapterJob, RankDone
 from engine_side.driver.rank_client import RankLine
 from engine_side.protocol import EngineAdapter
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bridge import canary
-from bridge.deadline import Deadline
-from bridge.engine_messages import EngineLoad
 from bridge.errors import Busy, CanaryMismatch
-from bridge.jobs import LogprobsJob, Prompts, RankScores, Scores
-from bridge.messages import Reference
-from bridge.receipt import CanaryResult, Failure, LevelResult
-from bridge.wire import Sampling
+from bridge.model import canary
+from bridge.model.receipt import CanaryResult, Failure, LevelResult
+from bridge.protocol.codec import Sampling
+from bridge.protocol.coordinator_messages import Reference
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.engine_messages import EngineLoad
+from bridge.protocol.rank_jobs import LogprobsJob, Prompts, RankScores, Scores
 from engine_side.driver.level_errors import canary_error
 from engine_side.driver.rank_client import RankLine
 from engine_side.protocol import EngineAdapter

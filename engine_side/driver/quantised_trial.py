@@ -3,9 +3,9 @@ the experiments that a push would make, on the tensors of the checkpoint that th
 
 from __future__ import annotations
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError
-from bridge.jobs import BakeJob, ForgetJob, RankBake, RankDone
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import BakeJob, ForgetJob, RankBake, RankDone
 from engine_side.driver.rank_client import RankLine
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import EngineAdapter, MayBeQuantised

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
-from bridge.deadline import Deadline
 from bridge.errors import ProtocolError
-from bridge.jobs import AnyAnswer, AnyJob, RankAnswer, RankFailed, RankJob
-from bridge.mailbox import Mailbox
-from bridge.wire import pack, unpack
+from bridge.protocol.codec import pack, unpack
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import AnyAnswer, AnyJob, RankAnswer, RankFailed, RankJob
+from bridge.shm.mailbox import Mailbox
 from engine_side.protocol import EngineAdapter
 
 A = TypeVar("A")

@@ -1,7 +1,8 @@
 """One engine's half of a push: pause, load, verify, commit or put back, and the gate in front of its generation.
 
-`EngineService` speaks the messages of `bridge.messages` and drives one `EngineAdapter`. It runs in the EngineActor, or
-in the user's process for `bridge.attach`. It knows states and order; it knows neither names of weights nor sockets.
+`EngineService` answers the messages of `bridge.protocol.engine_messages` and drives one `EngineAdapter`. It runs in the
+EngineActor, or in the user's process for `bridge.attach`. It knows states and order, but neither names of weights nor
+sockets.
 """
 
 from __future__ import annotations
@@ -16,8 +17,21 @@ from pathlib import Path
 
 import msgspec
 
-from bridge.deadline import Deadline
-from bridge.engine_messages import (
+from bridge.errors import (
+    BridgeError,
+    Busy,
+    CanaryMismatch,
+    ConfigError,
+    EngineQuarantined,
+    ProtocolError,
+    TransportError,
+)
+from bridge.journal.ledger import EngineState, Standing
+from bridge.model.receipt import CanaryResult, EngineReport, LevelResult, RankReport
+from bridge.protocol.codec import ErrorInfo
+from bridge.protocol.coordinator_messages import EngineInfo, Refused
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.engine_messages import (
     EngineBake,
     EngineBaked,
     EngineCheck,
@@ -42,16 +56,7 @@ from bridge.engine_messages import (
     FromEngine,
     ToEngine,
 )
-from bridge.errors import (
-    BridgeError,
-    Busy,
-    CanaryMismatch,
-    ConfigError,
-    EngineQuarantined,
-    ProtocolError,
-    TransportError,
-)
-from bridge.jobs import (
+from bridge.protocol.rank_jobs import (
     BakeJob,
     ExplainJob,
     LoadJob,
@@ -61,10 +66,6 @@ from bridge.jobs import (
     Scores,
     VerifyJob,
 )
-from bridge.ledger import EngineState, Standing
-from bridge.messages import EngineInfo, Refused
-from bridge.receipt import CanaryResult, EngineReport, LevelResult, RankReport
-from bridge.wire import ErrorInfo
 from engine_side.driver.arenas import Arenas
 from engine_side.driver.level_errors import canary_error, level_error, raise_first_failure
 from engine_side.driver.lora_versions import Shelf

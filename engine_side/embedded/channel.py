@@ -7,9 +7,9 @@ import socket
 import struct
 from typing import Any, TypeVar
 
-from bridge import wire
-from bridge.deadline import Deadline
 from bridge.errors import DeadlineExceeded, PeerLost, ProtocolError
+from bridge.protocol import codec
+from bridge.protocol.deadline import Deadline
 
 T = TypeVar("T")
 _HEAD = struct.Struct(">I")
@@ -23,9 +23,9 @@ class Channel:
         self._peer = peer
         self._buffer = bytearray()
 
-    def send(self, message: wire.Message, deadline: Deadline) -> None:
+    def send(self, message: codec.Message, deadline: Deadline) -> None:
         """Raises PeerLost when the other end is gone, DeadlineExceeded when it does not read."""
-        frame = wire.pack(message)
+        frame = codec.pack(message)
         try:
             self._sock.settimeout(max(deadline.remaining_s, 0.001))
             self._sock.sendall(_HEAD.pack(len(frame)) + frame)
@@ -37,9 +37,9 @@ class Channel:
     def receive(self, kind: type[T] | Any, deadline: Deadline | None) -> T:
         """The next message; None waits for ever (a child for its parent). Raises PeerLost at the end of the stream."""
         (length,) = _HEAD.unpack(self._take(_HEAD.size, deadline))
-        if length > wire.MAX_FRAME:
-            raise ProtocolError("a frame is too large", expected=f"<= {wire.MAX_FRAME}", got=str(length))
-        message: T = wire.unpack(self._take(length, deadline), kind)
+        if length > codec.MAX_FRAME:
+            raise ProtocolError("a frame is too large", expected=f"<= {codec.MAX_FRAME}", got=str(length))
+        message: T = codec.unpack(self._take(length, deadline), kind)
         return message
 
     def ready(self) -> bool:

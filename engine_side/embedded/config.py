@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import torch
 
-from bridge.dtypes import dtype_of
 from bridge.errors import ConfigError, NotFound
+from bridge.model.dtypes import dtype_of
 
 LAYOUTS = ("canonical", "transposed", "shuffled", "packed")
 _CHECKPOINT_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}

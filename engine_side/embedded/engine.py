@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.ranks import Ranks

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, PeerLost
+from bridge.protocol.deadline import Deadline
 
 
 class Parallel:

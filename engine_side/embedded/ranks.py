@@ -17,9 +17,9 @@ from typing import Annotated, TypeVar
 import msgspec
 import torch
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, DeadlineExceeded, PeerLost
-from bridge.wire import Count, ErrorInfo, Message
+from bridge.protocol.codec import Count, ErrorInfo, Message
+from bridge.protocol.deadline import Deadline
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.parallel import Parallel

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, NotFound
-from bridge.lora import LoraLimits
-from bridge.wire import Count, Message
+from bridge.model.lora_format import LoraLimits
+from bridge.protocol.codec import Count, Message
 from engine_side.embedded.attention import Step
 from engine_side.embedded.config import EngineConfig, Limits, ModelConfig
 from engine_side.embedded.decoder import CausalLM, Weights, model_class

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bridge.wire import Sampling
+from bridge.protocol.codec import Sampling
 
 
 def stream(sampling: Sampling, index: int) -> random.Random:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from bridge.errors import BridgeError
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
 from engine_side.embedded.kv import BlockPool, block_hash, chain_start
 from engine_side.embedded.runner import Batch
 

@@ -13,9 +13,9 @@ import sys
 
 import torch
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, PeerLost, ProtocolError
-from bridge.wire import ErrorInfo
+from bridge.protocol.codec import ErrorInfo
+from bridge.protocol.deadline import Deadline
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.ranks import Command, Done, DropAdapter, Job, Jobs, Prompts, Setup, Stop

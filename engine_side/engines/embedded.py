@@ -10,11 +10,11 @@ import msgspec
 import torch
 from torch import nn
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, NotFound, UnsupportedLora
-from bridge.lora import AdapterSpec, LoraLimits
-from bridge.manifest import TensorInfo
-from bridge.wire import Completion, Sampling
+from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.manifest import TensorInfo
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import BASE, CURRENT, Engine
 from engine_side.embedded.layers import LinearBase, RMSNorm, VocabParallelEmbedding

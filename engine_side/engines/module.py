@@ -14,12 +14,12 @@ from threading import get_ident
 import torch
 from torch import nn
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, EngineQuarantined, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.lora import AdapterSpec, LoraLimits
-from bridge.manifest import TensorInfo
-from bridge.plan import Move, Routes
-from bridge.wire import Completion, Sampling
+from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import Move, Routes
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.live.inplace import reflect, twin_parameter
 from engine_side.protocol import AdapterView, Prompts

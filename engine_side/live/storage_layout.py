@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bridge.plan import Region, follow
+from bridge.model.regions import Region, follow
 
 PROBE_RANGE = 256
 """Digits are below this: bf16 and fp16 hold these integers exactly, smaller types fewer (`exact_base`)."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bridge.arena import Arena
+from bridge.shm.arena import Arena
 
 LEAST = 1 << 20
 """Bytes below which a copy costs less than putting the pages back in order."""

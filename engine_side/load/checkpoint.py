@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge.arena import Arena
 from bridge.errors import ConfigError
+from bridge.shm.arena import Arena
 
 
 def write_checkpoint(folder: Path, arena: Arena, slot: int, names: Collection[str]) -> list[str]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bridge.memory import memcmp, memcmp_held, memmove
-from bridge.plan import Region
+from bridge.model.regions import Region
+from bridge.shm.memcpy import memcmp, memcmp_held, memmove
 from engine_side.live.storage_layout import bits
 
 SMALL = 32 << 10

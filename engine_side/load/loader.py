@@ -19,9 +19,9 @@ from operator import is_
 import torch
 
 from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
-from bridge.jobs import RankBake
-from bridge.manifest import Manifest, TensorInfo
-from bridge.memory import uncollected
+from bridge.model.manifest import Manifest, TensorInfo
+from bridge.protocol.rank_jobs import RankBake
+from bridge.shm.memcpy import uncollected
 from engine_side.live.forward_caches import Kept
 from engine_side.live.inplace import AttributeSnapshot, Outcome, held
 from engine_side.live.module_tree import Replaced, Tree

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from bridge.errors import ConfigError
-from bridge.plan import Fill, Move, dense
+from bridge.model.regions import Fill, Move, dense
 from engine_side.live.inplace import held
 from engine_side.live.storage_layout import Stored, flat
 from engine_side.load.copies import Pair, batches, pair, run_all

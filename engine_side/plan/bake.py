@@ -14,11 +14,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bridge.dtypes import DTYPES, dtype_of
 from bridge.errors import BridgeError, ConfigError
-from bridge.manifest import TensorInfo
-from bridge.plan import Coverage, Fill, Move, RankPlan, Region, Target, dense, dest_coverage, follow, source_coverage
-from bridge.recorder import Recorder
+from bridge.model.dtypes import DTYPES, dtype_of
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import (
+    Coverage,
+    Fill,
+    Move,
+    RankPlan,
+    Region,
+    Target,
+    dense,
+    dest_coverage,
+    follow,
+    source_coverage,
+)
+from bridge.tracing.recorder import Recorder
 from engine_side.live.inplace import twin_parameter
 from engine_side.live.storage_layout import is_dense
 from engine_side.plan import loader_errors

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bridge.dtypes import dtype_name
 from bridge.errors import BridgeError, DtypeMismatch, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
-from bridge.manifest import TensorInfo
-from bridge.plan import Coverage, Move, RankPlan, runs_of
+from bridge.model.dtypes import dtype_name
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import Coverage, Move, RankPlan, runs_of
 from engine_side.protocol import RankHost
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from bridge.errors import BridgeError, ConfigError
-from bridge.plan import Move, Region, dense
+from bridge.model.regions import Move, Region, dense
 from engine_side.live import storage_layout
 from engine_side.live.forward_caches import Kept, came_with_use, state_of
 from engine_side.live.inplace import held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bridge.plan import Move, Region, dense
+from bridge.model.regions import Move, Region, dense
 from engine_side.load.sources import Canonical
 from engine_side.plan.bake import Baked
 from engine_side.plan.strategies import Choice

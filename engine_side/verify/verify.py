@@ -18,9 +18,9 @@ from functools import partial
 
 import torch
 
-from bridge.memory import uncollected
-from bridge.plan import dest_coverage
-from bridge.receipt import Failure, LevelResult
+from bridge.model.receipt import Failure, LevelResult
+from bridge.model.regions import dest_coverage
+from bridge.shm.memcpy import uncollected
 from engine_side.live.inplace import AttributeSnapshot, diff
 from engine_side.live.storage_layout import bits
 from engine_side.load.copies import Chunk, Pair, chunks, differing, first_difference, run_all, same_bits
@@ -32,7 +32,7 @@ from engine_side.plan.twins import device_of, reachable
 from engine_side.verify.derived_state import DerivedState
 
 RANK_LEVELS = ("coverage", "attributes", "read-back", "probe", "change")
-"""The levels of `bridge.receipt.LEVELS` that one rank decides alone, in the order in which they run."""
+"""The levels of `bridge.model.receipt.LEVELS` that one rank decides alone, in the order in which they run."""
 SHOWN = 16
 """Failures listed per level; `got` of the last says how many more there are."""
 

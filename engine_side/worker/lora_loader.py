@@ -13,11 +13,11 @@ from collections.abc import Collection, Sequence
 import torch
 import xxhash
 
-from bridge import lora
 from bridge.errors import ProtocolError, UnsupportedLora
-from bridge.jobs import RankBake
-from bridge.manifest import Manifest, TensorInfo
-from bridge.receipt import Failure, LevelResult, RankReport
+from bridge.model import lora_format
+from bridge.model.manifest import Manifest, TensorInfo
+from bridge.model.receipt import Failure, LevelResult, RankReport
+from bridge.protocol.rank_jobs import RankBake
 from engine_side.live.storage_layout import bits
 from engine_side.protocol import AdapterView, RankHost
 
@@ -32,10 +32,10 @@ class AdapterLoader:
     UnexpectedTensor (modules that the engine lacks), ShapeMismatch.
     """
 
-    def __init__(self, host: RankHost, tensors: Sequence[TensorInfo], spec: lora.AdapterSpec) -> None:
+    def __init__(self, host: RankHost, tensors: Sequence[TensorInfo], spec: lora_format.AdapterSpec) -> None:
         self.host = host
         self.spec = spec
-        self.pairs = lora.pairs(tensors)
+        self.pairs = lora_format.pairs(tensors)
         if not self.pairs:
             raise UnsupportedLora(
                 "an adapter without any module",
@@ -96,7 +96,7 @@ class AdapterLoader:
         """Which module a tensor goes to, and how it is kept there."""
         if name not in self.dtypes:
             return ()
-        parts = lora.split(name)
+        parts = lora_format.split(name)
         module = parts[0] if parts is not None else name
         return ({"tensor": name, "parameter": module, "strategy": "adapter", "reason": f"slot of {self.dtypes[name]}"},)
 

@@ -11,10 +11,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.arena import Arena
 from bridge.config import from_environment
 from bridge.errors import BridgeError, ProtocolError
-from bridge.jobs import (
+from bridge.model.manifest import validate
+from bridge.model.receipt import RankReport
+from bridge.protocol.codec import ErrorInfo, pack, unpack
+from bridge.protocol.rank_jobs import (
     AnyAnswer,
     AnyJob,
     BakeJob,
@@ -36,10 +38,8 @@ from bridge.jobs import (
     ReadBackJob,
     VerifyJob,
 )
-from bridge.mailbox import Mailbox
-from bridge.manifest import validate
-from bridge.receipt import RankReport
-from bridge.wire import ErrorInfo, pack, unpack
+from bridge.shm.arena import Arena
+from bridge.shm.mailbox import Mailbox
 from engine_side.live.inplace import AttributeSnapshot
 from engine_side.load.arena_views import Lender
 from engine_side.load.loader import Loader

@@ -18,12 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge import arena as arena_module
-from bridge import shm
-from bridge.arena import Arena, Seal, file_nbytes
-from bridge.dtypes import DTYPES
 from bridge.errors import ArenaFull, Closed, ConfigError, NotFound, ProtocolError
-from bridge.manifest import TensorInfo, lay_out
+from bridge.model.dtypes import DTYPES
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.shm import arena as arena_module
+from bridge.shm import files
+from bridge.shm.arena import Arena, Seal, file_nbytes
 
 MANIFEST = lay_out(
     [
@@ -44,7 +44,7 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
     made.unlink()
 
 
-def files(folder: Path) -> list[str]:
+def listed(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -75,14 +75,14 @@ def test_a_name_is_made_safe_for_a_file(tmp_path: Path, name: str, expected: str
     with Arena.create(MANIFEST, name=name, directory=tmp_path) as made:
         assert made.path.parent == tmp_path
         assert made.path.name[len("weighbridge-") : -len("-0123456789abcdef.data")] == expected
-        assert shm.FILE_PATTERN.fullmatch(made.path.name)
+        assert files.FILE_PATTERN.fullmatch(made.path.name)
 
 
 @pytest.mark.parametrize("name", ["", "/", "..", "-"])
 def test_a_name_without_a_letter_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError):
         Arena.create(MANIFEST, name=name, directory=tmp_path)
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 def test_the_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +219,8 @@ def test_a_reader_can_neither_open_nor_seal_a_slot(arena: Arena) -> None:
 def test_a_reader_that_writes_dies_instead_of_corrupting_weights(arena: Arena) -> None:
     arena.flat(0)[:] = 3
     code = (
-        "import sys\nfrom pathlib import Path\nimport msgspec\nfrom bridge.arena import Arena\n"
-        "from bridge.manifest import Manifest\n"
+        "import sys\nfrom pathlib import Path\nimport msgspec\nfrom bridge.shm.arena import Arena\n"
+        "from bridge.model.manifest import Manifest\n"
         "m = msgspec.json.decode(sys.stdin.buffer.read(), type=Manifest)\n"
         "a = Arena.open(Path(sys.argv[1]), m)\nprint('mapped', flush=True)\na.tensors(0)[0].zero_()\nprint('wrote')\n"
     )
@@ -278,7 +278,7 @@ def test_another_mode_is_refused(arena: Arena, mode: int) -> None:
 
 
 def test_a_foreign_owner_is_refused(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm.os, "geteuid", lambda: arena.path.stat().st_uid + 1)
+    monkeypatch.setattr(files.os, "geteuid", lambda: arena.path.stat().st_uid + 1)
     with pytest.raises(ConfigError, match="another user"):
         Arena.open(arena.path, MANIFEST)
 
@@ -292,7 +292,7 @@ def test_another_size_is_refused(arena: Arena, change: int) -> None:
 
 
 def test_a_header_damaged_at_any_byte_is_refused(arena: Arena) -> None:
-    for at in range(shm.HEADER_NBYTES):
+    for at in range(files.HEADER_NBYTES):
         kept = arena._flat[at]
         arena._flat[at] = kept ^ 1
         with pytest.raises(ProtocolError):
@@ -303,8 +303,8 @@ def test_a_header_damaged_at_any_byte_is_refused(arena: Arena) -> None:
 
 @pytest.mark.parametrize("slots", [0, 1, 3])
 def test_a_header_of_another_geometry_is_refused(arena: Arena, slots: int) -> None:
-    header = shm.decode_header(bytes(arena._flat[: shm.HEADER_NBYTES]), "")
-    arena._flat[: shm.HEADER_NBYTES] = list(shm.encode_header(dataclasses.replace(header, count=slots)))
+    header = files.decode_header(bytes(arena._flat[: files.HEADER_NBYTES]), "")
+    arena._flat[: files.HEADER_NBYTES] = list(files.encode_header(dataclasses.replace(header, count=slots)))
     with pytest.raises(ProtocolError, match="geometry"):
         Arena.open(arena.path, MANIFEST)
 
@@ -341,7 +341,7 @@ def test_too_little_room_names_both_sizes_and_creates_nothing(tmp_path: Path) ->
     assert str(needed) in (caught.value.expected or "")
     assert str(needed - 1) in (caught.value.got or "")
     assert caught.value.remedy
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
     Arena.create(MANIFEST, name="x", directory=tmp_path, limit=needed).close()
 
 
@@ -352,14 +352,14 @@ def test_the_limit_can_come_from_the_environment(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("WEIGHBRIDGE_SHM_LIMIT", "4 GB")
     with pytest.raises(ConfigError, match="WEIGHBRIDGE_SHM_LIMIT"):
         Arena.create(MANIFEST, name="x", directory=tmp_path)
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 def test_more_than_the_machine_has_is_refused(tmp_path: Path) -> None:
     huge = lay_out([TensorInfo("w", "fp32", (2**40,))])
     with pytest.raises(ArenaFull):
         Arena.create(huge, name="x", directory=tmp_path)
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 def test_running_out_while_reserving_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +369,7 @@ def test_running_out_while_reserving_leaves_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(arena_module.os, "posix_fallocate", full)
     with pytest.raises(ArenaFull, match="No space left"):
         Arena.create(MANIFEST, name="x", directory=tmp_path)
-    assert files(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_cgroup_limits_of_both_hierarchies_and_all_ancestors_count(tmp_path: Pat
     _cgroup(mount / "memory" / "v1", {"memory.limit_in_bytes": f"{2 * gib}\n", "memory.usage_in_bytes": f"{gib}\n"})
     member = tmp_path / "self"
     member.write_text("0::/a/b\n4:memory:/v1\n3:cpu:/v1\n")
-    rooms = sorted(room.nbytes + shm.MEMORY_MARGIN for room in shm.cgroup_rooms(mount, member))
+    rooms = sorted(room.nbytes + files.MEMORY_MARGIN for room in files.cgroup_rooms(mount, member))
     assert rooms == [gib, 2 * gib]
 
 
@@ -407,7 +407,7 @@ def test_a_cgroup_path_of_the_host_falls_back_to_the_mount(tmp_path: Path) -> No
     _cgroup(tmp_path, {"memory.max": "1000000000", "memory.current": "0"})
     member = tmp_path / "self"
     member.write_text("0::/kubepods/pod7\n")
-    assert [r.nbytes for r in shm.cgroup_rooms(tmp_path, member)] == [1000000000 - shm.MEMORY_MARGIN]
+    assert [r.nbytes for r in files.cgroup_rooms(tmp_path, member)] == [1000000000 - files.MEMORY_MARGIN]
 
 
 def test_pages_are_there_before_the_first_push(tmp_path: Path) -> None:
@@ -415,8 +415,8 @@ def test_pages_are_there_before_the_first_push(tmp_path: Path) -> None:
     with Arena.create(manifest, name="x", directory=tmp_path) as made:
         assert made.path.stat().st_blocks * 512 >= made.nbytes
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        made.flat(0)[:: shm.PAGE] = 1
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < (8 << 20) // shm.PAGE // 4
+        made.flat(0)[:: files.PAGE] = 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < (8 << 20) // files.PAGE // 4
 
 
 def test_without_populate_pages_are_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bridge import Sampling
-from bridge.deadline import Deadline
-from bridge.engine_messages import EngineGenerate, EngineGenerated, FromEngine, ToEngine
 from bridge.errors import ConfigError
 from bridge.handles import EngineHandle
-from bridge.wire import pack, unpack
+from bridge.protocol.codec import pack, unpack
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.engine_messages import EngineGenerate, EngineGenerated, FromEngine, ToEngine
 
 
 class Port:

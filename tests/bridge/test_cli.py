@@ -15,10 +15,11 @@ import msgspec
 import pytest
 import torch
 
-from bridge import cli, errors
-from bridge.health import Check, HealthReport
-from bridge.messages import DaemonIs, EngineInfo
-from bridge.receipt import CanaryResult, EngineReport, Receipt
+from bridge import errors
+from bridge.cli import commands
+from bridge.coordinator.health import Check, HealthReport
+from bridge.model.receipt import CanaryResult, EngineReport, Receipt
+from bridge.protocol.coordinator_messages import DaemonIs, EngineInfo
 
 ENGINE = EngineInfo("engine0", "embedded", 2, True, "SERVING", 7, "host[1]", 4242)
 DAEMON = DaemonIs("run1", (ENGINE,), 7, 9, 1, "host[1]", 4241)
@@ -70,7 +71,7 @@ class FakeBridge:
 
 
 @dataclass
-class FakeBackend(cli.Backend):
+class FakeBackend(commands.Backend):
     made: FakeBridge = field(default_factory=FakeBridge)
     names: list[str] = field(default_factory=lambda: ["run1"])
     launched: list[tuple[Any, ...]] = field(default_factory=list)
@@ -108,9 +109,9 @@ class FakeBackend(cli.Backend):
         )
 
     def bench(self) -> Any:
-        from bridge import bench
+        from bridge.bench import run
 
-        return SimpleNamespace(BenchOptions=bench.BenchOptions, run_bench=lambda options, say: BENCH)
+        return SimpleNamespace(BenchOptions=run.BenchOptions, run_bench=lambda options, say: BENCH)
 
 
 BENCH: dict[str, Any] = {
@@ -144,23 +145,23 @@ COMMANDS: dict[str, list[str]] = {
 
 
 def test_every_command_is_covered_by_these_tests() -> None:
-    assert set(cli.cli.commands) == set(COMMANDS)
+    assert set(commands.cli.commands) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_is_one_object_with_a_schema_version_and_nothing_else(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([command, *COMMANDS[command], "--json"], FakeBackend()) == 0
+    assert commands.main([command, *COMMANDS[command], "--json"], FakeBackend()) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1
-    assert json.loads(out)["schema_version"] == cli.SCHEMA_VERSION
+    assert json.loads(out)["schema_version"] == commands.SCHEMA_VERSION
     assert json.loads(out)["command"] == command
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_people_get_text_on_stdout(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command, *COMMANDS[command]], FakeBackend()) == 0
+    assert commands.main([command, *COMMANDS[command]], FakeBackend()) == 0
     out, err = capsys.readouterr()
     assert out.strip()
     assert err == ""
@@ -169,7 +170,7 @@ def test_people_get_text_on_stdout(command: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_flag_is_a_usage_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     backend = FakeBackend()
-    assert cli.main([command, *COMMANDS[command], "--verfiy"], backend) == 2
+    assert commands.main([command, *COMMANDS[command], "--verfiy"], backend) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "--verfiy" in err
@@ -177,7 +178,7 @@ def test_an_unknown_flag_is_a_usage_error(command: str, capsys: pytest.CaptureFi
 
 
 def test_a_usage_error_is_data_with_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["health", "--json"], FakeBackend()) == 2
+    assert commands.main(["health", "--json"], FakeBackend()) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert (error["name"], error["exit_code"]) == ("UsageError", 2)
     assert "NAME" in error["what"]
@@ -192,14 +193,14 @@ def test_the_exit_code_comes_from_the_error_class(
 ) -> None:
     error = cls("it broke", where="here", expected="this", got="that", remedy="mend it", names=("a", "b"))
     backend = FakeBackend(FakeBridge(error=error))
-    assert cli.main(["push", "run1", "folder"], backend) == cls.exit_code
+    assert commands.main(["push", "run1", "folder"], backend) == cls.exit_code
     out, err = capsys.readouterr()
     assert out == ""
     wanted = ["it broke", "where     here", "expected  this", "got       that", "remedy    mend it", cls.__name__]
     assert [word for word in wanted if word not in err] == []
     assert backend.made.calls[-1] == ("close", None)
 
-    assert cli.main(["push", "run1", "folder", "--json"], backend) == cls.exit_code
+    assert commands.main(["push", "run1", "folder", "--json"], backend) == cls.exit_code
     facts = json.loads(capsys.readouterr().out)["error"]
     expected = {"name": cls.__name__, "what": "it broke", "where": "here", "expected": "this", "got": "that",
                 "remedy": "mend it", "names": ["a", "b"], "exit_code": cls.exit_code}  # fmt: skip
@@ -207,7 +208,7 @@ def test_the_exit_code_comes_from_the_error_class(
 
 
 def test_help_lists_every_error_class_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
+    assert commands.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed: dict[str, int] = {}
     code = -1
@@ -223,7 +224,7 @@ def test_help_lists_every_error_class_with_its_code(capsys: pytest.CaptureFixtur
 
 def test_an_aborted_push_shows_what_is_served_and_the_receipt(capsys: pytest.CaptureFixture[str]) -> None:
     error = errors.PushAborted("aborted", receipt=RECEIPT, serving={"engine0": 6})
-    assert cli.main(["push", "run1", "folder", "--json"], FakeBackend(FakeBridge(error=error))) == 7
+    assert commands.main(["push", "run1", "folder", "--json"], FakeBackend(FakeBridge(error=error))) == 7
     facts = json.loads(capsys.readouterr().out)["error"]
     assert facts["serving"] == {"engine0": 6}
     assert facts["receipt"]["version"] == 7
@@ -232,7 +233,7 @@ def test_an_aborted_push_shows_what_is_served_and_the_receipt(capsys: pytest.Cap
 @pytest.mark.parametrize("as_json", [True, False])
 def test_anything_else_is_a_bug_with_its_traceback(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
     backend = FakeBackend(FakeBridge(error=ZeroDivisionError("by nought")))
-    assert cli.main(["status", "run1", *(["--json"] if as_json else [])], backend) == 70
+    assert commands.main(["status", "run1", *(["--json"] if as_json else [])], backend) == 70
     out, err = capsys.readouterr()
     assert "by nought" in err
     assert "Traceback" in err
@@ -244,7 +245,7 @@ def test_anything_else_is_a_bug_with_its_traceback(as_json: bool, capsys: pytest
 
 
 def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "run1"], FakeBackend(FakeBridge(error=KeyboardInterrupt()))) == 130
+    assert commands.main(["status", "run1"], FakeBackend(FakeBridge(error=KeyboardInterrupt()))) == 130
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_health(
     checks: tuple[Check, ...], code: int, status: str, mark: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backend = FakeBackend(FakeBridge(checks=checks))
-    assert cli.main(["health", "run1", "--timeout", "5"], backend) == code
+    assert commands.main(["health", "run1", "--timeout", "5"], backend) == code
     assert backend.made.calls == [("health", 5.0), ("close", None)]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(checks) + 1
@@ -269,7 +270,7 @@ def test_health(
     assert [text for text in (last.name, last.expected, last.got, last.remedy) if text not in line] == []
     assert lines[-1] == f"run1 is {status}"
 
-    assert cli.main(["health", "run1", "--json"], backend) == code
+    assert commands.main(["health", "run1", "--json"], backend) == code
     report = json.loads(capsys.readouterr().out)
     assert report["status"] == status
     assert [check["name"] for check in report["checks"]] == [check.name for check in checks]
@@ -278,7 +279,7 @@ def test_health(
 def test_push_sends_the_folder_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     backend = FakeBackend()
     line = ["push", "run1", "f", "--verify", "transfer", "--partial", "--version", "7", "--timeout", "30"]
-    assert cli.main(line, backend) == 0
+    assert commands.main(line, backend) == 0
     (name, (named, options)), closed = backend.made.calls
     assert name == "push"
     assert [each[0] for each in named] == ["a"]
@@ -295,7 +296,7 @@ def test_push_sends_the_folder_with_its_options(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("given", [["--verify", "all"], ["--version", "-1"], ["--timeout", "0"]])
 def test_push_refuses_what_does_not_fit(given: list[str]) -> None:
     backend = FakeBackend()
-    assert cli.main(["push", "run1", "f", *given], backend) == 2
+    assert commands.main(["push", "run1", "f", *given], backend) == 2
     assert backend.made.calls == []
 
 
@@ -306,7 +307,7 @@ def test_up_hands_the_engine_arguments_on(tmp_path: Path, monkeypatch: pytest.Mo
     line = ["up", "run1", "--engine", "embedded:model", "--engines", "2", "--tp", "2", "--layout", "packed"]
     line += ["--set", "max_num_seqs=8", "--set", "wrap_linears=true", "--set", "load=dummy"]
     line += ["--set", "max_loras=3", "--set", 'lora_targets=["q_proj"]']
-    assert cli.main(line, backend) == 0
+    assert commands.main(line, backend) == 0
     arguments = {
         "tensor_parallel_size": 2, "layout": "packed", "max_num_seqs": 8, "wrap_linears": True, "load": "dummy",
         "max_loras": 3, "lora_targets": ["q_proj"],
@@ -318,13 +319,13 @@ def test_up_hands_the_engine_arguments_on(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("given", [["--set", "novalue"], ["--set", "a=1", "--set", "a=2"]])
 def test_up_refuses_settings_that_are_none(given: list[str]) -> None:
     backend = FakeBackend()
-    assert cli.main(["up", "run1", "--engine", "embedded:x", *given], backend) == 2
+    assert commands.main(["up", "run1", "--engine", "embedded:x", *given], backend) == 2
     assert backend.launched == []
 
 
 def test_down_stops_that_daemon() -> None:
     backend = FakeBackend()
-    assert cli.main(["down", "run1"], backend) == 0
+    assert commands.main(["down", "run1"], backend) == 0
     assert backend.stopped == ["run1"]
 
 
@@ -332,15 +333,15 @@ def test_status_without_a_name_lists_daemons_also_one_that_does_not_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     backend = FakeBackend(FakeBridge(error=errors.PeerLost("an actor is gone", where="run1:trainer")))
-    assert cli.main(["status", "--json"], backend) == 0
+    assert commands.main(["status", "--json"], backend) == 0
     assert json.loads(capsys.readouterr().out)["daemons"] == [
         {"name": "run1", "error": "an actor is gone; where: run1:trainer"}
     ]
     backend.made.error = None
-    assert cli.main(["status", "--json"], backend) == 0
+    assert commands.main(["status", "--json"], backend) == 0
     assert json.loads(capsys.readouterr().out)["daemons"][0]["engines"][0]["serving"] == 7
     backend.names = []
-    assert cli.main(["status"], backend) == 0
+    assert commands.main(["status"], backend) == 0
     assert "no daemon runs" in capsys.readouterr().out
 
 
@@ -367,30 +368,30 @@ class LoraBridge(FakeBridge):
 
 def test_status_tells_which_adapter_lies_over_which_weights(capsys: pytest.CaptureFixture[str]) -> None:
     backend = FakeBackend(LoraBridge())
-    assert cli.main(["status", "run1"], backend) == 0
+    assert commands.main(["status", "run1"], backend) == 0
     first, *table = capsys.readouterr().out.splitlines()
     assert "version 9: the adapter of version 9 over the weights of version 7" in first
     assert any("engine0" in line and "run1-v9" in line for line in table)
-    assert cli.main(["status", "run1", "--json"], backend) == 0
+    assert commands.main(["status", "run1", "--json"], backend) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["committed"], found["mode"], found["weights"], found["adapter"]) == (9, "adapter", 7, 9)
     assert found["engines"][0]["adapter"] == "run1-v9"
-    assert cli.main(["status"], backend) == 0
+    assert commands.main(["status"], backend) == 0
     assert "adapter" in capsys.readouterr().out
 
 
 def test_history_and_push_tell_mode_and_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     backend = FakeBackend(LoraBridge())
-    assert cli.main(["history", "run1"], backend) == 0
+    assert commands.main(["history", "run1"], backend) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "yes" in line]
     assert [[word in row.split() for word in ("full", "adapter", "run1-v9")] for row in rows] == [
         [True, False, False],
         [False, True, True],
     ]
-    assert cli.main(["history", "run1", "--json"], backend) == 0
+    assert commands.main(["history", "run1", "--json"], backend) == 0
     plain = json.loads(capsys.readouterr().out)["receipts"][1]
     assert (plain["mode"], plain["engines"][0]["adapter"]) == ("adapter", "run1-v9")
-    assert cli.main(["push", "run1", "folder"], backend) == 0
+    assert commands.main(["push", "run1", "folder"], backend) == 0
     out = capsys.readouterr().out
     assert "version 9 (mode adapter)" in out
     assert "adapter run1-v9" in out
@@ -399,12 +400,12 @@ def test_history_and_push_tell_mode_and_adapter(capsys: pytest.CaptureFixture[st
 def test_a_name_nobody_launched(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("push", "health", "status", "history", "explain"):
         line = [command, "other", *COMMANDS[command][1:]]
-        assert cli.main(line, FakeBackend()) == 2
+        assert commands.main(line, FakeBackend()) == 2
         assert "other" in capsys.readouterr().err
 
 
 def test_names_from_outside_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", "run1", "[red]a[/nope]"], FakeBackend()) == 0
+    assert commands.main(["explain", "run1", "[red]a[/nope]"], FakeBackend()) == 0
     out = capsys.readouterr().out
     assert "[red]a[/nope]" in out
     assert "in place [bold]" in out
@@ -413,12 +414,12 @@ def test_names_from_outside_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
 def test_the_demo_gets_its_options_and_gives_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     backend = FakeBackend(healthy=False)
     line = ["demo", "--steps", "4", "--tied", "--no-push", "--out", "o", "--model", "m", "--layout", "packed"]
-    assert cli.main(line, backend) == 1
+    assert commands.main(line, backend) == 1
     assert backend.demos == [
         {"steps": 4, "tied": True, "push": False, "out_dir": Path("o"), "model": Path("m"), "layout": "packed",
          "quiet": False, "json": False}
     ]  # fmt: skip
-    assert cli.main(["demo"], backend) == 1
+    assert commands.main(["demo"], backend) == 1
     assert backend.demos[1] == {"push": True, "quiet": False, "json": False}, "the demo's own defaults hold"
 
 
@@ -433,7 +434,7 @@ def test_the_demo_options_exist() -> None:
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
-    code = "import sys; from bridge.cli import main; main(['health', '--help']); "
+    code = "import sys; from bridge.cli.commands import main; main(['health', '--help']); "
     code += "print([m for m in ('torch', 'ray', 'rich', 'msgspec', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"

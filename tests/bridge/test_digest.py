@@ -10,11 +10,11 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge import digest
-from bridge.arena import Arena, Seal
-from bridge.digest import CHUNK, check_slot, digest_slot, root_digest, seal_slot, tensor_digest
 from bridge.errors import DigestMismatch
-from bridge.manifest import TensorInfo, lay_out
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.shm import seal
+from bridge.shm.arena import Arena, Seal
+from bridge.shm.seal import CHUNK, check_slot, digest_slot, root_digest, seal_slot, tensor_digest
 
 INFOS = [
     TensorInfo("small.0", "fp32", (33,)),
@@ -49,14 +49,14 @@ def test_a_large_tensor_is_the_digest_of_its_chunks() -> None:
     data = bytes(range(256)) * (CHUNK // 256) + b"tail"
     parts = b"".join(xxhash.xxh3_64_intdigest(p).to_bytes(8, "little") for p in (data[:CHUNK], data[CHUNK:]))
     assert tensor_digest(data) == xxhash.xxh3_64_intdigest(parts).to_bytes(8, "little")
-    assert tensor_digest(data) == digest.fold(
-        [digest.chunk_digest(data[:CHUNK]), digest.chunk_digest(data[CHUNK:])]
+    assert tensor_digest(data) == seal.fold(
+        [seal.chunk_digest(data[:CHUNK]), seal.chunk_digest(data[CHUNK:])]
     ).to_bytes(8, "little")
 
 
 def test_one_chunk_folds_to_itself() -> None:
     data = bytes(100)
-    assert digest.fold([digest.chunk_digest(data)]).to_bytes(8, "little") == tensor_digest(data)
+    assert seal.fold([seal.chunk_digest(data)]).to_bytes(8, "little") == tensor_digest(data)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

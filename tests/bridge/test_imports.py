@@ -83,11 +83,11 @@ def test_a_bare_import_does_not_even_load_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["from bridge.push import Bridge", "from bridge import health as h", "import bridge.api"]
+    "first", ["from bridge.client import Bridge", "from bridge import health as h", "import bridge.api"]
 )
 def test_push_and_health_are_functions_whatever_was_imported_first(first: str) -> None:
     code = f"{first}\nimport bridge, json, inspect\n"
-    code += "from bridge.handles import PendingPush\nfrom bridge.health import assess\n"
+    code += "from bridge.handles import PendingPush\nfrom bridge.coordinator.health import assess\n"
     code += "print(json.dumps([inspect.isfunction(f) for f in (bridge.push, bridge.health)]))"
     assert _python(code) == [True, True]
 

@@ -23,8 +23,8 @@ from bridge.errors import (
     StaleVersion,
     TransportError,
 )
-from bridge.ledger import TRANSITIONS, EngineState, Lease, Ledger, Standing, lease_holder, transition
-from bridge.statedir import state_dir
+from bridge.journal.ledger import TRANSITIONS, EngineState, Lease, Ledger, Standing, lease_holder, transition
+from bridge.journal.state_dir import state_dir
 
 S = EngineState
 
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_leaves_whole_lines(ledger: Ledger, monkeypatch: py
     ledger.issue()
     before = ledger.path.read_bytes()
     write = os.write
-    monkeypatch.setattr("bridge.ledger.os.write", lambda fd, data: write(fd, data[:10]))
+    monkeypatch.setattr("bridge.journal.ledger.os.write", lambda fd, data: write(fd, data[:10]))
     with pytest.raises(TransportError, match="disk is full"):
         ledger.record("committed", version=1)
     monkeypatch.undo()
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_leaves_whole_lines(ledger: Ledger, monkeypatch: py
 
 def test_commits_are_on_disk_before_record_returns(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr("bridge.ledger.os.fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    monkeypatch.setattr("bridge.journal.ledger.os.fsync", lambda fd: synced.append(os.fstat(fd).st_size))
     ledger.issue()
     assert synced == []
     for kind in ("committed", "rolled_back"):
@@ -248,7 +248,7 @@ def test_commits_are_on_disk_before_record_returns(ledger: Ledger, monkeypatch: 
 
 
 def test_one_daemon_per_journal(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge.ledger._LOCK_RETRY_S", 0.05)
+    monkeypatch.setattr("bridge.journal.ledger._LOCK_RETRY_S", 0.05)
     with pytest.raises(Busy):
         Ledger.open("run", directory=ledger.path.parent)
     reader = Ledger.open("run", directory=ledger.path.parent, readonly=True)
@@ -311,7 +311,7 @@ def test_no_walk_generates_outside_serving(walk: list[tuple[EngineState, int | N
 # ---- the lease -------------------------------------------------------------------------------------------------------
 
 HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom bridge.lease import Lease\n"
+    "import sys\nfrom pathlib import Path\nfrom bridge.journal.lease import Lease\n"
     "lease = Lease.acquire('run', directory=Path(sys.argv[1]))\nprint('held', flush=True)\n"
     "for line in sys.stdin:\n"
     "    lease.release() if line.strip() == 'release' else None\n    print('done', flush=True)\n"
@@ -361,7 +361,7 @@ def test_a_released_lease_can_be_taken(tmp_path: Path, other_trainer: subprocess
 
 def _held_elsewhere(folder: Path) -> str:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom bridge.lease import lease_holder\n"
+        "import sys\nfrom pathlib import Path\nfrom bridge.journal.lease import lease_holder\n"
         "print(lease_holder('run', directory=Path(sys.argv[1])))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -386,7 +386,7 @@ def test_asking_does_not_lose_the_lease(tmp_path: Path) -> None:
 
 def test_a_forked_child_does_not_have_the_lease(tmp_path: Path) -> None:
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom bridge.lease import Lease, lease_holder\n"
+        "import os, sys\nfrom pathlib import Path\nfrom bridge.journal.lease import Lease, lease_holder\n"
         "folder = Path(sys.argv[1])\nlease = Lease.acquire('run', directory=folder)\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridge.arena import Arena
-from bridge.deadline import Deadline
 from bridge.errors import ArenaFull, Closed, ConfigError, DeadlineExceeded, NotFound, ProtocolError
-from bridge.mailbox import Mailbox
-from bridge.manifest import lay_out
+from bridge.model.manifest import lay_out
+from bridge.protocol.deadline import Deadline
+from bridge.shm.arena import Arena
+from bridge.shm.mailbox import Mailbox
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_full_file_system_is_an_error_in_the_rank_that_posts(box: Mailbox, mon
     def full(fd: int, data: bytes, at: int) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bridge.mailbox.os.pwrite", full)
+    monkeypatch.setattr("bridge.shm.mailbox.os.pwrite", full)
     with pytest.raises(ArenaFull, match="No space left"):
         box.post(0, 1, b"x")
 
@@ -160,7 +160,7 @@ def test_wait_passes_a_damaged_answer_on(box: Mailbox) -> None:
 
 def test_readers_never_see_half_a_post_of_another_process(box: Mailbox) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom bridge.mailbox import Mailbox\n"
+        "import sys, time\nfrom pathlib import Path\nfrom bridge.shm.mailbox import Mailbox\n"
         "box = Mailbox.open(Path(sys.argv[1]))\n"
         "for n in range(2000):\n"
         "    box.post(0, n % 2, n.to_bytes(2, 'big') + bytes([n % 251]) * (n * 7 % 8000))\n"

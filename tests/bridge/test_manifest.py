@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.dtypes import DTYPES, itemsize
 from bridge.errors import DtypeMismatch, DuplicateTensor, ProtocolError
-from bridge.manifest import ALIGN, Manifest, Shard, TensorInfo, TensorSpec, lay_out, validate
+from bridge.model.dtypes import DTYPES, itemsize
+from bridge.model.manifest import ALIGN, Manifest, Shard, TensorInfo, TensorSpec, lay_out, validate
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 infos = st.lists(

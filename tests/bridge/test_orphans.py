@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bridge.arena import Arena
-from bridge.ledger import Ledger
-from bridge.mailbox import Mailbox
-from bridge.manifest import TensorInfo, lay_out
-from bridge.orphans import clean_orphans, find_orphans
+from bridge.journal.ledger import Ledger
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.shm.arena import Arena
+from bridge.shm.mailbox import Mailbox
+from bridge.shm.orphans import clean_orphans, find_orphans
 
 MANIFEST = lay_out([TensorInfo("w", "fp32", (64,))])
 
@@ -37,7 +37,7 @@ def left_behind(tmp_path: Path) -> list[Path]:
 def _two_minutes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     # ctime cannot be set, so the clock moves
     now = time.time
-    monkeypatch.setattr("bridge.orphans.time.time", lambda: now() + 120)
+    monkeypatch.setattr("bridge.shm.orphans.time.time", lambda: now() + 120)
 
 
 def found(folder: Path) -> list[Path]:
@@ -162,7 +162,7 @@ def test_half_made_files_are_removed_and_strangers_are_left(tmp_path: Path) -> N
 
 def test_other_users_files_are_left(left_behind: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     mine = os.geteuid()
-    monkeypatch.setattr("bridge.orphans.os.geteuid", lambda: mine + 1)
+    monkeypatch.setattr("bridge.shm.orphans.os.geteuid", lambda: mine + 1)
     assert find_orphans(left_behind[0].parent) == []
 
 

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
-from bridge.manifest import Shard
-from bridge.plan import (
+from bridge.model.manifest import Shard
+from bridge.model.regions import (
     Fill,
     Move,
     RankPlan,

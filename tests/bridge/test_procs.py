@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from bridge.procs import started_at
+from bridge.daemon.processes import started_at
 
 
 def test_a_running_process_has_a_start_time() -> None:

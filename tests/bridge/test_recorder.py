@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from bridge.plan import Region
-from bridge.recorder import NOT_SENT, Recorder
+from bridge.model.regions import Region
+from bridge.tracing.recorder import NOT_SENT, Recorder
 
 Tensors = dict[str, torch.Tensor]
 Loader = Callable[[Tensors, Tensors], None]

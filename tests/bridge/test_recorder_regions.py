@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.plan import Region, compose, dense, follow
+from bridge.model.regions import Region, compose, dense, follow
 
 
 def addresses(region: Region) -> list[int]:

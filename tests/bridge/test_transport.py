@@ -20,10 +20,10 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore
 
-from bridge.arena import Arena
-from bridge.deadline import Deadline
 from bridge.errors import Closed, ConfigError, DeadlineExceeded, PeerLost, ProtocolError, TransportError
-from bridge.manifest import Manifest, TensorInfo, lay_out
+from bridge.model.manifest import Manifest, TensorInfo, lay_out
+from bridge.protocol.deadline import Deadline
+from bridge.shm.arena import Arena
 from bridge.transports import TRANSPORTS, Registry
 from bridge.transports.base import torch_errors
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge import jobs, messages, wire
 from bridge.errors import ERRORS_BY_NAME, BridgeError, MissingTensor, ProtocolError, PushAborted
-from bridge.manifest import Manifest, TensorInfo, lay_out
-from bridge.plan import Move, Region
-from bridge.wire import Completion, ErrorInfo, Sampling, pack, unpack
+from bridge.model.manifest import Manifest, TensorInfo, lay_out
+from bridge.model.regions import Move, Region
+from bridge.protocol import codec, coordinator_messages, rank_jobs
+from bridge.protocol.codec import Completion, ErrorInfo, Sampling, pack, unpack
 
 SAMPLING = Sampling(max_tokens=3, temperature=0.5, top_p=0.25, stop_token_ids=(7, 300), seed=1)
 GOLDEN = bytes.fromhex(
@@ -27,18 +27,18 @@ SAMPLES: list[tuple[typing.Any, typing.Any]] = [
     (MANIFEST, Manifest),
     (ErrorInfo("MissingTensor", "no", "w", names=("a", "b")), ErrorInfo),
     (
-        jobs.RankJob("m", 0, 2**40, jobs.MapJob(1, "p", MANIFEST, (2,))),
-        jobs.RankJob,
+        rank_jobs.RankJob("m", 0, 2**40, rank_jobs.MapJob(1, "p", MANIFEST, (2,))),
+        rank_jobs.RankJob,
     ),
-    (messages.BeginRequest(1, None, "h"), messages.ToCoordinator),
-    (jobs.RankAnswer(0, 1, jobs.RankBake(b"\0" * 16, {"a": "bf16"}, read={"a": (Region(0, (2,), (1,)),)})),
-     jobs.RankAnswer),
+    (coordinator_messages.BeginRequest(1, None, "h"), coordinator_messages.ToCoordinator),
+    (rank_jobs.RankAnswer(0, 1, rank_jobs.RankBake(b"\0" * 16, {"a": "bf16"}, read={"a": (Region(0, (2,), (1,)),)})),
+     rank_jobs.RankAnswer),
 ]  # fmt: skip
 
 
 def test_the_frame_of_a_message_is_these_bytes() -> None:
     # Change PROTOCOL together with this: an older peer reads exactly these bytes.
-    assert wire.PROTOCOL == 1
+    assert codec.PROTOCOL == 1
     assert pack(SAMPLING) == GOLDEN
     assert unpack(GOLDEN, Sampling) == SAMPLING
 
@@ -75,13 +75,13 @@ def test_every_flipped_bit_is_refused_or_still_a_message(value: typing.Any, kind
 @given(st.binary(max_size=200))
 def test_noise_is_refused_with_our_error(noise: bytes) -> None:
     with pytest.raises(ProtocolError):
-        unpack(noise, jobs.RankJob)
+        unpack(noise, rank_jobs.RankJob)
 
 
 @given(st.binary(max_size=100))
 def test_noise_behind_a_good_header_is_refused_with_our_error(noise: bytes) -> None:
     with pytest.raises(ProtocolError):
-        unpack(b"\x92\x01" + noise, messages.ToCoordinator)
+        unpack(b"\x92\x01" + noise, coordinator_messages.ToCoordinator)
 
 
 def test_trailing_bytes_are_refused() -> None:
@@ -90,7 +90,7 @@ def test_trailing_bytes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("lead", [b"\xdd", b"\xdf", b"\xdb", b"\xc6"], ids=["array", "map", "str", "bin"])
-@pytest.mark.parametrize("claim", [2**32 - 1, wire.MAX_ITEMS + 1, 1000])
+@pytest.mark.parametrize("claim", [2**32 - 1, codec.MAX_ITEMS + 1, 1000])
 def test_a_length_beyond_the_frame_is_refused(lead: bytes, claim: int) -> None:
     for prefix in (b"", b"\x92\x01"):
         with pytest.raises(ProtocolError):
@@ -98,7 +98,7 @@ def test_a_length_beyond_the_frame_is_refused(lead: bytes, claim: int) -> None:
 
 
 def test_a_frame_above_the_limit_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "MAX_FRAME", len(GOLDEN) - 1)
+    monkeypatch.setattr(codec, "MAX_FRAME", len(GOLDEN) - 1)
     with pytest.raises(ProtocolError, match="too large"):
         unpack(GOLDEN, Sampling)
     with pytest.raises(ProtocolError, match="too large"):
@@ -108,7 +108,7 @@ def test_a_frame_above_the_limit_is_refused_unread(monkeypatch: pytest.MonkeyPat
 def test_too_many_items_are_refused_by_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     many = Completion(tuple(range(50)), (), "stop")
     frame = pack(many)
-    monkeypatch.setattr(wire, "MAX_ITEMS", 20)
+    monkeypatch.setattr(codec, "MAX_ITEMS", 20)
     with pytest.raises(ProtocolError):
         unpack(frame, Completion)
 
@@ -121,13 +121,13 @@ def test_deep_nesting_is_refused() -> None:
 def test_extension_types_are_refused() -> None:
     for ext in (msgpack.ExtType(5, b"x"), msgpack.Timestamp(1, 0)):
         with pytest.raises(ProtocolError):
-            unpack(msgpack.packb([wire.PROTOCOL, {"kind": "Sampling", "max_tokens": ext}]), Sampling)
+            unpack(msgpack.packb([codec.PROTOCOL, {"kind": "Sampling", "max_tokens": ext}]), Sampling)
 
 
 def test_extension_types_are_refused_where_any_value_may_stand() -> None:
     body = {"kind": "Health", "facts": {"x": msgpack.ExtType(5, b"payload")}}
     with pytest.raises(ProtocolError, match="extension type 5"):
-        unpack(msgpack.packb([wire.PROTOCOL, body]), messages.Health)
+        unpack(msgpack.packb([codec.PROTOCOL, body]), coordinator_messages.Health)
 
 
 def test_a_key_that_comes_twice_is_refused() -> None:
@@ -139,7 +139,7 @@ def test_a_key_that_comes_twice_is_refused() -> None:
 @pytest.mark.parametrize("key", [1, None, b"kind", 1.5])
 def test_a_key_that_is_no_text_is_refused(key: object) -> None:
     with pytest.raises(ProtocolError):
-        unpack(msgpack.packb([wire.PROTOCOL, {key: 1}]), Sampling)
+        unpack(msgpack.packb([codec.PROTOCOL, {key: 1}]), Sampling)
 
 
 @pytest.mark.parametrize("version", [0, 2, -1, "1", None, True, 1.0])
@@ -165,24 +165,24 @@ def test_another_protocol_is_refused(version: object) -> None:
 def test_a_wrong_field_is_named(change: dict[str, object], path: str) -> None:
     body = {**msgpack.unpackb(GOLDEN)[1], **change}
     with pytest.raises(ProtocolError, match=path):
-        unpack(msgpack.packb([wire.PROTOCOL, body]), Sampling)
+        unpack(msgpack.packb([codec.PROTOCOL, body]), Sampling)
 
 
 def test_text_does_not_pass_for_bytes() -> None:
     body = {"kind": "RankBake", "digest": "AAAA", "dtypes": {}}
     with pytest.raises(ProtocolError, match="digest"):
-        unpack(msgpack.packb([wire.PROTOCOL, body]), jobs.RankBake)
+        unpack(msgpack.packb([codec.PROTOCOL, body]), rank_jobs.RankBake)
 
 
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1])
 def test_a_number_that_does_not_fit_is_refused_when_packed(number: int) -> None:
     with pytest.raises(ProtocolError):
-        pack(messages.CancelRequest(number))
+        pack(coordinator_messages.CancelRequest(number))
 
 
 def test_text_that_is_no_unicode_is_refused_when_packed() -> None:
     with pytest.raises(ProtocolError):
-        pack(messages.ExplainRequest("a\udc80"))
+        pack(coordinator_messages.ExplainRequest("a\udc80"))
 
 
 names = st.text(st.characters(codec="utf-8"), max_size=20)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore
 
-from bridge.arena import Arena
-from bridge.deadline import Deadline
-from bridge.digest import check_slot, digest_slot, seal_slot
 from bridge.errors import BridgeError
-from bridge.manifest import Manifest
+from bridge.model.manifest import Manifest
+from bridge.protocol.deadline import Deadline
+from bridge.shm.arena import Arena
+from bridge.shm.seal import check_slot, digest_slot, seal_slot
 from bridge.transports import Registry, Transport
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
-from bridge.manifest import TensorInfo
+from bridge.model.manifest import TensorInfo
 from engine_side.plan.bake import bake, bind
 from tests.engine_side import toy_engine as toy
 

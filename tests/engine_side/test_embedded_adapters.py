@@ -15,11 +15,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from bridge.arena import Arena
-from bridge.deadline import Deadline
-from bridge.dtypes import dtype_name
 from bridge.errors import BridgeError, ConfigError, NotFound, UnexpectedTensor, UnsupportedLora
-from bridge.jobs import (
+from bridge.model.dtypes import dtype_name
+from bridge.model.lora_format import AdapterSpec, LoraLimits, names_of
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import (
     BakeJob,
     ForgetJob,
     LoadJob,
@@ -32,10 +34,8 @@ from bridge.jobs import (
     RankScores,
     ReadBackJob,
 )
-from bridge.lora import AdapterSpec, LoraLimits, names_of
-from bridge.mailbox import Mailbox
-from bridge.manifest import TensorInfo, lay_out
-from bridge.wire import Completion, Sampling
+from bridge.shm.arena import Arena
+from bridge.shm.mailbox import Mailbox
 from engine_side.driver.rank_client import RankLine
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bridge.dtypes import dtype_name
 from bridge.errors import ConfigError, DtypeMismatch, MissingTensor, ShapeMismatch
-from bridge.manifest import TensorInfo, lay_out
-from bridge.plan import source_coverage
+from bridge.model.dtypes import dtype_name
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.regions import source_coverage
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import LinearBase

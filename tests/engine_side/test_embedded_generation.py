@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool

@@ -14,7 +14,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from bridge.errors import ConfigError, UnexpectedTensor
-from bridge.wire import Sampling
+from bridge.protocol.codec import Sampling
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import MergedColumnParallelLinear

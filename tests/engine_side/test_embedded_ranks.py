@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
-from bridge.jobs import LogprobsJob, RankJob
-from bridge.mailbox import Mailbox
-from bridge.wire import ErrorInfo, Sampling, pack
+from bridge.protocol.codec import ErrorInfo, Sampling, pack
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import LogprobsJob, RankJob
+from bridge.shm.mailbox import Mailbox
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from tests.engine_side import embedded_models as tiny

@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import pytest
 
-from bridge import cli
-from bridge.deadline import Deadline
+from bridge.cli import commands
 from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.http import HttpClient
 
 NO_ADDRESSES = [
@@ -79,6 +79,6 @@ def test_a_port_where_something_else_answers(server: Server, answer: bytes, kind
 
 
 def test_the_command_says_so_too(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["health", "--server", "http://127.0.0.1:abc"]) == 2
-    assert cli.main(["health", "--server", server(BABBLE[0][0])]) == 2
+    assert commands.main(["health", "--server", "http://127.0.0.1:abc"]) == 2
+    assert commands.main(["health", "--server", server(BABBLE[0][0])]) == 2
     assert "bug of weighbridge" not in capsys.readouterr().err

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from bridge.arena import Arena
-from bridge.manifest import lay_out
+from bridge.model.manifest import lay_out
+from bridge.shm.arena import Arena
 from engine_side.load import arena_views as lending
 from engine_side.load.arena_views import Lender
 from engine_side.load.loader import Loader

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, MissingTensor, ProtocolError
-from bridge.manifest import TensorInfo, lay_out
+from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.load.loader import Loader
 from engine_side.plan.strategies import Strategy
 from tests.engine_side import toy_engine as toy
@@ -252,7 +252,7 @@ def test_steady_state_walks_no_module_and_matches_no_name(monkeypatch: pytest.Mo
 
 
 def test_several_threads_share_one_large_tensor() -> None:
-    from bridge.plan import dense
+    from bridge.model.regions import dense
     from engine_side.load.copies import batches, pair
 
     live, sent = torch.zeros(3_000_000), torch.randn(3_000_000)

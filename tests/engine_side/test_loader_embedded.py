@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.dtypes import dtype_name
 from bridge.errors import ShapeMismatch
-from bridge.manifest import TensorInfo, lay_out
-from bridge.plan import source_coverage
+from bridge.model.dtypes import dtype_name
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.regions import source_coverage
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner

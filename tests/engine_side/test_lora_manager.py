@@ -15,7 +15,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bridge.dtypes import dtype_name
 from bridge.errors import (
     ConfigError,
     DtypeMismatch,
@@ -26,8 +25,9 @@ from bridge.errors import (
     UnexpectedTensor,
     UnsupportedLora,
 )
-from bridge.lora import AdapterSpec, names_of
-from bridge.manifest import TensorInfo, lay_out
+from bridge.model.dtypes import dtype_name
+from bridge.model.lora_format import AdapterSpec, names_of
+from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, RMSNorm
 from engine_side.embedded.lora import BaseLayerWithLoRA, LoraManager, warm_up_rank

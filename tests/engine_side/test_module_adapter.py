@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from bridge.dtypes import dtype_name
 from bridge.errors import Busy, ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
-from bridge.manifest import TensorInfo, lay_out
-from bridge.plan import Move, Routes, dense
-from bridge.wire import Sampling
+from bridge.model.dtypes import dtype_name
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.regions import Move, Routes, dense
+from bridge.protocol.codec import Sampling
 from engine_side.engines.module import ModuleAdapter, ModuleRankHost, attach, storages_of
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import RANK_LEVELS, Verifier

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from bridge.plan import Move, RankPlan
-from bridge.receipt import LevelResult
+from bridge.model.receipt import LevelResult
+from bridge.model.regions import Move, RankPlan
 from engine_side.load.loader import Loader
 from engine_side.plan import probes
 from engine_side.plan.probes import Probe

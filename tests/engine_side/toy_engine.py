@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from bridge.dtypes import dtype_name
 from bridge.errors import NotFound, UnsupportedLora
-from bridge.lora import AdapterSpec
-from bridge.manifest import Manifest, TensorInfo, lay_out
+from bridge.model.dtypes import dtype_name
+from bridge.model.lora_format import AdapterSpec
+from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from engine_side.protocol import AdapterView
 
 Method = Callable[[], Any]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import engine_side.load.loader
-from bridge.messages import SubmitRequest
-from bridge.plan import Move
+from bridge.model.regions import Move
+from bridge.protocol.coordinator_messages import SubmitRequest
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.copies import Batch
 from engine_side.load.loader import Loader, LoadOutcome

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import bridge
-from bridge.coordinator import Coordinator
+from bridge.coordinator.coordinator import Coordinator
 from bridge.errors import (
     ArenaFull,
     Busy,
@@ -37,7 +37,7 @@ from bridge.errors import (
     UnexpectedTensor,
     UnsupportedLora,
 )
-from bridge.ledger import Ledger
+from bridge.journal.ledger import Ledger
 from engine_side.engines.embedded import EmbeddedAdapter
 from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2
@@ -395,7 +395,7 @@ def test_a_push_from_inside_a_push(rig: Rig) -> None:
 
 HOLD_LEASE = """
 import sys
-from bridge.lease import Lease
+from bridge.journal.lease import Lease
 lease = Lease.acquire(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()

@@ -14,8 +14,8 @@ from torch import nn
 
 import bridge
 from bridge.errors import BridgeError, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.lora import AdapterSpec, names_of
-from bridge.manifest import TensorInfo
+from bridge.model.lora_format import AdapterSpec, names_of
+from bridge.model.manifest import TensorInfo
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, everything, stir, wrap
 from tests.push.rig import refused

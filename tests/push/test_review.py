@@ -81,7 +81,7 @@ def test_a_retry_after_a_failed_plan_does_not_mix_versions(attached: Any, monkey
 
 @pytest.mark.parametrize("kind", ["sealed", "receipt", "aborted"])
 def test_a_full_disk_neither_blocks_nor_lies(attached: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    from bridge.ledger import Ledger
+    from bridge.journal.ledger import Ledger
 
     model = tiny_qwen2()
     engine, b = attached(model)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bridge
-from bridge import canary
+from bridge.coordinator.reports import LEVELS_OF
 from bridge.errors import (
     BridgeError,
     CanaryMismatch,
@@ -24,8 +24,8 @@ from bridge.errors import (
     MissingTensor,
     PushAborted,
 )
-from bridge.receipt import LEVELS
-from bridge.verdict import LEVELS_OF
+from bridge.model import canary
+from bridge.model.receipt import LEVELS
 from engine_side.embedded.config import LAYOUTS
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
 from tests.push import faults

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge import daemon
+from bridge.daemon import ray_cluster
 from tests.conftest import tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
@@ -80,13 +80,13 @@ def _stop_all() -> None:
     import ray
 
     try:
-        daemon.ensure_ray(start=False)
+        ray_cluster.ensure_ray(start=False)
     except bridge.NotFound:
         return
-    for name in daemon.running():
-        daemon.stop(name)
+    for name in ray_cluster.running():
+        ray_cluster.stop(name)
     ray.shutdown()
-    daemon.stop_ray()
+    ray_cluster.stop_ray()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bridge
-from bridge import daemon
+from bridge.daemon import ray_cluster
 from tests.conftest import perturb, tiny_qwen2
 from tests.ray.conftest import Home, Trainer, eventually
 
@@ -186,7 +186,7 @@ def test_thread_counts_are_those_asked_for(run: dict[str, Any], connected: bridg
     import ray
 
     def threads(name: str) -> int:
-        actor = ray.get_actor(name, namespace=daemon.NAMESPACE)
+        actor = ray.get_actor(name, namespace=ray_cluster.NAMESPACE)
         return int(ray.get(actor.__ray_call__.remote(lambda self: torch.get_num_threads())))
 
     assert [threads(f"run:{actor}") for actor in ("trainer", "engine0", "engine1")] == [1, 1, 1]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge import daemon
 from bridge.api import _on_ray
 from bridge.config import from_environment
+from bridge.daemon import ray_cluster
 from tests.conftest import perturb, tiny_qwen2
 from tests.ray.conftest import Home, eventually, gone
 from tests.ray.test_daemon import GREEDY, PROMPT, generated, greedy
@@ -30,9 +30,9 @@ def uneven(run: dict[str, Any], home: Home, start_folder: Path, tmp_path: Path) 
     config = json.loads((wrong / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 3.0}
     (wrong / "config.json").write_text(json.dumps(config))
-    daemon.ensure_ray()
+    ray_cluster.ensure_ray()
     specs = [(f"embedded:{start_folder}", {}), (f"embedded:{wrong}", {})]
-    coordinator, engines = daemon.start("uneven", specs, from_environment())
+    coordinator, engines = ray_cluster.start("uneven", specs, from_environment())
     b = _on_ray("uneven", coordinator, engines)
     yield b
     b.shutdown()

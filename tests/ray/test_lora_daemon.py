@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import bridge
-from bridge import cli, daemon
 from bridge.api import _on_ray
+from bridge.cli import commands
 from bridge.config import from_environment
-from bridge.deadline import Deadline
-from bridge.engine_messages import EngineCommit, EngineLoad, EngineRestore
-from bridge.messages import Refused
+from bridge.daemon import ray_cluster
+from bridge.protocol.coordinator_messages import Refused
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.engine_messages import EngineCommit, EngineLoad, EngineRestore
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.engines.registry import host
@@ -94,9 +95,9 @@ def started(home: Home, start_folder: Path, up: dict[str, Any]) -> Iterator[Call
     before = home.files()
 
     def start(name: str, *arguments: dict[str, Any]) -> bridge.Bridge:
-        daemon.ensure_ray()
+        ray_cluster.ensure_ray()
         specs = [(f"embedded:{start_folder}", each) for each in arguments]
-        made.append(_on_ray(name, *daemon.start(name, specs, from_environment())))
+        made.append(_on_ray(name, *ray_cluster.start(name, specs, from_environment())))
         return made[-1]
 
     yield start
@@ -131,7 +132,7 @@ class LoraTrainer(Trainer):
 def engine_actor(name: str, engine: str) -> Any:
     import ray
 
-    return ray.get_actor(f"{name}:{engine}", namespace=daemon.NAMESPACE)
+    return ray.get_actor(f"{name}:{engine}", namespace=ray_cluster.NAMESPACE)
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def test_no_adapter_into_an_engine_without_verified_weights(b: bridge.Bridge, st
     version = b.push(model.named_parameters(), mode="adapter").version
 
     def spoil(self: Any) -> None:
-        from bridge.ledger import EngineState
+        from bridge.journal.ledger import EngineState
 
         if state == "QUARANTINED":
             self._service._quarantine("a test says so")
@@ -403,9 +404,9 @@ def said(up: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> Callable[...
     """`weighbridge ARGS --json` in this process, which is connected to Ray already; its one JSON object."""
 
     def run(*args: str, code: int = 0) -> dict[str, Any]:
-        daemon.ensure_ray()
+        ray_cluster.ensure_ray()
         capsys.readouterr()
-        assert cli.main([*args, "--json"]) == code
+        assert commands.main([*args, "--json"]) == code
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
@@ -465,7 +466,7 @@ def test_a_wrong_lora_setting(said: Callable[..., dict[str, Any]], start_folder:
     error = said("up", "wrong", "--engine", f"embedded:{start_folder}", "--set", "lora_targets=5", code=2)["error"]
     assert error["name"] == "ConfigError"
     assert "lora_targets" in error["got"]
-    assert "wrong" not in daemon.running()
+    assert "wrong" not in ray_cluster.running()
 
 
 @pytest.mark.parametrize(

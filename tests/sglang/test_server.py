@@ -22,8 +22,8 @@ import pytest
 import torch
 
 import bridge
-from bridge import cli
 from bridge.api import examine
+from bridge.cli import commands
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
 from engine_side.engines.common.hosting import Leavings
 from tests.ray.conftest import eventually, gone
@@ -274,7 +274,7 @@ def test_a_torn_server_refuses(rig: Rig) -> None:
         rig.server.post("/continue_generation")
     with pytest.raises(EngineQuarantined):
         rig.b.engines[0].generate(PROMPTS, bridge.Sampling(max_tokens=1))
-    assert cli.main(["health", "--server", rig.server.url, "--json"]) == 1
+    assert commands.main(["health", "--server", rig.server.url, "--json"]) == 1
     rig.b.close()
     with pytest.raises(urllib.error.HTTPError, match="503"):
         rig.server.generate(PROMPTS[0], timeout=10)
@@ -287,7 +287,7 @@ def test_a_torn_server_refuses(rig: Rig) -> None:
 
 def test_health_of_a_server_that_somebody_drives(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
     assert rig.b.health().healthy
-    assert cli.main(["health", "--server", rig.server.url, "--json"]) == 0
+    assert commands.main(["health", "--server", rig.server.url, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = {check["name"]: check for check in report["checks"]}
     assert names["server driver"]["got"] == "bridge 'served'"

@@ -21,9 +21,9 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.utils.common import replace_submodule
 from torch import nn
 
-from bridge.dtypes import dtype_name
 from bridge.errors import BridgeError
-from bridge.manifest import TensorInfo, lay_out
+from bridge.model.dtypes import dtype_name
+from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.engines.sglang.host import SglangRankHost
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import RANK_LEVELS, Verifier

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bridge.wire import Completion
+from bridge.protocol.codec import Completion
 from trainer_side.demo import policy
 from trainer_side.demo.grpo import Grpo, GrpoConfig, clipped_objective, group_advantages, kl_estimate, make_batch
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bridge.errors import ConfigError, NotFound
-from bridge.receipt import CanaryResult, EngineReport, Receipt
-from bridge.wire import Completion, Sampling
+from bridge.model.receipt import CanaryResult, EngineReport, Receipt
+from bridge.protocol.codec import Completion, Sampling
 from trainer_side.demo import policy, report
 from trainer_side.demo.run import DemoOptions, DemoResult, print_result, run_demo
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bridge.arena import Arena
-from bridge.dtypes import DTYPES
 from bridge.errors import DtypeMismatch
-from bridge.manifest import TensorInfo, lay_out
+from bridge.model.dtypes import DTYPES
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.shm.arena import Arena
 from trainer_side.names import naming
 from trainer_side.names.tensor_layout import Collected, WeightSource
 from trainer_side.snapshot.batches import SMALL

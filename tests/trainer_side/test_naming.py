@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, IntegrityError
-from bridge.plan import Region
+from bridge.model.regions import Region
 from trainer_side.names import naming
 from trainer_side.names.naming import CanonicalMap, bake_names, canonical_unbound
 

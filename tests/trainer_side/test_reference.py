@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from bridge import canary
 from bridge.errors import ConfigError
+from bridge.model import canary
 from trainer_side.reference import reference_logprobs, vocabulary_size
 
 transformers = pytest.importorskip("transformers")

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bridge.arena import Arena
-from bridge.digest import CHUNK, digest_slot, seal_slot
-from bridge.dtypes import DTYPES, dtype_of
 from bridge.errors import ConfigError, NonFinite, ProtocolError
-from bridge.manifest import TensorInfo, lay_out
+from bridge.model.dtypes import DTYPES, dtype_of
+from bridge.model.manifest import TensorInfo, lay_out
+from bridge.shm.arena import Arena
+from bridge.shm.seal import CHUNK, digest_slot, seal_slot
 from trainer_side.names import naming
 from trainer_side.names.tensor_layout import Collected, WeightSource
 from trainer_side.snapshot import snapshotter

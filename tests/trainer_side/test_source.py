@@ -21,7 +21,7 @@ from bridge.errors import (
     ShapeMismatch,
     UnexpectedTensor,
 )
-from bridge.plan import dense
+from bridge.model.regions import dense
 from trainer_side.names import naming
 from trainer_side.names.tensor_layout import Collected, Part, WeightSource
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import bridge
-from bridge.deadline import Deadline
 from bridge.errors import Busy, ConfigError, DeadlineExceeded, EngineQuarantined, MissingTensor, PushAborted
+from bridge.protocol.deadline import Deadline
 from tests.push.faults import Breaker
 from tests.rigs import difference, refuses_what_does_not_fit
 from tests.vllm.rig import PROMPTS

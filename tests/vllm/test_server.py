@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge import cli
 from bridge.api import examine
+from bridge.cli import commands
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
 from tests.ray.conftest import eventually, gone
 from tests.rigs import difference
@@ -280,7 +280,7 @@ def test_a_torn_server_refuses(rig: Rig) -> None:
         urllib.request.urlopen(urllib.request.Request(f"{rig.server.url}/resume", method="POST"), timeout=10).close()
     with pytest.raises(EngineQuarantined):
         rig.b.engines[0].generate(PROMPTS, bridge.Sampling(max_tokens=1))
-    assert cli.main(["health", "--server", rig.server.url, "--json"]) == 1
+    assert commands.main(["health", "--server", rig.server.url, "--json"]) == 1
     rig.b.close()
     with pytest.raises(urllib.error.HTTPError, match="503"):
         rig.server.generate(PROMPTS[0], timeout=10)
@@ -293,7 +293,7 @@ def test_a_torn_server_refuses(rig: Rig) -> None:
 
 def test_health_of_a_server_that_somebody_drives(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
     assert rig.b.health().healthy
-    assert cli.main(["health", "--server", rig.server.url, "--json"]) == 0
+    assert commands.main(["health", "--server", rig.server.url, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = {check["name"]: check for check in report["checks"]}
     assert names["server driver"]["got"] == "bridge 'served'"
@@ -421,7 +421,7 @@ def test_what_no_push_could_take_into_account_is_refused(
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from bridge.wire import pack, unpack
+    from bridge.protocol.codec import pack, unpack
     from engine_side.engines.vllm.facts import Facts, check_facts, facts_of
 
     make_model("llama").save_pretrained(tmp_path)
@@ -449,7 +449,7 @@ def test_what_no_push_could_take_into_account_is_refused(
 def test_nobody_there(url: str) -> None:
     with pytest.raises(ConfigError):
         bridge.attach(url)
-    assert cli.main(["health", "--server", url]) == 2
+    assert commands.main(["health", "--server", url]) == 2
 
 
 def test_a_server_that_cannot_see_our_memory(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bridge.wire import Completion
+from bridge.protocol.codec import Completion
 from trainer_side.demo.policy import completion_logprobs
 
 LogprobFn = Callable[[Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from bridge.errors import ConfigError
-from bridge.receipt import Receipt
+from bridge.model.receipt import Receipt
 from trainer_side.demo.values import DemoOptions, DemoResult, StepRow
 
 if TYPE_CHECKING:

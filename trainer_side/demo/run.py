@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bridge.receipt import Receipt
-from bridge.wire import Completion, Sampling
+from bridge.model.receipt import Receipt
+from bridge.protocol.codec import Completion, Sampling
 from trainer_side.demo import policy, report
 from trainer_side.demo.grpo import Grpo, GrpoConfig, make_batch
 from trainer_side.demo.task import Task, grouped_prompts, reward, task_for, uniform_reward
@@ -171,7 +171,7 @@ def _prepare(options: DemoOptions) -> tuple[nn.Module, Path]:
 def _launched(options: DemoOptions, checkpoint: Path, model: nn.Module) -> Iterator[SyncBridge]:
     """An embedded engine in a Ray actor of its own, and a daemon that ends with the run instead of outliving it."""
     import bridge
-    from bridge.statedir import state_dir
+    from bridge.journal.state_dir import state_dir
 
     name = options.name or f"demo-{os.getpid()}-{secrets.token_hex(2)}"
     spec = f"embedded:{checkpoint.resolve()}"

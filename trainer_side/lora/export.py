@@ -27,7 +27,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The acting adapters as one, in portable form: names of `bridge.lora`, the scaling folded into B, one rank.
+    """The acting adapters as one, in portable form: names of `lora_format`, the scaling folded into B, one rank.
 
     Errors as of `merged_tensors`.
     """

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from bridge.lora import names_of
+from bridge.model.lora_format import names_of
 from trainer_side.lora.layers.expert_slices import Grid, grid_of
 from trainer_side.lora.layers.factors import expert_factors, low_rank, wide_dtype
 from trainer_side.lora.layers.read import parameters_of

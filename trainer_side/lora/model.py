@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from bridge.lora import AdapterSpec, LoraLimits
-from bridge.ports import Choice
+from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.protocol.ports import Choice
 from trainer_side.lora import modes, state
 from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse

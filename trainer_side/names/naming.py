@@ -19,11 +19,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from bridge.dtypes import dtype_name
 from bridge.errors import ConfigError, IntegrityError, MissingTensor
-from bridge.manifest import TensorInfo
-from bridge.plan import Move, Region, Routes, dense, follow
-from bridge.recorder import Recorder
+from bridge.model.dtypes import dtype_name
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import Move, Region, Routes, dense, follow
+from bridge.tracing.recorder import Recorder
 from trainer_side.names.tensor_checks import require_initialised
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bridge.dtypes import dtype_name
 from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.lora import AdapterSpec
-from bridge.manifest import TensorInfo
-from bridge.plan import Region, dense
+from bridge.model.dtypes import dtype_name
+from bridge.model.lora_format import AdapterSpec
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import Region, dense
 from trainer_side.names.naming import (
     CanonicalMap,
     CanonicalTensor,
@@ -78,7 +78,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """The trainer's tensors of one push, referenced but not yet copied. Fills the port `bridge.ports.Snapshot`.
+    """The trainer's tensors of one push, referenced but not yet copied. Fills the port `Snapshot`.
 
     Attributes:
         layout: names and geometry.

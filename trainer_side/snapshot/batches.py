@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bridge.dtypes import dtype_of
-from bridge.manifest import TensorSpec
-from bridge.plan import Region, dense, follow
+from bridge.model.dtypes import dtype_of
+from bridge.model.manifest import TensorSpec
+from bridge.model.regions import Region, dense, follow
 from trainer_side.names.tensor_layout import Part
 from trainer_side.snapshot.value_checks import checked
 

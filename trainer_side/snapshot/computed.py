@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from bridge.digest import CHUNK, fold
-from bridge.dtypes import dtype_of
 from bridge.errors import DtypeMismatch, ShapeMismatch
-from bridge.plan import cut
+from bridge.model.dtypes import dtype_of
+from bridge.model.regions import cut
+from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Computed
 from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
 from trainer_side.snapshot.value_checks import is_finite

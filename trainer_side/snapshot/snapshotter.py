@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from bridge.arena import Arena
-from bridge.digest import CHUNK, fold
-from bridge.dtypes import dtype_of, itemsize
 from bridge.errors import ConfigError, ProtocolError
-from bridge.manifest import Manifest
-from bridge.memory import memcmp, memcmp_held, memmove
-from bridge.plan import cut, dense
-from bridge.ports import Written
+from bridge.model.dtypes import dtype_of, itemsize
+from bridge.model.manifest import Manifest
+from bridge.model.regions import cut, dense
+from bridge.protocol.ports import Written
+from bridge.shm.arena import Arena
+from bridge.shm.memcpy import memcmp, memcmp_held, memmove
+from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Collected, Layout
 from trainer_side.snapshot.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
 from trainer_side.snapshot.computed import Group, groups

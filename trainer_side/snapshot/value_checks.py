@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bridge.dtypes import dtype_name, dtype_of
 from bridge.errors import DtypeMismatch, NonFinite
-from bridge.manifest import Manifest
-from bridge.provenance import exact
+from bridge.model.dtypes import dtype_name, dtype_of
+from bridge.model.manifest import Manifest
+from bridge.tracing.provenance import exact
 from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
 
 _BLOCK = 1 << 20

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bridge.dtypes import dtype_name
 from bridge.errors import ConfigError, NotFound
-from bridge.lora import AdapterSpec, LoraLimits
-from bridge.manifest import TensorInfo
+from bridge.model.dtypes import dtype_name
+from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora import placing
 from engine_side.embedded.lora.context import LoraContext
@@ -112,7 +112,7 @@ class LoraManager:
 
     @torch.no_grad()
     def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
-        """Write an adapter into a free slot. The tensors are whole, in names of `bridge.lora`, and are not kept.
+        """Write an adapter into a free slot. The tensors are whole, in names of `lora_format`, and are not kept.
 
         Raises what `plan` raises, and ConfigError when no slot is free or the name was used before: what was cached
         under a name must never serve another adapter. No other slot is touched.

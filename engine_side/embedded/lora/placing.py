@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from bridge.dtypes import dtype_of
 from bridge.errors import (
     BridgeError,
     DtypeMismatch,
@@ -16,8 +15,9 @@ from bridge.errors import (
     UnexpectedTensor,
     UnsupportedLora,
 )
-from bridge.lora import AdapterSpec, Pair, pairs
-from bridge.manifest import TensorInfo
+from bridge.model.dtypes import dtype_of
+from bridge.model.lora_format import AdapterSpec, Pair, pairs
+from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA
 from engine_side.embedded.lora.slots import Part, PartKey, key_of

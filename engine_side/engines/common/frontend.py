@@ -14,9 +14,9 @@ import socket
 from abc import abstractmethod
 from collections.abc import Iterable
 
+from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, Busy, EngineQuarantined
-from bridge.procs import started_at
-from bridge.wire import Completion, ErrorInfo, pack, unpack
+from bridge.protocol.codec import Completion, ErrorInfo, pack, unpack
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.published_state import Books
 

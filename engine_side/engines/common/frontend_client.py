@@ -6,9 +6,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from uuid import uuid4
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ProtocolError
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.protocol import Prompts
 

@@ -3,7 +3,7 @@ in: a server's, or ours."""
 
 from __future__ import annotations
 
-from bridge.wire import Completion, ErrorInfo, Message, Sampling
+from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling
 
 
 class Hello(Message, frozen=True):

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
+from bridge.protocol.deadline import Deadline
 
 MAX_NBYTES = 64 << 20
 """Longest answer that is read."""

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from bridge.errors import NotFound, UnsupportedLora
-from bridge.lora import AdapterSpec
-from bridge.manifest import TensorInfo
+from bridge.model.lora_format import AdapterSpec
+from bridge.model.manifest import TensorInfo
 from engine_side.plan.unfilled import unloaded
 from engine_side.protocol import AdapterView, RankHost
 

@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from bridge.config import from_environment
-from bridge.deadline import Deadline
+from bridge.coordinator.health import Check
 from bridge.errors import ConfigError
-from bridge.health import Check
-from bridge.jobs import ExamineJob, RankLoaded
-from bridge.mailbox import Mailbox
-from bridge.shm import directory
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import ExamineJob, RankLoaded
+from bridge.shm.files import directory
+from bridge.shm.mailbox import Mailbox
 from engine_side.driver.rank_client import RankLine
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.published_state import number

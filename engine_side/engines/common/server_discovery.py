@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Iterable
 from typing import Protocol
 
-from bridge.deadline import Deadline
+from bridge.coordinator.health import Check
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
-from bridge.health import Check
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.http import HttpClient, HttpStatus
 from engine_side.protocol import EngineAdapter
 

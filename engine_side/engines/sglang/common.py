@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, ProtocolError
-from bridge.lora import LoraLimits
+from bridge.model.lora_format import LoraLimits
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.published_state import Books as PlainBooks
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.scheduler import ADAPTERS, FACTS, JOB, Answer, Facts

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from bridge.daemon.processes import started_at
 from bridge.errors import ProtocolError
-from bridge.procs import started_at
 from engine_side.engines.common import claim
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.common import Arguments

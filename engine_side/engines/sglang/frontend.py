@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
-from bridge.wire import Completion
+from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend import BaseFront, failed, quarantined
 from engine_side.engines.common.published_state import CURRENT, not_held

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from bridge.manifest import TensorInfo
+from bridge.model.manifest import TensorInfo
 from engine_side.plan import bake
 from engine_side.plan.loader_errors import LoaderRaised
 from engine_side.plan.unfilled import checkpoint_tensors

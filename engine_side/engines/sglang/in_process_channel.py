@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.sglang.loop_proxy import Relay
 from engine_side.engines.sglang.scheduler import ACTION

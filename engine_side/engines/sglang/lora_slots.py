@@ -17,10 +17,10 @@ from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.lora_registry import LoRARef
 
-from bridge.dtypes import dtype_name, dtype_of
 from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.lora import AdapterSpec, Pair, names_of, pairs
-from bridge.manifest import TensorInfo
+from bridge.model.dtypes import dtype_name, dtype_of
+from bridge.model.lora_format import AdapterSpec, Pair, names_of, pairs
+from bridge.model.manifest import TensorInfo
 from engine_side.engines.sglang.fused_modules import Siblings
 from engine_side.engines.sglang.slot_regions import Placed, places
 from engine_side.plan.loader_errors import LOADER_ERRORS

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, DeadlineExceeded
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, Fronted
 from engine_side.engines.common.published_state import BASE, CURRENT, check_mode, not_held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
 from engine_side.protocol import Prompts
 
 

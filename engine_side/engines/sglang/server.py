@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bridge.deadline import Deadline
+from bridge.coordinator.health import Check
+from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError
-from bridge.health import Check
-from bridge.procs import started_at
-from bridge.wire import pack, unpack
+from bridge.protocol.codec import pack, unpack
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
 from engine_side.engines.common.frontend_client import CALL_S

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from bridge.errors import UnsupportedLora
-from bridge.manifest import TensorInfo
+from bridge.model.manifest import TensorInfo
 from engine_side.protocol import AdapterView
 
 Codes = npt.NDArray[np.int32] | npt.NDArray[np.int64]

@@ -10,9 +10,9 @@ from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from bridge.deadline import Deadline
 from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
-from bridge.wire import pack, unpack
+from bridge.protocol.codec import pack, unpack
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.http import HttpClient, HttpStatus
 from engine_side.engines.vllm.liveness import LOOK_S, has_died, lost

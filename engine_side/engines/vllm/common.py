@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bridge.deadline import Deadline
 from bridge.errors import Busy, ConfigError, ProtocolError
-from bridge.lora import LoraLimits
-from bridge.wire import Completion, Sampling
+from bridge.model.lora_format import LoraLimits
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.published_state import Books as PlainBooks
 from engine_side.engines.common.published_state import number
 from engine_side.engines.vllm.facts import Facts

@@ -10,9 +10,9 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
-from bridge.deadline import Deadline
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.common.published_state import CURRENT, check_mode, not_held, number

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import ConfigError
-from bridge.lora import LoraLimits
-from bridge.wire import Message
+from bridge.model.lora_format import LoraLimits
+from bridge.protocol.codec import Message
 from engine_side.engines.vllm.plugin import BACKEND
 
 _PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")

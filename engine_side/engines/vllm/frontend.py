@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost
-from bridge.wire import Completion, pack
+from bridge.protocol.codec import Completion, pack
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend import BaseFront
 from engine_side.engines.common.published_state import not_held, number

@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any
 from weakref import WeakMethod, ref
 
-from bridge.deadline import Deadline
 from bridge.errors import DeadlineExceeded, EngineQuarantined
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.vllm.liveness import LOOK_S, has_output
 
 _KEY = "_weighbridge_gate"

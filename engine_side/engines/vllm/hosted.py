@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ConfigError
-from bridge.procs import started_at
 from engine_side.engines.common import claim, hosting
 from engine_side.engines.vllm.channels import LoopLine
 from engine_side.engines.vllm.facts import check_facts, facts_of

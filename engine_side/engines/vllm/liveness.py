@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from bridge.deadline import Deadline
 from bridge.errors import DeadlineExceeded, PeerLost
+from bridge.protocol.deadline import Deadline
 
 T = TypeVar("T")
 LOOK_S = 0.1

@@ -19,12 +19,12 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
-from bridge.dtypes import dtype_name
 from bridge.errors import BridgeError, ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.lora import AdapterSpec
-from bridge.manifest import TensorInfo
-from bridge.plan import Fill, Move, Region
-from bridge.recorder import Recorder
+from bridge.model.dtypes import dtype_name
+from bridge.model.lora_format import AdapterSpec
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import Fill, Move, Region
+from bridge.tracing.recorder import Recorder
 from engine_side.plan.bake import stand_ins, uncovered_fills
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import AdapterView

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bridge.deadline import Deadline
-from bridge.wire import Completion, Sampling
+from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, Fronted
 from engine_side.engines.common.published_state import CURRENT, check_mode, not_held

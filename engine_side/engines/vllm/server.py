@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from bridge.deadline import Deadline
+from bridge.coordinator.health import Check
+from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ConfigError
-from bridge.health import Check
-from bridge.procs import started_at
-from bridge.wire import unpack
+from bridge.protocol.codec import unpack
+from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
 from engine_side.engines.common.http import HttpClient, HttpStatus

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bridge.errors import UnsupportedLora
-from bridge.lora import LoraLimits, pairs
-from bridge.manifest import TensorInfo
-from bridge.plan import Region, dense
+from bridge.model.lora_format import LoraLimits, pairs
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import Region, dense
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, build
 from trainer_side.lora import LoraModel, adapter_tensors, base_tensors, merged_tensors
 from trainer_side.lora.layers.expert_slices import Grid, grid_of

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedLora
-from bridge.lora import LoraLimits
+from bridge.model.lora_format import LoraLimits
 from tests.conftest import tiny_qwen2
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, Toy, build
 from trainer_side.lora import LoraModel, adapter_tensors

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.lora import LoraLimits
+from bridge.model.lora_format import LoraLimits
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, Row, build
 from trainer_side.lora import LoraModel, View, adapter_tensors, base_tensors, merged_tensors
 from trainer_side.names.naming import bake_names

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bridge.errors import UnsupportedLora
-from bridge.lora import LoraLimits
+from bridge.model.lora_format import LoraLimits
 from tests.trainer_side.lora.peft_rows import ROWS, build
 from trainer_side.lora import LoraModel, adapter_tensors, merged_tensors
 

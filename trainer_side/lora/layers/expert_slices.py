@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bridge.plan import Region, dense
+from bridge.model.regions import Region, dense
 from trainer_side.names.naming import CanonicalTensor
 
 

@@ -1,0 +1,1 @@
+"""`weighbridge bench`: pushes measured against plain copies and engines' own reloads."""

@@ -1,0 +1,91 @@
+"""`weighbridge bench --engine KIND:PATH`: pushes into a real engine against the engine's own way to take new weights.
+
+This half starts the measuring process (`engine_bench_worker`) and puts its figures together.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from os import environ
+from typing import Any
+
+import msgspec
+
+from bridge.bench.run import Timed, ask_process, machine, stats
+from bridge.errors import ConfigError
+
+PUSHES = {"unverified": "off", "bits and probes": "weights", "everything": "outputs"}
+"""What is measured besides the engine's own way: label -> verify=."""
+TARGETS = {"vllm": {"bits and probes": 1.0}, "sglang": {"unverified": 1.5, "bits and probes": 1.0}}
+"""How many times as fast as the engine's own way each has to be. "everything" adds forwards of trainer and engine,
+which on a CPU take longer than any copy."""
+
+
+class EngineJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One run: `folder` holds a checkpoint's config.json, or is the name of a set of shapes."""
+
+    scheme: str
+    folder: str
+    rounds: int
+    seed: int = 0
+
+
+class EngineMeasured(msgspec.Struct, frozen=True, tag=True):
+    """What the worker answers: timed calls by variant, the engine's own under `own`; `startup_s` is the engine's."""
+
+    job: EngineJob
+    own: str
+    tensors: int
+    nbytes: int
+    variants: dict[str, list[Timed]]
+    first: Timed
+    startup_s: float
+
+
+def run(spec: str, rounds: int, seed: int, *, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure one engine and return a plain report. Blocks for minutes.
+
+    Args:
+        spec: "vllm:PATH" or "sglang:PATH"; PATH a checkpoint folder, or "qwen2-0.5b" or "qwen2-0.5b-untied", whose
+            weights are then made up.
+
+    Raises ConfigError for a spec that cannot be measured, PeerLost when the measuring process dies.
+    """
+    scheme, colon, folder = spec.partition(":")
+    if not colon or scheme not in TARGETS or not folder:
+        raise ConfigError(
+            "not an engine that can be measured", where="--engine", got=repr(spec),
+            expected=" | ".join(f"{name}:PATH" for name in TARGETS),
+        )  # fmt: skip
+    say(f"starting {scheme}, then {rounds} rounds of {len(PUSHES) + 1} variants, in random order")
+    return _report(_measure(EngineJob(scheme, folder, rounds, seed)))
+
+
+def _measure(job: EngineJob) -> EngineMeasured:
+    return ask_process("bridge.bench.engine_worker", job, EngineMeasured, environ)
+
+
+def _report(found: EngineMeasured) -> dict[str, Any]:
+    own = statistics.median(one.seconds for one in found.variants[found.own])
+    return {
+        "machine": machine(),
+        "engine": found.job.scheme,
+        "own": found.own,
+        "tensors": found.tensors,
+        "nbytes": found.nbytes,
+        "rounds": found.job.rounds,
+        "startup_s": found.startup_s,
+        "first": {"seconds": found.first.seconds, "phases": found.first.phases},
+        "variants": {name: _variant(found, name, timed, own) for name, timed in found.variants.items()},
+    }
+
+
+def _variant(found: EngineMeasured, name: str, timed: Sequence[Timed], own_s: float) -> dict[str, Any]:
+    phases = {phase for one in timed for phase in one.phases}
+    row = stats(timed, found.nbytes)
+    row["ratio"] = own_s / row["median_s"]
+    row["target"] = TARGETS[found.job.scheme].get(name)
+    row["pause_s"] = statistics.median(one.pause_s for one in timed)
+    row["phases"] = {p: statistics.median(one.phases.get(p, 0.0) for one in timed) for p in sorted(phases)}
+    return row

@@ -1,0 +1,356 @@
+"""One measurement of `weighbridge bench`, in a process of its own: a Job comes in on stdin, the answer goes to stdout.
+
+Source and sink are private, touched memory on both sides; every value changes before every timed push, and after it the
+engine's bytes are compared with the trainer's, untimed. The reference, one flat one-thread numpy copy of as many bytes,
+takes its turn in the same rounds, in random order with the pushes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+import bridge
+from bridge.bench.run import VARIANTS, Failed, Job, Measured, Timed
+from bridge.client import Bridge
+from bridge.errors import BridgeError, DigestMismatch
+from bridge.protocol.codec import ErrorInfo
+from bridge.shm.files import directory
+
+J = TypeVar("J")
+Shapes = list[tuple[str, tuple[int, ...]]]
+
+QWEN2_05B = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
+    "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+"""The published config.json of Qwen2-0.5B: 290 tensors, 988 MB in bf16, embeddings tied."""
+MANTISSA = 0x1F
+"""The bits of a bf16 value that the rounds change: 32 states, many more than an arena has slots, in a model that keeps
+its size, and with it an engine's own rounding (all 7 bits would take norms from 1 to 2)."""
+UNCHANGED = 5
+
+
+# ---- what is pushed --------------------------------------------------------------------------------------------------
+
+
+def shapes_of(job: Job) -> Shapes:
+    """Names and shapes of the tensors of one job."""
+    return _decoder() if job.shapes == "qwen2-0.5b" else _experts(job.count)
+
+
+def _decoder() -> Shapes:
+    c: dict[str, Any] = QWEN2_05B
+    hidden, middle = c["hidden_size"], c["intermediate_size"]
+    kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
+    shapes: Shapes = [("model.embed_tokens.weight", (c["vocab_size"], hidden))]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
+            shapes += [
+                (f"{layer}.self_attn.{name}_proj.weight", (rows, hidden)),
+                (f"{layer}.self_attn.{name}_proj.bias", (rows,)),
+            ]
+        shapes.append((f"{layer}.self_attn.o_proj.weight", (hidden, hidden)))
+        shapes += [(f"{layer}.mlp.{name}_proj.weight", (middle, hidden)) for name in ("gate", "up")]
+        shapes.append((f"{layer}.mlp.down_proj.weight", (hidden, middle)))
+        shapes += [(f"{layer}.{name}_layernorm.weight", (hidden,)) for name in ("input", "post_attention")]
+    return [*shapes, ("model.norm.weight", (hidden,))]
+
+
+def _experts(count: int) -> Shapes:
+    """`count` small matrices of 1 KiB under names like a mixture of experts'."""
+    return [
+        (f"model.layers.{i // 300}.mlp.experts.{i // 3 % 100}.{('gate', 'up', 'down')[i % 3]}_proj.weight", (16, 32))
+        for i in range(count)
+    ]
+
+
+def build(shapes: Shapes) -> nn.Module:
+    """A module tree with these bf16 parameters: leaves are Linear where the weight is a matrix, else RMSNorm."""
+    root = nn.Module()
+    biased = {name.removesuffix(".bias") for name, _ in shapes if name.endswith(".bias")}
+    for name, shape in shapes:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            _place(root, path, _leaf(shape, path in biased))
+    return root
+
+
+def _leaf(shape: tuple[int, ...], bias: bool) -> nn.Module:
+    """One layer, its values not yet set."""
+    with torch.device("meta"):
+        made = nn.RMSNorm(shape[0]) if len(shape) == 1 else nn.Linear(shape[1], shape[0], bias=bias)
+    return made.to(torch.bfloat16).to_empty(device="cpu")
+
+
+def _place(root: nn.Module, path: str, leaf: nn.Module) -> None:
+    *parents, last = path.split(".")
+    for part in parents:
+        child = getattr(root, part, None)
+        if child is None:
+            root.add_module(part, child := nn.Module())
+        root = child
+    root.add_module(last, leaf)
+
+
+def fill(model: nn.Module, seed: int) -> None:
+    """Touch every page: random finite values, with zeros of both signs and subnormals among them."""
+    block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    block[:4] = torch.tensor([0.0, -0.0, 1e-39, -1e-39])
+    with torch.no_grad():
+        for param in model.parameters():
+            flat = param.view(-1)
+            for start in range(0, flat.numel(), block.numel()):
+                piece = flat[start : start + block.numel()]
+                piece.copy_(block[: piece.numel()])
+
+
+@dataclass
+class Trainer:
+    """The trainer's model, and how its values move on."""
+
+    model: nn.Module
+    state: int = 0
+
+    def change(self) -> None:
+        """Change every value, in place: the low mantissa bits go to the next of their 32 states."""
+        mask = (self.state ^ (self.state + 1)) & MANTISSA
+        self.state += 1
+        for param in self.model.parameters():
+            param.detach().view(torch.int16).bitwise_xor_(mask)
+
+
+# ---- where it goes ---------------------------------------------------------------------------------------------------
+
+
+class Sink(Protocol):
+    """An engine with its bridge."""
+
+    bridge: Bridge
+
+    def differing(self, trainer: nn.Module, version: int) -> list[str]:
+        """Names of the tensors whose bytes in the engine are not the trainer's."""
+        ...
+
+
+@dataclass
+class ModuleSink:
+    """A plain module of this process."""
+
+    bridge: Bridge
+    engine: nn.Module
+
+    def differing(self, trainer: nn.Module, version: int) -> list[str]:
+        there = dict(self.engine.named_parameters())
+        return [name for name, param in trainer.named_parameters() if not _same_bits(param, there[name])]
+
+
+@dataclass
+class HostedSink:
+    """An engine in an actor: its bytes are compared with the arena there, the arena's with the trainer here."""
+
+    bridge: Bridge
+
+    def differing(self, trainer: nn.Module, version: int) -> list[str]:
+        found = [check.name for check in self.bridge.health().checks if "read-back" in check.name and not check.ok]
+        arena = self.bridge.arena
+        if arena is None:
+            return ["no arena"]
+        slot = next(s for s in range(arena.slots) if (seal := arena.seal_of(s)) is not None and seal.version == version)
+        there = dict(zip(arena.manifest.by_name, arena.tensors(slot), strict=True))
+        return found + [name for name, param in trainer.named_parameters() if not _same_bits(param, there[name])]
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.detach().view(torch.int16), other.detach().view(torch.int16))
+
+
+@contextlib.contextmanager
+def opened(job: Job, shapes: Shapes) -> Iterator[Sink]:
+    """The engine of one job, with memory of its own."""
+    if job.engine == "module":
+        engine = build(shapes)
+        fill(engine, job.seed + 1)
+        with bridge.attach(engine) as made:
+            yield ModuleSink(made, engine)
+        return
+    from bridge.daemon import ray_cluster
+
+    with tempfile.TemporaryDirectory(prefix="weighbridge-bench-model-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(QWEN2_05B))
+        name = f"bench-{os.getpid()}"
+        made = bridge.launch(
+            f"embedded:{folder}", name=name, load="dummy", dtype="bf16", num_blocks=64, max_seq_len=1024
+        )
+        try:
+            yield HostedSink(made)
+        finally:
+            made.close()
+            ray_cluster.stop(name)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """One job's run."""
+
+    job: Job
+    trainer: Trainer
+    sink: Sink
+    copy: Callable[[], None]
+    reference: list[Timed] = field(default_factory=list)
+    variants: dict[str, list[Timed]] = field(default_factory=lambda: {name: [] for name in VARIANTS})
+    unchanged: list[Timed] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+    def push(self, verify: str, *, change: bool = True) -> Timed:
+        """One timed push and its untimed check. Raises DigestMismatch when the engine's bytes are not the trainer's."""
+        if change:
+            self.trainer.change()
+        before, started = _cpu_s(), time.perf_counter()
+        receipt = self.sink.bridge.push(self.trainer.model.named_parameters(), verify=verify)
+        seconds, spent = time.perf_counter() - started, _cpu_s() - before
+        wrong = self.sink.differing(self.trainer.model, receipt.version)
+        if wrong:
+            raise DigestMismatch(
+                "after a timed push the engine's bytes are not the trainer's",
+                where=f"{wrong[0]} and {len(wrong) - 1} more, verify={verify}",
+                names=tuple(wrong),
+            )
+        return Timed(seconds, spent, receipt.pause_s, dict(receipt.phases))
+
+    def run(self) -> Timed:
+        """All rounds. Returns the first push, which plans, makes the arena and touches it."""
+        with _private_peak(self.peaks):
+            first = self.push("weights")
+        with _private_peak(self.peaks):
+            for verify in VARIANTS:
+                self.push(verify)
+        self.copy()
+        order = random.Random(self.job.seed)
+        for _ in range(self.job.rounds):
+            turns = ["reference", *VARIANTS]
+            order.shuffle(turns)
+            for turn in turns:
+                if turn == "reference":
+                    self.reference.append(self._copied())
+                else:
+                    self.variants[turn].append(self.push(turn))
+        # The first push of the same values still has to bring the older slot up to date.
+        self.push("weights", change=False)
+        self.unchanged = [self.push("weights", change=False) for _ in range(UNCHANGED)]
+        return first
+
+    def _copied(self) -> Timed:
+        before, started = _cpu_s(), time.perf_counter()
+        self.copy()
+        return Timed(time.perf_counter() - started, _cpu_s() - before)
+
+
+def measure(job: Job) -> Measured:
+    """Measure one job in this process. Blocks for up to minutes."""
+    torch.set_num_threads(job.threads)
+    shapes = shapes_of(job)
+    trainer = Trainer(build(shapes))
+    fill(trainer.model, job.seed)
+    nbytes = sum(param.nbytes for param in trainer.model.parameters())
+    source, sink = np.full(nbytes, 1, dtype=np.uint8), np.full(nbytes, 2, dtype=np.uint8)
+    with opened(job, shapes) as engine:
+        gc.collect()
+        shm_before, private, jiffies = _shm_nbytes(), _private_nbytes(), _jiffies()
+        began, ours = time.perf_counter(), _cpu_s()
+        bench = Bench(job, trainer, engine, lambda: np.copyto(sink, source))
+        first = bench.run()
+        shm, after = _shm_nbytes() - shm_before, _jiffies()
+        took, ours = time.perf_counter() - began, _cpu_s() - ours
+    planning, steady = (shm + peak - private for peak in bench.peaks)
+    spent = [now - then for now, then in zip(after, jiffies, strict=True)]
+    busy = (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK")
+    others = max(0.0, busy - ours) / took if job.engine == "module" else 0.0
+    return Measured(
+        job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, planning, steady, shm,
+        os.getloadavg()[0], spent[7] / max(sum(spent), 1), others,
+    )  # fmt: skip
+
+
+def _cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+@contextlib.contextmanager
+def _private_peak(peaks: list[int]) -> Iterator[None]:
+    """Append the most private memory that this process had meanwhile, in bytes, looked at every few milliseconds.
+
+    The kernel's own peak also counts shared pages, and those once for each time that a process maps them.
+    """
+    done, seen = threading.Event(), [_private_nbytes()]
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen.append(_private_nbytes())
+
+    watcher = threading.Thread(target=watch, name="bench-memory", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        peaks.append(max(*seen, _private_nbytes()))
+
+
+def _private_nbytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
+
+
+def _shm_nbytes() -> int:
+    """Bytes in use on the file system of the arenas."""
+    stat = os.statvfs(directory(None))
+    return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+
+
+def _jiffies() -> list[int]:
+    return [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+
+
+def answer_one(job_type: type[J], measure: Callable[[J], msgspec.Struct]) -> int:
+    """Read one job from stdin, write the answer to stdout. Errors of ours travel as data; anything else ends this
+    process with its traceback on stderr."""
+    stdout = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints must not reach the answer
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=job_type)
+    try:
+        answer = measure(job)
+    except BridgeError as error:
+        answer = Failed(ErrorInfo.of(error))
+    with stdout:
+        stdout.write(msgspec.json.encode(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(answer_one(Job, measure))

@@ -1,0 +1,438 @@
+"""The `weighbridge` command: results on stdout, progress and logs on stderr, the exit code from the error class.
+
+Nothing here imports torch, ray or an engine before a command runs: `--help` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from bridge import entry_points
+from bridge.cli import render
+from bridge.errors import BUG_EXIT, ERRORS_BY_NAME, UNHEALTHY_EXIT, BridgeError, ConfigError, NotFound, PushAborted
+
+if TYPE_CHECKING:
+    from bridge.client import Bridge
+    from bridge.coordinator.health import HealthReport
+
+SCHEMA_VERSION = 1
+USAGE_EXIT = ConfigError.exit_code
+INTERRUPTED_EXIT = 130
+VERIFY = ("off", "transfer", "weights", "outputs")
+
+
+class Backend:
+    """What the commands call, each imported on use. Tests put another in its place."""
+
+    def launch(self, engine: str, name: str, engines: int, arguments: Mapping[str, Any]) -> Bridge:
+        from bridge.api import launch
+
+        return launch(engine, name=name, engines=engines, **arguments)
+
+    def connect(self, name: str) -> Bridge:
+        from bridge.api import connect
+
+        return connect(name)
+
+    def examine(self, url: str, timeout_s: float) -> HealthReport:
+        from bridge.api import examine
+
+        return examine(url, timeout_s)
+
+    def running(self) -> list[str]:
+        """Names of the daemons of this machine's Ray; empty when no Ray runs."""
+        from bridge.daemon import ray_cluster
+
+        try:
+            ray_cluster.ensure_ray(start=False)
+        except NotFound:
+            return []
+        return ray_cluster.running()
+
+    def stop(self, name: str) -> None:
+        from bridge.daemon import ray_cluster
+
+        ray_cluster.stop(name)
+
+    def named_tensors(self, folder: Path) -> Iterable[tuple[str, Any]]:
+        tensors: Iterable[tuple[str, Any]] = entry_points.load(entry_points.CHECKPOINT)(folder)
+        return tensors
+
+    def demo(self) -> Any:
+        """The demo's module: DemoOptions, run_demo, print_result."""
+        run = entry_points.load(entry_points.DEMO)
+        return importlib.import_module(run.__module__)
+
+    def bench(self) -> Any:
+        """The bench's module: BenchOptions, run_bench."""
+        return importlib.import_module("bridge.bench.run")
+
+    def engine_bench(self) -> Any:
+        """The bench into real engines: run."""
+        return importlib.import_module("bridge.bench.engine_run")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's one result goes."""
+
+    as_json: bool
+    stream: TextIO
+
+    def result(self, command: str, payload: Mapping[str, Any], show: Callable[[Any, Mapping[str, Any]], None]) -> None:
+        """Print the result: `payload` as one JSON object, or what `show(console, payload)` makes of it for people."""
+        if self.as_json:
+            self.stream.write(_json({"schema_version": SCHEMA_VERSION, "command": command, **payload}))
+        else:
+            show(render.console(self.stream), payload)
+        self.stream.flush()
+
+
+def _json(payload: Mapping[str, Any]) -> str:
+    """One line of strict JSON: NaN and infinity become null."""
+    import msgspec
+
+    return msgspec.json.encode(payload).decode() + "\n"
+
+
+def _epilog() -> str:
+    """The exit codes, from the error classes themselves."""
+    by_code: dict[int, list[str]] = {}
+    for name, cls in ERRORS_BY_NAME.items():
+        if cls is not BridgeError:
+            by_code.setdefault(cls.exit_code, []).append(name)
+    rows = [(0, "done; healthy or degraded"), (UNHEALTHY_EXIT, "ran, and found something unhealthy")]
+    rows += [(code, ", ".join(names)) for code, names in sorted(by_code.items())]
+    rows += [(BUG_EXIT, "a bug of weighbridge"), (INTERRUPTED_EXIT, "interrupted")]
+    lines = [
+        f"  {code if first else '':>3}  {line}"
+        for code, text in rows
+        for first, line in zip((True, *[False] * len(text)), render.wrapped(text, 70))
+    ]
+    usage = f"A command line that does not fit exits with {USAGE_EXIT} too."
+    return "\b\nExit codes:\n" + "\n".join(lines) + f"\n\n{usage}"
+
+
+@click.group(epilog=_epilog(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens, on stderr.")
+@click.version_option(package_name="weighbridge", prog_name="weighbridge")
+def cli(verbose: bool) -> None:
+    """Weigh what an RL trainer sends to its inference engines: verified weight sync, and the health of a live run."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        stream=sys.stderr,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+
+
+Body = Callable[..., int | None]
+
+
+def _command(name: str) -> Callable[[Body], click.Command]:
+    """A command with `--json`. Its body is called with the backend, an Output and its own options, and returns an exit
+    code (None is 0). With `--json`, what anybody else prints to stdout meanwhile goes to stderr."""
+
+    def register(body: Body) -> click.Command:
+        def run(backend: Backend, /, as_json: bool, **options: Any) -> int:
+            out = Output(as_json, sys.stdout)
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                return body(backend, out, **options) or 0
+
+        functools.update_wrapper(run, body)
+        with_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+        return cli.command(name)(with_json(click.pass_obj(run)))
+
+    return register
+
+
+@contextlib.contextmanager
+def _connected(backend: Backend, name: str) -> Iterator[Bridge]:
+    made = backend.connect(name)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+# ---- a daemon's life -------------------------------------------------------------------------------------------------
+
+
+@_command("up")
+@click.argument("name")
+@click.option("--engine", required=True, metavar="SPEC", help="What to host: embedded:PATH, vllm:PATH, sglang:PATH.")
+@click.option("--engines", type=click.IntRange(1), default=1, show_default=True, help="How many of them.")
+@click.option("--tp", type=click.IntRange(1), help="Tensor-parallel ranks of each engine.")
+@click.option("--dtype", help="What the engine computes in: bf16, fp16, fp32.")
+@click.option("--layout", help="Post-load layout of the embedded engine: canonical, transposed, shuffled, packed.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other engine argument; value as JSON or text."
+)
+def up(
+    backend: Backend,
+    out: Output,
+    name: str,
+    engine: str,
+    engines: int,
+    tp: int | None,
+    dtype: str | None,
+    layout: str | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Start daemon NAME with its engines on Ray (a local Ray is started when none runs) and leave it running."""
+    given = {"tensor_parallel_size": tp, "dtype": dtype, "layout": layout}
+    arguments = {**_settings(settings), **{key: value for key, value in given.items() if value is not None}}
+    with render.progress(f"starting {engines} engine(s) of {engine}"):
+        made = backend.launch(_absolute(engine), name, engines, arguments)
+    try:
+        out.result("up", _status(made), render.show_status)
+    finally:
+        made.close()
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs; a value that is JSON is taken as that, else as text. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError("not a setting", where="--set", expected="KEY=VALUE", got=repr(pair))
+        if key in found:
+            raise ConfigError("a setting was given twice", where=f"--set {key}")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
+    return found
+
+
+def _absolute(spec: str) -> str:
+    """The spec with an absolute path: an actor has another working directory."""
+    scheme, colon, path = spec.partition(":")
+    folder = Path(path).expanduser()
+    return f"{scheme}:{folder.resolve()}" if colon and folder.exists() else spec
+
+
+@_command("down")
+@click.argument("name")
+def down(backend: Backend, out: Output, name: str) -> None:
+    """Stop daemon NAME: its engines, its shared memory, and the local Ray if weighbridge started it and nothing else of
+    weighbridge runs on it. Other people's Ray is left alone."""
+    with render.progress(f"stopping {name}"):
+        backend.stop(name)
+    out.result("down", {"name": name, "stopped": True}, render.show_stopped)
+
+
+# ---- pushing ---------------------------------------------------------------------------------------------------------
+
+
+@_command("push")
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--verify", type=click.Choice(VERIFY), default="weights", show_default=True, help="How much is checked.")
+@click.option("--partial", is_flag=True, help="The folder holds a subset; the rest stays as it is.")
+@click.option("--version", type=click.IntRange(0), help="Number of this version; default the highest ever issued + 1.")
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Deadline of the push.")
+def push(
+    backend: Backend,
+    out: Output,
+    name: str,
+    folder: Path,
+    verify: str,
+    partial: bool,
+    version: int | None,
+    allow_nonfinite: bool,
+    timeout: float | None,
+) -> None:
+    """Push the checkpoint in FOLDER into every engine of NAME. Takes the lease, like any trainer. A LoRA adapter that a
+    trainer has pushed before is taken away: it was trained over other weights. The output says so."""
+    tensors = backend.named_tensors(folder)
+    with _connected(backend, name) as made, render.progress(f"pushing {folder}"):
+        receipt = made.push(
+            tensors, version=version, verify=verify, partial=partial, allow_nonfinite=allow_nonfinite, timeout_s=timeout
+        )
+    out.result("push", {"name": name, "receipt": receipt.to_dict()}, render.show_receipt)
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+
+@_command("health")
+@click.argument("name", required=False)
+@click.option("--server", metavar="URL", help="Examine an engine's own server, http://HOST:PORT, in place of a daemon.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=120.0, show_default=True, metavar="SECONDS",
+    help="Longest wait for the engines.",
+)  # fmt: skip
+def health(backend: Backend, out: Output, name: str | None, server: str | None, timeout: float) -> int:
+    """Examine the live run NAME: actors, versions, the last receipt, a fresh read-back of every weight, a fresh canary,
+    orphaned shared memory; or one server, whoever drives it. Writes nothing. Exits 1 when something is unhealthy."""
+    if (name is None) == (server is None):
+        raise click.UsageError("give the NAME of a daemon, or --server URL")
+    if server is not None:
+        with render.progress(f"examining {server}"):
+            report = backend.examine(server, timeout)
+    else:
+        with _connected(backend, str(name)) as made, render.progress(f"examining {name}"):
+            report = made.health(timeout)
+    out.result("health", report.to_dict(), render.show_health)
+    return 0 if report.healthy else UNHEALTHY_EXIT
+
+
+@_command("status")
+@click.argument("name", required=False)
+def status(backend: Backend, out: Output, name: str | None) -> None:
+    """Engines and versions of daemon NAME, or a list of the daemons that run."""
+    if name is None:
+        out.result("status", {"daemons": [_brief(backend, each) for each in backend.running()]}, render.show_daemons)
+        return
+    with _connected(backend, name) as made:
+        payload = _status(made)
+    out.result("status", payload, render.show_status)
+
+
+def _status(made: Bridge) -> dict[str, Any]:
+    import msgspec
+
+    plain: dict[str, Any] = msgspec.to_builtins(made.status())
+    plain.pop("kind", None)
+    return plain
+
+
+def _brief(backend: Backend, name: str) -> dict[str, Any]:
+    """One line of the list: a daemon that does not answer is listed with its error."""
+    try:
+        with _connected(backend, name) as made:
+            return _status(made)
+    except BridgeError as error:
+        return {"name": name, "error": str(error)}
+
+
+@_command("history")
+@click.argument("name")
+@click.option("--last", type=click.IntRange(1), default=20, show_default=True, help="How many receipts.")
+def history(backend: Backend, out: Output, name: str, last: int) -> None:
+    """The newest receipts of NAME from its journal, oldest first."""
+    with _connected(backend, name) as made:
+        receipts = made.history(last)
+    out.result("history", {"name": name, "receipts": receipts}, render.show_history)
+
+
+@_command("explain")
+@click.argument("name")
+@click.argument("tensor")
+def explain(backend: Backend, out: Output, name: str, tensor: str) -> None:
+    """Where TENSOR (its name in a checkpoint) goes on every engine rank of NAME, how, and why."""
+    with _connected(backend, name) as made:
+        rows = made.explain(tensor)
+    out.result("explain", {"name": name, "tensor": tensor, "rows": rows}, render.show_explained)
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+@_command("demo")
+@click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint folder to start from.")
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps.")
+@click.option("--seed", type=click.IntRange(0), help="Of the random policy, the prompts and the sampling.")
+@click.option("--tied/--untied", default=None, help="Tie the random policy's embeddings.")
+@click.option("--no-push", is_flag=True, help="Never push: the engine keeps serving the first policy.")
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the files go.")
+@click.option("--layout", help="Post-load layout of the engine: canonical, transposed, shuffled, packed.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def demo(backend: Backend, out: Output, no_push: bool, quiet: bool, **given: Any) -> int:
+    """Train a small policy with GRPO: an engine in its own process samples, every step ends in a verified push."""
+    module = backend.demo()
+    chosen = {key: value for key, value in given.items() if value is not None}
+    options = module.DemoOptions(**chosen, push=not no_push, quiet=quiet, json=out.as_json)
+    result = module.run_demo(options)
+    if out.as_json:
+        out.result("demo", result.to_dict(), render.show_stopped)
+    else:
+        module.print_result(result)
+    return int(result.exit_code)
+
+
+@_command("bench")
+@click.option("--shapes", type=click.Choice(("qwen2-0.5b", "many-small", "both")), default="both", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed rounds of each variant.")
+@click.option("--threads", default="1,2", show_default=True, metavar="N,N", help="Copy threads to measure with.")
+@click.option("--ray", is_flag=True, help="Also into a hosted embedded engine, in another process.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the values and of the order of the variants.")
+@click.option("--engine", metavar="KIND:PATH", help="Instead: into a real engine (vllm:PATH, sglang:PATH; PATH a folder"
+              " or qwen2-0.5b[-untied]), against its own way to take weights.")  # fmt: skip
+def bench(
+    backend: Backend, out: Output, shapes: str, rounds: int, threads: str, ray: bool, seed: int, engine: str | None
+) -> None:
+    """Measure pushes against a flat one-thread copy of the same bytes, interleaved; every push is checked."""
+    if engine is not None:
+        report = backend.engine_bench().run(engine, rounds, seed, say=functools.partial(click.echo, err=True))
+        out.result("bench", report, render.show_engine_bench)
+        return
+    module = backend.bench()
+    options = module.BenchOptions.of(shapes=shapes, rounds=rounds, threads=threads, ray=ray, seed=seed)
+    report = module.run_bench(options, say=functools.partial(click.echo, err=True))
+    out.result("bench", report, render.show_bench)
+
+
+# ---- the way out -----------------------------------------------------------------------------------------------------
+
+
+def main(args: Sequence[str] | None = None, backend: Backend | None = None) -> int:
+    """Run one command line and return its exit code. The console script's entry point."""
+    argv = list(sys.argv[1:] if args is None else args)
+    as_json = "--json" in argv
+    try:
+        code = cli.main(args=argv, prog_name="weighbridge", standalone_mode=False, obj=backend or Backend())
+        return int(code or 0)
+    except click.ClickException as error:
+        if as_json:
+            _fail(as_json, {"name": "UsageError", "what": error.format_message()}, USAGE_EXIT, "")
+        else:
+            error.show(sys.stderr)
+        return USAGE_EXIT
+    except BridgeError as error:
+        return _fail(as_json, _facts(error), error.exit_code, render.error_block(error))
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(as_json, {"name": "Interrupted", "what": "interrupted"}, INTERRUPTED_EXIT, "interrupted\n")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains once more when it flushes
+        return UNHEALTHY_EXIT
+    except Exception as error:  # the program's edge: whatever is left is a bug of ours, and says so
+        text = f"{traceback.format_exc()}\nThis is a bug of weighbridge. Please report it with the lines above.\n"
+        sys.stderr.write(text)
+        return _fail(as_json, {"name": type(error).__name__, "what": str(error)}, BUG_EXIT, "")
+
+
+def _facts(error: BridgeError) -> dict[str, Any]:
+    import msgspec
+
+    from bridge.protocol.codec import ErrorInfo
+
+    facts: dict[str, Any] = msgspec.to_builtins(ErrorInfo.of(error))
+    if isinstance(error, PushAborted):
+        facts["serving"] = error.serving
+        facts["receipt"] = None if error.receipt is None else error.receipt.to_dict()
+    return facts
+
+
+def _fail(as_json: bool, facts: Mapping[str, Any], code: int, text: str) -> int:
+    if as_json:
+        sys.stdout.write(_json({"schema_version": SCHEMA_VERSION, "error": {**facts, "exit_code": code}}))
+        sys.stdout.flush()
+    else:
+        sys.stderr.write(text)
+    return code

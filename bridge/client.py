@@ -1,0 +1,449 @@
+"""`Bridge`: the trainer's handle, and one push from the iterable to the receipt.
+
+    1. (this process)  lease, names, ties: `TrainerPort.collect`
+    2. (everyone)      plan, the first time or when the layout changed: PlanRequest
+    3. (this process)  snapshot into the arena's free slot, digests, finite check, canary reference; seal
+    4. (coordinator)   engines pause, load, verify, commit or go back: SubmitRequest, then WaitRequest
+
+After step 3 the trainer's tensors may change. After SubmitRequest is answered the push no longer needs this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Unpack, overload
+
+import msgspec
+import torch
+
+from bridge.config import Config
+from bridge.coordinator.base_weights_check import BaseProof
+from bridge.coordinator.health import HealthReport, assess, local_facts
+from bridge.coordinator.reports import LEVELS_OF
+from bridge.errors import (
+    BridgeError,
+    Busy,
+    Closed,
+    ConfigError,
+    EngineQuarantined,
+    MissingTensor,
+    ProtocolError,
+    UnexpectedTensor,
+    UnsupportedLora,
+)
+from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
+from bridge.journal.lease import Lease
+from bridge.model.manifest import TensorInfo, validate
+from bridge.model.receipt import Receipt
+from bridge.protocol.coordinator_messages import (
+    Ask,
+    BeginRequest,
+    Begun,
+    CancelRequest,
+    Compared,
+    CompareRequest,
+    DaemonIs,
+    Done,
+    EngineInfo,
+    Explained,
+    ExplainRequest,
+    Finished,
+    Health,
+    HealthRequest,
+    History,
+    HistoryRequest,
+    Options,
+    Planned,
+    PlanRequest,
+    Reference,
+    RollbackRequest,
+    SubmitRequest,
+    ToCoordinator,
+)
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.ports import Choice, CoordinatorPort, EnginePort, Snapshot, TrainerPort, Written, expect
+from bridge.push_settings import PushOptions, Wish, wish
+from bridge.shm.arena import Arena
+from bridge.shm.seal import seal_slot
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """A layout that all engines have planned, and its arena."""
+
+    tensors: tuple[TensorInfo, ...]
+    partial: bool
+    planned: Planned
+    arena: Arena
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where the snapshot of `version` goes; `base` is the slot that unsent tensors are carried over from."""
+
+    version: int
+    index: int
+    base: int | None
+
+
+class Bridge:
+    """The trainer's end of a bridge. Made by `bridge.launch`, `bridge.connect` and `bridge.attach`; one trainer process
+    holds the lease at a time. Methods may be called from one thread; `push` blocks unless `wait=False`."""
+
+    def __init__(
+        self,
+        name: str,
+        coordinator: CoordinatorPort,
+        engines: Sequence[EnginePort],
+        trainer: TrainerPort,
+        config: Config,
+        *,
+        before_close: Callable[[], None] | None = None,
+        on_close: Callable[[], None] | None = None,
+        on_shutdown: Callable[[], None] | None = None,
+        guard: Callable[[frozenset[int]], None] | None = None,
+        state: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.engines = [EngineHandle(port) for port in engines]
+        self.config = config
+        self._coordinator = coordinator
+        self._trainer = trainer
+        self._before_close = before_close
+        self._on_close = on_close
+        self._on_shutdown = on_shutdown
+        self._guard = guard
+        self._state = state
+        self._pushing = threading.Lock()
+        self._lease: Lease | None = None
+        self._agreed: dict[bool, _Agreed] = {}
+        """By whether it is an adapter's."""
+        self._engine_infos: tuple[EngineInfo, ...] | None = None
+        self._base = BaseProof(trainer, self._compare, lambda: self.status().weights)
+        self._closed = False
+        self._warned = False
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena of the weights, as it was agreed last; None before the first push of weights."""
+        agreed = self._agreed.get(False)
+        return None if agreed is None else agreed.arena
+
+    def __repr__(self) -> str:
+        return f"<Bridge {self.name}, {len(self.engines)} engine(s){', closed' if self._closed else ''}>"
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Tell the bridge the live model behind the names: checkpoint names, ties, persistent buffers and the canary's
+        reference come from it, and everything about LoRA. Nothing of it is ever written. Call once, before the first
+        push, and again after wrapping or replacing the model itself."""
+        self._require_open()
+        self._trainer.bind(model)
+        self._base.forget()
+
+    @overload
+    def push(self, named: Named, *, wait: Literal[True] = True, **options: Unpack[PushOptions]) -> Receipt: ...
+    @overload
+    def push(self, named: Named, *, wait: Literal[False], **options: Unpack[PushOptions]) -> PendingPush: ...
+    def push(
+        self,
+        named: Named,
+        *,
+        version: int | None = None,
+        mode: str = "auto",
+        verify: str | Iterable[str] | None = None,
+        partial: bool = False,
+        inflight: str = "abort",
+        kv: str = "reset",
+        allow_nonfinite: bool = False,
+        wait: bool = True,
+        timeout_s: float | None = None,
+    ) -> Receipt | PendingPush:
+        """Bring every engine to these weights, verified, or leave every engine as it was.
+
+        Args:
+            named: `(name, tensor)` pairs, any iterable, read once; any device, dtype and stride.
+            version: default the highest ever issued plus one.
+            mode: "full" (every tensor as it stands) for a model without LoRA. With LoRA "merged" (effective weights),
+                "base" (the frozen weights, adapters in the engine stay) or "adapter" (A and B as a new version of the
+                engine's adapter). "auto" chooses by the capability table and says why in the receipt.
+            verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names
+                (`bridge.model.receipt.LEVELS`). Default "outputs" with a bound model, else "weights".
+            partial: a subset is meant; what is not sent stays as it is. No canary then, unless `verify` asks for one:
+                the trainer's other tensors need not be what the engine holds.
+            inflight: what happens to running requests: "drain", "abort" or "keep", as far as the engine can.
+            kv: "reset" or "keep" the engines' KV and prefix caches.
+            allow_nonfinite: let NaN and infinity pass.
+            wait: False returns a PendingPush as soon as the snapshot is sealed.
+            timeout_s: deadline of everything after the snapshot.
+
+        Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
+
+        Raises ConfigError (Busy, LeaseHeld, Closed), IntegrityError (which tensor, where, expected, got) and
+        StaleVersion before any engine was written; PushAborted *from* the cause after that, every engine put back;
+        EngineQuarantined or PeerLost when an engine was lost between the commit and its serving (the others serve).
+        """
+        self._require_open()
+        asked = PushOptions(
+            version=version, mode=mode, verify=verify, partial=partial, inflight=inflight, kv=kv,
+            allow_nonfinite=allow_nonfinite, timeout_s=timeout_s,
+        )  # fmt: skip
+        checked = wish(asked, bound=self._trainer.bound, timeout_s=self.config.push_timeout_s)
+        if verify is None and not self._trainer.bound and not self._warned:
+            self._warned = True
+            log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
+        if not self._pushing.acquire(blocking=False):
+            raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
+        try:
+            self._hold_lease()
+            pending = self._push(named, checked)
+        finally:
+            self._pushing.release()
+        return pending.result() if wait else pending
+
+    def _push(self, named: Named, asked: Wish) -> PendingPush:
+        """Choose the mode and send; where "auto" chose an adapter that the engines then refuse, merged weights."""
+        limits = [info.lora for info in self._infos()]
+        choice = self._trainer.choose(asked.options.mode, limits)
+        if choice.mode == "full":
+            return self._send(named, asked, choice)
+        named = _read_again(named)
+        try:
+            return self._send(named, asked, choice)
+        except (UnsupportedLora, UnexpectedTensor, EngineQuarantined) as error:
+            if asked.options.mode != "auto" or choice.mode != "adapter":
+                raise
+            merged = self._trainer.choose("merged", limits)
+            reason = f"merged weights, because the adapter was refused: {error}"
+            try:
+                return self._send(named, asked, Choice("merged", reason, merged.notes))
+            except MissingTensor as m:  # only the adapter's tensors came, which would have done for an adapter
+                remedy = f"{m.remedy}; as an adapter it was refused: {error}"
+                raise MissingTensor(
+                    m.what, where=m.where, expected=m.expected, got=m.got, remedy=remedy, names=m.names
+                ) from error
+
+    def _send(self, named: Named, asked: Wish, choice: Choice) -> PendingPush:
+        """Everything of a push that needs this process."""
+        started = time.perf_counter()
+        options = msgspec.structs.replace(asked.options, mode=choice.mode, reason=choice.reason)
+        snapshot = self._trainer.collect(named, partial=options.partial, mode=choice.mode)
+        if self._guard is not None:
+            self._guard(self._trainer.storages())
+        agreed = self._agree(snapshot, options.partial and snapshot.adapter is None)
+        slot, doubt = self._begin(agreed, asked.version, over_base=snapshot.adapter is not None)
+        planned_at = time.perf_counter()
+        try:
+            written = self._write(snapshot, agreed, slot, asked.allow_nonfinite)
+            references, options, notes = self._reference(options, asked.reference)
+            seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
+            phases = {"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at}
+            submit = SubmitRequest(
+                slot.version,
+                seal.root,
+                options,
+                phases,
+                written.nbytes,
+                references[0],
+                (*choice.notes, *snapshot.notes, *doubt, *notes),
+                base=references[1],
+                base_proven=not doubt,
+            )
+            self._call(submit, Done)
+        except BaseException:
+            # what went wrong is worth more than a second failure on the way out; an unsealed push is dropped anyway
+            with contextlib.suppress(BridgeError):
+                self._call(CancelRequest(slot.version), Done)
+            raise
+        if choice.mode == "base" and not options.partial:
+            self._base.brought(slot.version, snapshot)
+        return PendingPush(self._coordinator, slot.version, options.timeout_s)
+
+    def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool) -> Written:
+        agreed.arena.begin(slot.index)
+        return self._trainer.write(
+            snapshot,
+            agreed.arena,
+            slot.index,
+            slot.base,
+            allow_nonfinite=allow_nonfinite,
+            threads=self.config.copy_threads,
+        )
+
+    def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
+        """The plan for this layout: the last one while nothing changed, else everybody is asked."""
+        kind = snapshot.adapter is not None
+        last = self._agreed.get(kind)
+        if last is not None and last.tensors is snapshot.tensors and last.partial == partial:
+            return last
+        timeout_s = self.config.plan_timeout_s
+        request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, timeout_s, snapshot.adapter)
+        planned = self._call(request, Planned, timeout_s)
+        arena = last.arena if last is not None else None
+        if arena is None or str(arena.path) != planned.path:
+            if arena is not None:
+                arena.close()
+            arena = Arena.open(Path(planned.path), validate(planned.manifest), writable=True)
+        agreed = self._agreed[kind] = _Agreed(snapshot.tensors, partial, planned, arena)
+        return agreed
+
+    def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[_Slot, tuple[str, ...]]:
+        """Ask for a slot. An adapter is only right over the base that it was trained on, so before the first one the
+        engines' weights are compared with it, bit for bit; the second answer says why that could not be done."""
+        doubt = self._base.prove() if over_base and not self._base.holds else None
+        slot = self._ask_slot(agreed, version, over=self._base.over if over_base else None)
+        if slot is None:  # somebody has pushed other weights, or gone back, since
+            doubt = self._base.prove()
+            slot = self._ask_slot(agreed, version, over=self._base.over)
+        if slot is None:
+            raise Busy("somebody else pushes weights at the same time", where=self.name, remedy="push again")
+        return slot, () if doubt is None else (doubt,)
+
+    def _ask_slot(
+        self, agreed: _Agreed, version: int | None, *, compare: bool = False, over: int | None = None
+    ) -> _Slot | None:
+        """A free slot; None when other weights are served than those that the push `over` brought."""
+        holder = f"pid {os.getpid()} on {socket.gethostname()}"
+        begun = self._call(BeginRequest(agreed.planned.plan, version, holder, compare, over), Begun)
+        return None if begun.slot is None else _Slot(begun.version, begun.slot, begun.base)
+
+    def _compare(self, snapshot: Snapshot) -> Compared:
+        """Bring a snapshot into a free slot and have it compared with the weights that every engine serves."""
+        agreed = self._agree(snapshot, False)
+        slot = self._ask_slot(agreed, None, compare=True)
+        if slot is None:
+            raise ProtocolError("no slot to compare in", where=self.name)
+        try:
+            written = self._write(snapshot, agreed, slot, allow_nonfinite=True)
+            seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
+            return self._call(CompareRequest(seal.root), Compared, self.config.plan_timeout_s)
+        except BaseException:
+            with contextlib.suppress(BridgeError):
+                self._call(CancelRequest(slot.version), Done)
+            raise
+
+    def _reference(
+        self, options: Options, wanted: bool | None
+    ) -> tuple[tuple[Reference | None, Reference | None], Options, tuple[str, ...]]:
+        """The trainer's canary, when it is wanted. `wanted` None: only where the model can give one, else a note."""
+        if wanted is False:
+            return (None, None), options, ()
+        try:
+            if wanted is None and options.partial:
+                # What was not sent may have moved on in the trainer: then the two models differ, and rightly so.
+                raise ConfigError("only a subset was sent", remedy="verify='outputs' when the rest is unchanged")
+            longest = min((i.max_prompt for i in self._infos() if i.max_prompt is not None), default=None)
+            return self._trainer.reference(longest, options.mode), options, ()
+        except ConfigError as error:
+            if wanted:
+                raise
+            lower = msgspec.structs.replace(options, verify="weights", levels=LEVELS_OF["weights"])
+            return (None, None), lower, (f"no canary: {error}",)
+
+    def _infos(self) -> tuple[EngineInfo, ...]:
+        """What the engines said of themselves when they were first asked: what does not change in their life."""
+        if self._engine_infos is None:
+            self._engine_infos = self.status().engines
+        return self._engine_infos
+
+    # ---- questions --------------------------------------------------------------------------------------------------
+
+    def status(self) -> DaemonIs:
+        """Engines, versions and whether a push is in flight."""
+        return self._call(Ask(), DaemonIs)
+
+    def health(self, timeout_s: float = 120.0) -> HealthReport:
+        """Examine the live run: actors, versions, the last receipt, a fresh canary against the stored reference, a
+        fresh read-back against the arena, orphans. Blocks; writes nothing."""
+        facts = self._call(HealthRequest(timeout_s), Health, timeout_s + CALL_TIMEOUT_S).facts
+        return assess(facts, local_facts(self.config.shm_dir))
+
+    def history(self, last: int = 20) -> list[dict[str, Any]]:
+        """The newest receipts from the journal, as plain data, oldest first."""
+        return list(self._call(HistoryRequest(last), History).receipts)
+
+    def explain(self, name: str) -> list[dict[str, str]]:
+        """Where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises NotFound."""
+        return list(self._call(ExplainRequest(name), Explained).rows)
+
+    def rollback(self, timeout_s: float = 300.0) -> Receipt:
+        """Serve the version before the last committed one again, verified by bits or probes. One level; version numbers
+        go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
+        self._require_open()
+        self._hold_lease()
+        self._base.forget()
+        finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
+        version = finished.receipt.version if finished.receipt else 0
+        return receipt_or_raise(finished, version)
+
+    def close(self) -> None:
+        """Give up the lease and what this process holds. Idempotent. A daemon goes on (`weighbridge down` stops it); an
+        attached engine stays the user's. Later calls raise Closed. Raises ConfigError, and closes nothing, in a thread
+        that runs the event loop of the attached engine: it would wait for itself."""
+        if self._closed:
+            return
+        if self._before_close is not None:
+            self._before_close()
+        self._closed = True
+        self._trainer.close()
+        for agreed in self._agreed.values():
+            agreed.arena.close()
+        self._agreed.clear()
+        try:
+            if self._on_close is not None:
+                self._on_close()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+                self._lease = None
+
+    def shutdown(self) -> None:
+        """Close this Bridge and stop its daemon: engines gracefully, shared memory unlinked, and the local Ray if we
+        started it and nothing else of ours runs there. What `weighbridge down` does. For `attach` the same as close."""
+        self.close()
+        if self._on_shutdown is not None:
+            self._on_shutdown()
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _call(self, request: ToCoordinator, kind: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+        self._require_open()
+        return expect(self._coordinator.call(request, Deadline.after(timeout_s)), kind)
+
+    def _hold_lease(self) -> None:
+        if self._lease is None:
+            self._lease = Lease.acquire(self.name, directory=self._state)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
+
+
+def _read_again(named: Named) -> Named:
+    """An iterable that can be read more than once; what is none is left for `collect` to refuse."""
+    if isinstance(named, Mapping | Sequence):
+        return named
+    try:
+        return list(named)
+    except TypeError:
+        return named

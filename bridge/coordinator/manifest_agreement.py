@@ -1,0 +1,112 @@
+"""From the engines' answers to one agreed manifest. Pure: no I/O besides reading seals that are handed in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from bridge.errors import ShapeMismatch, UnexpectedTensor
+from bridge.model.dtypes import CODES
+from bridge.model.manifest import Manifest, TensorInfo, lay_out
+from bridge.model.regions import Region, dense, source_coverage
+from bridge.protocol.coordinator_messages import PlanRequest
+from bridge.protocol.engine_messages import EngineBaked
+from bridge.shm.arena import Arena
+from bridge.shm.seal import differing
+
+
+def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest) -> bool:
+    """Can an existing plan carry this request?
+
+    The same announcement can, unless that plan was made for a subset and the whole model is meant now; so can a subset
+    of it, when a subset is meant. A subset of quantised weights is asked about anew: only the engines know which scales
+    belong to which weights, and none may come without the others.
+    """
+    if not request.partial:
+        return planned == request.tensors and not partial
+    if any(info.dtype in CODES for info in planned):
+        return planned == request.tensors
+    known = {(info.name, info.shape) for info in planned}
+    return all((info.name, info.shape) in known for info in request.tensors)
+
+
+def agree(request: PlanRequest, baked: Mapping[str, EngineBaked]) -> Manifest:
+    """The manifest that all plans agree on: per tensor the dtype that every rank shares, else the trainer's own.
+
+    Raises UnexpectedTensor for a tensor that some engine uses nowhere, ShapeMismatch for one it reads only in part.
+    """
+    for engine, answer in baked.items():
+        _all_used(engine, request, answer)
+    tensors = []
+    for info in request.tensors:
+        dtypes = {rank.dtypes[info.name] for b in baked.values() for rank in b.ranks if info.name in rank.dtypes}
+        dtype = dtypes.pop() if len(dtypes) == 1 else info.dtype
+        tensors.append(TensorInfo(info.name, dtype, info.shape, info.aliases))
+    return lay_out(tensors)
+
+
+def _all_used(engine: str, request: PlanRequest, answer: EngineBaked) -> None:
+    """Every sent element must be read by some rank: experts and pipeline stages split tensors over ranks."""
+    unread = {info.name for info in request.tensors}
+    for rank in answer.ranks:
+        unread &= set(rank.unread)
+    if unread:
+        names = tuple(sorted(unread))
+        raise UnexpectedTensor(
+            "the engine has no place for these tensors",
+            where=f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} -> {engine}",
+            expected="only names that the engine's own loader uses",
+            got=f"{len(names)} unused of {len(request.tensors)} sent",
+            remedy=_unbound_advice(request),
+            names=names,
+        )
+    partly = [info for info in request.tensors if any(info.name in rank.read for rank in answer.ranks)]
+    regions: list[tuple[str, Region]] = []
+    for rank in answer.ranks:
+        absent = set(rank.unread)
+        for info in partly:
+            if info.name in rank.read:
+                regions.extend((info.name, region) for region in rank.read[info.name])
+            elif info.name not in absent:
+                regions.append((info.name, dense(info.shape)))
+    holes = source_coverage({info.name: math.prod(info.shape) for info in partly}, regions)
+    for info in partly:
+        if info.name in holes:
+            raise ShapeMismatch(
+                "the engine reads only a part of this tensor",
+                where=f"{info.name} -> {engine}",
+                expected="a tensor that the engine's ranks use whole",
+                got=f"shape {list(info.shape)}, {holes[info.name]} of {math.prod(info.shape)} elements unused",
+                remedy="check that trainer and engine run the same model configuration",
+                names=(info.name,),
+            )
+
+
+def _unbound_advice(request: PlanRequest) -> str:
+    if request.bound:
+        return "leave them out of the push, or check that the engine runs this model"
+    return "bind the model (b.bind(model)) so that live names become checkpoint names, or leave them out"
+
+
+def holds(old: Manifest, new: Manifest) -> bool:
+    """Does a version of `old` give every tensor that `new` writes?"""
+    return all(spec.name in old.by_name and old.by_name[spec.name].shape == spec.shape for spec in new.tensors)
+
+
+def changed(arena: Arena, old_slot: int, new_slot: int) -> tuple[int, ...] | None:
+    """Manifest indices of tensors whose digests differ between two sealed slots; None when that is all of them, or
+    when either is not sealed."""
+    old, new = arena.seal_of(old_slot), arena.seal_of(new_slot)
+    if old is None or new is None:
+        return None
+    found = differing(old.digests, new.digests)
+    return None if len(found) == len(arena.manifest.tensors) else tuple(found)
+
+
+def differing_names(arena: Arena, a: int, b: int) -> tuple[str, ...]:
+    """Names of the tensors whose digests differ between two sealed slots; all of them when either is not sealed."""
+    one, other = arena.seal_of(a), arena.seal_of(b)
+    specs = arena.manifest.tensors
+    if one is None or other is None:
+        return tuple(spec.name for spec in specs)
+    return tuple(specs[k].name for k in differing(one.digests, other.digests))

@@ -1,0 +1,1 @@
+"""The daemon's life on Ray: find or start a cluster, start and stop actors."""

@@ -1,0 +1,145 @@
+"""The lease: the right to push to one daemon, held by one trainer process.
+
+It is a POSIX lock on a file of its own, so it ends with the process however that dies and is not inherited by forked
+children (data loader workers would keep a flock alive). The price: the kernel drops it as soon as the process closes
+*any* descriptor of that file. So a process opens the file once, asks its own registry before it touches the file again,
+and reads who holds it from a second file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from bridge.errors import ConfigError, LeaseHeld
+from bridge.journal.state_dir import state_dir
+
+_LOCK_FILE = "lease"
+_HOLDER_FILE = "lease.json"
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """Who holds a lease."""
+
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host}"
+
+
+@dataclass(frozen=True)
+class _Held:
+    pid: int
+    fd: int
+
+
+_registry: dict[Path, _Held] = {}
+"""Leases of this process by lock file. POSIX locks belong to the process as a whole, so must the knowledge of them."""
+_registry_lock = threading.Lock()
+
+
+class Lease:
+    """A lease that this process holds until `release` or its end."""
+
+    def __init__(self, path: Path, held: _Held) -> None:
+        self._path = path
+        self._held = held
+
+    @classmethod
+    def acquire(cls, name: str, *, directory: Path | None = None) -> Lease:
+        """Take the lease of daemon `name`; does not wait.
+
+        `directory` replaces `$XDG_STATE_HOME/weighbridge/NAME`. Raises LeaseHeld naming the holder (another process, or
+        this one), ConfigError for a bad name or a folder that cannot be used.
+        """
+        path = state_dir(name, directory) / _LOCK_FILE
+        with _registry_lock:
+            if _held_here(path):
+                raise _refusal(name, Holder(os.getpid(), socket.gethostname()))
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                blocker = _blocker(fd, path)
+                os.close(fd)
+                raise _refusal(name, blocker) from None
+            except OSError as error:
+                os.close(fd)
+                raise ConfigError("this folder cannot hold locks", where=str(path), got=str(error)) from error
+            held = _registry[path] = _Held(os.getpid(), fd)
+        _write_holder(path.with_name(_HOLDER_FILE))
+        return cls(path, held)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process still holds it; False after `release` and in a forked child."""
+        return self._held.pid == os.getpid() and _registry.get(self._path) is self._held
+
+    def release(self) -> None:
+        """Give the lease up. Idempotent; does nothing in a forked child, whose parent keeps it."""
+        with _registry_lock:
+            if not self.held:
+                return
+            self._path.with_name(_HOLDER_FILE).unlink(missing_ok=True)
+            del _registry[self._path]
+            os.close(self._held.fd)
+
+
+def lease_holder(name: str, *, directory: Path | None = None) -> Holder | None:
+    """Who holds the lease of `name` now, or None. Takes nothing and disturbs nobody; does not block."""
+    path = state_dir(name, directory) / _LOCK_FILE
+    with _registry_lock:
+        if _held_here(path):
+            return Holder(os.getpid(), socket.gethostname())
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            return _blocker(fd, path)
+        finally:
+            os.close(fd)
+
+
+def _held_here(path: Path) -> bool:
+    held = _registry.get(path)
+    # After a fork the child has the registry but not the lock.
+    return held is not None and held.pid == os.getpid()
+
+
+def _blocker(fd: int, path: Path) -> Holder | None:
+    query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
+    if kind == fcntl.F_UNLCK:
+        return None
+    try:
+        written = msgspec.json.decode(path.with_name(_HOLDER_FILE).read_bytes(), type=Holder)
+    except (OSError, msgspec.DecodeError):
+        return Holder(pid, socket.gethostname())
+    # The kernel's number is the truth on this host; from another host (a shared home) it means nothing.
+    return Holder(pid, written.host) if written.host == socket.gethostname() and pid > 0 else written
+
+
+def _write_holder(path: Path) -> None:
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_bytes(msgspec.json.encode(Holder(os.getpid(), socket.gethostname())))
+    fresh.chmod(0o600)
+    fresh.replace(path)
+
+
+def _refusal(name: str, holder: Holder | None) -> LeaseHeld:
+    return LeaseHeld(
+        "another trainer holds the right to push",
+        where=name,
+        got=str(holder) if holder is not None else "a process that is just letting go",
+        remedy="end that trainer (or close its bridge), or push to a daemon of your own",
+    )

@@ -1,0 +1,1 @@
+"""Frozen values of a model version, a plan and a receipt. No I/O."""

@@ -1,0 +1,140 @@
+"""What a model version consists of: values, no I/O.
+
+A manifest names the tensors of one model in canonical (checkpoint) names, in the order in which they lie in the arena.
+It does not change from push to push; the bytes do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+import msgspec
+import xxhash
+
+from bridge.errors import DuplicateTensor, ProtocolError
+from bridge.model.dtypes import itemsize
+
+ALIGN = 256
+"""Every tensor starts at a multiple of this many bytes, so that any dtype view is aligned (transports.md 4.1)."""
+MAX_NBYTES = 2**62
+"""Largest tensor: offsets stay inside 64 bits."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One tensor: canonical name, wire dtype, global shape, byte offset inside a version.
+
+    `aliases` are other canonical names of the same trainer storage (ties): one copy travels, and an engine that does
+    not tie them may load it under each name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * itemsize(self.dtype)
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """One piece of a tensor: global shape, offsets of the piece, its local shape (all per dimension, in elements)."""
+
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.global_shape) == len(self.offsets) == len(self.shape):
+            raise ProtocolError("a shard's ranks differ", got=f"{self.global_shape} {self.offsets} {self.shape}")
+        for size, offset, length in zip(self.global_shape, self.offsets, self.shape, strict=True):
+            if offset < 0 or length < 0 or offset + length > size:
+                raise ProtocolError(
+                    "a shard reaches outside its tensor",
+                    expected=f"inside {self.global_shape}",
+                    got=f"offsets {self.offsets}, shape {self.shape}",
+                )
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class Manifest(msgspec.Struct, frozen=True, dict=True):
+    """The ordered tensors of one model; `nbytes` is the size of one version, padding included."""
+
+    tensors: tuple[TensorSpec, ...]
+    nbytes: int
+
+    @cached_property
+    def by_name(self) -> Mapping[str, TensorSpec]:
+        """Canonical name -> spec (aliases are not keys)."""
+        return {spec.name: spec for spec in self.tensors}
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes over names, dtypes, shapes, offsets and aliases, in order."""
+        return xxhash.xxh3_128_digest(msgspec.msgpack.encode(self.tensors))
+
+    @cached_property
+    def payload_nbytes(self) -> int:
+        """Bytes of the tensors alone, without padding."""
+        return sum(spec.nbytes for spec in self.tensors)
+
+
+class TensorInfo(msgspec.Struct, frozen=True):
+    """A tensor before it has a place in an arena: what the trainer announces."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+
+def aligned(nbytes: int, align: int = ALIGN) -> int:
+    """The next multiple of `align` at or above `nbytes`."""
+    return -(-nbytes // align) * align
+
+
+def lay_out(tensors: Iterable[TensorInfo]) -> Manifest:
+    """Give every tensor its offset, in the order given.
+
+    Raises DuplicateTensor for a name that comes twice, ProtocolError for a shape that no tensor has, DtypeMismatch.
+    """
+    specs: list[TensorSpec] = []
+    seen: set[str] = set()
+    offset = 0
+    for info in tensors:
+        for name in (info.name, *info.aliases):
+            if name in seen:
+                raise DuplicateTensor("the same canonical name was sent twice", where=name, names=(name,))
+            seen.add(name)
+        spec = TensorSpec(info.name, info.dtype, info.shape, offset, info.aliases)
+        # a negative size would move the next offset back over the tensors before it
+        if any(size < 0 for size in info.shape) or spec.nbytes > MAX_NBYTES:
+            raise ProtocolError("not the shape of a tensor", where=info.name, got=str(info.shape), names=(info.name,))
+        specs.append(spec)
+        offset = aligned(offset + spec.nbytes)
+    return Manifest(tuple(specs), offset)
+
+
+def validate(manifest: Manifest) -> Manifest:
+    """Check a manifest that came from another process: offsets in order, aligned, inside `nbytes`, names unique.
+
+    Raises ProtocolError (bad geometry), DuplicateTensor or DtypeMismatch.
+    """
+    rebuilt = lay_out(TensorInfo(s.name, s.dtype, s.shape, s.aliases) for s in manifest.tensors)
+    if rebuilt != manifest:
+        raise ProtocolError(
+            "a manifest's offsets are not the layout of its tensors",
+            expected=f"{rebuilt.nbytes} bytes laid out in order at multiples of {ALIGN}",
+            got=f"{manifest.nbytes} bytes",
+        )
+    return manifest

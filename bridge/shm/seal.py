@@ -1,0 +1,161 @@
+"""Digests of tensors and versions: order sensitive, at memory speed, computed where the bytes lie.
+
+A tensor's digest is xxh3_64 of its bytes; above CHUNK it is xxh3_64 over the little-endian digests of its chunks, so
+that several threads share one tensor and each chunk is digested while it is still in cache. The root closes them in
+manifest order. These digests find faults; they are not a defence against somebody who may write to the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from bridge.errors import DigestMismatch
+from bridge.model.manifest import Manifest
+from bridge.model.regions import cut
+from bridge.shm.arena import DIGEST_NBYTES, Arena, Seal
+
+CHUNK = 8 << 20
+"""Bytes; a tensor above this is digested in pieces of this size."""
+_PARALLEL = 32 << 10
+"""Bytes; below this, xxhash holds the GIL or spends its time handing it over, so threads only slow each other down."""
+_BATCH = 4 << 20
+"""Bytes of middle-sized tensors that make one unit of work."""
+
+Digests = npt.NDArray[np.uint64]
+
+
+def chunk_digest(chunk: memoryview | bytes | bytearray) -> int:
+    """xxh3_64 of one chunk of a tensor (at most CHUNK bytes), as an integer for `fold`."""
+    return xxhash.xxh3_64_intdigest(chunk)
+
+
+def fold(chunks: Iterable[int]) -> int:
+    """The digest of a tensor from those of its chunks in order; a tensor of at most one chunk keeps that one's."""
+    digests = np.fromiter(chunks, dtype="<u8")
+    if len(digests) == 1:
+        return int(digests[0])
+    return xxhash.xxh3_64_intdigest(digests.tobytes())
+
+
+def tensor_digest(buffer: memoryview | bytes | bytearray) -> bytes:
+    """The digest of one tensor's contiguous bytes: 8 bytes, little endian. Releases the GIL for large buffers."""
+    return _digest(memoryview(buffer).cast("B")).to_bytes(DIGEST_NBYTES, "little")
+
+
+def _digest(view: memoryview) -> int:
+    if len(view) <= CHUNK:
+        return xxhash.xxh3_64_intdigest(view)
+    return fold(xxhash.xxh3_64_intdigest(view[start:end]) for start, end in cut(len(view), CHUNK))
+
+
+def root_digest(manifest: Manifest, digests: bytes) -> bytes:
+    """16 bytes over (name, dtype, shape, offset, digest) of every tensor in manifest order.
+
+    The first four come in through the manifest's own digest, which is computed once per manifest.
+    """
+    return xxhash.xxh3_128_digest(manifest.digest + digests)
+
+
+def digest_slot(arena: Arena, slot: int, threads: int = 1) -> bytes:
+    """The digests of all tensors of a slot from the bytes that lie there now: 8 bytes each, manifest order.
+
+    Blocks for one pass over the slot; `threads` run it together.
+    """
+    views = arena.views(slot)
+    out: Digests = np.empty(len(views), dtype="<u8")
+    if threads <= 1:
+        for index, view in enumerate(views):
+            out[index] = _digest(view)
+        return out.tobytes()
+    sizes = arena.sizes
+    small = np.flatnonzero(sizes < _PARALLEL)
+    out[small] = np.fromiter((xxhash.xxh3_64_intdigest(views[i]) for i in small.tolist()), dtype="<u8")
+    large = np.flatnonzero(sizes > CHUNK).tolist()
+    pieces = {index: np.empty(-(-int(sizes[index]) // CHUNK), dtype="<u8") for index in large}
+    with ThreadPoolExecutor(threads, thread_name_prefix="weighbridge-digest") as pool:
+        jobs = [
+            pool.submit(_digest_piece, views[index][start:end], pieces[index], start // CHUNK)
+            for index in large
+            for start, end in cut(int(sizes[index]), CHUNK)
+        ]
+        jobs += [pool.submit(_digest_batch, views, batch, out) for batch in _batches(sizes)]
+        for job in jobs:
+            job.result()
+    for index in large:
+        out[index] = fold(pieces[index].tolist())
+    return out.tobytes()
+
+
+def _digest_piece(view: memoryview, out: Digests, at: int) -> None:
+    out[at] = xxhash.xxh3_64_intdigest(view)
+
+
+def _digest_batch(views: list[memoryview], batch: list[int], out: Digests) -> None:
+    for index in batch:
+        out[index] = xxhash.xxh3_64_intdigest(views[index])
+
+
+def _batches(sizes: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    """Tensors between _PARALLEL and CHUNK, a few megabytes at a time."""
+    middle = np.flatnonzero((sizes >= _PARALLEL) & (sizes <= CHUNK))
+    if not len(middle):
+        return
+    bins = np.cumsum(sizes[middle]) // _BATCH
+    for part in np.split(middle, np.flatnonzero(np.diff(bins)) + 1):
+        yield part.tolist()
+
+
+def seal_slot(arena: Arena, slot: int, version: int, digests: bytes) -> Seal:
+    """Seal a written slot with the digests its writer computed; returns the seal. Does not read the tensors."""
+    seal = Seal(version, root_digest(arena.manifest, digests), digests)
+    arena.seal(slot, seal)
+    return seal
+
+
+def check_slot(arena: Arena, slot: int, threads: int = 1) -> Seal:
+    """Compare the bytes of a slot with its seal; returns the seal.
+
+    Raises DigestMismatch: the slot is not sealed, its digests are not those of its root, or tensors differ (all of them
+    in `names`, the first one's digests as expected and got). Blocks for one pass over the slot.
+    """
+    seal = arena.seal_of(slot)
+    where = f"slot {slot} of {arena.path.name}"
+    if seal is None:
+        raise DigestMismatch("the slot is not sealed", where=where, remedy="push again; nothing was loaded from it")
+    root = root_digest(arena.manifest, seal.digests)
+    if root != seal.root:
+        raise DigestMismatch(
+            "a seal's digests are not those of its root", where=where, expected=seal.root.hex(), got=root.hex()
+        )
+    require_equal(arena.manifest, seal.digests, digest_slot(arena, slot, threads), where)
+    return seal
+
+
+def differing(expected: bytes, got: bytes) -> list[int]:
+    """Indices of the tensors whose digests differ, in manifest order. Both are 8 bytes per tensor."""
+    left, right = np.frombuffer(expected, dtype="<u8"), np.frombuffer(got, dtype="<u8")
+    different: list[int] = np.flatnonzero(left != right).tolist()
+    return different
+
+
+def require_equal(manifest: Manifest, expected: bytes, got: bytes, where: str) -> None:
+    """Raises DigestMismatch naming every tensor whose digest in `got` is not the one in `expected`."""
+    different = differing(expected, got)
+    if not different:
+        return
+    names = tuple(manifest.tensors[index].name for index in different)
+    first = slice(DIGEST_NBYTES * different[0], DIGEST_NBYTES * (different[0] + 1))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    raise DigestMismatch(
+        f"{names[0]}{more}: the bytes are not those that were sealed",
+        where=where,
+        expected=expected[first].hex(),
+        got=got[first].hex(),
+        remedy="push again; if it happens again, look for another process that writes to the arena",
+        names=names,
+    )
