@@ -25,10 +25,10 @@ from bridge.daemon import ray_cluster
 from bridge.errors import BridgeError, ConfigError
 from bridge.journal.ledger import Ledger
 from bridge.journal.state_dir import checked_name
+from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
 from bridge.protocol.coordinator_messages import FromCoordinator, ToCoordinator, WaitRequest
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import FromEngine, ToEngine
-from bridge.protocol.ports import CoordinatorPort, EnginePort, TrainerPort
 
 
 @dataclass

@@ -25,7 +25,7 @@ import msgspec
 import torch
 
 from bridge.config import Config
-from bridge.coordinator.base_weights_check import BaseProof
+from bridge.coordinator.base_weights_check import BaseWeightsCheck
 from bridge.coordinator.health import HealthReport, assess, local_facts
 from bridge.coordinator.reports import LEVELS_OF
 from bridge.errors import (
@@ -43,6 +43,7 @@ from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or
 from bridge.journal.lease import Lease
 from bridge.model.manifest import TensorInfo, validate
 from bridge.model.receipt import Receipt
+from bridge.ports import Choice, CoordinatorPort, EnginePort, Snapshot, TrainerPort, Written, expect
 from bridge.protocol.coordinator_messages import (
     Ask,
     BeginRequest,
@@ -69,7 +70,6 @@ from bridge.protocol.coordinator_messages import (
     ToCoordinator,
 )
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.ports import Choice, CoordinatorPort, EnginePort, Snapshot, TrainerPort, Written, expect
 from bridge.push_settings import PushOptions, Wish, wish
 from bridge.shm.arena import Arena
 from bridge.shm.seal import seal_slot
@@ -132,7 +132,7 @@ class Bridge:
         self._agreed: dict[bool, _Agreed] = {}
         """By whether it is an adapter's."""
         self._engine_infos: tuple[EngineInfo, ...] | None = None
-        self._base = BaseProof(trainer, self._compare, lambda: self.status().weights)
+        self._base = BaseWeightsCheck(trainer, self._compare, lambda: self.status().weights)
         self._closed = False
         self._warned = False
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.generate_options import asked
 from bridge.model.receipt import Receipt
+from bridge.ports import CoordinatorPort, EnginePort, expect
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.coordinator_messages import Finished, WaitRequest
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineGenerated
-from bridge.protocol.ports import CoordinatorPort, EnginePort, expect
 
 CALL_TIMEOUT_S = 60.0
 

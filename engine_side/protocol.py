@@ -1,6 +1,6 @@
 """The engine-adapter protocol: two small halves, filled by every engine.
 
-The *driver* half (`EngineAdapter`) lives in the process that holds the engine's handle. The *rank* half (`RankHost`)
+The *driver* half (`EngineDriver`) lives in the process that holds the engine's handle. The *rank* half (`RankHost`)
 lives in each process that holds live parameters. Between them travel only opaque job frames, in whatever way the engine
 can run one Python function in all of its workers. Answers never come back that way: each rank posts one page in the
 mailbox, so a worker neither raises across an engine's RPC nor needs a return value.
@@ -41,7 +41,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
@@ -51,7 +51,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class AdapterView:
+class LoraView:
     """Where a part of one adapter tensor lies in an engine's slot.
 
     `live` is a view of the slot that holds exactly the elements `index` of the tensor `name` (of its shape in the
@@ -65,7 +65,7 @@ class AdapterView:
     padding: tuple[torch.Tensor, ...] = ()
 
 
-class EngineAdapter(Protocol):
+class EngineDriver(Protocol):
     """The driver half. Called by EngineService only, from one thread at a time except `generate`."""
 
     @property
@@ -233,24 +233,24 @@ class RankHost(Protocol):
         storage of their own in the live model and in later skeletons, values as they are. False when it cannot."""
         ...
 
-    # ---- adapters (LoRA); an engine without LoRA raises UnsupportedLora from `plan_adapter` ----
+    # ---- adapters (LoRA); an engine without LoRA raises UnsupportedLora from `plan_lora` ----
 
-    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+    def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
         """Which dtype each tensor of an adapter (names and shapes of `lora_format`) will have in this rank's slots.
         Writes nothing. Raises UnexpectedTensor (all modules that the engine lacks or did not wrap), ShapeMismatch
         (swapped or wrong shapes), UnsupportedLora (no LoRA here, rank above the maximum)."""
         ...
 
-    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         """Write an adapter into a free slot under a name that was never used before. The tensors are views of the
         arena, whole, and must not be kept. Raises ConfigError when no slot is free; the other slots are untouched."""
         ...
 
-    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+    def lora_views(self, name: str) -> Sequence[LoraView]:
         """Where a loaded adapter's tensors lie in this rank, for the read-back. Raises NotFound."""
         ...
 
-    def remove_adapter(self, name: str) -> None:
+    def remove_lora(self, name: str) -> None:
         """Drop an adapter that no request uses: a load that did not pass. Unknown names are ignored."""
         ...
 

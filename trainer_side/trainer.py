@@ -1,4 +1,4 @@
-"""`TrainerSide`: everything one Bridge needs from the trainer's process, behind `bridge.protocol.ports.TrainerPort`."""
+"""`TrainerSide`: everything one Bridge needs from the trainer's process, behind `bridge.ports.TrainerPort`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bridge.errors import BridgeError, ConfigError, MissingTensor, UnexpectedTen
 from bridge.model import canary
 from bridge.model.lora_format import LoraLimits
 from bridge.model.manifest import TensorInfo
+from bridge.ports import Choice, Snapshot, Written
 from bridge.protocol.coordinator_messages import Reference
-from bridge.protocol.ports import Choice, Snapshot, Written
 from bridge.shm.arena import Arena
 from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.model import LoraModel, View

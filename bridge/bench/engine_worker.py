@@ -18,9 +18,9 @@ from typing import Any
 
 import bridge
 from bridge import entry_points
-from bridge.bench.engine_run import PUSHES, EngineJob, EngineMeasured
-from bridge.bench.run import Timed
-from bridge.bench.worker import QWEN2_05B, Trainer, answer_one
+from bridge.bench.copy_bench import Timed
+from bridge.bench.copy_worker import QWEN2_05B, Trainer, answer_one
+from bridge.bench.engine_bench import PUSHES, EngineJob, EngineMeasured
 from bridge.errors import IntegrityError, NotFound
 
 MADE_UP: dict[str, dict[str, Any]] = {

@@ -78,11 +78,11 @@ class Backend:
 
     def bench(self) -> Any:
         """The bench's module: BenchOptions, run_bench."""
-        return importlib.import_module("bridge.bench.run")
+        return importlib.import_module("bridge.bench.copy_bench")
 
     def engine_bench(self) -> Any:
         """The bench into real engines: run."""
-        return importlib.import_module("bridge.bench.engine_run")
+        return importlib.import_module("bridge.bench.engine_bench")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from bridge.errors import DtypeMismatch, MissingTensor, UnsupportedLora
+from bridge.ports import Snapshot, TrainerPort
 from bridge.protocol.coordinator_messages import Compared
-from bridge.protocol.ports import Snapshot, TrainerPort
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class _Found:
     against: UnsupportedLora | None = None
 
 
-class BaseProof:
+class BaseWeightsCheck:
     """What one Bridge knows of the engines' base weights. Used under the Bridge's push lock.
 
     Args:

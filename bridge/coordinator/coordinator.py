@@ -45,6 +45,7 @@ from bridge.errors import (
 from bridge.journal.ledger import EngineState, Ledger
 from bridge.model.lora_format import split
 from bridge.model.receipt import Receipt
+from bridge.ports import EnginePort
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import (
     Ask,
@@ -74,7 +75,6 @@ from bridge.protocol.coordinator_messages import (
     WaitRequest,
 )
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.ports import EnginePort
 from bridge.shm.mailbox import Mailbox
 from bridge.shm.orphans import clean_orphans
 
@@ -129,7 +129,7 @@ class Coordinator:
         self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir, journal=ledger.path)
         try:
             self.fleet.assign_pages(str(self._mailbox.path), name, Deadline.after(60))
-            left = self.fleet.serve_adapter()
+            left = self.fleet.serve_lora()
             if left is not None:  # by a bridge before this one; its bytes are not ours, but it is what is served
                 self._committed = Served(0, None, None, left)
         except BaseException:
@@ -348,7 +348,7 @@ class Coordinator:
 
     def _run(self, push: OpenPush, request: SubmitRequest) -> None:
         push.mode = request.options.mode
-        push.keeps_adapter = push.mode == "base"
+        push.keeps_lora = push.mode == "base"
         try:
             result = self._push_sealed(push, request)
         except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
@@ -380,11 +380,11 @@ class Coordinator:
             changed=manifest_agreement.changed(push.plan.arena, kept.slot, push.slot) if kept is not None else None,
             previous=kept.slot if kept is not None else None,
             base=now.version if now else None,
-            adapter=self._adapter_name(push),
-            load_adapter=push.plan.adapter is not None,
+            adapter=self._lora_name(push),
+            load_lora=push.plan.adapter is not None,
         )
 
-    def _adapter_name(self, push: OpenPush) -> str | None:
+    def _lora_name(self, push: OpenPush) -> str | None:
         """What "current" means once this push serves: the adapter that it brings, under a name that was never used; the
         one before over new base weights; none over weights that have it merged in."""
         if push.plan.adapter is not None:
@@ -392,9 +392,9 @@ class Coordinator:
             again = f"-again{self._reloads}" if push.holder == ROLLBACK else ""
             return f"{self.name}-v{push.version}-{self._nonce}{again}"
         now = self._committed
-        if now is None or now.name is None or not push.keeps_adapter:
+        if now is None or now.name is None or not push.keeps_lora:
             return None
-        return now.name if self.fleet.hold_adapter(now.name, Deadline.after(30)) else None
+        return now.name if self.fleet.hold_lora(now.name, Deadline.after(30)) else None
 
     def _push_sealed(self, push: OpenPush, request: SubmitRequest) -> Finished:
         target, before = self._target(push, request.options, request.root), self._committed
@@ -453,7 +453,7 @@ class Coordinator:
                 )
             held = to_reload(back, now, self.name)
             push = OpenPush(back.version, held.plan, held.slot, ROLLBACK, submitted=True)
-            push.keeps_adapter = back.name is not None
+            push.keeps_lora = back.name is not None
             self._push = push
         verify = "outputs" if back.version in self._references else "weights"
         mode = mode_of_reload(back, held)
@@ -487,9 +487,9 @@ class Coordinator:
     def _explain(self, request: ExplainRequest) -> Explained:
         with self._lock:
             plan = self._plans.weights
-            of_adapter = self._plans.adapter
-            if of_adapter is not None and (plan is None or split(request.name) is not None):
-                plan = of_adapter
+            of_lora = self._plans.adapter
+            if of_lora is not None and (plan is None or split(request.name) is not None):
+                plan = of_lora
             if plan is None:
                 raise NotFound("nothing was pushed yet, so there is no plan to explain", where=self.name)
         rows = self.fleet.explain(plan.id, request.name, Deadline.after(60))
@@ -511,7 +511,7 @@ class Coordinator:
                 references = self._references.get(held.version, References()) if held else References()
             if held is None or held.weights is None:
                 break
-            found = self.fleet.examine(held, held.weights, references.served, references.with_adapter, deadline)
+            found = self.fleet.examine(held, held.weights, references.served, references.with_lora, deadline)
             with self._lock:
                 # a push that was committed meanwhile makes a report about the version before; look again
                 if self._committed is held:

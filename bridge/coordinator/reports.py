@@ -20,7 +20,7 @@ LEVELS_OF: Mapping[str, tuple[str, ...]] = {
     "weights": WEIGHT_LEVELS,
     "outputs": (*WEIGHT_LEVELS, "canary", "cache"),
 }
-ADAPTER_LEVELS = {"transfer", "coverage", "read-back"}
+LORA_LEVELS = {"transfer", "coverage", "read-back"}
 """What shows that an adapter is the trainer's: its slots are read back whole; there is nothing packed to probe."""
 
 
@@ -95,7 +95,7 @@ def _shown(report: EngineReport, version: int) -> Verified:
     levels = [{level.level: level for level in rank.levels if level.ok} for rank in report.ranks]
     weighed = all(any(rank[name].checked for name in ("read-back", "probe") if name in rank) for rank in levels)
     # without a version before there is nothing to have changed from
-    needed = ADAPTER_LEVELS if report.adapter is not None else set(WEIGHT_LEVELS) - {"change"}
+    needed = LORA_LEVELS if report.adapter is not None else set(WEIGHT_LEVELS) - {"change"}
     whole = all(set(rank) >= needed for rank in levels)
     alone = any(rank.canary_only for rank in report.ranks)
     if weighed and whole and not alone:

@@ -22,6 +22,7 @@ from bridge.journal.ledger import EngineState
 from bridge.model import canary
 from bridge.model.manifest import Manifest
 from bridge.model.receipt import EngineReport
+from bridge.ports import EnginePort, expect
 from bridge.protocol.coordinator_messages import EngineInfo, Options, PlanRequest, Reference
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import (
@@ -45,7 +46,6 @@ from bridge.protocol.engine_messages import (
     EngineResume,
     EngineVersionZero,
 )
-from bridge.protocol.ports import EnginePort, expect
 from bridge.shm.arena import Arena
 from bridge.shm.seal import digest_slot, seal_slot
 
@@ -64,7 +64,7 @@ class Target:
     """A sealed slot on its way into the engines, to be served as `version`. `sealed` is the version that the slot was
     sealed with. `changed` and `previous` refer to what the engines hold at version `base`.
 
-    `adapter` is what "current" means once it serves; with `load_adapter` the slot holds that adapter, else weights.
+    `adapter` is what "current" means once it serves; with `load_lora` the slot holds that adapter, else weights.
     """
 
     plan: int
@@ -79,7 +79,7 @@ class Target:
     previous: int | None
     base: int | None
     adapter: str | None = None
-    load_adapter: bool = False
+    load_lora: bool = False
 
 
 class Fleet:
@@ -149,12 +149,12 @@ class Fleet:
         """Engine -> version it served when it was last heard of."""
         return {name: info.serving for name, info in self._infos.items()}
 
-    def serve_adapter(self) -> str | None:
+    def serve_lora(self) -> str | None:
         """The adapter that every engine was left with by a bridge before this one; None when they do not agree."""
         names = {info.adapter for info in self._infos.values()}
         return names.pop() if len(names) == 1 else None
 
-    def hold_adapter(self, name: str, deadline: Deadline) -> bool:
+    def hold_lora(self, name: str, deadline: Deadline) -> bool:
         """Do all engines still hold it?"""
         return all(name in info.adapters for info in self.hello(deadline, strict=False))
 
@@ -300,9 +300,9 @@ class Fleet:
                 changed=target.changed if current and "read-back" in target.options.levels else None,
                 previous=target.previous if current else None,
                 turn=self._turn,
-                adapter=target.adapter if target.load_adapter else None,
+                adapter=target.adapter if target.load_lora else None,
                 base=target.base_reference,
-                keeps=None if target.load_adapter else target.adapter,
+                keeps=None if target.load_lora else target.adapter,
             )
             return expect(engine.call(message, deadline), EngineLoaded)
 
@@ -362,8 +362,8 @@ class Fleet:
         resume = EngineResume(target.version, RESTORE_TIMEOUT_S, self._turn, target.adapter)
         answer = _outcome(lambda e: expect(e.call(resume, deadline), EngineOk).report, engine)
         if isinstance(answer, BridgeError) and not isinstance(answer, TransportError):
-            plan, slot = (target.plan, target.slot) if not target.load_adapter else (0, None)
-            if target.load_adapter and weights is not None:
+            plan, slot = (target.plan, target.slot) if not target.load_lora else (0, None)
+            if target.load_lora and weights is not None:
                 plan, slot = weights.plan_id, weights.slot
             message = EngineRestore(
                 plan, slot, target.version, str(why), RESTORE_TIMEOUT_S, turn=self._turn, adapter=target.adapter
@@ -425,14 +425,14 @@ class Fleet:
         return [_facts(info) for info in self.hello(deadline, strict=False)]
 
     def examine(
-        self, served: Served, weights: Held, reference: Reference | None, with_adapter: bool, deadline: Deadline
+        self, served: Served, weights: Held, reference: Reference | None, with_lora: bool, deadline: Deadline
     ) -> list[dict[str, Any]]:
         """Fresh read-back, probes and canary of what every engine serves now, its adapter included. Writes nothing."""
         prompts = reference.prompts if reference is not None else ()
         levels = ("transfer", "read-back", "probe")
         check = EngineCheck(
             weights.plan_id, weights.slot, levels, prompts, served.version, deadline.remaining_s,
-            scored=served.name if with_adapter else None,
+            scored=served.name if with_lora else None,
         )  # fmt: skip
         held = served.adapter
         check_adapter = (

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from bridge.errors import StaleVersion
-from bridge.model.lora_format import AdapterSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Reference
 from bridge.shm.arena import Arena
@@ -25,7 +25,7 @@ class Plan:
     partial: bool
     arena: Arena
     slots: dict[int, int] = field(default_factory=dict)
-    adapter: AdapterSpec | None = None
+    adapter: LoraSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class References:
         return self if self.base is not None else References(self.served, self.served)
 
     @property
-    def with_adapter(self) -> bool:
+    def with_lora(self) -> bool:
         """Whether `served` was computed with the adapter acting."""
         return self.base is not None
 
@@ -95,7 +95,7 @@ class OpenPush:
     holder: str
     submitted: bool = False
     mode: str | None = None
-    keeps_adapter: bool = False
+    keeps_lora: bool = False
     """Weights only: the adapter that is served over them stays."""
     since: float = field(default_factory=time.monotonic)
 

@@ -26,11 +26,11 @@ from bridge.config import Config
 from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
 from bridge.journal.state_dir import checked_name, state_dir
+from bridge.ports import expect
 from bridge.protocol.codec import pack, unpack
 from bridge.protocol.coordinator_messages import Ask, CloseRequest, DaemonIs, FromCoordinator
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineGenerate, EngineHello, EngineIs, FromEngine
-from bridge.protocol.ports import expect
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ LINEAR_A, LINEAR_B = ("lora_A", "weight"), ("lora_B", "weight")
 EMBEDDING_A, EMBEDDING_B = ("lora_embedding_A",), ("lora_embedding_B",)
 
 
-class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LoraSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is announced of an adapter besides its tensors: the one rank of all its pairs."""
 
     rank: int

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Receipt
 from bridge.protocol.codec import ErrorInfo, Message
@@ -80,7 +80,7 @@ class PlanRequest(Message, frozen=True):
     partial: bool
     bound: bool
     timeout_s: float
-    adapter: AdapterSpec | None = None
+    adapter: LoraSpec | None = None
 
 
 class BeginRequest(Message, frozen=True):

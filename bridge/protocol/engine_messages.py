@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bridge.model.lora_format import AdapterSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import EngineReport, LevelResult
 from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling
@@ -27,7 +27,7 @@ class EngineBake(Message, frozen=True):
     tensors: tuple[TensorInfo, ...]
     partial: bool
     timeout_s: float
-    adapter: AdapterSpec | None = None
+    adapter: LoraSpec | None = None
 
 
 class EngineMap(Message, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bridge.model.lora_format import AdapterSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import RankReport
 from bridge.model.regions import Region
@@ -21,7 +21,7 @@ class BakeJob(Message, frozen=True):
     plan: int
     tensors: tuple[TensorInfo, ...]
     partial: bool = False
-    adapter: AdapterSpec | None = None
+    adapter: LoraSpec | None = None
 
 
 class MapJob(Message, frozen=True):
@@ -52,7 +52,7 @@ class LoadJob(Message, frozen=True):
     adapter: str | None = None
 
 
-class DropAdapterJob(Message, frozen=True):
+class DropLoraJob(Message, frozen=True):
     """Drop an adapter that was loaded and did not pass, or is not known here at all."""
 
     adapter: str
@@ -99,7 +99,7 @@ AnyJob = (
     | MapJob
     | ForgetJob
     | LoadJob
-    | DropAdapterJob
+    | DropLoraJob
     | VerifyJob
     | LogprobsJob
     | ReadBackJob

@@ -11,7 +11,7 @@ from bridge.protocol.engine_messages import EngineLoad, EngineMap, EngineReadBac
 from bridge.protocol.rank_jobs import ForgetJob, MapJob, RankDone, RankReadBack, ReadBackJob
 from bridge.shm.arena import Arena
 from bridge.shm.seal import check_slot
-from engine_side.driver.rank_client import RankLine
+from engine_side.driver.rank_client import RankClient
 from engine_side.load.checkpoint import write_checkpoint, write_held
 
 CLOSE_TIMEOUT_S = 10.0
@@ -20,7 +20,7 @@ CLOSE_TIMEOUT_S = 10.0
 class Arenas:
     """Maps and lets go of arenas. Used by one service, one request at a time."""
 
-    def __init__(self, engine_id: str, ranks: RankLine, threads: int) -> None:
+    def __init__(self, engine_id: str, ranks: RankClient, threads: int) -> None:
         self._id = engine_id
         self._ranks = ranks
         self._threads = threads

@@ -6,14 +6,14 @@ import logging
 
 from bridge.errors import BridgeError, NotFound
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.rank_jobs import DropAdapterJob, RankDone
-from engine_side.driver.rank_client import RankLine
-from engine_side.protocol import EngineAdapter
+from bridge.protocol.rank_jobs import DropLoraJob, RankDone
+from engine_side.driver.rank_client import RankClient
+from engine_side.protocol import EngineDriver
 
 log = logging.getLogger(__name__)
 
 
-class Shelf:
+class LoraVersions:
     """Used by one service, one request at a time.
 
     Attributes:
@@ -22,7 +22,7 @@ class Shelf:
         staged: what the push under way has loaded and nobody uses yet.
     """
 
-    def __init__(self, engine: EngineAdapter, ranks: RankLine) -> None:
+    def __init__(self, engine: EngineDriver, ranks: RankClient) -> None:
         self._engine = engine
         self._ranks = ranks
         self._label, self.current = engine.published
@@ -70,7 +70,7 @@ class Shelf:
         staged, self.staged = self.staged, None
         if staged is not None:
             self._ours.add(staged)  # should the drop fail, it is tried again when something is published
-            self._ranks.ask(DropAdapterJob(staged), RankDone, deadline)
+            self._ranks.ask(DropLoraJob(staged), RankDone, deadline)
             self._ours.discard(staged)
 
     def publish(self, version: int, name: str | None) -> None:

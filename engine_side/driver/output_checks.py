@@ -13,8 +13,8 @@ from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineLoad
 from bridge.protocol.rank_jobs import LogprobsJob, Prompts, RankScores, Scores
 from engine_side.driver.level_errors import canary_error
-from engine_side.driver.rank_client import RankLine
-from engine_side.protocol import EngineAdapter
+from engine_side.driver.rank_client import RankClient
+from engine_side.protocol import EngineDriver
 
 _GREEDY = Sampling(max_tokens=1, temperature=0.0)
 
@@ -32,7 +32,7 @@ class Answers:
 class Outputs:
     """The outputs of one engine over its pushes. Called by its service, in the order of a push."""
 
-    def __init__(self, engine_id: str, adapter: EngineAdapter, ranks: RankLine) -> None:
+    def __init__(self, engine_id: str, adapter: EngineDriver, ranks: RankClient) -> None:
         self._id = engine_id
         self._adapter = adapter
         self._ranks = ranks

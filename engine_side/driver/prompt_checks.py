@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bridge.errors import ConfigError
-from engine_side.protocol import EngineAdapter, KnowsVocabulary, Prompts
+from engine_side.protocol import EngineDriver, KnowsVocabulary, Prompts
 
 
-def require_fit(adapter: EngineAdapter, prompts: Prompts) -> None:
+def require_fit(adapter: EngineDriver, prompts: Prompts) -> None:
     """Raises ConfigError, naming the prompt, for one that is empty or longer than can be continued, or that holds an id
     outside the vocabulary: some engines die of it."""
     longest = adapter.max_prompt

@@ -6,16 +6,16 @@ from __future__ import annotations
 from bridge.errors import BridgeError, ConfigError
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import BakeJob, ForgetJob, RankBake, RankDone
-from engine_side.driver.rank_client import RankLine
+from engine_side.driver.rank_client import RankClient
 from engine_side.plan.unfilled import checkpoint_tensors
-from engine_side.protocol import EngineAdapter, MayBeQuantised
+from engine_side.protocol import EngineDriver, MayBeQuantised
 
 _TIMEOUT_S = 600.0
 _PLAN = -1
 """Pushes count theirs from 0."""
 
 
-def require_strategies(engine: str, adapter: EngineAdapter, ranks: RankLine) -> None:
+def require_strategies(engine: str, adapter: EngineDriver, ranks: RankClient) -> None:
     """Raises ConfigError, with the first module's class, for a quantised engine that no push could update. An engine
     whose checkpoint is not at hand is asked by its first push. Blocks for the experiments; writes no live weight."""
     if not isinstance(adapter, MayBeQuantised) or adapter.quantisation is None or adapter.checkpoint is None:

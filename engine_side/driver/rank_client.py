@@ -11,19 +11,19 @@ from bridge.protocol.codec import pack, unpack
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import AnyAnswer, AnyJob, RankAnswer, RankFailed, RankJob
 from bridge.shm.mailbox import Mailbox
-from engine_side.protocol import EngineAdapter
+from engine_side.protocol import EngineDriver
 
 A = TypeVar("A")
 
 
-class RankLine:
+class RankClient:
     """Asks all ranks of one engine. One job at a time.
 
     Attributes:
         touched: some rank may have written to live parameters since this was last set to False.
     """
 
-    def __init__(self, engine_id: str, adapter: EngineAdapter) -> None:
+    def __init__(self, engine_id: str, adapter: EngineDriver) -> None:
         self.touched = False
         self._id = engine_id
         self._adapter = adapter

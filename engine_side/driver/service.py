@@ -1,6 +1,6 @@
 """One engine's half of a push: pause, load, verify, commit or put back, and the gate in front of its generation.
 
-`EngineService` answers the messages of `bridge.protocol.engine_messages` and drives one `EngineAdapter`. It runs in the
+`EngineService` answers the messages of `bridge.protocol.engine_messages` and drives one `EngineDriver`. It runs in the
 EngineActor, or in the user's process for `bridge.attach`. It knows states and order, but neither names of weights nor
 sockets.
 """
@@ -68,12 +68,12 @@ from bridge.protocol.rank_jobs import (
 )
 from engine_side.driver.arenas import Arenas
 from engine_side.driver.level_errors import canary_error, level_error, raise_first_failure
-from engine_side.driver.lora_versions import Shelf
+from engine_side.driver.lora_versions import LoraVersions
 from engine_side.driver.output_checks import Outputs
 from engine_side.driver.prompt_checks import require_fit
 from engine_side.driver.quantised_trial import require_strategies
-from engine_side.driver.rank_client import RankLine
-from engine_side.protocol import EngineAdapter, LivesInALoop
+from engine_side.driver.rank_client import RankClient
+from engine_side.protocol import EngineDriver, LivesInALoop
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change
 class EngineService:
     """Serves one engine. `handle` is called by the coordinator, one request at a time except EngineGenerate."""
 
-    def __init__(self, engine_id: str, adapter: EngineAdapter, *, node: str, threads: int = 1) -> None:
+    def __init__(self, engine_id: str, adapter: EngineDriver, *, node: str, threads: int = 1) -> None:
         self.id = engine_id
         self.adapter = adapter
         self._node = node
@@ -94,12 +94,12 @@ class EngineService:
             self._standing = Standing(engine_id, EngineState.SERVING, 0)  # its own checkpoint is version 0
         self._busy = threading.RLock()
         self._turn = 0
-        self._ranks = RankLine(engine_id, adapter)
+        self._ranks = RankClient(engine_id, adapter)
         self._arenas = Arenas(engine_id, self._ranks, threads)
         self._paused_at: float | None = None
         self._pause_s = 0.0
         self._outputs = Outputs(engine_id, adapter, self._ranks)
-        self._shelf = Shelf(adapter, self._ranks)
+        self._shelf = LoraVersions(adapter, self._ranks)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 

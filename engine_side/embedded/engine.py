@@ -280,7 +280,7 @@ class Engine:
     def _plan_step(self) -> tuple[list[Request], Batch] | None:
         if self._closed:
             return None
-        self._end_without_adapter()
+        self._end_without_lora()
         return self._scheduler.schedule(not self._scheduling, self.weight_version, self.adapter, self._version_of)
 
     def _book(self, chosen: list[Request], tokens: list[int], logprobs: list[float]) -> None:
@@ -326,7 +326,7 @@ class Engine:
             names = self._unused()
         try:
             for name in sorted(names):
-                self._ranks.drop_adapter(name)
+                self._ranks.drop_lora(name)
         finally:  # ranks that cannot be told are lost for good
             with self._changed:
                 self._retired.difference_update(names)
@@ -355,10 +355,10 @@ class Engine:
         if adapter in self._retired:
             remedy = 'ask for "current"'
             raise NotFound("this adapter is retired", where="adapter", got=repr(adapter), remedy=remedy)
-        self.runner.check_adapter(adapter)
+        self.runner.check_lora(adapter)
         return adapter
 
-    def _end_without_adapter(self) -> None:
+    def _end_without_lora(self) -> None:
         """A rank that is asked for an adapter it does not hold would leave the others in the middle of a step."""
         if self.runner.lora is None:
             return

@@ -57,7 +57,7 @@ class Prompts(Message, tag=True, frozen=True):
     adapter: str | None = None
 
 
-class DropAdapter(Message, tag=True, frozen=True):
+class DropLora(Message, tag=True, frozen=True):
     """Drop an adapter that no request uses any more; not answered."""
 
     name: str
@@ -76,7 +76,7 @@ class Done(Message, tag=True, frozen=True):
     collectives: tuple[Count, Count] = (0, 0)
 
 
-Command = Setup | Job | Prompts | DropAdapter | Stop | Batch
+Command = Setup | Job | Prompts | DropLora | Stop | Batch
 
 
 class Child:
@@ -220,13 +220,13 @@ class Ranks:
         """`ModelRunner.prompt_logprobs` in all ranks; rank 0's answer."""
         # before the children are told: what rank 0 refuses must not leave them waiting
         self.runner.check(prompts)
-        self.runner.check_adapter(adapter)
+        self.runner.check_lora(adapter)
         message = Prompts(tuple(tuple(p) for p in prompts), adapter)
         return self._in_step(message, lambda: self.runner.prompt_logprobs(prompts, adapter))
 
-    def drop_adapter(self, name: str) -> None:
+    def drop_lora(self, name: str) -> None:
         """Drop an adapter in all ranks. Unknown names are ignored."""
-        self._in_step(DropAdapter(name), lambda: self.runner.drop_adapter(name))
+        self._in_step(DropLora(name), lambda: self.runner.drop_lora(name))
 
     def run_job(self, job: bytes, deadline: Deadline) -> None:
         """Have every rank run `job`, this one in the calling thread; returns when all have.

@@ -20,7 +20,7 @@ from engine_side.embedded.decoder import CausalLM, Weights, model_class
 from engine_side.embedded.kv import Cached, KVTensors
 from engine_side.embedded.layouts import layout_of
 from engine_side.embedded.loading import load_checkpoint, load_dummy
-from engine_side.embedded.lora.context import NO_ADAPTER
+from engine_side.embedded.lora.context import NO_LORA
 from engine_side.embedded.lora.manager import LoraManager
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.ties import untie
@@ -106,12 +106,12 @@ class ModelRunner:
         """Names of the loaded adapters."""
         return tuple(self.lora.names) if self.lora is not None else ()
 
-    def drop_adapter(self, name: str) -> None:
+    def drop_lora(self, name: str) -> None:
         """Free its slot. Unknown names are ignored."""
         if self.lora is not None and name in self.lora.names:
             self.lora.remove(name)
 
-    def check_adapter(self, name: str | None) -> None:
+    def check_lora(self, name: str | None) -> None:
         """Raises NotFound for the name of an adapter that is not loaded; None, the base model, always is."""
         if name is not None and name not in self.adapters:
             expected = " | ".join(("current", "base", *self.adapters))
@@ -125,7 +125,7 @@ class ModelRunner:
             return
         if self.lora is None:
             raise NotFound("an adapter was asked of an engine without LoRA", got=repr(sorted(set(adapters))))
-        slots = {name: self.lora.slot(name) if name else NO_ADAPTER for name in adapters}
+        slots = {name: self.lora.slot(name) if name else NO_LORA for name in adapters}
         rows = torch.tensor([slots[name] for name in adapters]).repeat_interleave(torch.tensor(counts))
         with self.lora.context.select(rows):
             yield
@@ -208,7 +208,7 @@ class ModelRunner:
         """Log-probability of token i+1 given 0..i, per prompt, on fresh KV that nobody else sees, with this loaded
         adapter (None: the base model). *(collective)* Raises ConfigError for a bad prompt, NotFound."""
         self.check(prompts)
-        self.check_adapter(adapter)
+        self.check_lora(adapter)
         answers: list[list[float]] = []
         for group in _groups(prompts):
             with self._selected([adapter or ""], [sum(map(len, group))]):

@@ -18,7 +18,7 @@ from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.deadline import Deadline
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.ranks import Command, Done, DropAdapter, Job, Jobs, Prompts, Setup, Stop
+from engine_side.embedded.ranks import Command, Done, DropLora, Job, Jobs, Prompts, Setup, Stop
 from engine_side.embedded.runner import Batch, ModelRunner
 
 _SEND_S = 30.0
@@ -39,8 +39,8 @@ def serve(channel: Channel) -> None:
             runner.forward(command)
         elif isinstance(command, Prompts):
             runner.prompt_logprobs(command.prompts, command.adapter)
-        elif isinstance(command, DropAdapter):
-            runner.drop_adapter(command.name)
+        elif isinstance(command, DropLora):
+            runner.drop_lora(command.name)
         elif isinstance(command, Job):
             with tp.until(Deadline.after(command.within_s)):
                 error = jobs.attempt(command.job)

@@ -1,4 +1,4 @@
-"""The embedded engine behind the adapter protocol: `EmbeddedAdapter` (driver) and `EmbeddedRankHost` (each rank)."""
+"""The embedded engine behind the adapter protocol: `EmbeddedDriver` (driver) and `EmbeddedRankHost` (each rank)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, NotFound, UnsupportedLora
-from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
@@ -23,10 +23,10 @@ from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
-from engine_side.protocol import AdapterView, Prompts
+from engine_side.protocol import LoraView, Prompts
 
 
-class EmbeddedAdapter:
+class EmbeddedDriver:
     """The driver half, over an Engine of this process. An `owned` engine ends with `close`, another one runs on."""
 
     kind = "embedded"
@@ -179,23 +179,23 @@ class EmbeddedRankHost:
     def untie(self, names: Sequence[str]) -> bool:
         return self._runner.untie(names)
 
-    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+    def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
         return self._manager().plan(tensors, spec)
 
     @torch.no_grad()
-    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         if name in ("", BASE, CURRENT):
             expected = f"a name other than {BASE!r} and {CURRENT!r}, which requests ask for by these words"
             raise ConfigError("an adapter cannot have this name", where="adapter", expected=expected, got=repr(name))
         self._manager().load(name, tensors, spec)
 
-    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+    def lora_views(self, name: str) -> Sequence[LoraView]:
         if self._runner.lora is None:
             raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name))
         return self._runner.lora.views(name)
 
-    def remove_adapter(self, name: str) -> None:
-        self._runner.drop_adapter(name)
+    def remove_lora(self, name: str) -> None:
+        self._runner.drop_lora(name)
 
     def _manager(self) -> LoraManager:
         if self._runner.lora is None:
@@ -216,13 +216,13 @@ def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:
     return Rank(EmbeddedRankHost(runner)).run
 
 
-def attach(engine: object, canonical: object = None) -> EmbeddedAdapter | None:
+def attach(engine: object, canonical: object = None) -> EmbeddedDriver | None:
     """The adapter of an Engine of this process; None for anything else. It has a loader of its own, so `canonical` is
     not asked."""
-    return EmbeddedAdapter(engine) if isinstance(engine, Engine) else None
+    return EmbeddedDriver(engine) if isinstance(engine, Engine) else None
 
 
-def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedAdapter:
+def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedDriver:
     """Start an engine from a checkpoint folder in this process. Raises ConfigError, naming the argument, for one that
     `EngineConfig` does not have."""
     try:
@@ -234,4 +234,4 @@ def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedAdapter:
             expected=", ".join(name for name in EngineConfig.__struct_fields__ if name != "path"),
             got=str(error),
         ) from error
-    return EmbeddedAdapter(Engine(config), owned=True)
+    return EmbeddedDriver(Engine(config), owned=True)

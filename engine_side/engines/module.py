@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, EngineQuarantined, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Move, Routes
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.live.inplace import reflect, twin_parameter
-from engine_side.protocol import AdapterView, Prompts
+from engine_side.protocol import LoraView, Prompts
 
 RunJob = Callable[[bytes], None]
 """`engine_side.worker.rank.Rank.run` of this process."""
@@ -32,7 +32,7 @@ Canonical = Callable[[nn.Module], Routes]
 """Given the live module, says how checkpoint names map onto it."""
 
 
-class ModuleAdapter:
+class ModuleDriver:
     """The driver half: one rank, in this process. `module` is the live module; never moved, copied or replaced."""
 
     kind = "module"
@@ -89,7 +89,7 @@ class ModuleAdapter:
     def publish(self, version: int, adapter: str | None = None) -> None:
         """A module keeps no label, and holds no adapter: raises NotFound for one."""
         if adapter is not None:
-            raise _no_adapter(adapter)
+            raise _no_lora(adapter)
 
     @property
     def published(self) -> tuple[int, str | None]:
@@ -225,19 +225,19 @@ class ModuleRankHost:
         """Never: the module is its owner's, who tied what is tied."""
         return False
 
-    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+    def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
         """Raises UnsupportedLora: a plain module has no slots for adapters."""
         raise self._unsupported()
 
-    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         """Raises UnsupportedLora."""
         raise self._unsupported()
 
-    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+    def lora_views(self, name: str) -> Sequence[LoraView]:
         """Raises NotFound: there are none."""
-        raise _no_adapter(name)
+        raise _no_lora(name)
 
-    def remove_adapter(self, name: str) -> None:
+    def remove_lora(self, name: str) -> None:
         """There are none to drop."""
 
     def _unsupported(self) -> UnsupportedLora:
@@ -250,13 +250,13 @@ class ModuleRankHost:
         )
 
 
-def _no_adapter(name: str) -> NotFound:
+def _no_lora(name: str) -> NotFound:
     return NotFound("a plain module holds no adapters", where="adapter", got=repr(name))
 
 
-def attach(engine: object, canonical: Canonical | None = None) -> ModuleAdapter | None:
+def attach(engine: object, canonical: Canonical | None = None) -> ModuleDriver | None:
     """The adapter of a module of this process; None for anything else."""
-    return ModuleAdapter(engine, canonical) if isinstance(engine, nn.Module) else None
+    return ModuleDriver(engine, canonical) if isinstance(engine, nn.Module) else None
 
 
 def storages_of(module: nn.Module) -> dict[str, int]:

@@ -12,7 +12,7 @@ from engine_side.engines.common.server_discovery import attach_server, is_url
 
 if TYPE_CHECKING:
     from engine_side.engines.module import Canonical
-    from engine_side.protocol import EngineAdapter
+    from engine_side.protocol import EngineDriver
 
 HOSTED: Mapping[str, str] = {
     "embedded": "engine_side.engines.embedded:host",
@@ -40,11 +40,11 @@ def entry(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def host(spec: str, arguments: Mapping[str, Any]) -> EngineAdapter:
+def host(spec: str, arguments: Mapping[str, Any]) -> EngineDriver:
     """Start the engine that a spec like "embedded:PATH" names, in this process. Blocks until it can serve. Raises
     ConfigError for an unknown scheme or argument, NotFound for a missing folder."""
     scheme, path = check_spec(spec)
-    adapter: EngineAdapter = entry(HOSTED[scheme])(path, dict(arguments))
+    adapter: EngineDriver = entry(HOSTED[scheme])(path, dict(arguments))
     return adapter
 
 
@@ -70,7 +70,7 @@ def environment(spec: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(prefixes)} if prefixes else {}
 
 
-def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
+def adapt(engine: object, canonical: Canonical | None = None) -> EngineDriver:
     """The adapter for an object of this process, or for the server at an address. Raises ConfigError for an object that
     nobody knows, and for an address where nobody answers that can be driven.
 
@@ -80,7 +80,7 @@ def adapt(engine: object, canonical: Canonical | None = None) -> EngineAdapter:
     if is_url(engine):
         return attach_server(str(engine))
     for target in ATTACHED:
-        adapter: EngineAdapter | None = entry(target)(engine, canonical)
+        adapter: EngineDriver | None = entry(target)(engine, canonical)
         if adapter is not None:
             return adapter
     raise ConfigError(

@@ -27,6 +27,7 @@ from engine_side.live.inplace import AttributeSnapshot, Outcome, held
 from engine_side.live.module_tree import Replaced, Tree
 from engine_side.load.arena_views import Lender
 from engine_side.load.copies import Batch, Pair, batches, pair, run_all
+from engine_side.load.explain import explain
 from engine_side.load.sources import Canonical, Slot
 from engine_side.plan.bake import Baked, bake, bind, side_by_side, stand_ins
 from engine_side.plan.loader_errors import LOADER_ERRORS
@@ -34,7 +35,6 @@ from engine_side.plan.quant_groups import torn
 from engine_side.plan.strategies import Choice, Decided, Strategy, decide
 from engine_side.plan.twins import Cluster, Twin, graft, redo
 from engine_side.protocol import RankHost
-from engine_side.verify.explain import explain
 
 
 @dataclass(frozen=True)

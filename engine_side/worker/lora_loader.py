@@ -1,7 +1,7 @@
 """One rank's way from the arena into an adapter slot of its engine, and back out of it for the proof.
 
 An adapter goes beside the weights under a name that was never used before, so nothing that is served changes until it
-is published; what does not pass is dropped. The engine itself says where it put A and B (`AdapterView`), and what lies
+is published; what does not pass is dropped. The engine itself says where it put A and B (`LoraView`), and what lies
 there is compared with the arena bit for bit, the slot's padding with zero.
 """
 
@@ -19,20 +19,20 @@ from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Failure, LevelResult, RankReport
 from bridge.protocol.rank_jobs import RankBake
 from engine_side.live.storage_layout import bits
-from engine_side.protocol import AdapterView, RankHost
+from engine_side.protocol import LoraView, RankHost
 
 SHOWN = 16
 """Failures listed per level."""
 
 
-class AdapterLoader:
+class LoraLoader:
     """A planned adapter of one rank. Blocks; no collectives of its own.
 
     Raises, before anything is written, UnsupportedLora (no module at all, no LoRA in this engine, rank too large),
     UnexpectedTensor (modules that the engine lacks), ShapeMismatch.
     """
 
-    def __init__(self, host: RankHost, tensors: Sequence[TensorInfo], spec: lora_format.AdapterSpec) -> None:
+    def __init__(self, host: RankHost, tensors: Sequence[TensorInfo], spec: lora_format.LoraSpec) -> None:
         self.host = host
         self.spec = spec
         self.pairs = lora_format.pairs(tensors)
@@ -43,7 +43,7 @@ class AdapterLoader:
                 got="none",
                 remedy="check the adapter's target modules, or push mode='merged'",
             )
-        self.dtypes = dict(host.plan_adapter(tensors, spec))
+        self.dtypes = dict(host.plan_lora(tensors, spec))
         self._tensors = tuple(tensors)
         self._manifest: Manifest | None = None
         self._slots: list[Sequence[torch.Tensor]] = []
@@ -67,7 +67,7 @@ class AdapterLoader:
         """Write the slot's adapter under `name` and run the levels. Raises what the engine's loader raises."""
         started = time.perf_counter()
         tensors = self._of(slot)
-        self.host.load_adapter(name, {n: tensors[n] for n in self.dtypes}, self.spec)
+        self.host.load_lora(name, {n: tensors[n] for n in self.dtypes}, self.spec)
         loaded_at = time.perf_counter()
         found = self.verify(slot, name, levels)
         if "change" in levels and previous is not None:
@@ -85,7 +85,7 @@ class AdapterLoader:
     def verify(self, slot: int, name: str | None, levels: Collection[str]) -> tuple[LevelResult, ...]:
         """The levels of this rank. Without a `name` nothing is loaded yet, and coverage weighs the plan alone."""
         out: list[LevelResult] = []
-        views = () if name is None else tuple(self.host.adapter_views(name))
+        views = () if name is None else tuple(self.host.lora_views(name))
         if "coverage" in levels or name is not None:
             out.append(self._coverage(None if name is None else views))
         if "read-back" in levels and name is not None:
@@ -102,7 +102,7 @@ class AdapterLoader:
 
     # ---- levels ------------------------------------------------------------------------------------------------------
 
-    def _coverage(self, views: Sequence[AdapterView] | None) -> LevelResult:
+    def _coverage(self, views: Sequence[LoraView] | None) -> LevelResult:
         """Every module of the adapter is bound: before the load by the plan, after it by what lies in the slots."""
         bound = set(self.dtypes) if views is None else {view.name for view in views if view.live.numel()}
         missing = [n for pair in self.pairs for n in (pair.a.name, pair.b.name) if n in self.dtypes and n not in bound]
@@ -110,7 +110,7 @@ class AdapterLoader:
         note = f"{len(self.pairs)} modules bound" if not missing else ""
         return LevelResult("coverage", not missing and bool(bound), len(self.pairs), failures, note)
 
-    def _read_back(self, slot: int, views: Sequence[AdapterView]) -> LevelResult:
+    def _read_back(self, slot: int, views: Sequence[LoraView]) -> LevelResult:
         tensors = self._of(slot)
         failures: list[Failure] = []
         for view in views:

@@ -20,7 +20,7 @@ from bridge.protocol.rank_jobs import (
     AnyAnswer,
     AnyJob,
     BakeJob,
-    DropAdapterJob,
+    DropLoraJob,
     ExamineJob,
     ExplainJob,
     ForgetJob,
@@ -46,7 +46,7 @@ from engine_side.load.loader import Loader
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import RankHost
 from engine_side.verify.verify import Verifier
-from engine_side.worker.lora_loader import AdapterLoader
+from engine_side.worker.lora_loader import LoraLoader
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 class Planned:
     """A baked plan of this rank and, once mapped, its arena."""
 
-    loader: Loader | AdapterLoader
+    loader: Loader | LoraLoader
     arena: Arena | None = None
     verifier: Verifier | None = None
 
@@ -123,8 +123,8 @@ class Rank:
                 return RankLoaded(self._verify(job))
             case LogprobsJob():
                 return RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
-            case DropAdapterJob():
-                self.host.remove_adapter(job.adapter)
+            case DropLoraJob():
+                self.host.remove_lora(job.adapter)
                 return RankDone()
             case ReadBackJob():
                 return self._read_back(job)
@@ -155,9 +155,9 @@ class Rank:
         self._plans[job.plan] = Planned(loader)
         return answer
 
-    def _loader(self, job: BakeJob) -> Loader | AdapterLoader:
+    def _loader(self, job: BakeJob) -> Loader | LoraLoader:
         if job.adapter is not None:
-            return AdapterLoader(self.host, job.tensors, job.adapter)
+            return LoraLoader(self.host, job.tensors, job.adapter)
         loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
         unused = () if loader.problems else loader.rank_bake().unread
         # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
@@ -185,7 +185,7 @@ class Rank:
 
     def _load(self, job: LoadJob) -> RankReport:
         planned = self._planned(job.plan)
-        if isinstance(planned.loader, AdapterLoader):
+        if isinstance(planned.loader, LoraLoader):
             if job.adapter is None:
                 raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
             return planned.loader.load(job.slot, job.adapter, job.levels, job.previous)
@@ -235,7 +235,7 @@ class Rank:
     def _verify(self, job: VerifyJob) -> RankReport:
         started = time.perf_counter()
         loader = self._planned(job.plan).loader
-        if isinstance(loader, AdapterLoader):
+        if isinstance(loader, LoraLoader):
             levels = loader.verify(job.slot, job.adapter, job.levels)
         else:
             levels = self._verifier(job.plan).run(job.levels, job.slot)
@@ -249,7 +249,7 @@ class Rank:
 
     def _read_back(self, job: ReadBackJob) -> RankReadBack:
         planned = self._planned(job.plan)
-        if planned.arena is None or isinstance(planned.loader, AdapterLoader):
+        if planned.arena is None or isinstance(planned.loader, LoraLoader):
             raise ProtocolError("this plan is not mapped onto an arena yet", got=str(job.plan))
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
             return RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))

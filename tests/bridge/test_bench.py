@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from bridge.bench import run, worker
-from bridge.bench.run import BenchOptions, Job, Measured, Timed
+from bridge.bench import copy_bench, copy_worker
+from bridge.bench.copy_bench import BenchOptions, Job, Measured, Timed
 from bridge.errors import ConfigError, DigestMismatch, PeerLost
 
-SMALL: worker.Shapes = [("m.0.q.weight", (8, 4)), ("m.0.q.bias", (8,)), ("m.0.norm.weight", (8,))]
+SMALL: copy_worker.Shapes = [("m.0.q.weight", (8, 4)), ("m.0.q.bias", (8,)), ("m.0.norm.weight", (8,))]
 
 
 def _job(**given: Any) -> Job:
@@ -40,7 +40,7 @@ def test_figures_of_known_measurements() -> None:
         seen.append((job, environ))
         return _measured(job)
 
-    report = run.run_bench(options, run=run)
+    report = copy_bench.run_bench(options, run=run)
     (result,) = report["results"]
     off = result["variants"]["off"]
     assert (off["median_s"], off["min_s"], off["p90_s"]) == (0.5, 0.45, 0.65)
@@ -56,13 +56,13 @@ def test_figures_of_known_measurements() -> None:
     ((job, environ),) = seen
     assert job.threads == 2
     assert environ["WEIGHBRIDGE_THREADS"] == environ["OMP_NUM_THREADS"] == "2"
-    assert run.TUNABLE in environ["GLIBC_TUNABLES"]
+    assert copy_bench.TUNABLE in environ["GLIBC_TUNABLES"]
     msgspec.json.encode(report)
 
 
 def test_the_cost_of_one_more_tensor_is_the_slope() -> None:
     options = BenchOptions(("many-small",), rounds=3, threads=(1,))
-    report = run.run_bench(options, run=lambda job, environ: _measured(job, off=0.010 + job.count * 5e-6))
+    report = copy_bench.run_bench(options, run=lambda job, environ: _measured(job, off=0.010 + job.count * 5e-6))
     (result,) = report["results"]
     assert result["tensors"] == 18_000
     assert result["per_tensor"]["off"]["us_per_tensor"] == pytest.approx(5.0)
@@ -73,17 +73,17 @@ def test_the_cost_of_one_more_tensor_is_the_slope() -> None:
 def test_a_reference_that_varies_is_called_noisy() -> None:
     one = _measured(_job(shapes="qwen2-0.5b", count=290))
     noisy = msgspec.structs.replace(one, reference=[Timed(s, s) for s in (0.1, 0.1, 0.1, 0.1, 0.2)])
-    (result,) = run.run_bench(BenchOptions(("qwen2-0.5b",), 1, (1,)), run=lambda job, environ: noisy)["results"]
+    (result,) = copy_bench.run_bench(BenchOptions(("qwen2-0.5b",), 1, (1,)), run=lambda job, environ: noisy)["results"]
     assert result["noisy"]
     shared = msgspec.structs.replace(one, others=0.9)
-    (result,) = run.run_bench(BenchOptions(("qwen2-0.5b",), 1, (1,)), run=lambda job, environ: shared)["results"]
+    (result,) = copy_bench.run_bench(BenchOptions(("qwen2-0.5b",), 1, (1,)), run=lambda job, environ: shared)["results"]
     assert result["noisy"]
 
 
 def test_a_tunable_that_the_user_set_is_kept() -> None:
-    environ = run.environment(_job(), {"GLIBC_TUNABLES": "glibc.malloc.check=1"})
-    assert environ["GLIBC_TUNABLES"] == f"glibc.malloc.check=1:{run.TUNABLE}"
-    assert run.environment(_job(), environ)["GLIBC_TUNABLES"] == environ["GLIBC_TUNABLES"]
+    environ = copy_bench.environment(_job(), {"GLIBC_TUNABLES": "glibc.malloc.check=1"})
+    assert environ["GLIBC_TUNABLES"] == f"glibc.malloc.check=1:{copy_bench.TUNABLE}"
+    assert copy_bench.environment(_job(), environ)["GLIBC_TUNABLES"] == environ["GLIBC_TUNABLES"]
 
 
 def test_options_become_jobs() -> None:
@@ -104,26 +104,26 @@ def test_bad_thread_counts(threads: str) -> None:
 
 
 def test_the_shapes_are_those_of_qwen2() -> None:
-    shapes = worker.shapes_of(_job(shapes="qwen2-0.5b", count=290))
+    shapes = copy_worker.shapes_of(_job(shapes="qwen2-0.5b", count=290))
     assert len(dict(shapes)) == 290
     assert sum(torch.Size(shape).numel() for _, shape in shapes) == 494_032_768
-    small = worker.shapes_of(_job(count=18_000))
+    small = copy_worker.shapes_of(_job(count=18_000))
     assert len(dict(small)) == 18_000
 
 
 def test_the_module_holds_exactly_these_tensors() -> None:
-    model = worker.build(SMALL)
+    model = copy_worker.build(SMALL)
     assert [(name, tuple(param.shape)) for name, param in model.named_parameters()] == SMALL
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
 
 
 def test_every_value_changes_each_time_keeps_its_size_and_none_comes_back_soon() -> None:
-    model = worker.build(SMALL)
-    worker.fill(model, seed=0)
-    trainer = worker.Trainer(model)
+    model = copy_worker.build(SMALL)
+    copy_worker.fill(model, seed=0)
+    trainer = copy_worker.Trainer(model)
     seen = [torch.cat([param.detach().view(torch.int16).flatten() for param in model.parameters()])]
     sizes = [param.detach().abs().float().clone() for param in model.parameters()]
-    for _ in range(worker.MANTISSA):
+    for _ in range(copy_worker.MANTISSA):
         trainer.change()
         now = torch.cat([param.detach().view(torch.int16).flatten() for param in model.parameters()])
         assert all(bool((now != before).all()) for before in seen)
@@ -147,26 +147,26 @@ class CopyingBridge:
         return SimpleNamespace(version=len(self.pushed), pause_s=0.5, phases={"load": 0.25})
 
 
-def _bench(skip: str | None = None) -> tuple[worker.Bench, CopyingBridge, list[int]]:
-    trainer, engine = worker.build(SMALL), worker.build(SMALL)
-    worker.fill(trainer, seed=0)
-    worker.fill(engine, seed=1)
+def _bench(skip: str | None = None) -> tuple[copy_worker.Bench, CopyingBridge, list[int]]:
+    trainer, engine = copy_worker.build(SMALL), copy_worker.build(SMALL)
+    copy_worker.fill(trainer, seed=0)
+    copy_worker.fill(engine, seed=1)
     made = CopyingBridge(engine, skip)
     copies: list[int] = []
-    sink = worker.ModuleSink(made, engine)  # type: ignore[arg-type]
-    return worker.Bench(_job(), worker.Trainer(trainer), sink, lambda: copies.append(1)), made, copies
+    sink = copy_worker.ModuleSink(made, engine)  # type: ignore[arg-type]
+    return copy_worker.Bench(_job(), copy_worker.Trainer(trainer), sink, lambda: copies.append(1)), made, copies
 
 
 def test_each_round_measures_every_variant_and_the_reference_once() -> None:
     run, made, copies = _bench()
     first = run.run()
     assert first.phases == {"load": 0.25}
-    assert {name: len(timed) for name, timed in run.variants.items()} == dict.fromkeys(run.VARIANTS, 3)
+    assert {name: len(timed) for name, timed in run.variants.items()} == dict.fromkeys(copy_bench.VARIANTS, 3)
     assert len(run.reference) == 3
     assert len(copies) == 4, "one of them is warm-up"
-    assert len(run.unchanged) == worker.UNCHANGED
-    rounds = made.pushed[-9 - worker.UNCHANGED - 1 : -worker.UNCHANGED - 1]
-    assert sorted(rounds) == sorted(run.VARIANTS * 3)
+    assert len(run.unchanged) == copy_worker.UNCHANGED
+    rounds = made.pushed[-9 - copy_worker.UNCHANGED - 1 : -copy_worker.UNCHANGED - 1]
+    assert sorted(rounds) == sorted(copy_bench.VARIANTS * 3)
     assert run.variants["off"][0].pause_s == 0.5
 
 
@@ -178,16 +178,16 @@ def test_a_push_that_leaves_a_tensor_behind_fails_the_bench(skip: str) -> None:
 
 
 def test_a_worker_that_dies_is_an_error_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.sys, "executable", "/bin/false")
+    monkeypatch.setattr(copy_bench.sys, "executable", "/bin/false")
     with pytest.raises(PeerLost, match="exit code 1"):
-        run.run_worker(_job(), {})
+        copy_bench.run_worker(_job(), {})
 
 
 @pytest.mark.timeout(120)
 def test_a_real_measurement_in_a_process_of_its_own() -> None:
     """A few tensors through a real attached bridge; the figures are not judged."""
     job = _job(count=30, rounds=1)
-    measured = run.run_worker(job, run.environment(job))
+    measured = copy_bench.run_worker(job, copy_bench.environment(job))
     assert measured.tensors == 30
     assert measured.nbytes == 30 * 1024
     assert all(len(timed) == 1 and timed[0].seconds > 0 for timed in measured.variants.values())

@@ -109,9 +109,9 @@ class FakeBackend(commands.Backend):
         )
 
     def bench(self) -> Any:
-        from bridge.bench import run
+        from bridge.bench import copy_bench
 
-        return SimpleNamespace(BenchOptions=run.BenchOptions, run_bench=lambda options, say: BENCH)
+        return SimpleNamespace(BenchOptions=copy_bench.BenchOptions, run_bench=lambda options, say: BENCH)
 
 
 BENCH: dict[str, Any] = {

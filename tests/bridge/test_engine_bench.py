@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from bridge.bench import engine_run
-from bridge.bench.engine_run import EngineJob, EngineMeasured
-from bridge.bench.run import Timed
+from bridge.bench import engine_bench
+from bridge.bench.copy_bench import Timed
+from bridge.bench.engine_bench import EngineJob, EngineMeasured
 from bridge.errors import ConfigError, NotFound
 
 
 @pytest.mark.parametrize("spec", ["vllm", "vllm:", "embedded:x", ":x", ""])
 def test_what_cannot_be_measured(spec: str) -> None:
     with pytest.raises(ConfigError, match="vllm:PATH"):
-        engine_run.run(spec, 1, 0)
+        engine_bench.run(spec, 1, 0)
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"config\.json"):
-        engine_run.run(f"vllm:{tmp_path}", 1, 0)
+        engine_bench.run(f"vllm:{tmp_path}", 1, 0)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
@@ -32,7 +32,7 @@ def test_an_engine_that_is_not_installed(tmp_path: Path) -> None:
         ' "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}'
     )
     with pytest.raises(ConfigError, match="not installed"):
-        engine_run.run(f"vllm:{tmp_path}", 1, 0)
+        engine_bench.run(f"vllm:{tmp_path}", 1, 0)
 
 
 def test_speed_is_the_engines_own_time_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,8 +43,8 @@ def test_speed_is_the_engines_own_time_over_ours(monkeypatch: pytest.MonkeyPatch
         variants = {"unverified": timed(1.0), "bits and probes": timed(4.0), "its own": timed(2.0)}
         return EngineMeasured(job, "its own", 5, 10**9, variants, Timed(9.0, 0.0), 3.0)
 
-    monkeypatch.setattr(engine_run, "_measure", measured)
-    rows: dict[str, Any] = engine_run.run("sglang:anywhere", 3, 0)["variants"]
+    monkeypatch.setattr(engine_bench, "_measure", measured)
+    rows: dict[str, Any] = engine_bench.run("sglang:anywhere", 3, 0)["variants"]
     assert {name: row["ratio"] for name, row in rows.items()} == {
         "unverified": 2.0, "bits and probes": 0.5, "its own": 1.0,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 
 from bridge.errors import BridgeError, ConfigError, NotFound, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name
-from bridge.model.lora_format import AdapterSpec, LoraLimits, names_of
+from bridge.model.lora_format import LoraLimits, LoraSpec, names_of
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
@@ -36,7 +36,7 @@ from bridge.protocol.rank_jobs import (
 )
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
-from engine_side.driver.rank_client import RankLine
+from engine_side.driver.rank_client import RankClient
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool, chain_start
@@ -45,8 +45,8 @@ from engine_side.embedded.loading import load_checkpoint
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
-from engine_side.engines.embedded import EmbeddedAdapter, EmbeddedRankHost
-from engine_side.engines.module import ModuleAdapter, ModuleRankHost
+from engine_side.engines.embedded import EmbeddedDriver, EmbeddedRankHost
+from engine_side.engines.module import ModuleDriver, ModuleRankHost
 from tests.engine_side import embedded_models as tiny
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
@@ -66,8 +66,8 @@ class Lora:
     rank: int
 
     @property
-    def spec(self) -> AdapterSpec:
-        return AdapterSpec(self.rank)
+    def spec(self) -> LoraSpec:
+        return LoraSpec(self.rank)
 
 
 def make_lora(model: Any, seed: int, rank: int, targets: Sequence[str] = ALL) -> Lora:
@@ -94,16 +94,16 @@ class Line:
     """The bridge's own way into all ranks of an engine."""
 
     def __init__(self, engine: Engine) -> None:
-        self.adapter = EmbeddedAdapter(engine)
+        self.adapter = EmbeddedDriver(engine)
         self._mailbox = Mailbox.create("adapters", self.adapter.ranks)
-        self._line = RankLine("engine", self.adapter)
+        self._line = RankClient("engine", self.adapter)
         self._line.assign(self._mailbox.path, 0)
         self._arenas: list[Arena] = []
 
     def ask(self, job: Any, kind: Any) -> Any:
         return self._line.ask(job, kind, Deadline.after(20))
 
-    def plan(self, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec | None = None) -> int:
+    def plan(self, tensors: Mapping[str, torch.Tensor], spec: LoraSpec | None = None) -> int:
         """Bake and map a plan for these tensors, which lie in slot 0 of an arena of its own."""
         infos = tuple(TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items())
         plan = len(self._arenas)
@@ -470,7 +470,7 @@ def test_a_named_adapter_reports_the_version_it_was_published_under_last(start: 
     assert (first.result()[0].weight_version, queued.result()[0].weight_version) == (1, 2)
     line.load("two", two)
     line.adapter.publish(3, "two")
-    assert line.adapter.published == EmbeddedAdapter(engine).published == (3, "two")
+    assert line.adapter.published == EmbeddedDriver(engine).published == (3, "two")
     assert {name: engine.generate([PROMPT], GREEDY, name)[0].weight_version for name in ("one", "two")} == {
         "one": 2,
         "two": 3,
@@ -537,8 +537,8 @@ def test_an_adapter_that_is_dropped_from_under_a_request_ends_only_that_one(star
         until(lambda: len([*engine._scheduler.running, *engine._scheduler.waiting]) == 2)
     until(lambda: len(engine._scheduler.running) == 2)
     engine.pause("keep")
-    EmbeddedRankHost(engine.runner).remove_adapter("one")
-    EmbeddedRankHost(engine.runner).remove_adapter("one")
+    EmbeddedRankHost(engine.runner).remove_lora("one")
+    EmbeddedRankHost(engine.runner).remove_lora("one")
     engine.resume()
     with pytest.raises(NotFound, match="one"):
         call.result()
@@ -618,10 +618,10 @@ def test_a_refused_adapter_costs_one_walk_of_the_model(start: Open, one: Lora, m
     monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
     host = EmbeddedRankHost(engine.runner)
     with pytest.raises(UnexpectedTensor, match=r"not in this model: .*elsewhere.*not wrapped for LoRA: .*layernorm"):
-        host.plan_adapter([*strange, *(TensorInfo(n, "float32", (3, 3)) for n in norms)], one.spec)
+        host.plan_lora([*strange, *(TensorInfo(n, "float32", (3, 3)) for n in norms)], one.spec)
     assert len(walks) == 1
     walks.clear()
-    host.plan_adapter(infos, one.spec)
+    host.plan_lora(infos, one.spec)
     assert not walks
 
 
@@ -633,8 +633,8 @@ def test_an_engine_without_lora_says_so(start: Open, one: Lora) -> None:
         line.load("one", one)
     host = EmbeddedRankHost(engine.runner)
     with pytest.raises(NotFound):
-        host.adapter_views("one")
-    host.remove_adapter("one")
+        host.lora_views("one")
+    host.remove_lora("one")
     line.adapter.retire(["one"])
     with pytest.raises(NotFound):
         line.adapter.publish(1, "one")
@@ -647,7 +647,7 @@ def test_limits_are_told_and_kept(start: Open, model: Any, one: Lora) -> None:
         line.load("big", make_lora(model, 4, MAX_RANK + 1))
     for reserved in ("current", "base", ""):
         with pytest.raises(ConfigError, match="name"):
-            EmbeddedRankHost(engine.runner).load_adapter(reserved, one.tensors, one.spec)
+            EmbeddedRankHost(engine.runner).load_lora(reserved, one.tensors, one.spec)
     line.load("one", one)
     with pytest.raises(ConfigError, match="slot"):
         line.load("two", one)
@@ -672,16 +672,16 @@ def test_lora_options_are_checked(options: Any) -> None:
 
 def test_a_plain_module_takes_no_adapters(one: Lora) -> None:
     module = torch.nn.Linear(2, 2)
-    adapter, host = ModuleAdapter(module), ModuleRankHost(module)
+    adapter, host = ModuleDriver(module), ModuleRankHost(module)
     assert (adapter.lora, adapter.adapters(), host.untie(["weight"])) == (None, (), False)
     adapter.publish(3)
     adapter.retire(["one"])
-    host.remove_adapter("one")
+    host.remove_lora("one")
     with pytest.raises(UnsupportedLora, match="merged"):
-        host.plan_adapter((), one.spec)
+        host.plan_lora((), one.spec)
     with pytest.raises(UnsupportedLora, match="merged"):
-        host.load_adapter("one", one.tensors, one.spec)
-    for call in (lambda: adapter.publish(3, "one"), lambda: host.adapter_views("one")):
+        host.load_lora("one", one.tensors, one.spec)
+    for call in (lambda: adapter.publish(3, "one"), lambda: host.lora_views("one")):
         with pytest.raises(NotFound):
             call()
 

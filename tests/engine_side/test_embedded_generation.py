@@ -21,7 +21,7 @@ from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.scheduler import Request, Scheduler
-from engine_side.engines.embedded import EmbeddedAdapter, attach, host
+from engine_side.engines.embedded import EmbeddedDriver, attach, host
 from tests.engine_side import embedded_models as tiny
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
@@ -262,7 +262,7 @@ def test_a_drain_that_takes_too_long_leaves_the_engine_running(engine: Engine) -
 
 
 def test_past_gate_reads_the_cache_while_others_wait(engine: Engine) -> None:
-    adapter = EmbeddedAdapter(engine)
+    adapter = EmbeddedDriver(engine)
     kept = Call(lambda: engine.generate([PROMPT], LONG))
     until_steps(engine, 3)
     adapter.pause("keep", Deadline.after(5))
@@ -301,7 +301,7 @@ def test_a_failing_step_raises_in_its_caller_and_the_engine_lives(engine: Engine
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("where", ["_end_without_adapter", "schedule", "advance", "_drop_unused"])
+@pytest.mark.parametrize("where", ["_end_without_lora", "schedule", "advance", "_drop_unused"])
 def test_no_error_of_a_step_ends_the_engines_thread(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -403,7 +403,7 @@ def test_a_decoding_request_pushes_out_no_privileged_one() -> None:
 
 
 def test_a_deadline_ends_what_has_not_finished(engine: Engine) -> None:
-    adapter = EmbeddedAdapter(engine)
+    adapter = EmbeddedDriver(engine)
     assert len(adapter.generate([PROMPT], GREEDY, deadline=Deadline.after(20))[0].token_ids) == 24
     with engine._exclusive(Deadline.after(20)), pytest.raises(DeadlineExceeded, match="finished"):  # no step
         adapter.generate([PROMPT], GREEDY, past_gate=True, deadline=Deadline.after(0.05))
@@ -431,7 +431,7 @@ def test_closing_ends_callers(tmp_path: Path, model: Any) -> None:
 
 
 def test_the_adapter_knows_no_other_adapter_and_no_shared_storage(engine: Engine) -> None:
-    adapter = EmbeddedAdapter(engine)
+    adapter = EmbeddedDriver(engine)
     assert (adapter.kind, adapter.ranks, adapter.can_generate) == ("embedded", 1, True)
     with pytest.raises(NotFound, match="current"):
         adapter.generate([PROMPT], GREEDY, adapter="someone")
@@ -445,7 +445,7 @@ def test_the_adapter_knows_no_other_adapter_and_no_shared_storage(engine: Engine
 
 
 def test_one_bridge_at_a_time_drives_an_engine(engine: Engine) -> None:
-    first, second = EmbeddedAdapter(engine), EmbeddedAdapter(engine)
+    first, second = EmbeddedDriver(engine), EmbeddedDriver(engine)
     first.claim("run1")
     with pytest.raises(Busy, match="run1"):
         second.claim("run2")
@@ -457,10 +457,10 @@ def test_one_bridge_at_a_time_drives_an_engine(engine: Engine) -> None:
 
 
 def test_a_refusal_outlives_its_adapter(engine: Engine) -> None:
-    first = EmbeddedAdapter(engine)
+    first = EmbeddedDriver(engine)
     first.refuse("torn")
     first.close()
-    second = EmbeddedAdapter(engine)
+    second = EmbeddedDriver(engine)
     assert second.refusal == "torn"
     with pytest.raises(EngineQuarantined, match="torn"):
         engine.generate([PROMPT], GREEDY)
@@ -470,7 +470,7 @@ def test_a_refusal_outlives_its_adapter(engine: Engine) -> None:
 
 
 def test_the_longest_prompt_can_be_scored_and_continued(engine: Engine) -> None:
-    adapter = EmbeddedAdapter(engine)
+    adapter = EmbeddedDriver(engine)
     longest = adapter.max_prompt
     assert adapter.cache_grain == engine.config.block_size
     prompt = [3] * longest

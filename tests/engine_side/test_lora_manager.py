@@ -26,7 +26,7 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.model.dtypes import dtype_name
-from bridge.model.lora_format import AdapterSpec, names_of
+from bridge.model.lora_format import LoraSpec, names_of
 from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, RMSNorm
@@ -42,7 +42,7 @@ from tests.engine_side import embedded_models as tiny
 from tests.engine_side.lora_ranks import on_ranks
 
 RANK, MAX_RANK = 3, 8
-SPEC = AdapterSpec(RANK)
+SPEC = LoraSpec(RANK)
 Tensors = dict[str, torch.Tensor]
 
 DEEPSEEK: dict[str, Any] = {
@@ -418,7 +418,7 @@ def test_other_bad_adapters(qwen2: Path) -> None:
     assert manager.plan(good, SPEC) == {a: "fp32", b: "fp32"}
     for rank in (MAX_RANK + 1, 0, -1):
         with pytest.raises(UnsupportedLora, match="max_lora_rank"):
-            manager.plan(good, AdapterSpec(rank))
+            manager.plan(good, LoraSpec(rank))
     with pytest.raises(UnexpectedTensor, match="only one"):
         manager.plan(good[:1], SPEC)
     with pytest.raises(UnexpectedTensor, match="not a tensor of an adapter"):

@@ -16,7 +16,7 @@ from bridge.model.dtypes import dtype_name
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import Move, Routes, dense
 from bridge.protocol.codec import Sampling
-from engine_side.engines.module import ModuleAdapter, ModuleRankHost, attach, storages_of
+from engine_side.engines.module import ModuleDriver, ModuleRankHost, attach, storages_of
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import RANK_LEVELS, Verifier
 
@@ -122,7 +122,7 @@ def test_canonical_names_that_are_not_the_live_ones() -> None:
 
 def test_refusal_is_lifted() -> None:
     live = Net().eval()
-    adapter = ModuleAdapter(live)
+    adapter = ModuleDriver(live)
     adapter.refuse("read-back failed")
     adapter.refuse("read-back failed")
     with pytest.raises(EngineQuarantined, match="read-back failed"):
@@ -134,17 +134,17 @@ def test_refusal_is_lifted() -> None:
 
 def test_a_refusal_is_the_modules_own_and_outlives_its_adapter() -> None:
     live = Net().eval()
-    first = ModuleAdapter(live)
+    first = ModuleDriver(live)
     first.refuse("torn")
     first.close()
     with pytest.raises(EngineQuarantined, match="torn"):
         live(torch.arange(3))
-    second = ModuleAdapter(live)
+    second = ModuleDriver(live)
     assert second.refusal == "torn"
     second.refuse("torn again")
     assert first.refusal == "torn again"
     copied = copy.deepcopy(live)  # holds the same torn weights
-    assert ModuleAdapter(copied).refusal == "torn again"
+    assert ModuleDriver(copied).refusal == "torn again"
     second.refuse(None)
     assert first.refusal is None
     live(torch.arange(3))
@@ -155,7 +155,7 @@ def test_a_refusal_is_the_modules_own_and_outlives_its_adapter() -> None:
 
 def test_a_gated_module_can_be_probed_and_nothing_else() -> None:
     source, live = nn.Linear(4, 4), nn.Linear(4, 4)
-    adapter = ModuleAdapter(live)
+    adapter = ModuleDriver(live)
     adapter.claim("run1")
     adapter.refuse("torn")
     loader, verifier = push(live, source)
@@ -169,7 +169,7 @@ def test_a_gated_module_can_be_probed_and_nothing_else() -> None:
 def test_one_bridge_at_a_time_drives_a_module() -> None:
     live = Net()
     names = set(live.state_dict())
-    first, second = ModuleAdapter(live), ModuleAdapter(live)
+    first, second = ModuleDriver(live), ModuleDriver(live)
     first.claim("run1")
     first.claim("run1")
     with pytest.raises(Busy, match="run1") as caught:
@@ -180,24 +180,24 @@ def test_one_bridge_at_a_time_drives_a_module() -> None:
     with pytest.raises(Busy):
         second.claim("run2")
     assert set(live.state_dict()) == names
-    ModuleAdapter(copy.deepcopy(live)).claim("run3")
+    ModuleDriver(copy.deepcopy(live)).claim("run3")
     first.close()
     second.claim("run2")
     second.close()
-    ModuleAdapter(live).claim("forgotten")
+    ModuleDriver(live).claim("forgotten")
     gc.collect()
     first.claim("run1")
 
 
 def test_a_claimed_module_can_be_pickled() -> None:
     live = nn.Linear(2, 2)
-    adapter = ModuleAdapter(live)
+    adapter = ModuleDriver(live)
     adapter.claim("run1")
     restored = pickle.loads(pickle.dumps(live))  # noqa: S301
     assert torch.equal(restored.weight, live.weight)
-    ModuleAdapter(restored).claim("run2")
+    ModuleDriver(restored).claim("run2")
     with pytest.raises(Busy):
-        ModuleAdapter(live).claim("run2")
+        ModuleDriver(live).claim("run2")
 
 
 def test_what_a_module_cannot_do() -> None:
@@ -215,7 +215,7 @@ def test_what_a_module_cannot_do() -> None:
 
 def test_shared_storage_is_refused_by_name() -> None:
     live = Net()
-    adapter = ModuleAdapter(live)
+    adapter = ModuleDriver(live)
     adapter.refuse_shared(frozenset(storages_of(copy.deepcopy(live)).values()))
     with pytest.raises(ConfigError, match="share storage") as caught:
         adapter.refuse_shared(frozenset({live.gain.untyped_storage().data_ptr()}))
@@ -224,7 +224,7 @@ def test_shared_storage_is_refused_by_name() -> None:
 
 def test_shared_storage_is_seen_when_either_side_moves() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    adapter = ModuleAdapter(module)
+    adapter = ModuleDriver(module)
     apart = torch.empty(8)
     storages = frozenset({apart.untyped_storage().data_ptr()})
     adapter.refuse_shared(storages)

@@ -11,9 +11,9 @@ from torch import nn
 
 from bridge.errors import NotFound, UnsupportedLora
 from bridge.model.dtypes import dtype_name
-from bridge.model.lora_format import AdapterSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
-from engine_side.protocol import AdapterView
+from engine_side.protocol import LoraView
 
 Method = Callable[[], Any]
 
@@ -261,16 +261,16 @@ class ToyHost:
     def untie(self, names: Any) -> bool:
         return False
 
-    def plan_adapter(self, tensors: Any, spec: AdapterSpec) -> dict[str, str]:
+    def plan_lora(self, tensors: Any, spec: LoraSpec) -> dict[str, str]:
         raise UnsupportedLora("the toy takes no adapters")
 
-    def load_adapter(self, name: str, tensors: Any, spec: AdapterSpec) -> None:
+    def load_lora(self, name: str, tensors: Any, spec: LoraSpec) -> None:
         raise UnsupportedLora("the toy takes no adapters")
 
-    def adapter_views(self, name: str) -> list[AdapterView]:
+    def lora_views(self, name: str) -> list[LoraView]:
         raise NotFound("the toy takes no adapters", got=name)
 
-    def remove_adapter(self, name: str) -> None:
+    def remove_lora(self, name: str) -> None:
         pass
 
 

@@ -555,12 +555,12 @@ def test_rollback_over_a_base_push_to_an_adapter(make: Make) -> None:
 
 @pytest.mark.parametrize("what", ["resume", "retire", "publish"])
 def test_a_resume_that_fails_once_is_asked_again(make: Make, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
     rig = make()
     rig.push(mode="adapter")
     rig.step()
-    real, calls = getattr(EmbeddedAdapter, what), []
+    real, calls = getattr(EmbeddedDriver, what), []
 
     def once(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(what)
@@ -568,7 +568,7 @@ def test_a_resume_that_fails_once_is_asked_again(make: Make, monkeypatch: pytest
             raise ConfigError("injected")
         return real(self, *args, **options)
 
-    monkeypatch.setattr(EmbeddedAdapter, what, once)
+    monkeypatch.setattr(EmbeddedDriver, what, once)
     assert rig.push(mode="adapter").verified is True
     assert not rig.engine.paused
     assert rig.serves(rig.truth())

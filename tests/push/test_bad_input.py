@@ -38,7 +38,7 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.journal.ledger import Ledger
-from engine_side.engines.embedded import EmbeddedAdapter
+from engine_side.engines.embedded import EmbeddedDriver
 from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.rig import Rig, refused
@@ -505,13 +505,13 @@ def test_a_refused_attach_lets_go_of_the_engine_and_tells_the_first_error(
     def breaks(*args: Any, **options: Any) -> Any:
         raise RuntimeError("the first error")
 
-    def close(adapter: EmbeddedAdapter) -> None:
+    def close(adapter: EmbeddedDriver) -> None:
         closed.append(adapter.engine)
         raise bridge.PeerLost("and a second one")
 
     with monkeypatch.context() as patch:
         patch.setattr(part, breaks)
-        patch.setattr(EmbeddedAdapter, "close", close)
+        patch.setattr(EmbeddedDriver, "close", close)
         with pytest.raises(RuntimeError, match="the first error"):
             bridge.attach(rig.engine)
     assert closed == [rig.engine]
@@ -524,11 +524,11 @@ def test_a_close_that_is_refused_closes_nothing(fresh: Callable[..., Rig], monke
     rig = fresh()
     rig.good_push()
 
-    def refuse_caller(adapter: EmbeddedAdapter) -> None:
+    def refuse_caller(adapter: EmbeddedDriver) -> None:
         raise ConfigError("not in this thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(EmbeddedAdapter, "refuse_caller", refuse_caller, raising=False)
+        patch.setattr(EmbeddedDriver, "refuse_caller", refuse_caller, raising=False)
         with pytest.raises(ConfigError, match="not in this thread"):
             rig.b.close()
     rig.good_push()

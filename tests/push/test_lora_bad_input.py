@@ -14,7 +14,7 @@ from torch import nn
 
 import bridge
 from bridge.errors import BridgeError, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.model.lora_format import AdapterSpec, names_of
+from bridge.model.lora_format import LoraSpec, names_of
 from bridge.model.manifest import TensorInfo
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, everything, stir, wrap
@@ -182,7 +182,7 @@ def test_names_that_the_engine_does_not_know(make: Make, module: str, word: str)
     sent = [TensorInfo(name, "fp32", shape) for name, shape in zip(names_of(module), ((3, 48), (48, 3)), strict=True)]
     good = [TensorInfo(name, "fp32", shape) for name, shape in zip(names_of(Q), ((3, 48), (48, 3)), strict=True)]
     with nothing_changed(rig), refused(UnexpectedTensor, 5, module, word, "mode='merged'") as caught:
-        manager.plan([*good, *sent], AdapterSpec(3))
+        manager.plan([*good, *sent], LoraSpec(3))
     assert caught.value.names == (module,)
 
 
@@ -191,7 +191,7 @@ def test_an_adapter_that_binds_nothing(make: Make) -> None:
     manager = rig.engine.runner.lora
     assert manager is not None
     with nothing_changed(rig), refused(MissingTensor, 5, "binds no module"):
-        manager.plan([], AdapterSpec(3))
+        manager.plan([], LoraSpec(3))
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -217,11 +217,11 @@ def test_wrong_shapes_in_a_plan(make: Make, a: tuple[int, int], b: tuple[int, in
     names = names_of(K)
     sent = [TensorInfo(name, "fp32", shape) for name, shape in zip(names, (a, b), strict=True)]
     with nothing_changed(rig), refused(ShapeMismatch, 5, "A [3, 48], B [24, 3] at rank 3", f"A {list(a)}", what) as got:
-        manager.plan(sent, AdapterSpec(3))
+        manager.plan(sent, LoraSpec(3))
     assert got.value.names == names
     exchanged = [TensorInfo(name, "fp32", shape) for name, shape in zip(names, ((24, 3), (3, 48)), strict=True)]
     with nothing_changed(rig), refused(ShapeMismatch, 5, "exchanged", K):
-        manager.plan(exchanged, AdapterSpec(3))
+        manager.plan(exchanged, LoraSpec(3))
 
 
 def swapped(layer: Any) -> None:

@@ -182,7 +182,7 @@ def _refused(row: Row, model: Any, state: State, mode: str) -> bool:
         )
     if mode == "merged":
         return state is _merged_and_disabled and _in_place(model) and not (row.unmerges and row.mergeable)
-    return not _acts(model, state) or any(str(row).startswith(feature) for feature in NO_ADAPTER)
+    return not _acts(model, state) or any(str(row).startswith(feature) for feature in NO_LORA)
 
 
 COPIES = {"modules_to_save", "trainable_tokens_delta"}
@@ -195,7 +195,7 @@ def _named(model: Any) -> list[tuple[str, Any]]:
         return list(model.named_parameters())
 
 
-NO_ADAPTER = ("lora_bias", "dora", "modules_to_save", "tokens", "bias all")
+NO_LORA = ("lora_bias", "dora", "modules_to_save", "tokens", "bias all")
 """Features that have no form as A and B."""
 
 

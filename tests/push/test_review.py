@@ -115,20 +115,20 @@ def test_a_full_disk_neither_blocks_nor_lies(attached: Any, monkeypatch: pytest.
 def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
     attached: Any, monkeypatch: pytest.MonkeyPatch, always: bool, error: type[Exception]
 ) -> None:
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
     model = tiny_qwen2()
     engine, b = attached(model)
     b.push(model.named_parameters())
-    real = EmbeddedAdapter.resume
+    real = EmbeddedDriver.resume
 
-    def fails(self: EmbeddedAdapter) -> None:
+    def fails(self: EmbeddedDriver) -> None:
         if not always:
-            monkeypatch.setattr(EmbeddedAdapter, "resume", real)
+            monkeypatch.setattr(EmbeddedDriver, "resume", real)
         raise error("resume failed")
 
     perturb(model)
-    monkeypatch.setattr(EmbeddedAdapter, "resume", fails)
+    monkeypatch.setattr(EmbeddedDriver, "resume", fails)
     if always:
         with pytest.raises(bridge.EngineQuarantined, match="committed") as caught:
             b.push(model.named_parameters())
@@ -136,7 +136,7 @@ def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
         assert caught.value.serving == {"engine0": None}
     else:
         receipt = b.push(model.named_parameters())
-    monkeypatch.setattr(EmbeddedAdapter, "resume", real)
+    monkeypatch.setattr(EmbeddedDriver, "resume", real)
     said = _said(b)
     assert receipt is not None
     assert receipt.verified is (not always)
@@ -149,18 +149,18 @@ def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
 
 def _fail(patch: pytest.MonkeyPatch, method: str, times: int, error: type[Exception] = DeadlineExceeded) -> list[str]:
     """The engine's adapter fails at this so many times, then does it. What was asked, in order."""
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
-    real = getattr(EmbeddedAdapter, method)
+    real = getattr(EmbeddedDriver, method)
     asked: list[str] = []
 
-    def fails(self: EmbeddedAdapter, *args: Any, **options: Any) -> Any:
+    def fails(self: EmbeddedDriver, *args: Any, **options: Any) -> Any:
         asked.append(method)
         if len(asked) <= times:
             raise error(f"{method} was late")
         return real(self, *args, **options)
 
-    patch.setattr(EmbeddedAdapter, method, fails)
+    patch.setattr(EmbeddedDriver, method, fails)
     return asked
 
 
@@ -218,9 +218,9 @@ def test_an_engine_that_stays_late_after_the_commit_is_quarantined(
     attached: Any, monkeypatch: pytest.MonkeyPatch, method: str, way: str, mute: bool
 ) -> None:
     """Never held without a reason: callers are refused, and status says why."""
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
-    def mutely(self: EmbeddedAdapter, reason: str | None) -> None:
+    def mutely(self: EmbeddedDriver, reason: str | None) -> None:
         if reason is not None:
             raise DeadlineExceeded("the refusal was late")
 
@@ -233,7 +233,7 @@ def test_an_engine_that_stays_late_after_the_commit_is_quarantined(
     with monkeypatch.context() as patch:
         asked = _fail(patch, method, times=99)
         if mute:
-            patch.setattr(EmbeddedAdapter, "refuse", mutely)
+            patch.setattr(EmbeddedDriver, "refuse", mutely)
         with pytest.raises(bridge.EngineQuarantined, match="late") as caught:
             b.push(model.named_parameters()) if way == "push" else b.rollback()
     assert caught.value.serving == {"engine0": None}
@@ -273,18 +273,18 @@ def test_a_pause_for_an_examination_that_comes_too_late(
     attached: Any, monkeypatch: pytest.MonkeyPatch, wakes: bool
 ) -> None:
     """It falls asleep all the same, after nobody waits for it any more."""
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
     model = tiny_qwen2()
     engine, b = attached(model)
     b.push(model.named_parameters())
 
-    def late(self: EmbeddedAdapter, inflight: str, deadline: Any) -> None:
+    def late(self: EmbeddedDriver, inflight: str, deadline: Any) -> None:
         self.engine.pause(inflight)
         raise DeadlineExceeded("the pause was late")
 
     with monkeypatch.context() as patch:
-        patch.setattr(EmbeddedAdapter, "pause", late)
+        patch.setattr(EmbeddedDriver, "pause", late)
         asked = _fail(patch, "resume", times=0 if wakes else 99)
         assert not b.health().healthy, "it was not examined"
     assert asked
@@ -295,17 +295,17 @@ def test_a_pause_for_an_examination_that_comes_too_late(
 
 
 def test_a_foreign_error_on_the_way_back_quarantines(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
     model = tiny_qwen2()
     _, b = attached(model)
     b.push(model.named_parameters())
     perturb(model)
 
-    def fails(self: EmbeddedAdapter) -> bool:
+    def fails(self: EmbeddedDriver) -> bool:
         raise RuntimeError("engine rpc failed")
 
-    monkeypatch.setattr(EmbeddedAdapter, "reset_caches", fails)
+    monkeypatch.setattr(EmbeddedDriver, "reset_caches", fails)
     with pytest.raises(bridge.EngineQuarantined):
         b.push(model.named_parameters())
     began = time.monotonic()
@@ -355,13 +355,13 @@ def test_verified_says_only_what_was_shown() -> None:
 def test_a_stale_prefix_cache_is_found_whatever_the_block_size(
     attached: Any, monkeypatch: pytest.MonkeyPatch, block_size: int
 ) -> None:
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
     model = tiny_qwen2()
     _, b = attached(model, block_size=block_size)
     b.push(model.named_parameters())
     perturb(model, scale=0.2)
-    monkeypatch.setattr(EmbeddedAdapter, "reset_caches", lambda self: True)
+    monkeypatch.setattr(EmbeddedDriver, "reset_caches", lambda self: True)
     with pytest.raises(bridge.PushAborted, match="cache"):
         b.push(model.named_parameters())
 
@@ -385,7 +385,7 @@ def test_a_push_that_is_under_way_can_be_awaited_after_close(attached: Any) -> N
 
 def test_an_examination_pauses_a_serving_engine(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine_side.driver.output_checks import Outputs
-    from engine_side.engines.embedded import EmbeddedAdapter
+    from engine_side.engines.embedded import EmbeddedDriver
 
     model = tiny_qwen2()
     _, b = attached(model)
@@ -401,8 +401,8 @@ def test_an_examination_pauses_a_serving_engine(attached: Any, monkeypatch: pyte
 
         monkeypatch.setattr(kind, name, spy)
 
-    spied(EmbeddedAdapter, "pause")
+    spied(EmbeddedDriver, "pause")
     spied(Outputs, "scores")
-    spied(EmbeddedAdapter, "resume")
+    spied(EmbeddedDriver, "resume")
     assert b.health().healthy
     assert calls == ["pause", "scores", "resume"]

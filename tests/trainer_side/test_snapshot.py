@@ -22,8 +22,8 @@ from trainer_side.names import naming
 from trainer_side.names.tensor_layout import Collected, WeightSource
 from trainer_side.snapshot import snapshotter
 from trainer_side.snapshot.batches import SMALL
+from trainer_side.snapshot.finite import is_finite
 from trainer_side.snapshot.snapshotter import BLOCK, Snapshotter
-from trainer_side.snapshot.value_checks import is_finite
 
 Pairs = list[tuple[str, torch.Tensor]]
 MakeArena = Callable[..., Arena]

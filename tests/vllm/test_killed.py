@@ -15,7 +15,7 @@ import pytest
 
 import bridge
 from bridge.errors import BridgeError
-from engine_side.engines.vllm.driver import LLMAdapter
+from engine_side.engines.vllm.driver import LLMDriver
 
 pytestmark = pytest.mark.timeout(200)
 PUSH_S, GRACE_S = 10.0, 5.0
@@ -43,9 +43,9 @@ def kill(rig: Any) -> None:
 
 def killing(rig: Any, monkeypatch: pytest.MonkeyPatch, point: str, nth: int, after: bool) -> None:
     """Kill at the nth call of one of the adapter's methods: in its middle, or when it is through."""
-    real, calls = getattr(LLMAdapter, point), [0]
+    real, calls = getattr(LLMDriver, point), [0]
 
-    def hooked(self: LLMAdapter, *arguments: Any, **keywords: Any) -> Any:
+    def hooked(self: LLMDriver, *arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
         if calls[0] != nth:
             return real(self, *arguments, **keywords)
@@ -57,7 +57,7 @@ def killing(rig: Any, monkeypatch: pytest.MonkeyPatch, point: str, nth: int, aft
         finally:
             kill(rig)
 
-    monkeypatch.setattr(LLMAdapter, point, hooked)
+    monkeypatch.setattr(LLMDriver, point, hooked)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from bridge.model.lora_format import names_of
 from trainer_side.lora.layers.expert_slices import Grid, grid_of
 from trainer_side.lora.layers.factors import expert_factors, low_rank, wide_dtype
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.values import ActiveAdapter, LoraParameters
+from trainer_side.lora.layers.values import ActiveLora, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import read_chain
 from trainer_side.lora.state import Watch
 from trainer_side.names.naming import CanonicalMap
@@ -141,7 +141,7 @@ def _unswapped(parameters: LoraParameters) -> bool:
     return parameters.weight.dim() == 3 and not first.get("swapped") and int(first.get("experts", 1)) > 1
 
 
-def acting_dtype(adapters: Sequence[ActiveAdapter]) -> torch.dtype:
+def acting_dtype(adapters: Sequence[ActiveLora]) -> torch.dtype:
     """The dtype that holds every one of these adapters' tensors."""
     dtype = adapters[0].a.dtype
     for adapter in adapters:

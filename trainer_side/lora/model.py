@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from bridge.model.lora_format import AdapterSpec, LoraLimits
-from bridge.protocol.ports import Choice
+from bridge.model.lora_format import LoraLimits, LoraSpec
+from bridge.ports import Choice
 from trainer_side.lora import modes, state
 from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
@@ -50,7 +50,7 @@ class View:
     known: CanonicalMap | None
     named: list[tuple[str, torch.Tensor]]
     computed: list[Computed]
-    adapter: AdapterSpec | None
+    adapter: LoraSpec | None
     state: LoraState
     notes: tuple[str, ...] = ()
     mark: Hashable = None
@@ -244,7 +244,7 @@ class LoraModel:
                 found = modes.bake_merged(self._tree, survey(self._tree, self._watch(now)))
             else:
                 self._ends = self._ends or modes.bake_ends(self._tree)
-                found = modes.bake_adapter(self._tree, survey(self._tree, self._watch(now)), self._ends)
+                found = modes.bake_lora(self._tree, survey(self._tree, self._watch(now)), self._ends)
         _keep(self._baked, key, found)
         return found
 
@@ -299,8 +299,8 @@ def _rank(baked: Baked) -> int:
     return 0 if baked.plan is None else baked.plan.rank
 
 
-def _spec(baked: Baked) -> AdapterSpec | None:
-    return None if baked.plan is None else AdapterSpec(baked.plan.rank)
+def _spec(baked: Baked) -> LoraSpec | None:
+    return None if baked.plan is None else LoraSpec(baked.plan.rank)
 
 
 def _keep(kept: OrderedDict[Hashable, _T], key: Hashable, value: _T) -> None:

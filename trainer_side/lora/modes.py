@@ -140,7 +140,7 @@ def bake_ends(tree: Tree) -> CanonicalMap:
     return _names(tree, places, {}, {place: place.clean for place in places})
 
 
-def bake_adapter(tree: Tree, survey: Survey, ends: CanonicalMap) -> Baked:
+def bake_lora(tree: Tree, survey: Survey, ends: CanonicalMap) -> Baked:
     """The acting adapters alone; `ends` of `bake_ends`."""
     weights: dict[Place, list[Layer]] = {}
     for place in tree.places:

@@ -15,7 +15,7 @@ from bridge.errors import UnsupportedLora
 from trainer_side.lora.layers.dequant import FP8, is_quantized, readable
 from trainer_side.lora.layers.factors import misfit
 from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
-from trainer_side.lora.layers.values import ActiveAdapter, State
+from trainer_side.lora.layers.values import ActiveLora, State
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
 
 PLAIN_VARIANTS = frozenset(
@@ -146,7 +146,7 @@ def _of_levels(
         yield ("DoRA or a transposed layer beside an adapter on its parameter", reason, names, _ELSEWHERE)
     for level in levels:
         for adapter in level.adapters():
-            yield from _of_adapter(chain, level, adapter, kind, name)
+            yield from _of_lora(chain, level, adapter, kind, name)
             if level.state is State.MERGED_DISABLED and adapter.magnitude is not None:
                 reason = "what the merge replaced is not there any more"
                 yield (f"DoRA adapter {adapter.name}, merged and disabled", reason, adapter.variant, "Unmerge it first")
@@ -167,7 +167,7 @@ def is_plain_tensor(weight: torch.Tensor, chain: Chain) -> bool:
     return not is_quantized(chain.base, weight) or weight.dtype in FP8 or weight.dtype == torch.int8
 
 
-def _of_adapter(chain: Chain, level: Level, adapter: ActiveAdapter, kind: str, name: str) -> Iterator[_Found]:
+def _of_lora(chain: Chain, level: Level, adapter: ActiveLora, kind: str, name: str) -> Iterator[_Found]:
     variant = adapter.variant
     if variant in PER_TOKEN_VARIANTS:
         yield (f"adapter {adapter.name} ({variant})", "its effect depends on the token", variant, _ELSEWHERE)
@@ -196,7 +196,7 @@ def _of_adapter(chain: Chain, level: Level, adapter: ActiveAdapter, kind: str, n
         yield from _of_convolution(chain.base, level.wrapper, adapter)
 
 
-def _of_convolution(base: Any, wrapper: Any, adapter: ActiveAdapter) -> Iterator[_Found]:
+def _of_convolution(base: Any, wrapper: Any, adapter: ActiveLora) -> Iterator[_Found]:
     """The product of two convolutions is one convolution only where both see the input alike."""
     groups, mode = getattr(base, "groups", 1), getattr(base, "padding_mode", "zeros")
     if groups != 1:

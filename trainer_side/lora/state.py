@@ -20,7 +20,7 @@ from torch import nn
 from bridge.errors import ConfigError, IntegrityError, UnsupportedLora
 from trainer_side.lora.layers.module_tree import Kind, Wrapper
 from trainer_side.lora.layers.read import lora_parameters
-from trainer_side.lora.layers.values import ActiveAdapter, State
+from trainer_side.lora.layers.values import ActiveLora, State
 from trainer_side.lora.layers.wrapper_chain import Chain, Setting, acting_copy, setting_of
 from trainer_side.names.naming import BASE_HOP
 
@@ -124,7 +124,7 @@ class Watch:
             raise changed_meanwhile()
 
 
-def _scaled_so(scaling: Mapping[str, float], adapter: ActiveAdapter) -> bool:
+def _scaled_so(scaling: Mapping[str, float], adapter: ActiveLora) -> bool:
     expected = scaling.get(adapter.name, scaling.get(""))
     # a factor that is not a number is the check for such values' business
     return expected is not None and (expected == adapter.scaling or (isnan(expected) and isnan(adapter.scaling)))

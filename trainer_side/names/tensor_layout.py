@@ -16,7 +16,7 @@ from torch import nn
 
 from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name
-from bridge.model.lora_format import AdapterSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Region, dense
 from trainer_side.names.naming import (
@@ -94,7 +94,7 @@ class Collected:
     sources: list[torch.Tensor]
     addresses: list[int]
     computed: Mapping[int, Computed] = field(default_factory=dict)
-    adapter: AdapterSpec | None = None
+    adapter: LoraSpec | None = None
     notes: tuple[str, ...] = ()
     state: object = None
 

@@ -17,7 +17,7 @@ from bridge.model.dtypes import dtype_of
 from bridge.model.manifest import TensorSpec
 from bridge.model.regions import Region, dense, follow
 from trainer_side.names.tensor_layout import Part
-from trainer_side.snapshot.value_checks import checked
+from trainer_side.snapshot.finite import checked
 
 SMALL = 256 << 10
 """Bytes; tensors up to this are copied and checked many at a time."""

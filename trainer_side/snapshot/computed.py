@@ -20,7 +20,7 @@ from bridge.model.regions import cut
 from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Computed
 from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
-from trainer_side.snapshot.value_checks import is_finite
+from trainer_side.snapshot.finite import is_finite
 
 
 @dataclass(frozen=True)

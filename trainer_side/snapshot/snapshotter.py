@@ -21,7 +21,7 @@ from bridge.errors import ConfigError, ProtocolError
 from bridge.model.dtypes import dtype_of, itemsize
 from bridge.model.manifest import Manifest
 from bridge.model.regions import cut, dense
-from bridge.protocol.ports import Written
+from bridge.ports import Written
 from bridge.shm.arena import Arena
 from bridge.shm.memcpy import memcmp, memcmp_held, memmove
 from bridge.shm.seal import CHUNK, fold
@@ -29,7 +29,8 @@ from trainer_side.names.tensor_layout import Collected, Layout
 from trainer_side.snapshot.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
 from trainer_side.snapshot.computed import Group, groups
 from trainer_side.snapshot.computed import jobs as computed_jobs
-from trainer_side.snapshot.value_checks import doubtful, is_finite, nonfinite_error, require_fit
+from trainer_side.snapshot.finite import is_finite, nonfinite_error
+from trainer_side.snapshot.value_checks import doubtful, require_fit
 
 _HELD = 64 << 10
 """Bytes below which a comparison keeps the interpreter lock."""

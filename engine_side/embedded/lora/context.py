@@ -10,7 +10,7 @@ import torch
 
 from bridge.errors import ProtocolError
 
-NO_ADAPTER = -1
+NO_LORA = -1
 """Slot of a token that uses the base model alone."""
 
 
@@ -82,7 +82,7 @@ class LoraContext:
 
 
 def _groups(rows: torch.Tensor) -> tuple[Group, ...]:
-    slots = sorted(set(rows.tolist()) - {NO_ADAPTER})
+    slots = sorted(set(rows.tolist()) - {NO_LORA})
     if len(slots) == 1 and bool((rows == slots[0]).all()):
         return (Group(slots[0], None),)
     return tuple(Group(slot, (rows == slot).nonzero().squeeze(1)) for slot in slots)

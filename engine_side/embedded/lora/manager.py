@@ -10,7 +10,7 @@ import torch
 
 from bridge.errors import ConfigError, NotFound
 from bridge.model.dtypes import dtype_name
-from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora import placing
@@ -19,7 +19,7 @@ from engine_side.embedded.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from engine_side.embedded.lora.placing import Place
 from engine_side.embedded.lora.targets import to_wrap
 from engine_side.embedded.parallel import Parallel
-from engine_side.protocol import AdapterView
+from engine_side.protocol import LoraView
 
 _WARM_UP = "warm-up"
 
@@ -94,7 +94,7 @@ class LoraManager:
         """What `context.select` calls this adapter. Raises NotFound."""
         return self._of(name).slot
 
-    def plan(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> dict[str, str]:
+    def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, str]:
         """Tensor -> dtype that it has in the slots. Writes nothing.
 
         Raises UnexpectedTensor (every module that the engine lacks, did not wrap or never calls), MissingTensor (an
@@ -106,12 +106,12 @@ class LoraManager:
             for info in (place.pair.a, place.pair.b)
         }
 
-    def _places(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> tuple[Place, ...]:
+    def _places(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> tuple[Place, ...]:
         silent = {path for path, layer in self._layers.items() if not layer.reached} if self._warmed else set()
         return placing.places(self._model, self._layers, silent, tensors, spec, self.limits.max_rank)
 
     @torch.no_grad()
-    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         """Write an adapter into a free slot. The tensors are whole, in names of `lora_format`, and are not kept.
 
         Raises what `plan` raises, and ConfigError when no slot is free or the name was used before: what was cached
@@ -150,7 +150,7 @@ class LoraManager:
             )
         return slot
 
-    def views(self, name: str) -> list[AdapterView]:
+    def views(self, name: str) -> list[LoraView]:
         """Where the tensors of a loaded adapter lie on this rank. Raises NotFound."""
         held = self._of(name)
         return [

@@ -16,7 +16,7 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.model.dtypes import dtype_of
-from bridge.model.lora_format import AdapterSpec, Pair, pairs
+from bridge.model.lora_format import LoraSpec, Pair, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA
@@ -43,7 +43,7 @@ def places(
     layers: Mapping[str, BaseLayerWithLoRA],
     silent: Collection[str],
     tensors: Sequence[TensorInfo],
-    spec: AdapterSpec,
+    spec: LoraSpec,
     max_rank: int,
 ) -> tuple[Place, ...]:
     """The places of all pairs of an adapter.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from engine_side.embedded.weights import Cut
-from engine_side.protocol import AdapterView
+from engine_side.protocol import LoraView
 
 PartKey = tuple[object, object]
 """(shard id, expert id) as the model's `resolve` gives them to a loader; None where there is none."""
@@ -71,7 +71,7 @@ class Part:
         self.a[slot].zero_()
         self.b[slot].zero_()
 
-    def views(self, slot: int, rank: int, names: tuple[str, str]) -> Iterator[AdapterView]:
+    def views(self, slot: int, rank: int, names: tuple[str, str]) -> Iterator[LoraView]:
         """The live A and B of a slot, and the padding around them."""
         a, b, width, height = self.a[slot], self.b[slot], self.inputs.size, self.outputs.size
         whole = slice(0, rank)
@@ -112,5 +112,5 @@ def _run(cut: Cut) -> slice:
     return slice(cut.start, cut.start + cut.size)
 
 
-def _view(name: str, live: torch.Tensor, index: tuple[slice, ...], *padding: torch.Tensor) -> AdapterView:
-    return AdapterView(name, live, index, tuple(p for p in padding if p.numel()))
+def _view(name: str, live: torch.Tensor, index: tuple[slice, ...], *padding: torch.Tensor) -> LoraView:
+    return LoraView(name, live, index, tuple(p for p in padding if p.numel()))

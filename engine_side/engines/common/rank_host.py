@@ -11,20 +11,20 @@ import torch
 from torch import nn
 
 from bridge.errors import NotFound, UnsupportedLora
-from bridge.model.lora_format import AdapterSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from engine_side.plan.unfilled import unloaded
-from engine_side.protocol import AdapterView, RankHost
+from engine_side.protocol import LoraView, RankHost
 
 
 class Slots(Protocol):
     """An engine's LoRA manager, as its adapter package drives it."""
 
-    def plan(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]: ...
+    def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]: ...
 
-    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None: ...
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None: ...
 
-    def views(self, name: str) -> Sequence[AdapterView]: ...
+    def views(self, name: str) -> Sequence[LoraView]: ...
 
     def remove(self, name: str) -> None: ...
 
@@ -58,16 +58,16 @@ class EngineHost(RankHost, Generic[L]):
         """Never: which layers share a weight is the engine's configuration, of which its kernels have copies."""
         return False
 
-    def plan_adapter(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Mapping[str, str]:
+    def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
         return self._slots().plan(tensors, spec)
 
-    def load_adapter(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         self._slots().load(name, tensors, spec)
 
-    def adapter_views(self, name: str) -> Sequence[AdapterView]:
+    def lora_views(self, name: str) -> Sequence[LoraView]:
         return self._slots(name).views(name)
 
-    def remove_adapter(self, name: str) -> None:
+    def remove_lora(self, name: str) -> None:
         if self.loras is not None:
             self.loras.remove(name)
 

@@ -13,10 +13,10 @@ from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import ExamineJob, RankLoaded
 from bridge.shm.files import directory
 from bridge.shm.mailbox import Mailbox
-from engine_side.driver.rank_client import RankLine
+from engine_side.driver.rank_client import RankClient
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.published_state import number
-from engine_side.protocol import EngineAdapter
+from engine_side.protocol import EngineDriver
 
 LEVELS = ("attributes", "read-back", "probe")
 
@@ -65,10 +65,10 @@ def service(kind: str, ranks: int, state: msg.State, label: str, asleep: bool, r
     yield Check("server driver", True, "a bridge", driver, "" if state.owner else "bridge.attach", not state.owner)
 
 
-def weights(adapter: EngineAdapter, deadline: Deadline) -> Iterator[Check]:
+def weights(adapter: EngineDriver, deadline: Deadline) -> Iterator[Check]:
     """A read-back of every weight against the arena of whoever has pushed, by the ranks themselves."""
     mailbox = Mailbox.create("examine", adapter.ranks, directory=from_environment().shm_dir)
-    line = RankLine("server", adapter)
+    line = RankClient("server", adapter)
     try:
         line.assign(mailbox.path, 0)
         reports = [said.report for said in line.ask(ExamineJob(LEVELS), RankLoaded, deadline)]

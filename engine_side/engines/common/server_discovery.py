@@ -10,10 +10,10 @@ from bridge.coordinator.health import Check
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.http import HttpClient, HttpStatus
-from engine_side.protocol import EngineAdapter
+from engine_side.protocol import EngineDriver
 
 
-class ServedAdapter(EngineAdapter, Protocol):
+class ServerDriver(EngineDriver, Protocol):
     """What an adapter over a server adds."""
 
     def examine(self, deadline: Deadline) -> Iterable[Check]:
@@ -39,14 +39,14 @@ def is_url(engine: object) -> bool:
     return isinstance(engine, str) and engine.startswith(("http://", "https://"))
 
 
-def attach_server(url: str) -> ServedAdapter:
+def attach_server(url: str) -> ServerDriver:
     """The adapter for the server at `url`. Blocks for its answers. Raises ConfigError for an address where nobody
     answers, or somebody that cannot be driven, with what to do about it."""
     client, deadline = HttpClient(url), Deadline.after(ANSWER_S)
     _require_answer(client, deadline)
     for target in SERVERS:
         module, _, attribute = target.partition(":")
-        adapter: ServedAdapter | None = getattr(importlib.import_module(module), attribute)(client, deadline)
+        adapter: ServerDriver | None = getattr(importlib.import_module(module), attribute)(client, deadline)
         if adapter is not None:
             return adapter
     raise ConfigError(

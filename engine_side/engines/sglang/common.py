@@ -80,7 +80,7 @@ class Arguments:
         )
 
 
-class SglangAdapter:
+class SglangDriver:
     """The driver half as far as it is the same everywhere."""
 
     kind = "sglang"
@@ -162,7 +162,7 @@ class SglangAdapter:
 
 
 def read_answer(where: str, ok: bool, message: str) -> Answer:
-    """What the schedulers answered. Raises as `SglangAdapter.ask`."""
+    """What the schedulers answered. Raises as `SglangDriver.ask`."""
     if not ok:
         raise ConfigError(
             "SGLang's schedulers do not know the bridge",

@@ -14,13 +14,13 @@ from engine_side.engines.common import claim
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.common import Arguments
 from engine_side.engines.sglang.in_process_channel import LoopLine
-from engine_side.engines.sglang.remote import FrontedAdapter
+from engine_side.engines.sglang.remote import FrontendDriver
 from engine_side.engines.sglang.versions import check_version
 
 START = f'sglang.Engine(..., custom_weight_loader=["{LOADER}"])'
 
 
-class EngineAdapter(FrontedAdapter):
+class SglangEngineDriver(FrontendDriver):
     """Over one Engine, which stays its owner's, or ends with the adapter where `on_close` ends it."""
 
     def __init__(self, engine: Any, *, on_close: Callable[[], None] | None = None) -> None:
@@ -69,11 +69,11 @@ class EngineAdapter(FrontedAdapter):
             line.give_up()
 
 
-def attach(engine: object, canonical: object = None) -> EngineAdapter | None:
+def attach(engine: object, canonical: object = None) -> SglangEngineDriver | None:
     """The adapter of a `sglang.Engine` of this process; None for anything else. Raises ConfigError for one that was
     started without the loader or the plugin, or that this adapter cannot drive. Does not import SGLang."""
     module = sys.modules.get("sglang.srt.entrypoints.engine")
     if module is None or not isinstance(engine, module.Engine):
         return None
     check_version(str(module.__version__))
-    return EngineAdapter(engine)
+    return SglangEngineDriver(engine)

@@ -13,7 +13,7 @@ from bridge.errors import BridgeError, ConfigError
 from engine_side.engines.common import hosting
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.common import Arguments
-from engine_side.engines.sglang.driver import EngineAdapter
+from engine_side.engines.sglang.driver import SglangEngineDriver
 from engine_side.engines.sglang.versions import check_version
 
 
@@ -34,7 +34,7 @@ class Stop:
             self._leavings.remove()
 
 
-def host(path: str, arguments: Mapping[str, Any]) -> EngineAdapter:
+def host(path: str, arguments: Mapping[str, Any]) -> SglangEngineDriver:
     """Start SGLang on a checkpoint folder; `arguments` are SGLang's own engine arguments. Blocks until it can serve.
     Raises ConfigError, naming the argument, for one that SGLang does not have or does not accept."""
     try:
@@ -50,7 +50,7 @@ def host(path: str, arguments: Mapping[str, Any]) -> EngineAdapter:
     try:
         engine = sglang.Engine(server_args=stated)
         stop = Stop(engine, leavings)
-        return EngineAdapter(engine, on_close=stop)
+        return SglangEngineDriver(engine, on_close=stop)
     except BaseException as error:
         if stop is not None:
             stop()

@@ -19,12 +19,12 @@ from sglang.srt.lora.lora_registry import LoRARef
 
 from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name, dtype_of
-from bridge.model.lora_format import AdapterSpec, Pair, names_of, pairs
+from bridge.model.lora_format import LoraSpec, Pair, names_of, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.engines.sglang.fused_modules import Siblings
 from engine_side.engines.sglang.slot_regions import Placed, places
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.protocol import AdapterView, RankHost
+from engine_side.protocol import LoraView, RankHost
 
 _PEFT = "base_model.model."
 _STACKED = ("A_buffer", "B_buffer")
@@ -45,13 +45,13 @@ class Loras:
         """Name -> SGLang's id of every adapter that is loaded, whoever loaded it."""
         return {ref.lora_name: key for key, ref in self._manager.lora_refs.items()}
 
-    def plan(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> dict[str, str]:
+    def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, str]:
         """Tensor -> dtype of the slot that it goes to. Raises UnexpectedTensor, ShapeMismatch, UnsupportedLora."""
         placed = self._place(tensors, spec)
         buffers = _buffers(self._manager.memory_pool)
         return {view.tensor: dtype_name(buffers[view.buffer].dtype) for view in placed.views}
 
-    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         """Write an adapter into a free slot and pin it there. Raises ConfigError where none is free, or for a name that
         was used."""
         infos = [TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items()]
@@ -72,7 +72,7 @@ class Loras:
             raise
         self._held[name] = placed
 
-    def views(self, name: str) -> list[AdapterView]:
+    def views(self, name: str) -> list[LoraView]:
         """Raises NotFound."""
         placed, key = self._held.get(name), self.names.get(name)
         pool = self._manager.memory_pool
@@ -113,7 +113,7 @@ class Loras:
         loose = {uid for uid in pool.uid_to_buffer_id if uid is not None and not (uid in refs and refs[uid].pinned)}
         pool.remove_lora(pool.eviction_policy.select_victim(loose or {None}))
 
-    def _zeros(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> list[TensorInfo]:
+    def _zeros(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> list[TensorInfo]:
         """What an adapter leaves out of a fused layer: SGLang drops or mistakes the rest unless all of it is there."""
         known = {pair.module for pair in pairs(tensors)}
         out: list[TensorInfo] = []
@@ -126,7 +126,7 @@ class Loras:
                     out.append(TensorInfo(b, pair.b.dtype, (rows, spec.rank)))
         return out
 
-    def _place(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Placed:
+    def _place(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Placed:
         self._require_fit(tensors, spec)
         zeros = self._zeros(tensors, spec)
         total = sum(i.shape[0] * i.shape[1] for i in tensors)
@@ -145,7 +145,7 @@ class Loras:
         return placed
 
     def _traced(
-        self, numbered: Mapping[str, torch.Tensor], tensors: Sequence[TensorInfo], spec: AdapterSpec, codes: torch.dtype
+        self, numbered: Mapping[str, torch.Tensor], tensors: Sequence[TensorInfo], spec: LoraSpec, codes: torch.dtype
     ) -> Any:
         """A pool with one slot of integers, after SGLang's own loader."""
         manager = self._manager
@@ -181,7 +181,7 @@ class Loras:
             ) from error
         return pool
 
-    def _require_fit(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> None:
+    def _require_fit(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> None:
         pool = self._manager.memory_pool
         if spec.rank > pool.max_lora_rank:
             raise UnsupportedLora(
@@ -200,7 +200,7 @@ class Loras:
         if unknown:
             raise self._unexpected(unknown)
 
-    def _require_shapes(self, pair: Pair, spec: AdapterSpec) -> None:
+    def _require_shapes(self, pair: Pair, spec: LoraSpec) -> None:
         """A stack that is right in sum may still be wrong in its parts."""
         shape = self._siblings.shape(pair.module)
         if shape is None:
@@ -234,7 +234,7 @@ class Loras:
         )
 
 
-def _config(tensors: Sequence[TensorInfo], spec: AdapterSpec) -> dict[str, Any]:
+def _config(tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, Any]:
     """What SGLang reads in an adapter's folder. Alpha = rank, for the scaling is in B."""
     modules = {(i.name.rpartition(".lora_")[0]).rpartition(".")[2] for i in tensors}
     return {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.rank, "target_modules": sorted(modules)}

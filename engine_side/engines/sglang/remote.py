@@ -12,7 +12,7 @@ from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, Fronted
 from engine_side.engines.common.published_state import BASE, CURRENT, check_mode, not_held
-from engine_side.engines.sglang.common import Arguments, SglangAdapter
+from engine_side.engines.sglang.common import Arguments, SglangDriver
 from engine_side.engines.sglang.scheduler import FACTS, OPEN, SHUT
 from engine_side.protocol import Prompts
 
@@ -40,7 +40,7 @@ class Line(Protocol):
         ...
 
 
-class FrontedAdapter(Fronted, SglangAdapter):
+class FrontendDriver(Fronted, SglangDriver):
     """`own` says in which process the engine's driver is, for the claim: (pid, start time)."""
 
     def __init__(
@@ -52,7 +52,7 @@ class FrontedAdapter(Fronted, SglangAdapter):
         *,
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        SglangAdapter.__init__(self, arguments, where)
+        SglangDriver.__init__(self, arguments, where)
         Fronted.__init__(self, own, on_close)
         self._line = line
         self._push: Deadline | None = None  # of the push that has the engine paused

@@ -18,7 +18,7 @@ from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.common.http import HttpClient, HttpStatus
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.common import Arguments
-from engine_side.engines.sglang.remote import FrontedAdapter
+from engine_side.engines.sglang.remote import FrontendDriver
 from engine_side.engines.sglang.scheduler import ACTION, FRONT
 from engine_side.engines.sglang.versions import check_version
 
@@ -76,7 +76,7 @@ class HttpLine:
         return kind("the server could not do what was asked", where=self._client.url, got=str(error))
 
 
-class ServerAdapter(FrontedAdapter):
+class SglangServerDriver(FrontendDriver):
     """Over a server that stays its owner's."""
 
     def __init__(self, client: HttpClient, arguments: Arguments) -> None:
@@ -92,7 +92,7 @@ class ServerAdapter(FrontedAdapter):
         yield from server_checks.weights(self, deadline)
 
 
-def recognise(client: HttpClient, deadline: Deadline) -> ServerAdapter | None:
+def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | None:
     """The adapter of an SGLang server; None for anything else. Raises ConfigError, with the remedy, for one that was
     started without the loader or the plugin, or on another node."""
     about = _about(client, deadline)
@@ -105,7 +105,7 @@ def recognise(client: HttpClient, deadline: Deadline) -> ServerAdapter | None:
     if not isinstance(front, msg.FrontIs):
         raise ProtocolError("an answer of the wrong kind", where=client.url, got=type(front).__name__)
     server_checks.require_sight(front, client.url)
-    adapter = ServerAdapter(client, arguments)
+    adapter = SglangServerDriver(client, arguments)
     adapter.facts()
     return adapter
 

@@ -11,7 +11,7 @@ import torch
 
 from bridge.errors import UnsupportedLora
 from bridge.model.manifest import TensorInfo
-from engine_side.protocol import AdapterView
+from engine_side.protocol import LoraView
 
 Codes = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -51,14 +51,14 @@ class Placed:
     views: tuple[View, ...]
     zeros: tuple[tuple[str, Box], ...]
 
-    def of(self, buffers: Mapping[str, torch.Tensor]) -> list[AdapterView]:
+    def of(self, buffers: Mapping[str, torch.Tensor]) -> list[LoraView]:
         """The same in a slot's matrices. The zeros come with the first view."""
         padding = tuple(box.of(buffers[name]) for name, box in self.zeros)
-        out: list[AdapterView] = []
+        out: list[LoraView] = []
         for view in self.views:
             live = view.box.of(buffers[view.buffer])
             index = (slice(view.row, view.row + live.shape[0]), slice(view.column, view.column + live.shape[1]))
-            out.append(AdapterView(view.tensor, live, index, padding if not out else ()))
+            out.append(LoraView(view.tensor, live, index, padding if not out else ()))
         return out
 
 

@@ -24,7 +24,7 @@ class Books(PlainBooks):
     retiring: set[str] = field(default_factory=set)
 
 
-class VllmAdapter:
+class VllmDriver:
     """The driver half as far as it is the same everywhere."""
 
     kind = "vllm"

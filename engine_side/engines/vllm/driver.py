@@ -16,9 +16,9 @@ from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.common.published_state import CURRENT, check_mode, not_held, number
-from engine_side.engines.vllm.common import Books, VllmAdapter, asleep, completion, keeping, parameters
+from engine_side.engines.vllm.common import Books, VllmDriver, asleep, completion, keeping, parameters
 from engine_side.engines.vllm.facts import check_facts, facts_of
-from engine_side.engines.vllm.gate import Gate, running_adapters
+from engine_side.engines.vllm.gate import Gate, running_loras
 from engine_side.engines.vllm.liveness import answered, lost
 from engine_side.engines.vllm.plugin import ADAPTERS, METHOD
 from engine_side.engines.vllm.versions import check_version
@@ -34,7 +34,7 @@ _LATE_S = 3.0
 """How long an engine that did not stop in time is waited for when it is told to go on."""
 
 
-class LLMAdapter(VllmAdapter):
+class LLMDriver(VllmDriver):
     """Over one LLM, which stays its owner's."""
 
     def __init__(self, llm: LLM) -> None:
@@ -291,7 +291,7 @@ class LLMAdapter(VllmAdapter):
         self._books.retiring |= set(names)
         if not self._books.retiring:
             return
-        held, used = self._held(), running_adapters(self._engine)
+        held, used = self._held(), running_loras(self._engine)
         for name in sorted(self._books.retiring.difference(used)):
             if name in held:
                 self._call(partial(self._engine.remove_lora, held[name]))
@@ -303,14 +303,14 @@ class LLMAdapter(VllmAdapter):
             self.gate.lift()
 
 
-def attach(engine: object, canonical: object = None) -> LLMAdapter | None:
+def attach(engine: object, canonical: object = None) -> LLMDriver | None:
     """The adapter of a `vllm.LLM` of this process; None for anything else. Raises ConfigError for one that was started
     without the backend, or that this adapter cannot drive. Does not import vLLM."""
     module = sys.modules.get("vllm.entrypoints.llm")
     if module is None or not isinstance(engine, module.LLM):
         return None
     check_version(str(sys.modules["vllm"].__version__))
-    return LLMAdapter(engine)
+    return LLMDriver(engine)
 
 
 def _storages(engine: Any) -> Iterable[tuple[str, int]]:

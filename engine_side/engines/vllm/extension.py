@@ -31,7 +31,7 @@ def bridge_run(self: Any, frame: bytes | str) -> str:
     return ""
 
 
-def bridge_adapters(self: Any) -> dict[str, int]:
+def bridge_loras(self: Any) -> dict[str, int]:
     """Name -> id of the adapters that the bridge has loaded in this worker."""
     from engine_side.engines.vllm.transfer import BridgeTransfer
 

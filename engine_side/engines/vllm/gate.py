@@ -283,7 +283,7 @@ class _OneAtATime:
             return send(*args, **kwargs)
 
 
-def running_adapters(engine: Any) -> Sequence[str]:
+def running_loras(engine: Any) -> Sequence[str]:
     """Names of the adapters that some running or waiting request uses."""
     states = dict(engine.output_processor.request_states)
     return [state.lora_name for state in states.values() if state.lora_name is not None]

@@ -13,13 +13,13 @@ from engine_side.engines.common import claim, hosting
 from engine_side.engines.vllm.channels import LoopLine
 from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.plugin import BACKEND, register
-from engine_side.engines.vllm.remote import AsyncAdapter
+from engine_side.engines.vllm.remote import AsyncDriver
 from engine_side.engines.vllm.versions import check_version
 
 STOP_S = 20.0
 
 
-class HostedAdapter(AsyncAdapter):
+class HostedDriver(AsyncDriver):
     """Over an AsyncLLM that ends with it."""
 
     def __init__(self, line: LoopLine, leavings: hosting.Leavings) -> None:
@@ -47,7 +47,7 @@ class HostedAdapter(AsyncAdapter):
             self._leavings.remove()
 
 
-def host(path: str, arguments: Mapping[str, Any]) -> HostedAdapter:
+def host(path: str, arguments: Mapping[str, Any]) -> HostedDriver:
     """Start vLLM on a checkpoint folder; `arguments` are vLLM's own engine arguments. Blocks until it can serve. Raises
     ConfigError, naming the argument, for one that vLLM does not have or does not accept."""
     try:
@@ -66,7 +66,7 @@ def host(path: str, arguments: Mapping[str, Any]) -> HostedAdapter:
     try:
         line.engine = line.run(_made(AsyncLLM, config), None)
         line.front = Front.of(line.engine)
-        return HostedAdapter(line, leavings)
+        return HostedDriver(line, leavings)
     except BaseException as error:
         if line.engine is not None:
             line.engine.shutdown(timeout=STOP_S)

@@ -21,13 +21,13 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from bridge.errors import BridgeError, ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name
-from bridge.model.lora_format import AdapterSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Fill, Move, Region
 from bridge.tracing.recorder import Recorder
 from engine_side.plan.bake import stand_ins, uncovered_fills
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.protocol import AdapterView
+from engine_side.protocol import LoraView
 
 _PEFT = "base_model.model."
 _ID_BITS = (1 << 53) - 1
@@ -70,13 +70,13 @@ class Loras:
         """What vLLM's requests carry for a loaded adapter. Raises NotFound."""
         return lora_request(name, self._of(name).adapter_id)
 
-    def plan(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> dict[str, str]:
+    def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, str]:
         """Tensor -> dtype of the slot that it goes to. Raises UnexpectedTensor, ShapeMismatch, UnsupportedLora."""
         placed = self._place(tensors, spec)
         self._require_evictable()
         return {move.tensor: dtype_name(_stack(*placed.stacks[move.target]).dtype) for move in placed.moves}
 
-    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec) -> None:
+    def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         """Write an adapter into a free slot and pin it there. Where none is free, the adapter that was used least
         recently leaves its slot, as vLLM has it. Raises ConfigError where all are pinned or in use, or for a name that
         was used."""
@@ -95,18 +95,18 @@ class Loras:
             raise
         self._held[name] = _Held(adapter_id, {i.name: i.shape for i in infos}, placed)
 
-    def views(self, name: str) -> list[AdapterView]:
+    def views(self, name: str) -> list[LoraView]:
         """Raises NotFound."""
         held = self._of(name)
         slot = self._manager.lora_index_to_id.index(held.adapter_id)
         zeros: dict[str, list[torch.Tensor]] = {}
         for fill in held.placed.zeros:
             zeros.setdefault(fill.target, []).append(_region(_stack(*held.placed.stacks[fill.target])[slot], fill.dest))
-        out: list[AdapterView] = []
+        out: list[LoraView] = []
         for move in held.placed.moves:
             live = _stack(*held.placed.stacks[move.target])[slot]
             view, index = _box(live, move, held.shapes[move.tensor])
-            out.append(AdapterView(move.tensor, view, index, tuple(zeros.pop(move.target, ()))))
+            out.append(LoraView(move.tensor, view, index, tuple(zeros.pop(move.target, ()))))
         return out
 
     def remove(self, name: str) -> None:
@@ -166,7 +166,7 @@ class Loras:
         return frozenset(request.lora_int_id for request in found if request is not None)
 
     def _lora_model(
-        self, adapter_id: int, tensors: Mapping[str, torch.Tensor], spec: AdapterSpec, device: torch.device | str
+        self, adapter_id: int, tensors: Mapping[str, torch.Tensor], spec: LoraSpec, device: torch.device | str
     ) -> LoRAModel:
         """As vLLM makes one from a folder; alpha = rank, since the scaling is in B."""
         return LoRAModel.from_lora_tensors(
@@ -183,7 +183,7 @@ class Loras:
         mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
         return None if mapper is None else mapper.get_rename_mapper()
 
-    def _place(self, tensors: Sequence[TensorInfo], spec: AdapterSpec) -> Placed:
+    def _place(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Placed:
         """Run vLLM's own `set_lora` on layers whose stacks are meta tensors of one slot."""
         if spec.rank > self._limits.max_lora_rank or self._limits.fully_sharded_loras:
             raise UnsupportedLora(
@@ -317,7 +317,7 @@ def _box(slot: torch.Tensor, move: Move, shape: tuple[int, ...]) -> tuple[torch.
 
 
 def _require_full(
-    placed: Placed, targets: Mapping[str, torch.Tensor], tensors: Sequence[TensorInfo], spec: AdapterSpec
+    placed: Placed, targets: Mapping[str, torch.Tensor], tensors: Sequence[TensorInfo], spec: LoraSpec
 ) -> None:
     """vLLM takes a tensor that is too small for a part of one, and leaves zeros: refuse what does not span a slot."""
     shapes = {info.name: info.shape for info in tensors}

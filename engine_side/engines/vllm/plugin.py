@@ -13,7 +13,7 @@ BACKEND = "bridge"
 """What users write: `WeightTransferConfig(backend="bridge")`."""
 METHOD = "bridge_run"
 """The worker method that `collective_rpc` calls by name for a job."""
-ADAPTERS = "bridge_adapters"
+ADAPTERS = "bridge_loras"
 """The one that tells which in-memory adapters a worker holds."""
 FRONT = "bridge_front"
 """What `collective_rpc` of an AsyncLLM answers itself: how a bridge reaches the front of a server."""
@@ -37,7 +37,7 @@ def register() -> None:
     from engine_side.engines.vllm import extension
 
     _stand_in_front()
-    methods = {METHOD: extension.bridge_run, ADAPTERS: extension.bridge_adapters, FRONT: extension.bridge_front}
+    methods = {METHOD: extension.bridge_run, ADAPTERS: extension.bridge_loras, FRONT: extension.bridge_front}
     for name, method in methods.items():
         if not hasattr(WorkerBase, name):
             setattr(WorkerBase, name, method)

@@ -11,7 +11,7 @@ from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, Fronted
 from engine_side.engines.common.published_state import CURRENT, check_mode, not_held
 from engine_side.engines.vllm.channels import Line
-from engine_side.engines.vllm.common import VllmAdapter, asleep, keeping
+from engine_side.engines.vllm.common import VllmDriver, asleep, keeping
 from engine_side.engines.vllm.facts import Facts
 from engine_side.engines.vllm.plugin import METHOD
 from engine_side.protocol import Prompts
@@ -19,7 +19,7 @@ from engine_side.protocol import Prompts
 _VLLMS_WORD = {"drain": "wait", "abort": "abort", "keep": "keep"}
 
 
-class AsyncAdapter(Fronted, VllmAdapter):
+class AsyncDriver(Fronted, VllmDriver):
     """`own` says in which process the engine's driver is, for the claim: (pid, start time)."""
 
     def __init__(
@@ -32,7 +32,7 @@ class AsyncAdapter(Fronted, VllmAdapter):
         remedy: str = "resume it, then try again",
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        VllmAdapter.__init__(self, facts, where)
+        VllmDriver.__init__(self, facts, where)
         Fronted.__init__(self, own, on_close)
         self._line = line
         self._remedy = remedy

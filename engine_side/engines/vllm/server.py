@@ -15,14 +15,14 @@ from engine_side.engines.common import server_checks
 from engine_side.engines.common.http import HttpClient, HttpStatus
 from engine_side.engines.vllm.channels import HttpLine
 from engine_side.engines.vllm.facts import Facts, check_facts
-from engine_side.engines.vllm.remote import AsyncAdapter
+from engine_side.engines.vllm.remote import AsyncDriver
 from engine_side.engines.vllm.versions import check_version
 
 FLAG = '--weight-transfer-config \'{"backend":"bridge"}\''
 START = f"VLLM_SERVER_DEV_MODE=1 vllm serve PATH {FLAG}"
 
 
-class ServerAdapter(AsyncAdapter):
+class VllmServerDriver(AsyncDriver):
     """Over a server that stays its owner's."""
 
     def examine(self, deadline: Deadline) -> Iterator[Check]:
@@ -32,7 +32,7 @@ class ServerAdapter(AsyncAdapter):
         yield from server_checks.weights(self, deadline)
 
 
-def recognise(client: HttpClient, deadline: Deadline) -> ServerAdapter | None:
+def recognise(client: HttpClient, deadline: Deadline) -> VllmServerDriver | None:
     """The adapter of a vLLM server; None for anything else. Raises ConfigError, with the remedy, for one that was
     started without its development endpoints, without the backend, or on another node."""
     version = _version(client, deadline)
@@ -53,7 +53,7 @@ def recognise(client: HttpClient, deadline: Deadline) -> ServerAdapter | None:
         )  # fmt: skip
     server_checks.require_sight(front, client.url)
     own = (os.getpid(), started_at(os.getpid()) or "")
-    return ServerAdapter(line, facts, client.url, own, remedy=f"POST {client.url}/wake_up or /resume")
+    return VllmServerDriver(line, facts, client.url, own, remedy=f"POST {client.url}/wake_up or /resume")
 
 
 def _version(client: HttpClient, deadline: Deadline) -> str | None:

@@ -29,14 +29,14 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 @pytest.mark.parametrize("row", CAUSAL, ids=str)
 def test_computes_what_the_base_model_computes(row: Any) -> None:
     model = build(row, torch.float32)
-    with_adapter = logits(model)
+    with_lora = logits(model)
     with untouched(model):
         base = bare(model)
         plain = logits(base)
     model.base_model.disable_adapter_layers()
     assert torch.equal(plain, logits(model))
     if not row.name.startswith("bias"):
-        assert not torch.allclose(plain, with_adapter, atol=1e-3)
+        assert not torch.allclose(plain, with_lora, atol=1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

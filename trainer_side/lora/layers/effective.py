@@ -18,7 +18,7 @@ from bridge.errors import ConfigError, UnsupportedLora
 from trainer_side.lora.layers.dequant import Given, dequantized
 from trainer_side.lora.layers.factors import expert_factors, expert_rows, low_rank, product, rows_of, wide_dtype
 from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
-from trainer_side.lora.layers.values import ActiveAdapter, State
+from trainer_side.lora.layers.values import ActiveLora, State
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, is_attention, read_chain, unwrapped
 from trainer_side.lora.refusals import refusal, refused
 
@@ -177,7 +177,7 @@ class _Weight:
             (under if sign < 0 or self.kind == "parameter" else over).extend(terms)
         return under, over
 
-    def _sent(self, adapter: ActiveAdapter) -> ActiveAdapter:
+    def _sent(self, adapter: ActiveLora) -> ActiveLora:
         """With the magnitude that was given; the factors are mapped where they are expanded."""
         return adapter if adapter.magnitude is None else replace(adapter, magnitude=self.given(adapter.magnitude))
 
@@ -209,7 +209,7 @@ class _Weight:
 
 
 _Factors = tuple[torch.Tensor, torch.Tensor]
-_Term = tuple[float, ActiveAdapter]
+_Term = tuple[float, ActiveLora]
 
 
 def _sum(
@@ -308,7 +308,7 @@ def _rounded(tensor: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> tor
     return tensor.to(dtype) if dtype.itemsize <= wide.itemsize else tensor.to(wide)
 
 
-def _tensors(adapter: ActiveAdapter) -> list[torch.Tensor]:
+def _tensors(adapter: ActiveLora) -> list[torch.Tensor]:
     held = (adapter.a, adapter.b, adapter.bias, adapter.magnitude, adapter.extra.get("diagonal"))
     return [tensor for tensor in held if tensor is not None]
 
@@ -328,7 +328,7 @@ def _level_identity(level: Level, kind: str, transposed: bool, biased: bool) -> 
         yield (*effect, _address(left), _address(right), norm)
 
 
-def _extra(adapter: ActiveAdapter) -> Hashable:
+def _extra(adapter: ActiveLora) -> Hashable:
     return tuple(
         (key, _address(value) if isinstance(value, torch.Tensor) else value)
         for key, value in sorted(adapter.extra.items())

@@ -12,7 +12,7 @@ import torch
 
 from bridge.errors import UnsupportedLora
 from trainer_side.lora.layers.dequant import Given
-from trainer_side.lora.layers.values import ActiveAdapter
+from trainer_side.lora.layers.values import ActiveLora
 from trainer_side.lora.layers.wrapper_chain import BY_EXPERT, RANK_MAJOR
 
 EXACT = torch.float32
@@ -28,7 +28,7 @@ def wide_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return wide
 
 
-def low_rank(adapter: ActiveAdapter, wide: torch.dtype, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(adapter: ActiveLora, wide: torch.dtype, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
     """(A [r, inputs], B [outputs, r]) as matrices in the dtype `wide`, block diagonals expanded, a diagonal between
     them multiplied into B, scaling not; convolutions flattened; of expert parameters as PEFT holds them.
     """
@@ -42,7 +42,7 @@ def low_rank(adapter: ActiveAdapter, wide: torch.dtype, given: Given) -> tuple[t
 
 
 def expert_factors(
-    adapter: ActiveAdapter, expert: int, wide: torch.dtype, given: Given
+    adapter: ActiveLora, expert: int, wide: torch.dtype, given: Given
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A [r, inputs], B [outputs, r]) of one expert: `A` counts the experts slowest, `B` fastest or as its marker says
     (lora.md 7)."""
@@ -80,7 +80,7 @@ def rows_of(weight: torch.Tensor, kind: str, transposed: bool) -> torch.Tensor:
     )
 
 
-def expert_rows(weight: torch.Tensor, expert: int, adapter: ActiveAdapter | None) -> torch.Tensor:
+def expert_rows(weight: torch.Tensor, expert: int, adapter: ActiveLora | None) -> torch.Tensor:
     """The view of one expert's matrix that has one row per output."""
     one = weight[expert]
     swapped = adapter is None or adapter.extra["swapped"] or adapter.extra["experts"] == 1
@@ -88,7 +88,7 @@ def expert_rows(weight: torch.Tensor, expert: int, adapter: ActiveAdapter | None
     return one if swapped else one.t()
 
 
-def misfit(adapter: ActiveAdapter, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
+def misfit(adapter: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
     """Why an adapter's factors do not fit a weight; None when they do. Shapes only."""
     blocks = (int(adapter.extra.get("blocks_a", 1)), int(adapter.extra.get("blocks_b", 1)))
     a, b = list(adapter.a.shape), list(adapter.b.shape)

@@ -15,7 +15,7 @@ from trainer_side.lora.layers.dequant import FP8, quant_state
 from trainer_side.lora.layers.effective import is_inexact
 from trainer_side.lora.layers.module_tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.values import ActiveAdapter, LoraParameters, State
+from trainer_side.lora.layers.values import ActiveLora, LoraParameters, State
 from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
 from trainer_side.names.naming import identity_of
@@ -273,7 +273,7 @@ def _without_values(item: Extra) -> bool:
     return tensor is None or tensor.is_meta or tensor.numel() == 0
 
 
-def _variant(adapter: ActiveAdapter, experts: bool) -> Feature | None:
+def _variant(adapter: ActiveLora, experts: bool) -> Feature | None:
     """What is special about an adapter's product; None of a plain one."""
     if adapter.variant in PER_TOKEN_VARIANTS:
         return Feature.PER_TOKEN
@@ -284,7 +284,7 @@ def _variant(adapter: ActiveAdapter, experts: bool) -> Feature | None:
     return Feature.EXPANDED if adapter.extra.keys() & {"diagonal", "blocks_a", "blocks_b"} else None
 
 
-def _known_as(adapter: ActiveAdapter) -> tuple[str, str]:
+def _known_as(adapter: ActiveLora) -> tuple[str, str]:
     """(reason, subject) of an adapter that is more than plain LoRA."""
     if adapter.variant in PER_TOKEN_VARIANTS:
         return "", PER_TOKEN_VARIANTS[adapter.variant]

@@ -9,7 +9,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from trainer_side.lora.layers.dequant import quant_state
-from trainer_side.lora.layers.values import ActiveAdapter, LoraParameters, State
+from trainer_side.lora.layers.values import ActiveLora, LoraParameters, State
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
 
 _PACKED = ("qweight", "W_q", "codes")
@@ -104,7 +104,7 @@ def is_transposed(chain: Chain, weight: torch.Tensor) -> bool:
     return getattr(chain.base, "nf", None) == weight.shape[-1] and not hasattr(chain.base, "out_features")
 
 
-def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveAdapter, ...]) -> State:
+def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveLora, ...]) -> State:
     if not levels:
         return chain.saved or State.PLAIN
     states = {level.state for level in levels}

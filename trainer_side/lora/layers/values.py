@@ -26,7 +26,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class ActiveAdapter:
+class ActiveLora:
     """One adapter that acts in the forward now.
 
     Attributes:
@@ -92,7 +92,7 @@ class LoraParameters:
     B: torch.Tensor | None
     scaling: float | None
     bias: torch.Tensor | None
-    adapters: tuple[ActiveAdapter, ...] = ()
+    adapters: tuple[ActiveLora, ...] = ()
     state: State = State.PLAIN
     kind: str = "other"
     transposed: bool = False

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.layers.values import ActiveAdapter, State, TokenRows
+from trainer_side.lora.layers.values import ActiveLora, State, TokenRows
 from trainer_side.names.naming import RESERVED
 
 _CHILDREN = frozenset(
@@ -72,12 +72,12 @@ class Level:
         """Whether it targets a parameter by name, and not the layer."""
         return _own(self.wrapper, "parameter_name") is not None
 
-    def adapters(self) -> tuple[ActiveAdapter, ...]:
+    def adapters(self) -> tuple[ActiveLora, ...]:
         """Those of `names`. Raises UnsupportedLora for what has no A and B."""
         return self._adapters
 
     @cached_property
-    def _adapters(self) -> tuple[ActiveAdapter, ...]:
+    def _adapters(self) -> tuple[ActiveLora, ...]:
         # Another thread may rescale: everybody who computes with this reading has to see one factor.
         return () if self.tokens else tuple(_adapter(self.wrapper, name) for name in self.names)
 
@@ -284,7 +284,7 @@ def is_attention(base: Any) -> bool:
     return isinstance(getattr(base, "in_proj_weight", None), torch.Tensor) and hasattr(base, "out_proj")
 
 
-def _adapter(wrapper: Any, name: str) -> ActiveAdapter:
+def _adapter(wrapper: Any, name: str) -> ActiveLora:
     embedding = getattr(wrapper, "lora_embedding_A", None)
     if embedding is not None and name in embedding:
         a, b, bias, extra = embedding[name], wrapper.lora_embedding_B[name], None, {}
@@ -301,7 +301,7 @@ def _adapter(wrapper: Any, name: str) -> ActiveAdapter:
     if unknown:
         extra["unknown"] = unknown
     variant = (getattr(wrapper, "lora_variant", None) or {}).get(name)
-    return ActiveAdapter(
+    return ActiveLora(
         name=name,
         a=a,
         b=b,

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from bridge.errors import ProtocolError, PushAborted
-from bridge.model.lora_format import AdapterSpec, LoraLimits
+from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import FromCoordinator, Reference, Refused, ToCoordinator
 from bridge.protocol.deadline import Deadline
@@ -60,7 +60,7 @@ class Snapshot(Protocol):
         ...
 
     @property
-    def adapter(self) -> AdapterSpec | None:
+    def adapter(self) -> LoraSpec | None:
         """Set when the tensors are an adapter's and not the model's."""
         ...
 

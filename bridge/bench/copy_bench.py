@@ -163,7 +163,7 @@ def environment(job: Job, base: Mapping[str, str] | None = None) -> dict[str, st
 
 def run_worker(job: Job, environ: Mapping[str, str]) -> Measured:
     """Measure one job in a process of its own. Raises what went wrong there."""
-    return ask_process("bridge.bench.worker", job, Measured, environ)
+    return ask_process("bridge.bench.copy_worker", job, Measured, environ)
 
 
 def ask_process(module: str, job: msgspec.Struct, answer: type[T], environ: Mapping[str, str]) -> T:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import bridge
-from bridge.bench.run import VARIANTS, Failed, Job, Measured, Timed
+from bridge.bench.copy_bench import VARIANTS, Failed, Job, Measured, Timed
 from bridge.client import Bridge
 from bridge.errors import BridgeError, DigestMismatch
 from bridge.protocol.codec import ErrorInfo

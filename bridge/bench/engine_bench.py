@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from bridge.bench.run import Timed, ask_process, machine, stats
+from bridge.bench.copy_bench import Timed, ask_process, machine, stats
 from bridge.errors import ConfigError
 
 PUSHES = {"unverified": "off", "bits and probes": "weights", "everything": "outputs"}
