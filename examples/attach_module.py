@@ -2,8 +2,8 @@
 
     python examples/attach_module.py --steps 5
 
-Needs neither Ray nor an engine: the copy lives in this process, and each push is verified before it returns. A reference
-model for a KL term, or the start of an exponential average, is kept from going stale in the same way.
+Needs neither Ray nor an engine: the copy lives in this process, and each push is verified before it returns. The same
+call keeps a reference model for a KL term, or the start of an exponential average, from going stale.
 """
 
 from __future__ import annotations
