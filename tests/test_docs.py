@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from fnmatch import fnmatch
 from functools import cache
 from itertools import takewhile
@@ -16,7 +17,7 @@ from bridge.cli import commands
 from bridge.config import Config
 from bridge.errors import ERRORS_BY_NAME
 from bridge.model.receipt import LEVELS, Receipt
-from tests.documents import LINK, ROOT, Document, documents
+from tests.documents import LINK, ROOT, SPAN, Document, documents
 
 DOCUMENTS = documents()
 PRODUCT = ("bridge", "trainer_side", "engine_side")
@@ -198,6 +199,14 @@ def test_every_level_error_and_receipt_field_is_documented() -> None:
         assert row.startswith(f"| {error.exit_code} |"), name
     spans = {span for document in DOCUMENTS if document.name == "docs/guarantees.md" for span in document.spans}
     assert set(Receipt.__struct_fields__) - {"at"} - spans == set()
+
+
+def test_the_readme_names_the_extras() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    named = re.search(r"\(extras: ([^)]*)\)", README.text)
+    assert named is not None
+    assert set(SPAN.findall(named[1])) == set(extras)
 
 
 def test_the_readme_is_short() -> None:
