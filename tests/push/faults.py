@@ -75,7 +75,7 @@ def with_moves(patch: Patch, change: Callable[[Move], Move | None]) -> None:
         moves = tuple(m for m in map(change, baked.plan.moves) if m is not None)
         return replace(baked, plan=type(baked.plan)(baked.plan.targets, moves, baked.plan.fills, baked.plan.native))
 
-    patch.setattr(engine_side.loader, "bake", faulty)
+    patch.setattr(engine_side.load.loader, "bake", faulty)
 
 
 def drop_a_move(rig: Rig, patch: Patch) -> None:
