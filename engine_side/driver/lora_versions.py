@@ -1,4 +1,4 @@
-"""The adapters that pushes have brought into one engine: what serves, what the push under way has loaded, what goes."""
+"""LoRA adapters that pushes have brought into one engine: the one that serves, the staged one, those to retire."""
 
 from __future__ import annotations
 

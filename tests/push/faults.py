@@ -55,13 +55,13 @@ def corrupt_a_byte(rig: Rig, patch: Patch) -> None:
     inner = rig.b._coordinator
 
     class Port:
-        def call(self, request: Any, deadline: Any) -> Any:
+        def call(self, request: Any, reply: Any, deadline: Any) -> Any:
             if isinstance(request, SubmitRequest):
                 arena = rig.b.arena
                 assert arena is not None
                 slot = next(s for s in range(arena.slots) if getattr(arena.seal_of(s), "version", 0) == request.version)
                 arena.flat(slot)[arena.manifest.by_name[DOWN].offset + 3] ^= 0x80
-            return inner.call(request, deadline)
+            return inner.call(request, reply, deadline)
 
     patch.setattr(rig.b, "_coordinator", Port())
 
