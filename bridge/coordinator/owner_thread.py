@@ -14,7 +14,7 @@ from bridge.protocol.deadline import Deadline
 
 T = TypeVar("T")
 
-GRACE_S = 1.0
+GRACE_S = 0.25
 """A job has the same deadline as its request, and its own error tells more: it is waited for a little longer."""
 
 

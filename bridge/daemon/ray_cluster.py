@@ -45,7 +45,7 @@ NAMESPACE = "weighbridge"
 START_TIMEOUT_S = 180.0
 ROLLOUTS, ROLLOUT_THREADS = "rollouts", 64
 """Callers of `generate` that an EngineActor serves at once, apart from the control calls."""
-ANSWER_GRACE_S = 2.0
+ANSWER_GRACE_S = 0.5
 """The other side has the same deadline, and its own error tells more: it is waited for a little longer."""
 RAY_FILE = "ray.json"
 OBJECT_STORE_NBYTES = 100 << 20
