@@ -21,7 +21,6 @@ from typing import Any
 from bridge.coordinator.engines import Fleet
 from bridge.coordinator.examination import examine, facts_of
 from bridge.coordinator.layouts import Layouts
-from bridge.coordinator.manifest_agreement import differing_names
 from bridge.coordinator.owner_thread import OwnerThread
 from bridge.coordinator.push_run import PushRunner
 from bridge.coordinator.receipts import scope_of
@@ -61,6 +60,7 @@ from bridge.protocol.deadline import Deadline
 from bridge.push_settings import PushSettings
 from bridge.shm.mailbox import Mailbox
 from bridge.shm.orphans import clean_orphans
+from bridge.shm.seal import differing_tensors
 
 log = logging.getLogger(__name__)
 
@@ -235,13 +235,13 @@ class Coordinator:
             self._runner.note("aborted", version=push.version, reason="dropped before it was sealed")
 
     def _begin(self, request: BeginRequest, deadline: Deadline) -> Begun:
-        plan = self._layouts.current(request.plan)
-        served = self._versions.committed.version if self._versions.committed is not None else None
-        if plan.lora is not None and self._fleet.not_serving(served):
-            self._owner.run(lambda: self._fleet.require_serving(served), deadline, "asking the engines again")
+        plan, versions = self._layouts.current(request.plan), self._versions
+        if plan.lora is not None:
+            served = versions.committed.version if versions.committed is not None else None
+            if self._fleet.not_serving(served):
+                self._owner.run(lambda: self._fleet.require_serving(served), deadline, "asking the engines again")
         with self._lock:
             self._refuse_when_busy()
-            plan, versions = self._layouts.current(request.plan), self._versions
             if request.over is not None and request.over != versions.weights_version:
                 return Begun(0, None, None)
             version = 0 if request.compare else self.ledger.issue(request.version)
@@ -263,10 +263,12 @@ class Coordinator:
         kept = committed.held_in(push.plan) if committed is not None else None
         if kept is None:
             return Compared(False)
-        differing = differing_names(push.plan.arena, kept.slot, push.slot)
-        if not differing:  # what was verified once may have been written to since
-            differing = self._fleet.differing_weights(push.plan, push.slot, deadline)
-        return Compared(True, differing, self._versions.weights_version)
+        specs = push.plan.arena.manifest.tensors
+        found = differing_tensors(push.plan.arena, kept.slot, push.slot)
+        names = tuple(specs[k].name for k in (range(len(specs)) if found is None else found))
+        if not names:  # what was verified once may have been written to since
+            names = self._fleet.differing_weights(push.plan, push.slot, deadline)
+        return Compared(True, names, self._versions.weights_version)
 
     def _submit(self, request: SubmitRequest) -> Accepted:
         with self._lock:
@@ -301,7 +303,7 @@ class Coordinator:
 
     def _run(self, push: OpenPush, request: SubmitRequest) -> None:
         """Run a submitted push on the owner thread. It always leaves a result, and the coordinator free."""
-        result = Finished(None, ErrorInfo.of(BridgeError("the push ended without a result", where=self.name)))
+        result: Finished | None = None
         try:
             self._layouts.drop_unheld(self._versions)
             result = self._runner.push(push, request)
@@ -309,25 +311,22 @@ class Coordinator:
             result = self._runner.give_up(push.version, error)
         finally:
             with self._finished:
-                self._results[push.version] = result
+                self._results[push.version] = result or Finished(None, ErrorInfo("BridgeError", "the push broke off"))
                 for old in sorted(self._results)[:-RESULTS_KEPT]:
                     del self._results[old]
                 self._open = None
                 self._finished.notify_all()
 
     def _wait(self, request: WaitRequest) -> Finished:
-        deadline = Deadline.after(request.timeout_s)
+        version = request.version
         with self._finished:
-            while request.version not in self._results:
-                if self._open is None or self._open.version != request.version:
-                    raise NotFound(
-                        "no such push", where=self.name, got=f"version {request.version}",
-                        remedy="b.history() lists the pushes that have ended",
-                    )  # fmt: skip
-                if deadline.expired:
-                    return Finished(None)
-                self._finished.wait(deadline.remaining_s)
-            return self._results[request.version]
+            if version not in self._results and (self._open is None or self._open.version != version):
+                raise NotFound(
+                    "no such push", where=self.name, got=f"version {version}",
+                    remedy="b.history() lists the pushes that have ended",
+                )  # fmt: skip
+            self._finished.wait_for(lambda: version in self._results, request.timeout_s)
+            return self._results.get(version, Finished(None))
 
     # ---- rollback, questions, end -----------------------------------------------------------------------------------
 

@@ -121,8 +121,8 @@ def _receipt(facts: Mapping[str, Any]) -> Iterator[Check]:
 def _weights(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Check]:
     if "not_examined" in engine:
         yield Check(
-            f"{engine['id']} weights", True, "weights compared with the arena", f"not examined: {engine['not_examined']}",
-            "ask again when it has ended", degraded=True,
+            f"{engine['id']} weights", True, "weights compared with the arena",
+            f"not examined: {engine['not_examined']}", "ask again when it has ended", degraded=True,
         )  # fmt: skip
     if "error" in engine:
         yield Check(f"{engine['id']} weights", False, "weights that can be read back", engine["error"], "see its log")

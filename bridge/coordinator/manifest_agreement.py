@@ -11,8 +11,6 @@ from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense, source_coverage
 from bridge.protocol.coordinator_messages import PlanRequest
 from bridge.protocol.rank_jobs import RankBake
-from bridge.shm.arena import Arena
-from bridge.shm.seal import differing
 
 
 def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest) -> bool:
@@ -91,22 +89,3 @@ def _unbound_advice(request: PlanRequest) -> str:
 def holds(old: Manifest, new: Manifest) -> bool:
     """Does a version of `old` give every tensor that `new` writes?"""
     return all(spec.name in old.by_name and old.by_name[spec.name].shape == spec.shape for spec in new.tensors)
-
-
-def changed_tensors(arena: Arena, old_slot: int, new_slot: int) -> tuple[int, ...] | None:
-    """Manifest indices of tensors whose digests differ between two sealed slots; None when that is all of them, or
-    when either is not sealed."""
-    old, new = arena.seal_of(old_slot), arena.seal_of(new_slot)
-    if old is None or new is None:
-        return None
-    found = differing(old.digests, new.digests)
-    return None if len(found) == len(arena.manifest.tensors) else tuple(found)
-
-
-def differing_names(arena: Arena, a: int, b: int) -> tuple[str, ...]:
-    """Names of the tensors whose digests differ between two sealed slots; all of them when either is not sealed."""
-    one, other = arena.seal_of(a), arena.seal_of(b)
-    specs = arena.manifest.tensors
-    if one is None or other is None:
-        return tuple(spec.name for spec in specs)
-    return tuple(specs[k].name for k in differing(one.digests, other.digests))

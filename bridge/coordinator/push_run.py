@@ -9,7 +9,6 @@ import time
 import msgspec
 
 from bridge.coordinator.engines import Fleet
-from bridge.coordinator.manifest_agreement import changed_tensors
 from bridge.coordinator.receipts import receipt_of
 from bridge.coordinator.reports import unserved, verified
 from bridge.coordinator.rollback import Rollback
@@ -21,6 +20,7 @@ from bridge.model.receipt import Receipt
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import Finished, SubmitRequest
 from bridge.protocol.deadline import Deadline
+from bridge.shm.seal import differing_tensors
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class PushRunner:
             base_reference=references.base,
             lora=lora,
             base=now.version if now else None,
-            changed=changed_tensors(plan.arena, kept.slot, push.slot) if kept is not None else None,
+            changed=differing_tensors(plan.arena, kept.slot, push.slot) if kept is not None else None,
             previous=kept.slot if kept is not None else None,
         )
         if plan.lora is not None:
@@ -98,7 +98,7 @@ class PushRunner:
             base_reference=references.base,
             lora=lora,
             base=now.version,
-            changed=changed_tensors(held.plan.arena, kept.slot, held.slot) if kept is not None else None,
+            changed=differing_tensors(held.plan.arena, kept.slot, held.slot) if kept is not None else None,
             previous=kept.slot if kept is not None else None,
         )
         served = Served(back.version, back.weights, back.lora, lora, back.mode)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import msgspec
-
-from bridge.errors import BridgeError, EngineQuarantined, PeerLost, ProtocolError
+from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.journal.ledger import EngineState
 from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
 from bridge.model.receipt import EngineReport, Verified
@@ -19,26 +17,6 @@ def both(weights: EngineChecked | BridgeError, adapter: EngineChecked | BridgeEr
         return weights if isinstance(weights, BridgeError) else adapter
     ranks = tuple((*a, *b) for a, b in zip(weights.ranks, adapter.ranks, strict=True))
     return EngineChecked(ranks, weights.scores)
-
-
-def merge(before: EngineReport, after: EngineReport) -> EngineReport:
-    """Join two reports of one engine: the later one's state over the earlier one's findings."""
-    if before.id != after.id:
-        raise ProtocolError("reports of different engines", expected=before.id, got=after.id)
-    extra = {rank.rank: rank.levels for rank in after.ranks}
-    ranks = tuple(
-        msgspec.structs.replace(rank, levels=(*rank.levels, *extra.get(rank.rank, ()))) for rank in before.ranks
-    )
-    return EngineReport(
-        id=after.id,
-        state=after.state,
-        serving=after.serving,
-        ranks=ranks or after.ranks,
-        canary=before.canary or after.canary,
-        adapter=after.adapter or before.adapter,
-        pause_s=max(before.pause_s, after.pause_s),
-        error=after.error or before.error,
-    )
 
 
 def verified(version: int, reports: Iterable[EngineReport]) -> Verified:

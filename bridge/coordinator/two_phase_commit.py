@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from bridge.coordinator.engines import LOST_TIMEOUT_S, Fleet
-from bridge.coordinator.reports import merge
 from bridge.coordinator.versions import Held, Served
-from bridge.errors import BridgeError, TransportError
+from bridge.errors import BridgeError, ProtocolError, TransportError
 from bridge.journal.ledger import EngineState
 from bridge.model import canary
 from bridge.model.receipt import EngineReport, Verified
@@ -151,11 +152,11 @@ class TwoPhaseCommit:
         reports = {report.id: report for report in verdict.reports}
         for engine, answer in answers.items():
             if not isinstance(answer, BridgeError):
-                reports[engine] = merge(reports[engine], answer.report)
+                reports[engine] = _merge(reports[engine], answer.report)
                 continue
             verdict.error = verdict.error or answer
             if isinstance(answer, TransportError):  # it may hang: the others' way back does not wait for it
-                reports[engine] = merge(reports[engine], _stale(self._fleet, engine, answer))
+                reports[engine] = _merge(reports[engine], _stale(self._fleet, engine, answer))
         verdict.reports = tuple(reports.values())
 
     def resume(self, verdict: Verdict, weights: Held | None) -> None:
@@ -174,7 +175,7 @@ class TwoPhaseCommit:
                 report = self._load_again(engine, resume, weights, str(answer))
             else:
                 report = answer.report
-            reports[engine] = merge(reports[engine], report)
+            reports[engine] = _merge(reports[engine], report)
             self._fleet.note(report)
         verdict.reports = tuple(reports.values())
 
@@ -206,7 +207,7 @@ def restore(
             if isinstance(answer, BridgeError):
                 merged[engine] = _stale(fleet, engine, answer)
             else:
-                merged[engine] = merge(merged.get(engine, answer.report), answer.report)
+                merged[engine] = _merge(merged.get(engine, answer.report), answer.report)
                 fleet.note(answer.report)
     return tuple(merged.values())
 
@@ -219,3 +220,23 @@ def _stale(fleet: Fleet, engine: str, error: BridgeError) -> EngineReport:
     report = EngineReport(engine, EngineState.STALE.value, None, error=str(error))
     fleet.note(report)
     return report
+
+
+def _merge(before: EngineReport, after: EngineReport) -> EngineReport:
+    """Join two reports of one engine: the later one's state over the earlier one's findings."""
+    if before.id != after.id:
+        raise ProtocolError("reports of different engines", expected=before.id, got=after.id)
+    extra = {rank.rank: rank.levels for rank in after.ranks}
+    ranks = tuple(
+        msgspec.structs.replace(rank, levels=(*rank.levels, *extra.get(rank.rank, ()))) for rank in before.ranks
+    )
+    return EngineReport(
+        id=after.id,
+        state=after.state,
+        serving=after.serving,
+        ranks=ranks or after.ranks,
+        canary=before.canary or after.canary,
+        adapter=after.adapter or before.adapter,
+        pause_s=max(before.pause_s, after.pause_s),
+        error=after.error or before.error,
+    )

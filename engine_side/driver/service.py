@@ -327,7 +327,6 @@ class EngineService:
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
         self._outputs.published()
-        self._loras.settle()
         try:
             self._serve(request.version, request.lora, deadline)
         except TransportError as error:  # nobody may wait at the gate of an engine that does not answer
@@ -340,8 +339,7 @@ class EngineService:
         since an engine may only have been late; one that is gone fails again."""
         for attempt in (1, 2):
             try:
-                if lora is None or lora != self._loras.current or not self._loras.lost:
-                    self._loras.publish(version, lora)
+                self._loras.publish(version, lora)
                 self.driver.refuse(None)
                 self.driver.resume()
                 if self._paused_at is not None:
