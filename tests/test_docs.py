@@ -16,7 +16,8 @@ import pytest
 from bridge.cli import commands
 from bridge.config import Config
 from bridge.errors import ERRORS_BY_NAME
-from bridge.model.receipt import LEVELS, Receipt
+from bridge.model.levels import LEVELS
+from bridge.model.receipt import Receipt
 from tests.documents import LINK, ROOT, SPAN, Document, documents
 
 DOCUMENTS = documents()
