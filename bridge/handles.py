@@ -1,4 +1,4 @@
-"""What `Bridge` hands out: engines for rollouts, pushes that are under way."""
+"""Handles that a `Bridge` gives out: engines for rollouts, and pushes that are under way."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class PendingPush:
         self._finished: Finished | None = None
 
     def done(self) -> bool:
-        """Has it ended, one way or the other? Does not block."""
+        """Tell whether the push has ended, one way or the other. Does not block."""
         return self._poll(0.0) is not None
 
     def result(self, timeout: float | None = None) -> Receipt:
-        """The receipt. Blocks at most `timeout` seconds (default: the push's own deadline and the way back after it).
-        Raises what `push` raises, and DeadlineExceeded when the push has not ended in time (it goes on)."""
+        """Wait for the receipt, at most `timeout` seconds (default: the push's own deadline and the way back after it).
+        Raises what `push` raises, and DeadlineExceeded when the push has not ended in time; it goes on."""
         seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
         finished = self._poll(seconds)
         if finished is None:
@@ -77,9 +77,12 @@ class PendingPush:
 
 
 def receipt_or_raise(finished: Finished, version: int) -> Receipt:
-    """The receipt of a push that ended well. Raises the cause of one that touched nothing, PushAborted (or
-    EngineQuarantined) *from* the cause of one that had to be undone; EngineQuarantined or PeerLost for one that was
-    committed while an engine was lost: its receipt is in the journal (`Bridge.history`)."""
+    """Return the receipt of a push that ended well, else raise.
+
+    Raises the cause itself when nothing had been touched; PushAborted (or EngineQuarantined) *from* the cause when
+    engines had to be put back; EngineQuarantined or PeerLost when the version was committed while an engine was lost
+    (its receipt is in the journal, `Bridge.history`).
+    """
     if finished.error is None and finished.receipt is not None:
         return finished.receipt
     cause = finished.error.rebuild() if finished.error else BridgeError("the push ended without a receipt")

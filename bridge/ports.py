@@ -49,21 +49,21 @@ def expect(reply: object, kind: type[T]) -> T:
 
 
 class Snapshot(Protocol):
-    """The trainer's tensors of one push, collected but not yet copied: canonical names in a fixed order."""
+    """Tensors of one push, collected but not yet copied: canonical names in a fixed order."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Name, trainer dtype, global shape. The same object as last time when nothing about the layout changed."""
+        """Name, trainer dtype and global shape of each; the same object as last time while the layout is the same."""
         ...
 
     @property
     def adapter(self) -> LoraSpec | None:
-        """Set when the tensors are an adapter's and not the model's."""
+        """Set when the tensors are a LoRA adapter's and not the model's."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the receipt should say about them."""
+        """Notes about the tensors, for the receipt."""
         ...
 
 
@@ -78,52 +78,56 @@ class ModeChoice:
 
 @dataclass(frozen=True)
 class Written:
-    """What a snapshot wrote: 8-byte digests in manifest order, and the bytes that really had to be written."""
+    """Result of writing a snapshot: 8-byte digests in manifest order, and the bytes that had to be written."""
 
     digests: bytes
     nbytes: int
 
 
 class TrainerPort(Protocol):
-    """The trainer side of one Bridge, in the trainer's own process."""
+    """The trainer's side of one Bridge, in the trainer's own process. Used by that Bridge only, one call at a time."""
 
     @property
-    def bound(self) -> bool: ...
+    def bound(self) -> bool:
+        """True once a model is bound."""
+        ...
 
     def bind(self, model: torch.nn.Module) -> None:
-        """Read names, ties and buffers from the live model; nothing of it is ever written."""
+        """Read names, ties and buffers from the live model, which is never written to."""
         ...
 
     def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> ModeChoice:
-        """The mode in which the bound model travels to engines with these limits. Raises UnsupportedLora, naming the
-        tensors that `mode` cannot carry and the mode that can; ConfigError for a mode that needs LoRA without any."""
+        """Choose the mode in which the bound model travels to engines with these limits. Raises UnsupportedLora, naming
+        the tensors that `mode` cannot carry and the mode that can; ConfigError for a mode that needs LoRA without any.
+        """
         ...
 
     def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool, mode: str = "full") -> Snapshot:
-        """Exhaust the iterable, hold references, turn live names into the canonical ones of a mode."""
+        """Exhaust the iterable, hold references, and turn live names into the canonical ones of a mode."""
         ...
 
     def collect_base(self) -> Snapshot:
-        """The bound model's base weights as they stand, whatever was sent. Raises UnsupportedLora when they are packed
-        in a format that no engine's weights can be compared with."""
+        """Collect the bound model's base weights as they stand, whatever was sent. Raises UnsupportedLora when they are
+        packed in a format that no engine's weights can be compared with."""
         ...
 
     def base_mark(self, sent: Snapshot | None = None) -> Hashable | None:
-        """A fingerprint of the bound model's base, equal while nothing of it moved. None when it has none, or when the
+        """Fingerprint the bound model's base; equal while nothing of it moved. None when it has none, or when the
         snapshot `sent` holds other values than the live base."""
         ...
 
     def write(
         self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
     ) -> Written:
-        """Cast every tensor into the unsealed slot; tensors not in the snapshot are carried over from `base`. Raises
-        IntegrityError when the model's LoRA state has changed since it was collected."""
+        """Cast every tensor into the unsealed slot; tensors that are not in the snapshot are carried over from slot
+        `base`. Blocks for one pass over the bytes. Raises IntegrityError when the model's LoRA state has changed since
+        it was collected."""
         ...
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
-        """The canary's reference from the bound model, one no-grad forward; prompts are cut to `max_tokens`. Of an
-        adapter also the one of the model without it; of mode "base" that one alone. Raises ConfigError when the model
-        has none."""
+        """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens.
+        For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
+        when the model has none."""
         ...
 
     def storages(self) -> frozenset[int]:
