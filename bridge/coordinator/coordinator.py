@@ -42,7 +42,8 @@ from bridge.errors import (
     ProtocolError,
     StaleVersion,
 )
-from bridge.journal.ledger import EngineState, Ledger
+from bridge.journal.ledger import Ledger
+from bridge.model.engine_state import EngineState
 from bridge.model.lora_format import split
 from bridge.model.receipt import Receipt
 from bridge.ports import EnginePort

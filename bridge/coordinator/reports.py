@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from bridge.errors import BridgeError, EngineQuarantined, PeerLost, ProtocolError
-from bridge.journal.ledger import EngineState
+from bridge.model.engine_state import EngineState
 from bridge.model.receipt import EngineReport, Verified
 from bridge.protocol.engine_messages import EngineChecked
 

@@ -18,8 +18,8 @@ import msgspec
 from bridge.coordinator.reports import Verdict, both, merge, verified
 from bridge.coordinator.versions import Held, Served
 from bridge.errors import BridgeError, Busy, EngineQuarantined, PeerLost, TransportError
-from bridge.journal.ledger import EngineState
 from bridge.model import canary
+from bridge.model.engine_state import EngineState
 from bridge.model.manifest import Manifest
 from bridge.model.receipt import EngineReport
 from bridge.ports import EnginePort, expect

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bridge.config import lock_of
 from bridge.errors import ProtocolError
 from bridge.shm import files
 
@@ -117,7 +118,7 @@ def _journal_open(fd: int) -> bool:
     if not journal:
         return False
     try:
-        handle = os.open(journal, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        handle = os.open(lock_of(Path(journal)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
