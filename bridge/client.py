@@ -27,7 +27,6 @@ import torch
 from bridge.config import Config
 from bridge.coordinator.base_weights_check import BaseWeightsCheck
 from bridge.coordinator.health import HealthReport, assess, local_facts
-from bridge.coordinator.reports import LEVELS_OF
 from bridge.errors import (
     BridgeError,
     Busy,
@@ -41,6 +40,7 @@ from bridge.errors import (
 )
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
 from bridge.journal.lease import Lease
+from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import TensorInfo, validate
 from bridge.model.receipt import Receipt
 from bridge.ports import Choice, CoordinatorPort, EnginePort, Snapshot, TrainerPort, Written, expect
@@ -188,7 +188,7 @@ class Bridge:
                 "base" (the frozen weights, adapters in the engine stay) or "adapter" (A and B as a new version of the
                 engine's adapter). "auto" chooses by the capability table and says why in the receipt.
             verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names
-                (`bridge.model.receipt.LEVELS`). Default "outputs" with a bound model, else "weights".
+                (`bridge.model.levels.LEVELS`). Default "outputs" with a bound model, else "weights".
             partial: a subset is meant; what is not sent stays as it is. No canary then, unless `verify` asks for one:
                 the trainer's other tensors need not be what the engine holds.
             inflight: what happens to running requests: "drain", "abort" or "keep", as far as the engine can.

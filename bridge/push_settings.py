@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from bridge.coordinator.reports import LEVELS_OF
 from bridge.errors import ConfigError
-from bridge.model.receipt import LEVELS
+from bridge.model.levels import LEVELS, LEVELS_OF
 from bridge.protocol.coordinator_messages import Options
 
 MAX_VERSION = 1 << 53

@@ -60,7 +60,7 @@ def measure(job: EngineJob) -> EngineMeasured:
     with _folder(job.folder) as folder:
         trainer = Trainer(_model(folder))
         started = time.perf_counter()
-        rival = entry_points.load(entry_points.RIVAL)(job.scheme, folder)
+        rival = entry_points.load(entry_points.NATIVE_RELOAD)(job.scheme, folder)
         startup = time.perf_counter() - started
         try:
             with bridge.attach(rival.engine, model=trainer.model) as made:

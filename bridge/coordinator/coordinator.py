@@ -20,7 +20,7 @@ import msgspec
 from bridge.coordinator import manifest_agreement
 from bridge.coordinator.layouts import Plans
 from bridge.coordinator.receipts import receipt_of, scope_of
-from bridge.coordinator.reports import LEVELS_OF, Verdict, unserved
+from bridge.coordinator.reports import Verdict, unserved
 from bridge.coordinator.two_phase_commit import Fleet, Target
 from bridge.coordinator.versions import (
     ROLLBACK,
@@ -44,6 +44,7 @@ from bridge.errors import (
 )
 from bridge.journal.ledger import Ledger
 from bridge.model.engine_state import EngineState
+from bridge.model.levels import LEVELS_OF
 from bridge.model.lora_format import split
 from bridge.model.receipt import Receipt
 from bridge.ports import EnginePort

@@ -3,25 +3,16 @@ Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from bridge.errors import BridgeError, EngineQuarantined, PeerLost, ProtocolError
 from bridge.model.engine_state import EngineState
+from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
 from bridge.model.receipt import EngineReport, Verified
 from bridge.protocol.engine_messages import EngineChecked
-
-WEIGHT_LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change")
-LEVELS_OF: Mapping[str, tuple[str, ...]] = {
-    "off": (),
-    "transfer": ("transfer",),
-    "weights": WEIGHT_LEVELS,
-    "outputs": (*WEIGHT_LEVELS, "canary", "cache"),
-}
-LORA_LEVELS = {"transfer", "coverage", "read-back"}
-"""What shows that an adapter is the trainer's: its slots are read back whole; there is nothing packed to probe."""
 
 
 @dataclass

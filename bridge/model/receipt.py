@@ -7,8 +7,6 @@ from typing import Any, Literal
 import msgspec
 
 PHASES = ("plan", "snapshot", "transfer", "load", "postload", "verify", "commit")
-LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change", "canary", "cache")
-"""Verification levels in the order in which they run (DESIGN 9)."""
 
 Verified = bool | Literal["partial"]
 

@@ -27,6 +27,7 @@ from bridge.errors import (
     TransportError,
 )
 from bridge.model.engine_state import EngineState, Standing
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.receipt import CanaryResult, EngineReport, LevelResult, RankReport
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import EngineInfo, Refused
@@ -76,8 +77,6 @@ from engine_side.driver.rank_client import RankClient
 from engine_side.protocol import EngineDriver, LivesInALoop
 
 log = logging.getLogger(__name__)
-
-RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change"})
 
 
 class EngineService:
@@ -277,7 +276,7 @@ class EngineService:
         """Load and verify on every rank: their reports over the staged ones, and notes for the receipt."""
         self._shelf.staged = request.adapter
         self._ranks.touched |= request.adapter is None
-        levels = tuple(level for level in request.options.levels if level in RANK_LEVELS - {"coverage"})
+        levels = tuple(level for level in request.options.levels if level in RANK_LEVELS and level != "coverage")
         job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous, request.adapter)
         loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         notes: tuple[str, ...] = ()
