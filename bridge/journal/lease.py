@@ -1,9 +1,9 @@
 """The lease: the right to push to one daemon, held by one trainer process.
 
-It is a POSIX lock on a file of its own, so it ends with the process however that dies and is not inherited by forked
-children (data loader workers would keep a flock alive). The price: the kernel drops it as soon as the process closes
-*any* descriptor of that file. So a process opens the file once, asks its own registry before it touches the file again,
-and reads who holds it from a second file.
+It is a POSIX lock on a file of its own: it ends with the process, however that ends, and forked children do not inherit
+it (data loader workers would keep a flock alive). The price: the kernel drops it as soon as the process closes *any*
+descriptor of that file. So a process opens the file once, looks into its own registry before it touches the file again,
+and reads the holder's name from a second file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux: type, whence
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """Who holds a lease."""
+    """The process that holds a lease."""
 
     pid: int
     host: str
@@ -37,20 +37,20 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class _Held:
+class _LeaseLock:
     pid: int
     fd: int
 
 
-_registry: dict[Path, _Held] = {}
-"""Leases of this process by lock file. POSIX locks belong to the process as a whole, so must the knowledge of them."""
+_registry: dict[Path, _LeaseLock] = {}
+"""Leases of this process by lock file: POSIX locks belong to the whole process, so the registry does, too."""
 _registry_lock = threading.Lock()
 
 
 class Lease:
     """A lease that this process holds until `release` or its end."""
 
-    def __init__(self, path: Path, held: _Held) -> None:
+    def __init__(self, path: Path, held: _LeaseLock) -> None:
         self._path = path
         self._held = held
 
@@ -74,14 +74,17 @@ class Lease:
                 raise _refusal(name, blocker) from None
             except OSError as error:
                 os.close(fd)
-                raise ConfigError("this folder cannot hold locks", where=str(path), got=str(error)) from error
-            held = _registry[path] = _Held(os.getpid(), fd)
+                raise ConfigError(
+                    "this folder cannot hold locks", where=str(path), got=str(error),
+                    remedy="set XDG_STATE_HOME to a folder on a local disk",
+                ) from error  # fmt: skip
+            held = _registry[path] = _LeaseLock(os.getpid(), fd)
         _write_holder(path.with_name(_HOLDER_FILE))
         return cls(path, held)
 
     @property
     def held(self) -> bool:
-        """Whether this process still holds it; False after `release` and in a forked child."""
+        """True while this process holds it; False after `release` and in a forked child."""
         return self._held.pid == os.getpid() and _registry.get(self._path) is self._held
 
     def release(self) -> None:
@@ -95,7 +98,7 @@ class Lease:
 
 
 def lease_holder(name: str, *, directory: Path | None = None) -> Holder | None:
-    """Who holds the lease of `name` now, or None. Takes nothing and disturbs nobody; does not block."""
+    """Look up the process that holds the lease of `name` now, or None. Takes no lock; does not block."""
     path = state_dir(name, directory) / _LOCK_FILE
     with _registry_lock:
         if _held_here(path):
@@ -140,6 +143,6 @@ def _refusal(name: str, holder: Holder | None) -> LeaseHeld:
     return LeaseHeld(
         "another trainer holds the right to push",
         where=name,
-        got=str(holder) if holder is not None else "a process that is just letting go",
+        got=str(holder) if holder is not None else "a process that is just releasing it",
         remedy="end that trainer (or close its bridge), or push to a daemon of your own",
     )
