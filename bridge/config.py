@@ -10,6 +10,9 @@ import msgspec
 
 from bridge.errors import ConfigError
 
+COPY_TUNABLE = "glibc.cpu.x86_non_temporal_threshold=0x100000"
+"""Setting of GLIBC_TUNABLES with which memcpy streams from 1 MiB up: large copies then leave the caches alone."""
+
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The settings of one process; the variable `WEIGHBRIDGE_<FIELD>`, in capitals, sets a field."""
@@ -40,8 +43,3 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Config:
             "an environment variable does not fit", where="WEIGHBRIDGE_*", got=str(error),
             remedy="correct the variable that `got` names after `$.`, or unset it",
         ) from error  # fmt: skip
-
-
-def lock_of(journal: Path) -> Path:
-    """The file beside a daemon's journal that the daemon holds locked (flock) while it has the journal open."""
-    return journal.with_name(f"{journal.name}.lock")

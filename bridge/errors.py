@@ -64,7 +64,7 @@ class BridgeError(Exception):
         return "; ".join((self.what, *(f"{label}: {value}" for label, value in self.facts().items())))
 
     def facts(self) -> dict[str, str]:
-        """Where, expected, got and remedy, as far as they are known, in this order."""
+        """List where, expected, got and remedy, as far as they are known."""
         known = {"where": self.where, "expected": self.expected, "got": self.got, "remedy": self.remedy}
         return {label: value for label, value in known.items() if value is not None}
 

@@ -2,8 +2,8 @@
 
 It is a POSIX lock on a file of its own: it ends with the process, however that ends, and forked children do not inherit
 it (data loader workers would keep a flock alive). The price: the kernel drops it as soon as the process closes *any*
-descriptor of that file. So a process opens the file once, looks into its own registry before it touches the file again,
-and reads the holder's name from a second file.
+descriptor of that file. So a process opens the file once, and looks into its own registry before it touches the file
+again. The file's content names the holder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from bridge.errors import ConfigError, LeaseHeld
 from bridge.journal.state_dir import state_dir
 
 _LOCK_FILE = "lease"
-_HOLDER_FILE = "lease.json"
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -69,7 +68,7 @@ class Lease:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                blocker = _blocker(fd, path)
+                blocker = _blocker(fd)
                 os.close(fd)
                 raise _refusal(name, blocker) from None
             except OSError as error:
@@ -79,7 +78,8 @@ class Lease:
                     remedy="set XDG_STATE_HOME to a folder on a local disk",
                 ) from error  # fmt: skip
             held = _registry[path] = _LeaseLock(os.getpid(), fd)
-        _write_holder(path.with_name(_HOLDER_FILE))
+        name_of_holder = msgspec.json.encode(Holder(os.getpid(), socket.gethostname()))
+        os.ftruncate(fd, os.pwrite(fd, name_of_holder, 0))
         return cls(path, held)
 
     @property
@@ -89,10 +89,11 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease up. Idempotent; does nothing in a forked child, whose parent keeps it."""
+        if self._held.pid != os.getpid():  # before the lock: a thread that held it at the fork is not in the child
+            return
         with _registry_lock:
             if not self.held:
                 return
-            self._path.with_name(_HOLDER_FILE).unlink(missing_ok=True)
             del _registry[self._path]
             os.close(self._held.fd)
 
@@ -108,7 +109,7 @@ def lease_holder(name: str, *, directory: Path | None = None) -> Holder | None:
         except FileNotFoundError:
             return None
         try:
-            return _blocker(fd, path)
+            return _blocker(fd)
         finally:
             os.close(fd)
 
@@ -119,24 +120,17 @@ def _held_here(path: Path) -> bool:
     return held is not None and held.pid == os.getpid()
 
 
-def _blocker(fd: int, path: Path) -> Holder | None:
+def _blocker(fd: int) -> Holder | None:
     query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
     if kind == fcntl.F_UNLCK:
         return None
     try:
-        written = msgspec.json.decode(path.with_name(_HOLDER_FILE).read_bytes(), type=Holder)
-    except (OSError, msgspec.DecodeError):
+        written = msgspec.json.decode(os.pread(fd, 4096, 0), type=Holder)
+    except (OSError, msgspec.DecodeError):  # just taken, and not named yet
         return Holder(pid, socket.gethostname())
     # The kernel's number is the truth on this host; from another host (a shared home) it means nothing.
     return Holder(pid, written.host) if written.host == socket.gethostname() and pid > 0 else written
-
-
-def _write_holder(path: Path) -> None:
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_bytes(msgspec.json.encode(Holder(os.getpid(), socket.gethostname())))
-    fresh.chmod(0o600)
-    fresh.replace(path)
 
 
 def _refusal(name: str, holder: Holder | None) -> LeaseHeld:

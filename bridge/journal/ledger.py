@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import msgspec
 import xxhash
 
-from bridge.config import lock_of
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, ProtocolError, StaleVersion, TransportError
+from bridge.file_locks import lock_of, take_lock
 from bridge.journal.lease import Holder, lease_holder
 from bridge.journal.state_dir import state_dir
 
@@ -33,8 +33,7 @@ KEPT_ENTRIES = 1000
 newest commit are thereby never pruned."""
 
 _APPLICATION_ID = 0x57424A31
-"""Marks a SQLite file as a journal of ours; "WBJ1"."""
-_FORMAT = 1
+"""Marks a SQLite file as a journal of this format: "WBJ1"."""
 _CHECKPOINT_PAGES = 1000
 _LOCK_RETRY_S = 1.0
 _SCHEMA = [
@@ -225,8 +224,6 @@ class Ledger:
                 expected=f"pid {self._pid}", got=f"pid {os.getpid()}, a forked child",
                 remedy="push from the parent process",
             )  # fmt: skip
-        if self._lock_fd is None:
-            raise Closed("the ledger was closed", where=str(self.path), remedy="open a Bridge again")
 
     def _rows(self, query: str, *values: int) -> list[tuple[object, object]]:
         try:
@@ -275,19 +272,11 @@ def _lock_journal(path: Path) -> int:
         raise ConfigError(
             "the journal cannot be locked", where=str(lock_of(path)), got=str(error), remedy="set XDG_STATE_HOME"
         ) from error
-    # The orphan cleaner asks for this lock for a moment to learn whether the journal is open.
-    end = time.monotonic() + _LOCK_RETRY_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                os.close(fd)
-                raise Busy(
-                    "another daemon has this journal open", where=str(path), remedy="stop it, or choose another name"
-                ) from None
-            time.sleep(0.02)
+    # The orphan cleaner takes this lock for a moment to learn whether the journal is open.
+    if not take_lock(fd, fcntl.LOCK_EX, _LOCK_RETRY_S):
+        os.close(fd)
+        raise Busy("another daemon has this journal open", where=str(path), remedy="stop it, or choose another name")
+    return fd
 
 
 def _create(path: Path) -> None:
@@ -300,8 +289,8 @@ def _create(path: Path) -> None:
         database = sqlite3.connect(fresh, isolation_level=None)
         try:
             # Where a file system offers no WAL, SQLite stays with a rollback journal: slower, and as safe.
-            marks = (f"PRAGMA application_id = {_APPLICATION_ID}", f"PRAGMA user_version = {_FORMAT}")
-            for statement in ("PRAGMA synchronous = OFF", "PRAGMA journal_mode = WAL", *_SCHEMA, *marks):
+            mark = f"PRAGMA application_id = {_APPLICATION_ID}"
+            for statement in ("PRAGMA synchronous = OFF", "PRAGMA journal_mode = WAL", *_SCHEMA, mark):
                 database.execute(statement)
         finally:
             database.close()
@@ -340,12 +329,6 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     application = database.execute("PRAGMA application_id").fetchone()[0]
     if application != _APPLICATION_ID:
         raise _foreign(path, f"a SQLite file of application {application:#x}")
-    written = database.execute("PRAGMA user_version").fetchone()[0]
-    if written != _FORMAT:
-        raise ProtocolError(
-            "a journal of another release of weighbridge", where=str(path), expected=f"format {_FORMAT}",
-            got=f"format {written}", remedy="use the release that wrote it, or choose another name",
-        )  # fmt: skip
     schema = [row[0] for row in database.execute("SELECT sql FROM sqlite_master ORDER BY rowid")]
     if schema != _SCHEMA:
         raise _damaged(path, f"other tables than a journal's: {schema}")
@@ -355,6 +338,8 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
 
 
 def _failure(path: Path, error: sqlite3.Error) -> BridgeError:
+    if isinstance(error, sqlite3.ProgrammingError):
+        return Closed("the ledger was closed", where=str(path), remedy="open a Bridge again")
     # Python gives no code to text that is no UTF-8; the bits above the lowest eight say more of the same.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     if code == sqlite3.SQLITE_NOTADB:
@@ -369,8 +354,9 @@ def _failure(path: Path, error: sqlite3.Error) -> BridgeError:
 
 def _foreign(path: Path, got: str) -> ProtocolError:
     return ProtocolError(
-        "not a journal of weighbridge", where=str(path), expected="a SQLite file that a daemon of weighbridge made",
-        got=got, remedy="move it away, or choose another name",
+        "not a journal of this release of weighbridge", where=str(path), got=got,
+        expected=f"a SQLite file of application {_APPLICATION_ID:#x}",
+        remedy="move it away, use the release that wrote it, or choose another name",
     )  # fmt: skip
 
 

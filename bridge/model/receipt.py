@@ -19,7 +19,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class LevelResult(msgspec.Struct, frozen=True):
-    """The findings of one level on one rank; `checked` counts tensors, parameters, modules or tokens, as it compares."""
+    """The findings of one level on one rank; `checked` counts the tensors, parameters, modules or tokens compared."""
 
     level: str
     ok: bool

@@ -14,7 +14,6 @@ import re
 import secrets
 import stat
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import psutil
 import xxhash
 
 from bridge.errors import ArenaFull, Busy, Closed, ConfigError, NotFound, ProtocolError
+from bridge.file_locks import take_lock
 from bridge.protocol.codec import PROTOCOL
 
 PAGE = mmap.PAGESIZE
@@ -195,7 +195,12 @@ def open_file(path: Path, *, writable: bool) -> tuple[int, Header]:
         ) from error  # fmt: skip
     try:
         _check_owner(os.fstat(fd), path)
-        _lock_shared(fd, path)
+        # The orphan cleaner holds the exclusive lock for a moment while it looks at a file; no process does for long.
+        if not take_lock(fd, fcntl.LOCK_SH, _LOCK_RETRY_S):
+            raise Busy(
+                "another process holds a shared file's exclusive lock", where=str(path),
+                remedy="try again; if it stays so, see which process it is: lslocks",
+            )  # fmt: skip
         info = os.fstat(fd)
         if info.st_nlink == 0:
             raise NotFound("the shared file was removed", where=str(path), remedy=_DAEMON_GONE)
@@ -226,22 +231,6 @@ def _check_owner(info: os.stat_result, path: Path) -> None:
             "a shared file is open to others", where=str(path), expected="mode 0600",
             got=f"mode {stat.S_IMODE(info.st_mode):04o}", remedy="restart the daemon, which makes a new file",
         )  # fmt: skip
-
-
-def _lock_shared(fd: int, path: Path) -> None:
-    # The orphan cleaner holds the exclusive lock for a moment while it looks at a file; no process holds it for long.
-    end = time.monotonic() + _LOCK_RETRY_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                raise Busy(
-                    "another process holds a shared file's exclusive lock", where=str(path),
-                    remedy="try again; if it stays so, see which process it is: lslocks",
-                ) from None  # fmt: skip
-            time.sleep(0.01)
 
 
 def require_room(nbytes: int, folder: Path, limit: int | None = None) -> None:

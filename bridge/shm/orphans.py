@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from bridge.config import lock_of
 from bridge.errors import ProtocolError
+from bridge.file_locks import lock_of, take_lock
 from bridge.shm import files
 
 MIN_AGE_S = 60.0
@@ -94,11 +94,10 @@ def _exclusively(path: Path) -> Iterator[int | None]:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            named = os.path.samestat(os.fstat(fd), path.lstat())
+            ours = take_lock(fd, fcntl.LOCK_EX) and os.path.samestat(os.fstat(fd), path.lstat())
         except OSError:
-            named = False
-        yield fd if named else None
+            ours = False
+        yield fd if ours else None
 
 
 def _journal_open(fd: int) -> bool:
@@ -109,16 +108,13 @@ def _journal_open(fd: int) -> bool:
     if not journal:
         return False
     try:
-        handle = os.open(lock_of(Path(journal)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = os.open(lock_of(Path(journal)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not take_lock(lock, fcntl.LOCK_SH)
     finally:
-        os.close(handle)
-    return False
+        os.close(lock)
 
 
 def _mapped_files() -> set[tuple[int, int]]:

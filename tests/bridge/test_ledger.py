@@ -437,7 +437,7 @@ def test_a_file_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> 
         database.execute("CREATE TABLE entries (id INTEGER PRIMARY KEY, body TEXT)")
     database.close()
     content = path.read_bytes()
-    with pytest.raises(ProtocolError, match="not a journal of weighbridge"):
+    with pytest.raises(ProtocolError, match="not a journal of this release"):
         Ledger.open("run", directory=tmp_path)
     assert path.read_bytes() == content
 
@@ -445,9 +445,9 @@ def test_a_file_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> 
 def test_a_journal_of_another_format_is_refused(tmp_path: Path) -> None:
     path, _ = _written(tmp_path)
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA application_id = 1")
     database.close()
-    with pytest.raises(ProtocolError, match="another release"):
+    with pytest.raises(ProtocolError, match="the release that wrote it"):
         Ledger.open("run", directory=tmp_path)
 
 
