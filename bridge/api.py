@@ -25,10 +25,10 @@ from bridge.daemon import ray_cluster
 from bridge.errors import BridgeError, ConfigError
 from bridge.journal.ledger import Ledger
 from bridge.journal.state_dir import checked_name
-from bridge.ports import CoordinatorPort, EnginePort, TrainerPort
-from bridge.protocol.coordinator_messages import FromCoordinator, ToCoordinator, WaitRequest
+from bridge.ports import CoordinatorPort, EnginePort, TrainerPort, expect
+from bridge.protocol.coordinator_messages import ToCoordinator, WaitRequest
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import FromEngine, ToEngine
+from bridge.protocol.engine_messages import ToEngine
 
 
 @dataclass
@@ -41,25 +41,28 @@ class _Default:
 _default = _Default()
 
 
-Request = TypeVar("Request", contravariant=True)
-Reply = TypeVar("Reply", covariant=True)
+Request = TypeVar("Request")
+T = TypeVar("T")
 
 
-class LocalPort(Generic[Request, Reply]):
+class LocalPort(Generic[Request]):
     """A service of this process as a port: a plain call. `admit` raises for a request that this thread may not wait
     for."""
 
     def __init__(
-        self, port_id: str, handle: Callable[[Request], Reply], admit: Callable[[Request], None] | None = None
+        self,
+        port_id: str,
+        handle: Callable[[Request, Deadline], object],
+        admit: Callable[[Request], None] | None = None,
     ) -> None:
         self.id = port_id
         self._handle = handle
         self._admit = admit
 
-    def call(self, request: Request, deadline: Deadline) -> Reply:
+    def call(self, request: Request, reply: type[T], deadline: Deadline) -> T:
         if self._admit is not None:
             self._admit(request)
-        return self._handle(request)
+        return expect(self._handle(request, deadline), reply)
 
 
 def _remember(made: Bridge, model: torch.nn.Module | None, undo: Callable[[], None] | None = None) -> Bridge:
@@ -135,7 +138,7 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
 
     try:
         service = entry_points.load(entry_points.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
-        port = LocalPort[ToEngine, FromEngine]("engine0", service.handle)
+        port = LocalPort[ToEngine]("engine0", service.handle)
         state = None if name is not None else Path(tempfile.mkdtemp(prefix="weighbridge-"))
         ledger = Ledger.open(chosen, directory=state)
         try:
@@ -161,7 +164,7 @@ def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | Non
     atexit.register(detach)
     made = Bridge(
         chosen,
-        LocalPort[ToCoordinator, FromCoordinator](chosen, coordinator.handle, admit),
+        LocalPort[ToCoordinator](chosen, coordinator.handle, admit),
         [port],
         trainer,
         config,

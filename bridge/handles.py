@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.generate_options import check_generate_options
 from bridge.model.receipt import Receipt
-from bridge.ports import CoordinatorPort, EnginePort, expect
+from bridge.ports import CoordinatorPort, EnginePort
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.coordinator_messages import Finished, WaitRequest
 from bridge.protocol.deadline import Deadline
@@ -38,7 +38,7 @@ class EngineHandle:
         loaded one. Raises EngineQuarantined when the engine serves nothing, ConfigError for prompts or a sampling that
         it cannot take, NotFound for an adapter, DeadlineExceeded (what has not finished is ended)."""
         request = check_generate_options(prompts, sampling, adapter, timeout_s)
-        return list(expect(self._port.call(request, Deadline.after(request.timeout_s)), EngineGenerated).completions)
+        return list(self._port.call(request, EngineGenerated, Deadline.after(request.timeout_s)).completions)
 
 
 class PendingPush:
@@ -69,8 +69,8 @@ class PendingPush:
 
     def _poll(self, seconds: float) -> Finished | None:
         if self._finished is None:
-            wait = WaitRequest(self.version, seconds)
-            answer = expect(self._coordinator.call(wait, Deadline.after(seconds + CALL_TIMEOUT_S)), Finished)
+            wait, deadline = WaitRequest(self.version, seconds), Deadline.after(seconds + CALL_TIMEOUT_S)
+            answer = self._coordinator.call(wait, Finished, deadline)
             if answer.receipt is not None or answer.error is not None:
                 self._finished = answer
         return self._finished

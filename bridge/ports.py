@@ -1,4 +1,4 @@
-"""The ports through which a push is orchestrated. Each has one in-process form and one across Ray (`daemon.py`)."""
+"""Ports: what the orchestrator of a push needs from engines, coordinator and trainer, wherever those live."""
 
 from __future__ import annotations
 
@@ -8,46 +8,43 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from bridge.errors import ProtocolError, PushAborted
+from bridge.errors import ProtocolError
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
-from bridge.protocol.coordinator_messages import FromCoordinator, Reference, Refused, ToCoordinator
+from bridge.protocol.coordinator_messages import Reference, Refused, ToCoordinator
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import FromEngine, ToEngine
+from bridge.protocol.engine_messages import ToEngine
 from bridge.shm.arena import Arena
 
 T = TypeVar("T")
 
 
 class EnginePort(Protocol):
-    """One engine service, wherever it lives."""
+    """Carries requests to one engine's service, wherever that lives."""
 
     @property
     def id(self) -> str: ...
 
-    def call(self, request: ToEngine, deadline: Deadline) -> FromEngine:
-        """Blocks for the answer. Raises PeerLost or DeadlineExceeded; errors of the service come back as Refused."""
+    def call(self, request: ToEngine, reply: type[T], deadline: Deadline) -> T:
+        """Send a request and wait for its reply. Blocks. Raises what the service raises, PeerLost,
+        DeadlineExceeded, and ProtocolError for a reply of another kind."""
         ...
 
 
 class CoordinatorPort(Protocol):
-    """The daemon's ledger and fan-out, wherever it lives."""
+    """Carries requests to the coordinator, wherever that lives."""
 
-    def call(self, request: ToCoordinator, deadline: Deadline) -> FromCoordinator:
-        """Blocks for the answer. Raises PeerLost or DeadlineExceeded; errors of the daemon come back as Refused."""
+    def call(self, request: ToCoordinator, reply: type[T], deadline: Deadline) -> T:
+        """Send a request and wait for its reply. Blocks. Raises as an EnginePort does."""
         ...
 
 
 def expect(reply: object, kind: type[T]) -> T:
-    """The reply as `kind`; a Refused is raised as the error it carries, anything else is a ProtocolError."""
+    """Narrow a reply to its kind. Raises the error that a Refused carries, and ProtocolError for another kind."""
     if isinstance(reply, kind):
         return reply
     if isinstance(reply, Refused):
-        error = reply.error.rebuild()
-        if isinstance(error, PushAborted):
-            error.serving = dict(reply.serving)
-            error.receipt = reply.receipt
-        raise error
+        raise reply.error.rebuild()
     raise ProtocolError("an answer of the wrong kind", expected=kind.__name__, got=type(reply).__name__)
 
 
@@ -71,8 +68,8 @@ class Snapshot(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a push travels: the mode that the capability table gave, why (for the receipt), and what else to say."""
+class ModeChoice:
+    """The mode of a push as the capability table gave it, the reason for the receipt, and notes."""
 
     mode: str
     reason: str
@@ -97,7 +94,7 @@ class TrainerPort(Protocol):
         """Read names, ties and buffers from the live model; nothing of it is ever written."""
         ...
 
-    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> Choice:
+    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> ModeChoice:
         """The mode in which the bound model travels to engines with these limits. Raises UnsupportedLora, naming the
         tensors that `mode` cannot carry and the mode that can; ConfigError for a mode that needs LoRA without any."""
         ...

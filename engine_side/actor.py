@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from bridge.errors import BridgeError
 from bridge.protocol.codec import ErrorInfo, pack, unpack
 from bridge.protocol.coordinator_messages import Refused
+from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import ToEngine
 from engine_side.driver.service import EngineService
 from engine_side.engines.registry import host
@@ -31,10 +33,14 @@ class EngineActor:
             self._service = EngineService(engine_id, adapter, node=_node(), threads=threads)
 
     def call(self, frame: bytes) -> bytes:
-        """One request, one reply. Never raises for an error of ours: it comes back as Refused."""
+        """Answer one request; an error of ours comes back as Refused. Blocks as `EngineService.handle` does."""
         if self._service is None:
             return pack(self._refused or Refused(ErrorInfo("PeerLost", "this engine was never started")))
-        return pack(self._service.handle(unpack(frame, ToEngine)))
+        try:
+            remaining_s, request = unpack(frame, tuple[float, ToEngine])
+            return pack(self._service.handle(request, Deadline.after(remaining_s)))
+        except BridgeError as error:
+            return pack(Refused(ErrorInfo.of(error)))
 
     def pid(self) -> int:
         return os.getpid()

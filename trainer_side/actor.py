@@ -8,9 +8,11 @@ import torch
 
 from bridge.coordinator.coordinator import Coordinator
 from bridge.daemon import ray_cluster
+from bridge.errors import BridgeError
 from bridge.journal.ledger import Ledger
-from bridge.protocol.codec import pack, unpack
-from bridge.protocol.coordinator_messages import ToCoordinator
+from bridge.protocol.codec import ErrorInfo, pack, unpack
+from bridge.protocol.coordinator_messages import Refused, ToCoordinator
+from bridge.protocol.deadline import Deadline
 
 
 class TrainerActor:
@@ -29,8 +31,12 @@ class TrainerActor:
         self._coordinator = Coordinator(name, ports, Ledger.open(name), node=node)
 
     def call(self, frame: bytes) -> bytes:
-        """One request, one reply. Never raises for an error of ours: it comes back as Refused."""
-        return pack(self._coordinator.handle(unpack(frame, ToCoordinator)))
+        """Answer one request; an error of ours comes back as Refused. Blocks as `Coordinator.handle` does."""
+        try:
+            remaining_s, request = unpack(frame, tuple[float, ToCoordinator])
+            return pack(self._coordinator.handle(request, Deadline.after(remaining_s)))
+        except BridgeError as error:
+            return pack(Refused(ErrorInfo.of(error)))
 
     def pid(self) -> int:
         return os.getpid()

@@ -45,7 +45,7 @@ class BaseWeightsCheck:
         """Another model was bound, or other weights may be served."""
         self._found = None
 
-    def brought(self, version: int, snapshot: Snapshot) -> None:
+    def note_pushed(self, version: int, snapshot: Snapshot) -> None:
         """A push of the base was submitted: if it is committed, the engines' weights are of its version. One that sent
         other values than the live ones proves nothing."""
         mark = self._trainer.base_mark(snapshot)

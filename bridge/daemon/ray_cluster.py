@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bridge import entry_points
 from bridge.config import COPY_TUNABLE, Config
@@ -28,16 +28,25 @@ from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, 
 from bridge.journal.state_dir import checked_name, state_dir
 from bridge.ports import expect
 from bridge.protocol.codec import pack, unpack
-from bridge.protocol.coordinator_messages import Ask, CloseRequest, DaemonIs, FromCoordinator
+from bridge.protocol.coordinator_messages import (
+    Accepted,
+    CloseRequest,
+    DaemonStatus,
+    FromCoordinator,
+    StatusRequest,
+)
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineGenerate, EngineHello, EngineIs, FromEngine
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 NAMESPACE = "weighbridge"
 START_TIMEOUT_S = 180.0
 ROLLOUTS, ROLLOUT_THREADS = "rollouts", 64
 """Callers of `generate` that an EngineActor serves at once, apart from the control calls."""
+ANSWER_GRACE_S = 0.5
+"""The other side has the same deadline, and its own error tells more: it is waited for a little longer."""
 RAY_FILE = "ray.json"
 OBJECT_STORE_NBYTES = 100 << 20
 """Ray's smallest comfortable store: tensors never go through it."""
@@ -51,7 +60,7 @@ class RayPort:
         self._handle = handle
         self._replies = replies
 
-    def call(self, request: Any, deadline: Deadline) -> Any:
+    def call(self, request: Any, reply: type[T], deadline: Deadline) -> T:
         """Blocks. Raises PeerLost when the actor is gone, DeadlineExceeded when it does not answer in time."""
         import ray
         from ray import exceptions
@@ -63,7 +72,9 @@ class RayPort:
             # rollouts wait at the gate while the engine is paused: they must never fill the threads of the push
             method = method.options(concurrency_group=ROLLOUTS)
         try:
-            frame = ray.get(method.remote(pack(request)), timeout=max(deadline.remaining_s, 0.001))
+            frame = ray.get(
+                method.remote(pack((deadline.remaining_s, request))), timeout=deadline.remaining_s + ANSWER_GRACE_S
+            )
         except exceptions.GetTimeoutError as error:
             raise DeadlineExceeded(
                 "an actor did not answer in time", where=self.id, got=type(request).__name__, remedy="look at its log"
@@ -77,7 +88,7 @@ class RayPort:
             ) from error
         except exceptions.RayError as error:
             raise TransportError("a call through Ray failed", where=self.id, got=str(error)[:500]) from error
-        return unpack(frame, self._replies)
+        return expect(unpack(frame, self._replies), reply)
 
 
 def engine_port(actor_id: str, handle: Any) -> RayPort:
@@ -285,13 +296,13 @@ def start(
             started.append(actor)
             engines.append(engine_port(engine, actor))
         for engine_actor in engines:
-            expect(engine_actor.call(EngineHello(), Deadline.after(START_TIMEOUT_S)), EngineIs)
+            engine_actor.call(EngineHello(), EngineIs, Deadline.after(START_TIMEOUT_S))
         trainer = _actor(
             entry_points.TRAINER_ACTOR, _trainer_name(name), workers, name, [e.id for e in engines], workers
         )
         started.append(trainer)
         port = RayPort(_trainer_name(name), trainer, FromCoordinator)
-        expect(port.call(Ask(), Deadline.after(START_TIMEOUT_S)), DaemonIs)
+        port.call(StatusRequest(), DaemonStatus, Deadline.after(START_TIMEOUT_S))
     except BaseException:
         for actor in started:
             ray.kill(actor, no_restart=True)
@@ -353,7 +364,7 @@ def find(name: str) -> tuple[RayPort, list[RayPort]]:
             remedy="weighbridge up NAME --engine embedded:PATH, or bridge.launch",
         )
     port = RayPort(_trainer_name(name), actor, FromCoordinator)
-    engines = expect(port.call(Ask(), Deadline.after(60)), DaemonIs).engines
+    engines = port.call(StatusRequest(), DaemonStatus, Deadline.after(60)).engines
     return port, [engine_port(info.id, _find_actor(f"{name}:{info.id}")) for info in engines]
 
 
@@ -372,7 +383,7 @@ def stop(name: str, *, and_ray: bool = True) -> None:
 
     port, engines = find(name)
     try:
-        port.call(CloseRequest(), Deadline.after(120))
+        port.call(CloseRequest(), Accepted, Deadline.after(120))
     except BridgeError as error:
         log.warning("%s did not close gracefully: %s", name, error)
     for actor_name in (*(f"{name}:{engine.id}" for engine in engines), _trainer_name(name)):

@@ -149,3 +149,13 @@ def require_equal(manifest: Manifest, expected: bytes, got: bytes, where: str) -
         remedy=_REMEDY,
         names=names,
     )
+
+
+def differing_tensors(arena: Arena, one: int, other: int) -> tuple[int, ...] | None:
+    """Compare two sealed slots by digest: manifest indices of the tensors that differ, in order. None means all of
+    them: every digest differs, or a slot is not sealed."""
+    a, b = arena.seal_of(one), arena.seal_of(other)
+    if a is None or b is None:
+        return None
+    found = differing(a.digests, b.digests)
+    return None if len(found) == len(arena.manifest.tensors) else tuple(found)
