@@ -100,7 +100,10 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, native: Any) -> tuple[T
     push("outputs")
     wrong = [check.name for check in made.health().checks if not check.ok]
     if wrong:
-        raise IntegrityError("after the rounds the engine's weights are not the trainer's", where=", ".join(wrong))
+        raise IntegrityError(
+            "after the rounds the engine's weights are not the trainer's", where=", ".join(wrong),
+            remedy="this is a fault of weighbridge: please report it",
+        )  # fmt: skip
     return first, found
 
 

@@ -40,16 +40,19 @@ class Backend:
     """The calls that commands make, each imported on use. Tests put another object in its place."""
 
     def launch(self, engine: str, name: str, engines: int, arguments: Mapping[str, Any]) -> Bridge:
+        """Start a daemon; see `bridge.launch`."""
         from bridge.api import launch
 
         return launch(engine, name=name, engines=engines, **arguments)
 
     def connect(self, name: str) -> Bridge:
+        """Connect to a daemon; see `bridge.connect`."""
         from bridge.api import connect
 
         return connect(name)
 
     def examine(self, url: str, timeout_s: float) -> HealthReport:
+        """Examine an engine's server; see `bridge.api.examine`."""
         from bridge.api import examine
 
         return examine(url, timeout_s)
@@ -65,11 +68,13 @@ class Backend:
         return ray_cluster.running()
 
     def stop(self, name: str) -> None:
+        """Stop a daemon and its engines."""
         from bridge.daemon import ray_cluster
 
         ray_cluster.stop(name)
 
     def named_tensors(self, folder: Path) -> Iterable[tuple[str, Any]]:
+        """Read the tensors of a checkpoint folder, under their names there."""
         tensors: Iterable[tuple[str, Any]] = entry_points.load(entry_points.CHECKPOINT)(folder)
         return tensors
 

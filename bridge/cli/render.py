@@ -73,6 +73,7 @@ def show_health(out: Console, report: Payload) -> None:
 
 
 def show_status(out: Console, status: Payload) -> None:
+    """Print the served version of a daemon, then a table of its engines."""
     committed = status["committed"]
     busy = f", pushing version {status['busy']}" if status["busy"] is not None else ""
     out.print(
@@ -90,6 +91,7 @@ def show_status(out: Console, status: Payload) -> None:
 
 
 def show_daemons(out: Console, listing: Payload) -> None:
+    """Print a table of the daemons that run."""
     if not listing["daemons"]:
         out.print("no daemon runs")
         return
@@ -106,10 +108,12 @@ def show_daemons(out: Console, listing: Payload) -> None:
 
 
 def show_stopped(out: Console, payload: Payload) -> None:
+    """Print that a daemon is stopped."""
     out.print(f"{payload['name']} is stopped", soft_wrap=True)
 
 
 def show_receipt(out: Console, payload: Payload) -> None:
+    """Print one push: its rate, its phases, each engine, and the notes."""
     receipt = payload["receipt"]
     seconds = sum(receipt["phases"].values())
     rate = receipt["nbytes"] / seconds / 1e9 if seconds else 0.0
@@ -131,6 +135,7 @@ def show_receipt(out: Console, payload: Payload) -> None:
 
 
 def show_history(out: Console, payload: Payload) -> None:
+    """Print a table of receipts, oldest first."""
     table = _table(
         "at", "version>", "mode", "adapter", "previous>", "tensors>", "size>", "sync>", "pause>", "verify", "verified",
         "drift>", "error",
@@ -149,6 +154,7 @@ def show_history(out: Console, payload: Payload) -> None:
 
 
 def show_explained(out: Console, payload: Payload) -> None:
+    """Print a table of the destinations of one tensor."""
     rows: Sequence[Mapping[str, str]] = payload["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = _table(*columns)
@@ -159,6 +165,7 @@ def show_explained(out: Console, payload: Payload) -> None:
 
 
 def show_bench(out: Console, report: Payload) -> None:
+    """Print a table of pushes and reference copies, then memory and cost per tensor of each measurement."""
     out.print(f"{_machine(report)}; {report['settings']['tunables']}", soft_wrap=True)
     table = _table(
         "shapes", "engine", "threads>", "variant", "median>", "p90>", "GB/s>", "of memcpy>", "target>", "pause>"
@@ -191,6 +198,7 @@ def show_bench(out: Console, report: Payload) -> None:
 
 
 def show_engine_bench(out: Console, report: Payload) -> None:
+    """Print a table of pushes and the engine's own way to take weights."""
     out.print(f"{_machine(report)}; {report['tensors']} tensors, {_size(report['nbytes'])}", soft_wrap=True)
     table = _table("engine", "variant", "median>", "p90>", "speed>", "target>", "pause>", "phases")
     for name, row in report["variants"].items():

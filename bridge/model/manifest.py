@@ -37,10 +37,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.numel * itemsize(self.dtype)
 
 
@@ -65,6 +67,7 @@ class Shard(msgspec.Struct, frozen=True):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 

@@ -56,6 +56,7 @@ class CanaryResult(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
+        """True when the mean is within its limit."""
         return self.mean_abs <= self.limit
 
 
@@ -84,6 +85,7 @@ class EngineReport(msgspec.Struct, frozen=True):
 
     @property
     def rebound(self) -> tuple[str, ...]:
+        """Parameters whose storage moved, over all ranks; captured graphs are then invalid."""
         return tuple(sorted({name for rank in self.ranks for name in rank.rebound}))
 
 
@@ -113,6 +115,7 @@ class Receipt(msgspec.Struct, frozen=True):
 
     @property
     def total_s(self) -> float:
+        """Seconds of the whole push."""
         return sum(self.phases.values())
 
     def metrics(self, prefix: str = "weight_sync/") -> dict[str, float]:
