@@ -187,7 +187,7 @@ class Bridge:
                 "base" (the frozen weights, adapters in the engine stay) or "adapter" (A and B as a new version of the
                 engine's adapter). "auto" chooses by the capability table and says why in the receipt.
             verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names
-                (`bridge.model.receipt.LEVELS`). Default "outputs" with a bound model, else "weights".
+                (`bridge.model.levels.LEVELS`). Default "outputs" with a bound model, else "weights".
             partial: a subset is meant; what is not sent stays as it is. No canary then, unless `verify` asks for one:
                 the trainer's other tensors need not be what the engine holds.
             inflight: what happens to running requests: "drain", "abort" or "keep", as far as the engine can.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
-from bridge.generate_options import asked
+from bridge.generate_options import check_generate_options
 from bridge.model.receipt import Receipt
 from bridge.ports import CoordinatorPort, EnginePort
 from bridge.protocol.codec import Completion, Sampling
@@ -37,7 +37,7 @@ class EngineHandle:
         engine is paused for a push, for at most `timeout_s` seconds. `adapter` is "current", "base" or the name of a
         loaded one. Raises EngineQuarantined when the engine serves nothing, ConfigError for prompts or a sampling that
         it cannot take, NotFound for an adapter, DeadlineExceeded (what has not finished is ended)."""
-        request = asked(prompts, sampling, adapter, timeout_s)
+        request = check_generate_options(prompts, sampling, adapter, timeout_s)
         return list(self._port.call(request, EngineGenerated, Deadline.after(request.timeout_s)).completions)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bridge import entry_points
-from bridge.config import Config
+from bridge.config import COPY_TUNABLE, Config
 from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, NotFound, PeerLost, TransportError
 from bridge.journal.state_dir import checked_name, state_dir
@@ -217,9 +217,8 @@ def _listens(port: int) -> bool:
 
 
 def _child_environment() -> dict[str, str]:
-    """The environment of processes we start: numpy's copies stream from 1 MiB up (transports.md 3.1)."""
-    tunable = "glibc.cpu.x86_non_temporal_threshold=0x100000"
-    return {"GLIBC_TUNABLES": tunable, **os.environ}
+    """The environment of processes we start."""
+    return {"GLIBC_TUNABLES": COPY_TUNABLE, **os.environ}
 
 
 def stop_ray() -> bool:

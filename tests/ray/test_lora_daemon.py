@@ -302,7 +302,7 @@ def test_no_adapter_into_an_engine_without_verified_weights(b: bridge.Bridge, st
     version = b.push(model.named_parameters(), mode="adapter").version
 
     def spoil(self: Any) -> None:
-        from bridge.journal.ledger import EngineState
+        from bridge.model.engine_state import EngineState
 
         if state == "QUARANTINED":
             self._service._quarantine("a test says so")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from bridge.entry_points import load
 from bridge.errors import ConfigError
-from engine_side.engines.registry import entry
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def start(scheme: str, folder: Path) -> Rival:
     if scheme not in RIVALS:
         raise ConfigError("no such kind of engine to measure", expected=" | ".join(RIVALS), got=repr(scheme))
     try:
-        rival: Rival = entry(RIVALS[scheme])(folder)
+        rival: Rival = load(RIVALS[scheme])(folder)
     except ModuleNotFoundError as error:
         raise ConfigError(
             "this engine is not installed here",

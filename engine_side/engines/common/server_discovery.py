@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Protocol
 
 from bridge.coordinator.health import Check
+from bridge.entry_points import load
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.http import HttpClient, HttpStatus
@@ -45,8 +45,7 @@ def attach_server(url: str) -> ServerDriver:
     client, deadline = HttpClient(url), Deadline.after(ANSWER_S)
     _require_answer(client, deadline)
     for target in SERVERS:
-        module, _, attribute = target.partition(":")
-        adapter: ServerDriver | None = getattr(importlib.import_module(module), attribute)(client, deadline)
+        adapter: ServerDriver | None = load(target)(client, deadline)
         if adapter is not None:
             return adapter
     raise ConfigError(
