@@ -18,14 +18,14 @@ from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, Busy, EngineQuarantined
 from bridge.protocol.codec import Completion, ErrorInfo, pack, unpack
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.published_state import Books
+from engine_side.engines.common.published_state import PublishedState
 
 log = logging.getLogger(__name__)
 
 _WATCH_S = 0.5
 
 
-class BaseFront:
+class Frontend:
     """One per engine. Every method runs on the engine's event loop.
 
     Attributes:
@@ -34,7 +34,7 @@ class BaseFront:
     """
 
     name: str
-    books: Books
+    books: PublishedState
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -47,7 +47,7 @@ class BaseFront:
 
     @abstractmethod
     def _facts(self) -> tuple[str, bytes, int]:
-        """Version, facts and number of processes that take requests in, as `FrontIs` has them."""
+        """Version, facts and number of processes that take requests in, as `FrontendIdentity` has them."""
 
     @property
     @abstractmethod
@@ -93,19 +93,19 @@ class BaseFront:
     async def answer(self, frame: str) -> str:
         """`handle` for a frame in base64, as it comes through HTTP. Never raises."""
         try:
-            reply = await self.handle(unpack(base64.b64decode(frame), msg.ToFront))
+            reply = await self.handle(unpack(base64.b64decode(frame), msg.FrontendRequest))
         except Exception as error:  # process boundary: the asker is told, whatever broke
             if not isinstance(error, BridgeError):
                 log.exception("a call of the bridge failed")
             return failed(error)
         return base64.b64encode(pack(reply)).decode()
 
-    async def handle(self, request: msg.ToFront) -> msg.FromFront:
+    async def handle(self, request: msg.FrontendRequest) -> msg.FrontendReply:
         """Answer one request. Raises our errors."""
         match request:
             case msg.Hello():
                 return self._hello(request)
-            case msg.Ask():
+            case msg.GetState():
                 return await self._state()
             case msg.Generate():
                 return msg.Completions(tuple(await self._generate(request)))
@@ -120,28 +120,28 @@ class BaseFront:
                 await self._release()
             case msg.Refuse():
                 await self.refuse(request.reason)
-            case msg.End():
+            case msg.EndRequests():
                 await self._end(request.adapters)
             case msg.Note():
                 self.books.paused = request.paused
-            case msg.Published():
+            case msg.Publish():
                 await self._published(request.version, request.adapter)
             case msg.Retire():
                 await self._retire(request.adapters)
-        return msg.Done()
+        return msg.FrontendDone()
 
-    def _hello(self, request: msg.Hello) -> msg.FrontIs:
+    def _hello(self, request: msg.Hello) -> msg.FrontendIdentity:
         try:
             found = os.stat(request.file)
             sees = (found.st_dev, found.st_ino) == (request.device, request.inode)
         except OSError:
             sees = False
-        return msg.FrontIs(*self._facts(), sees, socket.gethostname())
+        return msg.FrontendIdentity(*self._facts(), sees, socket.gethostname())
 
-    async def _state(self) -> msg.State:
+    async def _state(self) -> msg.FrontendState:
         books, holder = self.books, self._holder
         driven = holder is not None and self._alive(holder)
-        return msg.State(
+        return msg.FrontendState(
             version=books.version,
             adapter=books.adapter,
             paused=books.paused,
@@ -213,7 +213,7 @@ class BaseFront:
 
 def failed(error: Exception) -> str:
     """What `answer` says of an error."""
-    return base64.b64encode(pack(msg.Failed(ErrorInfo.of(error)))).decode()
+    return base64.b64encode(pack(msg.FrontendFailed(ErrorInfo.of(error)))).decode()
 
 
 def quarantined(where: str, reason: str) -> EngineQuarantined:

@@ -17,7 +17,7 @@ CALL_S = 60.0
 _FOREVER_S = 30 * 24 * 3600.0
 
 
-class Fronted:
+class FrontendClient:
     """`own` says in which process the engine's driver is, for the claim: (pid, start time). `on_close` ends an engine
     that is the adapter's own."""
 
@@ -30,7 +30,7 @@ class Fronted:
         self._claimed = False
 
     @abstractmethod
-    def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         """The front's answer; its errors are raised. Raises PeerLost, DeadlineExceeded."""
 
     @abstractmethod
@@ -63,10 +63,10 @@ class Fronted:
             if self._on_close is not None:
                 self._on_close()
 
-    def state(self, deadline: Deadline | None = None) -> msg.State:
+    def state(self, deadline: Deadline | None = None) -> msg.FrontendState:
         """What the engine's front knows."""
-        answer = self._front(msg.Ask(), deadline or self._until())
-        if not isinstance(answer, msg.State):
+        answer = self._front(msg.GetState(), deadline or self._until())
+        if not isinstance(answer, msg.FrontendState):
             raise self._wrong(answer)
         return answer
 
@@ -84,7 +84,7 @@ class Fronted:
         return state.version, state.adapter
 
     def end_users(self, names: Iterable[str]) -> None:
-        self._tell(msg.End(tuple(names)))
+        self._tell(msg.EndRequests(tuple(names)))
 
     def retire(self, names: Iterable[str]) -> None:
         """Those still in use go when they are not."""
@@ -101,9 +101,9 @@ class Fronted:
             raise self._wrong(answer)
         return list(answer.completions)
 
-    def _tell(self, request: msg.ToFront, deadline: Deadline | None = None) -> None:
+    def _tell(self, request: msg.FrontendRequest, deadline: Deadline | None = None) -> None:
         answer = self._front(request, deadline or self._until())
-        if not isinstance(answer, msg.Done):
+        if not isinstance(answer, msg.FrontendDone):
             raise self._wrong(answer)
 
     def _until(self) -> Deadline:

@@ -42,8 +42,8 @@ class Refuse(Message, frozen=True):
     reason: str | None
 
 
-class End(Message, frozen=True):
-    """End, as aborted, what uses one of these adapters."""
+class EndRequests(Message, frozen=True):
+    """EndRequests, as aborted, what uses one of these adapters."""
 
     adapters: tuple[str, ...]
 
@@ -54,7 +54,7 @@ class Note(Message, frozen=True):
     paused: bool
 
 
-class Published(Message, frozen=True):
+class Publish(Message, frozen=True):
     version: int
     adapter: str | None
 
@@ -63,7 +63,7 @@ class Retire(Message, frozen=True):
     adapters: tuple[str, ...]
 
 
-class Ask(Message, frozen=True):
+class GetState(Message, frozen=True):
     """What is it that you serve, and what do you hold?"""
 
 
@@ -75,7 +75,7 @@ class Generate(Message, frozen=True):
     timeout_s: float | None
 
 
-class FrontIs(Message, frozen=True):
+class FrontendIdentity(Message, frozen=True):
     """`facts` are the engine's own, packed by those who know it; `clients` is the number of processes that take
     requests in, `sees` whether the file is there, `node` this machine's name."""
 
@@ -86,7 +86,7 @@ class FrontIs(Message, frozen=True):
     node: str
 
 
-class State(Message, frozen=True):
+class FrontendState(Message, frozen=True):
     """`adapters`: those of the bridge, then what the engine calls others. `owner`: who drives it, "" nobody (alive).
     `held`: new requests wait. `unfinished`: requests that are not the bridge's own way past the gate."""
 
@@ -104,13 +104,15 @@ class Completions(Message, frozen=True):
     completions: tuple[Completion, ...]
 
 
-class Done(Message, frozen=True):
+class FrontendDone(Message, frozen=True):
     pass
 
 
-class Failed(Message, frozen=True):
+class FrontendFailed(Message, frozen=True):
     error: ErrorInfo
 
 
-ToFront = Hello | Claim | GiveUp | Hold | Release | Refuse | End | Note | Published | Retire | Ask | Generate
-FromFront = FrontIs | State | Completions | Done | Failed
+FrontendRequest = (
+    Hello | Claim | GiveUp | Hold | Release | Refuse | EndRequests | Note | Publish | Retire | GetState | Generate
+)
+FrontendReply = FrontendIdentity | FrontendState | Completions | FrontendDone | FrontendFailed

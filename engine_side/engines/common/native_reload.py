@@ -13,7 +13,7 @@ from engine_side.engines.registry import entry
 
 
 @dataclass(frozen=True)
-class Rival:
+class NativeReload:
     """A running engine of this process and the call that loads weights without the bridge.
 
     `own(named)` takes canonical tensors as a trainer's `named_parameters()` gives them, returns when the engine serves
@@ -26,20 +26,20 @@ class Rival:
     stop: Callable[[], None]
 
 
-RIVALS: Mapping[str, str] = {
+NATIVE_RELOADS: Mapping[str, str] = {
     "vllm": "engine_side.engines.vllm.native_reload:start",
     "sglang": "engine_side.engines.sglang.native_reload:start",
 }
 """Scheme of an engine spec -> starter taking a checkpoint folder."""
 
 
-def start(scheme: str, folder: Path) -> Rival:
+def start(scheme: str, folder: Path) -> NativeReload:
     """Start the engine and its own way. Blocks until it can serve. Raises ConfigError for a scheme without one, or an
     engine that is not installed."""
-    if scheme not in RIVALS:
-        raise ConfigError("no such kind of engine to measure", expected=" | ".join(RIVALS), got=repr(scheme))
+    if scheme not in NATIVE_RELOADS:
+        raise ConfigError("no such kind of engine to measure", expected=" | ".join(NATIVE_RELOADS), got=repr(scheme))
     try:
-        rival: Rival = entry(RIVALS[scheme])(folder)
+        rival: NativeReload = entry(NATIVE_RELOADS[scheme])(folder)
     except ModuleNotFoundError as error:
         raise ConfigError(
             "this engine is not installed here",

@@ -11,7 +11,7 @@ MODES = ("drain", "abort", "keep")
 
 
 @dataclass
-class Books:
+class PublishedState:
     """What was published, and whether a bridge has paused the engine."""
 
     paused: bool = False
@@ -29,7 +29,7 @@ def check_mode(inflight: str) -> None:
         raise ConfigError("no such mode", where="inflight", expected=" | ".join(MODES), got=repr(inflight))
 
 
-def not_held(name: str) -> NotFound:
+def lora_not_loaded(name: str) -> NotFound:
     return NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
 
 

@@ -17,7 +17,7 @@ from engine_side.plan.unfilled import unloaded
 from engine_side.protocol import LoraView, RankHost
 
 
-class Slots(Protocol):
+class LoraSlots(Protocol):
     """An engine's LoRA manager, as its adapter package drives it."""
 
     def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]: ...
@@ -29,10 +29,10 @@ class Slots(Protocol):
     def remove(self, name: str) -> None: ...
 
 
-L = TypeVar("L", bound=Slots)
+L = TypeVar("L", bound=LoraSlots)
 
 
-class EngineHost(RankHost, Generic[L]):
+class EngineRankHost(RankHost, Generic[L]):
     """A base for rank hosts. `loras` is None for an engine that was started without LoRA."""
 
     loras: L | None = None

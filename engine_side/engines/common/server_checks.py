@@ -21,13 +21,13 @@ from engine_side.protocol import EngineDriver
 LEVELS = ("attributes", "read-back", "probe")
 
 
-def hello(ask: Callable[[msg.Hello], msg.FromFront]) -> msg.FromFront:
+def hello(ask: Callable[[msg.Hello], msg.FrontendReply]) -> msg.FrontendReply:
     """The answer to Hello, with a file in the folder of the arenas to look at. Raises what `ask` raises."""
     with tempfile.NamedTemporaryFile(prefix="wb-probe-", dir=directory(from_environment().shm_dir)) as probe:
         return ask(msg.Hello(probe.name, *device_and_inode(probe.fileno())))
 
 
-def require_sight(front: msg.FrontIs, url: str) -> None:
+def require_sight(front: msg.FrontendIdentity, url: str) -> None:
     """Raises ConfigError for a server that cannot see the arenas."""
     if front.sees:
         return
@@ -46,7 +46,7 @@ def device_and_inode(descriptor: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def service(kind: str, ranks: int, state: msg.State, label: str, asleep: bool, resume: str) -> Iterator[Check]:
+def service(kind: str, ranks: int, state: msg.FrontendState, label: str, asleep: bool, resume: str) -> Iterator[Check]:
     """What a server says of itself. `label` is its own weight version, `asleep` whether somebody else has paused its
     engine, `resume` the call that ends that."""
     yield Check("server alive", True, "answers", f"{kind}, {ranks} rank(s), {state.unfinished} requests")

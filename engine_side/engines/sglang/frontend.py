@@ -17,8 +17,8 @@ from uuid import uuid4
 from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import BaseFront, failed, quarantined
-from engine_side.engines.common.published_state import CURRENT, not_held
+from engine_side.engines.common.frontend import Frontend, failed, quarantined
+from engine_side.engines.common.published_state import CURRENT, lora_not_loaded
 from engine_side.engines.sglang.common import Books, read_answer
 from engine_side.engines.sglang.gate import Gate, Refused
 from engine_side.engines.sglang.requests import completion, request
@@ -34,7 +34,7 @@ _POLL_S = 0.02
 _END_S = 20.0
 
 
-class Front(BaseFront):
+class Front(Frontend):
     """One per tokenizer manager. Every method runs in its event loop."""
 
     name = "SGLang"
@@ -191,7 +191,7 @@ class Front(BaseFront):
         if asked.past_gate:
             await self._make_known(name)
         elif name not in self._manager.lora_registry.get_all_adapters():
-            raise not_held(name)
+            raise lora_not_loaded(name)
         return name
 
     # ---- adapters ------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Front(BaseFront):
             return
         held = await self._loaded()
         if name not in held:
-            raise not_held(name)
+            raise lora_not_loaded(name)
         await registry.register(LoRARef(lora_id=held[name], lora_name=name, lora_path="memory", pinned=True))
         self.books.known.add(name)
 

@@ -19,7 +19,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
 from bridge.errors import ConfigError, NotFound, ShapeMismatch
-from engine_side.engines.common.rank_host import EngineHost, call_alone
+from engine_side.engines.common.rank_host import EngineRankHost, call_alone
 from engine_side.engines.sglang.derived import Derived
 from engine_side.engines.sglang.logprobs import prompt_logprobs
 from engine_side.engines.sglang.lora_slots import Loras
@@ -27,7 +27,7 @@ from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import Prompts
 
 
-class SglangRankHost(EngineHost[Loras]):
+class SglangRankHost(EngineRankHost[Loras]):
     """Over one scheduler (`sglang.srt.managers.scheduler.Scheduler`)."""
 
     def __init__(self, scheduler: Any) -> None:

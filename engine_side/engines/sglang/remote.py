@@ -10,8 +10,8 @@ from bridge.errors import ConfigError, DeadlineExceeded
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend_client import CALL_S, Fronted
-from engine_side.engines.common.published_state import BASE, CURRENT, check_mode, not_held
+from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
+from engine_side.engines.common.published_state import BASE, CURRENT, check_mode, lora_not_loaded
 from engine_side.engines.sglang.common import Arguments, SglangDriver
 from engine_side.engines.sglang.scheduler import FACTS, OPEN, SHUT
 from engine_side.protocol import Prompts
@@ -19,14 +19,14 @@ from engine_side.protocol import Prompts
 T = TypeVar("T")
 _POLL_S = 0.005
 _GRACE_S, _KNOCK_S = 3.0, 0.5
-_ASKING_RANKS = (msg.Ask, msg.Generate, msg.Published, msg.Retire)
+_ASKING_RANKS = (msg.GetState, msg.Generate, msg.Publish, msg.Retire)
 """Of the front's requests those that, where there are adapters, wait for the schedulers."""
 
 
 class Line(Protocol):
     """Blocks until answered. Every call raises PeerLost for an engine that is gone, and DeadlineExceeded."""
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         """The front's answer; its errors are raised."""
         ...
 
@@ -40,7 +40,7 @@ class Line(Protocol):
         ...
 
 
-class FrontendDriver(Fronted, SglangDriver):
+class FrontendDriver(FrontendClient, SglangDriver):
     """`own` says in which process the engine's driver is, for the claim: (pid, start time)."""
 
     def __init__(
@@ -53,12 +53,12 @@ class FrontendDriver(Fronted, SglangDriver):
         on_close: Callable[[], None] | None = None,
     ) -> None:
         SglangDriver.__init__(self, arguments, where)
-        Fronted.__init__(self, own, on_close)
+        FrontendClient.__init__(self, own, on_close)
         self._line = line
         self._push: Deadline | None = None  # of the push that has the engine paused
         self._grace: Deadline | None = None  # for an engine that has let a deadline pass
 
-    def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         if isinstance(request, msg.Generate) and not request.past_gate:
             return self._line.ask(request, deadline)  # a user's: it may take its time
         if isinstance(request, _ASKING_RANKS) and self.lora is not None:
@@ -135,7 +135,7 @@ class FrontendDriver(Fronted, SglangDriver):
         self._push = None
 
     def refuse(self, reason: str | None) -> None:
-        """As `Fronted.refuse`; an engine that hangs refuses, and what is inside it ends when it can."""
+        """As `FrontendClient.refuse`; an engine that hangs refuses, and what is inside it ends when it can."""
         try:
             super().refuse(reason)
         except DeadlineExceeded:
@@ -172,9 +172,9 @@ class FrontendDriver(Fronted, SglangDriver):
     def publish(self, version: int, adapter: str | None = None) -> None:
         """`meta_info["weight_version"]` shows the version from now on."""
         if adapter is not None and adapter not in self.adapters():
-            raise not_held(adapter)
+            raise lora_not_loaded(adapter)
         self._call("update_weight_version", new_version=str(version), abort_all_requests=False)
-        self._tell(msg.Published(version, adapter))
+        self._tell(msg.Publish(version, adapter))
 
     # ---- generation ----------------------------------------------------------------------------------------------
 

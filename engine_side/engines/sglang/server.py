@@ -31,7 +31,7 @@ class HttpLine:
     def __init__(self, client: HttpClient) -> None:
         self._client = client
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         ok, text = self.check_weights([FRONT, base64.b64encode(pack(request)).decode()], deadline)
         try:
             frame = base64.b64decode(text, validate=True) if ok else b""
@@ -45,8 +45,8 @@ class HttpLine:
                 got=text[:200],
                 remedy="install weighbridge where SGLang runs, and let SGLANG_PLUGINS, if set, name 'weighbridge'",
             )
-        answer: msg.FromFront = unpack(frame, msg.FromFront)
-        if isinstance(answer, msg.Failed):
+        answer: msg.FrontendReply = unpack(frame, msg.FrontendReply)
+        if isinstance(answer, msg.FrontendFailed):
             raise answer.error.rebuild(self._client.url)
         return answer
 
@@ -102,7 +102,7 @@ def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | No
     arguments = Arguments.read(about.get, client.url, START)
     line = HttpLine(client)
     front = server_checks.hello(lambda request: line.ask(request, deadline))
-    if not isinstance(front, msg.FrontIs):
+    if not isinstance(front, msg.FrontendIdentity):
         raise ProtocolError("an answer of the wrong kind", where=client.url, got=type(front).__name__)
     server_checks.require_sight(front, client.url)
     adapter = SglangServerDriver(client, arguments)

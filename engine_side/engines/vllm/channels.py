@@ -23,10 +23,10 @@ GRACE_S = 1.0
 """For what vLLM itself says of a dead engine core."""
 
 
-class Line(Protocol):
+class VllmChannel(Protocol):
     """Blocks until answered. Every call raises PeerLost for an engine that is gone, and DeadlineExceeded."""
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         """The front's answer; its errors are raised."""
         ...
 
@@ -39,7 +39,7 @@ class Line(Protocol):
         ...
 
 
-class LoopLine:
+class VllmLoopChannel:
     """An event loop on a thread of its own, and the AsyncLLM that lives on it."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class LoopLine:
             raise PeerLost("vLLM's engine was stopped", where="AsyncLLM") from error
 
     def stop(self) -> None:
-        """End the loop and what still waits on it. Idempotent."""
+        """EndRequests the loop and what still waits on it. Idempotent."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result(10)
@@ -74,8 +74,8 @@ class LoopLine:
         self._thread.join(10)
         self._loop.close()
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
-        answer: msg.FromFront = self.run(self.front.handle(request), deadline)
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        answer: msg.FrontendReply = self.run(self.front.handle(request), deadline)
         return answer
 
     def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
@@ -124,13 +124,13 @@ ROUTES: Mapping[str, Route] = {
 }
 
 
-class HttpLine:
+class VllmHttpChannel:
     """Over the endpoints that `vllm serve` opens with VLLM_SERVER_DEV_MODE=1."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         (text,) = self.rpc(FRONT, pack(request), deadline)[:1] or ("",)
         if not text:
             raise ConfigError(
@@ -140,8 +140,8 @@ class HttpLine:
                 got="an answer from a worker",
                 remedy="install weighbridge in the server's environment and start it with --api-server-count 1",
             )
-        answer: msg.FromFront = unpack(base64.b64decode(text), msg.FromFront)
-        if isinstance(answer, msg.Failed):
+        answer: msg.FrontendReply = unpack(base64.b64decode(text), msg.FrontendReply)
+        if isinstance(answer, msg.FrontendFailed):
             raise answer.error.rebuild(self._client.url)
         return answer
 

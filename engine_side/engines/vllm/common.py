@@ -12,13 +12,12 @@ from bridge.errors import Busy, ConfigError, ProtocolError
 from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
-from engine_side.engines.common.published_state import Books as PlainBooks
-from engine_side.engines.common.published_state import number
-from engine_side.engines.vllm.facts import Facts
+from engine_side.engines.common.published_state import PublishedState, number
+from engine_side.engines.vllm.facts import VllmFacts
 
 
 @dataclass
-class Books(PlainBooks):
+class VllmPublishedState(PublishedState):
     """Also what waits to be dropped."""
 
     retiring: set[str] = field(default_factory=set)
@@ -30,7 +29,7 @@ class VllmDriver:
     kind = "vllm"
     can_generate = True
 
-    def __init__(self, facts: Facts, where: str) -> None:
+    def __init__(self, facts: VllmFacts, where: str) -> None:
         self.facts = facts
         self.where = where
         self._blocks_used = False

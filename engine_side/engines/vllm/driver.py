@@ -15,10 +15,10 @@ from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.engines.common.frontend_client import CALL_S
-from engine_side.engines.common.published_state import CURRENT, check_mode, not_held, number
-from engine_side.engines.vllm.common import Books, VllmDriver, asleep, completion, keeping, parameters
+from engine_side.engines.common.published_state import CURRENT, check_mode, lora_not_loaded, number
+from engine_side.engines.vllm.common import VllmDriver, VllmPublishedState, asleep, completion, keeping, parameters
 from engine_side.engines.vllm.facts import check_facts, facts_of
-from engine_side.engines.vllm.gate import Gate, running_loras
+from engine_side.engines.vllm.gate import VllmGate, running_loras
 from engine_side.engines.vllm.liveness import answered, lost
 from engine_side.engines.vllm.plugin import ADAPTERS, METHOD
 from engine_side.engines.vllm.versions import check_version
@@ -40,7 +40,7 @@ class LLMDriver(VllmDriver):
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._engine: Any = llm.llm_engine
-        self._gate: Gate | None = None
+        self._gate: VllmGate | None = None
         super().__init__(facts_of(self._engine.vllm_config), "vllm.LLM")
         check_facts(
             self.facts,
@@ -48,12 +48,12 @@ class LLMDriver(VllmDriver):
             expected='weight_transfer_config=WeightTransferConfig(backend="bridge")',
             remedy='vllm.LLM(..., weight_transfer_config=vllm.config.WeightTransferConfig(backend="bridge"))',
         )
-        self._books: Books = vars(self._engine).setdefault(_BOOKS, Books())
+        self._books: VllmPublishedState = vars(self._engine).setdefault(_BOOKS, VllmPublishedState())
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> VllmGate:
         if self._gate is None:
-            self._gate = Gate.of(self._engine)
+            self._gate = VllmGate.of(self._engine)
         return self._gate
 
     @property
@@ -199,7 +199,7 @@ class LLMDriver(VllmDriver):
     def publish(self, version: int, adapter: str | None = None) -> None:
         """`llm.llm_engine.get_weight_version()` and the spans on outputs show the version from now on."""
         if adapter is not None and adapter not in self.adapters():
-            raise not_held(adapter)
+            raise lora_not_loaded(adapter)
         self._call(lambda: self._engine.set_weight_version(str(version)))
         self._books.version, self._books.adapter = version, adapter
 
@@ -262,7 +262,7 @@ class LLMDriver(VllmDriver):
 
         held = self._held()
         if name not in held:
-            raise not_held(name)
+            raise lora_not_loaded(name)
         return lora_request(name, held[name])
 
     # ---- adapters ------------------------------------------------------------------------------------------------

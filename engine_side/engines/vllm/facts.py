@@ -13,7 +13,7 @@ from engine_side.engines.vllm.plugin import BACKEND
 _PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
 
 
-class Facts(Message, frozen=True):
+class VllmFacts(Message, frozen=True):
     """Lengths in tokens. `block` is one KV block, 0 without a prefix cache; `sizes` are the kinds of parallelism beside
     tensor parallelism; `dummy` says that the weights did not come from `model`; `unreached` are the
     arguments, with why, whose caches or moves no push could take into account; `quantisation` is vLLM's word."""
@@ -39,10 +39,10 @@ class Facts(Message, frozen=True):
         return path if path.is_dir() and not self.dummy else None
 
 
-def facts_of(config: Any) -> Facts:
+def facts_of(config: Any) -> VllmFacts:
     """The facts in a `vllm.config.VllmConfig`."""
     transfer, lora, cache = config.weight_transfer_config, config.lora_config, config.cache_config
-    return Facts(
+    return VllmFacts(
         backend=None if transfer is None else str(transfer.backend),
         ranks=int(config.parallel_config.world_size),
         model=str(config.model_config.model),
@@ -75,7 +75,7 @@ def _unreached(config: Any) -> dict[str, str]:
     return found
 
 
-def check_facts(facts: Facts, *, where: str, expected: str, remedy: str) -> None:
+def check_facts(facts: VllmFacts, *, where: str, expected: str, remedy: str) -> None:
     """Raises ConfigError for an engine that cannot be driven. `expected` and `remedy` say how the backend is asked for
     where this engine was started."""
     if facts.backend != BACKEND:

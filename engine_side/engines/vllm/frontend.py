@@ -24,9 +24,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost
 from bridge.protocol.codec import Completion, pack
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import BaseFront
-from engine_side.engines.common.published_state import not_held, number
-from engine_side.engines.vllm.common import Books, asleep, completion, parameters
+from engine_side.engines.common.frontend import Frontend
+from engine_side.engines.common.published_state import lora_not_loaded, number
+from engine_side.engines.vllm.common import VllmPublishedState, asleep, completion, parameters
 from engine_side.engines.vllm.facts import facts_of
 from engine_side.engines.vllm.plugin import ADAPTERS, FRONT, METHOD
 
@@ -35,16 +35,16 @@ XARG = "weighbridge_adapter"
 """Sampling argument by which an HTTP client asks for an adapter: `"vllm_xargs": {"weighbridge_adapter": "current"}`."""
 
 
-class Front(BaseFront):
+class VllmFrontend(Frontend):
     """One per AsyncLLM. Every method runs on its event loop."""
 
     name = "vLLM"
-    books: Books
+    books: VllmPublishedState
 
     def __init__(self, engine: AsyncLLM) -> None:
         super().__init__()
         self._engine = ref(engine)
-        self.books = Books()
+        self.books = VllmPublishedState()
         self._opened = asyncio.Event()
         self._opened.set()
         self._entering = 0
@@ -52,10 +52,10 @@ class Front(BaseFront):
         self._privileged: set[str] = set()
 
     @classmethod
-    def of(cls, engine: AsyncLLM) -> Front:
+    def of(cls, engine: AsyncLLM) -> VllmFrontend:
         """The front of this engine, hung there if it has none."""
         found = vars(engine).get(_KEY)
-        if not isinstance(found, Front):
+        if not isinstance(found, VllmFrontend):
             found = vars(engine)[_KEY] = cls(engine)
         return found
 
@@ -90,12 +90,12 @@ class Front(BaseFront):
 
         held = await self._loaded()
         if name not in held:
-            raise not_held(name)
+            raise lora_not_loaded(name)
         return lora_request(name, held[name])
 
     # ---- what a bridge asks --------------------------------------------------------------------------------------
 
-    async def handle(self, request: msg.ToFront) -> msg.FromFront:
+    async def handle(self, request: msg.FrontendRequest) -> msg.FrontendReply:
         """As of every front. Raises PeerLost for an engine that died."""
         try:
             return await super().handle(request)
@@ -241,7 +241,7 @@ def gated(add_request: Coroutine) -> Coroutine:
 
     @wraps(add_request)
     async def call(self: AsyncLLM, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        front = Front.of(self)
+        front = VllmFrontend.of(self)
         try:
             async with front.admitted(request_id):
                 wanted = (getattr(params, "extra_args", None) or {}).get(XARG)
@@ -264,9 +264,9 @@ def answering(collective_rpc: Coroutine) -> Coroutine:
         self: AsyncLLM, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
     ) -> Any:
         if method == FRONT:
-            return [await Front.of(self).answer(*args)]
+            return [await VllmFrontend.of(self).answer(*args)]
         if method == METHOD:
-            Front.of(self).jobs += 1
+            VllmFrontend.of(self).jobs += 1
         return await collective_rpc(self, method, timeout, args, kwargs)
 
     return call

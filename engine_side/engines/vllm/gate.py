@@ -23,8 +23,8 @@ _KEY = "_weighbridge_gate"
 _WAYS = ("add_request", "step", "has_unfinished_requests")
 
 
-class Gate:
-    """One per engine object, whoever attaches to it: made by `Gate.of`, gone with `lift` unless it refuses."""
+class VllmGate:
+    """One per engine object, whoever attaches to it: made by `VllmGate.of`, gone with `lift` unless it refuses."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = ref(engine)
@@ -38,10 +38,10 @@ class Gate:
         self._others: list[Any] = []
 
     @classmethod
-    def of(cls, engine: Any) -> Gate:
+    def of(cls, engine: Any) -> VllmGate:
         """The gate of this engine, hung there if it has none."""
         found = vars(engine).get(_KEY)
-        if isinstance(found, Gate):
+        if isinstance(found, VllmGate):
             return found
         gate = cls(engine)
         vars(engine)[_KEY] = gate
@@ -158,7 +158,7 @@ class Gate:
                 self._others += self._step()
 
     def abort(self, adapters: Container[str] | None = None, *, rollouts: bool = True) -> None:
-        """End what runs or waits (with `adapters`: what uses one of these); its callers get what there is, marked as
+        """EndRequests what runs or waits (with `adapters`: what uses one of these); its callers get what there is, marked as
         aborted. What runs past the gate is left alone; without `rollouts` all that was asked of the bridge is."""
         from vllm.v1.engine import FinishReason
 

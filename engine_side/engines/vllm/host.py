@@ -20,9 +20,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.utils import device_loading_context, initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from engine_side.engines.common.rank_host import EngineHost, call_alone
+from engine_side.engines.common.rank_host import EngineRankHost, call_alone
 from engine_side.engines.vllm.logprobs import prompt_logprobs
-from engine_side.engines.vllm.lora_slots import Loras
+from engine_side.engines.vllm.lora_slots import VllmLoraSlots
 from engine_side.live.inplace import twin_parameter
 from engine_side.protocol import Prompts
 
@@ -38,14 +38,14 @@ def _call(module: nn.Module, method: str, *args: Any) -> bool:
     return True
 
 
-class VllmRankHost(EngineHost[Loras]):
+class VllmRankHost(EngineRankHost[VllmLoraSlots]):
     """Over one worker (`vllm.v1.worker.worker_base.WorkerBase`)."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._config: VllmConfig = worker.vllm_config
         self._computes = False
-        self.loras = None if self._config.lora_config is None else Loras(worker)
+        self.loras = None if self._config.lora_config is None else VllmLoraSlots(worker)
 
     @property
     def checkpoint(self) -> Path | None:

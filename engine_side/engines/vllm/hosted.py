@@ -10,7 +10,7 @@ from typing import Any
 from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ConfigError
 from engine_side.engines.common import claim, hosting
-from engine_side.engines.vllm.channels import LoopLine
+from engine_side.engines.vllm.channels import VllmLoopChannel
 from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.plugin import BACKEND, register
 from engine_side.engines.vllm.remote import AsyncDriver
@@ -22,7 +22,7 @@ STOP_S = 20.0
 class HostedDriver(AsyncDriver):
     """Over an AsyncLLM that ends with it."""
 
-    def __init__(self, line: LoopLine, leavings: hosting.Leavings) -> None:
+    def __init__(self, line: VllmLoopChannel, leavings: hosting.Leavings) -> None:
         self._loop = line
         self._leavings = leavings
         facts = facts_of(line.engine.vllm_config)
@@ -57,15 +57,15 @@ def host(path: str, arguments: Mapping[str, Any]) -> HostedDriver:
         raise ConfigError(
             "vLLM is not installed", where="engine", got=f"no module named {error.name}", remedy="pip install vllm"
         ) from error
-    from engine_side.engines.vllm.frontend import Front
+    from engine_side.engines.vllm.frontend import VllmFrontend
 
     check_version(str(vllm.__version__))
     register()  # in an environment where the plugin's entry point is switched off, our own engine has it all the same
     config = _config(path, arguments)
-    line, leavings = LoopLine(), hosting.Leavings()
+    line, leavings = VllmLoopChannel(), hosting.Leavings()
     try:
         line.engine = line.run(_made(AsyncLLM, config), None)
-        line.front = Front.of(line.engine)
+        line.front = VllmFrontend.of(line.engine)
         return HostedDriver(line, leavings)
     except BaseException as error:
         if line.engine is not None:

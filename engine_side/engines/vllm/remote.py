@@ -8,24 +8,24 @@ from typing import Any
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend_client import CALL_S, Fronted
-from engine_side.engines.common.published_state import CURRENT, check_mode, not_held
-from engine_side.engines.vllm.channels import Line
+from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
+from engine_side.engines.common.published_state import CURRENT, check_mode, lora_not_loaded
+from engine_side.engines.vllm.channels import VllmChannel
 from engine_side.engines.vllm.common import VllmDriver, asleep, keeping
-from engine_side.engines.vllm.facts import Facts
+from engine_side.engines.vllm.facts import VllmFacts
 from engine_side.engines.vllm.plugin import METHOD
 from engine_side.protocol import Prompts
 
 _VLLMS_WORD = {"drain": "wait", "abort": "abort", "keep": "keep"}
 
 
-class AsyncDriver(Fronted, VllmDriver):
+class AsyncDriver(FrontendClient, VllmDriver):
     """`own` says in which process the engine's driver is, for the claim: (pid, start time)."""
 
     def __init__(
         self,
-        line: Line,
-        facts: Facts,
+        line: VllmChannel,
+        facts: VllmFacts,
         where: str,
         own: tuple[int, str],
         *,
@@ -33,11 +33,11 @@ class AsyncDriver(Fronted, VllmDriver):
         on_close: Callable[[], None] | None = None,
     ) -> None:
         VllmDriver.__init__(self, facts, where)
-        Fronted.__init__(self, own, on_close)
+        FrontendClient.__init__(self, own, on_close)
         self._line = line
         self._remedy = remedy
 
-    def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         return self._line.ask(request, deadline)
 
     # ---- jobs ----------------------------------------------------------------------------------------------------
@@ -106,9 +106,9 @@ class AsyncDriver(Fronted, VllmDriver):
     def publish(self, version: int, adapter: str | None = None) -> None:
         """vLLM's own weight version, and the spans on outputs, show the version from now on."""
         if adapter is not None and adapter not in self.adapters():
-            raise not_held(adapter)
+            raise lora_not_loaded(adapter)
         self._call("update_weight_version", new_version=str(version))
-        self._tell(msg.Published(version, adapter))
+        self._tell(msg.Publish(version, adapter))
 
     # ---- generation ----------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
 from engine_side.engines.common.http import HttpClient, HttpStatus
-from engine_side.engines.vllm.channels import HttpLine
-from engine_side.engines.vllm.facts import Facts, check_facts
+from engine_side.engines.vllm.channels import VllmHttpChannel
+from engine_side.engines.vllm.facts import VllmFacts, check_facts
 from engine_side.engines.vllm.remote import AsyncDriver
 from engine_side.engines.vllm.versions import check_version
 
@@ -42,9 +42,9 @@ def recognise(client: HttpClient, deadline: Deadline) -> VllmServerDriver | None
     ranks = _require_endpoints(client, deadline)
     if ranks > 1:
         _require_backend(client, deadline)
-    line = HttpLine(client)
+    line = VllmHttpChannel(client)
     front = _hello(line, client, deadline)
-    facts = unpack(front.facts, Facts)
+    facts = unpack(front.facts, VllmFacts)
     check_facts(facts, where=client.url, expected=FLAG, remedy=f"start it with {START}")
     if front.clients != 1:
         raise ConfigError(
@@ -95,7 +95,7 @@ def _without(client: HttpClient, got: str) -> ConfigError:
     )  # fmt: skip
 
 
-def _hello(line: HttpLine, client: HttpClient, deadline: Deadline) -> msg.FrontIs:
+def _hello(line: VllmHttpChannel, client: HttpClient, deadline: Deadline) -> msg.FrontendIdentity:
     try:
         answer = server_checks.hello(lambda request: line.ask(request, deadline))
     except HttpStatus as error:
@@ -104,6 +104,6 @@ def _hello(line: HttpLine, client: HttpClient, deadline: Deadline) -> msg.FrontI
         if isinstance(error, ConfigError):
             raise
         raise _without(client, error.got or error.what) from error
-    if not isinstance(answer, msg.FrontIs):
+    if not isinstance(answer, msg.FrontendIdentity):
         raise _without(client, type(answer).__name__)
     return answer
