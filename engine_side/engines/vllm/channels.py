@@ -6,7 +6,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -15,12 +15,10 @@ from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.http import HttpClient, HttpStatus
-from engine_side.engines.vllm.liveness import LOOK_S, died_error, has_died, late_error
+from engine_side.engines.vllm.liveness import died_error, wait_for
 from engine_side.engines.vllm.plugin import FRONT
 
 T = TypeVar("T")
-GRACE_S = 1.0
-"""Time for vLLM to fail a call itself, once its engine core has ended."""
 END_S = 10.0
 """Time for the tasks of an event loop to end."""
 
@@ -65,17 +63,9 @@ class VllmLoopChannel:
             DeadlineExceeded: the coroutine was cancelled at the deadline.
             PeerLost: the engine core has ended, or the loop was stopped.
         """
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            while not wait((future,), LOOK_S if deadline is None else min(LOOK_S, deadline.remaining_s)).done:
-                if deadline is not None and deadline.expired:
-                    future.cancel()
-                    raise late_error("AsyncLLM")
-                engine = self.engine
-                if engine is not None and has_died(engine.engine_core) and not wait((future,), GRACE_S).done:
-                    future.cancel()
-                    raise died_error("AsyncLLM")
-            return future.result()
+            return wait_for(future, getattr(self.engine, "engine_core", None), deadline, "AsyncLLM")
         except CancelledError as error:
             raise PeerLost(
                 "vLLM's engine was stopped", where="AsyncLLM", got="closed", remedy="start it again"

@@ -1,4 +1,4 @@
-"""What is the same for every way to a vLLM engine: an `LLM` of this process, a hosted AsyncLLM, a server."""
+"""Parts of the driver that are the same for an `LLM` of this process, a hosted AsyncLLM and a server."""
 
 from __future__ import annotations
 

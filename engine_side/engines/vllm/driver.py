@@ -6,9 +6,8 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.codec import Completion, Sampling
@@ -238,12 +237,7 @@ class LLMDriver(VllmDriver):
             label = self._call("get_weight_version")
             return [Completion((), (), "length", parse_version(label)) for _ in prompts]
         parameters = sampling_parameters(sampling)
-        lora = cache(partial(self._lora_request, adapter))  # resolved inside the gate, where no push can begin any more
-
-        def add(add_request: Any, k: int) -> str:
-            name = f"bridge-{uuid4().hex}"
-            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, parameters, lora_request=lora()))
-
+        find_lora = partial(self._lora_request, adapter)
         from vllm.v1.engine.exceptions import EngineDeadError
 
         opened = self._published.paused and past_gate
@@ -252,7 +246,8 @@ class LLMDriver(VllmDriver):
                 raise kept_requests_error(self.where)
             self._resume_scheduling()
         try:
-            return [read_completion(o) for o in self.gate.run(add, len(prompts), deadline, past=past_gate)]
+            outputs = self.gate.run(prompts, parameters, find_lora, deadline, past=past_gate)
+            return [read_completion(output) for output in outputs]
         except EngineDeadError as error:
             raise died_error(self.where, str(error)) from error
         finally:

@@ -1,4 +1,4 @@
-"""What a bridge has to know of a vLLM engine before it drives it, read from the engine's own configuration."""
+"""Facts of a vLLM engine that a bridge needs before it drives it, read from the engine's own configuration."""
 
 from __future__ import annotations
 
