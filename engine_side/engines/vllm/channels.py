@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from bridge.errors import ConfigError, PeerLost, ProtocolError
 from bridge.protocol.codec import pack
@@ -32,11 +34,8 @@ class VllmChannel(Protocol):
         ...
 
     def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
-        """Call a method of AsyncLLM by name."""
-        ...
-
-    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        """Call a method of the workers with one frame. Returns what each answered."""
+        """Call a method of AsyncLLM by name. `collective_rpc` returns what each worker answered; bytes among its `args`
+        reach the workers as bytes, or in base64 over HTTP."""
         ...
 
 
@@ -93,10 +92,6 @@ class VllmLoopChannel:
         except EngineDeadError as error:
             raise died_error("AsyncLLM", str(error)) from error
 
-    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        answers: Sequence[Any] = self.call("collective_rpc", deadline, method=method, args=(frame,))
-        return answers
-
 
 async def _end_all() -> None:
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -141,7 +136,7 @@ class VllmHttpChannel:
         self._client = client
 
     def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
-        (text,) = self.rpc(FRONT, pack(request), deadline)[:1] or ("",)
+        (text,) = self.call("collective_rpc", deadline, method=FRONT, args=(pack(request),))[:1] or ("",)
         if not text:
             raise ConfigError(
                 "the server was started without weighbridge's plugin in its frontend",
@@ -158,7 +153,7 @@ class VllmHttpChannel:
             if route.get:
                 answer = self._client.get(route.path, deadline)
             elif route.body:
-                answer = self._client.post(route.path, deadline, body=arguments)
+                answer = self._client.post(route.path, deadline, body=msgspec.to_builtins(arguments))
             else:
                 answer = self._client.post(route.path, deadline, query=arguments)
         except HttpStatus as error:
@@ -175,8 +170,3 @@ class VllmHttpChannel:
                 remedy="give the address of the engine's own server, not of a router before it",
             )
         return found
-
-    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        args = [base64.b64encode(frame).decode()]
-        answers: Sequence[Any] = self.call("collective_rpc", deadline, method=method, args=args)
-        return answers

@@ -28,7 +28,7 @@ from engine_side.engines.vllm.common import (
 from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.gate import VllmGate
 from engine_side.engines.vllm.liveness import call_core, died_error
-from engine_side.engines.vllm.plugin import LORAS, METHOD
+from engine_side.engines.vllm.plugin import LORAS
 from engine_side.engines.vllm.versions import check_version
 from engine_side.protocol import Prompts
 
@@ -75,7 +75,7 @@ class LLMDriver(VllmDriver):
     def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
         try:
             with self.gate.between_steps(deadline):
-                answers: Sequence[Any] = self._call("collective_rpc", deadline, method=METHOD, args=(job,))
+                return super()._run_job(job, deadline)
         except BridgeError:
             raise
         except Exception as error:  # process boundary: vLLM's executor, of dead workers or a closed engine
@@ -85,7 +85,6 @@ class LLMDriver(VllmDriver):
                 got=f"{type(error).__name__}: {error}",
                 remedy="start the engine again; vLLM's log says why its workers ended",
             ) from error
-        return answers
 
     def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
         """Call a method of LLMEngine. A core of this process computes the answer in this thread, without a limit."""
