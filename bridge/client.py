@@ -16,7 +16,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
@@ -40,10 +41,9 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
-from bridge.journal.lease import Lease
 from bridge.model.manifest import TensorInfo, validate
 from bridge.model.receipt import Receipt
-from bridge.ports import Choice, CoordinatorPort, EnginePort, Snapshot, TrainerPort, Written, expect
+from bridge.ports import Choice, Snapshot, TrainerPort, Written, expect
 from bridge.protocol.coordinator_messages import (
     Ask,
     BeginRequest,
@@ -71,10 +71,14 @@ from bridge.protocol.coordinator_messages import (
 )
 from bridge.protocol.deadline import Deadline
 from bridge.push_settings import PushOptions, Wish, wish
+from bridge.session import Session
 from bridge.shm.arena import Arena
 from bridge.shm.seal import seal_slot
 
 log = logging.getLogger(__name__)
+
+DROPPED_WAIT_S = 5.0
+"""How long the end of a Bridge that was dropped unclosed is waited for where it is dropped; it goes on after that."""
 
 T = TypeVar("T")
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -103,38 +107,22 @@ class Bridge:
     """The trainer's end of a bridge. Made by `bridge.launch`, `bridge.connect` and `bridge.attach`; one trainer process
     holds the lease at a time. Methods may be called from one thread; `push` blocks unless `wait=False`."""
 
-    def __init__(
-        self,
-        name: str,
-        coordinator: CoordinatorPort,
-        engines: Sequence[EnginePort],
-        trainer: TrainerPort,
-        config: Config,
-        *,
-        before_close: Callable[[], None] | None = None,
-        on_close: Callable[[], None] | None = None,
-        on_shutdown: Callable[[], None] | None = None,
-        guard: Callable[[frozenset[int]], None] | None = None,
-        state: Path | None = None,
-    ) -> None:
-        self.name = name
-        self.engines = [EngineHandle(port) for port in engines]
+    def __init__(self, session: Session, trainer: TrainerPort, config: Config) -> None:
+        self.name = session.name
+        self.engines = [EngineHandle(port) for port in session.engines]
         self.config = config
-        self._coordinator = coordinator
+        self._session = session
+        self._coordinator = session.coordinator
         self._trainer = trainer
-        self._before_close = before_close
-        self._on_close = on_close
-        self._on_shutdown = on_shutdown
-        self._guard = guard
-        self._state = state
         self._pushing = threading.Lock()
-        self._lease: Lease | None = None
         self._agreed: dict[bool, _Agreed] = {}
         """By whether it is an adapter's."""
         self._engine_infos: tuple[EngineInfo, ...] | None = None
         self._base = BaseWeightsCheck(trainer, self._compare, lambda: self.status().weights)
         self._closed = False
         self._warned = False
+        self._finalizer = weakref.finalize(self, _dropped, session, trainer, self._agreed)
+        self._finalizer.atexit = False  # the session has an exit hook of its own
 
     def __enter__(self) -> Bridge:
         return self
@@ -215,7 +203,7 @@ class Bridge:
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
-            self._hold_lease()
+            self._session.hold_lease()
             pending = self._push(named, checked)
         finally:
             self._pushing.release()
@@ -248,8 +236,7 @@ class Bridge:
         started = time.perf_counter()
         options = msgspec.structs.replace(asked.options, mode=choice.mode, reason=choice.reason)
         snapshot = self._trainer.collect(named, partial=options.partial, mode=choice.mode)
-        if self._guard is not None:
-            self._guard(self._trainer.storages())
+        self._session.refuse_shared(self._trainer.storages())
         agreed = self._agree(snapshot, options.partial and snapshot.adapter is None)
         slot, doubt = self._begin(agreed, asked.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
@@ -390,7 +377,7 @@ class Bridge:
         """Serve the version before the last committed one again, verified by bits or probes. One level; version numbers
         go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
         self._require_open()
-        self._hold_lease()
+        self._session.hold_lease()
         self._base.forget()
         finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
         version = finished.receipt.version if finished.receipt else 0
@@ -398,31 +385,25 @@ class Bridge:
 
     def close(self) -> None:
         """Give up the lease and what this process holds. Idempotent. A daemon goes on (`weighbridge down` stops it); an
-        attached engine stays the user's. Later calls raise Closed. Raises ConfigError, and closes nothing, in a thread
-        that runs the event loop of the attached engine: it would wait for itself."""
+        attached engine stays the user's. Later calls raise Closed. In a forked child nothing of the parent is touched.
+
+        Blocks for as long as a running push and the engines' own deadlines take. Raises ConfigError, and closes
+        nothing, in a thread that runs the event loop of the attached engine: it would wait for itself.
+        """
         if self._closed:
             return
-        if self._before_close is not None:
-            self._before_close()
+        if not self._session.forked:
+            self._session.refuse_caller()
         self._closed = True
-        self._trainer.close()
-        for agreed in self._agreed.values():
-            agreed.arena.close()
-        self._agreed.clear()
-        try:
-            if self._on_close is not None:
-                self._on_close()
-        finally:
-            if self._lease is not None:
-                self._lease.release()
-                self._lease = None
+        if self._finalizer.detach() is not None:
+            _let_go(self._session, self._trainer, self._agreed)
 
     def shutdown(self) -> None:
         """Close this Bridge and stop its daemon: engines gracefully, shared memory unlinked, and the local Ray if we
-        started it and nothing else of ours runs there. What `weighbridge down` does. For `attach` the same as close."""
+        started it and nothing else of ours runs there. `weighbridge down` does the same. For `attach`, and in a forked
+        child, no more than `close`."""
         self.close()
-        if self._on_shutdown is not None:
-            self._on_shutdown()
+        self._session.shutdown()
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -430,13 +411,42 @@ class Bridge:
         self._require_open()
         return expect(self._coordinator.call(request, Deadline.after(timeout_s)), kind)
 
-    def _hold_lease(self) -> None:
-        if self._lease is None:
-            self._lease = Lease.acquire(self.name, directory=self._state)
-
     def _require_open(self) -> None:
         if self._closed:
             raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
+        self._session.require_own_process()
+
+
+def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:
+    """Close what a Bridge holds. In a forked child all of it is the parent's, and nothing is closed."""
+    if session.forked:
+        return
+    trainer.close()
+    for each in agreed.values():
+        each.arena.close()
+    agreed.clear()
+    session.close()
+
+
+def _dropped(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:
+    """Close what a Bridge held that was collected without `close`; waits a few seconds for that.
+
+    On a thread of its own: the collector may run in the middle of a call of the engine, under a lock that this needs.
+    """
+    if session.forked or session.closed:
+        return
+
+    def release() -> None:
+        try:
+            _let_go(session, trainer, agreed)
+        except BridgeError as error:
+            log.warning("%s was dropped, and could not be closed: %s", session.name, error)
+
+    thread = threading.Thread(target=release, name=f"weighbridge-release-{session.name}", daemon=True)
+    thread.start()
+    with contextlib.suppress(ConfigError):  # this thread runs the engine's event loop, which the release needs
+        session.refuse_caller()
+        thread.join(DROPPED_WAIT_S)
 
 
 def _read_again(named: Named) -> Named:

@@ -20,6 +20,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Deadline of a push when `timeout_s` is not given."""
     plan_timeout_s: float = 600.0
     """Deadline of baking and mapping, once per layout; strategies are found by experiment."""
+    start_timeout_s: float = 900.0
+    """Deadline of starting the hosted engines of a daemon, all together: loading checkpoints, capturing graphs, and the
+    trial whether quantised weights can be pushed. Raise it for models that take longer to load."""
     shm_dir: Path | None = None
     """Where the arena files lie; default /dev/shm."""
 

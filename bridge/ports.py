@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 
-from bridge.errors import ProtocolError, PushAborted
+from bridge.errors import Closed, ProtocolError, PushAborted
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import FromCoordinator, Reference, Refused, ToCoordinator
@@ -36,6 +37,20 @@ class CoordinatorPort(Protocol):
     def call(self, request: ToCoordinator, deadline: Deadline) -> FromCoordinator:
         """Blocks for the answer. Raises PeerLost or DeadlineExceeded; errors of the daemon come back as Refused."""
         ...
+
+
+def require_own_process(pid: int, where: str) -> None:
+    """Raise Closed unless this is process `pid`: a port, and what it reaches, belongs to the process that opened it.
+    Called before every call through a port; does not block."""
+    if os.getpid() != pid:
+        raise Closed(
+            "this Bridge belongs to the process that opened it, and this is a forked child of it",
+            where=where,
+            expected=f"pid {pid}",
+            got=f"pid {os.getpid()}",
+            remedy="call it in the parent; a child opens a Bridge of its own: bridge.attach for an engine of its own, "
+            "or bridge.connect(name) in a child that multiprocessing started by 'spawn' (Ray does not survive a fork)",
+        )
 
 
 def expect(reply: object, kind: type[T]) -> T:

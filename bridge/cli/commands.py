@@ -54,18 +54,18 @@ class Backend:
 
     def running(self) -> list[str]:
         """Names of the daemons of this machine's Ray; empty when no Ray runs."""
-        from bridge.daemon import ray_cluster
+        from bridge.daemon import actors, ray_cluster
 
         try:
             ray_cluster.ensure_ray(start=False)
         except NotFound:
             return []
-        return ray_cluster.running()
+        return actors.running()
 
     def stop(self, name: str) -> None:
-        from bridge.daemon import ray_cluster
+        from bridge.daemon import actors
 
-        ray_cluster.stop(name)
+        actors.stop(name)
 
     def named_tensors(self, folder: Path) -> Iterable[tuple[str, Any]]:
         tensors: Iterable[tuple[str, Any]] = entry_points.load(entry_points.CHECKPOINT)(folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from bridge.config import Config
 from bridge.coordinator import manifest_agreement
 from bridge.coordinator.layouts import Plans
 from bridge.coordinator.receipts import receipt_of, scope_of
@@ -90,7 +91,14 @@ class Coordinator:
     """One per daemon. `handle` may be called from several threads; pushes run one at a time on their own thread."""
 
     def __init__(
-        self, name: str, engines: Sequence[EnginePort], ledger: Ledger, *, node: str, shm_dir: Path | None = None
+        self,
+        name: str,
+        engines: Sequence[EnginePort],
+        ledger: Ledger,
+        *,
+        node: str,
+        shm_dir: Path | None = None,
+        start_timeout_s: float = Config().start_timeout_s,
     ) -> None:
         if not engines:
             raise ConfigError(
@@ -115,7 +123,8 @@ class Coordinator:
         self._runner: threading.Thread | None = None
         self.fleet = Fleet(engines)
         self._plans = Plans(name, self.fleet, ledger.path, shm_dir)
-        infos = self.fleet.hello(Deadline.after(60))
+        starting = Deadline.after(start_timeout_s)
+        infos = self.fleet.hello(starting)
         for info in infos:
             if info.node != node:
                 raise ConfigError(
@@ -128,7 +137,7 @@ class Coordinator:
         clean_orphans(shm_dir)
         self._mailbox = Mailbox.create(name, sum(info.ranks for info in infos), directory=shm_dir, journal=ledger.path)
         try:
-            self.fleet.assign_pages(str(self._mailbox.path), name, Deadline.after(60))
+            self.fleet.assign_pages(str(self._mailbox.path), name, starting)
             left = self.fleet.serve_lora()
             if left is not None:  # by a bridge before this one; its bytes are not ours, but it is what is served
                 self._committed = Served(0, None, None, left)
