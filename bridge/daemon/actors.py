@@ -184,7 +184,6 @@ def _runs(name: str, trainer: Any) -> bool:
 def _start_actors(
     name: str, specs: Sequence[tuple[str, Mapping[str, Any]]], config: Config
 ) -> tuple[RayPort, list[RayPort]]:
-
     threads, timeout_s = config.copy_threads, config.start_timeout_s
     started: dict[str, Any] = {}
     try:
@@ -197,7 +196,16 @@ def _start_actors(
             started[f"{name}:{engine}"] = actor.remote(engine, spec, pack(dict(arguments)), threads)
             engines.append(engine_port(engine, started[f"{name}:{engine}"]))
         for port in engines:
-            expect(port.call(EngineHello(), deadline), EngineIs)
+            try:
+                expect(port.call(EngineHello(), deadline), EngineIs)
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(
+                    "an engine was not ready in time",
+                    where=f"{name}:{port.id}",
+                    expected=f"within {timeout_s:g} s",
+                    remedy="set WEIGHBRIDGE_START_TIMEOUT_S higher; Ray's log folder (/tmp/ray/session_latest/logs) "
+                    "shows how far it came",
+                ) from error
         actor = _actor(entry_points.TRAINER_ACTOR, f"{name}:{_TRAINER}", threads, {})
         started[f"{name}:{_TRAINER}"] = actor.remote(name, [port.id for port in engines], threads, timeout_s)
         trainer = _trainer_port(name, started[f"{name}:{_TRAINER}"])
