@@ -22,7 +22,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     push_timeout_s: float = 300.0
     """Deadline of a push when `timeout_s` is not given."""
     plan_timeout_s: float = 600.0
-    """Deadline of planning, once per layout: engines find out by experiment how each module is loaded."""
+    """Deadline of baking and mapping, once per layout; strategies are found by experiment."""
+    start_timeout_s: float = 900.0
+    """Deadline of starting the hosted engines of a daemon, all together: loading checkpoints, capturing graphs, and the
+    trial whether quantised weights can be pushed. Raise it for models that take longer to load."""
     shm_dir: Path | None = None
     """Folder of the arena files; default /dev/shm."""
 

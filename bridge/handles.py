@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.generate_options import check_generate_options
 from bridge.model.receipt import Receipt
-from bridge.ports import CoordinatorPort, EnginePort
+from bridge.ports import EnginePort
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.coordinator_messages import Finished, WaitRequest
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineGenerated
+from bridge.session import Session
 
 CALL_TIMEOUT_S = 60.0
 
@@ -44,9 +45,9 @@ class EngineHandle:
 class PendingPush:
     """A push whose snapshot is sealed and handed over (`wait=False`)."""
 
-    def __init__(self, coordinator: CoordinatorPort, version: int, timeout_s: float) -> None:
+    def __init__(self, session: Session, version: int, timeout_s: float) -> None:
         self.version = version
-        self._coordinator = coordinator
+        self._session = session
         self._timeout_s = timeout_s
         self._finished: Finished | None = None
 
@@ -58,6 +59,7 @@ class PendingPush:
         """Wait for the receipt, at most `timeout` seconds (default: the push's own deadline and the way back after it).
         Raises what `push` raises, and DeadlineExceeded when the push has not ended in time; it goes on."""
         seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
+        self._session.require_usable()
         finished = self._poll(seconds)
         if finished is None:
             raise DeadlineExceeded(
@@ -70,7 +72,7 @@ class PendingPush:
     def _poll(self, seconds: float) -> Finished | None:
         if self._finished is None:
             wait, deadline = WaitRequest(self.version, seconds), Deadline.after(seconds + CALL_TIMEOUT_S)
-            answer = self._coordinator.call(wait, Finished, deadline)
+            answer = self._session.coordinator.call(wait, Finished, deadline)
             if answer.receipt is not None or answer.error is not None:
                 self._finished = answer
         return self._finished

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from bridge.errors import ProtocolError
+from bridge.errors import Closed, ProtocolError
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Reference, Refused, ToCoordinator
@@ -39,6 +40,20 @@ class CoordinatorPort(Protocol):
         ...
 
 
+def require_own_process(pid: int, where: str) -> None:
+    """Raise Closed unless this is process `pid`: a port, and what it reaches, belongs to the process that opened it.
+    Called before every call through a port; does not block."""
+    if os.getpid() != pid:
+        raise Closed(
+            "this Bridge belongs to the process that opened it, and this is a forked child of it",
+            where=where,
+            expected=f"pid {pid}",
+            got=f"pid {os.getpid()}",
+            remedy="call it in the parent; a child opens a Bridge of its own: bridge.attach for an engine of its own, "
+            "or bridge.connect(name) in a child that multiprocessing started by 'spawn' (Ray does not survive a fork)",
+        )
+
+
 def expect(reply: object, kind: type[T]) -> T:
     """Narrow a reply to its kind. Raises the error that a Refused carries, and ProtocolError for another kind."""
     if isinstance(reply, kind):
@@ -46,6 +61,27 @@ def expect(reply: object, kind: type[T]) -> T:
     if isinstance(reply, Refused):
         raise reply.error.rebuild()
     raise ProtocolError("an answer of the wrong kind", expected=kind.__name__, got=type(reply).__name__)
+
+
+class Handles(Protocol):
+    """A coordinator or an engine service: answers requests, or raises."""
+
+    def handle(self, request: Any, deadline: Deadline) -> object: ...
+
+
+class InProcessPort:
+    """A port to a service of this process: a plain call, which takes as long as the engine does. Raises Closed in a
+    forked child."""
+
+    def __init__(self, port_id: str, service: Handles) -> None:
+        self.id = port_id
+        self._service = service
+        self._pid = os.getpid()
+
+    def call(self, request: Any, reply: type[T], deadline: Deadline) -> T:
+        """Answer in this thread."""
+        require_own_process(self._pid, self.id)
+        return expect(self._service.handle(request, deadline), reply)
 
 
 class Snapshot(Protocol):

@@ -194,7 +194,7 @@ def opened(job: CopyJob, shapes: Shapes) -> Iterator[Sink]:
         with bridge.attach(engine) as made:
             yield ModuleSink(made, engine)
         return
-    from bridge.daemon import ray_cluster
+    from bridge.daemon import actors
 
     with tempfile.TemporaryDirectory(prefix="weighbridge-bench-model-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(QWEN2_05B))
@@ -206,7 +206,7 @@ def opened(job: CopyJob, shapes: Shapes) -> Iterator[Sink]:
             yield HostedSink(made)
         finally:
             made.close()
-            ray_cluster.stop(name)
+            actors.stop(name)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

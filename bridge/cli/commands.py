@@ -58,20 +58,19 @@ class Backend:
         return examine(url, timeout_s)
 
     def running(self) -> list[str]:
-        """List the daemons of this machine's Ray; empty when no Ray runs."""
-        from bridge.daemon import ray_cluster
+        """Names of the daemons of this machine's Ray; empty when no Ray runs."""
+        from bridge.daemon import actors, ray_cluster
 
         try:
             ray_cluster.ensure_ray(start=False)
         except NotFound:
             return []
-        return ray_cluster.running()
+        return actors.running()
 
     def stop(self, name: str) -> None:
-        """Stop a daemon and its engines."""
-        from bridge.daemon import ray_cluster
+        from bridge.daemon import actors
 
-        ray_cluster.stop(name)
+        actors.stop(name)
 
     def named_tensors(self, folder: Path) -> Iterable[tuple[str, Any]]:
         """Read the tensors of a checkpoint folder, under their names there."""
