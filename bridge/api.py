@@ -1,78 +1,45 @@
-"""Three ways to a Bridge, and the same calls on the most recent one."""
+"""Three ways to a Bridge (`launch`, `connect`, `attach`), and the module-level calls on the most recent one."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import os
-import secrets
-import shutil
-import socket
-import tempfile
-from collections.abc import Callable, Sequence
+import weakref
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from bridge import entry_points
 from bridge.client import Bridge, Named
 from bridge.config import from_environment
-from bridge.coordinator.coordinator import Coordinator
 from bridge.coordinator.health import HealthReport, assess_server, local_facts
-from bridge.daemon import ray_cluster
-from bridge.errors import BridgeError, ConfigError
-from bridge.journal.ledger import Ledger
+from bridge.errors import ConfigError
 from bridge.journal.state_dir import checked_name
-from bridge.ports import CoordinatorPort, EnginePort, TrainerPort, expect
-from bridge.protocol.coordinator_messages import ToCoordinator, WaitRequest
+from bridge.ports import TrainerPort
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import ToEngine
+from bridge.session import InProcessSession, RaySession, Session
 
 
 @dataclass
-class _Default:
-    """The most recent Bridge of this process, for the module-level calls."""
+class _MostRecent:
+    """The Bridge that the module-level calls use; weak, for a Bridge that its owner drops must be free to go."""
 
-    bridge: Bridge | None = None
-
-
-_default = _Default()
+    bridge: weakref.ref[Bridge] | None = None
 
 
-Request = TypeVar("Request")
-T = TypeVar("T")
+_most_recent = _MostRecent()
 
 
-class LocalPort(Generic[Request]):
-    """A service of this process as a port: a plain call. `admit` raises for a request that this thread may not wait
-    for."""
-
-    def __init__(
-        self,
-        port_id: str,
-        handle: Callable[[Request, Deadline], object],
-        admit: Callable[[Request], None] | None = None,
-    ) -> None:
-        self.id = port_id
-        self._handle = handle
-        self._admit = admit
-
-    def call(self, request: Request, reply: type[T], deadline: Deadline) -> T:
-        if self._admit is not None:
-            self._admit(request)
-        return expect(self._handle(request, deadline), reply)
-
-
-def _remember(made: Bridge, model: torch.nn.Module | None, undo: Callable[[], None] | None = None) -> Bridge:
-    if model is not None:
-        try:
+def _open(session: Session, model: torch.nn.Module | None) -> Bridge:
+    """A Bridge over a session, bound to `model`; closes the session when that fails."""
+    try:
+        trainer: TrainerPort = entry_points.load(entry_points.TRAINER)()
+        made = Bridge(session, trainer, from_environment())
+        if model is not None:
             made.bind(model)
-        except BaseException:
-            (undo or made.close)()
-            raise
-    _default.bridge = made
+    except BaseException:
+        session.close()
+        raise
+    _most_recent.bridge = weakref.ref(made)
     return made
 
 
@@ -82,98 +49,50 @@ def launch(
     """Start a daemon with `engines` hosted engines on Ray and connect to it (a local Ray is started when none runs).
 
     Args:
-        engine: what to host, "embedded:PATH" with PATH a Hugging Face checkpoint folder.
-        name: the daemon's name; other processes find it by `bridge.connect(name)`.
+        engine: what to host, "embedded:PATH", "vllm:PATH" or "sglang:PATH", PATH a Hugging Face checkpoint folder.
+        name: the daemon's name; other processes find it by `bridge.connect(name)`. What a crashed daemon of this name
+            left behind (engine actors, shared memory) is removed first.
         model: bound at once, as `Bridge.bind` does.
         engine_args: passed to every engine (`tensor_parallel_size`, `dtype`, `layout`, ...).
 
-    Blocks until every engine can serve. Raises ConfigError for a bad spec, argument or a name that is taken.
+    Blocks until every engine can serve, at most `WEIGHBRIDGE_START_TIMEOUT_S`.
+
+    Raises:
+        ConfigError: a bad spec or argument, with the engine's own words.
+        Busy: a daemon of that name runs, or is being started by another process.
+        DeadlineExceeded: an engine was not ready in time; everything that was started is stopped again.
     """
     if engines < 1:
         raise ConfigError("at least one engine is needed", where="engines", got=str(engines))
     config = from_environment()
     checked_name(name)
     entry_points.load(entry_points.CHECK_SPEC)(engine)
-    ray_cluster.ensure_ray()
+    session = RaySession.launch(name, [(engine, engine_args)] * engines, config)
     try:
-        coordinator, ports = ray_cluster.start(name, [(engine, engine_args)] * engines, config)
+        return _open(session, model)
     except BaseException:
-        ray_cluster.stop_ray_if_idle()
+        session.shutdown()
         raise
-    made = _on_ray(name, coordinator, ports)
-    return _remember(made, model, undo=made.shutdown)
 
 
 def connect(name: str = "default", *, model: torch.nn.Module | None = None) -> Bridge:
-    """Connect to a running daemon. Raises NotFound, naming those that run."""
-    coordinator, ports = ray_cluster.find(name)
-    return _remember(_on_ray(name, coordinator, ports), model)
-
-
-def _on_ray(name: str, coordinator: CoordinatorPort, engines: Sequence[EnginePort]) -> Bridge:
-    trainer: TrainerPort = entry_points.load(entry_points.TRAINER)()
-    return Bridge(name, coordinator, engines, trainer, from_environment(), on_shutdown=lambda: ray_cluster.stop(name))
+    """Connect to a running daemon. Raises NotFound, naming those that run. Keep the Bridge: see `attach`."""
+    return _open(RaySession.find(name), model)
 
 
 def attach(engine: Any, *, name: str | None = None, model: torch.nn.Module | None = None) -> Bridge:
-    """A Bridge into an engine of this process, without Ray: an embedded Engine, a `vllm.LLM`, a
-    `sglang.Engine` or any `torch.nn.Module`; or into an engine's server on this node, by its address:
-    "http://host:port".
+    """Open a Bridge into an engine of this process, without Ray: an embedded Engine, a `vllm.LLM`, a `sglang.Engine` or
+    any `torch.nn.Module`; or into an engine's server on this node, by its address: "http://host:port".
 
     The engine stays the caller's: closing the Bridge leaves it running. Without a `name` the journal is not kept, and
-    versions begin at 1.
-    Raises ConfigError for an object that nobody knows how to load, and for an address where nobody answers that can be
-    driven.
+    versions begin at 1. Keep the Bridge: one that nothing refers to any more is closed, as a file is. It belongs to
+    this process; in a forked child its calls raise Closed.
+
+    Raises:
+        ConfigError: no driver fits the object, or nothing that can be driven answers at the address.
+        Busy: another Bridge drives the engine, or a daemon has the journal of that name open.
     """
-    config = from_environment()
-    chosen = f"attached-{os.getpid()}-{secrets.token_hex(4)}" if name is None else checked_name(name)
-    trainer: TrainerPort = entry_points.load(entry_points.TRAINER)()
-    adapter = entry_points.load(entry_points.ADAPT)(engine, entry_points.load(entry_points.ROUTES))
-    node = socket.gethostname()
-    state: Path | None = None
-
-    def forget() -> None:
-        if state is not None:
-            shutil.rmtree(state, ignore_errors=True)
-
-    try:
-        service = entry_points.load(entry_points.SERVICE)("engine0", adapter, node=node, threads=config.copy_threads)
-        port = LocalPort[ToEngine]("engine0", service.handle)
-        state = None if name is not None else Path(tempfile.mkdtemp(prefix="weighbridge-"))
-        ledger = Ledger.open(chosen, directory=state)
-        try:
-            coordinator = Coordinator(chosen, [port], ledger, node=node, shm_dir=config.shm_dir)
-        except BaseException:
-            ledger.close()
-            raise
-    except BaseException:
-        forget()
-        with contextlib.suppress(BridgeError):  # what went wrong first is worth more
-            adapter.close()
-        raise
-
-    def detach() -> None:
-        atexit.unregister(detach)
-        coordinator.close()
-        forget()
-
-    def admit(request: ToCoordinator) -> None:
-        if not (isinstance(request, WaitRequest) and request.timeout_s == 0.0):  # which only asks
-            service.refuse_caller()
-
-    atexit.register(detach)
-    made = Bridge(
-        chosen,
-        LocalPort[ToCoordinator](chosen, coordinator.handle, admit),
-        [port],
-        trainer,
-        config,
-        before_close=service.refuse_caller,
-        on_close=detach,
-        guard=adapter.refuse_shared,
-        state=state,
-    )
-    return _remember(made, model)
+    return _open(InProcessSession(engine, name, from_environment()), model)
 
 
 def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
@@ -184,21 +103,25 @@ def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
 
 
 def _current() -> Bridge:
-    if _default.bridge is None:
-        raise ConfigError("there is no Bridge yet", remedy="bridge.launch, bridge.connect or bridge.attach first")
-    return _default.bridge
+    remedy = "b = bridge.attach(...), bridge.connect(...) or bridge.launch(...), and keep b"
+    if _most_recent.bridge is None:
+        raise ConfigError("there is no Bridge yet", remedy=remedy)
+    made = _most_recent.bridge()
+    if made is None:
+        raise ConfigError("the most recent Bridge is gone: nothing referred to it any more", remedy=remedy)
+    return made
 
 
 def push(named: Named, **options: Any) -> Any:
-    """`Bridge.push` on the most recent Bridge."""
+    """`Bridge.push` on the most recent Bridge that this process opened and still refers to."""
     return _current().push(named, **options)
 
 
 def bind(model: torch.nn.Module) -> None:
-    """`Bridge.bind` on the most recent Bridge."""
+    """`Bridge.bind` on the most recent Bridge that this process opened and still refers to."""
     _current().bind(model)
 
 
 def health(timeout_s: float = 120.0) -> HealthReport:
-    """`Bridge.health` of the most recent Bridge."""
+    """`Bridge.health` of the most recent Bridge that this process opened and still refers to."""
     return _current().health(timeout_s)

@@ -16,7 +16,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack, overload
@@ -39,11 +40,10 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
-from bridge.journal.lease import Lease
 from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import TensorInfo, validate
 from bridge.model.receipt import Receipt
-from bridge.ports import CoordinatorPort, EnginePort, ModeChoice, Snapshot, TrainerPort, Written
+from bridge.ports import ModeChoice, Snapshot, TrainerPort, Written
 from bridge.protocol.coordinator_messages import (
     Accepted,
     BeginRequest,
@@ -70,10 +70,14 @@ from bridge.protocol.coordinator_messages import (
 )
 from bridge.protocol.deadline import Deadline
 from bridge.push_settings import PushArguments, PushSettings, check_settings
+from bridge.session import Session
 from bridge.shm.arena import Arena
 from bridge.shm.seal import seal_slot
 
 log = logging.getLogger(__name__)
+
+DROPPED_WAIT_S = 5.0
+"""How long the end of a Bridge that was dropped unclosed is waited for where it is dropped; it goes on after that."""
 
 T = TypeVar("T")
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -102,38 +106,22 @@ class Bridge:
     """The trainer's end of a bridge. Made by `bridge.launch`, `bridge.connect` and `bridge.attach`; one trainer process
     holds the lease at a time. Methods may be called from one thread; `push` blocks unless `wait=False`."""
 
-    def __init__(
-        self,
-        name: str,
-        coordinator: CoordinatorPort,
-        engines: Sequence[EnginePort],
-        trainer: TrainerPort,
-        config: Config,
-        *,
-        before_close: Callable[[], None] | None = None,
-        on_close: Callable[[], None] | None = None,
-        on_shutdown: Callable[[], None] | None = None,
-        guard: Callable[[frozenset[int]], None] | None = None,
-        state: Path | None = None,
-    ) -> None:
-        self.name = name
-        self.engines = [EngineHandle(port) for port in engines]
+    def __init__(self, session: Session, trainer: TrainerPort, config: Config) -> None:
+        self.name = session.name
+        self.engines = [EngineHandle(port) for port in session.engines]
         self.config = config
-        self._coordinator = coordinator
+        self._session = session
+        self._coordinator = session.coordinator
         self._trainer = trainer
-        self._before_close = before_close
-        self._on_close = on_close
-        self._on_shutdown = on_shutdown
-        self._guard = guard
-        self._state = state
         self._pushing = threading.Lock()
-        self._lease: Lease | None = None
         self._agreed: dict[bool, _Agreed] = {}
         """By whether it is an adapter's."""
         self._engine_infos: tuple[EngineInfo, ...] | None = None
         self._base = BaseWeightsCheck(trainer, self._compare, lambda: self.status().weights)
         self._closed = False
         self._warned = False
+        self._finalizer = weakref.finalize(self, _dropped, session, trainer, self._agreed)
+        self._finalizer.atexit = False  # the session has an exit hook of its own
 
     def __enter__(self) -> Bridge:
         return self
@@ -187,7 +175,7 @@ class Bridge:
                 "base" (the frozen weights, adapters in the engine stay) or "adapter" (A and B as a new version of the
                 engine's adapter). "auto" chooses by the capability table and says why in the receipt.
             verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names
-                (`bridge.model.receipt.LEVELS`). Default "outputs" with a bound model, else "weights".
+                (`bridge.model.levels.LEVELS`). Default "outputs" with a bound model, else "weights".
             partial: a subset is meant; what is not sent stays as it is. No canary then, unless `verify` asks for one:
                 the trainer's other tensors need not be what the engine holds.
             inflight: what happens to running requests: "drain", "abort" or "keep", as far as the engine can.
@@ -214,7 +202,7 @@ class Bridge:
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
-            self._hold_lease()
+            self._session.hold_lease()
             pending = self._push(named, settings)
         finally:
             self._pushing.release()
@@ -249,8 +237,7 @@ class Bridge:
         started = time.perf_counter()
         settings = msgspec.structs.replace(settings, mode=choice.mode, reason=choice.reason)
         snapshot = self._trainer.collect(named, partial=settings.partial, mode=choice.mode)
-        if self._guard is not None:
-            self._guard(self._trainer.storages())
+        self._session.refuse_shared(self._trainer.storages())
         agreed = self._agree(snapshot, settings.partial and snapshot.adapter is None)
         slot, doubt = self._begin(agreed, settings.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
@@ -277,7 +264,7 @@ class Bridge:
             raise
         if choice.mode == "base" and not settings.partial:
             self._base.note_pushed(slot.version, snapshot)
-        return PendingPush(self._coordinator, slot.version, settings.timeout_s)
+        return PendingPush(self._session, slot.version, settings.timeout_s)
 
     def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool) -> Written:
         agreed.arena.begin(slot.index)
@@ -365,7 +352,7 @@ class Bridge:
     def status(self) -> DaemonStatus:
         """Tell engines, versions and whether a push is in flight. Answered at once, also during a push; an engine that
         does not answer is shown as it was last known."""
-        return self._call(StatusRequest(), DaemonStatus)
+        return self._ask(StatusRequest(), DaemonStatus)
 
     def health(self, timeout_s: float = 120.0) -> HealthReport:
         """Examine the live run: actors, versions, the last receipt, a fresh canary against the stored reference, a
@@ -374,22 +361,22 @@ class Bridge:
         Blocks at most `timeout_s` seconds; writes nothing. It waits for no push: engines that one occupies are not
         examined, and the report says so.
         """
-        facts = self._call(HealthRequest(), HealthFacts, timeout_s).facts
+        facts = self._ask(HealthRequest(), HealthFacts, timeout_s).facts
         return assess(facts, local_facts(self.config.shm_dir))
 
     def history(self, last: int = 20) -> list[dict[str, Any]]:
         """The newest receipts from the journal, as plain data, oldest first."""
-        return list(self._call(HistoryRequest(last), History).receipts)
+        return list(self._ask(HistoryRequest(last), History).receipts)
 
     def explain(self, name: str) -> list[dict[str, str]]:
         """Where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises NotFound."""
-        return list(self._call(ExplainRequest(name), Explained).rows)
+        return list(self._ask(ExplainRequest(name), Explained).rows)
 
     def rollback(self, timeout_s: float = 300.0) -> Receipt:
         """Serve the version before the last committed one again, verified by bits or probes. One level; version numbers
         go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
         self._require_open()
-        self._hold_lease()
+        self._session.hold_lease()
         self._base.forget()
         finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
         version = finished.receipt.version if finished.receipt else 0
@@ -397,45 +384,71 @@ class Bridge:
 
     def close(self) -> None:
         """Give up the lease and what this process holds. Idempotent. A daemon goes on (`weighbridge down` stops it); an
-        attached engine stays the user's. Later calls raise Closed. Raises ConfigError, and closes nothing, in a thread
-        that runs the event loop of the attached engine: it would wait for itself."""
+        attached engine stays the user's. Later calls raise Closed. In a forked child nothing of the parent is touched.
+
+        Blocks for as long as a running push and the engines' own deadlines take. Raises ConfigError, and closes
+        nothing, in a thread that runs the event loop of the attached engine: it would wait for itself.
+        """
         if self._closed:
             return
-        if self._before_close is not None:
-            self._before_close()
+        if not self._session.forked:
+            self._session.refuse_caller()
         self._closed = True
-        self._trainer.close()
-        for agreed in self._agreed.values():
-            agreed.arena.close()
-        self._agreed.clear()
-        try:
-            if self._on_close is not None:
-                self._on_close()
-        finally:
-            if self._lease is not None:
-                self._lease.release()
-                self._lease = None
+        if self._finalizer.detach() is not None:
+            _let_go(self._session, self._trainer, self._agreed)
 
     def shutdown(self) -> None:
         """Close this Bridge and stop its daemon: engines gracefully, shared memory unlinked, and the local Ray if we
-        started it and nothing else of ours runs there. What `weighbridge down` does. For `attach` the same as close."""
+        started it and nothing else of ours runs there. `weighbridge down` does the same. For `attach`, and in a forked
+        child, no more than `close`."""
         self.close()
-        if self._on_shutdown is not None:
-            self._on_shutdown()
+        self._session.shutdown()
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _call(self, request: ToCoordinator, reply: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+    def _ask(self, request: ToCoordinator, reply: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
         self._require_open()
-        return self._coordinator.call(request, reply, Deadline.after(timeout_s))
+        return self._call(request, reply, timeout_s)
 
-    def _hold_lease(self) -> None:
-        if self._lease is None:
-            self._lease = Lease.acquire(self.name, directory=self._state)
+    def _call(self, request: ToCoordinator, reply: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+        return self._coordinator.call(request, reply, Deadline.after(timeout_s))
 
     def _require_open(self) -> None:
         if self._closed:
             raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
+        self._session.require_usable()
+
+
+def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:
+    """Close what a Bridge holds. In a forked child all of it is the parent's, and nothing is closed."""
+    if session.forked:
+        return
+    trainer.close()
+    for each in agreed.values():
+        each.arena.close()
+    agreed.clear()
+    session.close()
+
+
+def _dropped(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:
+    """Close what a Bridge held that was collected without `close`; waits a few seconds for that.
+
+    On a thread of its own: the collector may run in the middle of a call of the engine, under a lock that this needs.
+    """
+    if session.forked or session.closed:
+        return
+
+    def release() -> None:
+        try:
+            _let_go(session, trainer, agreed)
+        except BridgeError as error:
+            log.warning("%s was dropped, and could not be closed: %s", session.name, error)
+
+    thread = threading.Thread(target=release, name=f"weighbridge-release-{session.name}", daemon=True)
+    thread.start()
+    with contextlib.suppress(ConfigError):  # this thread runs the engine's event loop, which the release needs
+        session.refuse_caller()
+        thread.join(DROPPED_WAIT_S)
 
 
 def _read_again(named: Named) -> Named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -15,27 +16,28 @@ from bridge.protocol.engine_messages import ToEngine
 from engine_side.driver.service import EngineService
 from engine_side.engines.registry import host
 
+log = logging.getLogger(__name__)
+
 
 class EngineActor:
-    """Made by `bridge.daemon.ray_cluster.start` with `ray.remote`; `max_concurrency` threads call it, so that
-    generation runs beside control."""
+    """Started by `bridge.daemon.actors.start`. Several threads call it, so that generation runs beside control."""
 
     def __init__(self, engine_id: str, spec: str, arguments: bytes, threads: int) -> None:
-        # Ray's num_cpus=0 leaves one OpenMP thread; say what we want instead (transports.md 10)
-        torch.set_num_threads(threads)
-        self._service: EngineService | None = None
-        self._refused: Refused | None = None
+        """Start the engine that `spec` names; blocks until it can serve. Never raises: Ray would turn the error into a
+        dead actor. Every call then answers with it."""
+        torch.set_num_threads(threads)  # Ray's num_cpus=0 sets OMP_NUM_THREADS=1
         try:
-            adapter = host(spec, unpack(arguments, dict[str, Any]))
-        except Exception as error:  # process boundary: whoever starts us is told what was wrong with the engine
-            self._refused = Refused(ErrorInfo.of(error))
-        else:
-            self._service = EngineService(engine_id, adapter, node=_node(), threads=threads)
+            self._service: EngineService | Refused = _service(
+                engine_id, spec, unpack(arguments, dict[str, Any]), threads
+            )
+        except Exception as error:  # process boundary: the starter is told what was wrong with the engine
+            log.exception("%s could not be started from %s", engine_id, spec)
+            self._service = Refused(ErrorInfo.of(error))
 
     def call(self, frame: bytes) -> bytes:
         """Answer one request; an error of ours comes back as Refused. Blocks as `EngineService.handle` does."""
-        if self._service is None:
-            return pack(self._refused or Refused(ErrorInfo("PeerLost", "this engine was never started")))
+        if isinstance(self._service, Refused):
+            return pack(self._service)
         try:
             remaining_s, request = unpack(frame, tuple[float, ToEngine])
             return pack(self._service.handle(request, Deadline.after(remaining_s)))
@@ -43,10 +45,17 @@ class EngineActor:
             return pack(Refused(ErrorInfo.of(error)))
 
     def pid(self) -> int:
+        """Process id of this actor."""
         return os.getpid()
 
 
-def _node() -> str:
+def _service(engine_id: str, spec: str, arguments: dict[str, Any], threads: int) -> EngineService:
     import ray
 
-    return str(ray.get_runtime_context().get_node_id())
+    driver = host(spec, arguments)
+    try:
+        node = str(ray.get_runtime_context().get_node_id())
+        return EngineService(engine_id, driver, node=node, threads=threads)
+    except BaseException:
+        driver.close()
+        raise

@@ -74,7 +74,7 @@ class Coordinator:
 
     Args:
         engines: ports of all engines; at least one, all on this node.
-        claim_timeout_s: how long all engines together may take to be claimed; quantised ones try out then whether
+        start_timeout_s: how long all engines together may take to be claimed; quantised ones try out then whether
             weights can be brought into them.
 
     Raises ConfigError without engines or for one on another node, Busy for an engine that another bridge drives.
@@ -88,7 +88,7 @@ class Coordinator:
         *,
         node: str,
         shm_dir: Path | None = None,
-        claim_timeout_s: float = 660.0,
+        start_timeout_s: float = 900.0,
     ) -> None:
         if not engines:
             raise ConfigError(
@@ -105,7 +105,8 @@ class Coordinator:
         self._planning = False
         self._closed = False
         self._fleet = Fleet(engines)
-        for info in self._fleet.hello(Deadline.after(60)):
+        starting = Deadline.after(start_timeout_s)
+        for info in self._fleet.hello(starting):
             if info.node != node:
                 raise ConfigError(
                     "an engine on another node cannot be reached yet",
@@ -118,7 +119,7 @@ class Coordinator:
         pages = sum(info.ranks for info in self._fleet.infos.values())
         self._mailbox = Mailbox.create(name, pages, directory=shm_dir, journal=ledger.path)
         try:
-            self._fleet.claim(str(self._mailbox.path), name, Deadline.after(claim_timeout_s))
+            self._fleet.claim(str(self._mailbox.path), name, starting)
         except BaseException:
             self._mailbox.close()
             self._mailbox.unlink()

@@ -12,8 +12,8 @@ import msgspec
 
 from bridge.coordinator.versions import AgreedPlan, Held
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost, ProtocolError
-from bridge.journal.ledger import EngineState
 from bridge.model import canary
+from bridge.model.engine_state import EngineState
 from bridge.model.receipt import EngineReport
 from bridge.ports import EnginePort
 from bridge.protocol.codec import ErrorInfo

@@ -15,7 +15,8 @@ from bridge.coordinator.rollback import Rollback
 from bridge.coordinator.two_phase_commit import PushTarget, TwoPhaseCommit, Verdict, restore
 from bridge.coordinator.versions import Held, OpenPush, References, Served, Versions
 from bridge.errors import BridgeError
-from bridge.journal.ledger import EngineState, Ledger
+from bridge.journal.ledger import Ledger
+from bridge.model.engine_state import EngineState
 from bridge.model.receipt import Receipt
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import Finished, SubmitRequest

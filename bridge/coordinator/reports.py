@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bridge.errors import BridgeError, EngineQuarantined, PeerLost
-from bridge.journal.ledger import EngineState
+from bridge.model.engine_state import EngineState
 from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
 from bridge.model.receipt import EngineReport, Verified
 from bridge.protocol.engine_messages import EngineChecked

@@ -18,8 +18,8 @@ import msgspec
 from bridge.coordinator.engines import LOST_TIMEOUT_S, Fleet
 from bridge.coordinator.versions import Held, Served
 from bridge.errors import BridgeError, ProtocolError, TransportError
-from bridge.journal.ledger import EngineState
 from bridge.model import canary
+from bridge.model.engine_state import EngineState
 from bridge.model.receipt import EngineReport, Verified
 from bridge.protocol.coordinator_messages import Reference
 from bridge.protocol.deadline import Deadline

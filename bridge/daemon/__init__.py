@@ -1,1 +1,1 @@
-"""The daemon's life on Ray: find or start a cluster, start and stop actors."""
+"""The daemon's life on Ray: find, start and stop a cluster (`ray_cluster`) and our actors on it (`actors`)."""

@@ -84,8 +84,6 @@ class LoraVersions:
 
     def tidy(self) -> None:
         """Retire adapters that do not serve any more. A failure costs a slot until the next time, and nothing else."""
-        if not self._ours:
-            return
         old = self.loaded - {self.current}
         try:
             self._driver.retire(sorted(old))

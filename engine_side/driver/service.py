@@ -26,7 +26,7 @@ from bridge.errors import (
     ProtocolError,
     TransportError,
 )
-from bridge.journal.ledger import EngineState, Standing
+from bridge.model.engine_state import EngineState, Standing
 from bridge.model.receipt import CanaryResult, EngineReport, LevelResult, RankReport
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import EngineInfo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ class Engine:
         self._stepping = False
         self._visitors = 0  # callers that want the execution lock: the stepping thread lets them go first
         self._closed = False
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -220,7 +222,10 @@ class Engine:
             self._ranks.run_job(job, deadline)
 
     def close(self) -> None:
-        """End running requests, the thread and the children. Idempotent."""
+        """End running requests, the thread and the children. Idempotent; in a forked child, whose parent goes on with
+        them, nothing happens."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             self._closed = True
             self._finish(self._everything(), "abort", Closed("the engine was closed"))

@@ -1,7 +1,7 @@
-"""One rank's end of the conversation: a job frame in, one page of the mailbox out.
+"""Rank: run one rank job and post its answer.
 
 `Rank.run` is the one Python function that every engine has to be able to execute in each of its workers. It never
-raises for an error of a job (a raising worker poisons vLLM's RPC for later calls): the answer says so by value.
+raises for an error of a job, because a raising worker poisons vLLM's RPC for later calls: the error is the answer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RankPlan:
 
 
 class Rank:
-    """Keeps this rank's plans between jobs. One job at a time."""
+    """One rank of an engine: its plans, kept between jobs. Runs one job at a time."""
 
     def __init__(self, host: RankHost, threads: int | None = None) -> None:
         self.host = host
@@ -228,8 +228,11 @@ class Rank:
         )
 
     def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
-        """The first forward after a load makes anew what the load dropped; where it cannot, in every rank alike, that
-        was not its own."""
+        """Compute prompt log-probabilities.
+
+        The first forward after a load recomputes the forward caches that the load dropped. Where that fails, alike in
+        every rank, they were no caches: they are put back, and the forward is tried again.
+        """
         loaders = [p.loader for p in self._plans.values() if isinstance(p.loader, Loader)]
         try:
             scores = self.host.prompt_logprobs(job.prompts, job.lora)

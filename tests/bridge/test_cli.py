@@ -111,7 +111,7 @@ class FakeBackend(commands.Backend):
     def bench(self) -> Any:
         from bridge.bench import copy_bench
 
-        return SimpleNamespace(BenchOptions=copy_bench.BenchOptions, run_bench=lambda options, say: BENCH)
+        return SimpleNamespace(BenchOptions=copy_bench.BenchOptions, run_bench=lambda options, progress: BENCH)
 
 
 BENCH: dict[str, Any] = {

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge.daemon import ray_cluster
+from bridge.daemon import actors, ray_cluster
 from tests.conftest import tiny_qwen2
 
 ROOT = Path(__file__).parents[2]
@@ -83,8 +83,8 @@ def _stop_all() -> None:
         ray_cluster.ensure_ray(start=False)
     except bridge.NotFound:
         return
-    for name in ray_cluster.running():
-        ray_cluster.stop(name)
+    for name in actors.running():
+        actors.stop(name)
     ray.shutdown()
     ray_cluster.stop_ray()
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge.api import _on_ray
 from bridge.config import from_environment
-from bridge.daemon import ray_cluster
+from bridge.session import RaySession
 from tests.conftest import perturb, tiny_qwen2
 from tests.ray.conftest import Home, eventually, gone
 from tests.ray.test_daemon import GREEDY, PROMPT, generated, greedy
+from trainer_side.trainer import TrainerSide
 
 
 @pytest.fixture
@@ -30,10 +30,9 @@ def uneven(run: dict[str, Any], home: Home, start_folder: Path, tmp_path: Path) 
     config = json.loads((wrong / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 3.0}
     (wrong / "config.json").write_text(json.dumps(config))
-    ray_cluster.ensure_ray()
     specs = [(f"embedded:{start_folder}", {}), (f"embedded:{wrong}", {})]
-    coordinator, engines = ray_cluster.start("uneven", specs, from_environment())
-    b = _on_ray("uneven", coordinator, engines)
+    config = from_environment()
+    b = bridge.Bridge(RaySession.launch("uneven", specs, config), TrainerSide(), config)
     yield b
     b.shutdown()
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import bridge
-from bridge.api import _on_ray
 from bridge.cli import commands
 from bridge.config import from_environment
-from bridge.daemon import ray_cluster
+from bridge.daemon import actors, ray_cluster
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineCommit, EngineLoad, EngineLoaded, EngineRestore
+from bridge.session import RaySession
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.engines.registry import host
@@ -30,6 +30,7 @@ from tests.conftest import perturb, tiny_qwen2
 from tests.push.lora_rig import stir, wrap
 from tests.ray.conftest import Home, Trainer, eventually, gone
 from tests.ray.lora_worker import policy
+from trainer_side.trainer import TrainerSide
 
 WORKER = Path(__file__).with_name("lora_worker.py")
 PROMPT = [5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
@@ -94,9 +95,9 @@ def started(home: Home, start_folder: Path, up: dict[str, Any]) -> Iterator[Call
     before = home.files()
 
     def start(name: str, *arguments: dict[str, Any]) -> bridge.Bridge:
-        ray_cluster.ensure_ray()
         specs = [(f"embedded:{start_folder}", each) for each in arguments]
-        made.append(_on_ray(name, *ray_cluster.start(name, specs, from_environment())))
+        config = from_environment()
+        made.append(bridge.Bridge(RaySession.launch(name, specs, config), TrainerSide(), config))
         return made[-1]
 
     yield start
@@ -302,7 +303,7 @@ def test_no_adapter_into_an_engine_without_verified_weights(b: bridge.Bridge, st
     version = b.push(model.named_parameters(), mode="adapter").version
 
     def spoil(self: Any) -> None:
-        from bridge.journal.ledger import EngineState
+        from bridge.model.engine_state import EngineState
 
         if state == "QUARANTINED":
             self._service._quarantine("a test says so")
@@ -466,7 +467,7 @@ def test_a_wrong_lora_setting(said: Callable[..., dict[str, Any]], start_folder:
     error = said("up", "wrong", "--engine", f"embedded:{start_folder}", "--set", "lora_targets=5", code=2)["error"]
     assert error["name"] == "ConfigError"
     assert "lora_targets" in error["got"]
-    assert "wrong" not in ray_cluster.running()
+    assert "wrong" not in actors.running()
 
 
 @pytest.mark.parametrize(

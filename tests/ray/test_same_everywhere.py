@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import bridge
-from bridge.daemon import ray_cluster
+from bridge.daemon import actors
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from tests.conftest import perturb, tiny_qwen2
@@ -32,8 +32,8 @@ def made(
         b = bridge.launch(f"embedded:{start_folder}", name="launched", model=model)
         yield b, model, 0
         b.shutdown()
-        assert "launched" not in ray_cluster.running()
-        assert "run" in ray_cluster.running(), "a daemon that ends leaves the others and their Ray alone"
+        assert "launched" not in actors.running()
+        assert "run" in actors.running(), "a daemon that ends leaves the others and their Ray alone"
     else:
         engine = Engine(EngineConfig(str(start_folder)))
         b = bridge.attach(engine, model=model)
