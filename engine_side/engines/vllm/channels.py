@@ -81,10 +81,12 @@ class VllmLoopChannel:
             self._loop.close()
 
     def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Have the frontend handle a request on the loop."""
         answer: msg.FrontendReply = self.run(self.front.handle(request), deadline)
         return answer
 
     def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Call a method of the AsyncLLM on the loop."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -136,6 +138,7 @@ class VllmHttpChannel:
         self._client = client
 
     def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Send a request through the server's `/collective_rpc`. Raises ConfigError where no frontend answers."""
         (text,) = self.call("collective_rpc", deadline, method=FRONT, args=(pack(request),))[:1] or ("",)
         if not text:
             raise ConfigError(
@@ -148,6 +151,7 @@ class VllmHttpChannel:
         return msg.read_reply(base64.b64decode(text), self._client.url)
 
     def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Call the endpoint of a method of AsyncLLM. Raises ProtocolError for an answer of another form."""
         route = ROUTES[name]
         try:
             if route.get:

@@ -166,6 +166,7 @@ class LLMDriver(VllmDriver):
             self.gate.release()
 
     def resume(self) -> None:
+        """Let requests run again, and callers in. Idempotent."""
         if self._published.paused:
             self._resume_scheduling()
             self._published.paused = False
@@ -183,6 +184,7 @@ class LLMDriver(VllmDriver):
 
     @property
     def refusal(self) -> str | None:
+        """The reason why the engine refuses requests; None when it does not."""
         return self.gate.reason
 
     def refuse(self, reason: str | None) -> None:
@@ -209,6 +211,7 @@ class LLMDriver(VllmDriver):
 
     @property
     def published(self) -> tuple[int, str | None]:
+        """The version and LoRA that were published last, by whatever bridge."""
         return self._published.version, self._published.lora
 
     def close(self) -> None:
@@ -273,6 +276,7 @@ class LLMDriver(VllmDriver):
         return found
 
     def end_users(self, names: Iterable[str]) -> None:
+        """End, as aborted, every request that uses one of these LoRAs."""
         with self.gate.between_steps():
             self.gate.abort(frozenset(names))
 

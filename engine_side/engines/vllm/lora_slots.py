@@ -45,6 +45,7 @@ class SlotStack:
 
     @property
     def tensor(self) -> torch.Tensor:
+        """The live tensor, looked up anew: what the layer computes with now."""
         value = vars(self.layer)[self.name]
         found: torch.Tensor = value if self.index is None else value[self.index]
         return found
@@ -61,6 +62,8 @@ class SlotLayout:
 
 @dataclass(frozen=True)
 class _LoadedLora:
+    """A LoRA in a slot: its id, the shapes of its tensors and their places."""
+
     lora_id: int
     shapes: Mapping[str, tuple[int, ...]]
     layout: SlotLayout
