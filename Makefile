@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-vllm test-sglang lint bench bench-sglang clean
+.PHONY: demo test test-vllm test-sglang lint trace size wheel-demo bench bench-sglang clean
 
 # torch first and by its exact version: asked for on its own it resolves to the plain CPU build where one is offered.
 $(STAMP): pyproject.toml constraints.txt
@@ -56,11 +56,23 @@ $(SGLANG_STAMP): pyproject.toml requirements-sglang.txt
 test-sglang: $(SGLANG_STAMP)
 	OMP_NUM_THREADS=1 $(SGLANG_BIN)/python -m pytest tests/sglang $(ARGS)
 
+# .pre-commit-config.yaml runs this very target, so what is checked before a commit and in CI cannot drift apart.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# How far a steady push walks through the code, and how many lines of code there are; both take limits in ARGS.
+trace: $(STAMP)
+	$(BIN)/python tools/steady_push_trace.py $(ARGS)
+
+size: $(STAMP)
+	$(BIN)/python tools/size.py $(ARGS)
+
+# The demo from the built wheel, in an environment that has never seen this checkout; removes all that it makes.
+wheel-demo:
+	PYTHON="$(PYTHON)" tools/wheel-demo $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/weighbridge bench $(ARGS)

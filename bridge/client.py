@@ -28,7 +28,6 @@ import torch
 from bridge.config import Config
 from bridge.coordinator.base_weights_check import BaseWeightsCheck
 from bridge.coordinator.health import HealthReport, assess, local_facts
-from bridge.coordinator.reports import LEVELS_OF
 from bridge.errors import (
     BridgeError,
     Busy,
@@ -41,36 +40,36 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
+from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import TensorInfo, validate
 from bridge.model.receipt import Receipt
-from bridge.ports import Choice, Snapshot, TrainerPort, Written, expect
+from bridge.ports import ModeChoice, Snapshot, TrainerPort, Written
 from bridge.protocol.coordinator_messages import (
-    Ask,
+    Accepted,
     BeginRequest,
     Begun,
     CancelRequest,
     Compared,
     CompareRequest,
-    DaemonIs,
-    Done,
+    DaemonStatus,
     EngineInfo,
     Explained,
     ExplainRequest,
     Finished,
-    Health,
+    HealthFacts,
     HealthRequest,
     History,
     HistoryRequest,
-    Options,
     Planned,
     PlanRequest,
     Reference,
     RollbackRequest,
+    StatusRequest,
     SubmitRequest,
     ToCoordinator,
 )
 from bridge.protocol.deadline import Deadline
-from bridge.push_settings import PushOptions, Wish, wish
+from bridge.push_settings import PushArguments, PushSettings, check_settings
 from bridge.session import Session
 from bridge.shm.arena import Arena
 from bridge.shm.seal import seal_slot
@@ -96,7 +95,7 @@ class _Agreed:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where the snapshot of `version` goes; `base` is the slot that unsent tensors are carried over from."""
+    """The slot for the snapshot of `version`. Tensors that are not sent are carried over from slot `base`."""
 
     version: int
     index: int
@@ -150,9 +149,9 @@ class Bridge:
         self._base.forget()
 
     @overload
-    def push(self, named: Named, *, wait: Literal[True] = True, **options: Unpack[PushOptions]) -> Receipt: ...
+    def push(self, named: Named, *, wait: Literal[True] = True, **options: Unpack[PushArguments]) -> Receipt: ...
     @overload
-    def push(self, named: Named, *, wait: Literal[False], **options: Unpack[PushOptions]) -> PendingPush: ...
+    def push(self, named: Named, *, wait: Literal[False], **options: Unpack[PushArguments]) -> PendingPush: ...
     def push(
         self,
         named: Named,
@@ -176,7 +175,7 @@ class Bridge:
                 "base" (the frozen weights, adapters in the engine stay) or "adapter" (A and B as a new version of the
                 engine's adapter). "auto" chooses by the capability table and says why in the receipt.
             verify: "off", "transfer", "weights" or "outputs"; or an iterable of level names
-                (`bridge.model.receipt.LEVELS`). Default "outputs" with a bound model, else "weights".
+                (`bridge.model.levels.LEVELS`). Default "outputs" with a bound model, else "weights".
             partial: a subset is meant; what is not sent stays as it is. No canary then, unless `verify` asks for one:
                 the trainer's other tensors need not be what the engine holds.
             inflight: what happens to running requests: "drain", "abort" or "keep", as far as the engine can.
@@ -192,11 +191,11 @@ class Bridge:
         EngineQuarantined or PeerLost when an engine was lost between the commit and its serving (the others serve).
         """
         self._require_open()
-        asked = PushOptions(
+        given = PushArguments(
             version=version, mode=mode, verify=verify, partial=partial, inflight=inflight, kv=kv,
             allow_nonfinite=allow_nonfinite, timeout_s=timeout_s,
         )  # fmt: skip
-        checked = wish(asked, bound=self._trainer.bound, timeout_s=self.config.push_timeout_s)
+        settings = check_settings(given, bound=self._trainer.bound, timeout_s=self.config.push_timeout_s)
         if verify is None and not self._trainer.bound and not self._warned:
             self._warned = True
             log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
@@ -204,67 +203,68 @@ class Bridge:
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
             self._session.hold_lease()
-            pending = self._push(named, checked)
+            pending = self._push(named, settings)
         finally:
             self._pushing.release()
         return pending.result() if wait else pending
 
-    def _push(self, named: Named, asked: Wish) -> PendingPush:
+    def _push(self, named: Named, settings: PushSettings) -> PendingPush:
         """Choose the mode and send; where "auto" chose an adapter that the engines then refuse, merged weights."""
-        limits = [info.lora for info in self._infos()]
-        choice = self._trainer.choose(asked.options.mode, limits)
+        if self._engine_infos is None:  # what does not change while an engine lives: its limits
+            self._engine_infos = self.status().engines
+        limits = [info.lora for info in self._engine_infos]
+        choice = self._trainer.choose(settings.mode, limits)
         if choice.mode == "full":
-            return self._send(named, asked, choice)
+            return self._send(named, settings, choice)
         named = _read_again(named)
         try:
-            return self._send(named, asked, choice)
+            return self._send(named, settings, choice)
         except (UnsupportedLora, UnexpectedTensor, EngineQuarantined) as error:
-            if asked.options.mode != "auto" or choice.mode != "adapter":
+            if settings.mode != "auto" or choice.mode != "adapter":
                 raise
             merged = self._trainer.choose("merged", limits)
             reason = f"merged weights, because the adapter was refused: {error}"
             try:
-                return self._send(named, asked, Choice("merged", reason, merged.notes))
+                return self._send(named, settings, ModeChoice("merged", reason, merged.notes))
             except MissingTensor as m:  # only the adapter's tensors came, which would have done for an adapter
                 remedy = f"{m.remedy}; as an adapter it was refused: {error}"
                 raise MissingTensor(
                     m.what, where=m.where, expected=m.expected, got=m.got, remedy=remedy, names=m.names
                 ) from error
 
-    def _send(self, named: Named, asked: Wish, choice: Choice) -> PendingPush:
-        """Everything of a push that needs this process."""
+    def _send(self, named: Named, settings: PushSettings, choice: ModeChoice) -> PendingPush:
+        """Do everything of a push that needs this process: names, plan, snapshot, seal, and the hand-over."""
         started = time.perf_counter()
-        options = msgspec.structs.replace(asked.options, mode=choice.mode, reason=choice.reason)
-        snapshot = self._trainer.collect(named, partial=options.partial, mode=choice.mode)
+        settings = msgspec.structs.replace(settings, mode=choice.mode, reason=choice.reason)
+        snapshot = self._trainer.collect(named, partial=settings.partial, mode=choice.mode)
         self._session.refuse_shared(self._trainer.storages())
-        agreed = self._agree(snapshot, options.partial and snapshot.adapter is None)
-        slot, doubt = self._begin(agreed, asked.version, over_base=snapshot.adapter is not None)
+        agreed = self._agree(snapshot, settings.partial and snapshot.adapter is None)
+        slot, doubt = self._begin(agreed, settings.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
         try:
-            written = self._write(snapshot, agreed, slot, asked.allow_nonfinite)
-            references, options, notes = self._reference(options, asked.reference)
+            written = self._write(snapshot, agreed, slot, settings.allow_nonfinite)
+            reference, base, settings, notes = self._reference(settings)
             seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
-            phases = {"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at}
             submit = SubmitRequest(
-                slot.version,
-                seal.root,
-                options,
-                phases,
-                written.nbytes,
-                references[0],
-                (*choice.notes, *snapshot.notes, *doubt, *notes),
-                base=references[1],
+                version=slot.version,
+                root=seal.root,
+                settings=settings,
+                phases={"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at},
+                wire_nbytes=written.nbytes,
+                notes=(*choice.notes, *snapshot.notes, *doubt, *notes),
+                reference=reference,
+                base=base,
                 base_proven=not doubt,
             )
-            self._call(submit, Done)
+            self._call(submit, Accepted)
         except BaseException:
             # what went wrong is worth more than a second failure on the way out; an unsealed push is dropped anyway
             with contextlib.suppress(BridgeError):
-                self._call(CancelRequest(slot.version), Done)
+                self._call(CancelRequest(slot.version), Accepted)
             raise
-        if choice.mode == "base" and not options.partial:
-            self._base.brought(slot.version, snapshot)
-        return PendingPush(self._coordinator, slot.version, options.timeout_s)
+        if choice.mode == "base" and not settings.partial:
+            self._base.note_pushed(slot.version, snapshot)
+        return PendingPush(self._session, slot.version, settings.timeout_s)
 
     def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool) -> Written:
         agreed.arena.begin(slot.index)
@@ -278,14 +278,13 @@ class Bridge:
         )
 
     def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
-        """The plan for this layout: the last one while nothing changed, else everybody is asked."""
+        """Find the plan for this layout: the last one while nothing changed, else every engine plans it."""
         kind = snapshot.adapter is not None
         last = self._agreed.get(kind)
         if last is not None and last.tensors is snapshot.tensors and last.partial == partial:
             return last
-        timeout_s = self.config.plan_timeout_s
-        request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, timeout_s, snapshot.adapter)
-        planned = self._call(request, Planned, timeout_s)
+        request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, snapshot.adapter)
+        planned = self._call(request, Planned, self.config.plan_timeout_s)
         arena = last.arena if last is not None else None
         if arena is None or str(arena.path) != planned.path:
             if arena is not None:
@@ -326,52 +325,52 @@ class Bridge:
             return self._call(CompareRequest(seal.root), Compared, self.config.plan_timeout_s)
         except BaseException:
             with contextlib.suppress(BridgeError):
-                self._call(CancelRequest(slot.version), Done)
+                self._call(CancelRequest(slot.version), Accepted)
             raise
 
     def _reference(
-        self, options: Options, wanted: bool | None
-    ) -> tuple[tuple[Reference | None, Reference | None], Options, tuple[str, ...]]:
-        """The trainer's canary, when it is wanted. `wanted` None: only where the model can give one, else a note."""
-        if wanted is False:
-            return (None, None), options, ()
+        self, settings: PushSettings
+    ) -> tuple[Reference | None, Reference | None, PushSettings, tuple[str, ...]]:
+        """Compute the trainer's canary (for an adapter also the base's), if it is wanted. Where it is wanted only if
+        the model can give one, a refusal lowers the settings to the levels of the weights and becomes a note."""
+        if settings.canary is False:
+            return None, None, settings, ()
         try:
-            if wanted is None and options.partial:
-                # What was not sent may have moved on in the trainer: then the two models differ, and rightly so.
+            if settings.canary is None and settings.partial:
+                # what was not sent may have moved on in the trainer: then the two models differ, and rightly so
                 raise ConfigError("only a subset was sent", remedy="verify='outputs' when the rest is unchanged")
-            longest = min((i.max_prompt for i in self._infos() if i.max_prompt is not None), default=None)
-            return self._trainer.reference(longest, options.mode), options, ()
+            longest = [i.max_prompt for i in self._engine_infos or () if i.max_prompt is not None]
+            return *self._trainer.reference(min(longest, default=None), settings.mode), settings, ()
         except ConfigError as error:
-            if wanted:
+            if settings.canary:
                 raise
-            lower = msgspec.structs.replace(options, verify="weights", levels=LEVELS_OF["weights"])
-            return (None, None), lower, (f"no canary: {error}",)
-
-    def _infos(self) -> tuple[EngineInfo, ...]:
-        """What the engines said of themselves when they were first asked: what does not change in their life."""
-        if self._engine_infos is None:
-            self._engine_infos = self.status().engines
-        return self._engine_infos
+            lower = msgspec.structs.replace(settings, verify="weights", levels=LEVELS_OF["weights"])
+            return None, None, lower, (f"no canary: {error}",)
 
     # ---- questions --------------------------------------------------------------------------------------------------
 
-    def status(self) -> DaemonIs:
-        """Engines, versions and whether a push is in flight."""
-        return self._call(Ask(), DaemonIs)
+    def status(self) -> DaemonStatus:
+        """Tell engines, versions and whether a push is in flight. Answered at once, also during a push; an engine that
+        does not answer is shown as it was last known."""
+        return self._ask(StatusRequest(), DaemonStatus)
 
     def health(self, timeout_s: float = 120.0) -> HealthReport:
         """Examine the live run: actors, versions, the last receipt, a fresh canary against the stored reference, a
-        fresh read-back against the arena, orphans. Blocks; writes nothing."""
-        facts = self._call(HealthRequest(timeout_s), Health, timeout_s + CALL_TIMEOUT_S).facts
+        fresh read-back against the arena, orphans.
+
+        Blocks at most `timeout_s` seconds; writes nothing. It waits for no push: engines that one occupies are not
+        examined, and the report says so.
+        """
+        facts = self._ask(HealthRequest(), HealthFacts, timeout_s).facts
         return assess(facts, local_facts(self.config.shm_dir))
 
     def history(self, last: int = 20) -> list[dict[str, Any]]:
         """The newest receipts from the journal, as plain data, oldest first."""
-        return list(self._call(HistoryRequest(last), History).receipts)
+        return list(self._ask(HistoryRequest(last), History).receipts)
 
     def explain(self, name: str) -> list[dict[str, str]]:
         """Where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises NotFound."""
-        return list(self._call(ExplainRequest(name), Explained).rows)
+        return list(self._ask(ExplainRequest(name), Explained).rows)
 
     def rollback(self, timeout_s: float = 300.0) -> Receipt:
         """Serve the version before the last committed one again, verified by bits or probes. One level; version numbers
@@ -407,14 +406,17 @@ class Bridge:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _call(self, request: ToCoordinator, kind: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+    def _ask(self, request: ToCoordinator, reply: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
         self._require_open()
-        return expect(self._coordinator.call(request, Deadline.after(timeout_s)), kind)
+        return self._call(request, reply, timeout_s)
+
+    def _call(self, request: ToCoordinator, reply: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+        return self._coordinator.call(request, reply, Deadline.after(timeout_s))
 
     def _require_open(self) -> None:
         if self._closed:
             raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
-        self._session.require_own_process()
+        self._session.require_usable()
 
 
 def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:

@@ -1,4 +1,4 @@
-"""Settings: a frozen value, from defaults, then the environment (`WEIGHBRIDGE_*`), then arguments."""
+"""The settings of a process: defaults, overridden by the environment (`WEIGHBRIDGE_*`)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import msgspec
 
 from bridge.errors import ConfigError
 
+COPY_TUNABLE = "glibc.cpu.x86_non_temporal_threshold=0x100000"
+"""Setting of GLIBC_TUNABLES with which memcpy streams from 1 MiB up: large copies then leave the caches alone."""
+
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Each field is the environment variable `WEIGHBRIDGE_<FIELD>` in capitals."""
+    """The settings of one process; the variable `WEIGHBRIDGE_<FIELD>`, in capitals, sets a field."""
 
     threads: int = 0
-    """Copy and digest threads per process; 0 takes two, or one on a single core."""
+    """Threads that copy and digest, per process; 0 takes two, or one on a single core."""
     push_timeout_s: float = 300.0
     """Deadline of a push when `timeout_s` is not given."""
     plan_timeout_s: float = 600.0
@@ -24,10 +27,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Deadline of starting the hosted engines of a daemon, all together: loading checkpoints, capturing graphs, and the
     trial whether quantised weights can be pushed. Raise it for models that take longer to load."""
     shm_dir: Path | None = None
-    """Where the arena files lie; default /dev/shm."""
+    """Folder of the arena files; default /dev/shm."""
 
     @property
     def copy_threads(self) -> int:
+        """Threads to copy and digest with."""
         return self.threads or min(2, len(os.sched_getaffinity(0)))
 
 
@@ -38,4 +42,7 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Config:
     try:
         return msgspec.convert(given, Config, strict=False, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
-        raise ConfigError("an environment variable does not fit", where="WEIGHBRIDGE_*", got=str(error)) from error
+        raise ConfigError(
+            "an environment variable does not fit", where="WEIGHBRIDGE_*", got=str(error),
+            remedy="correct the variable that `got` names after `$.`, or unset it",
+        ) from error  # fmt: skip

@@ -1,8 +1,8 @@
 """The one tree of errors.
 
-Every error says *what* went wrong, *where*, what was *expected*, what it *got* and the *remedy*. Each class carries the
-process exit code that the command line uses for it. Errors cross process boundaries as plain data (`wire.ErrorInfo`),
-never pickled, and are rebuilt from `ERRORS_BY_NAME`.
+Every error says what went wrong, where, what was expected, what came instead, and how to mend it. Each class carries
+the exit code that the command line uses for it. Errors cross process boundaries as plain data
+(`bridge.protocol.codec.ErrorInfo`), never pickled, and are rebuilt from `ERRORS_BY_NAME`.
 
     BridgeError
     ├── ConfigError 2            NotFound, Busy, LeaseHeld, Closed
@@ -17,7 +17,7 @@ never pickled, and are rebuilt from `ERRORS_BY_NAME`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.model.receipt import Receipt
@@ -33,11 +33,11 @@ class BridgeError(Exception):
 
     Args:
         what: one sentence; ends without a full stop.
-        where: tensor, file, engine, rank or option that it is about.
-        expected: what would have been right.
-        got: what came instead.
-        remedy: the next step for the person who reads it.
-        names: every tensor (or module) concerned, for programs; the message shows the first few.
+        where: the tensor, file, engine, rank or option.
+        expected: the right value.
+        got: the value that came.
+        remedy: the reader's next step.
+        names: every tensor (or module) concerned, for programs.
     """
 
     exit_code: int = BUG_EXIT
@@ -61,12 +61,12 @@ class BridgeError(Exception):
         super().__init__(self._message())
 
     def _message(self) -> str:
-        parts = [self.what]
-        for label in ("where", "expected", "got", "remedy"):
-            value = getattr(self, label)
-            if value is not None:
-                parts.append(f"{label}: {value}")
-        return "; ".join(parts)
+        return "; ".join((self.what, *(f"{label}: {value}" for label, value in self.facts().items())))
+
+    def facts(self) -> dict[str, str]:
+        """List where, expected, got and remedy, as far as they are known."""
+        known = {"where": self.where, "expected": self.expected, "got": self.got, "remedy": self.remedy}
+        return {label: value for label, value in known.items() if value is not None}
 
 
 class ConfigError(BridgeError):
@@ -116,7 +116,7 @@ class ProtocolError(BridgeError):
 
 
 class IntegrityError(BridgeError):
-    """Weights are not what they should be."""
+    """Weights are incomplete, of another form, or other than the trainer's."""
 
     exit_code = 5
 
@@ -126,7 +126,7 @@ class MissingTensor(IntegrityError):
 
 
 class UnexpectedTensor(IntegrityError):
-    """A tensor was sent that nobody has a place for."""
+    """A tensor was sent that no engine has a place for."""
 
 
 class DuplicateTensor(IntegrityError):
@@ -146,7 +146,7 @@ class NonFinite(IntegrityError):
 
 
 class DigestMismatch(IntegrityError):
-    """Bytes differ from what was sealed, or from what the trainer sent."""
+    """Bytes differ from those that were sealed, or that the trainer sent."""
 
 
 class CanaryMismatch(IntegrityError):
@@ -158,7 +158,7 @@ class UnsupportedLora(IntegrityError):
 
 
 class StaleVersion(BridgeError):
-    """The pushed version is not newer than what was already issued."""
+    """The pushed version is not newer than every version issued before."""
 
     exit_code = 6
 
@@ -179,19 +179,16 @@ class PushAborted(BridgeError):
         *,
         receipt: Receipt | None = None,
         serving: Mapping[str, int | None] | None = None,
-        where: str | None = None,
-        expected: str | None = None,
-        got: str | None = None,
-        remedy: str | None = None,
-        names: tuple[str, ...] = (),
+        **facts: Any,
     ) -> None:
-        super().__init__(what, where=where, expected=expected, got=got, remedy=remedy, names=names)
+        """`facts` are the arguments of every error: where, expected, got, remedy, names."""
+        super().__init__(what, **facts)
         self.receipt = receipt
         self.serving: dict[str, int | None] = dict(serving or {})
 
 
 class EngineQuarantined(PushAborted):
-    """An engine holds weights that nobody verified; it refuses to generate."""
+    """An engine holds unverified weights; it refuses to generate."""
 
 
 def _tree(root: type[BridgeError]) -> Iterator[type[BridgeError]]:

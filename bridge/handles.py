@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
-from bridge.generate_options import asked
+from bridge.generate_options import check_generate_options
 from bridge.model.receipt import Receipt
-from bridge.ports import CoordinatorPort, EnginePort, expect
+from bridge.ports import EnginePort
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.coordinator_messages import Finished, WaitRequest
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineGenerated
+from bridge.session import Session
 
 CALL_TIMEOUT_S = 60.0
 
@@ -47,17 +48,17 @@ class EngineHandle:
             NotFound: no LoRA of that name is loaded.
             PeerLost, DeadlineExceeded: the engine is gone, or late.
         """
-        request = asked(prompts, sampling, adapter, timeout_s)
-        return list(expect(self._port.call(request, Deadline.after(request.timeout_s)), EngineGenerated).completions)
+        request = check_generate_options(prompts, sampling, adapter, timeout_s)
+        return list(self._port.call(request, EngineGenerated, Deadline.after(request.timeout_s)).completions)
 
 
 class PendingPush:
     """A push whose snapshot is sealed and handed over, as `push(wait=False)` returns it. The trainer's tensors may
     change; the push goes on without this object, and without its Bridge."""
 
-    def __init__(self, coordinator: CoordinatorPort, version: int, timeout_s: float) -> None:
+    def __init__(self, session: Session, version: int, timeout_s: float) -> None:
         self.version = version
-        self._coordinator = coordinator
+        self._session = session
         self._timeout_s = timeout_s
         self._finished: Finished | None = None
 
@@ -74,6 +75,7 @@ class PendingPush:
         Raises the errors of `Bridge.push`, and DeadlineExceeded when the push has not ended in time (it goes on).
         """
         seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
+        self._session.require_usable()
         finished = self._poll(seconds)
         if finished is None:
             raise DeadlineExceeded(
@@ -85,8 +87,8 @@ class PendingPush:
 
     def _poll(self, seconds: float) -> Finished | None:
         if self._finished is None:
-            wait = WaitRequest(self.version, seconds)
-            answer = expect(self._coordinator.call(wait, Deadline.after(seconds + CALL_TIMEOUT_S)), Finished)
+            wait, deadline = WaitRequest(self.version, seconds), Deadline.after(seconds + CALL_TIMEOUT_S)
+            answer = self._session.coordinator.call(wait, Finished, deadline)
             if answer.receipt is not None or answer.error is not None:
                 self._finished = answer
         return self._finished

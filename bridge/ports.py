@@ -1,41 +1,42 @@
-"""The ports through which a push is orchestrated. Each has one in-process form and one across Ray (`daemon.py`)."""
+"""Ports: what the orchestrator of a push needs from engines, coordinator and trainer, wherever those live."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from bridge.errors import Closed, ProtocolError, PushAborted
+from bridge.errors import Closed, ProtocolError
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
-from bridge.protocol.coordinator_messages import FromCoordinator, Reference, Refused, ToCoordinator
+from bridge.protocol.coordinator_messages import Reference, Refused, ToCoordinator
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import FromEngine, ToEngine
+from bridge.protocol.engine_messages import ToEngine
 from bridge.shm.arena import Arena
 
 T = TypeVar("T")
 
 
 class EnginePort(Protocol):
-    """One engine service, wherever it lives."""
+    """Carries requests to one engine's service, wherever that lives."""
 
     @property
     def id(self) -> str: ...
 
-    def call(self, request: ToEngine, deadline: Deadline) -> FromEngine:
-        """Blocks for the answer. Raises PeerLost or DeadlineExceeded; errors of the service come back as Refused."""
+    def call(self, request: ToEngine, reply: type[T], deadline: Deadline) -> T:
+        """Send a request and wait for its reply. Blocks. Raises what the service raises, PeerLost,
+        DeadlineExceeded, and ProtocolError for a reply of another kind."""
         ...
 
 
 class CoordinatorPort(Protocol):
-    """The daemon's ledger and fan-out, wherever it lives."""
+    """Carries requests to the coordinator, wherever that lives."""
 
-    def call(self, request: ToCoordinator, deadline: Deadline) -> FromCoordinator:
-        """Blocks for the answer. Raises PeerLost or DeadlineExceeded; errors of the daemon come back as Refused."""
+    def call(self, request: ToCoordinator, reply: type[T], deadline: Deadline) -> T:
+        """Send a request and wait for its reply. Blocks. Raises as an EnginePort does."""
         ...
 
 
@@ -54,40 +55,57 @@ def require_own_process(pid: int, where: str) -> None:
 
 
 def expect(reply: object, kind: type[T]) -> T:
-    """The reply as `kind`; a Refused is raised as the error it carries, anything else is a ProtocolError."""
+    """Narrow a reply to its kind. Raises the error that a Refused carries, and ProtocolError for another kind."""
     if isinstance(reply, kind):
         return reply
     if isinstance(reply, Refused):
-        error = reply.error.rebuild()
-        if isinstance(error, PushAborted):
-            error.serving = dict(reply.serving)
-            error.receipt = reply.receipt
-        raise error
+        raise reply.error.rebuild()
     raise ProtocolError("an answer of the wrong kind", expected=kind.__name__, got=type(reply).__name__)
 
 
+class Handles(Protocol):
+    """A coordinator or an engine service: answers requests, or raises."""
+
+    def handle(self, request: Any, deadline: Deadline) -> object: ...
+
+
+class InProcessPort:
+    """A port to a service of this process: a plain call, which takes as long as the engine does. Raises Closed in a
+    forked child."""
+
+    def __init__(self, port_id: str, service: Handles) -> None:
+        self.id = port_id
+        self._service = service
+        self._pid = os.getpid()
+
+    def call(self, request: Any, reply: type[T], deadline: Deadline) -> T:
+        """Answer in this thread."""
+        require_own_process(self._pid, self.id)
+        return expect(self._service.handle(request, deadline), reply)
+
+
 class Snapshot(Protocol):
-    """The trainer's tensors of one push, collected but not yet copied: canonical names in a fixed order."""
+    """Tensors of one push, collected but not yet copied: canonical names in a fixed order."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Name, trainer dtype, global shape. The same object as last time when nothing about the layout changed."""
+        """Name, trainer dtype and global shape of each; the same object as last time while the layout is the same."""
         ...
 
     @property
     def adapter(self) -> LoraSpec | None:
-        """Set when the tensors are an adapter's and not the model's."""
+        """Set when the tensors are a LoRA adapter's and not the model's."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the receipt should say about them."""
+        """Notes about the tensors, for the receipt."""
         ...
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a push travels: the mode that the capability table gave, why (for the receipt), and what else to say."""
+class ModeChoice:
+    """The mode of a push as the capability table gave it, the reason for the receipt, and notes."""
 
     mode: str
     reason: str
@@ -96,52 +114,56 @@ class Choice:
 
 @dataclass(frozen=True)
 class Written:
-    """What a snapshot wrote: 8-byte digests in manifest order, and the bytes that really had to be written."""
+    """Result of writing a snapshot: 8-byte digests in manifest order, and the bytes that had to be written."""
 
     digests: bytes
     nbytes: int
 
 
 class TrainerPort(Protocol):
-    """The trainer side of one Bridge, in the trainer's own process."""
+    """The trainer's side of one Bridge, in the trainer's own process. Used by that Bridge only, one call at a time."""
 
     @property
-    def bound(self) -> bool: ...
-
-    def bind(self, model: torch.nn.Module) -> None:
-        """Read names, ties and buffers from the live model; nothing of it is ever written."""
+    def bound(self) -> bool:
+        """True once a model is bound."""
         ...
 
-    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> Choice:
-        """The mode in which the bound model travels to engines with these limits. Raises UnsupportedLora, naming the
-        tensors that `mode` cannot carry and the mode that can; ConfigError for a mode that needs LoRA without any."""
+    def bind(self, model: torch.nn.Module) -> None:
+        """Read names, ties and buffers from the live model, which is never written to."""
+        ...
+
+    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> ModeChoice:
+        """Choose the mode in which the bound model travels to engines with these limits. Raises UnsupportedLora, naming
+        the tensors that `mode` cannot carry and the mode that can; ConfigError for a mode that needs LoRA without any.
+        """
         ...
 
     def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool, mode: str = "full") -> Snapshot:
-        """Exhaust the iterable, hold references, turn live names into the canonical ones of a mode."""
+        """Exhaust the iterable, hold references, and turn live names into the canonical ones of a mode."""
         ...
 
     def collect_base(self) -> Snapshot:
-        """The bound model's base weights as they stand, whatever was sent. Raises UnsupportedLora when they are packed
-        in a format that no engine's weights can be compared with."""
+        """Collect the bound model's base weights as they stand, whatever was sent. Raises UnsupportedLora when they are
+        packed in a format that no engine's weights can be compared with."""
         ...
 
     def base_mark(self, sent: Snapshot | None = None) -> Hashable | None:
-        """A fingerprint of the bound model's base, equal while nothing of it moved. None when it has none, or when the
+        """Fingerprint the bound model's base; equal while nothing of it moved. None when it has none, or when the
         snapshot `sent` holds other values than the live base."""
         ...
 
     def write(
         self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
     ) -> Written:
-        """Cast every tensor into the unsealed slot; tensors not in the snapshot are carried over from `base`. Raises
-        IntegrityError when the model's LoRA state has changed since it was collected."""
+        """Cast every tensor into the unsealed slot; tensors that are not in the snapshot are carried over from slot
+        `base`. Blocks for one pass over the bytes. Raises IntegrityError when the model's LoRA state has changed since
+        it was collected."""
         ...
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
-        """The canary's reference from the bound model, one no-grad forward; prompts are cut to `max_tokens`. Of an
-        adapter also the one of the model without it; of mode "base" that one alone. Raises ConfigError when the model
-        has none."""
+        """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens.
+        For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
+        when the model has none."""
         ...
 
     def storages(self) -> frozenset[int]:

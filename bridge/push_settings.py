@@ -1,16 +1,15 @@
-"""What `Bridge.push` was asked to do, checked: words to `Options`."""
+"""Push settings: what `Bridge.push` was asked for, checked once, carried as one value from the client to every rank."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from bridge.coordinator.reports import LEVELS_OF
+import msgspec
+
 from bridge.errors import ConfigError
-from bridge.model.receipt import LEVELS
-from bridge.protocol.coordinator_messages import Options
+from bridge.model.levels import LEVELS, LEVELS_OF
 
 MAX_VERSION = 1 << 53
 MODES = ("auto", "full", "merged", "base", "adapter")
@@ -18,8 +17,8 @@ INFLIGHT = ("drain", "abort", "keep")
 KV = ("reset", "keep")
 
 
-class PushOptions(TypedDict, total=False):
-    """The options of `Bridge.push` besides `wait`, for type checkers."""
+class PushArguments(TypedDict, total=False):
+    """The keyword arguments of `Bridge.push` besides `wait`, for type checkers."""
 
     version: int | None
     mode: str
@@ -31,69 +30,103 @@ class PushOptions(TypedDict, total=False):
     timeout_s: float | None
 
 
-@dataclass(frozen=True)
-class Wish:
-    """Checked options; `reference` says whether a canary reference is wanted (None: if the model can give one)."""
+class PushSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of one push, as `Bridge.push` documents them.
 
-    options: Options
-    reference: bool | None
-    version: int | None
-    allow_nonfinite: bool
+    Attributes:
+        verify: the name that receipts show for what is verified ("weights", or level names joined by "+").
+        levels: the levels to run, of `bridge.model.levels.LEVELS`.
+        mode, reason: how the tensors travel, and why that mode was chosen.
+        timeout_s: bounds everything after the snapshot.
+        version: the version number that was asked for; None takes the next one.
+        canary: whether the trainer computes a canary reference; None: only if the bound model can give one.
+    """
+
+    verify: str = "weights"
+    levels: tuple[str, ...] = ()
+    inflight: str = "abort"
+    kv: str = "reset"
+    partial: bool = False
+    mode: str = "full"
+    reason: str = ""
+    timeout_s: float = 300.0
+    version: int | None = None
+    allow_nonfinite: bool = False
+    canary: bool | None = False
 
 
-def wish(asked: PushOptions, *, bound: bool, timeout_s: float) -> Wish:
-    """Check what `push` was given. Raises ConfigError, naming the option, what it may be and what came."""
-    mode = one_of("mode", asked.get("mode", "auto"), MODES)
-    inflight = one_of("inflight", asked.get("inflight", "abort"), INFLIGHT)
-    kv = one_of("kv", asked.get("kv", "reset"), KV)
-    name, levels, reference = _levels(asked.get("verify"), bound)
-    if reference and not bound:
+def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> PushSettings:
+    """Check the arguments of one push and fill in the defaults.
+
+    Args:
+        bound: a model is bound, so names and a canary reference can come from it.
+        timeout_s: the deadline when none was given, in seconds.
+
+    Raises ConfigError, naming the argument, what it may be and what came.
+    """
+    verify, levels, canary = _levels(given.get("verify"), bound)
+    if canary and not bound:
         raise ConfigError(
-            "the canary needs the live model", where="verify", got=name, remedy="b.bind(model), or verify='weights'"
+            "the canary needs the live model", where="verify", got=verify, remedy="b.bind(model), or verify='weights'"
         )
-    given = asked.get("timeout_s")
-    timeout = timeout_s if given is None else given
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
-        raise ConfigError("a deadline must be positive", where="timeout_s", got=repr(given))
-    version = asked.get("version")
-    return Wish(
-        Options(name, levels, inflight, kv, asked.get("partial", False), mode, "asked for", timeout),
-        reference,
-        None if version is None else _whole("version", version),
-        asked.get("allow_nonfinite", False),
+    wanted = given.get("timeout_s")
+    seconds = timeout_s if wanted is None else wanted
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ConfigError(
+            "a deadline must be positive", where="timeout_s", expected="seconds above 0", got=repr(wanted),
+            remedy=f"leave it out for {timeout_s:g} seconds",
+        )  # fmt: skip
+    version = given.get("version")
+    return PushSettings(
+        verify=verify,
+        levels=levels,
+        inflight=_one_of("inflight", given.get("inflight", "abort"), INFLIGHT),
+        kv=_one_of("kv", given.get("kv", "reset"), KV),
+        partial=given.get("partial", False),
+        mode=_one_of("mode", given.get("mode", "auto"), MODES),
+        reason="asked for",
+        timeout_s=seconds,
+        version=None if version is None else _version(version),
+        allow_nonfinite=given.get("allow_nonfinite", False),
+        canary=canary,
     )
 
 
 def _levels(verify: str | Iterable[str] | None, bound: bool) -> tuple[str, tuple[str, ...], bool | None]:
-    """The name of what is verified, its levels, and whether a canary reference is wanted."""
+    """Resolve `verify=` into its name, its levels, and whether a canary reference is wanted."""
     if verify is None:
         name = "outputs" if bound else "weights"
         return name, LEVELS_OF[name], None if bound else False
     if isinstance(verify, str):
-        name = one_of("verify", verify, tuple(LEVELS_OF))
+        name = _one_of("verify", verify, tuple(LEVELS_OF))
         return name, LEVELS_OF[name], "canary" in LEVELS_OF[name]
     if not isinstance(verify, Iterable):
-        raise ConfigError(
-            "no such choice", where="verify", expected=" | ".join((*LEVELS_OF, "level names")), got=repr(verify)
-        )
-    levels = tuple(one_of("verify", level, LEVELS) for level in verify)
+        raise _no_choice("verify", (*LEVELS_OF, "an iterable of level names"), verify)
+    levels = tuple(_one_of("verify", level, LEVELS) for level in verify)
     return "+".join(levels) or "off", levels, bool({"canary", "cache"} & set(levels))
 
 
-def _whole(what: str, value: Any) -> int:
+def _version(value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         number = -1
     if isinstance(value, bool) or not 0 <= number <= MAX_VERSION:
         raise ConfigError(
-            "not a version", where=what, expected=f"a whole number from 0 to {MAX_VERSION}", got=repr(value)
-        )
+            "not a version", where="version", expected=f"a whole number from 0 to {MAX_VERSION}", got=repr(value),
+            remedy="leave it out for the next one",
+        )  # fmt: skip
     return number
 
 
-def one_of(what: str, value: str, allowed: Sequence[str]) -> str:
-    """The value itself. Raises ConfigError unless it is one of the allowed ones."""
+def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
-        raise ConfigError("no such choice", where=what, expected=" | ".join(allowed), got=repr(value))
+        raise _no_choice(what, allowed, value)
     return value
+
+
+def _no_choice(what: str, allowed: Sequence[str], value: object) -> ConfigError:
+    return ConfigError(
+        "no such choice", where=what, expected=" | ".join(allowed), got=repr(value),
+        remedy=f"pass {what}={allowed[0]!r} or another of them",
+    )  # fmt: skip

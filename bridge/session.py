@@ -25,43 +25,8 @@ from bridge.errors import BridgeError
 from bridge.journal.lease import Lease
 from bridge.journal.ledger import Ledger
 from bridge.journal.state_dir import checked_name
-from bridge.ports import CoordinatorPort, EnginePort, require_own_process
-from bridge.protocol.coordinator_messages import FromCoordinator, ToCoordinator, WaitRequest
-from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import FromEngine, ToEngine
+from bridge.ports import CoordinatorPort, EnginePort, InProcessPort, require_own_process
 from bridge.shm.remains import remove_remains
-
-
-class InProcessEnginePort:
-    """The engine service of this process as an `EnginePort`: a plain call, which takes as long as the engine does."""
-
-    def __init__(self, engine_id: str, service: Any) -> None:
-        self.id = engine_id
-        self._service = service
-        self._pid = os.getpid()
-
-    def call(self, request: ToEngine, deadline: Deadline) -> FromEngine:
-        """Answer in this thread. Raises Closed in a forked child."""
-        require_own_process(self._pid, self.id)
-        reply: FromEngine = self._service.handle(request)
-        return reply
-
-
-class InProcessCoordinatorPort:
-    """The coordinator of this process as a `CoordinatorPort`."""
-
-    def __init__(self, coordinator: Coordinator, service: Any) -> None:
-        self._coordinator = coordinator
-        self._service = service
-        self._pid = os.getpid()
-
-    def call(self, request: ToCoordinator, deadline: Deadline) -> FromCoordinator:
-        """Answer in this thread. Raises Closed in a forked child, ConfigError in the thread that runs the engine's
-        event loop: the engine would wait for it."""
-        require_own_process(self._pid, self._coordinator.name)
-        if not (isinstance(request, WaitRequest) and request.timeout_s == 0.0):  # a poll waits for nobody
-            self._service.refuse_caller()
-        return self._coordinator.handle(request)
 
 
 class Session:
@@ -92,9 +57,11 @@ class Session:
         """True in a child process that was forked after this session was made."""
         return os.getpid() != self._pid
 
-    def require_own_process(self) -> None:
-        """Raise Closed in a forked child; called before anything of a push. Does not block."""
+    def require_usable(self) -> None:
+        """Raise Closed in a forked child, ConfigError in the thread that runs the engine's event loop, which would wait
+        for itself. Called before every call of a Bridge. Does not block."""
         require_own_process(self._pid, self.name)
+        self.refuse_caller()
 
     def hold_lease(self) -> None:
         """Take the right to push, unless this session has it. Raises LeaseHeld, naming the holder. Does not block."""
@@ -145,7 +112,7 @@ class InProcessSession(Session):
         self._temporary = Path(tempfile.mkdtemp(prefix="weighbridge-")) if name is None else None
         try:
             service = entry_points.load(entry_points.SERVICE)("engine0", driver, node=node, threads=config.copy_threads)
-            port = InProcessEnginePort("engine0", service)
+            port = InProcessPort("engine0", service)
             ledger = Ledger.open(chosen, directory=self._temporary)
             try:
                 remove_remains(ledger.path, config.shm_dir)
@@ -160,7 +127,7 @@ class InProcessSession(Session):
             raise
         self._driver = driver
         self._service = service
-        super().__init__(chosen, InProcessCoordinatorPort(self._coordinator, service), [port], self._temporary)
+        super().__init__(chosen, InProcessPort(chosen, self._coordinator), [port], self._temporary)
 
     def refuse_caller(self) -> None:
         """Raise ConfigError in the thread of the attached engine's event loop."""

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from bridge.errors import BridgeError
 from bridge.protocol.codec import ErrorInfo, pack, unpack
 from bridge.protocol.coordinator_messages import Refused
+from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import ToEngine
 from engine_side.driver.service import EngineService
 from engine_side.engines.registry import host
@@ -35,10 +37,14 @@ class EngineActor:
             self._service = Refused(ErrorInfo.of(error))
 
     def call(self, frame: bytes) -> bytes:
-        """Answer one request with one reply. Never raises for an error of ours: it comes back as Refused."""
+        """Answer one request; an error of ours comes back as Refused. Blocks as `EngineService.handle` does."""
         if isinstance(self._service, Refused):
             return pack(self._service)
-        return pack(self._service.handle(unpack(frame, ToEngine)))
+        try:
+            remaining_s, request = unpack(frame, tuple[float, ToEngine])
+            return pack(self._service.handle(request, Deadline.after(remaining_s)))
+        except BridgeError as error:
+            return pack(Refused(ErrorInfo.of(error)))
 
     def pid(self) -> int:
         """Process id of this actor."""

@@ -1,9 +1,9 @@
-"""Keep an evaluation copy of the policy in step with the trainer, weighed: any torch.nn.Module can be attached.
+"""Keep an evaluation copy of the policy in step with the trainer: any torch.nn.Module can be attached.
 
     python examples/attach_module.py --steps 5
 
-No Ray and no engine: the copy lives in this process, and each push is verified before it returns. The same call keeps
-a reference model for a KL term, or an exponential average's starting point, from silently going stale.
+Needs neither Ray nor an engine: the copy lives in this process, and each push is verified before it returns. The same
+call keeps a reference model for a KL term, or the start of an exponential average, from going stale.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer_side.demo.policy import tiny_qwen2
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
-    """One step of next-token prediction on a made-up sequence; any training would do."""
+    """Train one step of next-token prediction on a made-up sequence; put your own step here."""
     tokens = (torch.arange(32) * (step + 1) % 64).unsqueeze(0)
     loss = model(tokens, labels=tokens).loss
     optimizer.zero_grad()
@@ -31,7 +31,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 @torch.no_grad()
 def difference(left: nn.Module, right: nn.Module) -> float:
-    """The largest difference of the two models' logits on fixed tokens."""
+    """Compute the largest difference of the two models' logits on fixed tokens."""
     tokens = torch.arange(16).unsqueeze(0)
     return float((left(tokens).logits - right(tokens).logits).abs().max())
 

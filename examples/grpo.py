@@ -1,8 +1,8 @@
-"""GRPO with rollouts from an engine that is weighed after every optimiser step.
+"""Train a policy with GRPO: an engine samples the rollouts, and every optimiser step ends in a verified push.
 
     python examples/grpo.py --steps 40
 
-The policy is a tiny random Qwen2; the task is to count on from the prompt, modulo 8, so chance earns 0.125.
+The policy is a tiny random Qwen2. The task is to count on from the prompt, modulo 8: a random policy earns 0.125.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(steps: int) -> float:
                 mean = sum(rewards) / len(rewards)
                 print(f"step {step}  reward {mean:.3f}  version {receipt.version}  verified {receipt.verified}")
         finally:
-            b.shutdown()  # close() would leave the daemon running for the next trainer; nobody needs this one any more
+            b.shutdown()  # stops the engine; close() would leave the daemon running for the next trainer
     return mean
 
 

@@ -1,8 +1,9 @@
-"""GRPO on a LoRA adapter: each step only A and B travel, as a new version of the engine's adapter.
+"""Train a LoRA adapter with GRPO: each push sends A and B only, as a new version of the engine's adapter.
 
     python examples/grpo_adapter.py --steps 40
 
-The policy is a tiny random Qwen2 under PEFT; the task is to count on from the prompt, modulo 8: chance earns 0.125.
+The policy is a tiny random Qwen2 under PEFT. The task is to count on from the prompt, modulo 8: a random policy earns
+0.125.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trainer_side.demo.task import CountOn, grouped_prompts, reward
 
 GROUPS, GROUP_SIZE = 16, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
-# A pretrained policy would do without the last two. This one starts from noise: frozen ends would say nothing.
+# The base has random weights, so the embedding and the head have to learn too; a pretrained one needs neither.
 LORA = LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS)
 
 
@@ -50,7 +51,7 @@ def main(steps: int) -> float:
                 )
                 print(f"mode {receipt.mode}  nbytes {receipt.nbytes}")
         finally:
-            b.shutdown()
+            b.shutdown()  # stops the engine; close() would leave the daemon running for the next trainer
     return mean
 
 

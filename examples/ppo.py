@@ -1,9 +1,9 @@
-"""PPO with an actor and a value head: both are trained, only the actor is pushed.
+"""Train an actor and a value head with PPO, and push the actor alone.
 
     python examples/ppo.py --steps 40
 
-The engine serves the actor and has no parameter for the value head; pushing the head's tensors too would be refused as
-unexpected, by name. Rewards are per token, advantages by generalised advantage estimation.
+The engine has no parameter for the value head: a push of `model.named_parameters()` would raise `UnexpectedTensor` and
+name the head's tensors. Rewards are per token, advantages by generalised advantage estimation.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def update(
         _, values = model(prompts, completions)
     advantages = advantages_of(rewards, values)
     returns = advantages + values
-    # a floor under the spread: once nearly every token is right, what is left is noise, not to be blown up to one
+    # once nearly every token is right the spread is noise: the floor keeps it from being scaled up to one
     scaled = (advantages - advantages.mean()) / advantages.std().clamp_min(0.2)
     for _ in range(EPOCHS):
         logprobs, predicted = model(prompts, completions)
@@ -97,7 +97,7 @@ def main(steps: int) -> float:
                 mean = float(rewards.mean())
                 print(f"step {step}  reward {mean:.3f}  version {receipt.version}  verified {receipt.verified}")
         finally:
-            b.shutdown()  # close() would leave the daemon running for the next trainer; nobody needs this one any more
+            b.shutdown()  # stops the engine; close() would leave the daemon running for the next trainer
     return mean
 
 

@@ -1,4 +1,4 @@
-"""The examples and the demo as a user starts them: processes of their own, a real Ray, a few steps."""
+"""The examples, the README's loop and the demo as a user starts them: own processes, a real Ray, a few steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 
 from bridge.daemon import ray_cluster
 from bridge.daemon.processes import started_at
+from tests.documents import ROOT, Document
 
-ROOT = Path(__file__).parents[1]
 Start = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -26,7 +26,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, _own_shared_memory: No
     home = tmp_path_factory.mktemp("home")
     found = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OMP_"))}
     found |= {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(home), "WEIGHBRIDGE_THREADS": "1"}
-    code = "from bridge import daemon; daemon.ensure_ray()"
+    code = "from bridge.daemon import ray_cluster; ray_cluster.ensure_ray()"
     subprocess.run([sys.executable, "-c", code], env=found, check=True, timeout=110)
     ray = json.loads((home / "weighbridge" / "_ray" / ray_cluster.RAY_FILE).read_text())
     token = home / "weighbridge" / "_ray" / "token"
@@ -34,7 +34,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory, _own_shared_memory: No
     yield {**found, "RAY_ADDRESS": ray["address"], "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     assert started_at(ray["pid"]) is not None, "one of them stopped a Ray that it had not started"
     found["XDG_STATE_HOME"] = str(home)
-    subprocess.run([sys.executable, "-c", "from bridge import daemon; daemon.stop_ray()"], env=found, check=True)
+    code = "from bridge.daemon import ray_cluster; ray_cluster.stop_ray()"
+    subprocess.run([sys.executable, "-c", code], env=found, check=True)
     assert started_at(ray["pid"]) is None
 
 
@@ -79,6 +80,15 @@ def test_the_attached_module(start: Start) -> None:
     apart = re.findall(r"apart ([\d.]+) before the push, ([\d.e+-]+) after", text)
     assert len(apart) == 3
     assert all(float(before) > 0.01 and float(after) == 0 for before, after in apart), apart
+
+
+def test_the_loop_of_the_readme(start: Start, tmp_path: Path) -> None:
+    blocks = [block.code for block in Document(ROOT / "README.md").blocks if block.language == "python"]
+    (loop,) = [code for code in blocks if "for step in" in code]
+    assert loop.count("/tmp/policy") == 2, "the only place that the example writes to"
+    lines = start("-c", loop.replace("/tmp/policy", str(tmp_path / "policy"))).stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["1", "True"], ["2", "True"], ["3", "True"]]
+    assert all(line.endswith(" s paused") for line in lines)
 
 
 def test_the_demo(start: Start, environment: dict[str, str], tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import torch
 
 from bridge.coordinator.coordinator import Coordinator
 from bridge.daemon import actors, ray_cluster
+from bridge.errors import BridgeError
 from bridge.journal.ledger import Ledger
 from bridge.protocol.codec import ErrorInfo, pack, unpack
 from bridge.protocol.coordinator_messages import Refused, ToCoordinator
+from bridge.protocol.deadline import Deadline
 from bridge.shm.remains import remove_remains
 
 log = logging.getLogger(__name__)
@@ -42,10 +44,14 @@ class TrainerActor:
             self._coordinator = Refused(ErrorInfo.of(error))
 
     def call(self, frame: bytes) -> bytes:
-        """Answer one request with one reply. Never raises for an error of ours: it comes back as Refused."""
+        """Answer one request; an error of ours comes back as Refused. Blocks as `Coordinator.handle` does."""
         if isinstance(self._coordinator, Refused):
             return pack(self._coordinator)
-        return pack(self._coordinator.handle(unpack(frame, ToCoordinator)))
+        try:
+            remaining_s, request = unpack(frame, tuple[float, ToCoordinator])
+            return pack(self._coordinator.handle(request, Deadline.after(remaining_s)))
+        except BridgeError as error:
+            return pack(Refused(ErrorInfo.of(error)))
 
     def pid(self) -> int:
         """Process id of this actor."""

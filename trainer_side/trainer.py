@@ -12,7 +12,7 @@ from bridge.errors import BridgeError, ConfigError, MissingTensor, UnexpectedTen
 from bridge.model import canary
 from bridge.model.lora_format import LoraLimits
 from bridge.model.manifest import TensorInfo
-from bridge.ports import Choice, Snapshot, Written
+from bridge.ports import ModeChoice, Snapshot, Written
 from bridge.protocol.coordinator_messages import Reference
 from bridge.shm.arena import Arena
 from trainer_side.lora.base_fingerprint import base_mark
@@ -54,14 +54,14 @@ class TrainerSide:
 
     # ---- names and tensors -------------------------------------------------------------------------------------------
 
-    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> Choice:
+    def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> ModeChoice:
         """As `TrainerPort.choose`."""
         if self._lora is not None:
             return self._lora.choose(mode, limits)
         if mode == "auto":
-            return Choice("full", "a model without LoRA: every tensor as it stands")
+            return ModeChoice("full", "a model without LoRA: every tensor as it stands")
         if mode == "full":
-            return Choice("full", "asked for")
+            return ModeChoice("full", "asked for")
         raise ConfigError(
             "this mode needs a model with LoRA",
             where="mode",

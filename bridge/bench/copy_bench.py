@@ -1,14 +1,15 @@
-"""`weighbridge bench`: pushes against a flat one-thread copy of the same bytes, interleaved in one run.
+"""`weighbridge bench`: compare pushes with a flat one-thread copy of the same bytes, interleaved in one run.
 
-This half chooses what is measured, starts one process per measurement and puts the figures together; the measuring
-itself is `bench_worker`. A process of its own, because the C library reads its copy tunables at start, and so that
-neither thread counts nor memory peaks of one measurement reach into the next.
+This half chooses the measurements, starts one process for each and puts the figures together; `copy_worker` measures.
+A process each, because the C library reads its copy tunables when it starts, and so that thread counts and memory peaks
+of one measurement do not reach into the next.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
+import psutil
 
+from bridge.config import COPY_TUNABLE
 from bridge.errors import ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.codec import ErrorInfo
 
@@ -34,16 +37,15 @@ TARGETS: Mapping[tuple[str, int], float] = {
     ("weights", 1): 0.15,
 }
 """Least share of the reference copy's rate by (variant, threads), on the qwen2-0.5b shapes."""
-TUNABLE = "glibc.cpu.x86_non_temporal_threshold=0x100000"
 NOISY = 0.15
 """Share by which the reference's p90 may exceed its median before a measurement is called noisy."""
 BUSY = 0.15
-"""Cores that other processes may take before a measurement is called noisy: two threads then share less than two."""
+"""Cores that other processes may take before a measurement is called noisy: two threads then have less than two."""
 WORKER_TIMEOUT_S = 1800.0
 
 
-class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One measurement: `count` tensors of `shapes` into `engine` ("module" | "hosted") with `threads` copy threads."""
+class CopyJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One measurement to make: `count` tensors of `shapes` into `engine` ("module" | "hosted"), `threads` copying."""
 
     shapes: str
     count: int
@@ -54,7 +56,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Timed(msgspec.Struct, frozen=True):
-    """One timed call: seconds, CPU seconds of this process, and what the receipt said."""
+    """One timed call: its seconds, CPU seconds of the measuring process, and pause and phases from the receipt."""
 
     seconds: float
     cpu_s: float
@@ -63,12 +65,12 @@ class Timed(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):
-    """What the worker answers. Sizes in bytes: `extra_nbytes` is the arena and the most private memory that warm pushes
-    added to this process, `first_extra_nbytes` the same while the first push planned, `shm_nbytes` the arena alone.
-    `steal` is the share of CPU time that the host took away, `others` how many cores other processes kept busy on
-    average (only for an engine in the measuring process)."""
+    """The measurements of one job. Sizes in bytes: `extra_nbytes` is the arena and the most private memory that warm
+    pushes added to the process, `first_extra_nbytes` the same while the first push planned, `shm_nbytes` the arena
+    alone. `steal` is the share of CPU time that the host took away, `others` the average number of cores that other
+    processes kept busy (only for an engine in the measuring process)."""
 
-    job: Job
+    job: CopyJob
     tensors: int
     nbytes: int
     reference: list[Timed]
@@ -83,14 +85,14 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
     others: float = 0.0
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The worker's other answer."""
+class MeasurementFailed(msgspec.Struct, frozen=True, tag=True):
+    """Returned by the measuring process in the place of its measurements."""
 
     error: ErrorInfo
 
 
 class BenchOptions(msgspec.Struct, frozen=True):
-    """What to measure. `ray` adds a hosted embedded engine in another process."""
+    """The choice of measurements. `ray` adds a hosted embedded engine in another process."""
 
     shapes: tuple[str, ...] = SHAPES
     rounds: int = 10
@@ -100,19 +102,23 @@ class BenchOptions(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, *, shapes: str, rounds: int, threads: str, ray: bool, seed: int) -> BenchOptions:
-        """From the command line's texts. Raises ConfigError."""
+        """Parse the options of the command line. Raises ConfigError for a bad list of thread counts."""
         try:
             counts = tuple(dict.fromkeys(int(text) for text in threads.split(",")))
         except ValueError:
             counts = ()
         if not counts or min(counts) < 1:
-            raise ConfigError("not a list of thread counts", where="--threads", expected="1,2", got=repr(threads))
+            raise ConfigError(
+                "not a list of thread counts", where="--threads", expected="whole numbers above 0, such as 1,2",
+                got=repr(threads), remedy="leave it out for 1,2",
+            )  # fmt: skip
         return cls(SHAPES if shapes == "both" else (shapes,), rounds, counts, ray, seed)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[CopyJob]:
+        """List the measurements in the order in which they are made."""
         engines = ("module", "hosted") if self.ray else ("module",)
         return [
-            Job(shapes, count, engine, threads, self.rounds, self.seed)
+            CopyJob(shapes, count, engine, threads, self.rounds, self.seed)
             for shapes in self.shapes
             for engine in engines
             for threads in self.threads
@@ -122,55 +128,58 @@ class BenchOptions(msgspec.Struct, frozen=True):
 
 
 T = TypeVar("T")
-Runner = Callable[[Job, Mapping[str, str]], Measured]
+Runner = Callable[[CopyJob, Mapping[str, str]], Measured]
 
 
 def run_bench(
-    options: BenchOptions, *, say: Callable[[str], None] = lambda text: None, run: Runner | None = None
+    options: BenchOptions, *, progress: Callable[[str], None] = lambda text: None, run: Runner | None = None
 ) -> dict[str, Any]:
-    """Measure everything that `options` ask for and return one plain report. Blocks for minutes, in about 8 GiB.
+    """Make all measurements of `options` and return one plain report. Blocks for minutes, in about 8 GiB.
 
     Args:
-        say: progress, one line at a time.
+        progress: called with one line of text before each measurement.
         run: measures one job in the given environment; None starts a process for each.
 
-    Raises IntegrityError when a timed push did not bring the trainer's bytes to the engine, and what a push raises.
+    Raises IntegrityError when a timed push did not bring the trainer's bytes to the engine, and the errors of a push.
     """
     measure = run or run_worker
-    say(
-        f"every measuring process starts with GLIBC_TUNABLES={TUNABLE}, for the reference copy and for the pushes alike"
-    )
+    progress(f"reference copies and pushes alike run with GLIBC_TUNABLES={COPY_TUNABLE}")
     found: list[Measured] = []
     for job in (jobs := options.jobs()):
-        say(f"[{len(found) + 1}/{len(jobs)}] {job.count} tensors, {job.shapes}, {job.engine}, {job.threads} thread(s)")
+        progress(
+            f"[{len(found) + 1}/{len(jobs)}] {job.count} tensors, {job.shapes}, {job.engine}, {job.threads} thread(s)"
+        )
         found.append(measure(job, environment(job)))
     return {
         "machine": machine(),
-        "settings": {**msgspec.to_builtins(options), "tunables": f"GLIBC_TUNABLES={TUNABLE}"},
+        "settings": {**msgspec.to_builtins(options), "tunables": f"GLIBC_TUNABLES={COPY_TUNABLE}"},
         "results": [_result(group) for group in _groups(found)],
     }
 
 
-def environment(job: Job, base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a measuring process: copy tunable and thread counts."""
+def environment(job: CopyJob, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Make the environment of a measuring process: copy tunable and thread counts."""
     environ = dict(os.environ if base is None else base)
     given = environ.get("GLIBC_TUNABLES", "")
-    if TUNABLE not in given:
-        environ["GLIBC_TUNABLES"] = f"{given}:{TUNABLE}" if given else TUNABLE
+    if COPY_TUNABLE not in given:
+        environ["GLIBC_TUNABLES"] = f"{given}:{COPY_TUNABLE}" if given else COPY_TUNABLE
     environ["WEIGHBRIDGE_THREADS"] = environ["OMP_NUM_THREADS"] = str(job.threads)
     return environ
 
 
-def run_worker(job: Job, environ: Mapping[str, str]) -> Measured:
-    """Measure one job in a process of its own. Raises what went wrong there."""
-    return ask_process("bridge.bench.copy_worker", job, Measured, environ)
+def run_worker(job: CopyJob, environ: Mapping[str, str]) -> Measured:
+    """Measure one job in a process of its own; raises as `measure_in_process`."""
+    return measure_in_process("bridge.bench.copy_worker", job, Measured, environ)
 
 
-def ask_process(module: str, job: msgspec.Struct, answer: type[T], environ: Mapping[str, str]) -> T:
-    """Run `python -m module` on one job (see `bench_worker.answer_one`). Raises what went wrong there,
-    DeadlineExceeded, PeerLost."""
+def measure_in_process(module: str, job: msgspec.Struct, answer: type[T], environ: Mapping[str, str]) -> T:
+    """Run `python -m module` on one job (see `copy_worker.serve_one_job`) and return its measurements. Blocks for
+    minutes.
+
+    Raises the process's own error, DeadlineExceeded after half an hour, PeerLost when it ends without an answer.
+    """
     with tempfile.TemporaryDirectory(prefix="weighbridge-bench-") as folder:
-        state = {"XDG_STATE_HOME": folder}  # the bench's journal and its own Ray are nobody else's
+        state = {"XDG_STATE_HOME": folder}  # a journal and a Ray of its own
         command = [sys.executable, "-m", module]
         try:
             done = subprocess.run(
@@ -178,21 +187,27 @@ def ask_process(module: str, job: msgspec.Struct, answer: type[T], environ: Mapp
                 timeout=WORKER_TIMEOUT_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise DeadlineExceeded("a measurement did not end", where=repr(job)) from error
+            raise DeadlineExceeded(
+                "a measurement did not end", where=repr(job), expected=f"{WORKER_TIMEOUT_S:.0f} s",
+                remedy="measure with fewer --rounds, or on a machine with nothing else to do",
+            ) from error  # fmt: skip
     try:
-        said = msgspec.json.decode(done.stdout, type=answer | Failed)
+        measured = msgspec.json.decode(done.stdout, type=answer | MeasurementFailed)
     except msgspec.DecodeError as error:
-        raise PeerLost("a measuring process died", where=repr(job), got=f"exit code {done.returncode}") from error
-    if isinstance(said, Failed):
-        raise said.error.rebuild()
-    return cast(T, said)
+        raise PeerLost(
+            "a measuring process ended without an answer", where=repr(job), got=f"exit code {done.returncode}",
+            remedy="see its traceback above; exit code -9 is most often a lack of memory",
+        ) from error  # fmt: skip
+    if isinstance(measured, MeasurementFailed):
+        raise measured.error.rebuild()
+    return cast(T, measured)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def _groups(found: Sequence[Measured]) -> list[list[Measured]]:
-    """Measurements that differ in the number of tensors alone, fewest first."""
+    """Group measurements that differ in the number of tensors alone, fewest first."""
     groups: dict[tuple[str, str, int], list[Measured]] = {}
     for one in found:
         groups.setdefault((one.job.shapes, one.job.engine, one.job.threads), []).append(one)
@@ -200,11 +215,15 @@ def _groups(found: Sequence[Measured]) -> list[list[Measured]]:
 
 
 def _result(group: Sequence[Measured]) -> dict[str, Any]:
-    """The report of one group: its largest measurement, and the cost per tensor over all of them."""
+    """Report one group: its largest measurement, and the cost per tensor over all of them."""
     one = group[-1]
     reference = stats(one.reference, one.nbytes)
     reference["spread"] = reference["p90_s"] / reference["median_s"] - 1
-    variants = {name: _variant(one, name, reference["median_s"]) for name in one.variants}
+    targets = TARGETS if one.job.shapes == "qwen2-0.5b" else {}
+    variants = {
+        name: variant_stats(timed, one.nbytes, reference["median_s"], targets.get((name, one.job.threads)))
+        for name, timed in one.variants.items()
+    }
     return {
         "shapes": one.job.shapes,
         "engine": one.job.engine,
@@ -230,19 +249,21 @@ def _result(group: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def _variant(one: Measured, name: str, reference_s: float) -> dict[str, Any]:
-    timed = one.variants[name]
-    row = stats(timed, one.nbytes)
-    phases = {phase for push in timed for phase in push.phases}
-    row["ratio"] = reference_s / row["median_s"]
-    row["target"] = TARGETS.get((name, one.job.threads)) if one.job.shapes == "qwen2-0.5b" else None
-    row["pause_s"] = statistics.median(push.pause_s for push in timed)
-    row["phases"] = {p: statistics.median(push.phases.get(p, 0.0) for push in timed) for p in sorted(phases)}
-    return row
+def variant_stats(timed: Sequence[Timed], nbytes: int, reference_s: float, target: float | None) -> dict[str, Any]:
+    """Report the timed pushes of one variant: `ratio` is how many times as fast as the reference they are."""
+    row = stats(timed, nbytes)
+    phases = sorted({phase for push in timed for phase in push.phases})
+    return {
+        **row,
+        "ratio": reference_s / row["median_s"],
+        "target": target,
+        "pause_s": statistics.median(push.pause_s for push in timed),
+        "phases": {phase: statistics.median(push.phases.get(phase, 0.0) for push in timed) for phase in phases},
+    }
 
 
 def stats(timed: Sequence[Timed], nbytes: int) -> dict[str, Any]:
-    """Median and spread of timed calls that moved `nbytes` each."""
+    """Compute median and spread of timed calls that moved `nbytes` each."""
     seconds = sorted(one.seconds for one in timed)
     median = statistics.median(seconds)
     return {
@@ -256,7 +277,8 @@ def stats(timed: Sequence[Timed], nbytes: int) -> dict[str, Any]:
 
 
 def fit_line(group: Sequence[Measured], variant: str) -> dict[str, float]:
-    """Least-squares line through the medians by number of tensors: what one more tensor costs, and what none costs."""
+    """Fit a least-squares line through the medians by number of tensors: the cost of one more tensor, and of a push of
+    none."""
     counts = [float(one.tensors) for one in group]
     medians = [statistics.median(push.seconds for push in one.variants[variant]) for one in group]
     fit = statistics.linear_regression(counts, medians)
@@ -264,22 +286,15 @@ def fit_line(group: Sequence[Measured], variant: str) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What a report says about where it was measured."""
+    """Describe the machine that measures."""
+    cpuinfo = Path("/proc/cpuinfo")  # psutil and platform do not know the model
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        "cpu": _cpu(),
+        "cpu": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_nbytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_nbytes": psutil.virtual_memory().total,
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "numpy": version("numpy"),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -1,4 +1,4 @@
-"""One measurement of `weighbridge bench`, in a process of its own: a Job comes in on stdin, the answer goes to stdout.
+"""The measuring process of `weighbridge bench`: a CopyJob comes in on stdin, measurements go to stdout.
 
 Source and sink are private, touched memory on both sides; every value changes before every timed push, and after it the
 engine's bytes are compared with the trainer's, untimed. The reference, one flat one-thread numpy copy of as many bytes,
@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
 import threading
@@ -24,11 +23,12 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
 import bridge
-from bridge.bench.copy_bench import VARIANTS, Failed, Job, Measured, Timed
+from bridge.bench.copy_bench import VARIANTS, CopyJob, Measured, MeasurementFailed, Timed
 from bridge.client import Bridge
 from bridge.errors import BridgeError, DigestMismatch
 from bridge.protocol.codec import ErrorInfo
@@ -50,11 +50,11 @@ its size, and with it an engine's own rounding (all 7 bits would take norms from
 UNCHANGED = 5
 
 
-# ---- what is pushed --------------------------------------------------------------------------------------------------
+# ---- the trainer --------------------------------------------------------------------------------------------------
 
 
-def shapes_of(job: Job) -> Shapes:
-    """Names and shapes of the tensors of one job."""
+def shapes_of(job: CopyJob) -> Shapes:
+    """List names and shapes of the tensors of one job."""
     return _decoder() if job.shapes == "qwen2-0.5b" else _experts(job.count)
 
 
@@ -78,7 +78,7 @@ def _decoder() -> Shapes:
 
 
 def _experts(count: int) -> Shapes:
-    """`count` small matrices of 1 KiB under names like a mixture of experts'."""
+    """Name `count` small matrices of 1 KiB like those of a mixture of experts."""
     return [
         (f"model.layers.{i // 300}.mlp.experts.{i // 3 % 100}.{('gate', 'up', 'down')[i % 3]}_proj.weight", (16, 32))
         for i in range(count)
@@ -86,7 +86,7 @@ def _experts(count: int) -> Shapes:
 
 
 def build(shapes: Shapes) -> nn.Module:
-    """A module tree with these bf16 parameters: leaves are Linear where the weight is a matrix, else RMSNorm."""
+    """Build a module tree with these bf16 parameters: leaves are Linear where the weight is a matrix, else RMSNorm."""
     root = nn.Module()
     biased = {name.removesuffix(".bias") for name, _ in shapes if name.endswith(".bias")}
     for name, shape in shapes:
@@ -114,7 +114,7 @@ def _place(root: nn.Module, path: str, leaf: nn.Module) -> None:
 
 
 def fill(model: nn.Module, seed: int) -> None:
-    """Touch every page: random finite values, with zeros of both signs and subnormals among them."""
+    """Fill every page with random finite values, zeros of both signs and subnormals among them."""
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     block[:4] = torch.tensor([0.0, -0.0, 1e-39, -1e-39])
     with torch.no_grad():
@@ -127,35 +127,35 @@ def fill(model: nn.Module, seed: int) -> None:
 
 @dataclass
 class Trainer:
-    """The trainer's model, and how its values move on."""
+    """The trainer's model, whose values change before every push."""
 
     model: nn.Module
     state: int = 0
 
     def change(self) -> None:
-        """Change every value, in place: the low mantissa bits go to the next of their 32 states."""
+        """Change every value in place: the low mantissa bits go to the next of their 32 states."""
         mask = (self.state ^ (self.state + 1)) & MANTISSA
         self.state += 1
         for param in self.model.parameters():
             param.detach().view(torch.int16).bitwise_xor_(mask)
 
 
-# ---- where it goes ---------------------------------------------------------------------------------------------------
+# ---- engines ---------------------------------------------------------------------------------------------------
 
 
 class Sink(Protocol):
-    """An engine with its bridge."""
+    """One engine with its bridge."""
 
     bridge: Bridge
 
     def differing(self, trainer: nn.Module, version: int) -> list[str]:
-        """Names of the tensors whose bytes in the engine are not the trainer's."""
+        """List the tensors whose bytes in the engine are not the trainer's."""
         ...
 
 
 @dataclass
 class ModuleSink:
-    """A plain module of this process."""
+    """One plain module of this process."""
 
     bridge: Bridge
     engine: nn.Module
@@ -167,7 +167,7 @@ class ModuleSink:
 
 @dataclass
 class HostedSink:
-    """An engine in an actor: its bytes are compared with the arena there, the arena's with the trainer here."""
+    """One engine in an actor: its bytes are compared with the arena there, the arena's with the trainer here."""
 
     bridge: Bridge
 
@@ -186,8 +186,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def opened(job: Job, shapes: Shapes) -> Iterator[Sink]:
-    """The engine of one job, with memory of its own."""
+def opened(job: CopyJob, shapes: Shapes) -> Iterator[Sink]:
+    """Start the engine of one job, with memory of its own, and stop it at the end."""
     if job.engine == "module":
         engine = build(shapes)
         fill(engine, job.seed + 1)
@@ -214,9 +214,9 @@ def opened(job: Job, shapes: Shapes) -> Iterator[Sink]:
 
 @dataclass
 class Bench:
-    """One job's run."""
+    """The rounds of one job, and their measurements so far."""
 
-    job: Job
+    job: CopyJob
     trainer: Trainer
     sink: Sink
     copy: Callable[[], None]
@@ -226,23 +226,23 @@ class Bench:
     peaks: list[int] = field(default_factory=list)
 
     def push(self, verify: str, *, change: bool = True) -> Timed:
-        """One timed push and its untimed check. Raises DigestMismatch when the engine's bytes are not the trainer's."""
+        """Time one push, then check it. Raises DigestMismatch when the engine's bytes are not the trainer's."""
         if change:
             self.trainer.change()
-        before, started = _cpu_s(), time.perf_counter()
+        before, started = time.process_time(), time.perf_counter()
         receipt = self.sink.bridge.push(self.trainer.model.named_parameters(), verify=verify)
-        seconds, spent = time.perf_counter() - started, _cpu_s() - before
+        seconds, spent = time.perf_counter() - started, time.process_time() - before
         wrong = self.sink.differing(self.trainer.model, receipt.version)
         if wrong:
             raise DigestMismatch(
                 "after a timed push the engine's bytes are not the trainer's",
-                where=f"{wrong[0]} and {len(wrong) - 1} more, verify={verify}",
-                names=tuple(wrong),
-            )
+                where=f"{wrong[0]} and {len(wrong) - 1} more, verify={verify}", names=tuple(wrong),
+                remedy="this is a fault of weighbridge, or of this machine's memory: please report it",
+            )  # fmt: skip
         return Timed(seconds, spent, receipt.pause_s, dict(receipt.phases))
 
     def run(self) -> Timed:
-        """All rounds. Returns the first push, which plans, makes the arena and touches it."""
+        """Run all rounds. Returns the first push, which plans, makes the arena and touches it."""
         with _private_peak(self.peaks):
             first = self.push("weights")
         with _private_peak(self.peaks):
@@ -264,12 +264,12 @@ class Bench:
         return first
 
     def _copied(self) -> Timed:
-        before, started = _cpu_s(), time.perf_counter()
+        before, started = time.process_time(), time.perf_counter()
         self.copy()
-        return Timed(time.perf_counter() - started, _cpu_s() - before)
+        return Timed(time.perf_counter() - started, time.process_time() - before)
 
 
-def measure(job: Job) -> Measured:
+def measure(job: CopyJob) -> Measured:
     """Measure one job in this process. Blocks for up to minutes."""
     torch.set_num_threads(job.threads)
     shapes = shapes_of(job)
@@ -279,25 +279,21 @@ def measure(job: Job) -> Measured:
     source, sink = np.full(nbytes, 1, dtype=np.uint8), np.full(nbytes, 2, dtype=np.uint8)
     with opened(job, shapes) as engine:
         gc.collect()
-        shm_before, private, jiffies = _shm_nbytes(), _private_nbytes(), _jiffies()
-        began, ours = time.perf_counter(), _cpu_s()
+        shm_before, private, cpu_before = _shm_nbytes(), _private_nbytes(), psutil.cpu_times()
+        began, ours = time.perf_counter(), time.process_time()
         bench = Bench(job, trainer, engine, lambda: np.copyto(sink, source))
         first = bench.run()
-        shm, after = _shm_nbytes() - shm_before, _jiffies()
-        took, ours = time.perf_counter() - began, _cpu_s() - ours
+        shm, cpu = _shm_nbytes() - shm_before, psutil.cpu_times()
+        took, ours = time.perf_counter() - began, time.process_time() - ours
     planning, steady = (shm + peak - private for peak in bench.peaks)
-    spent = [now - then for now, then in zip(after, jiffies, strict=True)]
-    busy = (sum(spent) - spent[3] - spent[4]) / os.sysconf("SC_CLK_TCK")
+    spent = {name: now - then for name, now, then in zip(cpu._fields, cpu, cpu_before, strict=True)}
+    total = sum(spent.values()) - spent["guest"] - spent["guest_nice"]  # Linux counts these as user time, too
+    busy = total - spent["idle"] - spent["iowait"]
     others = max(0.0, busy - ours) / took if job.engine == "module" else 0.0
     return Measured(
         job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, planning, steady, shm,
-        os.getloadavg()[0], spent[7] / max(sum(spent), 1), others,
+        os.getloadavg()[0], spent["steal"] / max(total, 0.01), others,
     )  # fmt: skip
-
-
-def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 @contextlib.contextmanager
@@ -323,34 +319,29 @@ def _private_peak(peaks: list[int]) -> Iterator[None]:
 
 
 def _private_nbytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) * 1024
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def _shm_nbytes() -> int:
-    """Bytes in use on the file system of the arenas."""
-    stat = os.statvfs(directory(None))
-    return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+    """Count the bytes in use on the file system of the arenas."""
+    return int(psutil.disk_usage(str(directory(None))).used)
 
 
-def _jiffies() -> list[int]:
-    return [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-
-
-def answer_one(job_type: type[J], measure: Callable[[J], msgspec.Struct]) -> int:
-    """Read one job from stdin, write the answer to stdout. Errors of ours travel as data; anything else ends this
-    process with its traceback on stderr."""
+def serve_one_job(job_type: type[J], measure: Callable[[J], msgspec.Struct]) -> int:
+    """Read one job from stdin and write its measurements to stdout. Errors of our tree travel as data; any other ends
+    this process with its traceback on stderr."""
     stdout = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints must not reach the answer
+    os.dup2(2, 1)  # what libraries print must not reach the answer
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=job_type)
     try:
         answer = measure(job)
     except BridgeError as error:
-        answer = Failed(ErrorInfo.of(error))
+        answer = MeasurementFailed(ErrorInfo.of(error))
     with stdout:
         stdout.write(msgspec.json.encode(answer))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(answer_one(Job, measure))
+    sys.exit(serve_one_job(CopyJob, measure))

@@ -1,7 +1,7 @@
-"""The measuring process of `weighbridge bench --engine`: an EngineJob comes in on stdin, the answer goes to stdout.
+"""The measuring process of `weighbridge bench --engine`: an EngineJob comes in on stdin, measurements go to stdout.
 
 A transformers model is the trainer. Every value changes before every timed call; pushes and the engine's own way take
-their turns in random order within each round, and at the end the engine is checked against the trainer.
+turns in random order within each round, and at the end the engine is checked against the trainer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import bridge
 from bridge import entry_points
 from bridge.bench.copy_bench import Timed
-from bridge.bench.copy_worker import QWEN2_05B, Trainer, answer_one
+from bridge.bench.copy_worker import QWEN2_05B, Trainer, serve_one_job
 from bridge.bench.engine_bench import PUSHES, EngineJob, EngineMeasured
 from bridge.errors import IntegrityError, NotFound
 
@@ -32,7 +32,7 @@ MADE_UP: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def _folder(given: str) -> Iterator[Path]:
-    """The folder of a checkpoint; made and removed again for the name of a set of shapes."""
+    """Yield the folder of a checkpoint; for the name of a set of shapes one that is made, and removed at the end."""
     if given not in MADE_UP:
         path = Path(given)
         if not (path / "config.json").is_file():
@@ -56,23 +56,23 @@ def _model(folder: Path) -> Any:
 
 
 def measure(job: EngineJob) -> EngineMeasured:
-    """All rounds of one job. Blocks for minutes. Raises IntegrityError when the engine ends with other weights."""
+    """Measure one job. Blocks for minutes. Raises IntegrityError when the engine ends with other weights."""
     with _folder(job.folder) as folder:
         trainer = Trainer(_model(folder))
         started = time.perf_counter()
-        rival = entry_points.load(entry_points.RIVAL)(job.scheme, folder)
+        native = entry_points.load(entry_points.NATIVE_RELOAD)(job.scheme, folder)
         startup = time.perf_counter() - started
         try:
-            with bridge.attach(rival.engine, model=trainer.model) as made:
-                first, variants = _rounds(job, trainer, made, rival)
+            with bridge.attach(native.engine, model=trainer.model) as made:
+                first, variants = _rounds(job, trainer, made, native)
         finally:
-            rival.stop()
+            native.stop()
     parameters = list(trainer.model.parameters())
     nbytes = sum(p.nbytes for p in parameters)
-    return EngineMeasured(job, rival.label, len(parameters), nbytes, variants, first, startup)
+    return EngineMeasured(job, native.label, len(parameters), nbytes, variants, first, startup)
 
 
-def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Timed, dict[str, list[Timed]]]:
+def _rounds(job: EngineJob, trainer: Trainer, made: Any, native: Any) -> tuple[Timed, dict[str, list[Timed]]]:
     def push(verify: str) -> Timed:
         trainer.change()
         started = time.perf_counter()
@@ -82,12 +82,12 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Ti
     def own() -> Timed:
         trainer.change()
         started = time.perf_counter()
-        rival.own(trainer.model.named_parameters())
+        native.own(trainer.model.named_parameters())
         seconds = time.perf_counter() - started
         return Timed(seconds, 0.0, seconds)
 
     turns: dict[str, Callable[[], Timed]] = {name: (lambda v=v: push(v)) for name, v in PUSHES.items()}  # type: ignore[misc]
-    turns[rival.label] = own
+    turns[native.label] = own
     first = push("outputs")
     found: dict[str, list[Timed]] = {name: [] for name in turns}
     order = random.Random(job.seed)
@@ -95,14 +95,17 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, rival: Any) -> tuple[Ti
         names = list(turns)
         order.shuffle(names)
         for name in names:
-            turns[name]()  # as in a training loop: each follows its like, whose caches it finds
+            turns[name]()  # untimed: as in a training loop, each call finds the caches of one like it
             found[name].append(turns[name]())
     push("outputs")
     wrong = [check.name for check in made.health().checks if not check.ok]
     if wrong:
-        raise IntegrityError("after the rounds the engine is not what the trainer has", where=", ".join(wrong))
+        raise IntegrityError(
+            "after the rounds the engine's weights are not the trainer's", where=", ".join(wrong),
+            remedy="this is a fault of weighbridge: please report it",
+        )  # fmt: skip
     return first, found
 
 
 if __name__ == "__main__":
-    sys.exit(answer_one(EngineJob, measure))
+    sys.exit(serve_one_job(EngineJob, measure))

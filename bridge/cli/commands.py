@@ -1,6 +1,6 @@
-"""The `weighbridge` command: results on stdout, progress and logs on stderr, the exit code from the error class.
+"""The commands of `weighbridge`: results on stdout, progress and logs on stderr, the exit code from the error class.
 
-Nothing here imports torch, ray or an engine before a command runs: `--help` has to answer at once.
+This imports neither torch, ray nor an engine before a command runs: `--help` has to answer at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import click
 from bridge import entry_points
 from bridge.cli import render
 from bridge.errors import BUG_EXIT, ERRORS_BY_NAME, UNHEALTHY_EXIT, BridgeError, ConfigError, NotFound, PushAborted
+from bridge.model.levels import LEVELS_OF
 
 if TYPE_CHECKING:
     from bridge.client import Bridge
@@ -31,23 +33,26 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 USAGE_EXIT = ConfigError.exit_code
 INTERRUPTED_EXIT = 130
-VERIFY = ("off", "transfer", "weights", "outputs")
+SECONDS = click.FloatRange(0, min_open=True)
 
 
 class Backend:
-    """What the commands call, each imported on use. Tests put another in its place."""
+    """The calls that commands make, each imported on use. Tests put another object in its place."""
 
     def launch(self, engine: str, name: str, engines: int, arguments: Mapping[str, Any]) -> Bridge:
+        """Start a daemon; see `bridge.launch`."""
         from bridge.api import launch
 
         return launch(engine, name=name, engines=engines, **arguments)
 
     def connect(self, name: str) -> Bridge:
+        """Connect to a daemon; see `bridge.connect`."""
         from bridge.api import connect
 
         return connect(name)
 
     def examine(self, url: str, timeout_s: float) -> HealthReport:
+        """Examine an engine's server; see `bridge.api.examine`."""
         from bridge.api import examine
 
         return examine(url, timeout_s)
@@ -68,32 +73,32 @@ class Backend:
         actors.stop(name)
 
     def named_tensors(self, folder: Path) -> Iterable[tuple[str, Any]]:
+        """Read the tensors of a checkpoint folder, under their names there."""
         tensors: Iterable[tuple[str, Any]] = entry_points.load(entry_points.CHECKPOINT)(folder)
         return tensors
 
     def demo(self) -> Any:
-        """The demo's module: DemoOptions, run_demo, print_result."""
-        run = entry_points.load(entry_points.DEMO)
-        return importlib.import_module(run.__module__)
+        """Import the demo's module: DemoOptions, run_demo, print_result."""
+        return importlib.import_module(entry_points.load(entry_points.DEMO).__module__)
 
     def bench(self) -> Any:
-        """The bench's module: BenchOptions, run_bench."""
+        """Import the bench's module: BenchOptions, run_bench."""
         return importlib.import_module("bridge.bench.copy_bench")
 
     def engine_bench(self) -> Any:
-        """The bench into real engines: run."""
+        """Import the module of the bench into real engines: run."""
         return importlib.import_module("bridge.bench.engine_bench")
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command's one result goes."""
+    """The stream and form of a command's one result."""
 
     as_json: bool
     stream: TextIO
 
     def result(self, command: str, payload: Mapping[str, Any], show: Callable[[Any, Mapping[str, Any]], None]) -> None:
-        """Print the result: `payload` as one JSON object, or what `show(console, payload)` makes of it for people."""
+        """Print the result: `payload` as one JSON object, or as `show(console, payload)` prints it for people."""
         if self.as_json:
             self.stream.write(_json({"schema_version": SCHEMA_VERSION, "command": command, **payload}))
         else:
@@ -102,14 +107,14 @@ class Output:
 
 
 def _json(payload: Mapping[str, Any]) -> str:
-    """One line of strict JSON: NaN and infinity become null."""
+    """Encode one line of strict JSON: NaN and infinity become null."""
     import msgspec
 
     return msgspec.json.encode(payload).decode() + "\n"
 
 
 def _epilog() -> str:
-    """The exit codes, from the error classes themselves."""
+    """List the exit codes, from the error classes themselves."""
     by_code: dict[int, list[str]] = {}
     for name, cls in ERRORS_BY_NAME.items():
         if cls is not BridgeError:
@@ -120,17 +125,17 @@ def _epilog() -> str:
     lines = [
         f"  {code if first else '':>3}  {line}"
         for code, text in rows
-        for first, line in zip((True, *[False] * len(text)), render.wrapped(text, 70))
+        for first, line in zip((True, *[False] * len(text)), textwrap.wrap(text, 70))
     ]
     usage = f"A command line that does not fit exits with {USAGE_EXIT} too."
     return "\b\nExit codes:\n" + "\n".join(lines) + f"\n\n{usage}"
 
 
 @click.group(epilog=_epilog(), context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-v", "--verbose", is_flag=True, help="Log what happens, on stderr.")
+@click.option("-v", "--verbose", is_flag=True, help="Log every step to stderr.")
 @click.version_option(package_name="weighbridge", prog_name="weighbridge")
 def cli(verbose: bool) -> None:
-    """Weigh what an RL trainer sends to its inference engines: verified weight sync, and the health of a live run."""
+    """Sync the weights of an RL trainer into its inference engines, verify them, and examine live runs."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         stream=sys.stderr,
@@ -142,8 +147,8 @@ Body = Callable[..., int | None]
 
 
 def _command(name: str) -> Callable[[Body], click.Command]:
-    """A command with `--json`. Its body is called with the backend, an Output and its own options, and returns an exit
-    code (None is 0). With `--json`, what anybody else prints to stdout meanwhile goes to stderr."""
+    """Register a command with `--json`. Its body is called with the backend, an Output and its own options, and returns
+    an exit code (None is 0). With `--json`, other prints to stdout go to stderr meanwhile."""
 
     def register(body: Body) -> click.Command:
         def run(backend: Backend, /, as_json: bool, **options: Any) -> int:
@@ -172,27 +177,18 @@ def _connected(backend: Backend, name: str) -> Iterator[Bridge]:
 
 @_command("up")
 @click.argument("name")
-@click.option("--engine", required=True, metavar="SPEC", help="What to host: embedded:PATH, vllm:PATH, sglang:PATH.")
-@click.option("--engines", type=click.IntRange(1), default=1, show_default=True, help="How many of them.")
-@click.option("--tp", type=click.IntRange(1), help="Tensor-parallel ranks of each engine.")
-@click.option("--dtype", help="What the engine computes in: bf16, fp16, fp32.")
+@click.option("--engine", required=True, metavar="SPEC", help="Engine to host: embedded:PATH, vllm:PATH, sglang:PATH.")
+@click.option("--engines", type=click.IntRange(1), default=1, show_default=True, help="Number of engines.")
+@click.option("--tp", "tensor_parallel_size", type=click.IntRange(1), help="Tensor-parallel ranks of each engine.")
+@click.option("--dtype", help="Dtype that the engine computes in: bf16, fp16, fp32.")
 @click.option("--layout", help="Post-load layout of the embedded engine: canonical, transposed, shuffled, packed.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other engine argument; value as JSON or text."
 )
 def up(
-    backend: Backend,
-    out: Output,
-    name: str,
-    engine: str,
-    engines: int,
-    tp: int | None,
-    dtype: str | None,
-    layout: str | None,
-    settings: tuple[str, ...],
+    backend: Backend, out: Output, name: str, engine: str, engines: int, settings: tuple[str, ...], **given: Any
 ) -> None:
     """Start daemon NAME with its engines on Ray (a local Ray is started when none runs) and leave it running."""
-    given = {"tensor_parallel_size": tp, "dtype": dtype, "layout": layout}
     arguments = {**_settings(settings), **{key: value for key, value in given.items() if value is not None}}
     with render.progress(f"starting {engines} engine(s) of {engine}"):
         made = backend.launch(_absolute(engine), name, engines, arguments)
@@ -203,14 +199,16 @@ def up(
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs; a value that is JSON is taken as that, else as text. Raises ConfigError."""
+    """Parse `KEY=VALUE` pairs: a value that is JSON as that, any other as text. Raises ConfigError."""
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise ConfigError("not a setting", where="--set", expected="KEY=VALUE", got=repr(pair))
+            raise ConfigError(
+                "not a setting", where="--set", expected="KEY=VALUE", got=repr(pair), remedy="--set max_num_seqs=8"
+            )
         if key in found:
-            raise ConfigError("a setting was given twice", where=f"--set {key}")
+            raise ConfigError("a setting was given twice", where=f"--set {key}", remedy="give it once")
         try:
             found[key] = json.loads(text)
         except ValueError:
@@ -219,7 +217,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _absolute(spec: str) -> str:
-    """The spec with an absolute path: an actor has another working directory."""
+    """Make the path of a spec absolute: an actor has another working directory."""
     scheme, colon, path = spec.partition(":")
     folder = Path(path).expanduser()
     return f"{scheme}:{folder.resolve()}" if colon and folder.exists() else spec
@@ -228,8 +226,8 @@ def _absolute(spec: str) -> str:
 @_command("down")
 @click.argument("name")
 def down(backend: Backend, out: Output, name: str) -> None:
-    """Stop daemon NAME: its engines, its shared memory, and the local Ray if weighbridge started it and nothing else of
-    weighbridge runs on it. Other people's Ray is left alone."""
+    """Stop daemon NAME: its engines, its shared memory, and the local Ray if weighbridge started it and no other daemon
+    runs on it. A Ray of another owner is left alone."""
     with render.progress(f"stopping {name}"):
         backend.stop(name)
     out.result("down", {"name": name, "stopped": True}, render.show_stopped)
@@ -241,29 +239,19 @@ def down(backend: Backend, out: Output, name: str) -> None:
 @_command("push")
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--verify", type=click.Choice(VERIFY), default="weights", show_default=True, help="How much is checked.")
-@click.option("--partial", is_flag=True, help="The folder holds a subset; the rest stays as it is.")
+@click.option(
+    "--verify", type=click.Choice(tuple(LEVELS_OF)), default="weights", show_default=True, help="How much is checked."
+)
+@click.option("--partial", is_flag=True, help="The folder holds a subset; all other weights stay as they are.")
 @click.option("--version", type=click.IntRange(0), help="Number of this version; default the highest ever issued + 1.")
-@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Deadline of the push.")
-def push(
-    backend: Backend,
-    out: Output,
-    name: str,
-    folder: Path,
-    verify: str,
-    partial: bool,
-    version: int | None,
-    allow_nonfinite: bool,
-    timeout: float | None,
-) -> None:
+@click.option("--allow-nonfinite", is_flag=True, help="Allow NaN and infinity.")
+@click.option("--timeout", "timeout_s", type=SECONDS, metavar="SECONDS", help="Deadline of the push.")
+def push(backend: Backend, out: Output, name: str, folder: Path, **options: Any) -> None:
     """Push the checkpoint in FOLDER into every engine of NAME. Takes the lease, like any trainer. A LoRA adapter that a
-    trainer has pushed before is taken away: it was trained over other weights. The output says so."""
+    trainer has pushed before is removed, since it was trained over other weights; the output says so."""
     tensors = backend.named_tensors(folder)
     with _connected(backend, name) as made, render.progress(f"pushing {folder}"):
-        receipt = made.push(
-            tensors, version=version, verify=verify, partial=partial, allow_nonfinite=allow_nonfinite, timeout_s=timeout
-        )
+        receipt = made.push(tensors, **options)
     out.result("push", {"name": name, "receipt": receipt.to_dict()}, render.show_receipt)
 
 
@@ -274,12 +262,11 @@ def push(
 @click.argument("name", required=False)
 @click.option("--server", metavar="URL", help="Examine an engine's own server, http://HOST:PORT, in place of a daemon.")
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=120.0, show_default=True, metavar="SECONDS",
-    help="Longest wait for the engines.",
-)  # fmt: skip
+    "--timeout", type=SECONDS, default=120.0, show_default=True, metavar="SECONDS", help="Longest wait for the engines."
+)
 def health(backend: Backend, out: Output, name: str | None, server: str | None, timeout: float) -> int:
     """Examine the live run NAME: actors, versions, the last receipt, a fresh read-back of every weight, a fresh canary,
-    orphaned shared memory; or one server, whoever drives it. Writes nothing. Exits 1 when something is unhealthy."""
+    orphaned shared memory; or a single server, with or without a trainer. Writes nothing. Exits 1 when unhealthy."""
     if (name is None) == (server is None):
         raise click.UsageError("give the NAME of a daemon, or --server URL")
     if server is not None:
@@ -295,7 +282,7 @@ def health(backend: Backend, out: Output, name: str | None, server: str | None, 
 @_command("status")
 @click.argument("name", required=False)
 def status(backend: Backend, out: Output, name: str | None) -> None:
-    """Engines and versions of daemon NAME, or a list of the daemons that run."""
+    """Show engines and versions of daemon NAME, or list the daemons that run."""
     if name is None:
         out.result("status", {"daemons": [_brief(backend, each) for each in backend.running()]}, render.show_daemons)
         return
@@ -313,7 +300,7 @@ def _status(made: Bridge) -> dict[str, Any]:
 
 
 def _brief(backend: Backend, name: str) -> dict[str, Any]:
-    """One line of the list: a daemon that does not answer is listed with its error."""
+    """Make one line of the list; a daemon that does not answer is listed with its error."""
     try:
         with _connected(backend, name) as made:
             return _status(made)
@@ -323,9 +310,9 @@ def _brief(backend: Backend, name: str) -> dict[str, Any]:
 
 @_command("history")
 @click.argument("name")
-@click.option("--last", type=click.IntRange(1), default=20, show_default=True, help="How many receipts.")
+@click.option("--last", type=click.IntRange(1), default=20, show_default=True, help="Number of receipts.")
 def history(backend: Backend, out: Output, name: str, last: int) -> None:
-    """The newest receipts of NAME from its journal, oldest first."""
+    """List the newest receipts of NAME from its journal, oldest first."""
     with _connected(backend, name) as made:
         receipts = made.history(last)
     out.result("history", {"name": name, "receipts": receipts}, render.show_history)
@@ -335,7 +322,8 @@ def history(backend: Backend, out: Output, name: str, last: int) -> None:
 @click.argument("name")
 @click.argument("tensor")
 def explain(backend: Backend, out: Output, name: str, tensor: str) -> None:
-    """Where TENSOR (its name in a checkpoint) goes on every engine rank of NAME, how, and why."""
+    """Show the destination of TENSOR (its name in a checkpoint) on every engine rank of NAME, how it is loaded there,
+    and why so."""
     with _connected(backend, name) as made:
         rows = made.explain(tensor)
     out.result("explain", {"name": name, "tensor": tensor, "rows": rows}, render.show_explained)
@@ -347,18 +335,17 @@ def explain(backend: Backend, out: Output, name: str, tensor: str) -> None:
 @_command("demo")
 @click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Checkpoint folder to start from.")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps.")
-@click.option("--seed", type=click.IntRange(0), help="Of the random policy, the prompts and the sampling.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the random policy, the prompts and the sampling.")
 @click.option("--tied/--untied", default=None, help="Tie the random policy's embeddings.")
 @click.option("--no-push", is_flag=True, help="Never push: the engine keeps serving the first policy.")
-@click.option("--out", "out_dir", type=click.Path(path_type=Path), metavar="DIR", help="Where the files go.")
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the files.")
 @click.option("--layout", help="Post-load layout of the engine: canonical, transposed, shuffled, packed.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def demo(backend: Backend, out: Output, no_push: bool, quiet: bool, **given: Any) -> int:
     """Train a small policy with GRPO: an engine in its own process samples, every step ends in a verified push."""
     module = backend.demo()
     chosen = {key: value for key, value in given.items() if value is not None}
-    options = module.DemoOptions(**chosen, push=not no_push, quiet=quiet, json=out.as_json)
-    result = module.run_demo(options)
+    result = module.run_demo(module.DemoOptions(**chosen, push=not no_push, quiet=quiet, json=out.as_json))
     if out.as_json:
         out.result("demo", result.to_dict(), render.show_stopped)
     else:
@@ -371,20 +358,21 @@ def demo(backend: Backend, out: Output, no_push: bool, quiet: bool, **given: Any
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed rounds of each variant.")
 @click.option("--threads", default="1,2", show_default=True, metavar="N,N", help="Copy threads to measure with.")
 @click.option("--ray", is_flag=True, help="Also into a hosted embedded engine, in another process.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the values and of the order of the variants.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the values and of the order of variants.")
 @click.option("--engine", metavar="KIND:PATH", help="Instead: into a real engine (vllm:PATH, sglang:PATH; PATH a folder"
               " or qwen2-0.5b[-untied]), against its own way to take weights.")  # fmt: skip
 def bench(
     backend: Backend, out: Output, shapes: str, rounds: int, threads: str, ray: bool, seed: int, engine: str | None
 ) -> None:
     """Measure pushes against a flat one-thread copy of the same bytes, interleaved; every push is checked."""
+    progress = functools.partial(click.echo, err=True)
     if engine is not None:
-        report = backend.engine_bench().run(engine, rounds, seed, say=functools.partial(click.echo, err=True))
+        report = backend.engine_bench().run(engine, rounds, seed, progress=progress)
         out.result("bench", report, render.show_engine_bench)
         return
     module = backend.bench()
     options = module.BenchOptions.of(shapes=shapes, rounds=rounds, threads=threads, ray=ray, seed=seed)
-    report = module.run_bench(options, say=functools.partial(click.echo, err=True))
+    report = module.run_bench(options, progress=progress)
     out.result("bench", report, render.show_bench)
 
 
@@ -392,18 +380,16 @@ def bench(
 
 
 def main(args: Sequence[str] | None = None, backend: Backend | None = None) -> int:
-    """Run one command line and return its exit code. The console script's entry point."""
+    """Run one command line and return its exit code; the console script's entry point."""
     argv = list(sys.argv[1:] if args is None else args)
     as_json = "--json" in argv
     try:
         code = cli.main(args=argv, prog_name="weighbridge", standalone_mode=False, obj=backend or Backend())
         return int(code or 0)
     except click.ClickException as error:
-        if as_json:
-            _fail(as_json, {"name": "UsageError", "what": error.format_message()}, USAGE_EXIT, "")
-        else:
+        if not as_json:
             error.show(sys.stderr)
-        return USAGE_EXIT
+        return _fail(as_json, {"name": "UsageError", "what": error.format_message()}, USAGE_EXIT, "")
     except BridgeError as error:
         return _fail(as_json, _facts(error), error.exit_code, render.error_block(error))
     except (KeyboardInterrupt, click.Abort):
@@ -411,9 +397,10 @@ def main(args: Sequence[str] | None = None, backend: Backend | None = None) -> i
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains once more when it flushes
         return UNHEALTHY_EXIT
-    except Exception as error:  # the program's edge: whatever is left is a bug of ours, and says so
-        text = f"{traceback.format_exc()}\nThis is a bug of weighbridge. Please report it with the lines above.\n"
-        sys.stderr.write(text)
+    except Exception as error:  # the program's edge: any other error is a bug of ours
+        sys.stderr.write(
+            f"{traceback.format_exc()}\nThis is a bug of weighbridge. Please report it with these lines.\n"
+        )
         return _fail(as_json, {"name": type(error).__name__, "what": str(error)}, BUG_EXIT, "")
 
 

@@ -1,4 +1,4 @@
-"""What people see: results of commands as text and tables. Pure but for the console it prints to; rich on use.
+"""Render the results of commands for people, as text and tables. Pure but for the console it prints to; rich on use.
 
 Every `show_*` takes a rich Console and the same plain payload that `--json` prints.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -25,19 +24,15 @@ MARKS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
 
 def console(stream: TextIO) -> Console:
-    """A console on `stream`. Where nobody sees the width (a pipe, a file) lines are left as long as they are."""
+    """Make a console on `stream`; lines stay as long as they are where it has no width (a pipe, a file)."""
     from rich.console import Console
 
     return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 200)
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width)
-
-
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[None]:
-    """A spinner on stderr while something takes long; nothing where stderr is no terminal."""
+    """Show a spinner on stderr during a long call; nothing where stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield
         return
@@ -48,13 +43,11 @@ def progress(text: str) -> Iterator[None]:
 
 
 def error_block(error: BridgeError) -> str:
-    """An error as a block of lines: what, then where, expected, got, remedy, as far as it knows them."""
+    """Lay an error out as a block of lines: what, then where, expected, got and remedy, as far as they are known."""
     lines = [f"error: {type(error).__name__}: {error.what}"]
-    for label in ("where", "expected", "got", "remedy"):
-        value = getattr(error, label)
-        if value is not None:
-            first, *more = str(value).splitlines() or [""]
-            lines += [f"  {label:<9} {first}", *(f"  {'':<9} {line}" for line in more)]
+    for label, value in error.facts().items():
+        first, *more = str(value).splitlines() or [""]
+        lines += [f"  {label:<9} {first}", *(f"  {'':<9} {line}" for line in more)]
     if len(error.names) > 1:
         more_names = f" and {len(error.names) - 8} more" if len(error.names) > 8 else ""
         lines.append(f"  {'names':<9} {', '.join(error.names[:8])}{more_names}")
@@ -65,7 +58,7 @@ def error_block(error: BridgeError) -> str:
 
 
 def show_health(out: Console, report: Payload) -> None:
-    """One line per check, never wrapped, then the verdict."""
+    """Print one line per check, never wrapped, then the status of the run."""
     from rich.text import Text
 
     for check in report["checks"]:
@@ -80,6 +73,7 @@ def show_health(out: Console, report: Payload) -> None:
 
 
 def show_status(out: Console, status: Payload) -> None:
+    """Print the served version of a daemon, then a table of its engines."""
     committed = status["committed"]
     busy = f", pushing version {status['busy']}" if status["busy"] is not None else ""
     out.print(
@@ -91,22 +85,13 @@ def show_status(out: Console, status: Payload) -> None:
     for engine in status["engines"]:
         state = _styled(engine["state"], "green" if engine["state"] in GOOD_STATES else "bold red")
         serves = "nothing" if engine["serving"] is None else str(engine["serving"])
-        cells = (
-            engine["id"],
-            engine["kind"],
-            engine["ranks"],
-            state,
-            serves,
-            engine["adapter"] or "-",
-            engine["pid"],
-            engine["node"],
-            engine["detail"],
-        )
-        _row(table, *cells)
+        _row(table, engine["id"], engine["kind"], engine["ranks"], state, serves, engine["adapter"] or "-",
+             engine["pid"], engine["node"], engine["detail"])  # fmt: skip
     out.print(table)
 
 
 def show_daemons(out: Console, listing: Payload) -> None:
+    """Print a table of the daemons that run."""
     if not listing["daemons"]:
         out.print("no daemon runs")
         return
@@ -123,10 +108,12 @@ def show_daemons(out: Console, listing: Payload) -> None:
 
 
 def show_stopped(out: Console, payload: Payload) -> None:
+    """Print that a daemon is stopped."""
     out.print(f"{payload['name']} is stopped", soft_wrap=True)
 
 
 def show_receipt(out: Console, payload: Payload) -> None:
+    """Print one push: its rate, its phases, each engine, and the notes."""
     receipt = payload["receipt"]
     seconds = sum(receipt["phases"].values())
     rate = receipt["nbytes"] / seconds / 1e9 if seconds else 0.0
@@ -140,14 +127,15 @@ def show_receipt(out: Console, payload: Payload) -> None:
     _row(table, *(_ms(value) for value in receipt["phases"].values()))
     out.print(table)
     for engine in receipt["engines"]:
-        adapter = f", adapter {engine['adapter']}" if engine["adapter"] else ""
-        what = f"{engine['state']}, version {engine['serving']}{adapter}{_drift(engine)}"
+        lora = f", adapter {engine['adapter']}" if engine["adapter"] else ""
+        what = f"{engine['state']}, version {engine['serving']}{lora}{_drift(engine)}"
         out.print(f"  {engine['id']}: {what}", soft_wrap=True)
     for note in receipt["notes"]:
         out.print(f"  note: {note}", soft_wrap=True)
 
 
 def show_history(out: Console, payload: Payload) -> None:
+    """Print a table of receipts, oldest first."""
     table = _table(
         "at", "version>", "mode", "adapter", "previous>", "tensors>", "size>", "sync>", "pause>", "verify", "verified",
         "drift>", "error",
@@ -157,7 +145,7 @@ def show_history(out: Console, payload: Payload) -> None:
         previous = "-" if receipt["previous"] is None else receipt["previous"]
         _row(
             table, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(receipt["at"])), receipt["version"],
-            receipt["mode"], _adapters(receipt), previous, receipt["tensors"], _size(receipt["nbytes"]),
+            receipt["mode"], _loras(receipt), previous, receipt["tensors"], _size(receipt["nbytes"]),
             _ms(sum(receipt["phases"].values())), _ms(receipt["pause_s"]),
             receipt["verify"], _verified(receipt["verified"]), f"{max(drifts):.4f}" if drifts else "-",
             _styled(receipt["error"] or "", "bold red"),
@@ -166,6 +154,7 @@ def show_history(out: Console, payload: Payload) -> None:
 
 
 def show_explained(out: Console, payload: Payload) -> None:
+    """Print a table of the destinations of one tensor."""
     rows: Sequence[Mapping[str, str]] = payload["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = _table(*columns)
@@ -176,9 +165,8 @@ def show_explained(out: Console, payload: Payload) -> None:
 
 
 def show_bench(out: Console, report: Payload) -> None:
-    machine = report["machine"]
-    what = f"{machine['cpu']}, {machine['cores']} cores; python {machine['python']}, torch {machine['torch']}"
-    out.print(f"{what}; {report['settings']['tunables']}", soft_wrap=True)
+    """Print a table of pushes and reference copies, then memory and cost per tensor of each measurement."""
+    out.print(f"{_machine(report)}; {report['settings']['tunables']}", soft_wrap=True)
     table = _table(
         "shapes", "engine", "threads>", "variant", "median>", "p90>", "GB/s>", "of memcpy>", "target>", "pause>"
     )
@@ -210,9 +198,8 @@ def show_bench(out: Console, report: Payload) -> None:
 
 
 def show_engine_bench(out: Console, report: Payload) -> None:
-    machine = report["machine"]
-    what = f"{machine['cpu']}, {machine['cores']} cores; python {machine['python']}, torch {machine['torch']}"
-    out.print(f"{what}; {report['tensors']} tensors, {_size(report['nbytes'])}", soft_wrap=True)
+    """Print a table of pushes and the engine's own way to take weights."""
+    out.print(f"{_machine(report)}; {report['tensors']} tensors, {_size(report['nbytes'])}", soft_wrap=True)
     table = _table("engine", "variant", "median>", "p90>", "speed>", "target>", "pause>", "phases")
     for name, row in report["variants"].items():
         target = "" if row["target"] is None else f"{row['target']:.1f}"
@@ -231,7 +218,7 @@ def show_engine_bench(out: Console, report: Payload) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """A plain table; a column whose name ends in ">" is aligned right."""
+    """Make a plain table; a column whose name ends in ">" is aligned right."""
     from rich import box
     from rich.table import Table
 
@@ -242,7 +229,7 @@ def _table(*columns: str) -> Table:
 
 
 def _row(table: Table, *cells: Any) -> None:
-    """Cells as literal text: names from outside hold no markup."""
+    """Add a row of literal text: names from outside hold no markup."""
     from rich.text import Text
 
     table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
@@ -261,21 +248,26 @@ def _verified(value: object) -> Any:
 
 
 def _served(status: Payload) -> str:
-    """The version, and what it is made of where an adapter lies over weights of another push."""
+    """Name the served version, and both parts of it where an adapter lies over the weights of another push."""
     version = f"version {status['committed']}"
     if status["adapter"] is not None:
         return f"{version}: the adapter of version {status['adapter']} over the weights of version {status['weights']}"
     return version if status["mode"] is None else f"{version} (mode {status['mode']})"
 
 
-def _adapters(receipt: Payload) -> str:
-    """The name of the adapter that a push brought, one for each engine that has another."""
+def _loras(receipt: Payload) -> str:
+    """Name the adapter that a push brought, once for each engine that has another."""
     return ", ".join(dict.fromkeys(e["adapter"] for e in receipt["engines"] if e.get("adapter"))) or "-"
 
 
 def _drift(engine: Payload) -> str:
     canary = engine["canary"]
     return "" if canary is None else f", canary mean {canary['mean_abs']:.4f} (limit {canary['limit']:.4f}) nats"
+
+
+def _machine(report: Payload) -> str:
+    found = report["machine"]
+    return f"{found['cpu']}, {found['cores']} cores; python {found['python']}, torch {found['torch']}"
 
 
 def _ms(seconds: float) -> str:

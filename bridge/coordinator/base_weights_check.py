@@ -1,4 +1,4 @@
-"""Are the engines' weights the base that the bound model's adapter was trained on? Proven before one goes out."""
+"""Base weights check: before a LoRA adapter goes out, prove that the engines hold the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from bridge.protocol.coordinator_messages import Compared
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a comparison has shown: of which weights (the push that brought them), for which base (its mark)."""
+class _Finding:
+    """Result of a comparison: of the weights that push `weights` brought with the base whose fingerprint is `mark`.
+    `against` is the error when they differ."""
 
     weights: int | None
     mark: Hashable
@@ -20,12 +21,12 @@ class _Found:
 
 
 class BaseWeightsCheck:
-    """What one Bridge knows of the engines' base weights. Used under the Bridge's push lock.
+    """Remembers what one Bridge knows of the engines' base weights. Used under the Bridge's push lock.
 
     Args:
-        trainer: whose base it is.
-        compare: bring a snapshot into a free slot and have it compared with what every engine serves.
-        served: which push brought the weights that the engines serve now; asks them.
+        trainer: holds the bound model, whose base it is.
+        compare: writes a snapshot into a free slot and compares it with what every engine serves.
+        served: asks which push brought the weights that the engines serve now.
     """
 
     def __init__(
@@ -34,35 +35,39 @@ class BaseWeightsCheck:
         self._trainer = trainer
         self._compare = compare
         self._served = served
-        self._found: _Found | None = None
+        self._found: _Finding | None = None
 
     @property
     def over(self) -> int | None:
-        """The push whose weights were shown to be the base; None: none was."""
+        """Version of the push whose weights were shown to be the base; None: none was."""
         return None if self._found is None or self._found.against is not None else self._found.weights
 
     def forget(self) -> None:
-        """Another model was bound, or other weights may be served."""
+        """Forget what was shown, because another model was bound or other weights may be served."""
         self._found = None
 
-    def brought(self, version: int, snapshot: Snapshot) -> None:
-        """A push of the base was submitted: if it is committed, the engines' weights are of its version. One that sent
-        other values than the live ones proves nothing."""
+    def note_pushed(self, version: int, snapshot: Snapshot) -> None:
+        """Note that a push of the base was submitted: if it is committed, the engines' weights are of its version.
+        Ignored if the pushed values differ from the bound model's current base weights."""
         mark = self._trainer.base_mark(snapshot)
-        self._found = None if mark is None else _Found(version, mark)
+        self._found = None if mark is None else _Finding(version, mark)
 
     @property
     def holds(self) -> bool:
-        """Whether the comparison still says something about the trainer's base as it is now."""
+        """True while the last comparison still applies to the trainer's base as it is now."""
         return self.over is not None and self._found is not None and self._found.mark == self._trainer.base_mark()
 
     def prove(self) -> str | None:
-        """Compare, bit for bit, with every engine. Writes no engine. Returns why there is nothing to compare; raises
-        UnsupportedLora when they differ, at once where the same two have been found to differ before."""
+        """Compare the base, bit for bit, with every engine. Blocks; writes no engine.
+
+        Returns the reason when there is nothing to compare with. Raises UnsupportedLora when they differ, at once where
+        the same base and weights were found to differ before.
+        """
         before, self._found = self._found, None
-        if before is not None and before.against is not None and before == self._now(before.against):
+        against = before.against if before is not None else None
+        if against is not None and before == _Finding(self._served(), self._trainer.base_mark(), against):
             self._found = before
-            raise before.against
+            raise against
         try:
             mark = self._trainer.base_mark()
             snapshot = self._trainer.collect_base()
@@ -72,24 +77,18 @@ class BaseWeightsCheck:
         except (DtypeMismatch, MissingTensor) as error:  # engines that hold their base in another format
             return f"the engines' base weights cannot be compared with the trainer's: {error}"
         if compared.known and not compared.differing:
-            self._found = _Found(compared.weights, mark)
+            self._found = _Finding(compared.weights, mark)
             return None
-        against = _another_base(compared, len(snapshot.tensors))
-        self._found = _Found(compared.weights, mark, against)
+        names = compared.differing
+        against = UnsupportedLora(
+            "the engines do not serve the base weights that this adapter was trained on",
+            where=", ".join(names[:3]) + (" ..." if len(names) > 3 else "") or "the engines' weights",
+            expected="the bound model's base, bit for bit",
+            got=f"{len(names)} of {len(snapshot.tensors)} tensors differ"
+            if compared.known
+            else "weights that cannot be read back",
+            remedy="push mode='base' once (it brings a base that its initialisation changed as well), then the adapter",
+            names=names,
+        )
+        self._found = _Finding(compared.weights, mark, against)
         raise against
-
-    def _now(self, against: UnsupportedLora) -> _Found:
-        return _Found(self._served(), self._trainer.base_mark(), against)
-
-
-def _another_base(compared: Compared, total: int) -> UnsupportedLora:
-    names = compared.differing
-    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-    return UnsupportedLora(
-        "the engines do not serve the base weights that this adapter was trained on",
-        where=shown or "the engines' weights",
-        expected="the bound model's base, bit for bit",
-        got=f"{len(names)} of {total} tensors differ" if compared.known else "weights that cannot be read back",
-        remedy="push mode='base' once (it brings a base that its initialisation changed as well), then the adapter",
-        names=names,
-    )

@@ -1,4 +1,4 @@
-"""Facts about a live run -> a verdict. Pure: the facts are gathered by the coordinator, the printing is the CLI's."""
+"""Health: weigh the facts of a live run. Pure: the coordinator collects the facts, the command line prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from bridge.shm.orphans import find_orphans
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One line: what was looked at, whether it is as it should be, and what to do if not. `degraded` is no failure."""
+    """One line of a report: what was looked at, what was expected and found, and the remedy. `degraded` is no failure:
+    nothing wrong was found, but not everything was watched."""
 
     name: str
     ok: bool
@@ -34,23 +35,24 @@ class HealthReport(msgspec.Struct, frozen=True):
 
     @property
     def status(self) -> str:
-        """ "healthy", "degraded" (nothing wrong, but not everything is watched) or "unhealthy"."""
+        """Sum up the checks: "healthy", "degraded" (nothing wrong, but not everything is watched) or "unhealthy"."""
         if not self.healthy:
             return "unhealthy"
         return "degraded" if any(check.degraded for check in self.checks) else "healthy"
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to plain data, ready for JSON."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return {**plain, "healthy": self.healthy, "status": self.status}
 
 
 def local_facts(shm_dir: Path | None = None) -> dict[str, Any]:
-    """What only this node can see: shared memory that a crash left behind. Reads /proc; changes nothing."""
+    """Collect what only this node can see: shared memory that a crash left behind. Changes nothing."""
     return {"orphans": [str(orphan.path) for orphan in find_orphans(shm_dir)]}
 
 
 def assess(facts: Mapping[str, Any], local: Mapping[str, Any]) -> HealthReport:
-    """Weigh the facts of `Coordinator` (and of this node)."""
+    """Weigh the facts of the coordinator and of this node."""
     engines = facts["engines"]
     checks = [
         *_alive(engines),
@@ -64,7 +66,7 @@ def assess(facts: Mapping[str, Any], local: Mapping[str, Any]) -> HealthReport:
 
 
 def assess_server(url: str, checks: Iterable[Check], local: Mapping[str, Any]) -> HealthReport:
-    """The report about a server that nobody has to drive: what its adapter found, and what this node sees."""
+    """Build the report about a server that no bridge has to drive: its driver's checks, and what this node sees."""
     return HealthReport(url, (*checks, _orphans(local)))
 
 
@@ -117,6 +119,11 @@ def _receipt(facts: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _weights(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Check]:
+    if "not_examined" in engine:
+        yield Check(
+            f"{engine['id']} weights", True, "weights compared with the arena",
+            f"not examined: {engine['not_examined']}", "ask again when it has ended", degraded=True,
+        )  # fmt: skip
     if "error" in engine:
         yield Check(f"{engine['id']} weights", False, "weights that can be read back", engine["error"], "see its log")
     for level in engine.get("levels", ()):
@@ -134,7 +141,7 @@ def _outputs(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Ch
     canary = engine.get("canary")
     name = f"{engine['id']} canary"
     if canary is None:
-        if engine["state"] != "LOST":
+        if engine["state"] != "LOST" and "not_examined" not in engine:
             yield Check(
                 name, True, "a fresh canary", "no stored reference", "bind the model before the push", degraded=True
             )

@@ -1,18 +1,16 @@
-"""From the engines' answers to one agreed manifest. Pure: no I/O besides reading seals that are handed in."""
+"""Manifest agreement: combine the engines' plans into one manifest, and compare sealed versions by digest. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from bridge.errors import ShapeMismatch, UnexpectedTensor
 from bridge.model.dtypes import CODES
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense, source_coverage
 from bridge.protocol.coordinator_messages import PlanRequest
-from bridge.protocol.engine_messages import EngineBaked
-from bridge.shm.arena import Arena
-from bridge.shm.seal import differing
+from bridge.protocol.rank_jobs import RankBake
 
 
 def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest) -> bool:
@@ -30,25 +28,25 @@ def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest)
     return all((info.name, info.shape) in known for info in request.tensors)
 
 
-def agree(request: PlanRequest, baked: Mapping[str, EngineBaked]) -> Manifest:
+def agree(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -> Manifest:
     """The manifest that all plans agree on: per tensor the dtype that every rank shares, else the trainer's own.
 
     Raises UnexpectedTensor for a tensor that some engine uses nowhere, ShapeMismatch for one it reads only in part.
     """
-    for engine, answer in baked.items():
-        _all_used(engine, request, answer)
+    for engine, ranks in baked.items():
+        _all_used(engine, request, ranks)
     tensors = []
     for info in request.tensors:
-        dtypes = {rank.dtypes[info.name] for b in baked.values() for rank in b.ranks if info.name in rank.dtypes}
+        dtypes = {rank.dtypes[info.name] for ranks in baked.values() for rank in ranks if info.name in rank.dtypes}
         dtype = dtypes.pop() if len(dtypes) == 1 else info.dtype
         tensors.append(TensorInfo(info.name, dtype, info.shape, info.aliases))
     return lay_out(tensors)
 
 
-def _all_used(engine: str, request: PlanRequest, answer: EngineBaked) -> None:
+def _all_used(engine: str, request: PlanRequest, ranks: Sequence[RankBake]) -> None:
     """Every sent element must be read by some rank: experts and pipeline stages split tensors over ranks."""
     unread = {info.name for info in request.tensors}
-    for rank in answer.ranks:
+    for rank in ranks:
         unread &= set(rank.unread)
     if unread:
         names = tuple(sorted(unread))
@@ -60,9 +58,9 @@ def _all_used(engine: str, request: PlanRequest, answer: EngineBaked) -> None:
             remedy=_unbound_advice(request),
             names=names,
         )
-    partly = [info for info in request.tensors if any(info.name in rank.read for rank in answer.ranks)]
+    partly = [info for info in request.tensors if any(info.name in rank.read for rank in ranks)]
     regions: list[tuple[str, Region]] = []
-    for rank in answer.ranks:
+    for rank in ranks:
         absent = set(rank.unread)
         for info in partly:
             if info.name in rank.read:
@@ -91,22 +89,3 @@ def _unbound_advice(request: PlanRequest) -> str:
 def holds(old: Manifest, new: Manifest) -> bool:
     """Does a version of `old` give every tensor that `new` writes?"""
     return all(spec.name in old.by_name and old.by_name[spec.name].shape == spec.shape for spec in new.tensors)
-
-
-def changed(arena: Arena, old_slot: int, new_slot: int) -> tuple[int, ...] | None:
-    """Manifest indices of tensors whose digests differ between two sealed slots; None when that is all of them, or
-    when either is not sealed."""
-    old, new = arena.seal_of(old_slot), arena.seal_of(new_slot)
-    if old is None or new is None:
-        return None
-    found = differing(old.digests, new.digests)
-    return None if len(found) == len(arena.manifest.tensors) else tuple(found)
-
-
-def differing_names(arena: Arena, a: int, b: int) -> tuple[str, ...]:
-    """Names of the tensors whose digests differ between two sealed slots; all of them when either is not sealed."""
-    one, other = arena.seal_of(a), arena.seal_of(b)
-    specs = arena.manifest.tensors
-    if one is None or other is None:
-        return tuple(spec.name for spec in specs)
-    return tuple(specs[k].name for k in differing(one.digests, other.digests))

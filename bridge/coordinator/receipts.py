@@ -1,18 +1,17 @@
-"""Make the receipt of a push that has ended."""
+"""Receipts: the record of a push or rollback that has ended, well or not."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
-from bridge.coordinator.reports import Verdict
-from bridge.coordinator.two_phase_commit import Target
-from bridge.coordinator.versions import OpenPush, Plan
+from bridge.coordinator.two_phase_commit import PushTarget, Verdict
+from bridge.coordinator.versions import AgreedPlan
 from bridge.model.receipt import Receipt
-from bridge.protocol.coordinator_messages import SubmitRequest
 
 
-def scope_of(plan: Plan) -> tuple[str, ...]:
-    """What a version of this plan does not say anything about."""
+def scope_of(plan: AgreedPlan) -> tuple[str, ...]:
+    """Say what a version of this plan leaves unwatched; nothing for a plan of the whole model."""
     if not plan.partial:
         return ()
     return (
@@ -20,23 +19,29 @@ def scope_of(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def receipt_of(push: OpenPush, request: SubmitRequest, target: Target, verdict: Verdict) -> Receipt:
-    """The record of a push that has ended, well or not."""
-    manifest = push.plan.arena.manifest
+def receipt_of(
+    target: PushTarget,
+    verdict: Verdict,
+    phases: Mapping[str, float] | None = None,
+    wire_nbytes: int = 0,
+    notes: tuple[str, ...] = (),
+) -> Receipt:
+    """Build the receipt of `target`'s push. `phases`, `wire_nbytes` and `notes` are the trainer's part."""
+    manifest, settings = target.held.plan.arena.manifest, target.settings
     return Receipt(
-        version=push.version,
+        version=target.version,
         previous=target.base,
-        mode=request.options.mode,
-        reason=request.options.reason,
+        mode=settings.mode,
+        reason=settings.reason,
         tensors=len(manifest.tensors),
         nbytes=manifest.payload_nbytes,
-        wire_nbytes=request.wire_nbytes,
-        phases={**request.phases, **verdict.phases},
+        wire_nbytes=wire_nbytes,
+        phases={**(phases or {}), **verdict.phases},
         pause_s=max((report.pause_s for report in verdict.reports), default=0.0),
         engines=verdict.reports,
-        verify=request.options.verify,
+        verify=settings.verify,
         verified=verdict.verified,
         at=time.time(),
         error=None if verdict.error is None else str(verdict.error),
-        notes=(*request.notes, *scope_of(push.plan), *verdict.notes),
+        notes=(*notes, *scope_of(target.held.plan), *verdict.notes),
     )

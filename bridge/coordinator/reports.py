@@ -1,72 +1,30 @@
-"""What a push has shown: which levels a word asks for, how an engine's reports add up, whether a version is verified.
-Pure."""
+"""Reports of engines: how they add up, whether a version is verified, which engines were lost. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
-import msgspec
-
-from bridge.errors import BridgeError, EngineQuarantined, PeerLost, ProtocolError
-from bridge.journal.ledger import EngineState
+from bridge.errors import BridgeError, EngineQuarantined, PeerLost
+from bridge.model.engine_state import EngineState
+from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
 from bridge.model.receipt import EngineReport, Verified
 from bridge.protocol.engine_messages import EngineChecked
 
-WEIGHT_LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change")
-LEVELS_OF: Mapping[str, tuple[str, ...]] = {
-    "off": (),
-    "transfer": ("transfer",),
-    "weights": WEIGHT_LEVELS,
-    "outputs": (*WEIGHT_LEVELS, "canary", "cache"),
-}
-LORA_LEVELS = {"transfer", "coverage", "read-back"}
-"""What shows that an adapter is the trainer's: its slots are read back whole; there is nothing packed to probe."""
-
-
-@dataclass
-class Verdict:
-    """How a push ended. `error` None: committed everywhere. `touched`: some engine had been written to."""
-
-    reports: tuple[EngineReport, ...] = ()
-    error: BridgeError | None = None
-    touched: bool = False
-    phases: dict[str, float] = field(default_factory=dict)
-    verified: Verified = False
-    notes: tuple[str, ...] = ()
-
 
 def both(weights: EngineChecked | BridgeError, adapter: EngineChecked | BridgeError) -> EngineChecked | BridgeError:
-    """One engine's answer about its weights and its adapter."""
+    """Join one engine's answers about its weights and its adapter; an error stands for both."""
     if isinstance(weights, BridgeError) or isinstance(adapter, BridgeError):
         return weights if isinstance(weights, BridgeError) else adapter
     ranks = tuple((*a, *b) for a, b in zip(weights.ranks, adapter.ranks, strict=True))
     return EngineChecked(ranks, weights.scores)
 
 
-def merge(before: EngineReport, after: EngineReport) -> EngineReport:
-    """The later report's state over the earlier one's findings."""
-    if before.id != after.id:
-        raise ProtocolError("reports of different engines", expected=before.id, got=after.id)
-    extra = {rank.rank: rank.levels for rank in after.ranks}
-    ranks = tuple(
-        msgspec.structs.replace(rank, levels=(*rank.levels, *extra.get(rank.rank, ()))) for rank in before.ranks
-    )
-    return EngineReport(
-        id=after.id,
-        state=after.state,
-        serving=after.serving,
-        ranks=ranks or after.ranks,
-        canary=before.canary or after.canary,
-        adapter=after.adapter or before.adapter,
-        pause_s=max(before.pause_s, after.pause_s),
-        error=after.error or before.error,
-    )
-
-
 def verified(version: int, reports: Iterable[EngineReport]) -> Verified:
-    """From what really ran. True: every engine serves the version, and every level of the weights that could run has
-    passed on each of its ranks; "partial": some have, or a module was left to the canary; False: nothing was shown."""
+    """Decide whether a version is verified, from the levels that really ran.
+
+    True: every engine serves it, and every level of the weights that could run has passed on each rank. "partial": some
+    have, or a module was left to the canary. False: nothing was shown.
+    """
     found = [_shown(report, version) for report in reports]
     if not found or not all(found):
         return False
@@ -74,8 +32,8 @@ def verified(version: int, reports: Iterable[EngineReport]) -> Verified:
 
 
 def unserved(version: int, reports: Iterable[EngineReport]) -> BridgeError | None:
-    """What the trainer must hear of a version that was committed: EngineQuarantined or PeerLost for engines that were
-    lost before they served it; None when all do."""
+    """Build the error for engines that were lost between the commit of a version and their serving it:
+    EngineQuarantined or PeerLost. None when every engine serves it."""
     lost = [report for report in reports if report.serving != version]
     if not lost:
         return None

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from bridge import entry_points
 from bridge.config import Config
@@ -23,15 +23,18 @@ from bridge.journal.ledger import Ledger
 from bridge.journal.state_dir import checked_name, state_dir
 from bridge.ports import expect, require_own_process
 from bridge.protocol.codec import pack, unpack
-from bridge.protocol.coordinator_messages import Ask, CloseRequest, DaemonIs, Done, FromCoordinator
+from bridge.protocol.coordinator_messages import Accepted, CloseRequest, DaemonStatus, FromCoordinator, StatusRequest
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import EngineClose, EngineGenerate, EngineHello, EngineIs, FromEngine
+from bridge.protocol.engine_messages import EngineClose, EngineGenerate, EngineHello, EngineIs, EngineOk, FromEngine
 from bridge.shm.remains import remove_remains
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ROLLOUTS, ROLLOUT_THREADS = "rollouts", 64
 """Callers of `generate` that an EngineActor serves at once, apart from the control calls."""
+ANSWER_GRACE_S = 0.5
+"""The other side has the same deadline, and its own error tells more: it is waited for a little longer."""
 ANSWER_TIMEOUT_S = 10.0
 """How long a daemon whose name is wanted has to show that it runs."""
 CLOSE_TIMEOUT_S = 120.0
@@ -49,7 +52,7 @@ class RayPort:
         self._replies = replies
         self._pid = os.getpid()
 
-    def call(self, request: Any, deadline: Deadline) -> Any:
+    def call(self, request: Any, reply: type[T], deadline: Deadline) -> T:
         """Blocks. Raises PeerLost when the actor is gone, DeadlineExceeded when it does not answer in time, Closed in a
         forked child."""
         require_own_process(self._pid, self.id)
@@ -64,7 +67,8 @@ class RayPort:
             # rollouts wait at the gate while the engine is paused: they must never fill the threads of the push
             method = method.options(concurrency_group=ROLLOUTS)
         try:
-            frame = ray.get(method.remote(pack(request)), timeout=max(deadline.remaining_s, 0.001))
+            answer = method.remote(pack((deadline.remaining_s, request)))
+            frame = ray.get(answer, timeout=deadline.remaining_s + ANSWER_GRACE_S)
         except exceptions.GetTimeoutError as error:
             raise DeadlineExceeded(
                 "an actor did not answer in time",
@@ -81,7 +85,7 @@ class RayPort:
                 got=str(error)[:500],
                 remedy="check that Ray runs: ray status",
             ) from error
-        return unpack(frame, self._replies)
+        return expect(unpack(frame, self._replies), reply)
 
 
 def engine_port(actor_id: str, handle: Any) -> RayPort:
@@ -171,7 +175,7 @@ def _require_free(name: str) -> None:
 def _runs(name: str, trainer: Any) -> bool:
     """True unless the TrainerActor is gone or closed; one that is late or fails may still be at work. Blocks."""
     try:
-        expect(_trainer_port(name, trainer).call(Ask(), Deadline.after(ANSWER_TIMEOUT_S)), DaemonIs)
+        _trainer_port(name, trainer).call(StatusRequest(), DaemonStatus, Deadline.after(ANSWER_TIMEOUT_S))
     except PeerLost:  # killed a moment ago, unless Ray goes on reporting it as alive
         return bool(_still_there([f"{name}:{_TRAINER}"], Deadline.after(ANSWER_TIMEOUT_S)))
     except Closed:  # `weighbridge down` was interrupted
@@ -197,7 +201,7 @@ def _start_actors(
             engines.append(engine_port(engine, started[f"{name}:{engine}"]))
         for port in engines:
             try:
-                expect(port.call(EngineHello(), deadline), EngineIs)
+                port.call(EngineHello(), EngineIs, deadline)
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(
                     "an engine was not ready in time",
@@ -209,7 +213,7 @@ def _start_actors(
         actor = _actor(entry_points.TRAINER_ACTOR, f"{name}:{_TRAINER}", threads, {})
         started[f"{name}:{_TRAINER}"] = actor.remote(name, [port.id for port in engines], threads, timeout_s)
         trainer = _trainer_port(name, started[f"{name}:{_TRAINER}"])
-        expect(trainer.call(Ask(), Deadline.after(timeout_s + 60)), DaemonIs)
+        trainer.call(StatusRequest(), DaemonStatus, Deadline.after(timeout_s + 60))
     except BaseException:
         _kill(started, name)
         raise
@@ -245,7 +249,7 @@ def find(name: str) -> tuple[RayPort, list[RayPort]]:
     if actor is None:
         raise _not_found(name, got=f"only what a crashed daemon left: {', '.join(sorted(found))}")
     port = _trainer_port(name, actor)
-    engines = expect(port.call(Ask(), Deadline.after(60)), DaemonIs).engines
+    engines = port.call(StatusRequest(), DaemonStatus, Deadline.after(60)).engines
     return port, [engine_port(info.id, found.get(f"{name}:{info.id}")) for info in engines]
 
 
@@ -278,7 +282,7 @@ def stop(name: str) -> None:
             _remove(_actors_of(name), name)
     else:
         try:
-            expect(_trainer_port(name, trainer).call(CloseRequest(), Deadline.after(CLOSE_TIMEOUT_S)), Done)
+            _trainer_port(name, trainer).call(CloseRequest(), Accepted, Deadline.after(CLOSE_TIMEOUT_S))
         except BridgeError as error:
             log.warning("%s did not close gracefully: %s", name, error)
         _kill(found, name)
@@ -292,7 +296,7 @@ def _remove(found: Mapping[str, Any], name: str) -> None:
     for actor, handle in found.items():
         if not actor.endswith(f":{_TRAINER}"):
             try:
-                engine_port(actor, handle).call(EngineClose(), deadline)
+                engine_port(actor, handle).call(EngineClose(), EngineOk, deadline)
             except BridgeError as error:
                 log.warning("%s did not close gracefully: %s", actor, error)
     _kill(found, name)

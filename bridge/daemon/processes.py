@@ -1,18 +1,23 @@
-"""Which process is meant: a pid is used again, a pid with the kernel's start time names one process for good."""
+"""Tell processes apart that had the same pid: a pid with its start time names one process for good."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
-_ENDED = ("Z", "X", "x")
-"""States of a process that is a line in the kernel's table and nothing else."""
+import psutil
 
 
 def started_at(pid: int) -> str | None:
-    """The kernel's start time of a process; None when there is none of this number (here: another PID namespace has
-    numbers of its own), and for one that has ended and that its parent has not asked after yet."""
+    """The start time of a process in clock ticks since boot, to be kept with its pid and compared later.
+
+    None when no process of this node, seen from our PID namespace, has this pid, and for one that has ended and that
+    its parent has not waited for.
+    """
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in _ENDED else fields[18]
-    except (FileNotFoundError, ProcessLookupError, IndexError, ValueError):
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        # psutil adds the boot time, which moves when the clock is set.
+        return str(round((process.create_time() - psutil.boot_time()) * os.sysconf("SC_CLK_TCK")))
+    except psutil.NoSuchProcess:
         return None

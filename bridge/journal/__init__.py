@@ -1,1 +1,1 @@
-"""What must survive the daemon: the ledger, the trainer's lease, and the folder that holds both."""
+"""State that survives the daemon: the ledger with its journal, the trainer's lease, and the folder of both."""

@@ -1,9 +1,9 @@
 """The lease: the right to push to one daemon, held by one trainer process.
 
-It is a POSIX lock on a file of its own, so it ends with the process however that dies and is not inherited by forked
-children (data loader workers would keep a flock alive). The price: the kernel drops it as soon as the process closes
-*any* descriptor of that file. So a process opens the file once, asks its own registry before it touches the file again,
-and reads who holds it from a second file.
+It is a POSIX lock on a file of its own: it ends with the process, however that ends, and forked children do not inherit
+it (data loader workers would keep a flock alive). The price: the kernel drops it as soon as the process closes *any*
+descriptor of that file. So a process opens the file once, and looks into its own registry before it touches the file
+again. The file's content names the holder.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from bridge.errors import ConfigError, LeaseHeld
 from bridge.journal.state_dir import state_dir
 
 _LOCK_FILE = "lease"
-_HOLDER_FILE = "lease.json"
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """Who holds a lease."""
+    """The process that holds a lease."""
 
     pid: int
     host: str
@@ -37,20 +36,20 @@ class Holder(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class _Held:
+class _LeaseLock:
     pid: int
     fd: int
 
 
-_registry: dict[Path, _Held] = {}
-"""Leases of this process by lock file. POSIX locks belong to the process as a whole, so must the knowledge of them."""
+_registry: dict[Path, _LeaseLock] = {}
+"""Leases of this process by lock file: POSIX locks belong to the whole process, so the registry does, too."""
 _registry_lock = threading.Lock()
 
 
 class Lease:
     """A lease that this process holds until `release` or its end."""
 
-    def __init__(self, path: Path, held: _Held) -> None:
+    def __init__(self, path: Path, held: _LeaseLock) -> None:
         self._path = path
         self._held = held
 
@@ -69,33 +68,38 @@ class Lease:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                blocker = _blocker(fd, path)
+                blocker = _blocker(fd)
                 os.close(fd)
                 raise _refusal(name, blocker) from None
             except OSError as error:
                 os.close(fd)
-                raise ConfigError("this folder cannot hold locks", where=str(path), got=str(error)) from error
-            held = _registry[path] = _Held(os.getpid(), fd)
-        _write_holder(path.with_name(_HOLDER_FILE))
+                raise ConfigError(
+                    "this folder cannot hold locks", where=str(path), got=str(error),
+                    remedy="set XDG_STATE_HOME to a folder on a local disk",
+                ) from error  # fmt: skip
+            held = _registry[path] = _LeaseLock(os.getpid(), fd)
+        name_of_holder = msgspec.json.encode(Holder(os.getpid(), socket.gethostname()))
+        os.ftruncate(fd, os.pwrite(fd, name_of_holder, 0))
         return cls(path, held)
 
     @property
     def held(self) -> bool:
-        """Whether this process still holds it; False after `release` and in a forked child."""
+        """True while this process holds it; False after `release` and in a forked child."""
         return self._held.pid == os.getpid() and _registry.get(self._path) is self._held
 
     def release(self) -> None:
         """Give the lease up. Idempotent; does nothing in a forked child, whose parent keeps it."""
+        if self._held.pid != os.getpid():  # before the lock: a thread that held it at the fork is not in the child
+            return
         with _registry_lock:
             if not self.held:
                 return
-            self._path.with_name(_HOLDER_FILE).unlink(missing_ok=True)
             del _registry[self._path]
             os.close(self._held.fd)
 
 
 def lease_holder(name: str, *, directory: Path | None = None) -> Holder | None:
-    """Who holds the lease of `name` now, or None. Takes nothing and disturbs nobody; does not block."""
+    """Look up the process that holds the lease of `name` now, or None. Takes no lock; does not block."""
     path = state_dir(name, directory) / _LOCK_FILE
     with _registry_lock:
         if _held_here(path):
@@ -105,7 +109,7 @@ def lease_holder(name: str, *, directory: Path | None = None) -> Holder | None:
         except FileNotFoundError:
             return None
         try:
-            return _blocker(fd, path)
+            return _blocker(fd)
         finally:
             os.close(fd)
 
@@ -116,30 +120,23 @@ def _held_here(path: Path) -> bool:
     return held is not None and held.pid == os.getpid()
 
 
-def _blocker(fd: int, path: Path) -> Holder | None:
+def _blocker(fd: int) -> Holder | None:
     query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
     if kind == fcntl.F_UNLCK:
         return None
     try:
-        written = msgspec.json.decode(path.with_name(_HOLDER_FILE).read_bytes(), type=Holder)
-    except (OSError, msgspec.DecodeError):
+        written = msgspec.json.decode(os.pread(fd, 4096, 0), type=Holder)
+    except (OSError, msgspec.DecodeError):  # just taken, and not named yet
         return Holder(pid, socket.gethostname())
     # The kernel's number is the truth on this host; from another host (a shared home) it means nothing.
     return Holder(pid, written.host) if written.host == socket.gethostname() and pid > 0 else written
-
-
-def _write_holder(path: Path) -> None:
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_bytes(msgspec.json.encode(Holder(os.getpid(), socket.gethostname())))
-    fresh.chmod(0o600)
-    fresh.replace(path)
 
 
 def _refusal(name: str, holder: Holder | None) -> LeaseHeld:
     return LeaseHeld(
         "another trainer holds the right to push",
         where=name,
-        got=str(holder) if holder is not None else "a process that is just letting go",
+        got=str(holder) if holder is not None else "a process that is just releasing it",
         remedy="end that trainer (or close its bridge), or push to a daemon of your own",
     )

@@ -1,112 +1,62 @@
-"""Versions and engine states: what was issued, sealed, committed; who may generate; and the journal that remembers it.
+"""The ledger: versions issued, sealed and committed, and the receipts of pushes, in a journal that survives its daemon.
 
-The journal is one JSON object per line, each with its checksum, only ever appended to. Commits reach the disk before
-`record` returns; a torn last line (the machine died while writing it) is dropped when the journal is opened again.
+The journal is one SQLite file. A torn write, a killed process and a full disk are SQLite's to survive; a lock file
+beside it keeps a second daemon out.
+
+It is in WAL mode: an entry is then one append to the write-ahead log, synced only where this module says so, and a
+power cut costs at most the newest unsynced entries, never the file. A rollback journal would sync three times for
+each entry, or, unsynced, could leave a damaged file. Source: https://www.sqlite.org/wal.html
 """
 
 from __future__ import annotations
 
-import enum
 import fcntl
 import os
+import sqlite3
+import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
 import xxhash
 
-from bridge.errors import Busy, Closed, NotFound, ProtocolError, StaleVersion, TransportError
-from bridge.journal.lease import Holder, Lease, lease_holder
+from bridge.errors import BridgeError, Busy, Closed, ConfigError, ProtocolError, StaleVersion, TransportError
+from bridge.file_locks import lock_of, take_lock
+from bridge.journal.lease import Holder, lease_holder
 from bridge.journal.state_dir import state_dir
 
-__all__ = ["EngineState", "Holder", "Lease", "Ledger", "Standing", "lease_holder", "transition"]
+JOURNAL = "journal.sqlite"
+KEPT_ENTRIES = 1000
+"""Newest entries of each kind (receipts among them) that the journal keeps. The newest of all issued versions and the
+newest commit are thereby never pruned."""
 
-JOURNAL = "journal.jsonl"
+_APPLICATION_ID = 0x57424A31
+"""Marks a SQLite file as a journal of this format: "WBJ1"."""
+_CHECKPOINT_PAGES = 1000
 _LOCK_RETRY_S = 1.0
-
-
-class EngineState(enum.Enum):
-    """Where one engine stands. Only SERVING generates."""
-
-    STAGING = "STAGING"
-    """Paused; a version is being written into it (or its adapter)."""
-    LOADED = "LOADED"
-    """Everything is written, nothing was checked yet."""
-    VERIFIED = "VERIFIED"
-    """All levels asked for have passed; waiting for the others' votes."""
-    SERVING = "SERVING"
-    """Generates with its serving version."""
-    STALE = "STALE"
-    """Lost, restarted or late: must take part in a verified sync before it serves."""
-    QUARANTINED = "QUARANTINED"
-    """Holds weights that nobody verified; refuses to generate until a full version was loaded and verified."""
-
-
-_LOST = (EngineState.STALE, EngineState.QUARANTINED)
-TRANSITIONS: Mapping[EngineState, tuple[EngineState, ...]] = MappingProxyType(
-    {
-        # Back to SERVING: nothing had been written yet.
-        EngineState.STAGING: (EngineState.LOADED, EngineState.SERVING, *_LOST),
-        # Back to STAGING: the previous version is being put back.
-        EngineState.LOADED: (EngineState.VERIFIED, EngineState.STAGING, *_LOST),
-        EngineState.VERIFIED: (EngineState.SERVING, EngineState.STAGING, *_LOST),
-        EngineState.SERVING: (EngineState.STAGING, *_LOST),
-        EngineState.STALE: (EngineState.STAGING, *_LOST),
-        EngineState.QUARANTINED: (EngineState.STAGING, *_LOST),
-    }
+_SCHEMA = [
+    "CREATE TABLE entries (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, body BLOB NOT NULL, sum BLOB NOT NULL)",
+    "CREATE INDEX entries_by_kind ON entries (kind)",
+]
+_PRUNE = (
+    "DELETE FROM entries WHERE kind = ?1 AND id <= "
+    "(SELECT id FROM entries WHERE kind = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)"
 )
-
-
-def transition(engine: str, now: EngineState, to: EngineState) -> EngineState:
-    """The new state. Raises ProtocolError for a step that is not in the table."""
-    if to not in TRANSITIONS[now]:
-        raise ProtocolError(
-            "an engine cannot go from this state to that one", where=engine,
-            expected=f"{now.name} -> {', '.join(state.name for state in TRANSITIONS[now])}", got=to.name,
-        )  # fmt: skip
-    return to
-
-
-class Standing:
-    """Where one engine stands and what it serves; moves only along TRANSITIONS. Kept by its engine service."""
-
-    def __init__(self, engine: str, state: EngineState = EngineState.STALE, serving: int | None = None) -> None:
-        self.engine = engine
-        self.state = state
-        self.serving = serving
-        """The version it serves; None: nothing that was verified."""
-
-    @property
-    def may_generate(self) -> bool:
-        return self.state is EngineState.SERVING
-
-    def move(self, to: EngineState, serving: int | None = None) -> None:
-        """Take a step; `serving` is the version it serves from now on (kept when None). A quarantine serves nothing.
-
-        Raises ProtocolError for an illegal step or a SERVING without a version; then nothing has changed.
-        """
-        transition(self.engine, self.state, to)
-        version = self.serving if serving is None else serving
-        if to is EngineState.SERVING and version is None:
-            raise ProtocolError("an engine cannot serve without a version", where=self.engine)
-        self.state = to
-        self.serving = None if to is EngineState.QUARANTINED else version
-
 
 Version = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", kw_only=True):
-    """One line of the journal; `at` is the wall clock, in seconds."""
+    """Base of the journal's entries; `at` is the wall clock, in seconds."""
 
     at: float = 0.0
 
 
 class Issued(Entry, frozen=True, tag="issued"):
+    """A version was given to a push."""
+
     version: Version
 
 
@@ -120,92 +70,93 @@ class Sealed(Entry, frozen=True, tag="sealed"):
 
 
 class Committed(Entry, frozen=True, tag="committed"):
+    """The version is served from now on."""
+
     version: Version
     engines: tuple[str, ...] = ()
 
 
 class Aborted(Entry, frozen=True, tag="aborted"):
+    """The push of this version failed or was dropped."""
+
     version: Version
     reason: str = ""
 
 
 class RolledBack(Entry, frozen=True, tag="rolled_back"):
-    """`version` is the one returned to."""
+    """`version` is served again."""
 
     version: Version
     engines: tuple[str, ...] = ()
 
 
 class Quarantined(Entry, frozen=True, tag="quarantined"):
+    """An engine holds unverified weights. For people who read the journal: the engine itself refuses to generate."""
+
     engine: str
     reason: str = ""
     version: Version | None = None
 
 
 class ReceiptEntry(Entry, frozen=True, tag="receipt"):
+    """The receipt of one push."""
+
     version: Version
     receipt: dict[str, Any]
 
 
 AnyEntry = Issued | Sealed | Committed | Aborted | RolledBack | Quarantined | ReceiptEntry
-_DURABLE = (Committed, RolledBack, Quarantined)
-
-
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    sum: str
-    entry: msgspec.Raw
+_DURABLE = ("committed", "rolled_back", "quarantined")
 
 
 class Ledger:
-    """The one owner of a daemon's versions and of its journal. Thread safe; `open` makes one."""
+    """The one owner of a daemon's versions and of its journal. Thread safe; `open` makes one.
 
-    def __init__(self, path: Path, fd: int, *, readonly: bool) -> None:
-        """Use `open`. Takes over `fd` of the journal and replays it."""
+    It belongs to the process that opened it: in a forked child every call raises Closed, and `close` leaves the journal
+    alone (SQLite allows no connection across a fork).
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        """Use `open`. Takes over `lock`, a descriptor of the locked lock file, unless it raises."""
         self.path = path
         self.name = path.parent.name
         self.highest = 0
         """Highest version ever issued; 0 is the engine's own checkpoint. Never falls, not even by a rollback."""
         self.committed: int | None = None
-        self.previous: int | None = None
-        """The version before the committed one, while it can be returned to."""
-        self._fd: int | None = fd
-        self._readonly = readonly
+        self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._slots: dict[int, int] = {}
-        self._receipts: list[tuple[int, int]] = []
-        self._end = 0
-        self._replay()
-
-    @classmethod
-    def open(cls, name: str, *, directory: Path | None = None, readonly: bool = False) -> Ledger:
-        """Open (or begin) the journal of daemon `name` and replay it.
-
-        `directory` replaces `$XDG_STATE_HOME/weighbridge/NAME`. The journal is locked until `close`, unless `readonly`,
-        which changes nothing on disk. Raises Busy (another daemon has it open), NotFound (readonly, no journal),
-        ProtocolError (damaged before its last line), ConfigError (bad name or folder).
-        """
-        path = state_dir(name, directory) / JOURNAL
-        flags = os.O_RDONLY if readonly else os.O_RDWR | os.O_APPEND | os.O_CREAT
+        self._database = _connect(path)
+        self._lock_fd: int | None = lock
         try:
-            fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            raise NotFound("no journal of that name", where=str(path)) from None
-        try:
-            if not readonly:
-                _lock_journal(fd, path)
-                os.fchmod(fd, 0o600)
-            return cls(path, fd, readonly=readonly)
+            for row in self._rows("SELECT body, sum FROM entries ORDER BY id"):
+                self._apply(self._decoded(*row))
         except BaseException:
-            os.close(fd)
+            self._database.close()
             raise
 
-    # ---- versions ---------------------------------------------------------------------------------------------------
+    @classmethod
+    def open(cls, name: str, *, directory: Path | None = None) -> Ledger:
+        """Open (or begin) the journal of daemon `name` and keep other daemons out until `close`.
+
+        `directory` replaces `$XDG_STATE_HOME/weighbridge/NAME`. Blocks for up to a second.
+
+        Raises Busy (another daemon has it open), ProtocolError (damaged, or not a journal), ConfigError (a bad name, or
+        a folder that cannot be used).
+        """
+        path = state_dir(name, directory) / JOURNAL
+        lock = _lock_journal(path)
+        try:
+            return cls(path, lock)
+        except BaseException:
+            os.close(lock)
+            raise
 
     def issue(self, version: int | None = None) -> int:
-        """Give out a version: the one asked for, or the highest ever issued + 1.
+        """Give out a version for a push: the one asked for, or the highest ever issued + 1.
 
         Raises StaleVersion for one that is not above every version issued before.
         """
+        self._require_own()
         with self._lock:
             chosen = self.highest + 1 if version is None else version
             if chosen <= self.highest:
@@ -218,12 +169,15 @@ class Ledger:
             return chosen
 
     def record(self, kind: str, **fields: Any) -> None:
-        """Append one entry and take it over: issued, sealed, committed, aborted, rolled_back, quarantined, receipt.
+        """Append one entry: issued, sealed, committed, aborted, rolled_back, quarantined or receipt.
 
-        Commits, rollbacks and quarantines are on disk when this returns. Raises ProtocolError for an unknown kind,
-        wrong fields or a commit of a version that was never issued; TransportError when the journal cannot be written
-        (then nothing was taken over).
+        Commits, rollbacks and quarantines, and all entries before them, are on disk when this returns; other entries
+        survive the process, not a power cut. Called by the coordinator, for a commit while the engines are paused.
+
+        Raises ProtocolError for an unknown kind, wrong fields or a version that was never issued; TransportError when
+        the journal cannot be written. Then nothing was recorded.
         """
+        self._require_own()
         try:
             entry = msgspec.convert({"at": time.time(), **fields, "kind": kind}, AnyEntry)
         except msgspec.ValidationError as error:
@@ -234,137 +188,181 @@ class Ledger:
                     "a version that was never issued", where=kind, expected=f"at most {self.highest}",
                     got=str(entry.version),
                 )  # fmt: skip
-            start, length = self._append(entry)
-            self._take(entry, start, length)
+            self._append(kind, msgspec.json.encode(entry))
+            self._apply(entry)
 
     def receipts(self, last: int | None = None) -> list[dict[str, Any]]:
-        """The last receipts, oldest first, as plain data; all of them without `last`."""
+        """The newest receipts, oldest first, as plain data; every kept one without `last`. Raises ProtocolError for a
+        journal that was damaged meanwhile."""
+        self._require_own()
+        query = "SELECT body, sum FROM entries WHERE kind = 'receipt' ORDER BY id DESC LIMIT ?"
         with self._lock:
-            wanted = self._receipts if last is None else self._receipts[max(0, len(self._receipts) - last) :]
-            fd = self._descriptor()
-            entries = [_decode_line(os.pread(fd, length, start)) for start, length in wanted]
+            rows = self._rows(query, -1 if last is None else last)
+        entries = [self._decoded(*row) for row in reversed(rows)]
         return [entry.receipt for entry in entries if isinstance(entry, ReceiptEntry)]
-
-    # ---- slots, lease ---------------------------------------------------------------------------------------------
-
-    @property
-    def slots(self) -> Mapping[int, int]:
-        """Arena slot -> version that was last sealed there, as far as the journal names slots; a copy."""
-        with self._lock:
-            return dict(self._slots)
 
     @property
     def holder(self) -> Holder | None:
-        """Who holds the lease now."""
+        """The process that holds the trainer's lease now."""
         return lease_holder(self.name, directory=self.path.parent)
 
     def close(self) -> None:
-        """Let go of the journal. Idempotent."""
-        with self._lock:
-            if self._fd is not None:
-                os.close(self._fd)
-                self._fd = None
-
-    # ---- the journal ------------------------------------------------------------------------------------------------
-
-    def _descriptor(self) -> int:
-        if self._fd is None:
-            raise Closed("the ledger was closed", where=str(self.path))
-        return self._fd
-
-    def _append(self, entry: AnyEntry) -> tuple[int, int]:
-        fd, start = self._descriptor(), self._end
-        if self._readonly:
-            raise ProtocolError("this ledger is open read-only", where=str(self.path))
-        line = _encode_line(entry)
-        try:
-            if os.write(fd, line) != len(line):
-                raise OSError("the disk is full")
-            if isinstance(entry, _DURABLE):
-                os.fsync(fd)
-        except OSError as error:
-            # Half a line in the middle would make the whole journal unreadable.
-            os.ftruncate(fd, start)
-            raise TransportError("the journal cannot be written", where=str(self.path), got=str(error)) from error
-        self._end = start + len(line)
-        return start, len(line)
-
-    def _take(self, entry: AnyEntry, start: int, length: int) -> None:
-        match entry:
-            case Issued():
-                self.highest = max(self.highest, entry.version)
-            case Sealed():
-                if entry.slot is not None:
-                    self._slots[entry.slot] = entry.version
-            case Committed():
-                self.previous, self.committed = self.committed, entry.version
-            case RolledBack():
-                self.previous, self.committed = None, entry.version
-            case Quarantined():
-                pass  # for people who read the journal: the engine itself refuses, and a new one begins STALE
-            case ReceiptEntry():
-                self._receipts.append((start, length))
-            case Aborted():
-                self._slots = {slot: held for slot, held in self._slots.items() if held != entry.version}
-
-    def _replay(self) -> None:
-        start = 0
-        for line, last in _lines(self._descriptor()):
-            try:
-                entry = _decode_line(line)
-            except ProtocolError as error:
-                if not last:
-                    raise ProtocolError(
-                        "the journal is damaged", where=f"{self.path}, byte {start}", got=error.got,
-                        remedy="move it away to begin a new history, or restore it",
-                    ) from error  # fmt: skip
-                if not self._readonly:
-                    os.ftruncate(self._descriptor(), start)
-                break
-            self._take(entry, start, len(line))
-            start += len(line)
-        self._end = start
-
-
-def _encode_line(entry: AnyEntry) -> bytes:
-    body = msgspec.json.encode(entry)
-    return msgspec.json.encode(_Line(xxhash.xxh3_64_hexdigest(body), msgspec.Raw(body))) + b"\n"
-
-
-def _decode_line(line: bytes) -> AnyEntry:
-    try:
-        if not line.endswith(b"\n"):
-            raise ProtocolError("a journal line is cut short", got=repr(line[-40:]))
-        wrapped = msgspec.json.decode(line, type=_Line)
-        if xxhash.xxh3_64_hexdigest(bytes(wrapped.entry)) != wrapped.sum:
-            raise ProtocolError("a journal line does not fit its checksum", got=repr(line[:80]))
-        entry: AnyEntry = msgspec.json.decode(wrapped.entry, type=AnyEntry)
-        return entry
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError("not a line of the journal", got=str(error)) from error
-
-
-def _lines(fd: int) -> Iterator[tuple[bytes, bool]]:
-    """Every line with its newline, and whether it is the last one."""
-    with os.fdopen(os.dup(fd), "rb") as file:
-        file.seek(0)
-        line = file.readline()
-        while line:
-            following = file.readline()
-            yield line, not following
-            line = following
-
-
-def _lock_journal(fd: int, path: Path) -> None:
-    # The orphan cleaner asks for this lock for a moment to learn whether somebody has the journal open.
-    end = time.monotonic() + _LOCK_RETRY_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """Let go of the journal and of its lock. Idempotent; in a forked child it drops the inherited lock only."""
+        lock, self._lock_fd = self._lock_fd, None
+        if lock is None:
             return
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                raise Busy(
-                    "another daemon has this journal open", where=str(path), remedy="stop it, or choose another name"
-                ) from None
-            time.sleep(0.02)
+        if os.getpid() == self._pid:
+            with self._lock:
+                self._database.close()
+        os.close(lock)
+
+    def _require_own(self) -> None:
+        # Before any lock: a thread that held one at the fork does not exist in the child.
+        if os.getpid() != self._pid:
+            raise Closed(
+                "this journal belongs to the process that opened it", where=str(self.path),
+                expected=f"pid {self._pid}", got=f"pid {os.getpid()}, a forked child",
+                remedy="push from the parent process",
+            )  # fmt: skip
+
+    def _rows(self, query: str, *values: int) -> list[tuple[object, object]]:
+        try:
+            return self._database.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise _failure(self.path, error) from error
+
+    def _append(self, kind: str, body: bytes) -> None:
+        durable = kind in _DURABLE
+        try:
+            # FULL syncs the log at COMMIT, and with it every entry before; NORMAL leaves that to the kernel. A
+            # checkpoint syncs twice more: it waits for an entry that is not recorded while engines are paused.
+            self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._database.execute(f"PRAGMA wal_autocheckpoint = {0 if durable else _CHECKPOINT_PAGES}")
+            with self._database:  # COMMIT, or ROLLBACK when anything raises
+                self._database.execute("BEGIN IMMEDIATE")
+                row = (kind, body, xxhash.xxh3_64_digest(body))
+                self._database.execute("INSERT INTO entries (kind, body, sum) VALUES (?, ?, ?)", row)
+                self._database.execute(_PRUNE, (kind, KEPT_ENTRIES))
+        except sqlite3.Error as error:
+            raise _failure(self.path, error) from error
+
+    def _apply(self, entry: AnyEntry) -> None:
+        if isinstance(entry, Issued):
+            self.highest = max(self.highest, entry.version)
+        elif isinstance(entry, Committed | RolledBack):
+            self.committed = entry.version
+
+    def _decoded(self, body: object, checksum: object) -> AnyEntry:
+        # SQLite checks its own structure, not the content of a row.
+        if not isinstance(body, bytes) or xxhash.xxh3_64_digest(body) != checksum:
+            raise _damaged(self.path, f"an entry does not fit its checksum: {str(body)[:80]}")
+        try:
+            entry: AnyEntry = msgspec.json.decode(body, type=AnyEntry)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _damaged(self.path, str(error)) from error
+        return entry
+
+
+def _lock_journal(path: Path) -> int:
+    """Lock a journal for this daemon; returns the descriptor that holds the lock."""
+    # A file of its own: closing any descriptor of the journal itself would drop the locks that SQLite has on it.
+    try:
+        fd = os.open(lock_of(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            "the journal cannot be locked", where=str(lock_of(path)), got=str(error), remedy="set XDG_STATE_HOME"
+        ) from error
+    # The orphan cleaner takes this lock for a moment to learn whether the journal is open.
+    if not take_lock(fd, fcntl.LOCK_EX, _LOCK_RETRY_S):
+        os.close(fd)
+        raise Busy("another daemon has this journal open", where=str(path), remedy="stop it, or choose another name")
+    return fd
+
+
+def _create(path: Path) -> None:
+    """Make an empty journal, under another name first: a kill leaves none or a whole one."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)  # SQLite's log gets the same mode
+    try:
+        os.fchmod(fd, 0o600)
+        database = sqlite3.connect(fresh, isolation_level=None)
+        try:
+            # Where a file system offers no WAL, SQLite stays with a rollback journal: slower, and as safe.
+            mark = f"PRAGMA application_id = {_APPLICATION_ID}"
+            for statement in ("PRAGMA synchronous = OFF", "PRAGMA journal_mode = WAL", *_SCHEMA, mark):
+                database.execute(statement)
+        finally:
+            database.close()
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    fresh.rename(path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Connect to a journal, made if need be, and check it. Blocks for one read of the file."""
+    try:
+        if not os.path.lexists(path):
+            _create(path)
+        elif not stat.S_ISREG(path.lstat().st_mode):
+            raise _foreign(path, "not a plain file")
+        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_LOCK_RETRY_S)
+    except sqlite3.Error as error:
+        raise _failure(path, error) from error
+    except OSError as error:
+        raise ConfigError(
+            "the journal cannot be made", where=str(path), got=str(error),
+            remedy="make room on that disk, or set XDG_STATE_HOME to another",
+        ) from error  # fmt: skip
+    try:
+        _check(database, path)
+    except BaseException as error:
+        database.close()
+        if isinstance(error, sqlite3.Error):
+            raise _failure(path, error) from error
+        raise
+    return database
+
+
+def _check(database: sqlite3.Connection, path: Path) -> None:
+    application = database.execute("PRAGMA application_id").fetchone()[0]
+    if application != _APPLICATION_ID:
+        raise _foreign(path, f"a SQLite file of application {application:#x}")
+    schema = [row[0] for row in database.execute("SELECT sql FROM sqlite_master ORDER BY rowid")]
+    if schema != _SCHEMA:
+        raise _damaged(path, f"other tables than a journal's: {schema}")
+    found = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if found != "ok":
+        raise _damaged(path, found)
+
+
+def _failure(path: Path, error: sqlite3.Error) -> BridgeError:
+    if isinstance(error, sqlite3.ProgrammingError):
+        return Closed("the ledger was closed", where=str(path), remedy="open a Bridge again")
+    # Python gives no code to text that is no UTF-8; the bits above the lowest eight say more of the same.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    if code == sqlite3.SQLITE_NOTADB:
+        return _foreign(path, str(error))
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):  # ERROR: its tables are not those of a journal
+        return _damaged(path, str(error))
+    return TransportError(
+        "the journal cannot be read or written", where=str(path), got=str(error),
+        remedy="make room on that disk, see that the folder can be written and that no other program has the file open",
+    )  # fmt: skip
+
+
+def _foreign(path: Path, got: str) -> ProtocolError:
+    return ProtocolError(
+        "not a journal of this release of weighbridge", where=str(path), got=got,
+        expected=f"a SQLite file of application {_APPLICATION_ID:#x}",
+        remedy="move it away, use the release that wrote it, or choose another name",
+    )  # fmt: skip
+
+
+def _damaged(path: Path, got: str) -> ProtocolError:
+    return ProtocolError(
+        "the journal is damaged", where=str(path), got=got,
+        remedy=f"restore {path.parent}, or move it away to begin a new history: versions then begin at 1 again, so give"
+        " the first push a version= above the last one that you know of",
+    )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Where a daemon keeps what must survive it: `$XDG_STATE_HOME/weighbridge/NAME`, for its owner only."""
+"""The state folder of a daemon, `$XDG_STATE_HOME/weighbridge/NAME`: it survives the daemon, and only its owner may
+read it."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 def checked_name(name: str) -> str:
-    """A daemon's name, which is also a folder's. Raises ConfigError for anything but 1-64 of [A-Za-z0-9_.-]."""
+    """Check a daemon's name, which is also a folder's. Raises ConfigError for any but 1-64 of [A-Za-z0-9_.-]."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            "not a name for a bridge", got=repr(name), expected="1 to 64 letters, digits, '_', '-' or '.', no '.' first"
-        )
+            "not a name for a bridge", got=repr(name), remedy="choose another name",
+            expected="1 to 64 letters, digits, '_', '-' or '.', not beginning with '.' or '-'",
+        )  # fmt: skip
     return name
 
 
 def state_dir(name: str, directory: Path | None = None) -> Path:
-    """The state folder of daemon `name`, made 0700 if need be; absolute.
+    """Find the state folder of daemon `name`, made 0700 if need be; absolute.
 
     Raises ConfigError for a bad name, a folder of another user or one that cannot be made.
     """
@@ -34,10 +36,16 @@ def state_dir(name: str, directory: Path | None = None) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.stat()
         if info.st_uid != os.geteuid():
-            raise ConfigError("the state folder belongs to another user", where=str(folder), got=f"uid {info.st_uid}")
+            raise ConfigError(
+                "the state folder belongs to another user", where=str(folder), expected=f"uid {os.geteuid()}",
+                got=f"uid {info.st_uid}", remedy="set XDG_STATE_HOME to a folder of your own",
+            )  # fmt: skip
         folder.chmod(0o700)
     except OSError as error:
         raise ConfigError(
-            "the state folder cannot be used", where=str(folder), got=str(error), remedy="set XDG_STATE_HOME"
+            "the state folder cannot be used",
+            where=str(folder),
+            got=str(error),
+            remedy="set XDG_STATE_HOME to a folder that you may write to",
         ) from error
     return folder

@@ -1,4 +1,4 @@
-"""The fixed table of dtypes that may travel. A name from outside is looked up here, never resolved by `getattr`."""
+"""The fixed table of dtypes that may travel. A name from outside is looked up here, never resolved with `getattr`."""
 
 from __future__ import annotations
 
@@ -28,27 +28,25 @@ _NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of a wire name. Raises DtypeMismatch for a name that is not in the table."""
+    """Look up the torch dtype of a wire name. Raises DtypeMismatch for a name that is not in the table."""
     try:
         return DTYPES[name]
     except KeyError:
-        raise DtypeMismatch("unknown wire dtype", expected=", ".join(DTYPES), got=repr(name)) from None
+        remedy = "run one version of weighbridge on both sides"
+        raise DtypeMismatch("unknown wire dtype", expected=", ".join(DTYPES), got=repr(name), remedy=remedy) from None
 
 
 def dtype_name(dtype: torch.dtype, where: str | None = None) -> str:
-    """The wire name of a torch dtype. Raises DtypeMismatch, naming `where`, for one that cannot travel."""
+    """Look up the wire name of a torch dtype. Raises DtypeMismatch, naming `where`, for one that cannot travel."""
     try:
         return _NAMES[dtype]
     except KeyError:
         raise DtypeMismatch(
-            "this dtype cannot travel",
-            where=where,
-            expected=", ".join(DTYPES),
-            got=str(dtype),
+            "this dtype cannot travel", where=where, expected=", ".join(DTYPES), got=str(dtype),
             remedy="convert the tensor to one of the listed dtypes before the push",
-        ) from None
+        ) from None  # fmt: skip
 
 
 def itemsize(name: str) -> int:
-    """Bytes per element of a wire dtype."""
+    """Return the bytes per element of a wire dtype."""
     return dtype_of(name).itemsize

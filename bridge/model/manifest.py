@@ -1,7 +1,7 @@
-"""What a model version consists of: values, no I/O.
+"""The manifest of a model version: values, no I/O.
 
-A manifest names the tensors of one model in canonical (checkpoint) names, in the order in which they lie in the arena.
-It does not change from push to push; the bytes do.
+A manifest names the tensors of one model by their canonical (checkpoint) names, in the order in which they lie in the
+arena. It does not change from push to push; the bytes do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bridge.errors import DuplicateTensor, ProtocolError
 from bridge.model.dtypes import itemsize
 
 ALIGN = 256
-"""Every tensor starts at a multiple of this many bytes, so that any dtype view is aligned (transports.md 4.1)."""
+"""Every tensor starts at a multiple of this many bytes, so that a view of any dtype is aligned."""
 MAX_NBYTES = 2**62
 """Largest tensor: offsets stay inside 64 bits."""
 
@@ -37,10 +37,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.numel * itemsize(self.dtype)
 
 
@@ -53,17 +55,19 @@ class Shard(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if not len(self.global_shape) == len(self.offsets) == len(self.shape):
-            raise ProtocolError("a shard's ranks differ", got=f"{self.global_shape} {self.offsets} {self.shape}")
+            raise ProtocolError(
+                "a shard's dimensions differ in number", got=f"{self.global_shape} {self.offsets} {self.shape}"
+            )
         for size, offset, length in zip(self.global_shape, self.offsets, self.shape, strict=True):
             if offset < 0 or length < 0 or offset + length > size:
                 raise ProtocolError(
-                    "a shard reaches outside its tensor",
-                    expected=f"inside {self.global_shape}",
+                    "a shard reaches outside its tensor", expected=f"inside {self.global_shape}",
                     got=f"offsets {self.offsets}, shape {self.shape}",
-                )
+                )  # fmt: skip
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -90,7 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
-    """A tensor before it has a place in an arena: what the trainer announces."""
+    """One tensor as the trainer announces it, before it has a place in an arena."""
 
     name: str
     dtype: str
@@ -99,14 +103,14 @@ class TensorInfo(msgspec.Struct, frozen=True):
 
 
 def aligned(nbytes: int, align: int = ALIGN) -> int:
-    """The next multiple of `align` at or above `nbytes`."""
+    """Round `nbytes` up to a multiple of `align`."""
     return -(-nbytes // align) * align
 
 
 def lay_out(tensors: Iterable[TensorInfo]) -> Manifest:
     """Give every tensor its offset, in the order given.
 
-    Raises DuplicateTensor for a name that comes twice, ProtocolError for a shape that no tensor has, DtypeMismatch.
+    Raises DuplicateTensor for a name that comes twice, ProtocolError for an impossible shape, DtypeMismatch.
     """
     specs: list[TensorSpec] = []
     seen: set[str] = set()
@@ -114,7 +118,10 @@ def lay_out(tensors: Iterable[TensorInfo]) -> Manifest:
     for info in tensors:
         for name in (info.name, *info.aliases):
             if name in seen:
-                raise DuplicateTensor("the same canonical name was sent twice", where=name, names=(name,))
+                raise DuplicateTensor(
+                    "the same canonical name was sent twice", where=name, names=(name,),
+                    remedy="push each tensor once; named_parameters() does",
+                )  # fmt: skip
             seen.add(name)
         spec = TensorSpec(info.name, info.dtype, info.shape, offset, info.aliases)
         # a negative size would move the next offset back over the tensors before it
@@ -133,8 +140,8 @@ def validate(manifest: Manifest) -> Manifest:
     rebuilt = lay_out(TensorInfo(s.name, s.dtype, s.shape, s.aliases) for s in manifest.tensors)
     if rebuilt != manifest:
         raise ProtocolError(
-            "a manifest's offsets are not the layout of its tensors",
+            "a manifest's offsets are not the layout of its tensors", got=f"{manifest.nbytes} bytes",
             expected=f"{rebuilt.nbytes} bytes laid out in order at multiples of {ALIGN}",
-            got=f"{manifest.nbytes} bytes",
-        )
+            remedy="run one version of weighbridge on both sides",
+        )  # fmt: skip
     return manifest

@@ -1,14 +1,11 @@
-"""The record of one push: what was sent, written, verified, by whom, how long each phase took."""
+"""The receipt of one push: tensors sent, written and verified, by engine and rank, and the seconds of each phase."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import msgspec
-
-PHASES = ("plan", "snapshot", "transfer", "load", "postload", "verify", "commit")
-LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change", "canary", "cache")
-"""Verification levels in the order in which they run (DESIGN 9)."""
 
 Verified = bool | Literal["partial"]
 
@@ -22,7 +19,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class LevelResult(msgspec.Struct, frozen=True):
-    """What one level found on one rank; `checked` counts the tensors, parameters, modules or tokens that it weighs."""
+    """The findings of one level on one rank; `checked` counts the tensors, parameters, modules or tokens compared."""
 
     level: str
     ok: bool
@@ -42,7 +39,7 @@ class RankReport(msgspec.Struct, frozen=True):
     canary_only: tuple[str, ...] = ()
     written: int = 0
     skipped_only: bool = False
-    """What failed is none of what this load wrote: tensors that were skipped as unchanged are not what was given."""
+    """True when every failed tensor was one that this load skipped as unchanged: another writer has changed it."""
     load_s: float = 0.0
     postload_s: float = 0.0
     verify_s: float = 0.0
@@ -59,6 +56,7 @@ class CanaryResult(msgspec.Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
+        """True when the mean is within its limit."""
         return self.mean_abs <= self.limit
 
 
@@ -76,29 +74,26 @@ class EngineReport(msgspec.Struct, frozen=True):
 
     @property
     def coverage(self) -> bool | None:
-        """Did every rank prove that each engine element is written exactly once? None when not checked."""
+        """True when every rank proved that each engine element is written exactly once; None when not checked."""
         found = [level.ok for rank in self.ranks for level in rank.levels if level.level == "coverage"]
         return all(found) if found else None
 
     @property
     def strategies(self) -> dict[str, int]:
-        """Modules by strategy, over all ranks."""
-        total: dict[str, int] = {}
-        for rank in self.ranks:
-            for name, count in rank.strategies.items():
-                total[name] = total.get(name, 0) + count
-        return total
+        """Number of modules by strategy, over all ranks."""
+        return dict(sum((Counter(rank.strategies) for rank in self.ranks), Counter()))
 
     @property
     def rebound(self) -> tuple[str, ...]:
+        """Parameters whose storage moved, over all ranks; captured graphs are then invalid."""
         return tuple(sorted({name for rank in self.ranks for name in rank.rebound}))
 
 
 class Receipt(msgspec.Struct, frozen=True):
     """The record of one push, as `push` returns it, the journal keeps it and `history` lists it.
 
-    `nbytes` counts the tensors of the version, `wire_nbytes` what was written to the arena for it (unchanged tensors
-    are not). `phases` and `pause_s` are seconds; `pause_s` is the longest time that any engine did not serve.
+    `nbytes` counts the tensors of the version, `wire_nbytes` those written to the arena for it (unchanged tensors are
+    not). `phases` and `pause_s` are seconds; `pause_s` is the longest time that any engine did not serve.
     `verified` is "partial" when some module was checked by the canary alone.
     """
 
@@ -120,10 +115,11 @@ class Receipt(msgspec.Struct, frozen=True):
 
     @property
     def total_s(self) -> float:
+        """Seconds of the whole push."""
         return sum(self.phases.values())
 
     def metrics(self, prefix: str = "weight_sync/") -> dict[str, float]:
-        """A flat dict for trackers: seconds per phase, pause, bytes, rate, version, verified, canary drift."""
+        """Flatten the receipt for a tracker: seconds per phase, pause, bytes, rate, version, verified, canary drift."""
         out = {f"{prefix}{name}_s": seconds for name, seconds in self.phases.items()}
         out[f"{prefix}total_s"] = self.total_s
         out[f"{prefix}pause_s"] = self.pause_s
@@ -138,6 +134,6 @@ class Receipt(msgspec.Struct, frozen=True):
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Convert the receipt to plain data, ready for JSON."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain

@@ -1,10 +1,9 @@
-"""Who says what to whom, in frozen structs that travel as `wire` frames:
+"""Messages from a trainer's process (or the command line) to the coordinator, and its replies; frozen structs in
+`codec` frames.
 
-- trainer process -> coordinator (`ToCoordinator`): plan, begin, submit, wait, and the questions of the command line;
-- coordinator -> engine service (`ToEngine`): bake, map an arena, load, commit, resume, restore;
-- engine service -> rank: see `jobs`.
-
-A steady push sends one small frame per step whatever the number of tensors: the manifest was agreed before.
+A steady push sends one small frame per step whatever the number of tensors, since the manifest was agreed before.
+Deadlines are not part of a message: they travel beside it, as the seconds that remain. The coordinator talks to
+engines in `engine_messages`, and those to their ranks in `rank_jobs`.
 """
 
 from __future__ import annotations
@@ -18,19 +17,7 @@ from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Receipt
 from bridge.protocol.codec import ErrorInfo, Message
 from bridge.protocol.rank_jobs import Prompts, Scores
-
-
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a push was asked to do, as `Bridge.push` documents it."""
-
-    verify: str = "weights"
-    levels: tuple[str, ...] = ()
-    inflight: str = "abort"
-    kv: str = "reset"
-    partial: bool = False
-    mode: str = "full"
-    reason: str = ""
-    timeout_s: float = 300.0
+from bridge.push_settings import PushSettings
 
 
 class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +28,15 @@ class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an engine says about itself."""
+    """Facts of one engine, as its service tells them.
+
+    Attributes:
+        state, serving: its `EngineState` and the version that it serves (None: nothing).
+        max_prompt: longest prompt in tokens that can be scored and continued by one; None: no limit.
+        lora: LoRA limits; None for an engine that was started without LoRA.
+        adapter: the LoRA adapter that "current" means now.
+        adapters: the LoRA adapters that pushes have loaded and that it still holds.
+    """
 
     id: str
     kind: str
@@ -55,38 +50,41 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_prompt: int | None = None
     lora: LoraLimits | None = None
     adapter: str | None = None
-    """The adapter that `current` means now."""
     adapters: tuple[str, ...] = ()
-    """Those that pushes have loaded and that it still holds."""
 
 
 class Refused(Message, frozen=True):
-    """The request raised; `serving` and `receipt` when a push was aborted."""
+    """The request raised: the error as data, for a caller in another process."""
 
     error: ErrorInfo
-    serving: dict[str, int | None] = {}
-    receipt: Receipt | None = None
 
 
 # ---- trainer process -> coordinator --------------------------------------------------------------------------------
 
 
-class Ask(Message, frozen=True):
-    """Name, engines, versions: everything a client needs to connect."""
+class StatusRequest(Message, frozen=True):
+    """Ask for name, engines and versions: everything a client needs to connect. Answered at once, also during a
+    push."""
 
 
 class PlanRequest(Message, frozen=True):
+    """Announce a layout and have every engine plan it. `bound`: a model is bound, so names are canonical. With `lora`
+    the tensors are an adapter's."""
+
     tensors: tuple[TensorInfo, ...]
     partial: bool
     bound: bool
-    timeout_s: float
-    adapter: LoraSpec | None = None
+    lora: LoraSpec | None = None
 
 
 class BeginRequest(Message, frozen=True):
-    """Ask for a free slot. Refused with Busy while another push is open, StaleVersion for an old version. With
-    `compare` nothing will be pushed: the slot is for a `CompareRequest`, and no version is issued (it is 0). With
-    `over` nothing is begun, and Begun says so, unless that push brought the weights which the engines serve."""
+    """Ask for a free slot. Refused with Busy while another push is open, StaleVersion for an old version.
+
+    Attributes:
+        holder: who pushes, as the lease names it.
+        compare: nothing will be pushed; the slot is for a `CompareRequest`, and no version is issued (it is 0).
+        over: begin nothing, and say so, unless this push brought the weights that the engines serve.
+    """
 
     plan: int
     version: int | None
@@ -96,7 +94,7 @@ class BeginRequest(Message, frozen=True):
 
 
 class CompareRequest(Message, frozen=True):
-    """The slot of a `compare` begin is sealed: which of its tensors differ from the weights that the engines serve?"""
+    """The slot of a `compare` begin is sealed: ask which of its tensors differ from the weights that engines serve."""
 
     root: bytes
 
@@ -108,48 +106,60 @@ class CancelRequest(Message, frozen=True):
 
 
 class SubmitRequest(Message, frozen=True):
-    """The slot is sealed: run the push. Answered as soon as it is journalled; it goes on without the trainer."""
+    """The slot is sealed: run the push. Answered as soon as it is journalled; the push goes on without the trainer.
+
+    Attributes:
+        phases: seconds that the trainer's side took so far. `wire_nbytes`: bytes written to the arena.
+        reference: the trainer's canary. `base`: for an adapter, the trainer's answers without it.
+        base_proven: for an adapter, the engines' base weights were compared with the trainer's.
+    """
 
     version: int
     root: bytes
-    options: Options
+    settings: PushSettings
     phases: dict[str, float]
     wire_nbytes: int
-    reference: Reference | None = None
     notes: tuple[str, ...] = ()
+    reference: Reference | None = None
     base: Reference | None = None
-    """Of an adapter: what the trainer answers without it."""
     base_proven: bool = True
-    """Of an adapter: the engines' base weights were compared with the trainer's."""
 
 
 class WaitRequest(Message, frozen=True):
+    """Ask for the end of a push; blocks at most `timeout_s` seconds."""
+
     version: int
     timeout_s: float
 
 
 class RollbackRequest(Message, frozen=True):
+    """Serve the version before the last committed one again. `timeout_s` bounds what the engines do."""
+
     timeout_s: float
 
 
 class HealthRequest(Message, frozen=True):
-    timeout_s: float = 120.0
+    """Examine the engines, unless a push or a plan occupies them."""
 
 
 class HistoryRequest(Message, frozen=True):
+    """Ask for the newest receipts of the journal."""
+
     last: int = 20
 
 
 class ExplainRequest(Message, frozen=True):
+    """Ask where a canonical tensor goes in every engine."""
+
     name: str
 
 
 class CloseRequest(Message, frozen=True):
-    """Stop engines gracefully and unlink the arena."""
+    """Stop engines gracefully and unlink the arenas."""
 
 
 ToCoordinator = (
-    Ask
+    StatusRequest
     | PlanRequest
     | BeginRequest
     | CompareRequest
@@ -164,37 +174,45 @@ ToCoordinator = (
 )
 
 
-class DaemonIs(Message, frozen=True):
-    """`epoch` changes whenever a plan must be asked for again. Which name the adapter has is each engine's to say."""
+# ---- coordinator -> trainer process --------------------------------------------------------------------------------
+
+
+class DaemonStatus(Message, frozen=True):
+    """The coordinator's state.
+
+    Attributes:
+        engines: each engine's facts; those of an engine that did not answer at once are the last known ones.
+        committed: the version that all engines were last brought to. `highest`: the highest ever issued.
+        busy: the version of the push in flight.
+        mode: mode of the push that brought what is served; None: the engines' own checkpoint.
+        weights: version of the push that brought the weights that are served.
+        adapter: version of the push that brought the LoRA adapter that is served over them, if one is. Its name is
+            each engine's to tell.
+    """
 
     name: str
     engines: tuple[EngineInfo, ...]
     committed: int | None
     highest: int
-    epoch: int
     node: str
     pid: int
     busy: int | None = None
     mode: str | None = None
-    """The mode of the push that brought what is served; None for the engines' own checkpoint."""
     weights: int | None = None
-    """The version that brought the weights which are served."""
     adapter: int | None = None
-    """The version that brought the adapter which is served over them, if one is."""
 
 
 class Planned(Message, frozen=True):
-    """Write manifest-shaped versions into the arena at `path`. `base`: the slot that holds the committed version, to
-    carry unsent tensors of a partial push from; None when there is none."""
+    """Write manifest-shaped versions into the arena at `path`, under the id `plan`."""
 
     plan: int
-    epoch: int
     manifest: Manifest
     path: str
 
 
 class Begun(Message, frozen=True):
-    """`slot` None: nothing was begun, other weights are served than those that were asked for."""
+    """Write `version` into `slot`; tensors that are not sent are carried over from slot `base`. `slot` None: nothing
+    was begun, because other weights are served than those that were asked for."""
 
     version: int
     slot: int | None
@@ -202,21 +220,24 @@ class Begun(Message, frozen=True):
 
 
 class Compared(Message, frozen=True):
-    """`known` False: there is nothing to compare with. `weights`: the push that brought the weights (not the adapter)
-    which the engines serve now; 0 their own checkpoint's."""
+    """Names of tensors that differ. `known` False: there is nothing to compare with. `weights`: version of the push
+    that brought the weights (not the adapter) which the engines serve now; 0: their own checkpoint."""
 
     known: bool
     differing: tuple[str, ...] = ()
     weights: int | None = None
 
 
-class Done(Message, frozen=True):
-    pass
+class Accepted(Message, frozen=True):
+    """The request was carried out, or is under way."""
 
 
 class Finished(Message, frozen=True):
-    """A push has ended (or not yet: receipt and error are None). `aborted`: engines had been written to and were put
-    back; without it an `error` means that nothing was touched."""
+    """A push has ended, or not yet: then receipt and error are None.
+
+    `aborted`: engines had been written to and were put back; without it an `error` means that nothing was touched.
+    `serving`: engine -> version that it serves now.
+    """
 
     receipt: Receipt | None
     error: ErrorInfo | None = None
@@ -224,16 +245,24 @@ class Finished(Message, frozen=True):
     serving: dict[str, int | None] = {}
 
 
-class Health(Message, frozen=True):
+class HealthFacts(Message, frozen=True):
+    """What an examination found, for `bridge.coordinator.health.assess`."""
+
     facts: dict[str, Any]
 
 
 class History(Message, frozen=True):
+    """Receipts as plain data, oldest first."""
+
     receipts: tuple[dict[str, Any], ...]
 
 
 class Explained(Message, frozen=True):
+    """A row per engine, rank and move."""
+
     rows: tuple[dict[str, str], ...]
 
 
-FromCoordinator = DaemonIs | Planned | Begun | Compared | Done | Finished | Health | History | Explained | Refused
+FromCoordinator = (
+    DaemonStatus | Planned | Begun | Compared | Accepted | Finished | HealthFacts | History | Explained | Refused
+)

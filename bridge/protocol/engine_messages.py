@@ -1,147 +1,116 @@
-"""What a coordinator and an engine service say to each other, in frozen structs that travel as `wire` frames."""
+"""Messages from the coordinator to one engine's service, and the service's replies; frozen structs in `codec` frames.
+
+A request that concerns ranks carries the rank job as it is (`bridge.protocol.rank_jobs`). Deadlines are not part of a
+message: they travel beside it, as the seconds that remain.
+"""
 
 from __future__ import annotations
 
-from bridge.model.lora_format import LoraSpec
-from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import EngineReport, LevelResult
 from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling
-from bridge.protocol.coordinator_messages import EngineInfo, Options, Reference, Refused
-from bridge.protocol.rank_jobs import Prompts, RankBake, Scores
+from bridge.protocol.coordinator_messages import EngineInfo, Reference, Refused
+from bridge.protocol.rank_jobs import AnyJob, LoadJob, Prompts, RankReply, ReadBackJob, Scores, VerifyJob
+from bridge.push_settings import PushSettings
 
 # ---- coordinator -> engine service ---------------------------------------------------------------------------------
 
 
 class EngineHello(Message, frozen=True):
-    """Who are you. `mailbox` and `page` give the engine its pages and claim it for bridge `owner`; None asks only."""
-
-    mailbox: str | None = None
-    page: int = 0
-    owner: str = ""
+    """Ask an engine for its facts. Answered at any time, also during a push."""
 
 
-class EngineBake(Message, frozen=True):
-    """With `adapter` the tensors are an adapter's (`bridge.model.lora_format`), else the model's."""
+class EngineClaim(Message, frozen=True):
+    """Claim the engine for bridge `owner` and give its ranks their pages of the mailbox, from `page` on."""
 
-    plan: int
-    tensors: tuple[TensorInfo, ...]
-    partial: bool
-    timeout_s: float
-    adapter: LoraSpec | None = None
+    mailbox: str
+    page: int
+    owner: str
 
 
-class EngineMap(Message, frozen=True):
-    plan: int
-    path: str
-    manifest: Manifest
-    keep: tuple[int, ...]
-    timeout_s: float
+class EngineRun(Message, frozen=True):
+    """Run one job on every rank that neither loads weights nor changes what is served."""
 
-
-class EngineForget(Message, frozen=True):
-    """Let go of every plan except `keep`: their arenas are gone."""
-
-    keep: tuple[int, ...]
-    timeout_s: float = 30.0
+    job: AnyJob
 
 
 class EngineReadBack(Message, frozen=True):
-    """Write what this engine serves into `slot`: live weights read back, and where they are packed what the last commit
-    left in `held_slot` of `held_plan`, else the engine's own checkpoint. The asker compares it with the engine."""
+    """Write what this engine serves into the job's slot: live weights read back, and where they are packed what the
+    last commit left in `held_slot` of `held_plan`, else the engine's own checkpoint. The sender compares the result
+    with the engine."""
 
-    plan: int
-    slot: int
-    timeout_s: float
+    job: ReadBackJob
     held_plan: int | None = None
     held_slot: int | None = None
 
 
 class EngineLoad(Message, frozen=True):
-    """Pause, load, verify; stays paused. The slot was sealed as `sealed` and is to be served as `version`. `check` also
-    re-digests the arena (once per node).
+    """Pause, load and verify a sealed slot; the engine stays paused.
 
-    `turn`, here and in the three that follow, counts the coordinator's attempts: an engine that hung finds what was
-    asked of it meanwhile in its queue, and nothing of an attempt that has ended may be done after a later one.
-
-    With `adapter` the slot holds an adapter, which is loaded under this new name beside the others; `base` is then what
-    the trainer answers without it. Otherwise it holds weights, and `keeps` is the adapter that will be served over
-    them: requests of any other one are ended, for it belongs to the weights before.
+    Attributes:
+        version: the version to be served. `sealed` is the one that the slot was sealed as, with root digest `root`.
+        check: digest the arena again (once per node).
+        reference: the trainer's canary. `base`: for an adapter, the trainer's answers without it.
+        turn: counts the coordinator's attempts, here and in the three messages that follow. An engine that hung finds
+            requests of an attempt that has ended in its queue, and must not act on them after a later attempt began.
+        keeps: for weights, the adapter that will be served over them; requests of all others are ended, because they
+            belong to the weights before.
     """
 
-    plan: int
-    slot: int
+    job: LoadJob
     version: int
     sealed: int
     root: bytes
     check: bool
-    options: Options
     reference: Reference | None = None
+    base: Reference | None = None
     canary_floor: float = 0.05
     canary_baseline: float | None = None
-    changed: tuple[int, ...] | None = None
-    previous: int | None = None
     turn: int = 0
-    adapter: str | None = None
-    base: Reference | None = None
     keeps: str | None = None
 
 
 class EngineCommit(Message, frozen=True):
-    """Reset caches and check them; stays paused."""
+    """Reset the caches and check them; the engine stays paused."""
 
     version: int
-    options: Options
-    timeout_s: float
+    settings: PushSettings
     turn: int = 0
 
 
 class EngineResume(Message, frozen=True):
-    """Publish `version` and serve it; `adapter` is what "current" means from now on (None: the base model), the
-    bridge's other adapters are retired."""
+    """Publish `version` and serve it. `lora` is what "current" means from now on (None: the base model); the bridge's
+    other adapters are retired."""
 
     version: int
-    timeout_s: float
     turn: int = 0
-    adapter: str | None = None
+    lora: str | None = None
 
 
 class EngineRestore(Message, frozen=True):
-    """Go back to `version` with `adapter`: weights from `slot`, verified, then resume. Without a slot, quarantine. An
-    engine whose weights were not touched and that serves just that only resumes."""
+    """Go back to `version` with the adapter `lora`: load `job`, verify, resume. Without a job the engine is
+    quarantined. An engine whose weights were not touched and that serves just that only resumes."""
 
-    plan: int
-    slot: int | None
+    job: LoadJob | None
     version: int | None
     reason: str
-    timeout_s: float
-    retry: bool = True
     turn: int = 0
-    adapter: str | None = None
+    lora: str | None = None
 
 
 class EngineCheck(Message, frozen=True):
-    """Fresh read-back (and probe) of the served version against the arena, and fresh canary scores. Writes nothing.
-    Refused with Busy when the engine does not serve `version` any more; None checks whatever it holds. `loaded` names
-    the adapter that an adapter's plan is weighed against, `scored` the one that the prompts are answered with."""
+    """Compare what the engine serves with the arena, and answer canary prompts. Writes nothing.
 
-    plan: int
-    slot: int
-    levels: tuple[str, ...]
+    Refused with Busy unless the engine serves `version`. `scored` names the adapter that the prompts are answered with.
+    """
+
+    job: VerifyJob
+    version: int
     prompts: Prompts = ()
-    version: int | None = None
-    timeout_s: float = 60.0
-    loaded: str | None = None
     scored: str | None = None
 
 
-class EngineExplain(Message, frozen=True):
-    plan: int
-    name: str
-    timeout_s: float = 60.0
-
-
 class EngineGenerate(Message, frozen=True):
-    """What has not finished after `timeout_s` is ended."""
+    """Sample completions; what has not finished after `timeout_s` seconds is ended."""
 
     prompts: Prompts
     sampling: Sampling
@@ -150,36 +119,42 @@ class EngineGenerate(Message, frozen=True):
 
 
 class EngineClose(Message, frozen=True):
-    pass
+    """Let go of the arenas and give the engine up."""
 
 
 ToEngine = (
     EngineHello
-    | EngineBake
-    | EngineMap
-    | EngineForget
+    | EngineClaim
+    | EngineRun
     | EngineReadBack
     | EngineLoad
     | EngineCommit
     | EngineResume
     | EngineRestore
     | EngineCheck
-    | EngineExplain
     | EngineGenerate
     | EngineClose
 )
 
 
+# ---- engine service -> coordinator ---------------------------------------------------------------------------------
+
+
 class EngineIs(Message, frozen=True):
+    """The engine's facts."""
+
     info: EngineInfo
 
 
-class EngineBaked(Message, frozen=True):
-    ranks: tuple[RankBake, ...]
+class EngineRan(Message, frozen=True):
+    """The ranks' answers, in rank order."""
+
+    answers: tuple[RankReply, ...]
 
 
 class EngineLoaded(Message, frozen=True):
-    """The vote after load and verify. `error` set: do not commit. `touched`: live parameters may have been written."""
+    """The vote after load and verification. `error` set: do not commit. `touched`: live parameters may have been
+    written."""
 
     report: EngineReport
     touched: bool
@@ -189,20 +164,20 @@ class EngineLoaded(Message, frozen=True):
 
 
 class EngineChecked(Message, frozen=True):
+    """Levels per rank, and the canary's log-probabilities if prompts were sent."""
+
     ranks: tuple[tuple[LevelResult, ...], ...]
     scores: Scores = ()
 
 
-class EngineExplained(Message, frozen=True):
-    rows: tuple[dict[str, str], ...]
-
-
 class EngineGenerated(Message, frozen=True):
+    """Completions in the order of the prompts."""
+
     completions: tuple[Completion, ...]
 
 
 class EngineVersionZero(Message, frozen=True):
-    """Whether `slot` now holds this engine's version 0, and why not."""
+    """Whether the slot now holds what this engine serves, by which source ("live", "stored"), and why not."""
 
     ok: bool
     source: str
@@ -210,17 +185,11 @@ class EngineVersionZero(Message, frozen=True):
 
 
 class EngineOk(Message, frozen=True):
+    """The request was carried out; the engine's state afterwards."""
+
     report: EngineReport
 
 
 FromEngine = (
-    EngineIs
-    | EngineBaked
-    | EngineLoaded
-    | EngineChecked
-    | EngineExplained
-    | EngineGenerated
-    | EngineVersionZero
-    | EngineOk
-    | Refused
+    EngineIs | EngineRan | EngineLoaded | EngineChecked | EngineGenerated | EngineVersionZero | EngineOk | Refused
 )

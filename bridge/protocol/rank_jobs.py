@@ -1,4 +1,8 @@
-"""What an engine service asks of its ranks, and what they answer: one job per dispatch, one mailbox page per answer."""
+"""Rank jobs: what an engine's ranks are told to do, and how they answer.
+
+One job goes to every rank of an engine, as it was made by the coordinator or the engine's driver; each rank posts its
+answer on its own page of the mailbox.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,29 @@ import msgspec
 
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
-from bridge.model.receipt import RankReport
+from bridge.model.receipt import LevelResult, RankReport
 from bridge.model.regions import Region
 from bridge.protocol.codec import ErrorInfo, Message
+from bridge.push_settings import PushSettings
 
 Prompts = tuple[tuple[int, ...], ...]
 Scores = tuple[tuple[float, ...], ...]
 
 
 class BakeJob(Message, frozen=True):
-    """Trace the engine's loader on the announced tensors; keep the result under `plan`, an id chosen by the asker. With
-    `adapter` the tensors are an adapter's, and the engine is asked where it would put them."""
+    """Trace the engine's loader on the announced tensors and keep the result under `plan`, an id of the sender's.
+
+    With `lora` the tensors are an adapter's, and the engine tells where it would put them.
+    """
 
     plan: int
     tensors: tuple[TensorInfo, ...]
     partial: bool = False
-    adapter: LoraSpec | None = None
+    lora: LoraSpec | None = None
 
 
 class MapJob(Message, frozen=True):
-    """Map an arena file and compile plan `plan` onto it; forget every other plan except `keep`."""
+    """Map an arena file and compile plan `plan` onto it; forget every other plan except those of `keep`."""
 
     plan: int
     path: str
@@ -34,48 +41,53 @@ class MapJob(Message, frozen=True):
 
 
 class ForgetJob(Message, frozen=True):
-    """Let go of every plan except `keep`, and of their arenas."""
+    """Let go of every plan except those of `keep`, and of their arenas."""
 
     keep: tuple[int, ...] = ()
 
 
 class LoadJob(Message, frozen=True):
-    """Load `slot` through `plan` and run the named verification levels. `changed` restricts the copies to tensors (by
-    index in the manifest) whose bits differ from what this engine already holds; None loads everything. `previous` is
-    the slot of the version held before, for the change level. An adapter's plan loads under the new name `adapter`."""
+    """Load `slot` through `plan`, then run those levels of `settings` that a rank decides alone.
+
+    Attributes:
+        changed: manifest indices of tensors whose bits differ from what the engine holds; None loads every tensor.
+        previous: slot of the version held before, for the change level.
+        lora: name under which an adapter's plan loads the adapter; it was never used before.
+    """
 
     plan: int
     slot: int
-    levels: tuple[str, ...]
+    settings: PushSettings
     changed: tuple[int, ...] | None = None
     previous: int | None = None
-    adapter: str | None = None
+    lora: str | None = None
 
 
 class DropLoraJob(Message, frozen=True):
-    """Drop an adapter that was loaded and did not pass, or is not known here at all."""
+    """Drop an adapter that was loaded and did not pass; unknown names are ignored."""
 
-    adapter: str
+    lora: str
 
 
 class VerifyJob(Message, frozen=True):
-    """Run levels against `slot` without writing anything; of an adapter's plan, against the loaded `adapter`."""
+    """Run levels against `slot` without writing anything; for an adapter's plan, against the loaded adapter `lora`."""
 
     plan: int
     slot: int
     levels: tuple[str, ...]
-    adapter: str | None = None
+    lora: str | None = None
 
 
 class LogprobsJob(Message, frozen=True):
-    """Prompt log-probabilities past the scheduler; all ranks take part, rank 0 answers. `adapter` None: the base."""
+    """Compute prompt log-probabilities past the scheduler, with the loaded adapter `lora` (None: the base model). All
+    ranks take part; the answer of rank 0 counts."""
 
     prompts: Prompts
-    adapter: str | None = None
+    lora: str | None = None
 
 
 class ReadBackJob(Message, frozen=True):
-    """Write this rank's live weights into `slot` as version 0; answers the tensors that could not be read back."""
+    """Write this rank's live weights into `slot`; the answer lists the tensors that cannot be read back."""
 
     plan: int
     slot: int
@@ -88,7 +100,7 @@ class ExamineJob(Message, frozen=True):
 
 
 class ExplainJob(Message, frozen=True):
-    """Where one canonical tensor goes on this rank."""
+    """Tell where one canonical tensor goes on this rank."""
 
     plan: int
     name: str
@@ -118,8 +130,15 @@ class RankJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RankBake(Message, frozen=True):
-    """A rank's plan in summary. `dtypes` maps sent tensors to the dtype they land in; `read` holds the source regions
-    of tensors that this rank reads only in part (absent: whole), `unread` those it does not touch at all."""
+    """A rank's plan in summary.
+
+    Attributes:
+        dtypes: sent tensor -> dtype in which it lands.
+        read: source regions of tensors that this rank reads only in part (absent: whole).
+        unread: tensors that this rank does not touch at all.
+        coverage: proof that the plan writes every element of this rank once. It depends on nothing that a push
+            changes, so it is computed with the plan and reported by every push through it.
+    """
 
     digest: bytes
     dtypes: dict[str, str]
@@ -128,28 +147,35 @@ class RankBake(Message, frozen=True):
     strategies: dict[str, int] = {}
     native: dict[str, str] = {}
     moves: int = 0
+    coverage: LevelResult = LevelResult("coverage", False, 0)
 
 
 class RankLoaded(Message, frozen=True):
+    """Report of a load, a verification or an examination."""
+
     report: RankReport
 
 
 class RankScores(Message, frozen=True):
+    """Log-probabilities of the prompts' tokens, in nats."""
+
     logprobs: Scores
 
 
 class RankReadBack(Message, frozen=True):
+    """Names of the tensors whose live storage cannot be read back."""
+
     unreadable: tuple[str, ...] = ()
 
 
 class RankExplanation(Message, frozen=True):
-    """Lines for people and rows for programs: tensor -> parameter, strategy, reason."""
+    """A row per move: tensor, parameter, source, dest, module, strategy, reason."""
 
     rows: tuple[dict[str, str], ...]
 
 
 class RankDone(Message, frozen=True):
-    pass
+    """The job is done, and there is nothing to tell."""
 
 
 class RankFailed(Message, frozen=True):
@@ -159,10 +185,13 @@ class RankFailed(Message, frozen=True):
     touched: bool = False
 
 
-AnyAnswer = RankBake | RankLoaded | RankScores | RankReadBack | RankExplanation | RankDone | RankFailed
+RankReply = RankBake | RankLoaded | RankScores | RankReadBack | RankExplanation | RankDone
+AnyAnswer = RankReply | RankFailed
 
 
 class RankAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An answer with its sender, as it lies on a page of the mailbox."""
+
     rank: int
     nonce: int
     answer: AnyAnswer

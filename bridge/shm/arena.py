@@ -2,9 +2,9 @@
 
     header page | slot 0: tensor bytes (page multiple), seal | slot 1: ... | ...
 
-The writer calls `begin`, fills the tensors, then `seal`; a reader believes a slot only while it is sealed. Readers map
-the file read-only: code that writes through their tensors dies (SIGSEGV) instead of corrupting weights. Which slot may
-be overwritten is decided by the orchestrator, never here.
+The writer calls `begin`, fills the tensors, then `seal`; a reader uses a slot only while it is sealed. Readers map the
+file read-only: code that writes through their tensors is killed (SIGSEGV) before it corrupts weights. The coordinator
+decides which slot may be overwritten.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import struct
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -30,11 +29,12 @@ from bridge.model.manifest import Manifest, TensorSpec, aligned
 from bridge.shm import files
 
 KIND = 1
-"""What the header of an arena file says; a mailbox says another."""
+"""Kind of file in the header; a mailbox has another."""
 DIGEST_NBYTES = 8
 """Bytes per tensor in a seal."""
 
 _MADV_POPULATE_WRITE = 23  # not named by `mmap`; Linux 5.14 and later
+_MAP_NORESERVE = 0x4000  # <linux/mman.h>; Python names it from 3.13 on
 _POPULATE_STEP = 256 << 20
 _SEALED = 0x5345414C45440001
 _STATE = struct.Struct("<Q")
@@ -45,21 +45,17 @@ _DIGESTS_AT = _BODY_AT + _SEAL.size
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """What closes a written version: `root` is 16 bytes, `digests` 8 little-endian bytes per tensor, manifest order."""
+    """Closes a written version: `root` is 16 bytes, `digests` 8 little-endian bytes per tensor, in manifest order."""
 
     version: int
     root: bytes
     digests: bytes
 
 
-_MAP_NORESERVE = 0x4000
-"""<linux/mman.h>; Python names it from 3.13 on."""
-
-
 class _Window:
-    """Shows numpy mapped memory as writable, whatever the mapping's protection, and keeps the mapping alive.
+    """Shows mapped memory to numpy as writable, whatever its protection, and keeps the mapping alive.
 
-    torch warns about any read-only buffer; the page protection is what protects the weights.
+    torch warns about read-only buffers; the weights are protected by the pages themselves.
     """
 
     def __init__(self, view: npt.NDArray[np.uint8]) -> None:
@@ -70,17 +66,16 @@ class _Window:
         return {"version": 3, "shape": self._view.shape, "typestr": "|u1", "data": (self._view.ctypes.data, False)}
 
 
-class Arena:
+class Arena(files.SharedFile):
     """One mapped arena file. Not thread safe while slots are begun or sealed; views may be used from any thread."""
 
     def __init__(self, path: Path, fd: int, manifest: Manifest, slots: int, *, writable: bool) -> None:
         """Use `create` or `open`. Takes over `fd`, which holds the file's shared lock."""
-        self.path = path
+        super().__init__(path, fd)
         self.manifest = manifest
         self.slots = slots
         self.nbytes = file_nbytes(manifest, slots)
         self.writable = writable
-        self._fd = fd
         self._slot_nbytes = _slot_nbytes(manifest)
         self._seal_at = aligned(manifest.nbytes, files.PAGE)
         access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
@@ -107,12 +102,12 @@ class Arena:
             name: readable part of the file name, sanitised.
             directory: a tmpfs folder; default WEIGHBRIDGE_SHM_DIR, then /dev/shm.
             limit: cap in bytes on the file's size (also WEIGHBRIDGE_SHM_LIMIT).
-            journal: the ledger's journal; while somebody has that open, the arena is no orphan.
+            journal: the daemon's journal; while a daemon has that open, the arena is no orphan.
 
         Raises ArenaFull, with the sizes, before anything is created; ConfigError for a bad name, folder or slot count.
         """
         if slots < 1:
-            raise ConfigError("an arena needs at least one slot", got=str(slots))
+            raise ConfigError("an arena needs at least one slot", got=str(slots), remedy="take 2 slots")
         folder = files.directory(directory)
         path = files.fresh_path(name, "data", folder)
         nbytes = file_nbytes(manifest, slots)
@@ -156,51 +151,53 @@ class Arena:
 
     @property
     def address(self) -> int:
-        """Where the mapping begins."""
+        """Address at which the mapping begins."""
         self._mapping()
         return int(self._flat.ctypes.data)
 
     def private(self) -> mmap.mmap:
-        """Another mapping of the whole file: what is written there stays in this process, page by page; all other pages
-        show what the arena holds (Linux; POSIX leaves it open). The caller closes it; until then it holds the lock."""
-        self._mapping()
+        """Map the whole file once more, writable and private: a page that is written there is this process's own, all
+        others show the arena's bytes (on Linux; POSIX leaves it open).
+
+        The caller closes the mapping; until then it holds the file's lock.
+        """
         flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-        return mmap.mmap(self._fd, self.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(self._descriptor(), self.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def bytes(self, slot: int) -> memoryview:
-        """The tensor bytes of a slot, `manifest.nbytes` long, padding included; read-only unless `writable`."""
+        """Return the tensor bytes of a slot, `manifest.nbytes` long, padding included; read-only unless `writable`."""
         return memoryview(self._mapping())[self._start(slot) : self._start(slot) + self.manifest.nbytes]
 
     def flat(self, slot: int) -> npt.NDArray[np.uint8]:
-        """The same bytes as a numpy view, shape [manifest.nbytes]."""
+        """View the bytes of a slot in numpy, shape [manifest.nbytes]."""
         self._mapping()
         return self._flat[self._start(slot) : self._start(slot) + self.manifest.nbytes]
 
     def flat_tensor(self, slot: int) -> torch.Tensor:
-        """The same bytes as a torch view, uint8 [manifest.nbytes]; writing to a reader's kills the process."""
+        """View the bytes of a slot in torch, uint8 [manifest.nbytes]; writing to a reader's view kills the process."""
         self._mapping()
         return self._tensor[self._start(slot) : self._start(slot) + self.manifest.nbytes]
 
     def tensor(self, slot: int, spec: TensorSpec) -> torch.Tensor:
-        """A zero-copy view of one tensor with its dtype and shape. Writing to a reader's view kills the process."""
-        self._mapping()
-        start = self._start(slot) + spec.offset
+        """View one tensor with its dtype and shape, without a copy. Writing to a reader's view kills the process.
+        Raises ProtocolError for a tensor that reaches outside a version."""
         if spec.offset < 0 or spec.offset + spec.nbytes > self.manifest.nbytes:
             raise ProtocolError(
                 "a tensor reaches outside the arena's version", where=spec.name,
                 expected=f"inside {self.manifest.nbytes} bytes", got=f"offset {spec.offset}, {spec.nbytes} bytes",
             )  # fmt: skip
-        return self._tensor[start : start + spec.nbytes].view(dtype_of(spec.dtype)).view(spec.shape)
+        piece = self.flat_tensor(slot)[spec.offset : spec.offset + spec.nbytes]
+        return piece.view(dtype_of(spec.dtype)).view(spec.shape)
 
     def tensors(self, slot: int) -> list[torch.Tensor]:
-        """Views of all tensors of a slot in manifest order; made once, the same list each time."""
+        """View all tensors of a slot, in manifest order; made once, the same list each time."""
         self._start(slot)
         if slot not in self._tensors:
             self._tensors[slot] = [self.tensor(slot, spec) for spec in self.manifest.tensors]
         return self._tensors[slot]
 
     def views(self, slot: int) -> list[memoryview]:
-        """The bytes of each tensor of a slot in manifest order; made once, the same list each time."""
+        """Return the bytes of each tensor of a slot, in manifest order; made once, the same list each time."""
         self._start(slot)
         if slot not in self._views:
             base = self.bytes(slot)
@@ -219,11 +216,11 @@ class Arena:
         return np.array([spec.nbytes for spec in self.manifest.tensors], dtype=np.int64)
 
     def begin(self, slot: int) -> None:
-        """Open a slot for writing: its seal is gone before the first byte changes."""
+        """Open a slot for writing: removes its seal, before the first byte changes."""
         self._put_state(slot, 0)
 
     def seal(self, slot: int, seal: Seal) -> None:
-        """Close a written slot. Raises ProtocolError for a seal of another shape or a read-only arena."""
+        """Close a written slot with its seal. Raises ProtocolError for a seal of another shape or a read-only arena."""
         count = len(self.manifest.tensors)
         if len(seal.digests) != DIGEST_NBYTES * count or len(seal.root) != 16 or not 0 <= seal.version < 2**63:
             raise ProtocolError(
@@ -233,14 +230,15 @@ class Arena:
         self._put_state(slot, 0)
         at = self._start(slot) + self._seal_at
         body = _SEAL.pack(seal.version, seal.root, count) + seal.digests
-        # Body first, its checksum next, the state word last: whoever sees the word sees the rest, or a torn checksum.
+        # Body first, its checksum next, the state word last: a reader that sees the word sees the rest, or a torn
+        # checksum.
         target = self._mapping()
         target[at + _BODY_AT : at + _BODY_AT + len(body)] = body
         target[at + _SUM_AT : at + _BODY_AT] = xxhash.xxh3_128_digest(body)
         self._put_state(slot, _SEALED)
 
     def seal_of(self, slot: int) -> Seal | None:
-        """The seal of a slot, or None while it is open or its seal is torn."""
+        """Read the seal of a slot; None while the slot is open or its seal is torn."""
         at = self._start(slot) + self._seal_at
         source = self._mapping()
         if _STATE.unpack_from(source, at)[0] != _SEALED:
@@ -250,39 +248,25 @@ class Arena:
         if source[at + _SUM_AT : at + _BODY_AT] != xxhash.xxh3_128_digest(body):
             return None
         version, root, count = _SEAL.unpack_from(body)
-        if count != len(self.manifest.tensors):
-            return None
-        return Seal(version, root, body[_SEAL.size :])
+        return Seal(version, root, body[_SEAL.size :]) if count == len(self.manifest.tensors) else None
 
     def close(self) -> None:
         """Let go of the file and its lock. Views that are still held stay valid until they are dropped. Idempotent."""
         if self._map is None:
             return
         mapping, self._map = self._map, None
+        super().close()
         self._tensors.clear()
         self._views.clear()
         self._tensor = torch.empty(0, dtype=torch.uint8)
         self._flat = np.empty(0, dtype=np.uint8)
-        os.close(self._fd)
-        # Somebody may still hold a view: then the mapping (and with it the lock) lives until that is dropped.
+        # While a view is still held, the mapping (and with it the lock) lives until that is dropped.
         with contextlib.suppress(BufferError):
             mapping.close()
 
-    def unlink(self) -> None:
-        """Remove the file's name; whoever has it mapped keeps it. Idempotent."""
-        self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> Arena:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _mapping(self) -> mmap.mmap:
         if self._map is None:
-            raise Closed("the arena was closed", where=str(self.path))
+            raise Closed("the arena was closed", where=str(self.path), remedy="open a Bridge again")
         return self._map
 
     def _start(self, slot: int) -> int:
@@ -292,7 +276,9 @@ class Arena:
 
     def _put_state(self, slot: int, state: int) -> None:
         if not self.writable:
-            raise ProtocolError("this arena is open read-only", where=str(self.path), remedy="open it writable")
+            raise ProtocolError(
+                "this arena is open read-only", where=str(self.path), remedy="open it with writable=True"
+            )
         _STATE.pack_into(self._mapping(), self._start(slot) + self._seal_at, state)
 
     def _populate(self) -> None:
@@ -306,7 +292,7 @@ class Arena:
 
 
 def file_nbytes(manifest: Manifest, slots: int) -> int:
-    """Bytes of shared memory that an arena of so many slots takes."""
+    """Count the bytes of shared memory that an arena of so many slots takes."""
     return files.HEADER_NBYTES + slots * _slot_nbytes(manifest)
 
 
@@ -328,14 +314,18 @@ def _reserve(fd: int, nbytes: int, folder: Path) -> None:
 
 def _check_header(header: files.Header, manifest: Manifest, path: Path) -> None:
     if header.kind != KIND:
-        raise ProtocolError("not an arena", where=str(path), expected=f"kind {KIND}", got=f"kind {header.kind}")
+        raise ProtocolError(
+            "not an arena", where=str(path), expected=f"kind {KIND}", got=f"kind {header.kind}",
+            remedy="run one version of weighbridge on both sides",
+        )  # fmt: skip
     if header.digest != manifest.digest:
         raise ProtocolError(
             "an arena of another manifest", where=str(path), expected=manifest.digest.hex(), got=header.digest.hex(),
-            remedy="fetch the current manifest from the daemon",
+            remedy="open a new Bridge, which asks the daemon for the present manifest",
         )  # fmt: skip
     if header.count < 1 or header.nbytes != file_nbytes(manifest, header.count):
         raise ProtocolError(
             "an arena's geometry does not fit its manifest", where=str(path),
             expected=f"{file_nbytes(manifest, max(header.count, 1))} bytes", got=f"{header.nbytes} bytes",
+            remedy="run one version of weighbridge on both sides",
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""The files in shared memory: names, creation, checks on opening, locks, room. What lies in them is not known here.
+"""Make, open, check and lock files in shared memory, and find room for them; their content is the arena's or mailbox's.
 
 A file begins with one header page (magic, protocol, kind, digest of its content, geometry, journal, checksum). Every
-process that has it open holds a shared flock on it, so a file whose exclusive lock can be had is in nobody's hands. The
-lock lives on the open descriptor: it survives in forked children and ends with the last of them.
+process that has it open holds a shared flock on it, so a file whose exclusive lock can be had is open nowhere. The lock
+belongs to the open descriptor: it survives in forked children and ends with the last of them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import re
 import secrets
 import stat
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import psutil
 import xxhash
 
-from bridge.errors import ArenaFull, Busy, ConfigError, NotFound, ProtocolError
+from bridge.errors import ArenaFull, Busy, Closed, ConfigError, NotFound, ProtocolError
+from bridge.file_locks import take_lock
 from bridge.protocol.codec import PROTOCOL
 
 PAGE = mmap.PAGESIZE
@@ -29,20 +32,27 @@ HEADER_NBYTES = 4096
 """Room for the header at the start of every file, in bytes; a multiple of it keeps slots page aligned."""
 DIRECTORY_ENV = "WEIGHBRIDGE_SHM_DIR"
 LIMIT_ENV = "WEIGHBRIDGE_SHM_LIMIT"
-"""A cap in bytes on what one new file may take; below the real room it wins."""
+"""Largest size of one new file in bytes, where there is more room than that."""
 MEMORY_MARGIN = 64 << 20
-"""Bytes of free memory that a new file must leave over: past the last page comes the OOM killer, not an error."""
+"""Bytes of free memory that a new file must leave over: when memory runs out, the OOM killer comes, not an error."""
 FILE_PATTERN = re.compile(r"weighbridge-.+-[0-9a-f]{16}\.(?:data|mailbox)")
 
 _MAGIC = b"WEIGHBR1"
 _FIELDS = struct.Struct("<8sII16sQQQQH")
 _SUM = struct.Struct("<Q")
 _LOCK_RETRY_S = 2.0
+_NOT_OURS = "restart the daemon, which makes new files; look for another program that writes to this folder"
+_DAEMON_GONE = "the daemon that made it is gone: start it again, or connect to one that runs"
+_NO_FOLDER = f"make that folder on a tmpfs, or unset {DIRECTORY_ENV}"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the first page says. `count` pieces of `unit_nbytes` each follow it; `nbytes` is the whole file."""
+    """The content of a file's first page. `count` units of `unit_nbytes` each follow it; `nbytes` is the whole file.
+
+    `journal` is the journal of the daemon that made the file ("" for none): while a daemon has that open, the file is
+    no orphan.
+    """
 
     kind: int
     digest: bytes
@@ -55,27 +65,67 @@ class Header:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that may still be taken, and what sets that bound."""
+    """Bytes that may still be taken, and the bound that leaves them."""
 
     nbytes: int
     bound: str
 
 
+class SharedFile:
+    """One open file in shared memory with its shared lock: base of the arena and the mailbox.
+
+    A forked child owns nothing: there `unlink` does nothing, and `close` drops the child's own descriptor and mapping.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        """Take over `fd`, which holds the file's shared lock."""
+        self.path = path
+        self._fd: int | None = fd
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """Let go of the file and its lock. Idempotent."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def unlink(self) -> None:
+        """Remove the file's name; processes that have the file open keep it. Idempotent."""
+        if os.getpid() == self._pid:
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _descriptor(self) -> int:
+        if self._fd is None:
+            raise Closed("this shared file was closed", where=str(self.path), remedy="open it again, or a new Bridge")
+        return self._fd
+
+
 def directory(chosen: Path | None = None) -> Path:
-    """Where shared files live: the argument, else WEIGHBRIDGE_SHM_DIR, else /dev/shm."""
+    """The folder of shared files: the argument, else WEIGHBRIDGE_SHM_DIR, else /dev/shm."""
     return Path(chosen) if chosen is not None else Path(os.environ.get(DIRECTORY_ENV) or "/dev/shm")
 
 
 def fresh_path(name: str, suffix: str, folder: Path) -> Path:
-    """An unguessable path `weighbridge-<name>-<16 hex>.<suffix>`. Raises ConfigError for a name without one letter."""
+    """Make up an unguessable path `weighbridge-<name>-<16 hex>.<suffix>`. Raises ConfigError for a name without one
+    letter or digit."""
     safe = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")[:48]
     if not safe:
-        raise ConfigError("a name needs at least one letter or digit", got=repr(name))
+        raise ConfigError(
+            "a name needs at least one letter or digit", got=repr(name), remedy="choose another name for the bridge"
+        )
     return folder / f"weighbridge-{safe}-{secrets.token_hex(8)}.{suffix}"
 
 
 def encode_header(header: Header) -> bytes:
-    """The header page. Raises ConfigError for a journal path that does not fit in it."""
+    """Encode a header as its page. Raises ConfigError for a journal path that does not fit in it."""
     journal = os.fsencode(header.journal)
     fields = _FIELDS.pack(
         _MAGIC, header.kind, PROTOCOL, header.digest, header.count, header.unit_nbytes, header.nbytes, header.pid,
@@ -88,12 +138,14 @@ def encode_header(header: Header) -> bytes:
 
 
 def decode_header(page: bytes, where: str) -> Header:
-    """Read a header page. Raises ProtocolError for another magic, protocol or a damaged page."""
+    """Decode a header page. Raises ProtocolError for another magic or protocol, or a damaged page."""
     if len(page) != HEADER_NBYTES or page[:8] != _MAGIC:
-        raise ProtocolError("not a weighbridge file", where=where, expected=repr(_MAGIC), got=repr(page[:8]))
+        raise ProtocolError(
+            "not a weighbridge file", where=where, expected=repr(_MAGIC), got=repr(page[:8]), remedy=_NOT_OURS
+        )
     body = page[: -_SUM.size]
     if _SUM.unpack(page[-_SUM.size :])[0] != xxhash.xxh3_64_intdigest(body):
-        raise ProtocolError("a shared file's header is damaged", where=where)
+        raise ProtocolError("a shared file's header is damaged", where=where, remedy=_NOT_OURS)
     _, kind, protocol, digest, count, unit, nbytes, pid, length = _FIELDS.unpack_from(page)
     if protocol != PROTOCOL:
         raise ProtocolError(
@@ -105,13 +157,16 @@ def decode_header(page: bytes, where: str) -> Header:
 
 
 def create_file(path: Path, nbytes: int) -> int:
-    """Create a 0600 file of `nbytes` (sparse, zero) that did not exist, locked shared; returns its descriptor."""
+    """Create a new 0600 file of `nbytes` (sparse, zero) and lock it shared; returns its descriptor. Raises ConfigError
+    for a folder that does not exist."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
-        raise ConfigError("the shared memory folder does not exist", where=str(path.parent)) from None
+        raise ConfigError(
+            "the shared memory folder does not exist", where=str(path.parent), remedy=_NO_FOLDER
+        ) from None
     try:
-        # The umask may have taken bits away; readers of the same user need exactly these.
+        # The umask may have taken bits away; `open_file` accepts exactly these.
         os.fchmod(fd, 0o600)
         fcntl.flock(fd, fcntl.LOCK_SH)
         os.ftruncate(fd, nbytes)
@@ -123,28 +178,38 @@ def create_file(path: Path, nbytes: int) -> int:
 
 
 def open_file(path: Path, *, writable: bool) -> tuple[int, Header]:
-    """Open and lock (shared) a file that somebody else created; returns its descriptor and checked header.
+    """Open and lock (shared) a file that another process created; returns its descriptor and checked header.
 
     Raises NotFound (no such file, or unlinked meanwhile), ConfigError (a foreign owner, other permissions than 0600,
-    not a plain file), ProtocolError (not ours, damaged, another size than it says), Busy (the orphan cleaner holds it).
+    not a plain file), ProtocolError (another program's, damaged, another size than its header says), Busy (the orphan
+    cleaner holds it).
     """
     try:
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise NotFound("no such shared file", where=str(path), remedy="the daemon that made it is gone") from None
+        raise NotFound("no such shared file", where=str(path), remedy=_DAEMON_GONE) from None
     except OSError as error:
-        raise ConfigError("a shared file cannot be opened", where=str(path), got=str(error)) from error
+        raise ConfigError(
+            "a shared file cannot be opened", where=str(path), got=str(error),
+            remedy="run trainer, daemon and engines as one user",
+        ) from error  # fmt: skip
     try:
         _check_owner(os.fstat(fd), path)
-        _lock_shared(fd, path)
+        # The orphan cleaner holds the exclusive lock for a moment while it looks at a file; no process does for long.
+        if not take_lock(fd, fcntl.LOCK_SH, _LOCK_RETRY_S):
+            raise Busy(
+                "another process holds a shared file's exclusive lock", where=str(path),
+                remedy="try again; if it stays so, see which process it is: lslocks",
+            )  # fmt: skip
         info = os.fstat(fd)
         if info.st_nlink == 0:
-            raise NotFound("the shared file was removed", where=str(path), remedy="the daemon that made it is gone")
+            raise NotFound("the shared file was removed", where=str(path), remedy=_DAEMON_GONE)
         header = decode_header(os.pread(fd, HEADER_NBYTES, 0), str(path))
         if header.nbytes != info.st_size:
             raise ProtocolError(
-                "a shared file has the wrong size", where=str(path), expected=str(header.nbytes), got=str(info.st_size)
-            )
+                "a shared file has the wrong size", where=str(path), expected=f"{header.nbytes} bytes",
+                got=f"{info.st_size} bytes", remedy=_NOT_OURS,
+            )  # fmt: skip
     except BaseException:
         os.close(fd)
         raise
@@ -153,7 +218,9 @@ def open_file(path: Path, *, writable: bool) -> tuple[int, Header]:
 
 def _check_owner(info: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise ConfigError("a shared file must be a plain file", where=str(path), got=stat.filemode(info.st_mode))
+        raise ConfigError(
+            "a shared file must be a plain file", where=str(path), got=stat.filemode(info.st_mode), remedy=_NOT_OURS
+        )
     if info.st_uid != os.geteuid():
         raise ConfigError(
             "a shared file belongs to another user", where=str(path), expected=f"uid {os.geteuid()}",
@@ -162,27 +229,15 @@ def _check_owner(info: os.stat_result, path: Path) -> None:
     if stat.S_IMODE(info.st_mode) != 0o600:
         raise ConfigError(
             "a shared file is open to others", where=str(path), expected="mode 0600",
-            got=f"mode {stat.S_IMODE(info.st_mode):04o}",
+            got=f"mode {stat.S_IMODE(info.st_mode):04o}", remedy="restart the daemon, which makes a new file",
         )  # fmt: skip
 
 
-def _lock_shared(fd: int, path: Path) -> None:
-    # The cleaner holds the exclusive lock for a moment while it looks at a file; nobody holds it for long.
-    end = time.monotonic() + _LOCK_RETRY_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                raise Busy("a shared file is locked by somebody else", where=str(path)) from None
-            time.sleep(0.01)
-
-
 def require_room(nbytes: int, folder: Path, limit: int | None = None) -> None:
-    """Raises ArenaFull, with both sizes, when a new file of `nbytes` would not fit. Nothing is created."""
+    """Refuse a new file of `nbytes` that would not fit, before it is created. Raises ArenaFull with both sizes,
+    ConfigError for a folder that does not exist."""
     if not folder.is_dir():
-        raise ConfigError("the shared memory folder does not exist", where=str(folder))
+        raise ConfigError("the shared memory folder does not exist", where=str(folder), remedy=_NO_FOLDER)
     room = min(_rooms(folder, limit), key=lambda r: r.nbytes)
     if nbytes > room.nbytes:
         raise ArenaFull(
@@ -197,29 +252,25 @@ def require_room(nbytes: int, folder: Path, limit: int | None = None) -> None:
 def _rooms(folder: Path, limit: int | None) -> Iterator[Room]:
     space = os.statvfs(folder)
     yield Room(space.f_bavail * space.f_frsize, f"the file system of {folder}")
-    available = _meminfo_available()
-    if available is not None:
-        yield Room(available - MEMORY_MARGIN, "MemAvailable")
+    yield Room(psutil.virtual_memory().available - MEMORY_MARGIN, "MemAvailable")
     yield from cgroup_rooms(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     if limit is not None:
         yield Room(limit, "the caller's limit")
     from_env = os.environ.get(LIMIT_ENV)
     if from_env:
         if not from_env.isdecimal():
-            raise ConfigError("not a number of bytes", where=LIMIT_ENV, got=repr(from_env))
+            raise ConfigError(
+                "not a number of bytes", where=LIMIT_ENV, expected="digits, such as 8589934592", got=repr(from_env),
+                remedy=f"correct {LIMIT_ENV}, or unset it",
+            )  # fmt: skip
         yield Room(int(from_env), LIMIT_ENV)
 
 
-def _meminfo_available() -> int | None:
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        label, _, rest = line.partition(":")
-        if label == "MemAvailable":
-            return int(rest.split()[0]) << 10
-    return None
-
-
 def cgroup_rooms(mount: Path, membership: Path) -> Iterator[Room]:
-    """What this process's memory cgroup and its ancestors leave, both hierarchies; page cache counts as free."""
+    """Yield the room that each memory cgroup above a process leaves, in both hierarchies; page cache counts as free.
+
+    psutil knows nothing of cgroups. `mount` is /sys/fs/cgroup, `membership` /proc/self/cgroup.
+    """
     for line in _read(membership).splitlines():
         _, controllers, group = line.split(":", 2)
         names = ("memory.max", "memory.current", "inactive_file")

@@ -1,4 +1,4 @@
-"""The mailbox: one file in shared memory with a page per engine rank, for the answers that engines cannot return.
+"""The mailbox: one file in shared memory with a page per engine rank, for answers that engines cannot return.
 
 A rank posts one payload under a nonce; the driver polls for that nonce. Pages are written and read by pwrite and pread,
 never mapped: a full tmpfs is then an error in the rank that posts, not a SIGBUS that kills an engine.
@@ -11,11 +11,10 @@ import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import xxhash
 
-from bridge.errors import ArenaFull, Closed, ConfigError, DeadlineExceeded, ProtocolError
+from bridge.errors import ArenaFull, ConfigError, DeadlineExceeded, ProtocolError
 from bridge.model.manifest import aligned
 from bridge.protocol.deadline import Deadline
 from bridge.shm import files
@@ -34,15 +33,14 @@ _POLL_MIN_S = 50e-6
 _POLL_MAX_S = 2e-3
 
 
-class Mailbox:
-    """One open mailbox. Every rank posts to its own page only; anybody may read."""
+class Mailbox(files.SharedFile):
+    """One open mailbox. A rank posts to its own page only; every process may read every page."""
 
     def __init__(self, path: Path, fd: int, ranks: int, page_nbytes: int) -> None:
         """Use `create` or `open`. Takes over `fd`, which holds the file's shared lock."""
-        self.path = path
+        super().__init__(path, fd)
         self.ranks = ranks
         self.page_nbytes = page_nbytes
-        self._fd: int | None = fd
 
     @classmethod
     def create(
@@ -56,7 +54,10 @@ class Mailbox:
     ) -> Mailbox:
         """Make a new, sparse mailbox file for ranks 0 .. ranks-1. Raises ConfigError for a bad name, folder or size."""
         if ranks < 1 or page_nbytes <= _PAYLOAD_AT:
-            raise ConfigError("a mailbox needs ranks and room", got=f"{ranks} ranks of {page_nbytes} bytes")
+            raise ConfigError(
+                "a mailbox needs ranks and room", expected=f"ranks of more than {_PAYLOAD_AT} bytes each",
+                got=f"{ranks} ranks of {page_nbytes} bytes",
+            )  # fmt: skip
         unit = aligned(page_nbytes, files.PAGE)
         path = files.fresh_path(name, "mailbox", files.directory(directory))
         nbytes = files.HEADER_NBYTES + ranks * unit
@@ -78,7 +79,10 @@ class Mailbox:
         fd, header = files.open_file(path, writable=True)
         if header.kind != KIND or header.nbytes != files.HEADER_NBYTES + header.count * header.unit_nbytes:
             os.close(fd)
-            raise ProtocolError("not a mailbox", where=str(path), expected=f"kind {KIND}", got=f"kind {header.kind}")
+            raise ProtocolError(
+                "not a mailbox", where=str(path), expected=f"kind {KIND}", got=f"kind {header.kind}",
+                remedy="run one version of weighbridge on both sides",
+            )  # fmt: skip
         return cls(path, fd, header.count, header.unit_nbytes)
 
     @property
@@ -87,7 +91,7 @@ class Mailbox:
         return self.page_nbytes - _PAYLOAD_AT
 
     def post(self, rank: int, nonce: int, payload: bytes) -> None:
-        """Replace what lies on a rank's page. Called by that rank only; does not block.
+        """Replace the content of a rank's page. Called by that rank only; does not block.
 
         Raises ProtocolError for a payload above `capacity`, ArenaFull when shared memory runs out.
         """
@@ -96,11 +100,12 @@ class Mailbox:
             raise ProtocolError(
                 "an answer is too large for its mailbox page", where=f"rank {rank} of {self.path.name}",
                 expected=f"at most {self.capacity} bytes", got=f"{len(payload)} bytes",
+                remedy="raise bridge.shm.mailbox.PAGE_NBYTES and restart the daemon",
             )  # fmt: skip
         if not 0 <= nonce < 2**64:
             raise ProtocolError("a nonce is 64 bits", got=str(nonce))
         meta = _META.pack(len(payload), nonce)
-        # The state word goes first to empty and last to ready, so that no reader takes half a message for damage.
+        # The state word goes to empty first and to ready last, so that no reader takes half a message for damage.
         self._write(at, _STATE.pack(0))
         self._write(at + _PAYLOAD_AT, payload)
         self._write(at + _META_AT, meta)
@@ -108,7 +113,7 @@ class Mailbox:
         self._write(at, _STATE.pack(_READY))
 
     def read(self, rank: int, nonce: int) -> bytes | None:
-        """The payload that a rank posted under `nonce`, or None while another (or none) is there.
+        """Return the payload that a rank posted under `nonce`, or None while another (or none) is there.
 
         Raises ProtocolError when its length or digest is wrong.
         """
@@ -132,7 +137,7 @@ class Mailbox:
         raise ProtocolError("an answer in the mailbox is damaged", where=where, remedy="look for a second writer")
 
     def wait(self, ranks: Sequence[int], nonce: int, deadline: Deadline) -> list[bytes]:
-        """The payloads of these ranks under `nonce`, in the order of `ranks`. Blocks until all are there.
+        """Wait for the payloads of these ranks under `nonce`; returns them in the order of `ranks`.
 
         Raises DeadlineExceeded naming the ranks that did not answer, ProtocolError as `read`.
         """
@@ -156,24 +161,6 @@ class Mailbox:
             time.sleep(min(pause, deadline.remaining_s))
             pause = min(pause * 1.5, _POLL_MAX_S)
 
-    def close(self) -> None:
-        """Let go of the file and its lock. Idempotent."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def unlink(self) -> None:
-        """Remove the file's name; whoever has it open keeps it. Idempotent."""
-        self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> Mailbox:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _start(self, rank: int) -> int:
         if not 0 <= rank < self.ranks:
             raise ProtocolError(
@@ -181,24 +168,25 @@ class Mailbox:
             )
         return files.HEADER_NBYTES + rank * self.page_nbytes
 
-    def _descriptor(self) -> int:
-        if self._fd is None:
-            raise Closed("the mailbox was closed", where=str(self.path))
-        return self._fd
-
     def _write(self, at: int, data: bytes) -> None:
         fd, rest = self._descriptor(), memoryview(data)
         while rest:
             try:
                 done = os.pwrite(fd, rest, at)
             except OSError as error:
-                raise ArenaFull("a mailbox page cannot be written", where=str(self.path), got=str(error)) from error
+                raise ArenaFull(
+                    "a mailbox page cannot be written", where=str(self.path), got=str(error),
+                    remedy="free shared memory (orphaned arenas are removed when a bridge starts)",
+                ) from error  # fmt: skip
             at, rest = at + done, rest[done:]
 
     def _read(self, at: int, nbytes: int) -> bytes:
         data = os.pread(self._descriptor(), nbytes, at)
         if len(data) != nbytes:
-            raise ProtocolError("a mailbox was cut short", where=str(self.path), got=f"{len(data)} of {nbytes} bytes")
+            raise ProtocolError(
+                "a mailbox was cut short", where=str(self.path), got=f"{len(data)} of {nbytes} bytes",
+                remedy="restart the daemon; look for another program that writes to this folder",
+            )  # fmt: skip
         return data
 
 

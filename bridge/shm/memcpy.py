@@ -1,4 +1,4 @@
-"""libc's memmove and memcmp on addresses: faster than a tensor copy or comparison, and other threads run meanwhile.
+"""Copy and compare memory by address with libc's memmove and memcmp: faster than torch, and without the GIL.
 
 Also `uncollected`, for work that makes many objects and no garbage.
 """
@@ -20,22 +20,21 @@ def _entry(name: str) -> int:
 memmove: Callable[[int, int, int], object] = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 )(_entry("memmove"))
-"""(to, from, nbytes); lets other threads run."""
+"""(to, from, nbytes); releases the GIL."""
 memcmp: Callable[[int, int, int], int] = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 )(_entry("memcmp"))
-"""(a, b, nbytes) -> 0 when equal; lets other threads run."""
+"""(a, b, nbytes) -> 0 when equal; releases the GIL."""
 memcmp_held: Callable[[int, int, int], int] = ctypes.PYFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 )(_entry("memcmp"))
-"""Like memcmp for a few kilobytes: giving up the interpreter lock can cost 5 ms, since another thread may take it for
-that long."""
+"""Like memcmp, for a few kilobytes: keeps the GIL, since getting it back can take 5 ms while another thread runs."""
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No cyclic garbage collection inside, in all threads: building a plan of many thousand tensors makes objects that
-    stay, and looking through them again and again costs as much as the work itself."""
+    """Suspend cyclic garbage collection, in all threads, while a plan is built: of its many thousand objects all stay,
+    and searching them again and again costs as much as the work itself."""
     enabled = gc.isenabled()
     gc.disable()
     try:

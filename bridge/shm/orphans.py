@@ -1,8 +1,8 @@
-"""Shared files that a crash left behind: found, and removed when nobody can miss them.
+"""Find shared files that a crash left behind, and remove them when no process can miss them.
 
-A file is an orphan when all of this holds: its exclusive lock can be had, no process maps it, the journal that it names
-is not open, and nobody changed it for a minute. Each alone can lie: an actor's restart leaves the lock free for up to a
-second, a forked child keeps it, a file being created has no header yet.
+A file is an orphan when all of this holds: its exclusive lock can be had, no process maps it, no daemon has the journal
+open that it names, and it did not change for a minute. Each alone can mislead: an actor's restart leaves the lock free
+for up to a second, a forked child keeps it, a file being created has no header yet.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from bridge.errors import ProtocolError
+from bridge.file_locks import lock_of, take_lock
 from bridge.shm import files
 
 MIN_AGE_S = 60.0
@@ -24,7 +27,7 @@ MIN_AGE_S = 60.0
 
 @dataclass(frozen=True)
 class Orphan:
-    """A file that nobody has: its size in bytes on the file system and its age in seconds."""
+    """A file that no process has: its size in bytes on the file system and its age in seconds."""
 
     path: Path
     nbytes: int
@@ -32,19 +35,19 @@ class Orphan:
 
 
 def find_orphans(directory: Path | None = None, *, min_age_s: float = MIN_AGE_S) -> list[Orphan]:
-    """Orphaned arenas and mailboxes of this user, by path. Changes nothing; does not block.
+    """List the orphaned arenas and mailboxes of this user, by path. Changes nothing; does not block.
 
     `directory`: default WEIGHBRIDGE_SHM_DIR, then /dev/shm; a folder that does not exist holds none.
     """
-    return _sweep(files.directory(directory), min_age_s, lambda path: None)
+    return _sweep(files.directory(directory), min_age_s, remove=False)
 
 
 def clean_orphans(directory: Path | None = None, *, min_age_s: float = MIN_AGE_S) -> list[Orphan]:
-    """Unlink the orphans while holding their lock; returns what was removed. Called whenever a bridge starts."""
-    return _sweep(files.directory(directory), min_age_s, lambda path: path.unlink(missing_ok=True))
+    """Unlink the orphans, each under its exclusive lock; returns them. Called whenever a bridge starts."""
+    return _sweep(files.directory(directory), min_age_s, remove=True)
 
 
-def _sweep(folder: Path, min_age_s: float, then: Callable[[Path], None]) -> list[Orphan]:
+def _sweep(folder: Path, min_age_s: float, *, remove: bool) -> list[Orphan]:
     candidates = list(_candidates(folder, min_age_s))
     if not candidates:
         return []
@@ -58,7 +61,8 @@ def _sweep(folder: Path, min_age_s: float, then: Callable[[Path], None]) -> list
             age = _age_s(info)
             if (info.st_dev, info.st_ino) in mapped or age < min_age_s or _journal_open(fd):
                 continue
-            then(path)
+            if remove:
+                path.unlink(missing_ok=True)
             found.append(Orphan(path, info.st_blocks * 512, age))
     return found
 
@@ -85,28 +89,15 @@ def _age_s(info: os.stat_result) -> float:
 
 @contextlib.contextmanager
 def _exclusively(path: Path) -> Iterator[int | None]:
-    """The descriptor of a file whose exclusive lock could be had and that still has its name, else None."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        yield None
-        return
-    try:
+    """Yield the descriptor of a file whose exclusive lock could be had and that still has its name, else None."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield fd if _same_file(fd, path) else None
-    finally:
-        os.close(fd)
-
-
-def _same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
-    except FileNotFoundError:
-        return False
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            stack.callback(os.close, fd)
+            ours = take_lock(fd, fcntl.LOCK_EX) and os.path.samestat(os.fstat(fd), path.lstat())
+        except OSError:
+            ours = False
+        yield fd if ours else None
 
 
 def _journal_open(fd: int) -> bool:
@@ -117,26 +108,22 @@ def _journal_open(fd: int) -> bool:
     if not journal:
         return False
     try:
-        handle = os.open(journal, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = os.open(lock_of(Path(journal)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not take_lock(lock, fcntl.LOCK_SH)
     finally:
-        os.close(handle)
-    return False
+        os.close(lock)
 
 
 def _mapped_files() -> set[tuple[int, int]]:
-    """(device, inode) of every file that a process we may look at has mapped; other users cannot open 0600 files."""
+    """Collect (device, inode) of every file that a process we may look at has mapped; other users cannot open 0600
+    files. (psutil's memory maps name paths, not files, and read smaps, for which the kernel walks every page.)"""
     mapped: set[tuple[int, int]] = set()
-    for entry in os.listdir("/proc"):
-        if not entry.isdecimal():
-            continue
+    for pid in psutil.pids():
         try:
-            lines = Path("/proc", entry, "maps").read_text(errors="replace").splitlines()
+            lines = Path("/proc", str(pid), "maps").read_text(errors="replace").splitlines()
         except OSError:
             continue
         for line in lines:

@@ -1,8 +1,8 @@
-"""Digests of tensors and versions: order sensitive, at memory speed, computed where the bytes lie.
+"""Digest the tensors of a version, seal a slot with its digests, and check a slot against its seal.
 
 A tensor's digest is xxh3_64 of its bytes; above CHUNK it is xxh3_64 over the little-endian digests of its chunks, so
-that several threads share one tensor and each chunk is digested while it is still in cache. The root closes them in
-manifest order. These digests find faults; they are not a defence against somebody who may write to the arena.
+that several threads share one tensor and each chunk is digested while it is still in cache. The root covers all of
+them, in manifest order. Digests find faults; they do not protect against an attacker who may write to the arena.
 """
 
 from __future__ import annotations
@@ -22,29 +22,20 @@ from bridge.shm.arena import DIGEST_NBYTES, Arena, Seal
 CHUNK = 8 << 20
 """Bytes; a tensor above this is digested in pieces of this size."""
 _PARALLEL = 32 << 10
-"""Bytes; below this, xxhash holds the GIL or spends its time handing it over, so threads only slow each other down."""
+"""Bytes; below this, xxhash holds the GIL or spends its time handing it over: threads slow each other down."""
 _BATCH = 4 << 20
 """Bytes of middle-sized tensors that make one unit of work."""
+_REMEDY = "push again; if it happens again, look for another process that writes to the arena"
 
 Digests = npt.NDArray[np.uint64]
 
 
-def chunk_digest(chunk: memoryview | bytes | bytearray) -> int:
-    """xxh3_64 of one chunk of a tensor (at most CHUNK bytes), as an integer for `fold`."""
-    return xxhash.xxh3_64_intdigest(chunk)
-
-
 def fold(chunks: Iterable[int]) -> int:
-    """The digest of a tensor from those of its chunks in order; a tensor of at most one chunk keeps that one's."""
+    """Combine the digests of a tensor's chunks, in order, into the tensor's; that of a single chunk stays as it is."""
     digests = np.fromiter(chunks, dtype="<u8")
     if len(digests) == 1:
         return int(digests[0])
     return xxhash.xxh3_64_intdigest(digests.tobytes())
-
-
-def tensor_digest(buffer: memoryview | bytes | bytearray) -> bytes:
-    """The digest of one tensor's contiguous bytes: 8 bytes, little endian. Releases the GIL for large buffers."""
-    return _digest(memoryview(buffer).cast("B")).to_bytes(DIGEST_NBYTES, "little")
 
 
 def _digest(view: memoryview) -> int:
@@ -54,17 +45,15 @@ def _digest(view: memoryview) -> int:
 
 
 def root_digest(manifest: Manifest, digests: bytes) -> bytes:
-    """16 bytes over (name, dtype, shape, offset, digest) of every tensor in manifest order.
-
-    The first four come in through the manifest's own digest, which is computed once per manifest.
-    """
+    """Compute the root of a version: 16 bytes over name, dtype, shape, offset and digest of every tensor, in manifest
+    order. All but the digests enter through the manifest's own digest, which is computed once."""
     return xxhash.xxh3_128_digest(manifest.digest + digests)
 
 
 def digest_slot(arena: Arena, slot: int, threads: int = 1) -> bytes:
-    """The digests of all tensors of a slot from the bytes that lie there now: 8 bytes each, manifest order.
+    """Digest all tensors of a slot from its present bytes: 8 bytes each, in manifest order.
 
-    Blocks for one pass over the slot; `threads` run it together.
+    Blocks for one pass over the slot, shared among `threads`.
     """
     views = arena.views(slot)
     out: Digests = np.empty(len(views), dtype="<u8")
@@ -101,7 +90,7 @@ def _digest_batch(views: list[memoryview], batch: list[int], out: Digests) -> No
 
 
 def _batches(sizes: npt.NDArray[np.int64]) -> Iterator[list[int]]:
-    """Tensors between _PARALLEL and CHUNK, a few megabytes at a time."""
+    """Yield the tensors between _PARALLEL and CHUNK, a few megabytes at a time."""
     middle = np.flatnonzero((sizes >= _PARALLEL) & (sizes <= CHUNK))
     if not len(middle):
         return
@@ -126,25 +115,26 @@ def check_slot(arena: Arena, slot: int, threads: int = 1) -> Seal:
     seal = arena.seal_of(slot)
     where = f"slot {slot} of {arena.path.name}"
     if seal is None:
-        raise DigestMismatch("the slot is not sealed", where=where, remedy="push again; nothing was loaded from it")
+        raise DigestMismatch("the slot is not sealed", where=where, remedy="push again; no engine loaded from it")
     root = root_digest(arena.manifest, seal.digests)
     if root != seal.root:
         raise DigestMismatch(
-            "a seal's digests are not those of its root", where=where, expected=seal.root.hex(), got=root.hex()
-        )
+            "a seal's digests are not those of its root", where=where, expected=seal.root.hex(), got=root.hex(),
+            remedy=_REMEDY,
+        )  # fmt: skip
     require_equal(arena.manifest, seal.digests, digest_slot(arena, slot, threads), where)
     return seal
 
 
 def differing(expected: bytes, got: bytes) -> list[int]:
-    """Indices of the tensors whose digests differ, in manifest order. Both are 8 bytes per tensor."""
+    """Find the tensors whose digests differ: indices in manifest order. Both arguments hold 8 bytes per tensor."""
     left, right = np.frombuffer(expected, dtype="<u8"), np.frombuffer(got, dtype="<u8")
     different: list[int] = np.flatnonzero(left != right).tolist()
     return different
 
 
 def require_equal(manifest: Manifest, expected: bytes, got: bytes, where: str) -> None:
-    """Raises DigestMismatch naming every tensor whose digest in `got` is not the one in `expected`."""
+    """Raise DigestMismatch, naming every tensor whose digest in `got` is not the one in `expected`, if any differs."""
     different = differing(expected, got)
     if not different:
         return
@@ -156,6 +146,16 @@ def require_equal(manifest: Manifest, expected: bytes, got: bytes, where: str) -
         where=where,
         expected=expected[first].hex(),
         got=got[first].hex(),
-        remedy="push again; if it happens again, look for another process that writes to the arena",
+        remedy=_REMEDY,
         names=names,
     )
+
+
+def differing_tensors(arena: Arena, one: int, other: int) -> tuple[int, ...] | None:
+    """Compare two sealed slots by digest: manifest indices of the tensors that differ, in order. None means all of
+    them: every digest differs, or a slot is not sealed."""
+    a, b = arena.seal_of(one), arena.seal_of(other)
+    if a is None or b is None:
+        return None
+    found = differing(a.digests, b.digests)
+    return None if len(found) == len(arena.manifest.tensors) else tuple(found)

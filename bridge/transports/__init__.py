@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from bridge.entry_points import load
 from bridge.errors import ConfigError
 from bridge.transports.base import Transport
 
 __all__ = ["TRANSPORTS", "Registry", "Transport"]
-
-Connect = Callable[..., Transport]
-"""Makes one end of a transport; which arguments it takes is the transport's own."""
 
 TRANSPORTS: Mapping[str, str] = MappingProxyType(
     {
@@ -22,44 +19,32 @@ TRANSPORTS: Mapping[str, str] = MappingProxyType(
         "rccl": "bridge.transports.collective:connect_rccl",
     }
 )
-"""Name -> `module:function`. The function raises ConfigError, saying why, where its backend is missing."""
+"""Name -> function that connects one end; it raises ConfigError, with the reason, where its backend is missing."""
 
 
 class Registry:
-    """Resolves names to transports and remembers, for `doctor` and for messages, why one is missing."""
+    """Connects transports by name and remembers, for messages, why one is missing."""
 
     def __init__(self, entries: Mapping[str, str] = TRANSPORTS) -> None:
         self._entries = dict(entries)
         self._missing: dict[str, str] = {}
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._entries)
-
-    @property
     def missing(self) -> Mapping[str, str]:
         """Name -> why it could not be used, for those that were tried."""
         return dict(self._missing)
 
-    def resolve(self, name: str) -> Connect:
-        """The function that connects transport `name`. Raises ConfigError for an unknown or a missing one."""
-        target = self._entries.get(name)
-        if target is None:
-            raise ConfigError("no such transport", got=repr(name), expected=", ".join(self._entries))
-        module, _, attribute = target.partition(":")
-        try:
-            connect: Connect = vars(importlib.import_module(module))[attribute]
-        except (ImportError, KeyError) as error:
-            reason = f"{target} failed to import: {error}"
-            self._missing[name] = reason
-            raise ConfigError("this transport is not available", where=name, got=reason) from error
-        return connect
-
     def connect(self, name: str, *args: Any, **options: Any) -> Transport:
-        """Connect one end of transport `name`. Raises ConfigError with the reason where it is missing."""
-        connect = self.resolve(name)
+        """Connect one end of transport `name`; the arguments are the transport's own.
+
+        Raises ConfigError for an unknown transport, and with the reason for one that cannot be used here.
+        """
+        if name not in self._entries:
+            raise ConfigError(
+                "no such transport", got=repr(name), expected=", ".join(self._entries), remedy="choose one of these"
+            )
         try:
-            transport = connect(*args, **options)
+            transport: Transport = load(self._entries[name])(*args, **options)
         except ConfigError as error:
             self._missing[name] = str(error)
             raise

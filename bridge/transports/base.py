@@ -1,7 +1,7 @@
-"""What every transport promises: one sealed version of one arena arrives in an arena of another process, proven.
+"""The contract of every transport: one sealed version of one arena arrives, checked, in an arena of another process.
 
-A transport knows bytes and digests, not tensors' meaning; who sends to whom, when, and what follows from a failure is
-the orchestrator's. One contract test runs on all of them.
+A transport knows bytes and digests, not the meaning of tensors; the coordinator decides which rank sends when, and what
+follows from a failure. One contract test runs on all of them.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ class Transport(Protocol):
 
     Each round is one `send` at the source and one `receive` at every receiver, in the same order on all of them, on
     arenas of the same manifest. A failed transfer may end the group: later calls then raise Closed, and the
-    orchestrator makes a new group (a new epoch) over those that live.
+    coordinator makes a new group (a new epoch) of the ranks that live.
     """
 
     def send(self, arena: Arena, slot: int, deadline: Deadline) -> None:
-        """*(source)* Replicate a sealed slot; returns when every receiver has checked and sealed it.
+        """*(source)* Replicate a sealed slot, which must not be written meanwhile. Blocks until every receiver has
+        checked and sealed it.
 
-        `slot` must not be written meanwhile. Raises ProtocolError (the slot is not sealed, or a receiver's arena has
-        another manifest), DigestMismatch (a receiver got other bytes), DeadlineExceeded (naming the receivers that did
-        not come), PeerLost, Closed.
+        Raises ProtocolError (the slot is not sealed, or a receiver's arena has another manifest), DigestMismatch (a
+        receiver got other bytes), DeadlineExceeded (naming the receivers that did not come), PeerLost, Closed.
         """
         ...
 
     def receive(self, arena: Arena, slot: int, deadline: Deadline) -> int:
-        """*(receiver)* Take the source's next version into `slot` of a writable arena; returns the version.
+        """*(receiver)* Receive the source's next version into `slot` of a writable arena, check it there and seal it;
+        returns the version.
 
-        It is checked where it now lies and sealed. The slot's seal goes only when bytes are about to come, and comes
-        back only when every digest is right: after any error the slot is either as it was or open.
-        Raises as `send`, and TransportError when the round was called off because another receiver failed.
+        The slot's seal is removed just before the first byte, and set again when every digest is right: after any error
+        the slot is either as it was or open. Raises as `send`, and TransportError when the round was called off because
+        another receiver failed.
         """
         ...
 
@@ -48,9 +49,9 @@ class Transport(Protocol):
 
 @contextmanager
 def torch_errors(what: str, deadline: Deadline) -> Iterator[None]:
-    """Turn what torch.distributed raises (RuntimeError and its Dist* subclasses) into our TransportError tree.
+    """Turn errors of torch.distributed (RuntimeError and its Dist* subclasses) into TransportErrors.
 
-    Past the deadline it is a DeadlineExceeded, before it a PeerLost: a dead peer closes its connections at once.
+    Past the deadline it is a DeadlineExceeded, before it a PeerLost: the connections of a dead process close at once.
     """
     try:
         yield
@@ -60,6 +61,6 @@ def torch_errors(what: str, deadline: Deadline) -> Iterator[None]:
             raise DeadlineExceeded(
                 f"{what} outlasted its deadline", got=text, remedy="raise timeout_s, or look for a hung peer"
             ) from error
-        raise PeerLost(f"{what} lost its peer", got=text, remedy="make a new group over those that live") from error
+        raise PeerLost(f"{what} lost its peer", got=text, remedy="make a new group of the ranks that live") from error
     except OSError as error:
-        raise TransportError(f"{what} failed", got=str(error)) from error
+        raise TransportError(f"{what} failed", got=str(error), remedy="see the network of this node") from error

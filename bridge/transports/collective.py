@@ -8,9 +8,9 @@ Control goes through the store, bytes through a process group of our own (never 
 4. all take part in the same broadcasts, chunk by chunk, straight from and into the arenas;
 5. each receiver digests what lies in its arena now, seals it and acknowledges.
 
-So a late or unwilling receiver costs a wait on the store and nothing else. It has to: a group in which one collective
-timed out is broken for good, and a collective that succeeded says nothing about the others (both seen with gloo). Hence
-the acknowledgements, and hence a group that is formed, and used, only when everybody is known to be there.
+So a late or unwilling receiver costs a wait on the store and no more. It must not cost more: a group in which one
+collective timed out is broken for good, and a collective that succeeded on one rank may have failed on another (both
+seen with gloo). Hence the acknowledgements, and hence a group that is formed, and used, only when all ranks are there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bridge.errors import (
 from bridge.model.regions import cut
 from bridge.protocol.codec import Count, ErrorInfo, Message, pack, unpack
 from bridge.protocol.deadline import Deadline
-from bridge.shm.arena import Arena, Seal
+from bridge.shm.arena import DIGEST_NBYTES, Arena, Seal
 from bridge.shm.seal import digest_slot, require_equal, root_digest
 from bridge.transports.base import Transport, torch_errors
 
@@ -55,7 +55,7 @@ MakeGroup = Callable[[Store, int, int, timedelta], Any]
 
 
 class Offer(Message, tag=True, frozen=True):
-    """What the source is about to send; `root` closes `digests` (8 bytes per tensor) over the manifest."""
+    """The source announces a version; `root` covers `digests` (8 bytes per tensor) and the manifest."""
 
     manifest: bytes
     nbytes: Count
@@ -66,11 +66,11 @@ class Offer(Message, tag=True, frozen=True):
 
 
 class Ready(Message, tag=True, frozen=True):
-    """A receiver can take the offer (as an answer to it), or holds the version sealed (as an acknowledgement)."""
+    """A receiver accepts the offer, or, as an acknowledgement, holds the version sealed."""
 
 
 class Refusal(Message, tag=True, frozen=True):
-    """A receiver cannot: why."""
+    """A receiver refuses, with the reason."""
 
     error: ErrorInfo
 
@@ -80,25 +80,28 @@ class Go(Message, tag=True, frozen=True):
 
 
 class CalledOff(Message, tag=True, frozen=True):
-    """The source gave this round up; the group is as it was."""
+    """The source ends this round before any byte was sent; the group is as it was."""
 
     reason: str
 
 
 def connect_gloo(store: Store, rank: int, world: int, **options: Any) -> Transport:
-    """One end over gloo (CPU). Options as CollectiveTransport. GLOO_SOCKET_IFNAME chooses the interface."""
+    """Connect one end over gloo (CPU); options as CollectiveTransport. GLOO_SOCKET_IFNAME chooses the interface."""
     if not dist.is_available() or not dist.is_gloo_available():
-        raise ConfigError("this transport is not available", where="gloo", got="torch was built without gloo")
+        raise ConfigError(
+            "this transport is not available", where="gloo", got="torch was built without gloo",
+            remedy="install a build of torch with gloo",
+        )  # fmt: skip
     return CollectiveTransport(store, rank, world, _gloo_group, **options)
 
 
 def connect_nccl(store: Store, rank: int, world: int, **options: Any) -> Transport:
-    """One end over NCCL. Needs a CUDA device per rank; `device` defaults to the current one."""
+    """Connect one end over NCCL; needs a CUDA device per rank, `device` or else the current one."""
     return _connect_device("nccl", torch.version.cuda, store, rank, world, **options)
 
 
 def connect_rccl(store: Store, rank: int, world: int, **options: Any) -> Transport:
-    """One end over RCCL, which ROCm builds of torch offer in NCCL's place."""
+    """Connect one end over RCCL, which ROCm builds of torch offer in NCCL's place."""
     return _connect_device("rccl", torch.version.hip, store, rank, world, **options)
 
 
@@ -135,9 +138,9 @@ class CollectiveTransport:
         make_group: builds the process group over (store, rank, world, timeout), called in the first round.
         source: the rank that sends.
         epoch: raised for every new group on the same store; ranks of different epochs never meet.
-        chunk_nbytes: bytes per broadcast; the source's counts.
-        threads: for the digest pass at the receiver.
-        device: None where the group moves CPU memory, else where chunks are staged.
+        chunk_nbytes: bytes per broadcast, as the source has it.
+        threads: threads of the receiver's digest pass.
+        device: device on which chunks are staged; None for a group that moves CPU memory.
     """
 
     def __init__(
@@ -155,8 +158,9 @@ class CollectiveTransport:
     ) -> None:
         if world < 2 or not 0 <= rank < world or not 0 <= source < world or chunk_nbytes < 1:
             raise ConfigError(
-                "a transport needs a source and a receiver", got=f"rank {rank} of {world}, source {source}"
-            )
+                "a transport needs a source and a receiver", expected="at least 2 ranks, numbered from 0",
+                got=f"rank {rank} of {world}, source {source}",
+            )  # fmt: skip
         self.rank = rank
         self.source = source
         self.receivers = tuple(r for r in range(world) if r != source)
@@ -173,11 +177,13 @@ class CollectiveTransport:
     # ---- the source --------------------------------------------------------------------------------------------------
 
     def send(self, arena: Arena, slot: int, deadline: Deadline) -> None:
-        """*(source)* See Transport.send."""
+        """*(source)* Replicate a sealed slot; see Transport.send."""
         self._require(sends=True)
         seal = arena.seal_of(slot)
         if seal is None:
-            raise ProtocolError("only a sealed version is sent", where=f"slot {slot} of {arena.path.name}")
+            raise ProtocolError(
+                "only a sealed version is sent", where=f"slot {slot} of {arena.path.name}", remedy="seal the slot first"
+            )
         self._round += 1
         manifest = arena.manifest
         self._post("offer", Offer(manifest.digest, manifest.nbytes, self._chunk, seal.version, seal.root, seal.digests))
@@ -192,7 +198,7 @@ class CollectiveTransport:
         self._forget_round()
 
     def _collect(self, step: str, deadline: Deadline) -> None:
-        """Wait for every receiver's answer; raises the first refusal, or DeadlineExceeded naming who is missing."""
+        """Wait for every receiver's answer; raises the first refusal, or DeadlineExceeded naming the silent ranks."""
         for receiver in self.receivers:
             try:
                 answer = self._await(f"{step}/{receiver}", Ready | Refusal, deadline)
@@ -207,7 +213,7 @@ class CollectiveTransport:
                 raise msgspec.structs.replace(answer.error, where=place).rebuild()
 
     def _call_off(self, reason: str) -> None:
-        # Under both keys: `go` for those that wait for it, `offer` for those that come only now.
+        # Under both keys: `go` for receivers that wait for it, `offer` for receivers that come only now.
         for step in ("go", "offer"):
             self._post(step, CalledOff(reason))
 
@@ -220,7 +226,7 @@ class CollectiveTransport:
     # ---- the receivers -----------------------------------------------------------------------------------------------
 
     def receive(self, arena: Arena, slot: int, deadline: Deadline) -> int:
-        """*(receiver)* See Transport.receive."""
+        """*(receiver)* Receive the next version; see Transport.receive."""
         self._require(sends=False)
         offer = self._next_offer(deadline)
         try:
@@ -235,11 +241,11 @@ class CollectiveTransport:
         arena.begin(slot)
         try:
             self._stream(arena.flat_tensor(slot), offer.chunk, deadline)
-            # What lies in the arena now, not what came over the wire, is what engines will load.
+            # Engines will load the bytes in the arena, so these are digested, not those on the wire.
             got = digest_slot(arena, slot, self._threads)
             require_equal(arena.manifest, offer.digests, got, f"slot {slot} of {arena.path.name}")
         except BridgeError as error:
-            # The source may have got rid of all its bytes and be waiting for this answer only.
+            # The source may have sent all its bytes and wait for this answer alone.
             with contextlib.suppress(TransportError):
                 self._answer("sealed", error)
             raise
@@ -284,7 +290,7 @@ class CollectiveTransport:
             raise
 
     def _broadcast(self, piece: torch.Tensor, deadline: Deadline) -> Callable[[], None]:
-        """Start one broadcast; the answer finishes it: waits, and copies back what was staged."""
+        """Start one broadcast; returns the function that finishes it: waits, and copies a staged chunk back."""
         wire = piece if self._device is None else torch.empty_like(piece, device=self._device)
         if wire is not piece and self.rank == self.source:
             wire.copy_(piece)
@@ -335,7 +341,7 @@ class CollectiveTransport:
         self._ended = self._ended or reason
         group, self._group = self._group, None
         if group is not None:
-            # Ends what is under way, so that nothing reads or writes an arena after we have returned.
+            # Ends operations under way, so that none reads or writes an arena after we have returned.
             group.abort()
 
     def close(self) -> None:
@@ -360,7 +366,8 @@ def _check_offer(offer: Offer, arena: Arena) -> None:
         raise ProtocolError(
             "the source sends another manifest", where=arena.path.name,
             expected=f"{manifest.digest.hex()}, {manifest.nbytes} bytes",
-            got=f"{offer.manifest.hex()}, {offer.nbytes} bytes",
+            got=f"{offer.manifest.hex()}, {offer.nbytes} bytes", remedy="make both arenas from one manifest",
         )  # fmt: skip
-    if len(offer.digests) != 8 * len(manifest.tensors) or root_digest(manifest, offer.digests) != offer.root:
+    whole = len(offer.digests) == DIGEST_NBYTES * len(manifest.tensors)
+    if not whole or root_digest(manifest, offer.digests) != offer.root:
         raise ProtocolError("the offered digests are not those of their root", got=offer.root.hex()[:64])

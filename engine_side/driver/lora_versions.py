@@ -1,4 +1,4 @@
-"""The adapters that pushes have brought into one engine: what serves, what the push under way has loaded, what goes."""
+"""LoRA adapters that pushes have brought into one engine: the one that serves, the staged one, those to retire."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ class LoraVersions:
     """Used by one service, one request at a time.
 
     Attributes:
-        current: the adapter that "current" means; None is the base model. At the start what the engine was left with by
-            a bridge before this one, which is then this one's to keep or to drop.
-        staged: what the push under way has loaded and nobody uses yet.
+        current: the adapter that "current" means; None is the base model. At the start it is the one that a bridge
+            before this one left behind, which is then this one's to keep or to drop.
+        staged: the adapter that the push under way has loaded, and that no request uses yet.
     """
 
-    def __init__(self, engine: EngineDriver, ranks: RankClient) -> None:
-        self._engine = engine
+    def __init__(self, driver: EngineDriver, ranks: RankClient) -> None:
+        self._driver = driver
         self._ranks = ranks
-        self._label, self.current = engine.published
+        self._label, self.current = driver.published
         self.staged: str | None = None
         self._ours = set() if self.current is None else {self.current}
 
     @property
     def loaded(self) -> frozenset[str]:
-        """Those of this bridge that the engine still holds, those that wait for their last request included."""
-        return frozenset(self._ours.intersection(self._engine.adapters()))
+        """Adapters of this bridge that the engine still holds, including those that wait for their last request."""
+        return frozenset(self._ours.intersection(self._driver.adapters())) if self._ours else frozenset()
 
     @property
     def lost(self) -> bool:
-        """Somebody else has unloaded the adapter that is served: requests for it fail, those of the base do not."""
-        return self.current is not None and self.current not in self._engine.adapters()
+        """True when somebody else has unloaded the adapter that is served: requests for it fail, those of the base do
+        not."""
+        return self.current is not None and self.current not in self._driver.adapters()
 
     def require(self, name: str | None) -> None:
-        """Raises NotFound when what is to be served is not loaded."""
+        """Raise NotFound when the adapter that is to be served is not loaded."""
         if name is not None and name not in self.loaded:
             raise NotFound(
                 "this engine does not hold the adapter that would be served",
@@ -51,20 +52,20 @@ class LoraVersions:
             )
 
     def end_others(self, keep: str | None) -> None:
-        """End the requests of every adapter but `keep`: the weights below it are about to become others."""
+        """End the requests of every adapter but `keep`, because the weights below them are about to change."""
         others = self.loaded - {keep}
         if others:
-            self._engine.end_users(sorted(others))
+            self._driver.end_users(sorted(others))
 
-    def settle(self) -> str | None:
-        """What was staged is committed: one of ours from now on. Its name."""
-        staged, self.staged = self.staged, None
-        if staged is not None:
-            self._ours.add(staged)
-        return staged
+    def settle(self) -> None:
+        """Count the staged adapter, which was committed, among this bridge's own."""
+        if self.staged is not None:
+            self._ours.add(self.staged)
+            self.staged = None
 
     def drop(self, deadline: Deadline, keep: str | None = None) -> None:
-        """What was staged did not pass, and nothing ever used it; unless it is `keep`, which others have committed."""
+        """Drop the staged adapter, which did not pass and which no request ever used; unless it is `keep`, which the
+        other engines have committed."""
         if self.staged is not None and self.staged == keep:
             self.settle()
         staged, self.staged = self.staged, None
@@ -74,15 +75,18 @@ class LoraVersions:
             self._ours.discard(staged)
 
     def publish(self, version: int, name: str | None) -> None:
-        """Serve `version` (0: what the engine called its own before this bridge) with this adapter."""
-        self._engine.publish(version or self._label, name)
-        self.current = name
+        """Serve `version` (0: what the engine called its own before this bridge) with this adapter. An adapter that
+        is served and that somebody else has unloaded cannot be published again."""
+        self.settle()
+        if name is None or name != self.current or not self.lost:
+            self._driver.publish(version or self._label, name)
+            self.current = name
 
     def tidy(self) -> None:
-        """Retire what does not serve any more. A failure costs a slot until the next time, and nothing else."""
+        """Retire adapters that do not serve any more. A failure costs a slot until the next time, and nothing else."""
         old = self.loaded - {self.current}
         try:
-            self._engine.retire(sorted(old))
+            self._driver.retire(sorted(old))
         except BridgeError as error:
             log.warning("adapters could not be retired yet: %s", error)
         self._ours &= self.loaded

@@ -29,12 +29,12 @@ class Answers:
     floor: float
 
 
-class Outputs:
+class OutputChecks:
     """The outputs of one engine over its pushes. Called by its service, in the order of a push."""
 
-    def __init__(self, engine_id: str, adapter: EngineDriver, ranks: RankClient) -> None:
+    def __init__(self, engine_id: str, driver: EngineDriver, ranks: RankClient) -> None:
         self._id = engine_id
-        self._adapter = adapter
+        self._driver = driver
         self._ranks = ranks
         self._cached: list[int] = []
         self._expected: tuple[int, ...] = ()  # what followed it under the old weights
@@ -43,22 +43,24 @@ class Outputs:
         self._served: Answers | None = None  # by the version that serves
         self._loaded: Answers | None = None  # by the version that was just loaded
 
-    def scores(self, prompts: Prompts, deadline: Deadline, adapter: str | None = None) -> Scores:
+    def scores(self, prompts: Prompts, deadline: Deadline, lora: str | None = None) -> Scores:
         """Prompt log-probabilities past the scheduler, of the base model or with a loaded adapter; all ranks take
         part."""
-        return self._ranks.ask(LogprobsJob(prompts, adapter), RankScores, deadline)[0].logprobs
+        return self._ranks.ask(LogprobsJob(prompts, lora), RankScores, deadline)[0].logprobs
 
     def warm_cache(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the pause: have the old weights' KV of one canary prompt in the prefix cache, so that `check_cache`
         has something to find stale. Only an engine that serves can; a busy one does it like any user request."""
         self._cached, self._expected, self._fresh = [], (), None
-        wanted = "cache" in request.options.levels and request.options.kv == "reset" and self._adapter.can_generate
+        wanted = (
+            "cache" in request.job.settings.levels and request.job.settings.kv == "reset" and self._driver.can_generate
+        )
         if wanted and request.reference is not None and serving is not None:
             prompt = self._long_enough([token for row in request.reference.prompts for token in row])
             self._floor = request.canary_floor
-            which = "base" if request.adapter is None else "current"
+            which = "base" if request.job.lora is None else "current"
             try:
-                (said,) = self._adapter.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
+                (said,) = self._driver.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
             except Busy:  # it is paused still, and keeps requests
                 return
             self._cached, self._expected = prompt, said.token_ids
@@ -66,14 +68,14 @@ class Outputs:
     def _long_enough(self, tokens: list[int]) -> list[int]:
         """A prompt that fills a block of the cache, is long enough to show it, and goes on for a token, as far as the
         engine takes one."""
-        wanted = max(self._adapter.cache_grain, canary.TOKENS) + 2
+        wanted = max(self._driver.cache_grain, canary.TOKENS) + 2
         prompt = (tokens * -(-wanted // max(len(tokens), 1)))[: max(wanted, 1)]
-        return prompt[: self._adapter.max_prompt]
+        return prompt[: self._driver.max_prompt]
 
     def remember(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the first write: what the version that serves now answers, unless its own canary has told. Bits and
         probes do not show derived state, so the way back is weighed against this as well."""
-        asked = "canary" in request.options.levels and self._adapter.can_generate
+        asked = "canary" in request.job.settings.levels and self._driver.can_generate
         asked &= self._served is None and not self._ranks.touched
         if asked and request.reference is not None and serving is not None:
             prompts = request.reference.prompts
@@ -83,13 +85,13 @@ class Outputs:
         """The loaded version's answers against the trainer's; None when not asked for. An adapter is weighed twice:
         without it the engine has to answer as the trainer's base does, with it as the trainer."""
         self._loaded = None
-        if "canary" not in request.options.levels or request.reference is None or not self._adapter.can_generate:
+        if "canary" not in request.job.settings.levels or request.reference is None or not self._driver.can_generate:
             return None
         alone = request.reference if request.base is None else request.base
         scores = self._scores_with_cached(alone.prompts, deadline)
         self._loaded = Answers(request.version, alone.prompts, scores, request.canary_floor)
         drift = self._weigh(request, alone, scores)
-        if request.adapter is None:
+        if request.job.lora is None:
             return drift
         if not drift.ok:
             raise CanaryMismatch(
@@ -101,28 +103,28 @@ class Outputs:
             )
         if request.reference is alone:
             return drift
-        acting = self._scores_with_cached(request.reference.prompts, deadline, request.adapter)
+        acting = self._scores_with_cached(request.reference.prompts, deadline, request.job.lora)
         drift = self._weigh(request, request.reference, acting)
         if not drift.ok and acting == scores:
             raise CanaryMismatch(
                 "the adapter is loaded and does not act",
-                where=f"{self._id}, adapter {request.adapter}",
+                where=f"{self._id}, adapter {request.job.lora}",
                 expected="other log-probabilities with it than without it, as in the trainer",
                 got="the same, bit for bit",
                 remedy="look for modules that the engine holds slots for and does not compute with",
             )
         return drift
 
-    def _scores_with_cached(self, prompts: Prompts, deadline: Deadline, adapter: str | None = None) -> Scores:
+    def _scores_with_cached(self, prompts: Prompts, deadline: Deadline, lora: str | None = None) -> Scores:
         """Scores of the prompts, and in the same forward what `check_cache` will want: the cached prompt with the token
         that followed it so far, which seldom changes in one step. A canary prompt with which it begins is not computed
         twice: in a causal model what comes later changes nothing before it."""
         if not self._cached or not self._expected:
-            return self.scores(prompts, deadline, adapter)
+            return self.scores(prompts, deadline, lora)
         whole = (*self._cached, self._expected[0])
         inside = [tuple(row) == whole[: len(row)] for row in prompts]
         *rest, found = self.scores(
-            (*(row for row, covered in zip(prompts, inside, strict=True) if not covered), whole), deadline, adapter
+            (*(row for row, covered in zip(prompts, inside, strict=True) if not covered), whole), deadline, lora
         )
         self._fresh = (whole[-1], found[-1])
         others = iter(rest)
@@ -134,7 +136,7 @@ class Outputs:
     def _weigh(request: EngineLoad, reference: Reference, scores: Scores) -> CanaryResult:
         return canary.compare(reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline)
 
-    def check_cache(self, answered: bool, deadline: Deadline, adapter: str | None = None) -> LevelResult:
+    def check_cache(self, answered: bool, deadline: Deadline, lora: str | None = None) -> LevelResult:
         """After the reset (an adapter needs none, its caches are its name's): the prompt that was cached before the
         sync is generated again with cache reads allowed. Its first token's log-probability must be what the new weights
         give past the cache, which the canary has weighed."""
@@ -142,28 +144,28 @@ class Outputs:
             return LevelResult("cache", False, 1, (Failure("reset", "caches dropped", "the engine refused"),))
         if not self._cached:
             return LevelResult("cache", True, 1, note="reset answered; no prompt was cached before")
-        if len(self._cached) <= self._adapter.cache_grain:
+        if len(self._cached) <= self._driver.cache_grain:
             return LevelResult("cache", True, 1, note="reset answered; no prompt that the engine takes fills its cache")
-        which = adapter or "base"
+        which = lora or "base"
         try:
-            (again,) = self._adapter.generate([self._cached], _GREEDY, which, past_gate=True, deadline=deadline)
+            (again,) = self._driver.generate([self._cached], _GREEDY, which, past_gate=True, deadline=deadline)
         except Busy:  # tokens of a version that does not serve yet would reach their callers
             return LevelResult("cache", True, 1, note="reset answered; not asked again while requests are kept")
         if not again.token_ids:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
             return LevelResult("cache", False, 1, (failure,))
-        fresh = self._past_cache(again.token_ids[0], deadline, adapter)
+        fresh = self._past_cache(again.token_ids[0], deadline, lora)
         weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
         if not weighed.ok:
             failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")
             return LevelResult("cache", False, 2, (failure,))
         return LevelResult("cache", True, 2)
 
-    def _past_cache(self, token: int, deadline: Deadline, adapter: str | None) -> float:
+    def _past_cache(self, token: int, deadline: Deadline, lora: str | None) -> float:
         """What the new weights give for `token` after the cached prompt."""
         if self._fresh is not None and self._fresh[0] == token:
             return self._fresh[1]
-        return self.scores(((*self._cached, token),), deadline, adapter)[0][-1]
+        return self.scores(((*self._cached, token),), deadline, lora)[0][-1]
 
     def published(self) -> None:
         """The loaded version serves now."""

@@ -6,11 +6,11 @@ from bridge.errors import ConfigError
 from engine_side.protocol import EngineDriver, KnowsVocabulary, Prompts
 
 
-def require_fit(adapter: EngineDriver, prompts: Prompts) -> None:
+def require_fit(driver: EngineDriver, prompts: Prompts) -> None:
     """Raises ConfigError, naming the prompt, for one that is empty or longer than can be continued, or that holds an id
     outside the vocabulary: some engines die of it."""
-    longest = adapter.max_prompt
-    vocabulary = adapter.vocabulary if isinstance(adapter, KnowsVocabulary) else None
+    longest = driver.max_prompt
+    vocabulary = driver.vocabulary if isinstance(driver, KnowsVocabulary) else None
     for index, prompt in enumerate(prompts):
         where = f"prompt {index}"
         if not prompt or (longest is not None and len(prompt) > longest):

@@ -10,25 +10,23 @@ from engine_side.driver.rank_client import RankClient
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import EngineDriver, MayBeQuantised
 
-_TIMEOUT_S = 600.0
 _PLAN = -1
 """Pushes count theirs from 0."""
 
 
-def require_strategies(engine: str, adapter: EngineDriver, ranks: RankClient) -> None:
+def require_strategies(engine: str, driver: EngineDriver, ranks: RankClient, deadline: Deadline) -> None:
     """Raises ConfigError, with the first module's class, for a quantised engine that no push could update. An engine
     whose checkpoint is not at hand is asked by its first push. Blocks for the experiments; writes no live weight."""
-    if not isinstance(adapter, MayBeQuantised) or adapter.quantisation is None or adapter.checkpoint is None:
+    if not isinstance(driver, MayBeQuantised) or driver.quantisation is None or driver.checkpoint is None:
         return
-    tensors = checkpoint_tensors(adapter.checkpoint)
+    tensors = checkpoint_tensors(driver.checkpoint)
     if not tensors:
         return
-    deadline = Deadline.after(_TIMEOUT_S)
     try:
         ranks.ask(BakeJob(_PLAN, tensors, False), RankBake, deadline)
     except BridgeError as error:
         raise ConfigError(
-            f"weights quantised as {adapter.quantisation} cannot be brought into this engine: {error.what}",
+            f"weights quantised as {driver.quantisation} cannot be brought into this engine: {error.what}",
             where=error.where or engine,
             expected=error.expected,
             got=error.got,

@@ -26,50 +26,38 @@ from bridge.errors import (
     ProtocolError,
     TransportError,
 )
-from bridge.journal.ledger import EngineState, Standing
+from bridge.model.engine_state import EngineState, Standing
 from bridge.model.receipt import CanaryResult, EngineReport, LevelResult, RankReport
 from bridge.protocol.codec import ErrorInfo
-from bridge.protocol.coordinator_messages import EngineInfo, Refused
+from bridge.protocol.coordinator_messages import EngineInfo
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import (
-    EngineBake,
-    EngineBaked,
     EngineCheck,
     EngineChecked,
+    EngineClaim,
     EngineClose,
     EngineCommit,
-    EngineExplain,
-    EngineExplained,
-    EngineForget,
     EngineGenerate,
     EngineGenerated,
     EngineHello,
     EngineIs,
     EngineLoad,
     EngineLoaded,
-    EngineMap,
     EngineOk,
+    EngineRan,
     EngineReadBack,
     EngineRestore,
     EngineResume,
+    EngineRun,
     EngineVersionZero,
     FromEngine,
     ToEngine,
 )
-from bridge.protocol.rank_jobs import (
-    BakeJob,
-    ExplainJob,
-    LoadJob,
-    RankBake,
-    RankExplanation,
-    RankLoaded,
-    Scores,
-    VerifyJob,
-)
+from bridge.protocol.rank_jobs import AnyJob, BakeJob, ForgetJob, MapJob, RankBake, RankLoaded, RankReply, Scores
 from engine_side.driver.arenas import Arenas
 from engine_side.driver.level_errors import canary_error, level_error, raise_first_failure
 from engine_side.driver.lora_versions import LoraVersions
-from engine_side.driver.output_checks import Outputs
+from engine_side.driver.output_checks import OutputChecks
 from engine_side.driver.prompt_checks import require_fit
 from engine_side.driver.quantised_trial import require_strategies
 from engine_side.driver.rank_client import RankClient
@@ -77,156 +65,166 @@ from engine_side.protocol import EngineDriver, LivesInALoop
 
 log = logging.getLogger(__name__)
 
-RANK_LEVELS = frozenset({"coverage", "attributes", "read-back", "probe", "change"})
+CLOSE_TIMEOUT_S = 10.0
+"""How long ranks are waited for when a service closes."""
 
 
 class EngineService:
-    """Serves one engine. `handle` is called by the coordinator, one request at a time except EngineGenerate."""
+    """Serves one engine. `handle` is called by the coordinator, one request at a time except EngineGenerate and
+    EngineHello, which may come from any thread at any time."""
 
-    def __init__(self, engine_id: str, adapter: EngineDriver, *, node: str, threads: int = 1) -> None:
+    def __init__(self, engine_id: str, driver: EngineDriver, *, node: str, threads: int = 1) -> None:
         self.id = engine_id
-        self.adapter = adapter
+        self.driver = driver
         self._node = node
-        self._detail = adapter.refusal or ""
+        self._detail = driver.refusal or ""
         if self._detail:
             self._standing = Standing(engine_id, EngineState.QUARANTINED)
         else:
             self._standing = Standing(engine_id, EngineState.SERVING, 0)  # its own checkpoint is version 0
         self._busy = threading.RLock()
         self._turn = 0
-        self._ranks = RankClient(engine_id, adapter)
-        self._arenas = Arenas(engine_id, self._ranks, threads)
+        self._ranks = RankClient(engine_id, driver)
+        self._arenas = Arenas(engine_id, threads)
+        self._coverage: dict[int, tuple[LevelResult, ...]] = {}  # by plan and rank, as the bake proved it
         self._paused_at: float | None = None
         self._pause_s = 0.0
-        self._outputs = Outputs(engine_id, adapter, self._ranks)
-        self._shelf = LoraVersions(adapter, self._ranks)
+        self._outputs = OutputChecks(engine_id, driver, self._ranks)
+        self._loras = LoraVersions(driver, self._ranks)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
-    def handle(self, request: ToEngine) -> FromEngine:
-        """Answer one request; every error comes back as Refused."""
+    def handle(self, request: ToEngine, deadline: Deadline) -> FromEngine:
+        """Answer one request. Blocks, at most until the deadline as far as the engine lets go. Raises errors of our
+        tree; anything else is a bug, and is raised as a BridgeError that says so."""
         try:
             if isinstance(request, EngineGenerate):
                 return self._generate(request)
-            if isinstance(request, EngineHello) and request.mailbox is None:
-                return self._hello(request)  # a question never waits for a push
+            if isinstance(request, EngineHello):
+                return EngineIs(self._info())  # a question never waits for a push
             with self._busy:
-                return self._answer(request)
-        except BridgeError as error:
-            return Refused(ErrorInfo.of(error))
+                return self._answer(request, deadline)
+        except BridgeError:
+            raise
         except Exception as error:  # process boundary: the coordinator must get an answer whatever broke here
             log.exception("request %s failed", type(request).__name__)
-            return Refused(ErrorInfo.of(error))
+            raise ErrorInfo.of(error).rebuild(self.id) from error
 
-    def _answer(self, request: ToEngine) -> FromEngine:
+    def _answer(self, request: ToEngine, deadline: Deadline) -> FromEngine:
         if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
-            self._take_turn(request.turn)
+            if request.turn < self._turn:
+                got, expected = f"turn {request.turn}", f"turn {self._turn}"
+                raise ProtocolError("asked for in a push that has ended", where=self.id, expected=expected, got=got)
+            self._turn = request.turn
         match request:
-            case EngineHello():
-                return self._hello(request)
-            case EngineBake():
-                job = BakeJob(request.plan, request.tensors, request.partial, request.adapter)
-                return EngineBaked(tuple(self._ranks.ask(job, RankBake, Deadline.after(request.timeout_s))))
-            case EngineMap():
-                self._arenas.map(request)
-                return EngineOk(self._report())
-            case EngineForget():
-                self._arenas.forget(request.keep, request.timeout_s)
-                return EngineOk(self._report())
-            case EngineReadBack():
-                return self._read_back(request)
             case EngineLoad():
-                return self._load(request)
+                return self._load(request, deadline)
             case EngineCommit():
-                return self._commit(request)
+                return self._commit(request, deadline)
             case EngineResume():
-                return self._resume(request)
+                return self._resume(request, deadline)
             case EngineRestore():
-                return self._restore(request)
+                return self._restore(request, deadline)
+            case EngineRun():
+                return EngineRan(tuple(self._run(request.job, deadline)))
+            case EngineReadBack():
+                return self._read_back(request, deadline)
             case EngineCheck():
-                return self._check(request)
-            case EngineExplain():
-                job2 = ExplainJob(request.plan, request.name)
-                found = self._ranks.ask(job2, RankExplanation, Deadline.after(request.timeout_s))
-                return EngineExplained(tuple({"rank": str(r), **row} for r, x in enumerate(found) for row in x.rows))
+                return self._check(request, deadline)
+            case EngineClaim():
+                return self._claim(request, deadline)
             case EngineClose():
                 self.close()
                 return EngineOk(self._report())
-            case EngineGenerate():
-                return self._generate(request)
+            case _:
+                raise ProtocolError("a request that is answered elsewhere", where=self.id, got=type(request).__name__)
 
-    def _take_turn(self, turn: int) -> None:
-        if turn < self._turn:
-            raise ProtocolError("asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}")
-        self._turn = turn
+    def _claim(self, request: EngineClaim, deadline: Deadline) -> EngineIs:
+        self.driver.claim(request.owner)
+        self._ranks.assign(Path(request.mailbox), request.page)
+        try:
+            require_strategies(self.id, self.driver, self._ranks, deadline)
+        except BaseException:
+            self._ranks.close()
+            self.driver.close()
+            raise
+        return EngineIs(self._info())
 
-    def _hello(self, request: EngineHello) -> EngineIs:
-        if request.mailbox is not None:
-            self.adapter.claim(request.owner)
-            self._ranks.assign(Path(request.mailbox), request.page)
-            try:
-                require_strategies(self.id, self.adapter, self._ranks)
-            except BaseException:
-                self._ranks.close()
-                self.adapter.close()
-                raise
-        a = self.adapter
-        return EngineIs(
-            EngineInfo(
-                self.id,
-                a.kind,
-                a.ranks,
-                a.can_generate,
-                self._standing.state.value,
-                self._standing.serving,
-                self._node,
-                os.getpid(),
-                self._detail,
-                a.max_prompt,
-                a.lora,
-                self._shelf.current,
-                tuple(sorted(self._shelf.loaded)),
-            )
+    def _info(self) -> EngineInfo:
+        driver = self.driver
+        return EngineInfo(
+            id=self.id,
+            kind=driver.kind,
+            ranks=driver.ranks,
+            can_generate=driver.can_generate,
+            state=self._standing.state.value,
+            serving=self._standing.serving,
+            node=self._node,
+            pid=os.getpid(),
+            detail=self._detail,
+            max_prompt=driver.max_prompt,
+            lora=driver.lora,
+            adapter=self._loras.current,
+            adapters=tuple(sorted(self._loras.loaded)),
         )
 
     def _report(
-        self, ranks: tuple[RankReport, ...] = (), error: str | None = None, adapter: str | None = None
-    ) -> EngineReport:
+        self, ranks: tuple[RankReport, ...] = (), error: str | None = None, drift: CanaryResult | None = None,
+        lora: str | None = None,
+    ) -> EngineReport:  # fmt: skip
         state, serving = self._standing.state.value, self._standing.serving
-        return EngineReport(self.id, state, serving, ranks, adapter=adapter, pause_s=self._pause_s, error=error)
+        return EngineReport(self.id, state, serving, ranks, drift, lora, self._pause_s, error)
 
-    def _read_back(self, request: EngineReadBack) -> EngineVersionZero:
+    def _run(self, job: AnyJob, deadline: Deadline) -> list[RankReply]:
+        """Run a job on every rank; the driver's side of plans and arenas follows suit."""
+        if isinstance(job, MapJob):
+            self._arenas.open(job)
+        try:
+            answers = self._ranks.run(job, deadline)
+        except BaseException:
+            if isinstance(job, MapJob):
+                self._arenas.close(job.plan)
+            raise
+        if isinstance(job, BakeJob):
+            self._coverage[job.plan] = tuple(answer.coverage for answer in answers if isinstance(answer, RankBake))
+        if isinstance(job, MapJob | ForgetJob):
+            keep = (job.plan, *job.keep) if isinstance(job, MapJob) else job.keep
+            self._arenas.close_all_but(keep)
+            self._coverage = {plan: levels for plan, levels in self._coverage.items() if plan in keep}
+        return answers
+
+    def _read_back(self, request: EngineReadBack, deadline: Deadline) -> EngineVersionZero:
         if self._standing.state is not EngineState.SERVING:
             reason = f"it is {self._standing.state.value}: nobody verified what it holds"
             return EngineVersionZero(False, "none", reason)
-        return self._arenas.read_back(request, self.adapter.checkpoint)
+        return self._arenas.read_back(request, self._ranks, self.driver.checkpoint, deadline)
 
     # ---- load and verify --------------------------------------------------------------------------------------------
 
-    def _load(self, request: EngineLoad) -> EngineLoaded:
-        deadline = Deadline.after(request.options.timeout_s)
+    def _load(self, request: EngineLoad, deadline: Deadline) -> EngineLoaded:
         # an engine that hung may still be in the middle of the push before this one: what it wrote then still counts
         self._ranks.touched &= self._standing.state is not EngineState.SERVING
+        lora, settings = request.job.lora, request.job.settings
         phases: dict[str, float] = {}
         ranks: tuple[RankReport, ...] = ()
         drift: CanaryResult | None = None
         written = False
-        if request.adapter is not None:
+        if lora is not None:
             self._require_weights()
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
-        self._shelf.settle()  # committed, but this engine never resumed with it: one of ours all the same
+        self._loras.settle()  # committed, but this engine never resumed with it: one of ours all the same
         try:
-            ranks = self._stage(request, phases, deadline)
+            ranks = self._stage(request, phases)
             raise_first_failure(self.id, ranks)
-            if request.adapter is None:
-                self._shelf.require(request.keeps)
+            if lora is None:
+                self._loras.require(request.keeps)
             serving = self._standing.serving
-            if request.adapter is None or not self._shelf.lost:
+            if lora is None or not self._loras.lost:
                 self._outputs.warm_cache(request, serving, deadline)
-            self._pause(request.options.inflight, deadline)
-            if request.adapter is None:
-                self._shelf.end_others(request.keeps)
+            self._pause(settings.inflight, deadline)
+            if lora is None:
+                self._loras.end_others(request.keeps)
             self._outputs.remember(request, serving, deadline)
             written = True
             ranks, notes = self._write(request, ranks, phases, deadline)
@@ -239,13 +237,13 @@ class EngineService:
                 raise canary_error(self.id, drift)
             self._standing.move(EngineState.VERIFIED)
         except BridgeError as error:
-            report = _with_canary(self._report(ranks, str(error)), drift)
-            return EngineLoaded(report, written or self._ranks.touched, ErrorInfo.of(error), phases)
-        report = self._report(ranks, adapter=request.adapter)
-        return EngineLoaded(_with_canary(report, drift), True, None, phases, notes)
+            report = self._report(ranks, str(error), drift)
+            touched = self._ranks.touched or (written and lora is not None)
+            return EngineLoaded(report, touched, ErrorInfo.of(error), phases)
+        return EngineLoaded(self._report(ranks, None, drift, lora), True, None, phases, notes)
 
     def _require_weights(self) -> None:
-        """An adapter goes over weights that somebody verified."""
+        """Refuse an adapter over weights that nobody verified."""
         if self._standing.serving is None or self._standing.state is EngineState.STALE:
             raise EngineQuarantined(
                 "this engine serves no weights that an adapter could go over",
@@ -254,39 +252,37 @@ class EngineService:
                 remedy="push the weights first: mode='base'",
             )
 
-    def _stage(self, request: EngineLoad, phases: dict[str, float], deadline: Deadline) -> tuple[RankReport, ...]:
+    def _stage(self, request: EngineLoad, phases: dict[str, float]) -> tuple[RankReport, ...]:
         """Before anything is written: the announced version is sealed, its bytes are what was sealed, and the plan
-        covers this engine."""
-        self._arenas.require_sealed(request)
+        covers this engine (as its ranks proved when they baked it)."""
+        job, wanted = request.job, request.job.settings.levels
+        arena = self._arenas.require_sealed(request)
         started = time.perf_counter()
         levels: tuple[LevelResult, ...] = ()
         if request.check:
-            self._arenas.check(request.plan, request.slot)
-        if "transfer" in request.options.levels:
+            self._arenas.check(job.plan, job.slot)
+        if "transfer" in wanted:
             note = "" if request.check else "digests were checked by another engine of this node"
-            levels = (LevelResult("transfer", True, len(self._arenas[request.plan].manifest.tensors), note=note),)
+            levels = (LevelResult("transfer", True, len(arena.manifest.tensors), note=note),)
         phases["transfer"] = time.perf_counter() - started
-        if "coverage" not in request.options.levels:
-            return tuple(RankReport(rank, levels) for rank in range(self.adapter.ranks))
-        covered = self._ranks.ask(VerifyJob(request.plan, request.slot, ("coverage",)), RankLoaded, deadline)
-        return tuple(RankReport(rank, (*levels, *a.report.levels)) for rank, a in enumerate(covered))
+        if "coverage" not in wanted:
+            return tuple(RankReport(rank, levels) for rank in range(self.driver.ranks))
+        return tuple(RankReport(rank, (*levels, found)) for rank, found in enumerate(self._coverage[job.plan]))
 
     def _write(
         self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
     ) -> tuple[tuple[RankReport, ...], tuple[str, ...]]:
         """Load and verify on every rank: their reports over the staged ones, and notes for the receipt."""
-        self._shelf.staged = request.adapter
-        self._ranks.touched |= request.adapter is None
-        levels = tuple(level for level in request.options.levels if level in RANK_LEVELS - {"coverage"})
-        job = LoadJob(request.plan, request.slot, levels, request.changed, request.previous, request.adapter)
+        job = request.job
+        self._loras.staged = job.lora
         loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         notes: tuple[str, ...] = ()
         failed = [report for report in loaded if not all(level.ok for level in report.levels)]
         if failed and all(report.skipped_only for report in failed):
-            # what was skipped as unchanged is not what this engine was given: somebody wrote to it since. Load it all.
+            # only tensors that this load skipped as unchanged are wrong: something wrote to them since. Load them all.
             notes = (f"{self.id} did not hold what it was given before; everything was loaded anew",)
             log.warning(notes[0])
-            job = LoadJob(request.plan, request.slot, levels, None, request.previous)
+            job = msgspec.structs.replace(job, changed=None)
             loaded = [answer.report for answer in self._ranks.ask(job, RankLoaded, deadline)]
         for phase in ("load", "postload", "verify"):
             phases[phase] = max(getattr(report, f"{phase}_s") for report in loaded)
@@ -299,87 +295,80 @@ class EngineService:
         if self._paused_at is None:
             self._paused_at = time.perf_counter()
             self._pause_s = 0.0
-        self.adapter.pause(inflight, deadline)
+        self.driver.pause(inflight, deadline)
 
-    def _unpause(self) -> None:
-        self.adapter.resume()
-        if self._paused_at is not None:
-            self._pause_s = time.perf_counter() - self._paused_at
-            self._paused_at = None
-
-    def _commit(self, request: EngineCommit) -> EngineOk:
+    def _commit(self, request: EngineCommit, deadline: Deadline) -> EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
                 "a commit of a version that was not verified", where=self.id, got=self._standing.state.value
             )
-        levels: tuple[LevelResult, ...] = ()
-        if request.options.kv == "reset" and self.adapter.can_generate:
+        settings, driver = request.settings, self.driver
+        level: LevelResult | None = None
+        if settings.kv == "reset" and driver.can_generate:
             # what was cached under another adapter's name stays true: only new weights make it stale
-            staged = self._shelf.staged
-            answered = staged is not None or self.adapter.reset_caches()
-            if "cache" in request.options.levels:
-                levels = (self._outputs.check_cache(answered, Deadline.after(request.timeout_s), staged),)
+            staged = self._loras.staged
+            answered = staged is not None or driver.reset_caches()
+            if "cache" in settings.levels:
+                level = self._outputs.check_cache(answered, deadline, staged)
             elif not answered:
                 raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
-        elif "cache" in request.options.levels:
-            why = "kv='keep': caches hold what the version before computed" if self.adapter.can_generate else "no cache"
-            levels = (LevelResult("cache", True, 0, note=why),)
-        for level in levels:
-            if not level.ok:
-                raise level_error(self.id, 0, level)
-        return EngineOk(self._report(tuple(RankReport(0, levels) for _ in levels)))
+        elif "cache" in settings.levels:
+            why = "kv='keep': caches hold what the version before computed" if driver.can_generate else "no cache"
+            level = LevelResult("cache", True, 0, note=why)
+        if level is None:
+            return EngineOk(self._report())
+        if not level.ok:
+            raise level_error(self.id, 0, level)
+        return EngineOk(self._report((RankReport(0, (level,)),)))
 
-    def _resume(self, request: EngineResume) -> EngineOk:
+    def _resume(self, request: EngineResume, deadline: Deadline) -> EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
         self._outputs.published()
-        self._shelf.settle()
         try:
-            self._serve(request.version, request.adapter, Deadline.after(request.timeout_s))
+            self._serve(request.version, request.lora, deadline)
         except TransportError as error:  # nobody may wait at the gate of an engine that does not answer
             self._quarantine(f"lost when version {request.version} was to be served: {error}")
             return EngineOk(self._report(error=self._detail))
         return EngineOk(self._report())
 
-    def _serve(self, version: int, adapter: str | None, deadline: Deadline) -> None:
-        """`_publish`, a second time for an engine that was only late or whose connection broke: who is gone says so
-        again."""
-        try:
-            self._publish(version, adapter)
-        except TransportError as error:
-            if deadline.expired:
-                raise
-            log.warning("%s is asked once more to serve version %d: %s", self.id, version, error)
-            self._publish(version, adapter)
-
-    def _publish(self, version: int, adapter: str | None) -> None:
-        """Serve `version`; adapters of earlier pushes go as soon as no request uses them."""
-        if adapter is None or adapter != self._shelf.current or not self._shelf.lost:
-            self._shelf.publish(version, adapter)
-        self.adapter.refuse(None)
-        self._unpause()
-        if self._standing.state is not EngineState.SERVING:  # it is, the second time, if only the tidying was late
-            self._standing.move(EngineState.SERVING, version)
-        self._detail = ""
-        self._shelf.tidy()
+    def _serve(self, version: int, lora: str | None, deadline: Deadline) -> None:
+        """Publish, resume, and retire adapters of earlier pushes. A connection that broke is tried a second time,
+        since an engine may only have been late; one that is gone fails again."""
+        for attempt in (1, 2):
+            try:
+                self._loras.publish(version, lora)
+                self.driver.refuse(None)
+                self.driver.resume()
+                if self._paused_at is not None:
+                    self._pause_s = time.perf_counter() - self._paused_at
+                    self._paused_at = None
+                if self._standing.state is not EngineState.SERVING:  # it is, if only the tidying failed
+                    self._standing.move(EngineState.SERVING, version)
+                self._detail = ""
+                self._loras.tidy()
+                return
+            except TransportError as error:
+                if attempt == 2 or deadline.expired:
+                    raise
+                log.warning("%s is asked once more to serve version %d: %s", self.id, version, error)
 
     # ---- put back ---------------------------------------------------------------------------------------------------
 
-    def _restore(self, request: EngineRestore) -> EngineOk:
+    def _restore(self, request: EngineRestore, deadline: Deadline) -> EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
         try:
-            self._shelf.drop(Deadline.after(request.timeout_s), keep=request.adapter)
+            self._loras.drop(deadline, keep=request.lora)
             if self._stands_at(request):
                 if self._standing.state is EngineState.LOADED:
                     self._standing.move(EngineState.STAGING)  # an adapter that did not pass: the weights never moved
                 if self._standing.state is not EngineState.SERVING:
-                    deadline = Deadline.after(request.timeout_s)
-                    self._serve(self._standing.serving or 0, self._shelf.current, deadline)
+                    self._serve(self._standing.serving or 0, self._loras.current, deadline)
                 return EngineOk(self._report())
-            self._shelf.require(request.adapter)
-            self._load_back(request)
+            self._loras.require(request.lora)
+            self._load_back(request, deadline)
         except Exception as error:  # the engine's own code runs here: whatever broke, nothing may be served
             if not isinstance(error, BridgeError):
                 log.exception("%s: the way back failed", self.id)
@@ -388,84 +377,85 @@ class EngineService:
         return EngineOk(self._report(error=request.reason))
 
     def _stands_at(self, request: EngineRestore) -> bool:
-        """Nothing was written here, and what is served is what is to be returned to: an engine that has missed a commit
-        must not serve what came before it."""
+        """True when nothing was written here and the engine serves what it should return to. An engine that has missed
+        a commit must not serve what came before it."""
         if self._ranks.touched or self._standing.serving is None:
             return False
-        if request.version is None:  # whoever asks has never brought anything
+        if request.version is None:  # this coordinator has never brought anything
             return True
-        return request.version == self._standing.serving and request.adapter == self._shelf.current
+        return request.version == self._standing.serving and request.lora == self._loras.current
 
-    def _load_back(self, request: EngineRestore) -> None:
-        deadline = Deadline.after(request.timeout_s)
+    def _load_back(self, request: EngineRestore, deadline: Deadline) -> None:
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
-        if request.slot is None or request.version is None:
-            raise EngineQuarantined("there is no previous version to return to", where=self.id)
+        if request.job is None or request.version is None:
+            raise EngineQuarantined(
+                "there is no previous version to return to", where=self.id, remedy="push a version that verifies"
+            )
         self._pause("abort", deadline)
-        job = LoadJob(request.plan, request.slot, ("coverage", "read-back", "probe"))
-        ranks = tuple(answer.report for answer in self._ranks.ask(job, RankLoaded, deadline))
+        ranks = tuple(answer.report for answer in self._ranks.ask(request.job, RankLoaded, deadline))
         self._standing.move(EngineState.LOADED)
         raise_first_failure(self.id, ranks)
         self._outputs.require_former(request.version, deadline)
         self._standing.move(EngineState.VERIFIED)
-        if self.adapter.can_generate and not self.adapter.reset_caches():
-            raise EngineQuarantined("the engine refused to reset its caches", where=self.id)
+        if self.driver.can_generate and not self.driver.reset_caches():
+            raise EngineQuarantined("the engine refused to reset its caches", where=self.id, remedy="push once more")
         self._ranks.touched = False
-        self._serve(request.version, request.adapter, deadline)
+        self._serve(request.version, request.lora, deadline)
 
     def _quarantine(self, reason: str) -> None:
         log.error("%s is quarantined: %s", self.id, reason)
         self._standing.move(EngineState.QUARANTINED)
         self._detail = reason
         try:
-            self.adapter.refuse(reason)
-        except TransportError as error:  # it refuses here, and the report of it must not get lost
+            self.driver.refuse(reason)
+        except TransportError as error:  # the service refuses all the same, and its report must not get lost
             self._detail = f"{reason}; and it could not be told to refuse: {error}"
             log.error("%s could not be told to refuse: %s", self.id, error)
 
     # ---- health, generation, end ------------------------------------------------------------------------------------
 
-    def _check(self, request: EngineCheck) -> EngineChecked:
-        if request.version is not None and self._standing.serving not in (None, request.version):
-            raise Busy("another version serves meanwhile", where=self.id, got=str(self._standing.serving))
-        deadline = Deadline.after(request.timeout_s)
+    def _check(self, request: EngineCheck, deadline: Deadline) -> EngineChecked:
+        if self._standing.serving not in (None, request.version):
+            raise Busy(
+                "another version serves meanwhile", where=self.id, expected=f"version {request.version}",
+                got=f"version {self._standing.serving}", remedy="examine it again",
+            )  # fmt: skip
         transfer: tuple[LevelResult, ...] = ()
-        if "transfer" in request.levels:
-            transfer = (self._arenas.transfer(request.plan, request.slot),)
-        levels = tuple(level for level in request.levels if level in RANK_LEVELS)
-        job = VerifyJob(request.plan, request.slot, levels, request.loaded)
-        found = self._ranks.ask(job, RankLoaded, deadline)
+        if "transfer" in request.job.levels:
+            transfer = (self._arenas.check_level(request.job.plan, request.job.slot),)
+        found = self._ranks.ask(request.job, RankLoaded, deadline)
         scores: Scores = ()
-        if request.prompts and self.adapter.can_generate:
-            with self._still(deadline):
+        if request.prompts and self.driver.can_generate:
+            with self._holding_requests(deadline):
                 scores = self._outputs.scores(request.prompts, deadline, request.scored)
         return EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
 
     @contextmanager
-    def _still(self, deadline: Deadline) -> Iterator[None]:
-        """Log-probabilities past the scheduler take KV blocks that requests may hold: what runs is kept meanwhile."""
+    def _holding_requests(self, deadline: Deadline) -> Iterator[None]:
+        """Pause a serving engine for prompt log-probabilities, keeping its requests: they take KV blocks that running
+        requests may hold."""
         serving = self._standing.state is EngineState.SERVING and self._paused_at is None
         if serving:
             try:
-                self.adapter.pause("keep", deadline)
-            except Exception:  # it may still fall asleep, or have closed its door
-                self._go_on()
+                self.driver.pause("keep", deadline)
+            except Exception:  # it may still fall asleep, or have closed its gate
+                self._end_examination()
                 raise
         try:
             yield
         finally:
             if serving:
-                self._go_on()
+                self._end_examination()
 
-    def _go_on(self) -> None:
-        """Asked a second time; after that nobody may wait for it."""
+    def _end_examination(self) -> None:
+        """Resume after an examination; tried a second time, and then nobody may wait for the engine."""
         try:
             try:
-                self.adapter.resume()
+                self.driver.resume()
             except Exception as error:  # the engine's own code runs here
-                log.warning("%s is asked once more to go on after an examination: %s", self.id, error)
-                self.adapter.resume()
+                log.warning("%s is asked once more to resume after an examination: %s", self.id, error)
+                self.driver.resume()
         except Exception as error:  # as above
             self._quarantine(f"lost after an examination: {error}")
             raise
@@ -479,26 +469,27 @@ class EngineService:
                 remedy="push a version that verifies",
             )
         if self._standing.state is EngineState.STALE:
-            raise ConfigError("this engine is stale and serves nothing until a verified push", where=self.id)
-        if self.adapter.can_generate:
-            require_fit(self.adapter, request.prompts)
+            raise ConfigError(
+                "this engine is stale and serves nothing until a verified push", where=self.id, remedy="push once"
+            )
+        if self.driver.can_generate:
+            require_fit(self.driver, request.prompts)
         deadline = Deadline.after(request.timeout_s)
-        completions = self.adapter.generate(request.prompts, request.sampling, request.adapter, deadline=deadline)
+        completions = self.driver.generate(request.prompts, request.sampling, request.adapter, deadline=deadline)
         return EngineGenerated(tuple(completions))
 
     def refuse_caller(self) -> None:
         """Raise ConfigError when this thread may not wait for the engine, because the engine would wait for it."""
-        if isinstance(self.adapter, LivesInALoop):
-            self.adapter.refuse_caller()
+        if isinstance(self.driver, LivesInALoop):
+            self.driver.refuse_caller()
 
     def close(self) -> None:
         """Have the ranks let go of the arenas, release the mailbox, give the engine up. Idempotent."""
-        said = self._arenas.close()
-        if said is not None:
-            log.warning("%s: its ranks did not let go of the arena: %s", self.id, said)
-        self.adapter.close()
+        if self._arenas:
+            try:
+                self._ranks.run(ForgetJob(), Deadline.after(CLOSE_TIMEOUT_S))
+            except BridgeError as error:
+                log.warning("%s: its ranks did not let go of the arena: %s", self.id, error)
+        self._arenas.close_all_but(())
+        self.driver.close()
         self._ranks.close()
-
-
-def _with_canary(report: EngineReport, drift: CanaryResult | None) -> EngineReport:
-    return msgspec.structs.replace(report, canary=drift)

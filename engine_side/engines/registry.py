@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.entry_points import load
 from bridge.errors import ConfigError, NotFound
 from engine_side.engines.common.server_discovery import attach_server, is_url
 
@@ -32,19 +33,11 @@ ATTACHED: tuple[str, ...] = (
 """Tried in order: each takes what `adapt` was given and answers an adapter, or None for an object not of its kind."""
 
 
-def entry(target: str) -> Any:
-    """The object behind "module:attribute" of one of these tables."""
-    import importlib
-
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def host(spec: str, arguments: Mapping[str, Any]) -> EngineDriver:
     """Start the engine that a spec like "embedded:PATH" names, in this process. Blocks until it can serve. Raises
     ConfigError for an unknown scheme or argument, NotFound for a missing folder."""
     scheme, path = check_spec(spec)
-    adapter: EngineDriver = entry(HOSTED[scheme])(path, dict(arguments))
+    adapter: EngineDriver = load(HOSTED[scheme])(path, dict(arguments))
     return adapter
 
 
@@ -80,7 +73,7 @@ def adapt(engine: object, canonical: Canonical | None = None) -> EngineDriver:
     if is_url(engine):
         return attach_server(str(engine))
     for target in ATTACHED:
-        adapter: EngineDriver | None = entry(target)(engine, canonical)
+        adapter: EngineDriver | None = load(target)(engine, canonical)
         if adapter is not None:
             return adapter
     raise ConfigError(

@@ -31,8 +31,6 @@ from engine_side.plan.strategies import Choice
 from engine_side.plan.twins import device_of, reachable
 from engine_side.verify.derived_state import DerivedState
 
-RANK_LEVELS = ("coverage", "attributes", "read-back", "probe", "change")
-"""The levels of `bridge.model.receipt.LEVELS` that one rank decides alone, in the order in which they run."""
 SHOWN = 16
 """Failures listed per level; `got` of the last says how many more there are."""
 

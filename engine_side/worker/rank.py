@@ -1,7 +1,7 @@
-"""One rank's end of the conversation: a job frame in, one page of the mailbox out.
+"""Rank: run one rank job and post its answer.
 
 `Rank.run` is the one Python function that every engine has to be able to execute in each of its workers. It never
-raises for an error of a job (a raising worker poisons vLLM's RPC for later calls): the answer says so by value.
+raises for an error of a job, because a raising worker poisons vLLM's RPC for later calls: the error is the answer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from bridge.config import from_environment
 from bridge.errors import BridgeError, ProtocolError
@@ -52,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Planned:
+class RankPlan:
     """A baked plan of this rank and, once mapped, its arena."""
 
     loader: Loader | LoraLoader
@@ -68,12 +70,12 @@ class Planned:
 
 
 class Rank:
-    """Keeps this rank's plans between jobs. One job at a time."""
+    """One rank of an engine: its plans, kept between jobs. Runs one job at a time."""
 
     def __init__(self, host: RankHost, threads: int | None = None) -> None:
         self.host = host
         self._threads = threads or from_environment().copy_threads
-        self._plans: dict[int, Planned] = {}
+        self._plans: dict[int, RankPlan] = {}
         self._mailbox: Mailbox | None = None
         self._touched = False
         self._lost: AttributeSnapshot | None = None
@@ -124,7 +126,7 @@ class Rank:
             case LogprobsJob():
                 return RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
             case DropLoraJob():
-                self.host.remove_lora(job.adapter)
+                self.host.remove_lora(job.lora)
                 return RankDone()
             case ReadBackJob():
                 return self._read_back(job)
@@ -133,7 +135,7 @@ class Rank:
             case ExplainJob():
                 return RankExplanation(self._planned(job.plan).loader.explain(job.name))
 
-    def _planned(self, plan: int) -> Planned:
+    def _planned(self, plan: int) -> RankPlan:
         try:
             return self._plans[plan]
         except KeyError:
@@ -149,15 +151,21 @@ class Rank:
         loader = self._loader(job)
         try:
             answer = loader.rank_bake()
+            # the plan is proven to cover this rank once, here: no push changes it
+            (coverage,) = (
+                loader.verify(0, None, ("coverage",))
+                if isinstance(loader, LoraLoader)
+                else (Verifier(loader).coverage(),)
+            )
         except BaseException:
             loader.close()
             raise
-        self._plans[job.plan] = Planned(loader)
-        return answer
+        self._plans[job.plan] = RankPlan(loader)
+        return msgspec.structs.replace(answer, coverage=coverage)
 
     def _loader(self, job: BakeJob) -> Loader | LoraLoader:
-        if job.adapter is not None:
-            return LoraLoader(self.host, job.tensors, job.adapter)
+        if job.lora is not None:
+            return LoraLoader(self.host, job.tensors, job.lora)
         loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
         unused = () if loader.problems else loader.rank_bake().unread
         # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
@@ -186,13 +194,14 @@ class Rank:
     def _load(self, job: LoadJob) -> RankReport:
         planned = self._planned(job.plan)
         if isinstance(planned.loader, LoraLoader):
-            if job.adapter is None:
+            if job.lora is None:
                 raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
-            return planned.loader.load(job.slot, job.adapter, job.levels, job.previous)
+            return planned.loader.load(job.slot, job.lora, job.settings.levels, job.previous)
         return self._load_weights(job, planned.loader)
 
     def _load_weights(self, job: LoadJob, loader: Loader) -> RankReport:
         verifier = self._verifier(job.plan)
+        loader.require_bound()
         self._touched = True
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
@@ -201,7 +210,8 @@ class Rank:
         outcome = loader.apply(job.slot, job.changed)
         self._loaded = (job.plan, job.slot)
         started = time.perf_counter()
-        levels = verifier.run(job.levels, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
+        wanted = [level for level in job.settings.levels if level != "coverage"]  # answered with the bake
+        levels = verifier.run(wanted, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
         if any(level.level == "attributes" and not level.ok for level in levels):
             self._lost = loader.snapshot
         return RankReport(
@@ -218,16 +228,19 @@ class Rank:
         )
 
     def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
-        """The first forward after a load makes anew what the load dropped; where it cannot, in every rank alike, that
-        was not its own."""
+        """Compute prompt log-probabilities.
+
+        The first forward after a load recomputes the forward caches that the load dropped. Where that fails, alike in
+        every rank, they were no caches: they are put back, and the forward is tried again.
+        """
         loaders = [p.loader for p in self._plans.values() if isinstance(p.loader, Loader)]
         try:
-            scores = self.host.prompt_logprobs(job.prompts, job.adapter)
+            scores = self.host.prompt_logprobs(job.prompts, job.lora)
         except LOADER_ERRORS:
             again = [loader.used(well=False) for loader in loaders]
             if not any(again):
                 raise
-            scores = self.host.prompt_logprobs(job.prompts, job.adapter)
+            scores = self.host.prompt_logprobs(job.prompts, job.lora)
         for loader in loaders:
             loader.used(well=True)
         return scores
@@ -236,7 +249,7 @@ class Rank:
         started = time.perf_counter()
         loader = self._planned(job.plan).loader
         if isinstance(loader, LoraLoader):
-            levels = loader.verify(job.slot, job.adapter, job.levels)
+            levels = loader.verify(job.slot, job.lora, job.levels)
         else:
             levels = self._verifier(job.plan).run(job.levels, job.slot)
         return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)

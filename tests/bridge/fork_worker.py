@@ -124,7 +124,7 @@ def scene_of(engine: str, checkpoint: str) -> Scene:
     b = bridge.attach(live, model=model if engine != "module" else None)
     b.push(model.named_parameters())
     version = b.push(model.named_parameters()).version
-    pending = bridge.PendingPush(b._coordinator, version, 5.0)  # of a push that has ended, which nobody has asked yet
+    pending = bridge.PendingPush(b._session, version, 5.0)  # of a push that has ended, which nobody has asked yet
     return {"engine": live, "model": model, "bridge": b, "pending": pending}
 
 

@@ -24,6 +24,7 @@ from bridge.model.manifest import TensorInfo, lay_out
 from bridge.shm import arena as arena_module
 from bridge.shm import files
 from bridge.shm.arena import Arena, Seal, file_nbytes
+from bridge.shm.mailbox import Mailbox
 
 MANIFEST = lay_out(
     [
@@ -478,3 +479,27 @@ def test_unlink_leaves_readers_their_mapping(arena: Arena) -> None:
     with pytest.raises(NotFound):
         Arena.open(arena.path, MANIFEST)
     reader.close()
+
+
+def test_a_forked_child_neither_removes_nor_unlocks_the_files(arena: Arena, tmp_path: Path) -> None:
+    arena.tensors(0)[0].fill_(2)
+    with Mailbox.create("x", 1, directory=tmp_path) as box:
+        child = os.fork()
+        if child == 0:
+            try:
+                for shared in (arena, box):
+                    shared.unlink()
+                    shared.close()
+                    shared.unlink()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        for shared in (arena, box):
+            assert shared.path.exists()
+            assert _locked(shared.path)
+        box.post(0, 1, b"here")
+        assert box.read(0, 1) == b"here"
+        assert arena.tensors(0)[0].eq(2).all()
+    box.unlink()
+    assert listed(tmp_path) == [arena.path.name], "the parent still can"

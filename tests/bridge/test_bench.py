@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from bridge.bench import copy_bench, copy_worker
-from bridge.bench.copy_bench import BenchOptions, Job, Measured, Timed
+from bridge.bench.copy_bench import BenchOptions, CopyJob, Measured, Timed
+from bridge.config import COPY_TUNABLE
 from bridge.errors import ConfigError, DigestMismatch, PeerLost
 
 SMALL: copy_worker.Shapes = [("m.0.q.weight", (8, 4)), ("m.0.q.bias", (8,)), ("m.0.norm.weight", (8,))]
 
 
-def _job(**given: Any) -> Job:
-    return Job(**{"shapes": "many-small", "count": 3, "engine": "module", "threads": 1, "rounds": 3, **given})
+def _job(**given: Any) -> CopyJob:
+    return CopyJob(**{"shapes": "many-small", "count": 3, "engine": "module", "threads": 1, "rounds": 3, **given})
 
 
-def _measured(job: Job, *, off: float = 0.5, reference: float = 0.1) -> Measured:
+def _measured(job: CopyJob, *, off: float = 0.5, reference: float = 0.1) -> Measured:
     """Three rounds around these medians, in seconds, of 1 GB."""
     rounds = [Timed(off * factor, off, 0.2 * off, {"load": 0.1 * off}) for factor in (0.9, 1.0, 1.3)]
     copies = [Timed(reference * factor, reference) for factor in (0.99, 1.0, 1.01)]
@@ -34,9 +35,9 @@ def _measured(job: Job, *, off: float = 0.5, reference: float = 0.1) -> Measured
 
 def test_figures_of_known_measurements() -> None:
     options = BenchOptions(("qwen2-0.5b",), rounds=3, threads=(2,))
-    seen: list[tuple[Job, Mapping[str, str]]] = []
+    seen: list[tuple[CopyJob, Mapping[str, str]]] = []
 
-    def run(job: Job, environ: Mapping[str, str]) -> Measured:
+    def run(job: CopyJob, environ: Mapping[str, str]) -> Measured:
         seen.append((job, environ))
         return _measured(job)
 
@@ -56,7 +57,7 @@ def test_figures_of_known_measurements() -> None:
     ((job, environ),) = seen
     assert job.threads == 2
     assert environ["WEIGHBRIDGE_THREADS"] == environ["OMP_NUM_THREADS"] == "2"
-    assert copy_bench.TUNABLE in environ["GLIBC_TUNABLES"]
+    assert COPY_TUNABLE in environ["GLIBC_TUNABLES"]
     msgspec.json.encode(report)
 
 
@@ -82,7 +83,7 @@ def test_a_reference_that_varies_is_called_noisy() -> None:
 
 def test_a_tunable_that_the_user_set_is_kept() -> None:
     environ = copy_bench.environment(_job(), {"GLIBC_TUNABLES": "glibc.malloc.check=1"})
-    assert environ["GLIBC_TUNABLES"] == f"glibc.malloc.check=1:{copy_bench.TUNABLE}"
+    assert environ["GLIBC_TUNABLES"] == f"glibc.malloc.check=1:{COPY_TUNABLE}"
     assert copy_bench.environment(_job(), environ)["GLIBC_TUNABLES"] == environ["GLIBC_TUNABLES"]
 
 

@@ -19,10 +19,10 @@ from bridge import errors
 from bridge.cli import commands
 from bridge.coordinator.health import Check, HealthReport
 from bridge.model.receipt import CanaryResult, EngineReport, Receipt
-from bridge.protocol.coordinator_messages import DaemonIs, EngineInfo
+from bridge.protocol.coordinator_messages import DaemonStatus, EngineInfo
 
 ENGINE = EngineInfo("engine0", "embedded", 2, True, "SERVING", 7, "host[1]", 4242)
-DAEMON = DaemonIs("run1", (ENGINE,), 7, 9, 1, "host[1]", 4241)
+DAEMON = DaemonStatus("run1", (ENGINE,), 7, 9, "host[1]", 4241)
 REPORT = EngineReport("engine0", "SERVING", 7, canary=CanaryResult(0.01, 0.05, 0.0, 0.05, 64), pause_s=0.25)
 RECEIPT = Receipt(
     7, 6, "full", "asked for", 3, 3 << 20, 1 << 20, {"plan": 0.001, "snapshot": 0.5, "load": 0.25}, 0.25, (REPORT,),
@@ -54,7 +54,7 @@ class FakeBridge:
         self._called("health", timeout_s)
         return HealthReport("run1", self.checks)
 
-    def status(self) -> DaemonIs:
+    def status(self) -> DaemonStatus:
         self._called("status")
         return DAEMON
 
@@ -111,7 +111,7 @@ class FakeBackend(commands.Backend):
     def bench(self) -> Any:
         from bridge.bench import copy_bench
 
-        return SimpleNamespace(BenchOptions=copy_bench.BenchOptions, run_bench=lambda options, say: BENCH)
+        return SimpleNamespace(BenchOptions=copy_bench.BenchOptions, run_bench=lambda options, progress: BENCH)
 
 
 BENCH: dict[str, Any] = {
@@ -356,7 +356,7 @@ LORA_RECEIPT = msgspec.structs.replace(
 
 
 class LoraBridge(FakeBridge):
-    def status(self) -> DaemonIs:
+    def status(self) -> DaemonStatus:
         return LORA_DAEMON
 
     def history(self, last: int) -> list[dict[str, Any]]:

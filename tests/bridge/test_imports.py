@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from bridge import entry_points
+from bridge.errors import ConfigError
+
 HEAVY = ("ray", "vllm", "sglang", "transformers", "peft", "click", "rich", "safetensors", "matplotlib", "trainer_side",
          "engine_side")  # fmt: skip
 
@@ -99,3 +102,35 @@ def test_all_of_it_takes_at_most_a_quarter_second_beyond_torch() -> None:
         "print(json.dumps(time.perf_counter() - t))"
     )
     assert any(_python(code) <= 0.25 for _ in range(3)), "the best of three, on a busy machine"
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("transformers.models", "pip install 'weighbridge[hf]'"),
+        ("matplotlib", "pip install 'weighbridge[demo]'"),
+        ("peft", "pip install 'weighbridge[peft]'"),
+        ("vllm", "pip install vllm"),
+        ("engine_side.nowhere", "pip install --force-reinstall weighbridge: this installation lacks a part"),
+    ],
+)
+def test_the_error_of_a_missing_package_says_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, module: str, command: str
+) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(entry_points.importlib, "import_module", missing)
+    with pytest.raises(ConfigError, match="not installed") as caught:
+        entry_points.load("somewhere:thing")
+    assert caught.value.remedy == command
+
+
+def test_an_entry_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"bridge\.config.*no_such_name"):
+        entry_points.load("bridge.config:no_such_name")
+
+
+@pytest.mark.parametrize("name", [name for name, target in vars(entry_points).items() if name.isupper()])
+def test_every_entry_of_the_table_is_there(name: str) -> None:
+    assert callable(entry_points.load(vars(entry_points)[name]))

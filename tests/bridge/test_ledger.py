@@ -1,32 +1,22 @@
+"""The ledger: which versions it gives out, and what its journal still says after a kill, a full disk or damage."""
+
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from bridge.errors import (
-    Busy,
-    Closed,
-    ConfigError,
-    LeaseHeld,
-    NotFound,
-    ProtocolError,
-    StaleVersion,
-    TransportError,
-)
-from bridge.journal.ledger import TRANSITIONS, EngineState, Lease, Ledger, Standing, lease_holder, transition
+from bridge.errors import Busy, Closed, ConfigError, ProtocolError, StaleVersion, TransportError
+from bridge.journal import ledger as ledger_module
+from bridge.journal.ledger import JOURNAL, Ledger
 from bridge.journal.state_dir import state_dir
-
-S = EngineState
 
 
 @pytest.fixture
@@ -39,6 +29,25 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def reopened(ledger: Ledger) -> Ledger:
     ledger.close()
     return Ledger.open("run", directory=ledger.path.parent)
+
+
+def facts(ledger: Ledger) -> tuple[int, int | None, list[dict[str, object]]]:
+    return ledger.highest, ledger.committed, ledger.receipts()
+
+
+def python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Another process, whose standard output is read line by line."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+
+OPEN = (
+    "import os, signal, sys\nfrom pathlib import Path\nfrom bridge.journal.ledger import Ledger\n"
+    "ledger = Ledger.open('run', directory=Path(sys.argv[1]))\n"
+)
 
 
 # ---- versions --------------------------------------------------------------------------------------------------------
@@ -54,24 +63,24 @@ def test_versions_grow_by_one(ledger: Ledger) -> None:
 @pytest.mark.parametrize("version", [7, 6, 0, -1])
 def test_an_older_or_equal_version_is_stale_and_changes_nothing(ledger: Ledger, version: int) -> None:
     ledger.issue(7)
-    before = ledger.path.read_bytes()
     with pytest.raises(StaleVersion) as caught:
         ledger.issue(version)
     assert "7" in (caught.value.expected or "")
     assert caught.value.got == str(version)
-    assert ledger.path.read_bytes() == before
-    assert ledger.issue() == 8
+    again = reopened(ledger)
+    assert facts(again) == (7, None, [])
+    assert again.issue() == 8
+    again.close()
 
 
 def test_a_rollback_never_lowers_the_highest(ledger: Ledger) -> None:
     for _ in range(2):
         ledger.record("committed", version=ledger.issue())
-    assert (ledger.committed, ledger.previous) == (2, 1)
+    assert ledger.committed == 2
     ledger.record("rolled_back", version=1)
-    assert (ledger.committed, ledger.previous) == (1, None)
-    assert ledger.highest == 2
+    assert (ledger.committed, ledger.highest) == (1, 2)
     again = reopened(ledger)
-    assert (again.committed, again.previous, again.highest) == (1, None, 2)
+    assert (again.committed, again.highest) == (1, 2)
     with pytest.raises(StaleVersion):
         again.issue(2)
     assert again.issue() == 3
@@ -109,42 +118,51 @@ def test_a_version_that_was_never_issued_is_refused(ledger: Ledger, kind: str) -
 def test_an_entry_of_no_known_form_is_refused(ledger: Ledger, kind: str, fields: dict[str, object]) -> None:
     with pytest.raises(ProtocolError):
         ledger.record(kind, **fields)
-    assert ledger.path.read_bytes() == b""
+    again = reopened(ledger)
+    assert facts(again) == (0, None, [])
+    again.close()
 
 
 def test_receipts_come_back_in_order(ledger: Ledger) -> None:
     for version in range(1, 6):
         ledger.record("receipt", version=ledger.issue(), receipt={"version": version, "phases": {"load": 0.25}})
-    for one in (ledger, Ledger.open("run", directory=ledger.path.parent, readonly=True)):
-        assert [r["version"] for r in one.receipts()] == [1, 2, 3, 4, 5]
-        assert one.receipts(2) == [{"version": 4, "phases": {"load": 0.25}}, {"version": 5, "phases": {"load": 0.25}}]
-        assert one.receipts(0) == []
-        assert len(one.receipts(99)) == 5
-        one.close()
+    for _ in range(2):
+        assert [r["version"] for r in ledger.receipts()] == [1, 2, 3, 4, 5]
+        assert ledger.receipts(2) == [{"version": v, "phases": {"load": 0.25}} for v in (4, 5)]
+        assert ledger.receipts(0) == []
+        assert len(ledger.receipts(99)) == 5
+        ledger = reopened(ledger)
+    ledger.close()
 
 
-def test_slots_follow_seals_and_aborts(ledger: Ledger) -> None:
-    ledger.record("sealed", version=ledger.issue(), root="ab", slot=0)
-    ledger.record("sealed", version=ledger.issue(), root="cd", slot=1)
-    assert ledger.slots == {0: 1, 1: 2}
-    ledger.record("aborted", version=2)
-    again = reopened(ledger)
-    assert again.slots == {0: 1}
-    again.close()
+def test_threads_share_a_ledger(ledger: Ledger) -> None:
+    given: list[int] = []
+    threads = [threading.Thread(target=lambda: given.extend(ledger.issue() for _ in range(20))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(given) == list(range(1, 81))
 
 
 # ---- the journal -----------------------------------------------------------------------------------------------------
 
 
-def test_the_journal_is_private(ledger: Ledger) -> None:
-    assert ledger.path.stat().st_mode & 0o777 == 0o600
+def test_the_journal_and_its_log_are_private(ledger: Ledger) -> None:
+    before = os.umask(0)
+    try:
+        ledger.issue()
+    finally:
+        os.umask(before)
+    assert JOURNAL in os.listdir(ledger.path.parent)
+    assert {path.stat().st_mode & 0o777 for path in ledger.path.parent.iterdir()} == {0o600}
     assert ledger.path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_journal_lies_in_the_state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     ledger = Ledger.open("run1")
-    assert ledger.path == tmp_path / "weighbridge" / "run1" / "journal.jsonl"
+    assert ledger.path == tmp_path / "weighbridge" / "run1" / JOURNAL
     ledger.close()
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -157,110 +175,52 @@ def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
         Ledger.open(name)
 
 
-def test_every_line_is_json_with_a_checksum(ledger: Ledger) -> None:
-    ledger.issue()
-    ledger.record("committed", version=1)
-    lines = ledger.path.read_text().splitlines()
-    assert [json.loads(line)["entry"]["kind"] for line in lines] == ["issued", "committed"]
-
-
-def _history(ledger: Ledger) -> bytes:
-    for _ in range(3):
-        version = ledger.issue()
-        ledger.record("sealed", version=version, root="00" * 16)
-        ledger.record("committed", version=version)
-        ledger.record("receipt", version=version, receipt={"v": version})
+def test_old_entries_go_and_the_highest_version_and_the_commit_stay(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "KEPT_ENTRIES", 5)
+    ledger.record("committed", version=ledger.issue(100))
+    for version in range(101, 160):
+        ledger.record("sealed", version=ledger.issue())
+        ledger.record("receipt", version=version, receipt={"version": version})
+    for _ in range(20):
+        ledger.record("aborted", version=159)
+    kept = [{"version": version} for version in range(155, 160)]
+    assert facts(ledger) == (159, 100, kept)
+    ledger = reopened(ledger)
+    assert facts(ledger) == (159, 100, kept)
+    with sqlite3.connect(ledger.path) as database:
+        counts = dict(database.execute("SELECT kind, count(*) FROM entries GROUP BY kind"))
+    database.close()
+    assert counts == {"issued": 5, "committed": 1, "sealed": 5, "receipt": 5, "aborted": 5}
     ledger.close()
-    return ledger.path.read_bytes()
 
 
-def _replayed(data: bytes) -> tuple[int, int | None, int]:
-    """The oracle: what the complete lines of a journal say."""
-    highest, committed, receipts = 0, None, 0
-    for line in data.splitlines():
-        entry = json.loads(line)["entry"]
-        highest = max(highest, entry["version"]) if entry["kind"] == "issued" else highest
-        committed = entry["version"] if entry["kind"] == "committed" else committed
-        receipts += entry["kind"] == "receipt"
-    return highest, committed, receipts
-
-
-def test_a_journal_torn_at_any_byte_is_replayed_up_to_its_last_whole_line(tmp_path: Path) -> None:
-    data = _history(Ledger.open("run", directory=tmp_path))
-    path = tmp_path / "journal.jsonl"
-    for end in range(len(data) + 1):
-        path.write_bytes(data[:end])
-        whole = data[: data.rfind(b"\n", 0, end) + 1]
-        readonly = Ledger.open("run", directory=tmp_path, readonly=True)
-        assert path.read_bytes() == data[:end]
-        ledger = Ledger.open("run", directory=tmp_path)
-        for one in (ledger, readonly):
-            assert (one.highest, one.committed, len(one.receipts())) == _replayed(whole)
-        assert path.read_bytes() == whole
-        # and goes on from there
-        assert ledger.issue() == ledger.highest
-        ledger.close()
-        readonly.close()
-        again = Ledger.open("run", directory=tmp_path, readonly=True)
-        assert again.highest == ledger.highest
-        again.close()
-
-
-def test_damage_before_the_last_line_is_refused(tmp_path: Path) -> None:
-    data = _history(Ledger.open("run", directory=tmp_path))
-    path = tmp_path / "journal.jsonl"
-    last = data.rfind(b"\n", 0, len(data) - 1)
-    for at in range(0, last, 5):
-        if data[at : at + 1] == b"\n":
-            continue
-        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        with pytest.raises(ProtocolError, match="journal is damaged"):
-            Ledger.open("run", directory=tmp_path)
-        assert len(path.read_bytes()) == len(data)
-
-
-def test_a_disk_that_fills_up_leaves_whole_lines(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_does_not_grow_for_ever(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "KEPT_ENTRIES", 3)
     ledger.issue()
-    before = ledger.path.read_bytes()
-    write = os.write
-    monkeypatch.setattr("bridge.journal.ledger.os.write", lambda fd, data: write(fd, data[:10]))
-    with pytest.raises(TransportError, match="disk is full"):
-        ledger.record("committed", version=1)
-    monkeypatch.undo()
-    assert ledger.path.read_bytes() == before
-    assert ledger.committed is None
-    ledger.record("committed", version=1)
-    again = reopened(ledger)
-    assert again.committed == 1
-    again.close()
+    for _ in range(3000):
+        ledger.record("receipt", version=1, receipt={"text": "x" * 1000})
+    nbytes = sum(path.stat().st_size for path in ledger.path.parent.iterdir())
+    assert nbytes < 8 << 20, "SQLite's log is folded in every thousand pages"
 
 
-def test_commits_are_on_disk_before_record_returns(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-    monkeypatch.setattr("bridge.journal.ledger.os.fsync", lambda fd: synced.append(os.fstat(fd).st_size))
-    ledger.issue()
-    assert synced == []
-    for kind in ("committed", "rolled_back"):
-        ledger.record(kind, version=1)
-        assert synced[-1] == ledger.path.stat().st_size
-    ledger.record("quarantined", engine="e")
-    assert len(synced) == 3
-
-
-def test_one_daemon_per_journal(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge.journal.ledger._LOCK_RETRY_S", 0.05)
-    with pytest.raises(Busy):
-        Ledger.open("run", directory=ledger.path.parent)
-    reader = Ledger.open("run", directory=ledger.path.parent, readonly=True)
-    with pytest.raises(ProtocolError, match="read-only"):
-        reader.issue()
-    reader.close()
-    reopened(ledger).close()
-
-
-def test_reading_a_journal_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(NotFound):
-        Ledger.open("run", directory=tmp_path, readonly=True)
+def test_commits_are_synced_and_nothing_else_happens_in_the_pause(ledger: Ledger) -> None:
+    ran: list[str] = []
+    ledger._database.set_trace_callback(ran.append)
+    for kind, fields, mode, pages in (
+        ("issued", {"version": 1}, "NORMAL", 1000),
+        ("sealed", {"version": 1}, "NORMAL", 1000),
+        ("committed", {"version": 1}, "FULL", 0),
+        ("receipt", {"version": 1, "receipt": {}}, "NORMAL", 1000),
+        ("rolled_back", {"version": 1}, "FULL", 0),
+        ("quarantined", {"engine": "e"}, "FULL", 0),
+    ):
+        ran.clear()
+        ledger.record(kind, **fields)
+        assert ran[:3] == [f"PRAGMA synchronous = {mode}", f"PRAGMA wal_autocheckpoint = {pages}", "BEGIN IMMEDIATE"]
+        assert ran[-1] == "COMMIT"
+    assert ledger._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_closed_ledger_refuses(ledger: Ledger) -> None:
@@ -268,154 +228,260 @@ def test_a_closed_ledger_refuses(ledger: Ledger) -> None:
     ledger.close()
     with pytest.raises(Closed):
         ledger.issue()
+    with pytest.raises(Closed):
+        ledger.receipts()
 
 
-# ---- engines ---------------------------------------------------------------------------------------------------------
+# ---- a second process ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("now", "to"), itertools.product(S, S))
-def test_only_the_steps_of_the_table_are_taken(now: EngineState, to: EngineState) -> None:
-    standing = Standing("e", now, serving=4)
-    if to in TRANSITIONS[now]:
-        standing.move(to)
-        assert standing.state is to
-        assert transition("e", now, to) is to
-    else:
-        with pytest.raises(ProtocolError, match=f"got: {to.name}"):
-            standing.move(to)
-        assert standing.state is now
+def test_one_daemon_per_journal_and_the_next_one_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "_LOCK_RETRY_S", 0.05)
+    other = python(OPEN + "ledger.record('committed', version=ledger.issue(41))\nprint('open', flush=True)\ninput()\n",
+                   tmp_path)  # fmt: skip
+    assert other.stdout is not None
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(Busy, match="another name"):
+        Ledger.open("run", directory=tmp_path)
+    other.kill()
+    other.communicate(timeout=20)
+    ledger = Ledger.open("run", directory=tmp_path)
+    assert facts(ledger) == (41, 41, [])
+    with pytest.raises(Busy):
+        Ledger.open("run", directory=tmp_path)
+    ledger.close()
 
 
-def test_serving_is_reached_only_through_verified_or_untouched() -> None:
-    assert {now for now in S if S.SERVING in TRANSITIONS[now]} == {S.VERIFIED, S.STAGING}
-    assert {now for now in S if S.VERIFIED in TRANSITIONS[now]} == {S.LOADED}
-    assert {now for now in S if S.LOADED in TRANSITIONS[now]} == {S.STAGING}
+STEPS = ("BEGIN", "INSERT", "DELETE", "COMMIT")
 
 
-@given(st.lists(st.tuples(st.sampled_from(S), st.none() | st.integers(1, 9)), max_size=30))
-@settings(deadline=None)
-def test_no_walk_generates_outside_serving(walk: list[tuple[EngineState, int | None]]) -> None:
-    standing = Standing("e")
-    assert not standing.may_generate
-    for to, serving in walk:
-        before = standing.state, standing.serving
-        try:
-            standing.move(to, serving)
-        except ProtocolError:
-            assert (standing.state, standing.serving) == before
-        assert standing.may_generate == (standing.state is S.SERVING)
-        assert standing.state is not S.SERVING or standing.serving is not None
-        assert standing.state is not S.QUARANTINED or standing.serving is None
-
-
-# ---- the lease -------------------------------------------------------------------------------------------------------
-
-HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom bridge.journal.lease import Lease\n"
-    "lease = Lease.acquire('run', directory=Path(sys.argv[1]))\nprint('held', flush=True)\n"
-    "for line in sys.stdin:\n"
-    "    lease.release() if line.strip() == 'release' else None\n    print('done', flush=True)\n"
-)
-
-
-@pytest.fixture
-def other_trainer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.communicate(timeout=20)
-
-
-def test_a_second_trainer_is_refused_by_name(tmp_path: Path, other_trainer: subprocess.Popen[str]) -> None:
-    with pytest.raises(LeaseHeld, match=f"pid {other_trainer.pid} on "):
-        Lease.acquire("run", directory=tmp_path)
-    holder = lease_holder("run", directory=tmp_path)
-    assert holder is not None
-    assert holder.pid == other_trainer.pid
-
-
-def test_the_lease_ends_with_its_process(tmp_path: Path, other_trainer: subprocess.Popen[str]) -> None:
-    other_trainer.send_signal(signal.SIGKILL)
-    other_trainer.wait(20)
-    assert lease_holder("run", directory=tmp_path) is None
-    Lease.acquire("run", directory=tmp_path).release()
-
-
-def test_a_released_lease_can_be_taken(tmp_path: Path, other_trainer: subprocess.Popen[str]) -> None:
-    assert other_trainer.stdin is not None
-    assert other_trainer.stdout is not None
-    other_trainer.stdin.write("release\n")
-    other_trainer.stdin.flush()
-    other_trainer.stdout.readline()
-    lease = Lease.acquire("run", directory=tmp_path)
-    assert lease.held
-    lease.release()
-    lease.release()
-    assert not lease.held
-
-
-def _held_elsewhere(folder: Path) -> str:
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom bridge.journal.lease import lease_holder\n"
-        "print(lease_holder('run', directory=Path(sys.argv[1])))"
+@pytest.mark.parametrize("kind", ["issued", "committed", "receipt"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_kill_before_the_end_of_an_entry_leaves_what_was_there_before(tmp_path: Path, step: str, kind: str) -> None:
+    """The kill is injected into SQLite: before the named statement of the entry is run."""
+    code = OPEN + (
+        "ledger.record('committed', version=ledger.issue(5))\n"
+        "ledger.record('receipt', version=5, receipt={'version': 5})\nledger.issue(6)\n"
+        "kill = lambda sql: os.kill(os.getpid(), signal.SIGKILL) if sql.startswith(sys.argv[2]) else None\n"
+        "ledger._database.set_trace_callback(kill)\n"
+        "fields = {'issued': {'version': 7}, 'committed': {'version': 6},"
+        " 'receipt': {'version': 6, 'receipt': {'version': 6}}}[sys.argv[3]]\n"
+        "ledger.record(sys.argv[3], **fields)\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    child = python(code, tmp_path, step, kind)
+    child.communicate(timeout=30)
+    assert child.returncode == -signal.SIGKILL
+    ledger = Ledger.open("run", directory=tmp_path)
+    assert facts(ledger) == (6, 5, [{"version": 5}])
+    assert ledger.issue() == 7
+    ledger.close()
 
 
-def test_asking_does_not_lose_the_lease(tmp_path: Path) -> None:
-    """Closing any descriptor of the file would drop a POSIX lock of this process."""
-    with_ledger = Ledger.open("run", directory=tmp_path)
-    lease = Lease.acquire("run", directory=tmp_path)
-    assert lease_holder("run", directory=tmp_path) is not None
-    assert with_ledger.holder is not None
-    with pytest.raises(LeaseHeld, match=f"pid {os.getpid()} on"):
-        Lease.acquire("run", directory=tmp_path / ".." / tmp_path.name)
-    assert _held_elsewhere(tmp_path).startswith(f"pid {os.getpid()} on")
-    lease.release()
-    assert _held_elsewhere(tmp_path) == "None"
-    with_ledger.close()
+@pytest.mark.parametrize("entries", [1, 40, 300])
+def test_a_kill_at_any_moment_loses_nothing_that_was_recorded(tmp_path: Path, entries: int) -> None:
+    code = OPEN + (
+        "while True:\n"
+        "    version = ledger.issue()\n    print('issued', version, flush=True)\n"
+        "    ledger.record('committed', version=version)\n    print('committed', version, flush=True)\n"
+        "    ledger.record('receipt', version=version, receipt={'version': version, 'text': 'x' * 5000})\n"
+        "    print('receipt', version, flush=True)\n"
+    )
+    child = python(code, tmp_path)
+    assert child.stdout is not None
+    lines = [child.stdout.readline() for _ in range(entries)]
+    child.kill()
+    lines += child.stdout.read().splitlines()
+    child.communicate(timeout=20)
+    said = [line.split() for line in lines]
+    last = {kind: max((int(v) for k, v in said if k == kind), default=0) for kind in ("issued", "committed", "receipt")}
+    ledger = Ledger.open("run", directory=tmp_path)
+    # the one entry that was under way may or may not be there
+    assert ledger.highest - last["issued"] in (0, 1)
+    assert (ledger.committed or 0) - last["committed"] in (0, 1)
+    assert [r["version"] for r in ledger.receipts()][: last["receipt"]] == list(range(1, last["receipt"] + 1))
+    assert ledger.issue() == ledger.highest
+    ledger.close()
 
 
-def test_a_forked_child_does_not_have_the_lease(tmp_path: Path) -> None:
+def test_a_forked_child_owns_nothing_and_leaves_the_journal_whole(tmp_path: Path) -> None:
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom bridge.journal.lease import Lease, lease_holder\n"
-        "folder = Path(sys.argv[1])\nlease = Lease.acquire('run', directory=folder)\n"
-        "pid = os.fork()\n"
-        "if pid == 0:\n"
-        "    lease.release()\n"
-        "    os._exit(0 if not lease.held and lease_holder('run', directory=folder).pid == os.getppid() else 1)\n"
-        "assert os.waitpid(pid, 0)[1] == 0\n"
-        "assert lease.held and lease_holder('run', directory=folder).pid == os.getpid()\n"
+        "from bridge.errors import Closed\n" + OPEN + "ledger.record('committed', version=ledger.issue(5))\n"
         "child = os.fork()\n"
-        "if child == 0:\n    import time; time.sleep(60)\n"
-        "print(child, flush=True)\nos._exit(0)\n"
+        "if child == 0:\n"
+        "    for call in (ledger.issue, ledger.receipts, lambda: ledger.record('committed', version=5)):\n"
+        "        try:\n            call()\n"
+        "        except Closed as error:\n            assert 'forked child' in str(error)\n"
+        "        else:\n            os._exit(3)\n"
+        "    ledger.close()\n    ledger.close()\n"
+        "    sys.exit(0)\n"  # the interpreter ends as usual and collects its copy of the connection
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "ledger.record('committed', version=ledger.issue(6))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    child = int(process.stdout.readline())
-    try:
-        assert process.wait(20) == 0
-        # the child (a data loader worker, say) still lives, the trainer is gone
-        Lease.acquire("run", directory=tmp_path).release()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        process.stdout.close()
+    child = python(code, tmp_path)
+    child.communicate(timeout=30)
+    assert child.returncode == -signal.SIGKILL
+    ledger = Ledger.open("run", directory=tmp_path)
+    assert facts(ledger) == (6, 6, [])
+    ledger.close()
 
 
-def test_leases_of_two_daemons_do_not_meet(tmp_path: Path) -> None:
-    one, two = Lease.acquire("a", directory=tmp_path / "a"), Lease.acquire("b", directory=tmp_path / "b")
-    assert one.held
-    assert two.held
-    one.release()
-    two.release()
+def test_a_child_that_was_forked_inside_an_entry_does_not_wait_for_its_lock(ledger: Ledger) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            ledger._lock = threading.Lock()  # type: ignore[assignment]
+            ledger._lock.acquire()  # by a thread of the parent, as the child sees it
+            ledger.close()
+            ledger.issue()
+        except Closed:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ledger.issue() == 1
+
+
+# ---- full disk, damage -----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_changes_nothing_and_is_survived(tmp_path: Path) -> None:
+    """The full disk is injected as RLIMIT_FSIZE: the kernel refuses to make any file longer."""
+    code = (
+        "import resource\nfrom bridge.errors import TransportError\n" + OPEN + "ledger.issue(5)\n"
+        "nbytes = max(path.stat().st_size for path in Path(sys.argv[1]).iterdir())\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes + 5000, hard))\n"
+        "refused = 0\n"
+        "for _ in range(3):\n"
+        "    try:\n        ledger.record('receipt', version=5, receipt={'text': 'x' * 100_000})\n"
+        "    except TransportError as error:\n        assert 'make room' in error.remedy; refused += 1\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
+        "ledger.record('committed', version=5)\n"
+        "print(refused, ledger.highest, ledger.committed, len(ledger.receipts()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    child = python(code, tmp_path)
+    assert child.communicate(timeout=30)[0] == "3 5 5 0\n"
+    ledger = Ledger.open("run", directory=tmp_path)
+    assert facts(ledger) == (5, 5, [])
+    ledger.close()
+
+
+def _written(folder: Path) -> tuple[Path, tuple[int, int | None, list[dict[str, object]]]]:
+    """A closed journal with a little of everything, and what it says."""
+    ledger = Ledger.open("run", directory=folder)
+    for _ in range(3):
+        version = ledger.issue()
+        ledger.record("sealed", version=version, root="00" * 16)
+        ledger.record("committed", version=version)
+        ledger.record("receipt", version=version, receipt={"version": version, "text": "x" * 300})
+    found = facts(ledger)
+    ledger.close()
+    return ledger.path, found
+
+
+def test_a_bit_that_flipped_anywhere_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+    path, expected = _written(tmp_path)
+    data = path.read_bytes()
+    refused = 0
+    for at in range(0, len(data), 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        try:
+            ledger = Ledger.open("run", directory=tmp_path)
+        except (ProtocolError, TransportError) as error:
+            refused += error.remedy is not None
+        else:
+            assert facts(ledger) == expected, at
+            ledger.close()
+        for beside in tmp_path.glob(f"{JOURNAL}-*"):
+            beside.unlink()
+    used = len(data) - data.count(0)
+    assert refused > used / 7 / 2, "most of what is used is checked"
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 100, 4095, 4096, 8000])
+def test_a_journal_that_was_cut_short_is_refused_and_the_remedy_ends_right(tmp_path: Path, nbytes: int) -> None:
+    path, _ = _written(tmp_path)
+    os.truncate(path, nbytes)
+    with pytest.raises(ProtocolError) as caught:
+        Ledger.open("run", directory=tmp_path)
+    assert caught.value.remedy
+    assert "move" in caught.value.remedy
+    tmp_path.rename(moved := tmp_path.with_name(f"{tmp_path.name}-moved"))
+    ledger = Ledger.open("run", directory=tmp_path)
+    assert facts(ledger) == (0, None, [])
+    assert ledger.issue(4) == 4, "above the last version of the old history"
+    ledger.close()
+    assert (moved / JOURNAL).exists()
+
+
+def test_damage_that_comes_later_is_an_error_of_ours(ledger: Ledger) -> None:
+    ledger.record("receipt", version=ledger.issue(), receipt={"version": 1})
+    ledger._database.execute("UPDATE entries SET body = CAST(replace(body, '1', '2') AS BLOB) WHERE kind = 'receipt'")
+    with pytest.raises(ProtocolError, match="damaged"):
+        ledger.receipts()
+    with pytest.raises(ProtocolError, match="damaged"):
+        reopened(ledger)
+
+
+def test_a_file_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    for content in (b'{"sum":"0","entry":{"kind":"issued","version":7}}\n', b"SQLite format 3\0" + bytes(5000)):
+        path.write_bytes(content)
+        with pytest.raises(ProtocolError, match=r"not a journal|damaged"):
+            Ledger.open("run", directory=tmp_path)
+        assert path.read_bytes() == content
+    path.unlink()
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE entries (id INTEGER PRIMARY KEY, body TEXT)")
+    database.close()
+    content = path.read_bytes()
+    with pytest.raises(ProtocolError, match="not a journal of this release"):
+        Ledger.open("run", directory=tmp_path)
+    assert path.read_bytes() == content
+
+
+def test_a_journal_of_another_format_is_refused(tmp_path: Path) -> None:
+    path, _ = _written(tmp_path)
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA application_id = 1")
+    database.close()
+    with pytest.raises(ProtocolError, match="the release that wrote it"):
+        Ledger.open("run", directory=tmp_path)
+
+
+def test_a_journal_that_is_a_link_or_a_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ProtocolError, match="not a plain file"):
+        Ledger.open("run", directory=tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ProtocolError, match="not a plain file"):
+        Ledger.open("run", directory=tmp_path)
+
+
+def test_a_kill_while_the_journal_is_made_leaves_none(tmp_path: Path) -> None:
+    """The kill is injected before the new file gets its name."""
+    code = "import os, pathlib\npathlib.Path.rename = lambda *names: os.kill(os.getpid(), 9)\n" + OPEN
+    child = python(code, tmp_path)
+    child.communicate(timeout=30)
+    assert child.returncode == -signal.SIGKILL
+    assert JOURNAL not in os.listdir(tmp_path)
+    ledger = Ledger.open("run", directory=tmp_path)
+    assert ledger.issue() == 1
+    ledger.close()
+    assert sorted(os.listdir(tmp_path)) == [JOURNAL, f"{JOURNAL}.lock"]
+
+
+def test_a_failed_open_leaves_the_journal_free(tmp_path: Path) -> None:
+    path, expected = _written(tmp_path)
+    data = path.read_bytes()
+    os.truncate(path, 4096)
+    with pytest.raises(ProtocolError):
+        Ledger.open("run", directory=tmp_path)
+    path.write_bytes(data)
+    ledger = Ledger.open("run", directory=tmp_path)
+    assert facts(ledger) == expected
+    ledger.close()

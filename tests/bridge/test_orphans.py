@@ -131,7 +131,7 @@ def test_a_file_whose_journal_is_open_is_left(tmp_path: Path) -> None:
 
 
 def test_a_journal_that_is_gone_keeps_nothing(tmp_path: Path) -> None:
-    arena = Arena.create(MANIFEST, name="a", directory=tmp_path, journal=tmp_path / "gone.jsonl")
+    arena = Arena.create(MANIFEST, name="a", directory=tmp_path, journal=tmp_path / "gone.sqlite")
     arena.close()
     assert [orphan.path for orphan in clean_orphans(tmp_path)] == [arena.path]
 

@@ -364,7 +364,7 @@ def test_the_registry_remembers_why_a_transport_is_missing() -> None:
             registry.connect(name)
     assert set(registry.missing) == set(broken)
     with pytest.raises(ConfigError, match="gloo"):
-        registry.resolve("carrier-pigeon")
+        registry.connect("carrier-pigeon")
 
 
 @pytest.mark.parametrize("name", sorted(set(TRANSPORTS) - set(usable())))

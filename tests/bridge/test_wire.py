@@ -127,7 +127,7 @@ def test_extension_types_are_refused() -> None:
 def test_extension_types_are_refused_where_any_value_may_stand() -> None:
     body = {"kind": "Health", "facts": {"x": msgpack.ExtType(5, b"payload")}}
     with pytest.raises(ProtocolError, match="extension type 5"):
-        unpack(msgpack.packb([codec.PROTOCOL, body]), coordinator_messages.Health)
+        unpack(msgpack.packb([codec.PROTOCOL, body]), coordinator_messages.HealthFacts)
 
 
 def test_a_key_that_comes_twice_is_refused() -> None:

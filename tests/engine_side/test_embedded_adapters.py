@@ -34,6 +34,7 @@ from bridge.protocol.rank_jobs import (
     RankScores,
     ReadBackJob,
 )
+from bridge.push_settings import PushSettings
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
 from engine_side.driver.rank_client import RankClient
@@ -107,7 +108,7 @@ class Line:
         """Bake and map a plan for these tensors, which lie in slot 0 of an arena of its own."""
         infos = tuple(TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items())
         plan = len(self._arenas)
-        self.ask(BakeJob(plan, infos, adapter=spec), RankBake)
+        self.ask(BakeJob(plan, infos, lora=spec), RankBake)
         arena = Arena.create(lay_out(infos), name="adapters")
         self._arenas.append(arena)
         for described, into in zip(arena.manifest.tensors, arena.tensors(0), strict=True):
@@ -117,7 +118,7 @@ class Line:
 
     def push(self, plan: int, *levels: str, adapter: str | None = None) -> None:
         """Load a plan's slot 0; every level has to pass."""
-        for loaded in self.ask(LoadJob(plan, 0, levels, adapter=adapter), RankLoaded):
+        for loaded in self.ask(LoadJob(plan, 0, PushSettings(levels=levels), lora=adapter), RankLoaded):
             assert loaded.report.levels
             assert all(level.ok for level in loaded.report.levels), loaded.report.levels
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bridge.errors import ConfigError, DtypeMismatch, MissingTensor, ShapeMismatch
 from bridge.model.dtypes import dtype_name
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import source_coverage
 from engine_side.embedded.config import LAYOUTS, EngineConfig
@@ -23,7 +24,7 @@ from engine_side.embedded.quant import STORAGE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.loader import Loader
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 
 BLOCK = (2, 8)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import lay_out
 from bridge.shm.arena import Arena
 from engine_side.load import arena_views as lending
 from engine_side.load.arena_views import Lender
 from engine_side.load.loader import Loader
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
 from tests.engine_side.test_loader import outputs, same
 

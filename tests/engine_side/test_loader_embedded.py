@@ -12,6 +12,7 @@ import torch
 
 from bridge.errors import ShapeMismatch
 from bridge.model.dtypes import dtype_name
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import source_coverage
 from engine_side.embedded.config import LAYOUTS, EngineConfig
@@ -19,7 +20,7 @@ from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.loader import Loader
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 
 CASES = [

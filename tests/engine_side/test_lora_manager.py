@@ -26,6 +26,7 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.model.dtypes import dtype_name
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.lora_format import LoraSpec, names_of
 from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.embedded.config import LAYOUTS, EngineConfig
@@ -37,7 +38,7 @@ from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.loader import Loader
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 from tests.engine_side.lora_ranks import on_ranks
 

@@ -13,12 +13,13 @@ from torch import nn
 
 from bridge.errors import Busy, ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
 from bridge.model.dtypes import dtype_name
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import Move, Routes, dense
 from bridge.protocol.codec import Sampling
 from engine_side.engines.module import ModuleDriver, ModuleRankHost, attach, storages_of
 from engine_side.load.loader import Loader
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 
 
 class Net(nn.Module):

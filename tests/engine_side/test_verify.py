@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.receipt import LevelResult
 from bridge.model.regions import Move, RankPlan
 from engine_side.load.loader import Loader
 from engine_side.plan import probes
 from engine_side.plan.probes import Probe
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
 
 METHODS = [toy.Plain, toy.Transposed, toy.Shuffled, toy.Packed, toy.HiddenCopy, toy.Latched]

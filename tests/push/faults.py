@@ -55,13 +55,13 @@ def corrupt_a_byte(rig: Rig, patch: Patch) -> None:
     inner = rig.b._coordinator
 
     class Port:
-        def call(self, request: Any, deadline: Any) -> Any:
+        def call(self, request: Any, reply: Any, deadline: Any) -> Any:
             if isinstance(request, SubmitRequest):
                 arena = rig.b.arena
                 assert arena is not None
                 slot = next(s for s in range(arena.slots) if getattr(arena.seal_of(s), "version", 0) == request.version)
                 arena.flat(slot)[arena.manifest.by_name[DOWN].offset + 3] ^= 0x80
-            return inner.call(request, deadline)
+            return inner.call(request, reply, deadline)
 
     patch.setattr(rig.b, "_coordinator", Port())
 
@@ -75,7 +75,7 @@ def with_moves(patch: Patch, change: Callable[[Move], Move | None]) -> None:
         moves = tuple(m for m in map(change, baked.plan.moves) if m is not None)
         return replace(baked, plan=type(baked.plan)(baked.plan.targets, moves, baked.plan.fills, baked.plan.native))
 
-    patch.setattr(engine_side.loader, "bake", faulty)
+    patch.setattr(engine_side.load.loader, "bake", faulty)
 
 
 def drop_a_move(rig: Rig, patch: Patch) -> None:

@@ -384,7 +384,7 @@ def test_a_push_that_is_under_way_can_be_awaited_after_close(attached: Any) -> N
 
 
 def test_an_examination_pauses_a_serving_engine(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine_side.driver.output_checks import Outputs
+    from engine_side.driver.output_checks import OutputChecks
     from engine_side.engines.embedded import EmbeddedDriver
 
     model = tiny_qwen2()
@@ -402,7 +402,7 @@ def test_an_examination_pauses_a_serving_engine(attached: Any, monkeypatch: pyte
         monkeypatch.setattr(kind, name, spy)
 
     spied(EmbeddedDriver, "pause")
-    spied(Outputs, "scores")
+    spied(OutputChecks, "scores")
     spied(EmbeddedDriver, "resume")
     assert b.health().healthy
     assert calls == ["pause", "scores", "resume"]

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import bridge
-from bridge.coordinator.reports import LEVELS_OF
 from bridge.errors import (
     BridgeError,
     CanaryMismatch,
@@ -25,7 +24,7 @@ from bridge.errors import (
     PushAborted,
 )
 from bridge.model import canary
-from bridge.model.receipt import LEVELS
+from bridge.model.levels import LEVELS, LEVELS_OF
 from engine_side.embedded.config import LAYOUTS
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
 from tests.push import faults

@@ -20,9 +20,8 @@ import bridge
 from bridge.cli import commands
 from bridge.config import from_environment
 from bridge.daemon import actors, ray_cluster
-from bridge.protocol.coordinator_messages import Refused
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import EngineCommit, EngineLoad, EngineRestore
+from bridge.protocol.engine_messages import EngineCommit, EngineLoad, EngineLoaded, EngineRestore
 from bridge.session import RaySession
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
@@ -304,7 +303,7 @@ def test_no_adapter_into_an_engine_without_verified_weights(b: bridge.Bridge, st
     version = b.push(model.named_parameters(), mode="adapter").version
 
     def spoil(self: Any) -> None:
-        from bridge.journal.ledger import EngineState
+        from bridge.model.engine_state import EngineState
 
         if state == "QUARANTINED":
             self._service._quarantine("a test says so")
@@ -354,16 +353,17 @@ def test_what_an_engine_begins_after_it_was_told_to_go_back(
         port = b.engines[0]._port
         call = port.call
 
-        def hang(request: Any, deadline: Any) -> Any:
+        def hang(request: Any, reply: Any, deadline: Any) -> Any:
             if isinstance(request, EngineLoad) and not waiting:
                 waiting.append(request)
                 raise bridge.DeadlineExceeded("an actor did not answer in time", where="engine0")
-            return call(request, deadline)
+            return call(request, reply, deadline)
 
         monkeypatch.setattr(port, "call", hang)
         with pytest.raises(bridge.PushAborted):
             b.push(model.named_parameters(), mode="adapter")
-        assert isinstance(call(waiting[0], Deadline.after(10)), Refused)
+        with pytest.raises(bridge.ProtocolError, match="a push that has ended"):
+            call(waiting[0], EngineLoaded, Deadline.after(10))
         assert not engine.paused
         assert len(engine.adapters) == 1
         assert tokens(b.engines[0])[1] == served
@@ -381,12 +381,12 @@ def test_an_engine_that_hangs_before_the_commit_is_not_waited_for(
         port = b.engines[0]._port
         call = port.call
 
-        def hang(request: Any, deadline: Any) -> Any:
+        def hang(request: Any, reply: Any, deadline: Any) -> Any:
             if isinstance(request, EngineCommit) and not waited:
                 raise bridge.DeadlineExceeded("an actor did not answer in time", where="engine0")
             if isinstance(request, EngineRestore):
                 waited.append(deadline.remaining_s)
-            return call(request, deadline)
+            return call(request, reply, deadline)
 
         monkeypatch.setattr(port, "call", hang)
         with pytest.raises(bridge.PushAborted):

@@ -23,10 +23,11 @@ from torch import nn
 
 from bridge.errors import BridgeError
 from bridge.model.dtypes import dtype_name
+from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.engines.sglang.host import SglangRankHost
 from engine_side.load.loader import Loader
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 
 Tensors = dict[str, torch.Tensor]
 

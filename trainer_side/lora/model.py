@@ -13,7 +13,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraLimits, LoraSpec
-from bridge.ports import Choice
+from bridge.ports import ModeChoice
 from trainer_side.lora import modes, state
 from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
@@ -110,7 +110,7 @@ class LoraModel:
         wrappers = self._tree.wrappers
         return LoraState(self._structure, tuple(map(state.read, wrappers)), tuple(map(state.scaling_of, wrappers)))
 
-    def choose(self, mode: str, limits: Limits) -> Choice:
+    def choose(self, mode: str, limits: Limits) -> ModeChoice:
         """The mode of a push in the state that the model is in now.
 
         Args:
@@ -135,7 +135,7 @@ class LoraModel:
         found = self._found(mode, now, limits)
         if refusals(found, mode):
             raise refuse(found, mode, lambda other: self._found(other, now, limits))
-        return Choice(mode, f"{mode} was asked for", self._notes(mode, now))
+        return ModeChoice(mode, f"{mode} was asked for", self._notes(mode, now))
 
     def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> View:
         """What a push of these pairs sends in a mode that `choose` gave.
@@ -188,18 +188,18 @@ class LoraModel:
         self._items: tuple[list[str], list[Item]] = ([], [])
         self._last: _Last | None = None
 
-    def _automatic(self, now: LoraState, limits: Limits) -> Choice:
+    def _automatic(self, now: LoraState, limits: Limits) -> ModeChoice:
         adapter = self._found("adapter", now, limits)
         bad = refusals(adapter, "adapter")
         if not bad:
             rank = _rank(self._bake("adapter", now))
             reason = f"adapter: every engine can hold it (rank {rank}) and the capability table carries all of it"
-            return Choice("adapter", reason, self._notes("adapter", now))
+            return ModeChoice("adapter", reason, self._notes("adapter", now))
         against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].refuses('adapter')}"
         merged = self._found("merged", now, limits)
         if refusals(merged, "merged"):
             raise refuse(merged, "merged", lambda other: self._found(other, now, limits), also=against)
-        return Choice("merged", f"merged: {against}", self._notes("merged", now))
+        return ModeChoice("merged", f"merged: {against}", self._notes("merged", now))
 
     def _found(self, mode: str, now: LoraState, limits: Limits) -> list[Finding]:
         """Everything that the capability table has to say about a mode."""

@@ -16,7 +16,7 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.model.dtypes import dtype_of
-from bridge.model.lora_format import LoraSpec, Pair, pairs
+from bridge.model.lora_format import LoraPair, LoraSpec, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA
@@ -29,7 +29,7 @@ _SHOWN = 8
 class Place:
     """Where one pair of an adapter goes."""
 
-    pair: Pair
+    pair: LoraPair
     layer: BaseLayerWithLoRA
     key: PartKey
 
@@ -64,7 +64,7 @@ def places(
         )
     _distinct(tensors)
     found: list[Place] = []
-    refused: dict[str, list[Pair]] = {}
+    refused: dict[str, list[LoraPair]] = {}
     announced = pairs(tensors)
 
     @cache
@@ -100,7 +100,7 @@ def _place(
     model: CausalLM,
     layers: Mapping[str, BaseLayerWithLoRA],
     silent: Collection[str],
-    pair: Pair,
+    pair: LoraPair,
     known: Callable[[], Collection[str]],
 ) -> Place | str:
     """The place of a pair, or why it has none; `known` are the paths of all modules."""
@@ -118,7 +118,7 @@ def _place(
     return Place(pair, layer, key)
 
 
-def _refusal(refused: Mapping[str, Sequence[Pair]], layers: Mapping[str, BaseLayerWithLoRA]) -> BridgeError:
+def _refusal(refused: Mapping[str, Sequence[LoraPair]], layers: Mapping[str, BaseLayerWithLoRA]) -> BridgeError:
     modules = [pair.module for pairs in refused.values() for pair in pairs]
     got = "; ".join(f"{reason}: {_some([pair.module for pair in pairs])}" for reason, pairs in refused.items())
     return UnexpectedTensor(

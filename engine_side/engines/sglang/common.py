@@ -15,7 +15,7 @@ import msgspec
 from bridge.errors import ConfigError, ProtocolError
 from bridge.model.lora_format import LoraLimits
 from bridge.protocol.deadline import Deadline
-from engine_side.engines.common.published_state import Books as PlainBooks
+from engine_side.engines.common.published_state import PublishedState
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.scheduler import ADAPTERS, FACTS, JOB, Answer, Facts
 
@@ -46,7 +46,7 @@ _UNREACHED = {
 
 
 @dataclass
-class Books(PlainBooks):
+class Books(PublishedState):
     """Also the adapters that were made known to SGLang's front end."""
 
     known: set[str] = field(default_factory=set)

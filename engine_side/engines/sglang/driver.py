@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bridge.daemon.processes import started_at
 from bridge.errors import ProtocolError
 from engine_side.engines.common import claim
 from engine_side.engines.sglang import LOADER
@@ -28,7 +26,7 @@ class SglangEngineDriver(FrontendDriver):
         arguments = Arguments.read(partial(getattr, engine.server_args), where, START)
         self.engine = engine
         line = LoopLine.of(engine)
-        super().__init__(line, arguments, where, (os.getpid(), started_at(os.getpid()) or ""), on_close=on_close)
+        super().__init__(line, arguments, where, on_close=on_close)
         self._taken: LoopLine | None = line
         line.take()
         try:
@@ -52,7 +50,7 @@ class SglangEngineDriver(FrontendDriver):
         """By a mark on the engine object, which knows when an adapter was forgotten instead of closed."""
         try:
             claim.take(self.engine, self, owner)
-            self._ready()
+            self._require_ready()
         except BaseException:
             self._hang_up()
             raise

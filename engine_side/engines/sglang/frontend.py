@@ -17,8 +17,8 @@ from uuid import uuid4
 from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import BaseFront, failed, quarantined
-from engine_side.engines.common.published_state import CURRENT, not_held
+from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
+from engine_side.engines.common.published_state import CURRENT, lora_not_loaded
 from engine_side.engines.sglang.common import Books, read_answer
 from engine_side.engines.sglang.gate import Gate, Refused
 from engine_side.engines.sglang.requests import completion, request
@@ -34,11 +34,11 @@ _POLL_S = 0.02
 _END_S = 20.0
 
 
-class Front(BaseFront):
+class Front(Frontend):
     """One per tokenizer manager. Every method runs in its event loop."""
 
     name = "SGLang"
-    books: Books
+    published: Books
 
     def __init__(self, manager: Any) -> None:
         """Raises ConfigError for an engine that somebody has paused: callers who wait could not be told."""
@@ -51,7 +51,7 @@ class Front(BaseFront):
                 remedy="continue_generation, then try again",
             )
         self._manager = manager
-        self.books = Books()
+        self.published = Books()
         self._gate = manager.is_pause_cond = Gate(self._passes)
         self._resolve = manager._validate_and_resolve_lora
         manager._validate_and_resolve_lora = self._resolved
@@ -84,7 +84,7 @@ class Front(BaseFront):
     def _held(self) -> bool:
         return self._gate.shut
 
-    async def _adapters(self) -> tuple[str, ...]:
+    async def _list_loras(self) -> tuple[str, ...]:
         return tuple(await self._loaded())
 
     async def _loaded(self) -> dict[str, str]:
@@ -100,13 +100,13 @@ class Front(BaseFront):
         ok, message, *_ = await self._manager.check_weights(words)
         return bool(ok), str(message)
 
-    def _unfinished(self) -> int:
+    def _count_unfinished(self) -> int:
         """Requests that have passed the gate."""
         return int(self._manager.model_update_lock._readers)
 
     def _require_running(self) -> None:
         """Raises ConfigError while somebody else has the engine paused: what is asked of it would wait for them."""
-        if self._manager.is_pause and not self.books.paused and self.reason is None:
+        if self._manager.is_pause and not self.published.paused and self.reason is None:
             raise ConfigError(
                 "the engine is paused",
                 where=self.name,
@@ -114,17 +114,17 @@ class Front(BaseFront):
                 remedy="continue_generation first, then try again",
             )
 
-    async def _close(self) -> None:
+    async def _close_gate(self) -> None:
         self._require_running()
         async with self._gate:
             self._gate.shut = True
 
-    async def _open(self) -> None:
+    async def _open_gate(self) -> None:
         async with self._gate:
             self._gate.shut = False
             self._gate.notify_all()
 
-    async def _stop(self) -> None:
+    async def _stop_engine(self) -> None:
         """Also what passed the gate and has not reached the scheduler yet."""
         from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightVersionReqInput
 
@@ -141,7 +141,7 @@ class Front(BaseFront):
         except TimeoutError:
             log.error("requests of an engine that is to serve nothing did not end in %s s", _END_S)
 
-    async def _go_on(self) -> None:
+    async def _resume_engine(self) -> None:
         from sglang.srt.managers.io_struct import ContinueGenerationReqInput
 
         await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
@@ -166,14 +166,14 @@ class Front(BaseFront):
         except TimeoutError:
             raise DeadlineExceeded("requests of the bridge did not finish", where=self.name) from None
         except Refused as error:
-            raise quarantined(self.name, error.got or "") from None
+            raise quarantine_error(self.name, error.got or "") from None
 
     async def _resolved(self, asked: Any) -> None:
         """In place of SGLang's own: a request may name "current" or "base" as its `lora_path`."""
         known = self._manager.lora_registry.get_all_adapters() if asked.lora_path else {}
 
         def meant(word: str | None) -> str | None:
-            return word if word is None or word in known else self.books.meant(word)
+            return word if word is None or word in known else self.published.resolve_lora(word)
 
         if isinstance(asked.lora_path, list):
             named = [meant(word) for word in asked.lora_path]
@@ -183,60 +183,60 @@ class Front(BaseFront):
         await self._resolve(asked)
 
     async def _asked_for(self, asked: msg.Generate) -> str | None:
-        if asked.adapter == CURRENT and not asked.past_gate and self._manager.server_args.enable_lora:
+        if asked.lora == CURRENT and not asked.past_gate and self._manager.server_args.enable_lora:
             return CURRENT  # resolved behind the gate: a push may begin before the request is there
-        name = self.books.meant(asked.adapter)
+        name = self.published.resolve_lora(asked.lora)
         if name is None:
             return None
         if asked.past_gate:
             await self._make_known(name)
         elif name not in self._manager.lora_registry.get_all_adapters():
-            raise not_held(name)
+            raise lora_not_loaded(name)
         return name
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
-    async def _published(self, version: int, adapter: str | None) -> None:
+    async def _publish(self, version: int, adapter: str | None) -> None:
         await self._settle()
         if adapter is not None:
             await self._make_known(adapter)
-        await super()._published(version, adapter)
+        await super()._publish(version, adapter)
 
     async def _make_known(self, name: str) -> None:
         """Let requests ask for an adapter that the ranks hold: SGLang's front end knows only what it loaded itself."""
         from sglang.srt.lora.lora_registry import LoRARef
 
         registry = self._manager.lora_registry
-        if name in self.books.known or name in registry.get_all_adapters():
+        if name in self.published.known or name in registry.get_all_adapters():
             return
         held = await self._loaded()
         if name not in held:
-            raise not_held(name)
+            raise lora_not_loaded(name)
         await registry.register(LoRARef(lora_id=held[name], lora_name=name, lora_path="memory", pinned=True))
-        self.books.known.add(name)
+        self.published.known.add(name)
 
     async def _settle(self) -> None:
         """Forget adapters that were dropped in the ranks before they served."""
-        if self.books.known:
-            for name in self.books.known.difference(await self._loaded()):
-                self.books.known.discard(name)
+        if self.published.known:
+            for name in self.published.known.difference(await self._loaded()):
+                self.published.known.discard(name)
                 if name in self._manager.lora_registry.get_all_adapters():  # its user may have unloaded it
                     await self._manager.lora_registry.unregister(name)
 
-    async def _end(self, adapters: Iterable[str]) -> None:
+    async def _end_requests(self, adapters: Iterable[str]) -> None:
         names = frozenset(adapters)
         for rid, state in list(self._manager.rid_to_state.items()):
             if getattr(state.obj, "lora_path", None) in names:
                 self._manager.abort_request(rid)
 
-    async def _retire(self, adapters: Iterable[str]) -> None:
+    async def _retire_loras(self, adapters: Iterable[str]) -> None:
         """SGLang drops an adapter when its last request has ended; waited for only where there is none."""
         held = await self._loaded()
         for name in adapters:
             if name not in held:
                 continue
             await self._make_known(name)
-            self.books.known.discard(name)
+            self.published.known.discard(name)
             counter = self._manager.lora_registry._counters.get(held[name])
             task = asyncio.create_task(self._unload(name))
             self._retiring.add(task)
@@ -283,5 +283,5 @@ async def _answered(manager: Any, frame: str) -> str:
     try:
         front = Front.of(manager)
     except ConfigError as error:
-        return failed(error)
+        return pack_error(error)
     return await front.answer(frame)

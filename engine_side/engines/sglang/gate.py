@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fastapi import HTTPException
 
 from bridge.errors import EngineQuarantined
-from engine_side.engines.common.frontend import quarantined
+from engine_side.engines.common.frontend import quarantine_error
 
 
 class Gate(asyncio.Condition):
@@ -38,7 +38,7 @@ class Refused(EngineQuarantined, HTTPException):  # type: ignore[misc]  # fastap
     """What callers meet in front of an engine that serves nothing; SGLang's servers answer it as a 503."""
 
     def __init__(self, where: str, reason: str) -> None:
-        said = quarantined(where, reason)
+        said = quarantine_error(where, reason)
         super().__init__(said.what, where=said.where, got=said.got, remedy=said.remedy)
         self.status_code, self.detail, self.headers = 503, self._message(), None
 

@@ -19,7 +19,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
 from bridge.errors import ConfigError, NotFound, ShapeMismatch
-from engine_side.engines.common.rank_host import EngineHost, call_alone
+from engine_side.engines.common.rank_host import EngineRankHost
 from engine_side.engines.sglang.derived import Derived
 from engine_side.engines.sglang.logprobs import prompt_logprobs
 from engine_side.engines.sglang.lora_slots import Loras
@@ -27,24 +27,19 @@ from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import Prompts
 
 
-class SglangRankHost(EngineHost[Loras]):
+class SglangRankHost(EngineRankHost[Loras]):
     """Over one scheduler (`sglang.srt.managers.scheduler.Scheduler`)."""
+
+    lora_remedy = ("sglang.Engine", "max_loras_per_batch=3 or more")
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._runner = scheduler.tp_worker.model_runner
         self._derived = Derived()
+        folder = Path(self._runner.model_config.model_path)
+        self.checkpoint = folder if folder.is_dir() else None
         manager = self._runner.lora_manager
         self.loras = None if manager is None else Loras(self, manager, self.checkpoint)
-
-    @property
-    def checkpoint(self) -> Path | None:
-        folder = Path(self._runner.model_config.model_path)
-        return folder if folder.is_dir() else None
-
-    @property
-    def lora_remedy(self) -> tuple[str, str]:
-        return "sglang.Engine", "max_loras_per_batch=3 or more"
 
     @property
     def rank(self) -> int:
@@ -106,26 +101,20 @@ class SglangRankHost(EngineHost[Loras]):
             step(module)
         return self._derived.renew(module, self.model) or step is not None
 
-    @torch.no_grad()
-    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What this rank alone contributes: experts take rows, each sent to one of them at weight 1; vocabulary layers
-        ids (rows of other ranks are zeros) or rows; linear layers rows; a module without a method only if it has no
-        children."""
-        method = getattr(module, "quant_method", None)
-        if isinstance(module, FusedMoE):
-            if not x.is_floating_point():
-                raise NotImplementedError("experts take rows")
-            return _experts(module, x)
-        if not x.is_floating_point():
-            if not isinstance(module, VocabParallelEmbedding):
-                raise NotImplementedError(f"{type(module).__name__} takes no ids")
-            ids: torch.Tensor = module._embed_local_shard(x)
-            return ids
-        if isinstance(method, QuantizeMethodBase):
-            bias = getattr(module, "bias", None)
-            out: torch.Tensor = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
-            return out
-        return call_alone(module, x)
+    def _embed_ids(self, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        if not isinstance(module, VocabParallelEmbedding):
+            raise NotImplementedError(f"{type(module).__name__} takes no ids")
+        out: torch.Tensor = module._embed_local_shard(ids)
+        return out
+
+    def _has_experts(self, module: nn.Module) -> bool:
+        return isinstance(module, FusedMoE)
+
+    def _apply_experts(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return _experts(module, x)
+
+    def _is_quantisable(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
 
     def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
         lora_id = None if adapter is None else self.adapters().get(adapter)

@@ -144,11 +144,11 @@ class LoopLine:
 
     # ---- what `remote.Line` asks for -----------------------------------------------------------------------------
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         what, end = f"{type(request).__name__} of SGLang's front", not isinstance(request, msg.Refuse)
         return self.run(self._asked(request), deadline, what, end=end)
 
-    async def _asked(self, request: msg.ToFront) -> msg.FromFront:
+    async def _asked(self, request: msg.FrontendRequest) -> msg.FrontendReply:
         from engine_side.engines.sglang.frontend import Front
 
         return await Front.of(self._manager).handle(request)

@@ -19,7 +19,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 
 from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name, dtype_of
-from bridge.model.lora_format import LoraSpec, Pair, names_of, pairs
+from bridge.model.lora_format import LoraPair, LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.engines.sglang.fused_modules import Siblings
 from engine_side.engines.sglang.slot_regions import Placed, places
@@ -200,7 +200,7 @@ class Loras:
         if unknown:
             raise self._unexpected(unknown)
 
-    def _require_shapes(self, pair: Pair, spec: LoraSpec) -> None:
+    def _require_shapes(self, pair: LoraPair, spec: LoraSpec) -> None:
         """A stack that is right in sum may still be wrong in its parts."""
         shape = self._siblings.shape(pair.module)
         if shape is None:

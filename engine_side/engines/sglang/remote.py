@@ -7,26 +7,25 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from bridge.errors import ConfigError, DeadlineExceeded
-from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend_client import CALL_S, Fronted
-from engine_side.engines.common.published_state import BASE, CURRENT, check_mode, not_held
+from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
+from engine_side.engines.common.published_state import BASE, check_mode
 from engine_side.engines.sglang.common import Arguments, SglangDriver
 from engine_side.engines.sglang.scheduler import FACTS, OPEN, SHUT
-from engine_side.protocol import Prompts
 
 T = TypeVar("T")
 _POLL_S = 0.005
 _GRACE_S, _KNOCK_S = 3.0, 0.5
-_ASKING_RANKS = (msg.Ask, msg.Generate, msg.Published, msg.Retire)
+_ASKING_RANKS = (msg.GetState, msg.Generate, msg.Publish, msg.Retire)
 """Of the front's requests those that, where there are adapters, wait for the schedulers."""
 
 
 class Line(Protocol):
     """Blocks until answered. Every call raises PeerLost for an engine that is gone, and DeadlineExceeded."""
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         """The front's answer; its errors are raised."""
         ...
 
@@ -40,25 +39,24 @@ class Line(Protocol):
         ...
 
 
-class FrontendDriver(Fronted, SglangDriver):
-    """`own` says in which process the engine's driver is, for the claim: (pid, start time)."""
+class FrontendDriver(FrontendClient, SglangDriver):
+    """The driver over a channel."""
 
     def __init__(
         self,
         line: Line,
         arguments: Arguments,
         where: str,
-        own: tuple[int, str],
         *,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         SglangDriver.__init__(self, arguments, where)
-        Fronted.__init__(self, own, on_close)
+        FrontendClient.__init__(self, on_close)
         self._line = line
         self._push: Deadline | None = None  # of the push that has the engine paused
         self._grace: Deadline | None = None  # for an engine that has let a deadline pass
 
-    def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         if isinstance(request, msg.Generate) and not request.past_gate:
             return self._line.ask(request, deadline)  # a user's: it may take its time
         if isinstance(request, _ASKING_RANKS) and self.lora is not None:
@@ -112,7 +110,7 @@ class FrontendDriver(Fronted, SglangDriver):
         try:
             if inflight == "drain" and not paused:
                 self._drain(deadline)
-            self._tell(msg.Note(True), deadline)
+            self._tell(msg.Hold(paused=True), deadline)
             self._line.call("pause_generation", deadline, mode="retract")
             while not self.facts(deadline).paused:  # it has no answer of its own
                 deadline.check("SGLang's pause")
@@ -135,7 +133,7 @@ class FrontendDriver(Fronted, SglangDriver):
         self._push = None
 
     def refuse(self, reason: str | None) -> None:
-        """As `Fronted.refuse`; an engine that hangs refuses, and what is inside it ends when it can."""
+        """As `FrontendClient.refuse`; an engine that hangs refuses, and what is inside it ends when it can."""
         try:
             super().refuse(reason)
         except DeadlineExceeded:
@@ -146,7 +144,6 @@ class FrontendDriver(Fronted, SglangDriver):
 
     def _go_on(self) -> None:
         self._call("continue_generation", torch_empty_cache=self.arguments.device != "cpu")
-        self._tell(msg.Note(False))
         self._tell(msg.Release())
 
     def reset_caches(self) -> bool:
@@ -155,7 +152,7 @@ class FrontendDriver(Fronted, SglangDriver):
 
     # ---- readiness, versions -------------------------------------------------------------------------------------
 
-    def _ready(self) -> None:
+    def _require_ready(self) -> None:
         """Two tokens are generated: the first forward of some of SGLang's models changes their module tree, which has
         to be over before anybody looks whether a push leaves it as it was."""
         state = self.state()
@@ -169,30 +166,13 @@ class FrontendDriver(Fronted, SglangDriver):
         sampling = Sampling(max_tokens=2, temperature=0.0)
         self._completions([[0, 0]], sampling, BASE, True, Deadline.after(CALL_S))
 
-    def publish(self, version: int, adapter: str | None = None) -> None:
+    def _set_weight_version(self, version: int) -> None:
         """`meta_info["weight_version"]` shows the version from now on."""
-        if adapter is not None and adapter not in self.adapters():
-            raise not_held(adapter)
         self._call("update_weight_version", new_version=str(version), abort_all_requests=False)
-        self._tell(msg.Published(version, adapter))
 
-    # ---- generation ----------------------------------------------------------------------------------------------
+    def _open_scheduling(self, state: msg.FrontendState, deadline: Deadline | None) -> None:
+        """For the bridge's own requests alone."""
+        self.ask(OPEN, deadline=deadline)
 
-    def generate(
-        self,
-        prompts: Prompts,
-        sampling: Sampling,
-        adapter: str = CURRENT,
-        *,
-        past_gate: bool = False,
-        deadline: Deadline | None = None,
-    ) -> list[Completion]:
-        """Past the gate of a paused engine scheduling is opened for these requests alone."""
-        opened = past_gate and bool(prompts) and self.state(deadline).paused
-        if opened:
-            self.ask(OPEN, deadline=deadline)
-        try:
-            return self._completions(prompts, sampling, adapter, past_gate, deadline)
-        finally:
-            if opened:
-                self.ask(SHUT)
+    def _close_scheduling(self) -> None:
+        self.ask(SHUT)

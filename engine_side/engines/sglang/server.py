@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bridge.coordinator.health import Check
-from bridge.daemon.processes import started_at
-from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError
-from bridge.protocol.codec import pack, unpack
+from bridge.errors import BridgeError, ConfigError, ProtocolError
+from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
@@ -31,7 +29,7 @@ class HttpLine:
     def __init__(self, client: HttpClient) -> None:
         self._client = client
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         ok, text = self.check_weights([FRONT, base64.b64encode(pack(request)).decode()], deadline)
         try:
             frame = base64.b64decode(text, validate=True) if ok else b""
@@ -45,10 +43,7 @@ class HttpLine:
                 got=text[:200],
                 remedy="install weighbridge where SGLang runs, and let SGLANG_PLUGINS, if set, name 'weighbridge'",
             )
-        answer: msg.FromFront = unpack(frame, msg.FromFront)
-        if isinstance(answer, msg.Failed):
-            raise answer.error.rebuild(self._client.url)
-        return answer
+        return msg.read_reply(frame, self._client.url)
 
     def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
         try:
@@ -56,7 +51,7 @@ class HttpLine:
         except HttpStatus as error:
             if error.status == 400 and method == "flush_cache":
                 return False
-            raise self._failed(error) from error
+            raise error.as_error() from error
         return True
 
     def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
@@ -66,30 +61,25 @@ class HttpLine:
         except HttpStatus as error:
             if error.status == 400:
                 return False, error.text
-            raise self._failed(error) from error
+            raise error.as_error() from error
         if not isinstance(said, dict) or not isinstance(said.get("message"), str):
             raise ProtocolError("an answer of another kind", where=f"{self._client.url}/weights_checker", got=str(said))
         return bool(said.get("success")), said["message"]
-
-    def _failed(self, error: HttpStatus) -> PeerLost | ProtocolError:
-        kind = PeerLost if error.status >= 500 else ProtocolError
-        return kind("the server could not do what was asked", where=self._client.url, got=str(error))
 
 
 class SglangServerDriver(FrontendDriver):
     """Over a server that stays its owner's."""
 
     def __init__(self, client: HttpClient, arguments: Arguments) -> None:
-        own = (os.getpid(), started_at(os.getpid()) or "")
-        super().__init__(HttpLine(client), arguments, client.url, own)
+        super().__init__(HttpLine(client), arguments, client.url)
         self._client = client
 
     def examine(self, deadline: Deadline) -> Iterator[Check]:
         """What the server says of itself, and what its schedulers find in their weights."""
         label = str(self._client.get("/model_info", Deadline.after(CALL_S)).get("weight_version"))
         state, paused = self.state(), self.facts().paused
-        yield from server_checks.service("SGLang", self.ranks, state, label, paused, "/continue_generation")
-        yield from server_checks.weights(self, deadline)
+        yield from server_checks.check_service("SGLang", self.ranks, state, label, paused, "/continue_generation")
+        yield from server_checks.check_weights(self, deadline)
 
 
 def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | None:
@@ -101,9 +91,7 @@ def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | No
     check_version(str(about["version"]))
     arguments = Arguments.read(about.get, client.url, START)
     line = HttpLine(client)
-    front = server_checks.hello(lambda request: line.ask(request, deadline))
-    if not isinstance(front, msg.FrontIs):
-        raise ProtocolError("an answer of the wrong kind", where=client.url, got=type(front).__name__)
+    front = server_checks.identify(lambda request: line.ask(request, deadline), client.url)
     server_checks.require_sight(front, client.url)
     adapter = SglangServerDriver(client, arguments)
     adapter.facts()

@@ -25,7 +25,7 @@ class Port:
         self.asked: list[Any] = []
         self.seconds: list[float] = []
 
-    def call(self, request: ToEngine, deadline: Deadline) -> FromEngine:
+    def call(self, request: ToEngine, reply: object, deadline: Deadline) -> FromEngine:
         self.asked.append(request)
         self.seconds.append(deadline.remaining_s)
         return EngineGenerated(())

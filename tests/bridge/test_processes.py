@@ -1,3 +1,5 @@
+"""What tells a process from a later one of the same pid."""
+
 from __future__ import annotations
 
 import os
