@@ -1,4 +1,4 @@
-"""Handles that a `Bridge` gives out: engines for rollouts, and pushes that are under way."""
+"""Handles that a `Bridge` gives its user: engines for rollouts, and pushes that are under way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALL_TIMEOUT_S = 60.0
 
 
 class EngineHandle:
-    """One engine of a bridge, for rollouts. Get it from `Bridge.engines`."""
+    """One engine of a bridge, for rollouts; an element of `Bridge.engines`. May be used from several threads."""
 
     def __init__(self, port: EnginePort) -> None:
         self._port = port
@@ -34,16 +34,27 @@ class EngineHandle:
         adapter: str = "current",
         timeout_s: float = 600.0,
     ) -> list[Completion]:
-        """Sample one completion per prompt (token ids in, token ids and log-probabilities out). Blocks, also while the
-        engine is paused for a push, for at most `timeout_s` seconds. `adapter` is "current", "base" or the name of a
-        loaded one. Raises EngineQuarantined when the engine serves nothing, ConfigError for prompts or a sampling that
-        it cannot take, NotFound for an adapter, DeadlineExceeded (what has not finished is ended)."""
+        """Sample one completion per prompt, in order. Blocks, also while the engine is paused for a push.
+
+        Args:
+            prompts: token ids, one sequence per completion.
+            sampling: temperature, length, stop tokens; default `Sampling()`.
+            adapter: "current" (the LoRA that was pushed last, or none), "base", or the name of a loaded LoRA.
+            timeout_s: longest wait; what has not finished by then is ended.
+
+        Raises:
+            EngineQuarantined: the engine serves nothing until a push verifies.
+            ConfigError: prompts or a sampling that the engine cannot take; Closed in a forked child.
+            NotFound: no LoRA of that name is loaded.
+            PeerLost, DeadlineExceeded: the engine is gone, or late.
+        """
         request = check_generate_options(prompts, sampling, adapter, timeout_s)
         return list(self._port.call(request, EngineGenerated, Deadline.after(request.timeout_s)).completions)
 
 
 class PendingPush:
-    """A push whose snapshot is sealed and handed over (`wait=False`)."""
+    """A push whose snapshot is sealed and handed over, as `push(wait=False)` returns it. The trainer's tensors may
+    change; the push goes on without this object, and without its Bridge."""
 
     def __init__(self, session: Session, version: int, timeout_s: float) -> None:
         self.version = version
@@ -52,12 +63,17 @@ class PendingPush:
         self._finished: Finished | None = None
 
     def done(self) -> bool:
-        """Tell whether the push has ended, one way or the other. Does not block."""
+        """True when the push has ended, one way or the other. Does not wait for it."""
         return self._poll(0.0) is not None
 
     def result(self, timeout: float | None = None) -> Receipt:
-        """Wait for the receipt, at most `timeout` seconds (default: the push's own deadline and the way back after it).
-        Raises what `push` raises, and DeadlineExceeded when the push has not ended in time; it goes on."""
+        """Wait for the receipt.
+
+        Args:
+            timeout: longest wait in seconds; default the push's own deadline and the way back after it.
+
+        Raises the errors of `Bridge.push`, and DeadlineExceeded when the push has not ended in time (it goes on).
+        """
         seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
         self._session.require_usable()
         finished = self._poll(seconds)
@@ -65,7 +81,7 @@ class PendingPush:
             raise DeadlineExceeded(
                 "the push has not ended yet",
                 where=f"version {self.version}",
-                remedy="wait longer; it goes on without you",
+                remedy="call result() again with a longer timeout; the push goes on meanwhile",
             )
         return receipt_or_raise(finished, self.version)
 
@@ -79,11 +95,13 @@ class PendingPush:
 
 
 def receipt_or_raise(finished: Finished, version: int) -> Receipt:
-    """Return the receipt of a push that ended well, else raise.
+    """Return the receipt of a push that ended well, or raise. Does not block.
 
-    Raises the cause itself when nothing had been touched; PushAborted (or EngineQuarantined) *from* the cause when
-    engines had to be put back; EngineQuarantined or PeerLost when the version was committed while an engine was lost
-    (its receipt is in the journal, `Bridge.history`).
+    Raises:
+        the cause itself: no engine was written.
+        PushAborted: *from* the cause; engines had been written and were put back.
+        EngineQuarantined: the same, but some engine could not be put back; or the version was committed, and an engine
+            was lost on the way to serving it (then also PeerLost). Its receipt is in the journal (`Bridge.history`).
     """
     if finished.error is None and finished.receipt is not None:
         return finished.receipt

@@ -1,4 +1,4 @@
-"""Where a Bridge's coordinator and engines are, and what its end stops: `attach`, `connect`, `launch` differ in that.
+"""Sessions: what a Bridge talks to, and what its end stops. `attach`, `connect` and `launch` differ in this alone.
 
 `InProcessSession` runs the coordinator and one engine's service in this process; `RaySession` talks to the actors of a
 daemon. A session belongs to the process that made it: in a forked child it closes nothing and refuses every call.
@@ -130,11 +130,11 @@ class InProcessSession(Session):
         super().__init__(chosen, InProcessPort(chosen, self._coordinator), [port], self._temporary)
 
     def refuse_caller(self) -> None:
-        """As `Session.refuse_caller`."""
+        """Raise ConfigError in the thread of the attached engine's event loop."""
         self._service.refuse_caller()
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
-        """As `Session.refuse_shared`."""
+        """Raise ConfigError when the attached engine holds weights at one of these storage addresses."""
         self._driver.refuse_shared(storages)
 
     def _end(self) -> None:

@@ -25,11 +25,13 @@ class EngineActor:
     def __init__(self, engine_id: str, spec: str, arguments: bytes, threads: int) -> None:
         """Start the engine that `spec` names; blocks until it can serve. Never raises: Ray would turn the error into a
         dead actor. Every call then answers with it."""
+        import ray
+
         torch.set_num_threads(threads)  # Ray's num_cpus=0 sets OMP_NUM_THREADS=1
         try:
-            self._service: EngineService | Refused = _service(
-                engine_id, spec, unpack(arguments, dict[str, Any]), threads
-            )
+            driver = host(spec, unpack(arguments, dict[str, Any]))
+            node = str(ray.get_runtime_context().get_node_id())
+            self._service: EngineService | Refused = EngineService(engine_id, driver, node=node, threads=threads)
         except Exception as error:  # process boundary: the starter is told what was wrong with the engine
             log.exception("%s could not be started from %s", engine_id, spec)
             self._service = Refused(ErrorInfo.of(error))
@@ -47,15 +49,3 @@ class EngineActor:
     def pid(self) -> int:
         """Process id of this actor."""
         return os.getpid()
-
-
-def _service(engine_id: str, spec: str, arguments: dict[str, Any], threads: int) -> EngineService:
-    import ray
-
-    driver = host(spec, arguments)
-    try:
-        node = str(ray.get_runtime_context().get_node_id())
-        return EngineService(engine_id, driver, node=node, threads=threads)
-    except BaseException:
-        driver.close()
-        raise

@@ -25,9 +25,20 @@ class TrainerActor:
     def __init__(self, name: str, engines: list[str], threads: int, start_timeout_s: float) -> None:
         """Open the journal, remove what a crashed daemon of this name left in shared memory, and claim the engines.
         Never raises: Ray would turn the error into a dead actor. Every call then answers with it."""
+        import ray
+
         torch.set_num_threads(threads)
         try:
-            self._coordinator: Coordinator | Refused = _coordinator(name, engines, start_timeout_s)
+            ports = [
+                actors.engine_port(engine, ray.get_actor(f"{name}:{engine}", namespace=ray_cluster.NAMESPACE))
+                for engine in engines
+            ]
+            ledger = Ledger.open(name)
+            remove_remains(ledger.path)
+            node = str(ray.get_runtime_context().get_node_id())
+            self._coordinator: Coordinator | Refused = Coordinator(
+                name, ports, ledger, node=node, start_timeout_s=start_timeout_s
+            )
         except Exception as error:  # process boundary: the starter is told what was wrong
             log.exception("the coordinator of %s could not be started", name)
             self._coordinator = Refused(ErrorInfo.of(error))
@@ -45,20 +56,3 @@ class TrainerActor:
     def pid(self) -> int:
         """Process id of this actor."""
         return os.getpid()
-
-
-def _coordinator(name: str, engines: list[str], start_timeout_s: float) -> Coordinator:
-    import ray
-
-    ports = [
-        actors.engine_port(engine, ray.get_actor(f"{name}:{engine}", namespace=ray_cluster.NAMESPACE))
-        for engine in engines
-    ]
-    ledger = Ledger.open(name)
-    try:
-        remove_remains(ledger.path)
-        node = str(ray.get_runtime_context().get_node_id())
-        return Coordinator(name, ports, ledger, node=node, start_timeout_s=start_timeout_s)
-    except BaseException:
-        ledger.close()
-        raise

@@ -244,42 +244,39 @@ def _actor(target: str, actor_name: str, threads: int, environment: Mapping[str,
 
 def find(name: str) -> tuple[RayPort, list[RayPort]]:
     """Ports of a running daemon. Blocks for its answer. Raises NotFound, naming the daemons that do run."""
-    try:
-        ray_cluster.ensure_ray(start=False)
-    except NotFound as error:
-        raise NotFound(f"no daemon of that name: {error.what}", where=name, remedy=error.remedy) from error
-    found = _actors_of(name)
+    found = _find_actors(name)
     actor = found.get(f"{name}:{_TRAINER}")
     if actor is None:
-        raise _not_found(name, f"only what a daemon that crashed left: {', '.join(sorted(found))}" if found else None)
+        raise _not_found(name, got=f"only what a crashed daemon left: {', '.join(sorted(found))}")
     port = _trainer_port(name, actor)
     engines = port.call(StatusRequest(), DaemonStatus, Deadline.after(60)).engines
     return port, [engine_port(info.id, found.get(f"{name}:{info.id}")) for info in engines]
 
 
-def _not_found(name: str, got: str | None = None) -> NotFound:
-    return NotFound(
-        "no daemon of that name",
-        where=name,
-        expected=", ".join(running()) or "none runs",
-        got=got,
-        remedy="weighbridge up NAME --engine embedded:PATH, or bridge.launch",
-    )
-
-
-def stop(name: str, *, and_ray: bool = True) -> None:
-    """Stop a daemon: engines gracefully first, then the actors, then the local Ray if we started it and nothing else of
-    ours runs on it. Also removes what a crashed daemon left. Blocks, for minutes at most. Raises NotFound when there is
-    no such daemon, Busy while another process starts it."""
-    checked_name(name)
+def _find_actors(name: str) -> dict[str, Any]:
+    """The actors of daemon `name`, at least one. Raises NotFound, also when no Ray runs."""
     try:
         ray_cluster.ensure_ray(start=False)
     except NotFound as error:
         raise NotFound(f"no daemon of that name: {error.what}", where=name, remedy=error.remedy) from error
     found = _actors_of(name)
-    trainer = found.get(f"{name}:{_TRAINER}")
     if not found:
         raise _not_found(name)
+    return found
+
+
+def _not_found(name: str, got: str | None = None) -> NotFound:
+    expected = ", ".join(running()) or "none runs"
+    remedy = "weighbridge up NAME --engine embedded:PATH, or bridge.launch"
+    return NotFound("no daemon of that name", where=name, expected=expected, got=got, remedy=remedy)
+
+
+def stop(name: str) -> None:
+    """Stop a daemon: engines gracefully first, then the actors, then the local Ray if we started it and nothing else of
+    ours runs on it. Also removes what a crashed daemon left. Blocks, for minutes at most. Raises NotFound when there is
+    no such daemon, Busy while another process starts it."""
+    found = _find_actors(name)
+    trainer = found.get(f"{name}:{_TRAINER}")
     if trainer is None:
         with _starting(name):
             _remove(_actors_of(name), name)
@@ -289,8 +286,7 @@ def stop(name: str, *, and_ray: bool = True) -> None:
         except BridgeError as error:
             log.warning("%s did not close gracefully: %s", name, error)
         _kill(found, name)
-    if and_ray:
-        stop_ray_if_idle()
+    stop_ray_if_idle()
 
 
 def _remove(found: Mapping[str, Any], name: str) -> None:
@@ -330,7 +326,7 @@ def _kill(found: Mapping[str, Any], name: str) -> None:
 
 
 def _still_there(names: Iterable[str], deadline: Deadline) -> list[str]:
-    """Which of these actors Ray still reports as alive at the deadline; empty as soon as none is."""
+    """Wait until Ray reports none of these actors as alive; returns those that it does at the deadline."""
     while left := sorted(set(names) & set(_named_actors())):
         if deadline.expired:
             return left
@@ -344,13 +340,9 @@ def stop_ray_if_idle() -> None:
     import ray
 
     head = ray_cluster.our_ray()
-    # by port: Ray turns the loopback address that it is given into the machine's own
-    if (
-        head is None
-        or not ray.is_initialized()
-        or ray.get_runtime_context().gcs_address.rpartition(":")[2] != head.port
-    ):
+    if head is None or not ray.is_initialized():
         return
-    if not _named_actors():
+    # by port: Ray turns the loopback address that it is given into the machine's own
+    if ray.get_runtime_context().gcs_address.rpartition(":")[2] == head.port and not _named_actors():
         ray.shutdown()
         ray_cluster.stop_ray()

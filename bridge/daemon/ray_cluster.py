@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from bridge.config import COPY_TUNABLE
 from bridge.daemon.processes import started_at
 from bridge.errors import ConfigError, NotFound, TransportError
 from bridge.journal.state_dir import state_dir
@@ -203,12 +204,10 @@ def _start_ray() -> RayHead:
         "--include-dashboard=false", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE_NBYTES}",
     ]  # fmt: skip
     output = _ray_file().with_name("ray.log")
-    # makes glibc's copies, and with them numpy's, use streaming stores from 1 MiB up: faster for what no cache holds
-    tunable = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000"}
     pid = os.posix_spawn(
         program,
         command,
-        {**tunable, **os.environ},
+        {"GLIBC_TUNABLES": COPY_TUNABLE, **os.environ},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(output), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
