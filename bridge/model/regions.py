@@ -61,7 +61,7 @@ class Fill(msgspec.Struct, frozen=True, array_like=True):
     value: float
 
 
-class Target(msgspec.Struct, frozen=True, array_like=True):
+class TargetTensor(msgspec.Struct, frozen=True, array_like=True):
     """One canonical parameter or persistent buffer of an engine rank, by its skeleton path."""
 
     path: str
@@ -77,7 +77,7 @@ class Target(msgspec.Struct, frozen=True, array_like=True):
 class RankPlan(msgspec.Struct, frozen=True, dict=True):
     """Everything one rank does with a version. `native` maps module paths that the recorder could not follow to why."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[TargetTensor, ...]
     moves: tuple[Move, ...]
     fills: tuple[Fill, ...] = ()
     native: dict[str, str] = {}

@@ -14,7 +14,7 @@ import torch
 from bridge.model.regions import Region
 from bridge.tracing.provenance import (
     NOT_SENT,
-    Found,
+    ResolvedWrites,
     constant_write,
     entry_for,
     pick,
@@ -149,7 +149,7 @@ def _bits(rec: Recorder, dest: torch.Tensor, src: torch.Tensor, held: Region) ->
             rec.emit(into, entry)
 
 
-def _foreign(src: torch.Tensor, held: Region) -> Found:
+def _foreign(src: torch.Tensor, held: Region) -> ResolvedWrites:
     """A value that is not ours: a constant when it is a single known number, else nothing that may be in a plan."""
     if src.device.type != "meta" and src.untyped_storage().nbytes() == src.element_size():
         return [(constant_write(held, src.reshape(-1)[:1].item()), held, held)] if held.numel else []

@@ -36,7 +36,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class LoggedWrite:
     """One entry of a storage's log: `held` holds elements `origin` of source `name` (sent as `dtype`, cast on
     the way to each of `via`), or `value`, or a tainted value."""
 
@@ -57,22 +57,22 @@ class StorageLog:
 
     keep: torch.UntypedStorage
     dtype: torch.dtype
-    log: list[Write] = field(default_factory=list)
+    log: list[LoggedWrite] = field(default_factory=list)
     targets: list[tuple[str, Region]] = field(default_factory=list)
 
 
-Found = list[tuple[Write | None, Region, Region]]
+ResolvedWrites = list[tuple[LoggedWrite | None, Region, Region]]
 """(who wrote, region of the writer's origin, companion region); None: nobody."""
 
 
-def resolve(log: list[Write], view: Region, other: Region) -> Found:
+def resolve(log: list[LoggedWrite], view: Region, other: Region) -> ResolvedWrites:
     """Who wrote the elements of a view last. The companion `other` is split alongside."""
-    found: Found = []
+    found: ResolvedWrites = []
     open_parts = [(view, other)] if view.numel else []
     for write in reversed(log):
         rest: list[tuple[Region, Region]] = []
         for part, beside in open_parts:
-            if write.high <= part.offset or part.offset + reach(part) <= write.low:
+            if write.high <= part.offset or part.offset + extent(part) <= write.low:
                 rest.append((part, beside))
                 continue
             split = follow(part, beside, write.held, write.origin or write.held)
@@ -88,18 +88,18 @@ def resolve(log: list[Write], view: Region, other: Region) -> Found:
     return found
 
 
-def entry_for(write: Write | None, origin: Region, held: Region, dtype: torch.dtype) -> Write:
+def entry_for(write: LoggedWrite | None, origin: Region, held: Region, dtype: torch.dtype) -> LoggedWrite:
     """A log entry that says: `held` now shows what `write` held, as `dtype`."""
-    low, high = held.offset, held.offset + reach(held)
+    low, high = held.offset, held.offset + extent(held)
     if write is None:
-        return Write(held, low, high, taint=NOT_SENT)
+        return LoggedWrite(held, low, high, taint=NOT_SENT)
     if write.name is None:
-        return Write(held, low, high, value=write.value, taint=write.taint)
+        return LoggedWrite(held, low, high, value=write.value, taint=write.taint)
     via = write.via if dtype == write.dtype or dtype in write.via else write.via | {dtype}
-    return Write(held, low, high, name=write.name, origin=origin, dtype=write.dtype, via=via)
+    return LoggedWrite(held, low, high, name=write.name, origin=origin, dtype=write.dtype, via=via)
 
 
-def why_not(write: Write | None, final: torch.dtype) -> str | None:
+def why_not(write: LoggedWrite | None, final: torch.dtype) -> str | None:
     """Why a value that took this way into a tensor of dtype `final` is not the sent value, or None."""
     if write is None:
         return NOT_SENT
@@ -129,15 +129,15 @@ def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
     return fine.eps <= coarse.eps and fine.max >= coarse.max and fine.tiny * fine.eps <= coarse.tiny * coarse.eps
 
 
-def tainted_write(held: Region, reason: str) -> Write:
-    return Write(held, held.offset, held.offset + reach(held), taint=reason)
+def tainted_write(held: Region, reason: str) -> LoggedWrite:
+    return LoggedWrite(held, held.offset, held.offset + extent(held), taint=reason)
 
 
-def constant_write(held: Region, value: float) -> Write:
-    return Write(held, held.offset, held.offset + reach(held), value=value)
+def constant_write(held: Region, value: float) -> LoggedWrite:
+    return LoggedWrite(held, held.offset, held.offset + extent(held), value=value)
 
 
-def reach(region: Region) -> int:
+def extent(region: Region) -> int:
     """Distance from a region's first element to one past its last, in elements of the storage."""
     return 1 + sum((n - 1) * s for n, s in zip(region.shape, region.strides, strict=True))
 

@@ -24,12 +24,12 @@ from bridge.tracing.ops import default_handler, handlers
 from bridge.tracing.provenance import (
     NOT_AFFINE,
     NOT_SENT,
-    Found,
+    LoggedWrite,
     Provenance,
+    ResolvedWrites,
     StorageLog,
-    Write,
     entry_for,
-    reach,
+    extent,
     region_of,
     resolve,
     storage_key,
@@ -110,7 +110,7 @@ class Recorder:
                 result.fills.append((held, write.value))
         return Provenance(result.pieces, result.fills, taint)
 
-    def read(self, tensor: torch.Tensor, other: Region) -> Found:
+    def read(self, tensor: torch.Tensor, other: Region) -> ResolvedWrites:
         """Who supplies each element of a tensor; `other` is a companion region of the same shape, split alongside."""
         view = region_of(tensor)
         storage = self.storages.get(storage_key(tensor))
@@ -120,7 +120,7 @@ class Recorder:
             return [(tainted_write(view, f"reinterprets {storage.dtype} as {tensor.dtype}"), view, other)]
         return resolve(storage.log, view, other)
 
-    def write(self, dest: torch.Tensor, found: Found) -> None:
+    def write(self, dest: torch.Tensor, found: ResolvedWrites) -> None:
         """Log what a write put into `dest`; the companions of `found` are regions of `dest`'s storage."""
         storage = self.storages.get(storage_key(dest))
         if storage is None:
@@ -159,7 +159,7 @@ class Recorder:
                 got=f"{tensor.device}, strides {tuple(tensor.stride())}, offset {tensor.storage_offset()}",
             )
         whole = dense(tuple(tensor.shape))
-        self.track(tensor).log.append(Write(whole, 0, whole.numel, name=name, origin=whole, dtype=tensor.dtype))
+        self.track(tensor).log.append(LoggedWrite(whole, 0, whole.numel, name=name, origin=whole, dtype=tensor.dtype))
 
     def _add_target(self, path: str, tensor: torch.Tensor) -> None:
         storage, region = self.track(tensor), region_of(tensor)
@@ -170,11 +170,11 @@ class Recorder:
                 return
         storage.targets.append((path, region))
 
-    def emit(self, storage: StorageLog, entry: Write) -> None:
+    def emit(self, storage: StorageLog, entry: LoggedWrite) -> None:
         """Turn one write into moves, fills or taints of the targets whose elements it touches."""
         rest = [(entry.origin or entry.held, entry.held)]
         for path, place in storage.targets:
-            low, high = place.offset, place.offset + reach(place)
+            low, high = place.offset, place.offset + extent(place)
             if low <= entry.low and entry.high <= high:
                 for origin, held in rest:
                     self._record(path, entry, origin, Region(held.offset - low, held.shape, held.strides))
@@ -191,7 +191,7 @@ class Recorder:
                 later += [(source, at) for at, source in split.outside]
             rest = later
 
-    def _record(self, path: str, entry: Write, origin: Region, dest: Region) -> None:
+    def _record(self, path: str, entry: LoggedWrite, origin: Region, dest: Region) -> None:
         reason = why_not(entry, self._targets[path].dtype)
         if reason is not None:
             self.tainted.setdefault(path, reason)

@@ -17,7 +17,7 @@ from torch import nn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class CacheAttribute:
     """One attribute of a live module that a forward may fill; `absent`: it is not there before, instead of None."""
 
     path: str
@@ -32,7 +32,7 @@ class Slot:
             self.state[self.name] = None
 
 
-class Kept:
+class ForwardCaches:
     """What the modules of one live engine may keep.
 
     Args:
@@ -48,15 +48,17 @@ class Kept:
         found: Mapping[str, AbstractSet[str]],
     ) -> None:
         self._root = root
-        self._slots: list[Slot] = []
-        self._dropped: dict[Slot, object] = {}
+        self._slots: list[CacheAttribute] = []
+        self._dropped: dict[CacheAttribute, object] = {}
         for path, fresh, live in pairs:
             if type(fresh) is not type(live):
                 continue
             names = found.get(path)
             if names is None:
                 names = {name for name, value in fresh.__dict__.items() if value is None}
-            self._slots += [Slot(path, live.__dict__, n, fresh.__dict__.get(n, self) is self) for n in sorted(names)]
+            self._slots += [
+                CacheAttribute(path, live.__dict__, n, fresh.__dict__.get(n, self) is self) for n in sorted(names)
+            ]
 
     def drop(self) -> tuple[str, ...]:
         """Drop it all; "module.name" of each. About 50 ns for what is not there. A view of a parameter follows by
@@ -89,14 +91,14 @@ class Kept:
         self._dropped.clear()
 
 
-def state_of(module: nn.Module) -> frozenset[str]:
+def names_set(module: nn.Module) -> frozenset[str]:
     """The attributes of a module that are set."""
     return frozenset(name for name, value in module.__dict__.items() if value is not None)
 
 
-def came_with_use(module: nn.Module, before: AbstractSet[str]) -> frozenset[str]:
+def tensors_set_since(module: nn.Module, before: AbstractSet[str]) -> frozenset[str]:
     """The attributes that hold tensors now, and were not set `before`."""
-    return frozenset(name for name in state_of(module) - before if _is_values(module.__dict__[name]))
+    return frozenset(name for name in names_set(module) - before if _is_values(module.__dict__[name]))
 
 
 def _is_values(value: object) -> bool:

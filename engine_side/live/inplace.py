@@ -211,7 +211,7 @@ MOVED = frozenset({"address", "shape", "stride", "dtype"})
 
 
 @dataclass
-class _Watch:
+class _EntryCheck:
     """The cheap check of one entry: the same object in the same place with the same storage and the same attributes."""
 
     path: str
@@ -245,7 +245,7 @@ class AttributeSnapshot:
     """Fingerprints of every parameter and buffer under a module, by path. Holds references, so ids stay unique."""
 
     entries: dict[str, Fingerprint]
-    _watches: list[_Watch] = field(default_factory=list, repr=False)
+    _watches: list[_EntryCheck] = field(default_factory=list, repr=False)
     _root: nn.Module | None = field(default=None, repr=False)
     _modules: Container[int] | None = field(default=None, repr=False)
 
@@ -330,9 +330,9 @@ def _tensors(
                     yield f"{prefix}.{name}" if prefix else name, registry, name, tensor, buffer, id(module)
 
 
-def _watch(path: str, registry: dict[str, torch.Tensor | None], name: str, tensor: torch.Tensor) -> _Watch:
+def _watch(path: str, registry: dict[str, torch.Tensor | None], name: str, tensor: torch.Tensor) -> _EntryCheck:
     attributes = dict(tensor.__dict__)
-    return _Watch(path, registry, name, tensor, tensor.data_ptr(), tensor.stride(), tensor.dtype, attributes)
+    return _EntryCheck(path, registry, name, tensor, tensor.data_ptr(), tensor.stride(), tensor.dtype, attributes)
 
 
 def _fingerprint(tensor: torch.Tensor, buffer: bool, aliases: tuple[str, ...]) -> Fingerprint:

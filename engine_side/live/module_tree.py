@@ -38,7 +38,7 @@ class _Link:
     path: str
 
 
-class Tree:
+class BoundModules:
     """The links from `root` to every module of `bound`, by all paths. Walks the tree once, then compares objects."""
 
     def __init__(self, root: nn.Module, bound: Iterable[nn.Module]) -> None:

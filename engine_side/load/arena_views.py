@@ -23,7 +23,7 @@ ALIGNED = 64
 _Bytes = npt.NDArray[np.uint8]
 
 
-class Lender:
+class ArenaViews:
     """One arena's memory, to lend. One thread at a time.
 
     Args:
@@ -39,7 +39,7 @@ class Lender:
         """Until something was kept: its pages, and those shared with its neighbours, are the arena's no more."""
 
     @classmethod
-    def of(cls, arena: Arena) -> Lender | None:
+    def of(cls, arena: Arena) -> ArenaViews | None:
         """A lender of `arena`; None where no such mapping is to be had (a kernel that never overcommits)."""
         try:
             return cls(arena.address, arena.private())

@@ -25,7 +25,7 @@ _STEP = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class CopyPair:
     """`live` and `sent` show the same elements, one for one; `tensor` is the manifest index, `target` the plan's path.
 
     `run` is (live address, sent address, nbytes) where both are contiguous host memory of one dtype, else None.
@@ -45,7 +45,7 @@ class Pair:
 
 def pair(
     live: torch.Tensor, at: Region, sent: torch.Tensor, of: Region, tensor: int, target: str, module: str
-) -> Pair | None:
+) -> CopyPair | None:
     """The pair of two regions (relative to each tensor's first element); None for an empty one."""
     if at.numel == 0:
         return None
@@ -56,7 +56,7 @@ def pair(
     run = None
     if flat and a.device.type == "cpu" and b.device.type == "cpu":
         run = (a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
-    return Pair(a, b, tensor, target, module, run)
+    return CopyPair(a, b, tensor, target, module, run)
 
 
 def _simplify(at: Region, of: Region) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -73,13 +73,13 @@ def _simplify(at: Region, of: Region) -> tuple[tuple[int, ...], tuple[int, ...],
 
 
 @dataclass
-class Batch:
+class CopyBatch:
     """What one thread does: long runs, one batched copy of small pieces, and strided or casting copies."""
 
     runs: list[tuple[int, int, int]] = field(default_factory=list)
     live: list[torch.Tensor] = field(default_factory=list)
     sent: list[torch.Tensor] = field(default_factory=list)
-    keep: list[Pair] = field(default_factory=list)
+    keep: list[CopyPair] = field(default_factory=list)
     nbytes: int = 0
 
     def copy(self) -> None:
@@ -89,13 +89,13 @@ class Batch:
             torch._foreach_copy_(self.live, self.sent)
 
 
-def batches(pairs: Sequence[Pair], threads: int) -> list[Batch]:
+def batches(pairs: Sequence[CopyPair], threads: int) -> list[CopyBatch]:
     """Work lists of about equal bytes; a long run may be cut between two of them. Runs that are neighbours on both
     sides are joined."""
     total = sum(p.nbytes for p in pairs)
     count = max(1, threads if total >= INLINE else 1)
     share = -(-total // count)
-    out = [Batch() for _ in range(count)]
+    out = [CopyBatch() for _ in range(count)]
     which = 0
     for item in pairs:
         if item.run is None or item.nbytes < SMALL:
@@ -146,14 +146,14 @@ def _compare(run: tuple[int, int, int]) -> bool:
     return (memcmp if run[2] >= SMALL else memcmp_held)(*run) != 0
 
 
-def same_bits(item: Pair) -> bool:
+def same_bits(item: CopyPair) -> bool:
     """Does the live side hold exactly the bits of the sent side, after the cast to the live dtype?"""
     if item.run is not None:
         return not _compare(item.run)
     return _first_difference(item.live, item.sent) is None
 
 
-def first_difference(item: Pair) -> tuple[int, float, float] | None:
+def first_difference(item: CopyPair) -> tuple[int, float, float] | None:
     """(position in the pair, expected, got) of the first element whose bits differ, and None when none does."""
     return None if same_bits(item) else _first_difference(item.live, item.sent)
 
@@ -184,7 +184,7 @@ def _slabs(live: torch.Tensor, sent: torch.Tensor) -> Iterable[tuple[torch.Tenso
 class Chunk:
     """A stretch of one pair that one thread compares; `run` None: the whole pair, by value."""
 
-    pair: Pair
+    pair: CopyPair
     run: tuple[int, int, int] | None
 
 
@@ -192,7 +192,7 @@ CHUNK = 16 << 20
 """Bytes compared by one call, so that threads share even a single large tensor."""
 
 
-def chunks(pairs: Iterable[Pair], threads: int) -> list[list[Chunk]]:
+def chunks(pairs: Iterable[CopyPair], threads: int) -> list[list[Chunk]]:
     """Comparison work for each thread, of about equal bytes. All small pieces come last, in one list: comparing them
     holds the interpreter lock, which threads would only pass to and fro."""
     cut: list[tuple[int, Chunk]] = []

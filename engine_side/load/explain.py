@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bridge.model.regions import Move, Region, dense
-from engine_side.load.sources import Canonical
+from engine_side.load.sources import CanonicalTensors
 from engine_side.plan.bake import Baked
-from engine_side.plan.strategies import Choice
+from engine_side.plan.strategies import ModuleStrategy
 
 
-def explain(baked: Baked, canonical: Canonical, name: str) -> tuple[dict[str, str], ...]:
+def explain(baked: Baked, canonical: CanonicalTensors, name: str) -> tuple[dict[str, str], ...]:
     """A row per move of one canonical tensor, or of the tensor that it is an alias of: tensor, parameter, source, dest,
     module, strategy, reason. Empty for a name that is not in the plan."""
     rows: list[dict[str, str]] = []
@@ -22,7 +22,7 @@ def explain(baked: Baked, canonical: Canonical, name: str) -> tuple[dict[str, st
     return tuple(rows)
 
 
-def _row(name: str, move: Move, choice: Choice, attribute: str) -> dict[str, str]:
+def _row(name: str, move: Move, choice: ModuleStrategy, attribute: str) -> dict[str, str]:
     return {
         "tensor": name,
         "parameter": f"{choice.path}.{attribute}",

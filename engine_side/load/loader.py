@@ -22,17 +22,17 @@ from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
-from engine_side.live.forward_caches import Kept
+from engine_side.live.forward_caches import ForwardCaches
 from engine_side.live.inplace import AttributeSnapshot, Outcome, held
-from engine_side.live.module_tree import Replaced, Tree
-from engine_side.load.arena_views import Lender
-from engine_side.load.copies import Batch, Pair, batches, pair, run_all
+from engine_side.live.module_tree import BoundModules, Replaced
+from engine_side.load.arena_views import ArenaViews
+from engine_side.load.copies import CopyBatch, CopyPair, batches, pair, run_all
 from engine_side.load.explain import explain
-from engine_side.load.sources import Canonical, Slot
+from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side, stand_ins
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.quant_groups import torn
-from engine_side.plan.strategies import Choice, Decided, Strategy, decide
+from engine_side.plan.quant_groups import find_incomplete_groups
+from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
 from engine_side.plan.twins import Cluster, Twin, graft, redo
 from engine_side.protocol import RankHost
 
@@ -58,7 +58,7 @@ class LoadOutcome:
 
 
 @dataclass(slots=True)
-class _Watch:
+class _BoundTensor:
     """A live tensor and where it lay when views of it were made; `path` is "module.name"."""
 
     path: str
@@ -75,8 +75,8 @@ class _Watch:
 class _Compiled:
     """Work lists of one slot."""
 
-    pairs: list[Pair]
-    batches: list[Batch]
+    pairs: list[CopyPair]
+    batches: list[CopyBatch]
     constants: list[tuple[str, torch.Tensor, float]]
 
 
@@ -85,10 +85,10 @@ class _Map:
     """A plan on an arena. `slots` keep the mapping's tensors alive."""
 
     manifest: Manifest
-    slots: list[Slot]
+    slots: list[ArenaSlot]
     index: Mapping[str, int]
     direct: dict[int, _Compiled] = field(default_factory=dict)
-    readable: dict[int, dict[str, list[Pair]]] = field(default_factory=dict)
+    readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
 
 
 class Loader:
@@ -115,16 +115,16 @@ class Loader:
         # A tensor that does not fit explains what is missing; what is torn says more about it than a hole does.
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
-        self.problems: tuple[BridgeError, ...] = (*others, *torn(self.baked), *holes)
+        self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
         self._map: _Map | None = None
-        self._lender: Lender | None = None
+        self._lender: ArenaViews | None = None
         self._touched = False
         if self.problems:
             return
         with uncollected():
-            self.decided: Decided = decide(host, self.baked)
+            self.decided: StrategyTable = decide(host, self.baked)
         self.problems = tuple(_packed_in_part(self.baked, self.decided))
-        self.canonical = Canonical(self.baked, self.decided, self.pool, self.threads)
+        self.canonical = CanonicalTensors(self.baked, self.decided, self.pool, self.threads)
         self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self._feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
@@ -133,7 +133,7 @@ class Loader:
         self.sources_of = {path: self._around(path) for path, _ in self.derived}
         """Path of a derived module -> those that it may derive something from."""
         self._kept = self._what_is_kept()
-        self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
+        self._tree = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class Loader:
     def _sources(self, target: str) -> frozenset[int]:
         return frozenset(self.mapped.index[move.tensor] for move in self.canonical.moves.get(target, ()))
 
-    def lost(self, replaced: Iterable[Replaced]) -> list[Choice]:
+    def lost(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
         """The modules of the plan that hang, or hung, below what was replaced."""
         below = self._tree.below(replaced)
         return [c for c in self.decided.choices.values() if id(self.decided.live[c.path]) in below]
@@ -206,7 +206,7 @@ class Loader:
 
     # ---- compile -----------------------------------------------------------------------------------------------------
 
-    def map(self, manifest: Manifest, slots: Iterable[Slot], lender: Lender | None = None) -> None:
+    def map(self, manifest: Manifest, slots: Iterable[ArenaSlot], lender: ArenaViews | None = None) -> None:
         """Compile the plan onto the versions of an arena: `slots[k]` are the tensors of slot k in manifest order.
 
         The tensors must stay mapped until the next `map` or `close`. With a `lender`, which the loader then closes,
@@ -247,8 +247,8 @@ class Loader:
         return self._map
 
     def _watch(self) -> None:
-        self._watches: list[_Watch] = []
-        self._absent: list[tuple[Choice, str, int]] = []
+        self._watches: list[_BoundTensor] = []
+        self._absent: list[tuple[ModuleStrategy, str, int]] = []
         for choice in self.decided.choices.values():
             module = self.decided.live[choice.path]
             for name, role in self.canonical.places(choice):
@@ -259,7 +259,7 @@ class Loader:
                     registries = (module._parameters, module._buffers, module.__dict__)
                     registry = next(r for r in registries if r.get(name) is tensor)
                     path = f"{choice.path}.{name}"
-                    self._watches.append(_Watch(path, registry, name, tensor, tensor.data_ptr()))
+                    self._watches.append(_BoundTensor(path, registry, name, tensor, tensor.data_ptr()))
         self._bound = [watch.tensor for watch in self._watches]
         self._addresses = [watch.address for watch in self._watches]
         self._written = frozenset(self._addresses)
@@ -278,7 +278,7 @@ class Loader:
         self.mapped.direct[slot] = _Compiled(pairs, batches(pairs, self.threads), list(self.constants()))
         self.mapped.readable.pop(slot, None)
 
-    def _pairs(self, choices: Iterable[Choice], slot: int) -> Iterable[Pair]:
+    def _pairs(self, choices: Iterable[ModuleStrategy], slot: int) -> Iterable[CopyPair]:
         """A pair per move and live place; storage that two places share comes once."""
         seen: set[tuple[int, str]] = set()
         for choice in choices:
@@ -297,7 +297,7 @@ class Loader:
                         if made is not None:
                             yield made
 
-    def readable_pairs(self, slot: int) -> dict[str, list[Pair]]:
+    def readable_pairs(self, slot: int) -> dict[str, list[CopyPair]]:
         """Module path -> pairs of all its tensors that can be read back, whatever the strategy."""
         cache = self.mapped.readable.get(slot)
         if cache is None:
@@ -388,7 +388,7 @@ class Loader:
             self.mapped.readable.clear()
         return outcomes, tuple(done), written
 
-    def _rebuild_one(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
+    def _rebuild_one(self, choice: ModuleStrategy, slot: int) -> tuple[dict[str, Outcome], int]:
         module = self.decided.live[choice.path]
         if choice.strategy is Strategy.REDO:
             return self._redo(choice, slot)
@@ -397,7 +397,7 @@ class Loader:
             t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
         )
 
-    def _redo(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
+    def _redo(self, choice: ModuleStrategy, slot: int) -> tuple[dict[str, Outcome], int]:
         """Post-load again, on the module's own storages, copies, or what the arena lends."""
         lent = self._borrow(choice, slot)
         values = {**self.canonical.values(choice, slot, reuse=True, without=lent), **lent}
@@ -411,7 +411,7 @@ class Loader:
             if self._lender is not None:
                 self._lender.settle()
 
-    def _borrow(self, choice: Choice, slot: int) -> dict[str, torch.Tensor]:
+    def _borrow(self, choice: ModuleStrategy, slot: int) -> dict[str, torch.Tensor]:
         """What post-load packs away, where the arena holds it whole."""
         lent: dict[str, torch.Tensor] = {}
         for name, stored in choice.stored.items():
@@ -421,7 +421,7 @@ class Loader:
                     lent[name] = shown
         return lent
 
-    def _lend_from(self, lender: Lender | None) -> None:
+    def _lend_from(self, lender: ArenaViews | None) -> None:
         former, self._lender = self._lender, lender
         if former is not None:
             former.close()
@@ -438,7 +438,7 @@ class Loader:
             self._compile(slot)
         self._moved |= {watch.path: None for watch in moved if watch.registry.get(watch.name) is watch.tensor}
 
-    def _what_is_kept(self) -> Kept:
+    def _what_is_kept(self) -> ForwardCaches:
         """What forwards of the live modules may have kept. What a post-load step sets, or the loader, is none of it."""
         fresh = self.host.skeleton()
         with suppress(*LOADER_ERRORS):
@@ -446,7 +446,7 @@ class Loader:
         choices, derived = self.decided.choices, set(self.decided.derived)
         found = {path: choice.kept for path, choice in choices.items()}
         pairs = [pair for pair in side_by_side(fresh, self.host.model) if pair[0] not in derived]
-        return Kept(self.host.model, pairs, found)
+        return ForwardCaches(self.host.model, pairs, found)
 
     def used(self, *, well: bool) -> bool:
         """A forward ran after a load, `well` or not. True when it is to be tried again: with what was dropped."""
@@ -456,7 +456,7 @@ class Loader:
 
     # ---- twins -------------------------------------------------------------------------------------------------------
 
-    def twin(self, choice: Choice, slot: int) -> tuple[Twin, int]:
+    def twin(self, choice: ModuleStrategy, slot: int) -> tuple[Twin, int]:
         """A fresh twin of the module's cluster holding the version in `slot`, post-loaded; the module's index in it."""
         cluster = self.decided.clusters[choice.path]
         k = cluster.paths.index(choice.path)
@@ -472,7 +472,7 @@ class Loader:
         twin.post_load(self.host)
         return twin, k
 
-    def _native_twin(self, choice: Choice, cluster: Cluster, slot: int) -> Twin:
+    def _native_twin(self, choice: ModuleStrategy, cluster: Cluster, slot: int) -> Twin:
         """The engine's own loader, on a skeleton in which only this module has memory."""
         twins = self.decided.twins
         twins.forget()
@@ -486,7 +486,7 @@ class Loader:
 
     # ---- read back ---------------------------------------------------------------------------------------------------
 
-    def read_back(self, into: Slot) -> tuple[str, ...]:
+    def read_back(self, into: ArenaSlot) -> tuple[str, ...]:
         """Write the live weights into a writable slot (the tensors in manifest order), as version 0.
 
         Returns the tensors whose values the live model no longer holds in canonical form (packed, cast, native), or
@@ -506,7 +506,7 @@ class Loader:
         lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
         covered = {(p.tensor, p.target) for p in pairs}
         lost |= {m.tensor for m in self.baked.plan.moves if (self.mapped.index[m.tensor], m.target) not in covered}
-        turned = [Pair(p.sent, p.live, p.tensor, p.target, p.module, _turn(p.run)) for p in pairs]
+        turned = [CopyPair(p.sent, p.live, p.tensor, p.target, p.module, _turn(p.run)) for p in pairs]
         with torch.no_grad():
             run_all(self.pool, [batch.copy for batch in batches(turned, self.threads)])
         return tuple(name for name in names if name in lost)
@@ -520,7 +520,7 @@ class Loader:
         below = {id(m) for m in template.get_submodule(path.rpartition(".")[0]).modules()}
         return frozenset(p for p in self.decided.choices if id(template.get_submodule(p)) in below)
 
-    def _fed_by(self, choice: Choice, index: Mapping[str, int]) -> frozenset[int]:
+    def _fed_by(self, choice: ModuleStrategy, index: Mapping[str, int]) -> frozenset[int]:
         """Manifest indices of the tensors that reach a module."""
         cluster = self.decided.clusters[choice.path]
         targets = {cluster.targets[role] for _, role in self.canonical.places(choice)}
@@ -533,7 +533,7 @@ def _turn(run: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
     return None if run is None else (run[1], run[0], run[2])
 
 
-def _packed_in_part(baked: Baked, decided: Decided) -> Iterable[MissingTensor]:
+def _packed_in_part(baked: Baked, decided: StrategyTable) -> Iterable[MissingTensor]:
     """A module whose storage is packed can only be rebuilt from all of its tensors."""
     if not baked.partial:
         return

@@ -1,6 +1,6 @@
 """The canonical tensors of modules, made of what lies in the arena: to write them, to judge by them, or to lend them.
 
-Pure of any decision: which module needs which tensor says its Choice, what reaches a tensor says the plan.
+Pure of any decision: which module needs which tensor says its ModuleStrategy, what reaches a tensor says the plan.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from bridge.errors import ConfigError
 from bridge.model.regions import Fill, Move, dense
 from engine_side.live.inplace import held
 from engine_side.live.storage_layout import Stored, flat
-from engine_side.load.copies import Pair, batches, pair, run_all
+from engine_side.load.copies import CopyPair, batches, pair, run_all
 from engine_side.plan.bake import Baked
-from engine_side.plan.strategies import Choice, Decided
+from engine_side.plan.strategies import ModuleStrategy, StrategyTable
 from engine_side.plan.twins import Cluster, Role, device_of
 
-Slot = Sequence[torch.Tensor]
+ArenaSlot = Sequence[torch.Tensor]
 """The tensors of one version in manifest order: views of the arena."""
 
 
-class Canonical:
+class CanonicalTensors:
     """What one plan's modules hold, by slot of the arena. One thread at a time.
 
     Args:
@@ -31,7 +31,7 @@ class Canonical:
         pool, threads: what copies.
     """
 
-    def __init__(self, baked: Baked, decided: Decided, pool: ThreadPoolExecutor, threads: int) -> None:
+    def __init__(self, baked: Baked, decided: StrategyTable, pool: ThreadPoolExecutor, threads: int) -> None:
         self.decided = decided
         self._pool, self._threads = pool, threads
         self.moves: dict[str, list[Move]] = {}
@@ -42,13 +42,13 @@ class Canonical:
             self.fills.setdefault(fill.target, []).append(fill)
         self.whole = {t.path for t in baked.plan.targets} - baked.coverage.holes.keys()
         """Targets of which every element comes from the arena."""
-        self._slots: Sequence[Slot] = ()
+        self._slots: Sequence[ArenaSlot] = ()
         self._index: Mapping[str, int] = {}
         self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._written: Set[int] = frozenset()
         self._filled: set[tuple[int, str]] = set()
 
-    def map(self, slots: Sequence[Slot], index: Mapping[str, int]) -> None:
+    def map(self, slots: Sequence[ArenaSlot], index: Mapping[str, int]) -> None:
         """The arena to read: `index` gives a tensor's place in a slot by its name. Without slots: let go of it."""
         self._slots, self._index = slots, index
         self._blocks.clear()
@@ -58,12 +58,12 @@ class Canonical:
         self._written = written
         self._filled.clear()
 
-    def places(self, choice: Choice) -> list[tuple[str, int]]:
+    def places(self, choice: ModuleStrategy) -> list[tuple[str, int]]:
         """(name, role) of a module's canonical tensors."""
         cluster = self.decided.clusters[choice.path]
         return list(cluster.places[cluster.paths.index(choice.path)].items())
 
-    def _target(self, choice: Choice, name: str) -> tuple[str, Role]:
+    def _target(self, choice: ModuleStrategy, name: str) -> tuple[str, Role]:
         """The plan's target of a module's tensor, and what it looks like."""
         cluster = self.decided.clusters[choice.path]
         role = dict(self.places(choice))[name]
@@ -76,7 +76,7 @@ class Canonical:
         return self._slots[slot][self._index[move.tensor]]
 
     def values(
-        self, choice: Choice, slot: int, *, reuse: bool = False, without: Container[str] = ()
+        self, choice: ModuleStrategy, slot: int, *, reuse: bool = False, without: Container[str] = ()
     ) -> dict[str, torch.Tensor]:
         """Name -> canonical tensor of a module, from the arena, in the engine's dtype on its device.
 
@@ -121,7 +121,7 @@ class Canonical:
         same = sent.dtype == kind.dtype and sent.device == device and tuple(sent.shape) == kind.shape
         return sent if same else None
 
-    def blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
+    def blocks(self, choice: ModuleStrategy, name: str, slot: int) -> tuple[torch.Tensor, ...]:
         """The canonical matrix `name` of a module as blocks of rows that lie in the arena, one below the other; empty
         where it is not made of such blocks, in the engine's dtype on its device. Neighbours in memory are one block."""
         key = (choice.path, name, slot, device_of(self.decided.live[choice.path]))
@@ -129,7 +129,7 @@ class Canonical:
             self._blocks[key] = self._find_blocks(choice, name, slot)
         return self._blocks[key]
 
-    def _find_blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
+    def _find_blocks(self, choice: ModuleStrategy, name: str, slot: int) -> tuple[torch.Tensor, ...]:
         target, kind = self._target(choice, name)
         if len(kind.shape) != 2 or kind.strides != dense(kind.shape).strides or self.fills.get(target):
             return ()
@@ -147,7 +147,7 @@ class Canonical:
 
     def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
         """Write a target's moves and constants into a canonical tensor."""
-        pairs: list[Pair] = []
+        pairs: list[CopyPair] = []
         with torch.no_grad():
             for fill in self.fills.get(target, ()):
                 at = fill.dest
@@ -158,7 +158,7 @@ class Canonical:
                     pairs.append(made)
             run_all(self._pool, [batch.copy for batch in batches(pairs, self._threads)])
 
-    def in_one_piece(self, choice: Choice, name: str, slot: int) -> torch.Tensor | None:
+    def in_one_piece(self, choice: ModuleStrategy, name: str, slot: int) -> torch.Tensor | None:
         """The arena's memory where it holds a canonical tensor whole, in the engine's dtype on its device."""
         target, kind = self._target(choice, name)
         if kind.strides != dense(kind.shape).strides:

@@ -23,7 +23,7 @@ from bridge.model.regions import (
     Move,
     RankPlan,
     Region,
-    Target,
+    TargetTensor,
     dense,
     dest_coverage,
     follow,
@@ -40,7 +40,7 @@ MAX_OFFENDERS = 32
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetPlace:
     """One name under which a skeleton module holds a target: `module` path, attribute `name`, the target's path."""
 
     module: str
@@ -57,13 +57,13 @@ class Place:
 class Targets:
     """Every parameter and persistent buffer of a skeleton; ties by storage are one target with several places."""
 
-    targets: tuple[Target, ...]
-    places: tuple[Place, ...]
+    targets: tuple[TargetTensor, ...]
+    places: tuple[TargetPlace, ...]
     tensors: Mapping[str, torch.Tensor]
 
-    def of_module(self) -> dict[str, tuple[Place, ...]]:
+    def of_module(self) -> dict[str, tuple[TargetPlace, ...]]:
         """Module path -> its places, in the skeleton's order."""
-        out: dict[str, list[Place]] = {}
+        out: dict[str, list[TargetPlace]] = {}
         for place in self.places:
             out.setdefault(place.module, []).append(place)
         return {path: tuple(places) for path, places in out.items()}
@@ -164,8 +164,8 @@ def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Target
     """The targets of a skeleton, in the order of its modules. Tensors whose storage the live engine owns (`shared`) are
     none of ours; a tensor that is not on meta is replaced by a meta one, so that tracing cannot write it. Raises
     ConfigError for one whose elements have gaps between them or share memory."""
-    targets: list[Target] = []
-    places: list[Place] = []
+    targets: list[TargetTensor] = []
+    places: list[TargetPlace] = []
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
     for module_path, module in skeleton.named_modules():
@@ -179,10 +179,10 @@ def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Target
                 raise _with_gaps(path, tensor)
             key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
             first = seen.setdefault(key, path) if tensor.numel() else path
-            places.append(Place(module_path, name, first, buffer))
+            places.append(TargetPlace(module_path, name, first, buffer))
             if first == path:
                 tensors[path] = tensor
-                targets.append(Target(path, _dtype_word(tensor.dtype), tuple(tensor.shape), buffer))
+                targets.append(TargetTensor(path, _dtype_word(tensor.dtype), tuple(tensor.shape), buffer))
     return Targets(tuple(targets), tuple(places), tensors)
 
 

@@ -22,7 +22,7 @@ INDICES = frozenset({torch.int64, torch.bool})
 """Dtypes of positions, counters and masks, which are no storage of weights."""
 
 
-def torn(baked: Baked) -> Iterator[MissingTensor]:
+def find_incomplete_groups(baked: Baked) -> Iterator[MissingTensor]:
     """One problem per checkpoint module that brings only part of what an engine's quantised module needs of it."""
     landed: dict[str, list[str]] = {}
     for move in baked.plan.moves:
@@ -32,14 +32,14 @@ def torn(baked: Baked) -> Iterator[MissingTensor]:
         own = {place.name: place.target for place in places if place.name != "bias"}
         codes = {name for name, target in own.items() if _is_storage(baked.targets.tensors[target])}
         if codes and not complete.issuperset(own.values()):
-            yield from _torn(path, own, codes, landed)
+            yield from _incomplete_groups(path, own, codes, landed)
 
 
 def _is_storage(tensor: torch.Tensor) -> bool:
     return tensor.dim() >= 2 and tensor.dtype not in COMPUTE | INDICES
 
 
-def _torn(
+def _incomplete_groups(
     path: str, own: Mapping[str, str], codes: AbstractSet[str], landed: Mapping[str, list[str]]
 ) -> Iterator[MissingTensor]:
     """For each checkpoint module that reaches some of `own` (attribute -> target): what it should have brought too."""

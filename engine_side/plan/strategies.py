@@ -23,11 +23,11 @@ from torch import nn
 from bridge.errors import BridgeError, ConfigError
 from bridge.model.regions import Move, Region, dense
 from engine_side.live import storage_layout
-from engine_side.live.forward_caches import Kept, came_with_use, state_of
+from engine_side.live.forward_caches import ForwardCaches, names_set, tensors_set_since
 from engine_side.live.inplace import held
 from engine_side.live.storage_layout import Stored
 from engine_side.plan import probes
-from engine_side.plan.bake import Baked, Place, bind
+from engine_side.plan.bake import Baked, TargetPlace, bind
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.probes import Probe
 from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
@@ -51,7 +51,7 @@ _LADDER = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModuleStrategy:
     """What is done for one module.
 
     Attributes:
@@ -80,10 +80,10 @@ class Choice:
 
 
 @dataclass
-class Decided:
+class StrategyTable:
     """Choices by module path, in the skeleton's order, with the live modules and clusters they stand on."""
 
-    choices: dict[str, Choice]
+    choices: dict[str, ModuleStrategy]
     clusters: dict[str, Cluster]
     alike: dict[str, tuple[Cluster, ...]]
     live: dict[str, nn.Module]
@@ -100,7 +100,7 @@ class Decided:
         return Counter(choice.strategy.value for choice in self.choices.values())
 
 
-def decide(host: RankHost, baked: Baked) -> Decided:
+def decide(host: RankHost, baked: Baked) -> StrategyTable:
     """Find the strategy of every module of a plan. Once per plan; twins of one cluster at a time in memory.
 
     Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, or when no strategy
@@ -111,8 +111,8 @@ def decide(host: RankHost, baked: Baked) -> Decided:
     paths = [path for group in groups for cluster in group for path in cluster.paths]
     live = bind(template, host.model, paths)
     twins = TwinSource(host, template)
-    decided = Decided({}, {}, {}, live, (), twins)
-    found: dict[str, Choice] = {}
+    decided = StrategyTable({}, {}, {}, live, (), twins)
+    found: dict[str, ModuleStrategy] = {}
     for group in groups:
         chosen = _Experiment(host, baked, group, live, twins).run()
         alike = tuple(group)
@@ -155,7 +155,7 @@ def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
     return out
 
 
-def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[Place]]) -> Cluster:
+def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
     targets: dict[str, int] = {}
     roles: list[Role] = []
     places: list[dict[str, int]] = []
@@ -220,7 +220,7 @@ class _Experiment:
         self.probes: list[tuple[Probe, ...]] = []
         self.kept: list[frozenset[str]] = [frozenset() for _ in self.cluster.paths]
 
-    def run(self) -> list[Choice]:
+    def run(self) -> list[ModuleStrategy]:
         """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
         native = [self.baked.plan.native.get(path, "") for path in self.cluster.paths]
         stored, plain = self._stored()
@@ -230,12 +230,12 @@ class _Experiment:
             self.twins.retire(plain)
         old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
         fresh = self._loaded(new)
-        unused = [state_of(module) for module in fresh.modules]
+        unused = [names_set(module) for module in fresh.modules]
         self.probes = [
             probes.find(self.host, module, self._named(k, new), self._first_rows(k))
             for k, module in enumerate(fresh.modules)
         ]
-        self.kept = [came_with_use(module, unused[k]) for k, module in enumerate(fresh.modules)]
+        self.kept = [tensors_set_since(module, unused[k]) for k, module in enumerate(fresh.modules)]
         want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
         self.twins.retire(fresh)
         plans = [Strategy.NATIVE if why else _first(names) for why, names in zip(native, stored, strict=True)]
@@ -289,12 +289,12 @@ class _Experiment:
         self.probes = found
         return True
 
-    def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> Choice:
+    def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> ModuleStrategy:
         ways = self.probes[k]
         if not ways:
             reason += "; cannot be called alone, judged by its state"
         cls = type(self.live[self.cluster.paths[k]]).__name__
-        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
+        return ModuleStrategy(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
 
     def _no_strategy(self, k: int, why: str) -> ConfigError:
         path = self.cluster.paths[k]
@@ -384,7 +384,7 @@ class _Experiment:
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
-        Kept(module, [("", twin.templates[k], module)], {"": self.kept[k]}).drop()
+        ForwardCaches(module, [("", twin.templates[k], module)], {"": self.kept[k]}).drop()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
         """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""
@@ -511,7 +511,7 @@ def _compare(
     return None if moved or not want else "nothing that can be seen depends on its weights"
 
 
-def _check_live(live: nn.Module, choice: Choice) -> None:
+def _check_live(live: nn.Module, choice: ModuleStrategy) -> None:
     """The live module must look as its twin did after post-load, or every conclusion about it is void."""
     for name, stored in choice.stored.items():
         now = held(live, name)

@@ -49,7 +49,7 @@ class Twin:
     cluster: Cluster
     modules: list[nn.Module]
     templates: list[nn.Module]
-    before: list[State] = field(default_factory=list)
+    before: list[ModuleState] = field(default_factory=list)
     memory: list[torch.Tensor] = field(default_factory=list)
 
     def fill(self, values: Sequence[torch.Tensor]) -> None:
@@ -69,7 +69,7 @@ class Twin:
 
     def post_load(self, host: RankHost) -> bool:
         """The engine's step on every module, in the skeleton's order. False when none of them has one."""
-        self.before = [State.of(module) for module in self.modules]
+        self.before = [ModuleState.of(module) for module in self.modules]
         worked = [host.post_load(module) for module in self.modules]
         return any(worked)
 
@@ -118,12 +118,12 @@ class TwinSource:
         self._spare.clear()
 
 
-Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-Spare = dict[Kind, list[torch.Tensor]]
+MemoryFormat = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+Spare = dict[MemoryFormat, list[torch.Tensor]]
 """Memory by what it can be: shape, strides, dtype, device."""
 
 
-def _kind(tensor: torch.Tensor) -> Kind:
+def _kind(tensor: torch.Tensor) -> MemoryFormat:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
@@ -181,13 +181,13 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class State:
+class ModuleState:
     """What hangs on a module outside its registries: (owner attribute or "", name) -> value, one object deep."""
 
     entries: Mapping[tuple[str, str], object]
 
     @classmethod
-    def of(cls, module: nn.Module) -> State:
+    def of(cls, module: nn.Module) -> ModuleState:
         entries: dict[tuple[str, str], object] = {}
         for name, value in module.__dict__.items():
             if name in _INTERNAL:
@@ -242,7 +242,7 @@ def _register(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None
     registry[name] = tensor  # type: ignore[assignment]
 
 
-def graft(twin: nn.Module, before: State, live: nn.Module) -> dict[str, Outcome]:
+def graft(twin: nn.Module, before: ModuleState, live: nn.Module) -> dict[str, Outcome]:
     """Bring everything that post-load changed on a twin over to the live module: parameters by copy or rebind, other
     state by reference, tensors among it by copy where one of that shape is there.
 
@@ -253,7 +253,7 @@ def graft(twin: nn.Module, before: State, live: nn.Module) -> dict[str, Outcome]
         for name, tensor in registry.items():
             if tensor is not None:
                 outcomes[name] = copy_or_rebind_param(live, name, tensor, like=tensor)
-    after = State.of(twin).entries
+    after = ModuleState.of(twin).entries
     for owner, name in before.entries.keys() - after.keys():
         _dict_of(live, twin, owner).pop(name, None)
     for (owner, name), value in after.items():

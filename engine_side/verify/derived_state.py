@@ -11,7 +11,7 @@ from torch import nn
 from engine_side.load.loader import Loader
 from engine_side.plan import probes
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.strategies import Choice, Strategy
+from engine_side.plan.strategies import ModuleStrategy, Strategy
 from engine_side.plan.twins import materialise, reachable, tensor_of
 
 
@@ -96,12 +96,12 @@ class DerivedState:
             if other not in self._tried and type(module) is type(live):
                 self._from[other] = ()
 
-    def _below(self, path: str) -> tuple[Choice, ...]:
+    def _below(self, path: str) -> tuple[ModuleStrategy, ...]:
         template = self._loader.decided.twins.template
         inside = {id(m) for m in template.get_submodule(path).modules()}
         return self._known_to_fill(p for p in self._loader.decided.choices if id(template.get_submodule(p)) in inside)
 
-    def _known_to_fill(self, paths: Iterable[str]) -> tuple[Choice, ...]:
+    def _known_to_fill(self, paths: Iterable[str]) -> tuple[ModuleStrategy, ...]:
         """The choices of these modules; none where one of them can only be filled by the engine's loader."""
         found = tuple(self._loader.decided.choices[path] for path in paths)
         return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found

@@ -23,11 +23,11 @@ from bridge.model.regions import dest_coverage
 from bridge.shm.memcpy import uncollected
 from engine_side.live.inplace import AttributeSnapshot, diff
 from engine_side.live.storage_layout import bits
-from engine_side.load.copies import Chunk, Pair, chunks, differing, first_difference, run_all, same_bits
+from engine_side.load.copies import Chunk, CopyPair, chunks, differing, first_difference, run_all, same_bits
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
 from engine_side.plan.probes import Probe
-from engine_side.plan.strategies import Choice
+from engine_side.plan.strategies import ModuleStrategy
 from engine_side.plan.twins import device_of, reachable
 from engine_side.verify.derived_state import DerivedState
 
@@ -46,7 +46,7 @@ class Verifier:
         self._covered: dict[bytes, LevelResult] = {}
         self._probed = False
         self._chunks: dict[int, tuple[object, list[list[Chunk]]]] = {}
-        self._pairs: dict[int, tuple[object, object, list[tuple[Pair, Pair]]]] = {}
+        self._pairs: dict[int, tuple[object, object, list[tuple[CopyPair, CopyPair]]]] = {}
         self._packed = [choice for choice in loader.decided.choices.values() if not choice.direct]
         self._derived = DerivedState(loader)
         self._proven: set[str] = set()
@@ -258,7 +258,7 @@ class Verifier:
             for k in sorted(still - moved)
         ]
 
-    def _both(self, slot: int, previous: int) -> list[tuple[Pair, Pair]]:
+    def _both(self, slot: int, previous: int) -> list[tuple[CopyPair, CopyPair]]:
         """The readable pairs of two slots side by side."""
         now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
         cached = self._pairs.get(slot)
@@ -267,7 +267,7 @@ class Verifier:
             self._pairs[slot] = cached = (now, before, both)
         return cached[2]
 
-    def _unmoved_output(self, choice: Choice, probe: Probe, slot: int, previous: int) -> str | None:
+    def _unmoved_output(self, choice: ModuleStrategy, probe: Probe, slot: int, previous: int) -> str | None:
         seen = self._output(choice, probe)
         new, old = self._reference(choice, probe, slot), self._reference(choice, probe, previous)
         if seen is None or new is None or old is None:
@@ -277,7 +277,7 @@ class Verifier:
         still = probes.deviation(seen, *old) is None
         return "the output is still that of the version before" if still else None
 
-    def _probe_one(self, choice: Choice, slot: int) -> str | None:
+    def _probe_one(self, choice: ModuleStrategy, slot: int) -> str | None:
         if not choice.probes:
             return self._compare_state(choice, slot)
         for probe in choice.probes:
@@ -289,11 +289,11 @@ class Verifier:
                 return why
         return None
 
-    def _output(self, choice: Choice, probe: Probe) -> torch.Tensor | None:
+    def _output(self, choice: ModuleStrategy, probe: Probe) -> torch.Tensor | None:
         module = self.loader.decided.live[choice.path]
         return probes.call(self.loader.host, module, self._input(probe, choice))
 
-    def _reference(self, choice: Choice, probe: Probe, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _reference(self, choice: ModuleStrategy, probe: Probe, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(output, tolerance) of the arena's weights."""
         x = self._input(probe, choice)
         if probe.form != "twin":
@@ -304,7 +304,7 @@ class Verifier:
         return None if y is None else (y, probes.twin_tolerance(y))
 
     def _product(
-        self, choice: Choice, probe: Probe, slot: int, x: torch.Tensor, blocks: Sequence[torch.Tensor]
+        self, choice: ModuleStrategy, probe: Probe, slot: int, x: torch.Tensor, blocks: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference of a probe that has a form; one for modules that hold the same matrix of the arena alone."""
         values = self.loader.canonical.values(choice, slot, without=(probe.weight,) if blocks else ())
@@ -315,21 +315,21 @@ class Verifier:
             self._products[key] = probe.reference(x, values, blocks)
         return self._products[key]
 
-    def _input(self, probe: Probe, choice: Choice) -> torch.Tensor:
+    def _input(self, probe: Probe, choice: ModuleStrategy) -> torch.Tensor:
         """What a probe feeds in, made once for all modules that are alike."""
         key = (probe, self._device(choice))
         if key not in self._inputs:
             self._inputs[key] = probe.inputs(key[1])
         return self._inputs[key]
 
-    def _compare_state(self, choice: Choice, slot: int) -> str | None:
+    def _compare_state(self, choice: ModuleStrategy, slot: int) -> str | None:
         """A module that cannot be called: everything it holds against a twin's. Closed state is the canary's."""
         here, opaque = reachable(self.loader.decided.live[choice.path])
         twin, k = self.loader.twin(choice, slot)
         there, _ = reachable(twin.modules[k])
         return None if opaque else probes.state_deviation(here, there)
 
-    def _device(self, choice: Choice) -> torch.device:
+    def _device(self, choice: ModuleStrategy) -> torch.device:
         return device_of(self.loader.decided.live[choice.path])
 
     def _live_paths(self, names: Iterable[str]) -> set[str]:

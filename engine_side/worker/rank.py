@@ -41,7 +41,7 @@ from bridge.protocol.rank_jobs import (
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
 from engine_side.live.inplace import AttributeSnapshot
-from engine_side.load.arena_views import Lender
+from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import RankHost
@@ -172,7 +172,7 @@ class Rank:
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
         planned.arena = arena
         if isinstance(planned.loader, Loader):
-            planned.loader.map(job.manifest, slots, Lender.of(arena))
+            planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
             planned.verifier = Verifier(planned.loader)
         else:
             planned.loader.map(job.manifest, slots)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine_side.live.forward_caches import Kept
+from engine_side.live.forward_caches import ForwardCaches
 from engine_side.load.loader import Loader
 from tests.engine_side import toy_engine as toy
 
@@ -118,7 +118,7 @@ def test_views_integers_and_what_was_set_from_the_start_stay() -> None:
     fresh.start = torch.ones(1)
     live.view, live.table, live.mask = live.weight.t(), [live.weight.t().clone()], torch.ones(2, dtype=torch.int64)
     live.start = torch.zeros(1)
-    assert Kept(live, [("", fresh, live)], {}).drop() == ("table",)
+    assert ForwardCaches(live, [("", fresh, live)], {}).drop() == ("table",)
     assert live.table is None
     assert live.view is not None
     assert live.mask is not None

@@ -15,7 +15,7 @@ from torch import nn
 from bridge.model.manifest import lay_out
 from bridge.shm.arena import Arena
 from engine_side.load import arena_views as lending
-from engine_side.load.arena_views import Lender
+from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import RANK_LEVELS, Verifier
 from tests.engine_side import toy_engine as toy
@@ -96,7 +96,7 @@ def lent(method: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         arena = Arena.open(writable.path, manifest)
         loader = Loader(host, host.infos)
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
-        loader.map(manifest, slots, Lender.of(arena))
+        loader.map(manifest, slots, ArenaViews.of(arena))
         try:
             yield host, loader, writable
         finally:
@@ -177,7 +177,7 @@ def test_without_a_private_mapping_weights_are_copied(tmp_path: Path, monkeypatc
 def test_small_odd_and_foreign_memory_is_not_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = lay_out(toy.announced())
     with Arena.create(manifest, name="lent", directory=tmp_path) as arena:
-        lender = Lender(arena.address, arena.private())
+        lender = ArenaViews(arena.address, arena.private())
         big = arena.flat_tensor(0)
         monkeypatch.setattr(lending, "LEAST", 1 << 20)
         assert lender.lend(big) is None
