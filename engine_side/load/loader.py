@@ -132,7 +132,7 @@ class Loader:
         """(path, live module) of those without weights whose post-load step derives something from others."""
         self.sources_of = {path: self._around(path) for path, _ in self.derived}
         """Path of a derived module -> those that it may derive something from."""
-        self._kept = self._what_is_kept()
+        self.caches = self._forward_caches()
         self._tree = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
@@ -354,7 +354,7 @@ class Loader:
         outcomes, post_loaded, more = self._rebuild(slot, wanted)
         rebound = (*moved, *(name for name, what in outcomes.items() if what is Outcome.REBOUND))
         created = tuple(name for name, what in outcomes.items() if what is Outcome.CREATED)
-        dropped = self._kept.drop()
+        dropped = self.caches.clear()
         done = time.perf_counter()
         return LoadOutcome(written + more, rebound, created, post_loaded, loaded - began, done - loaded, dropped)
 
@@ -438,21 +438,15 @@ class Loader:
             self._compile(slot)
         self._moved |= {watch.path: None for watch in moved if watch.registry.get(watch.name) is watch.tensor}
 
-    def _what_is_kept(self) -> ForwardCaches:
-        """What forwards of the live modules may have kept. What a post-load step sets, or the loader, is none of it."""
+    def _forward_caches(self) -> ForwardCaches:
+        """Find what forwards of the live modules may have cached. What a loader or a post-load step sets is no cache."""
         fresh = self.host.skeleton()
         with suppress(*LOADER_ERRORS):
             self.host.load_weights(fresh, iter(stand_ins(self.baked.infos).items()))
         choices, derived = self.decided.choices, set(self.decided.derived)
         found = {path: choice.kept for path, choice in choices.items()}
-        pairs = [pair for pair in side_by_side(fresh, self.host.model) if pair[0] not in derived]
+        pairs = [each for each in side_by_side(fresh, self.host.model) if each[0] not in derived]
         return ForwardCaches(self.host.model, pairs, found)
-
-    def used(self, *, well: bool) -> bool:
-        """A forward ran after a load, `well` or not. True when it is to be tried again: with what was dropped."""
-        if well:
-            self._kept.settle()
-        return not well and self._kept.put_back()
 
     # ---- twins -------------------------------------------------------------------------------------------------------
 

@@ -384,7 +384,7 @@ class _Experiment:
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
-        ForwardCaches(module, [("", twin.templates[k], module)], {"": self.kept[k]}).drop()
+        ForwardCaches(module, [("", twin.templates[k], module)], {"": self.kept[k]}).clear()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
         """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""

@@ -15,7 +15,8 @@ from bridge.errors import ConfigError
 from engine_side.live.inplace import Outcome, copy_or_rebind_param, held, reflect, twin_parameter
 from engine_side.protocol import RankHost
 
-_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_INTERNAL = frozenset(nn.Module().__dict__)
+"""Attributes of every module: its registries, its hooks and `training`. Nothing writes these on a live module."""
 _DEPTH = 4
 """How far `reachable` looks into objects, containers and closures."""
 

@@ -218,18 +218,19 @@ class Rank:
         )
 
     def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
-        """The first forward after a load makes anew what the load dropped; where it cannot, in every rank alike, that
-        was not its own."""
-        loaders = [p.loader for p in self._plans.values() if isinstance(p.loader, Loader)]
+        """Run a forward without the forward caches; where it fails (in every rank alike), once more with them."""
+        caches = [p.loader.caches for p in self._plans.values() if isinstance(p.loader, Loader)]
+        for each in caches:
+            each.clear(unproven=True)
         try:
             scores = self.host.prompt_logprobs(job.prompts, job.adapter)
-        except LOADER_ERRORS:
-            again = [loader.used(well=False) for loader in loaders]
-            if not any(again):
+        except BaseException as error:  # whatever it was, the model must not stay without them
+            restored = [each.restore() for each in caches]
+            if not any(restored) or not isinstance(error, LOADER_ERRORS):
                 raise
             scores = self.host.prompt_logprobs(job.prompts, job.adapter)
-        for loader in loaders:
-            loader.used(well=True)
+        for each in caches:
+            each.confirm()
         return scores
 
     def _verify(self, job: VerifyJob) -> RankReport:
