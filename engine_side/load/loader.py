@@ -30,6 +30,7 @@ from engine_side.load.copies import CopyBatch, CopyPair, batches, pair, run_all
 from engine_side.load.explain import explain
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side, stand_ins
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.quant_groups import find_incomplete_groups
 from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
@@ -374,7 +375,8 @@ class Loader:
         for choice in self._rebuilt:
             if wanted is not None and wanted.isdisjoint(self._feeds[choice.path]):
                 continue
-            found, nbytes = self._rebuild_one(choice, slot)
+            with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})", memory_only=True):
+                found, nbytes = self._rebuild_one(choice, slot)
             outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
             written += nbytes
             done.append(choice.path)
@@ -440,7 +442,8 @@ class Loader:
 
     def _forward_caches(self) -> ForwardCaches:
         """Find what forwards of the live modules may have cached. What a loader or a post-load step sets is no cache."""
-        fresh = self.host.skeleton()
+        with experiment_step("building a skeleton", type(self.host.model).__name__):
+            fresh = self.host.skeleton()
         with suppress(*LOADER_ERRORS):
             self.host.load_weights(fresh, iter(stand_ins(self.baked.infos).items()))
         choices, derived = self.decided.choices, set(self.decided.derived)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, OutOfMemory
 from bridge.model.dtypes import DTYPES, dtype_of
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import (
@@ -33,6 +33,7 @@ from bridge.tracing.recorder import Recorder
 from engine_side.live.inplace import twin_parameter
 from engine_side.live.storage_layout import is_dense
 from engine_side.plan import loader_errors
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.protocol import NamesUnloaded, RankHost
 
 MAX_OFFENDERS = 32
@@ -220,12 +221,15 @@ def live_storages(model: nn.Module) -> frozenset[int]:
 
 def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
     """One run of the loader on a fresh skeleton. Raises LoaderRaised, which says at which tensor."""
-    skeleton = host.skeleton()
-    targets = collect(skeleton, live_storages(host.model))
+    with experiment_step("building a skeleton", type(host.model).__name__):
+        skeleton = host.skeleton()
+        targets = collect(skeleton, live_storages(host.model))
     recorder = Recorder(weights, targets.tensors)
     try:
-        with recorder:
+        with experiment_step("tracing the engine's loader", type(host.model).__name__, memory_only=True), recorder:
             host.load_weights(skeleton, recorder.feed(iter(weights.items())))
+    except OutOfMemory:
+        raise
     except loader_errors.LOADER_ERRORS as error:
         raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
     return Trace(targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))

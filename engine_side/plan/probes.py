@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from engine_side.live import storage_layout
+from engine_side.plan.experiment_errors import is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import RankHost
 
@@ -149,7 +150,9 @@ def call(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | N
     try:
         with torch.no_grad():
             y = host.apply(module, x)
-    except LOADER_ERRORS:
+    except LOADER_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         return None
     return y.detach().clone() if isinstance(y, torch.Tensor) and y.numel() else None
 
@@ -209,6 +212,8 @@ def matches(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str,
     try:
         want, limit = probe.reference(x, values)
     except (RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         return str(error)
     return deviation(y, want, limit)
 

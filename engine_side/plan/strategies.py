@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import ConfigError
 from bridge.model.regions import Move, Region, dense
 from engine_side.live import storage_layout
 from engine_side.live.forward_caches import ForwardCaches, names_set, tensors_set_since
@@ -28,6 +28,7 @@ from engine_side.live.inplace import held
 from engine_side.live.storage_layout import Stored
 from engine_side.plan import probes
 from engine_side.plan.bake import Baked, TargetPlace, bind
+from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.probes import Probe
 from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
@@ -114,7 +115,9 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     decided = StrategyTable({}, {}, {}, live, (), twins)
     found: dict[str, ModuleStrategy] = {}
     for group in groups:
-        chosen = _Experiment(host, baked, group, live, twins).run()
+        path = group[0].paths[0]
+        with experiment_step("looking for a strategy", f"{path} ({type(live[path]).__name__})", group[0].nbytes):
+            chosen = _Experiment(host, baked, group, live, twins).run()
         alike = tuple(group)
         for cluster in group:
             for path, choice in zip(cluster.paths, chosen, strict=True):
@@ -126,7 +129,8 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     order = [path for path in baked.targets.of_module() if path in found]
     decided.choices = {path: found[path] for path in order}
     decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
-    decided.derived = _derived(host, found.keys() | _holders(baked))
+    with experiment_step("looking for modules with derived state", type(host.model).__name__):
+        decided.derived = _derived(host, found.keys() | _holders(baked))
     return decided
 
 
@@ -361,6 +365,8 @@ class _Experiment:
             try:
                 self._write(twin, k, strategy, stored[k], new)
             except LOADER_ERRORS as error:
+                if is_out_of_memory(error):
+                    raise
                 failed[k] = f"it raised {type(error).__name__}: {error}"
         for k, module in enumerate(twin.modules):
             if k in failed or plans[k] is Strategy.NATIVE:
@@ -546,7 +552,9 @@ def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ..
             continue
         try:
             has = host.post_load(module)
-        except (BridgeError, *LOADER_ERRORS):
+        except LOADER_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
             has = True
         if has:
             out.append(path)

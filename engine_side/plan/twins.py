@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.live.inplace import Outcome, copy_or_rebind_param, held, reflect, twin_parameter
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.protocol import RankHost
 
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -41,6 +43,11 @@ class Cluster:
     targets: tuple[str, ...]
     roles: tuple[Role, ...]
     places: tuple[Mapping[str, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the canonical tensors."""
+        return sum(math.prod(role.shape) * role.dtype.itemsize for role in self.roles)
 
 
 @dataclass
@@ -71,7 +78,8 @@ class Twin:
     def post_load(self, host: RankHost) -> bool:
         """The engine's step on every module, in the skeleton's order. False when none of them has one."""
         self.before = [ModuleState.of(module) for module in self.modules]
-        worked = [host.post_load(module) for module in self.modules]
+        with experiment_step("running post-load on a twin", self.cluster.paths[0], self.cluster.nbytes):
+            worked = [host.post_load(module) for module in self.modules]
         return any(worked)
 
 
@@ -90,14 +98,16 @@ class TwinSource:
         which device and derived buffers come."""
         choice = next((c for c in options if self._used.isdisjoint(c.paths)), None)
         if self._skeleton is None or choice is None:
-            self._skeleton, self._used, choice = self.host.skeleton(), set(), options[0]
+            with experiment_step("building a skeleton", type(self.template).__name__):
+                self._skeleton, self._used, choice = self.host.skeleton(), set(), options[0]
         self._used.update(choice.paths)
         modules = [self._skeleton.get_submodule(path) for path in choice.paths]
         templates = [self.template.get_submodule(path) for path in choice.paths]
         made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
         memory: list[torch.Tensor] = []
-        for path, module in zip(choice.paths, modules, strict=True):
-            materialise(module, live[path], made, self._spare, memory)
+        with experiment_step("building a twin", choice.paths[0], choice.nbytes):
+            for path, module in zip(choice.paths, modules, strict=True):
+                materialise(module, live[path], made, self._spare, memory)
         return Twin(choice, modules, templates, memory=memory)
 
     def retire(self, twin: Twin) -> None:

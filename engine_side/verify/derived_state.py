@@ -10,6 +10,7 @@ from torch import nn
 
 from engine_side.load.loader import Loader
 from engine_side.plan import probes
+from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.strategies import ModuleStrategy, Strategy
 from engine_side.plan.twins import materialise, reachable, tensor_of
@@ -46,7 +47,8 @@ class DerivedState:
             if not used.isdisjoint(sources):  # they have been through their post-load step
                 skeleton, used = self._loader.host.skeleton(), set()
             used |= sources
-            made = self._made(skeleton, path, live, slot)
+            with experiment_step("building derived state on a skeleton", f"{path} ({type(live).__name__})"):
+                made = self._made(skeleton, path, live, slot)
             if not made:
                 self._forget_its_like(path, live)
                 continue
@@ -59,8 +61,8 @@ class DerivedState:
         """What the step makes of the arena's weights; nothing where it cannot be told in this way."""
         try:
             return self._build(skeleton, path, live, slot)
-        except LOADER_ERRORS:
-            if path in self._tried:
+        except LOADER_ERRORS as error:
+            if path in self._tried or is_out_of_memory(error):
                 raise
             return {}
 

@@ -26,6 +26,7 @@ from engine_side.live.storage_layout import bits
 from engine_side.load.copies import Chunk, CopyPair, chunks, differing, first_difference, run_all, same_bits
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.probes import Probe
 from engine_side.plan.strategies import ModuleStrategy
 from engine_side.plan.twins import device_of, reachable
@@ -187,7 +188,8 @@ class Verifier:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
         with uncollected(), self._remembering():
             for choice in wanted:
-                why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
+                with experiment_step("probing a module", f"{choice.path} ({choice.cls})"):
+                    why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
                 if why is None:
                     self._proven.add(choice.path)
                 else:
@@ -206,7 +208,8 @@ class Verifier:
                 if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
                     continue
                 for probe in choice.probes:
-                    why = self._unmoved_output(choice, probe, slot, previous)
+                    with experiment_step("comparing a module with its former version", f"{choice.path} ({choice.cls})"):
+                        why = self._unmoved_output(choice, probe, slot, previous)
                     if why is not None:
                         said = f"an output unlike the previous version's ({choice.cls})"
                         failures.append(Failure(choice.path, said, why))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from bridge.errors import OutOfMemory
 from bridge.model.manifest import lay_out
 from bridge.shm.arena import Arena
 from engine_side.load import arena_views as lending
@@ -151,7 +152,7 @@ def test_a_step_that_raised_leaves_nothing_of_the_arena_behind(tmp_path: Path, m
         put(arena, host, 1, 2)
         loader.apply(0)
         monkeypatch.setattr(Raising, "fail", True)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(OutOfMemory, match=r"layers\.0\.qkv.*RuntimeError: out of memory"):
             loader.apply(1)
         held = host.model.layers[0].qkv.rest.detach().clone()
         put(arena, host, 1, 3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, MissingTensor, ProtocolError
+from bridge.errors import ConfigError, OutOfMemory, MissingTensor, ProtocolError
 from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.load.loader import Loader
 from engine_side.plan.strategies import Strategy
@@ -138,7 +138,7 @@ def test_after_a_failed_post_load_another_version_can_be_applied() -> None:
     with loaded(method=Failing) as (host, loader):
         param = host.model.layers[0].qkv.weight
         Failing.fail = True
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(OutOfMemory, match=r"layers\.0\.qkv.*RuntimeError: out of memory"):
             loader.apply(0)
         Failing.fail = False
         loader.apply(1)
