@@ -162,8 +162,8 @@ class Fleet:
         """Read every engine's live weights back against a slot, whatever was last verified: names of what differs."""
         check = EngineCheck(plan, slot, ("read-back", "probe"), timeout_s=deadline.remaining_s)
         answers = self._all(lambda e: expect(e.call(check, deadline), EngineChecked).ranks)
-        bad = [f.name for ranks in answers.values() for rank in ranks for level in rank for f in level.failures]
-        return tuple(dict.fromkeys(name.partition(" -> ")[0] for name in bad))
+        bad = [f for ranks in answers.values() for rank in ranks for level in rank for f in level.failures]
+        return tuple(dict.fromkeys(failure.tensor or failure.name for failure in bad))
 
     def require_serving(self, version: int | None) -> None:
         """An adapter goes over weights that every engine serves. Engines that were last heard of in another state are

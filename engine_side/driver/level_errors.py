@@ -29,7 +29,7 @@ def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
         expected=first.expected,
         got=first.got,
         remedy="weighbridge explain NAME TENSOR shows where a tensor goes and by which strategy",
-        names=tuple(failure.name for failure in level.failures),
+        names=tuple(dict.fromkeys(failure.tensor or failure.name for failure in level.failures)),
     )
 
 

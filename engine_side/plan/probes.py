@@ -145,7 +145,7 @@ def twin_tolerance(reference: torch.Tensor) -> torch.Tensor:
     return rounding + _SUMMED * _tiny(reference.dtype)
 
 
-def call(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def call_module(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """The module's output on `x`, or None where it cannot be called so."""
     try:
         with torch.no_grad():
@@ -157,7 +157,7 @@ def call(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | N
     return y.detach().clone() if isinstance(y, torch.Tensor) and y.numel() else None
 
 
-def find(
+def find_probes(
     host: RankHost, module: nn.Module, values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]
 ) -> tuple[Probe, ...]:
     """The ways to call `module`, which holds canonical `values` by name: by ids, by rows, or both (a table that is also
@@ -168,7 +168,7 @@ def find(
         if probe.kind in found:
             continue
         x = probe.inputs(next(iter(values.values())).device)
-        y = call(host, module, x)
+        y = call_module(host, module, x)
         if y is not None:
             found[probe.kind] = _with_form(probe, x, y, values)
     return tuple(found.values())
@@ -202,12 +202,12 @@ def _with_form(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[s
         for form in forms:
             for bias in ("",) if form == "rows" else ("", *vectors):
                 tried = replace(probe, form=form, weight=weight, bias=bias)
-                if matches(tried, x, y, values) is None:
+                if mismatch(tried, x, y, values) is None:
                     return tried
     return probe
 
 
-def matches(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str, torch.Tensor]) -> str | None:
+def mismatch(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str, torch.Tensor]) -> str | None:
     """None when `y` is what `values` give, else how far off it is."""
     try:
         want, limit = probe.reference(x, values)

@@ -24,14 +24,14 @@ from bridge.errors import ConfigError
 from bridge.model.regions import Move, Region, dense
 from engine_side.live import storage_layout
 from engine_side.live.forward_caches import ForwardCaches, names_set, tensors_set_since
-from engine_side.live.inplace import held
+from engine_side.live.inplace import find_tensor
 from engine_side.live.storage_layout import Stored
 from engine_side.plan import probes
 from engine_side.plan.bake import Baked, TargetPlace, bind
 from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.probes import Probe
-from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
+from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, require_tensor
 from engine_side.protocol import RankHost
 
 
@@ -168,7 +168,7 @@ def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, 
         for place in modules[path]:
             name, target = place.name, place.target
             if target not in targets:
-                tensor = tensor_of(template.get_submodule(path), name)
+                tensor = require_tensor(template.get_submodule(path), name)
                 targets[target] = len(roles)
                 roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
             names[name] = targets[target]
@@ -236,7 +236,7 @@ class _Experiment:
         fresh = self._loaded(new)
         unused = [names_set(module) for module in fresh.modules]
         self.probes = [
-            probes.find(self.host, module, self._named(k, new), self._first_rows(k))
+            probes.find_probes(self.host, module, self._named(k, new), self._first_rows(k))
             for k, module in enumerate(fresh.modules)
         ]
         self.kept = [tensors_set_since(module, unused[k]) for k, module in enumerate(fresh.modules)]
@@ -276,19 +276,19 @@ class _Experiment:
             for k, module in enumerate(twin.modules):
                 named = self._named(k, values)
                 if version == 1:
-                    ways = probes.find(self.host, module, named, self._first_rows(k))
+                    ways = probes.find_probes(self.host, module, named, self._first_rows(k))
                     if not ways or any(probe.form == "twin" for probe in ways):
                         return False
                     found.append(ways)
                     before.append([])
                 for i, probe in enumerate(found[k]):
                     x = probe.inputs(self.device)
-                    y = probes.call(self.host, module, x)
+                    y = probes.call_module(self.host, module, x)
                     if y is None:
                         return False
                     if version == 1:
                         before[k].append(y)
-                    elif torch.equal(y, before[k][i]) or probes.matches(probe, x, y, named) is not None:
+                    elif torch.equal(y, before[k][i]) or probes.mismatch(probe, x, y, named) is not None:
                         return False
         self.probes = found
         return True
@@ -339,7 +339,7 @@ class _Experiment:
         if self.probes[k]:
             outputs: dict[str, torch.Tensor] = {}
             for probe in self.probes[k]:
-                y = probes.call(self.host, module, probe.inputs(self.device))
+                y = probes.call_module(self.host, module, probe.inputs(self.device))
                 if y is None:
                     return None
                 outputs[f"output by {probe.kind}"] = y
@@ -384,7 +384,8 @@ class _Experiment:
         module, values = twin.modules[k], self._named(k, new)
         if strategy in (Strategy.IN_PLACE, Strategy.PERMUTED):
             for name, value in values.items():
-                write_stored(tensor_of(module, name), stored[name], value)
+                live, new_value = stored[name].side_by_side(require_tensor(module, name), value)
+                live.copy_(new_value)
         elif strategy is Strategy.REDO:
             redo(self.host, module, twin.templates[k], values)
         else:
@@ -405,7 +406,9 @@ class _Experiment:
         for k, module in enumerate(twin.modules):
             names: dict[str, Stored] = {}
             for name, role in self.cluster.places[k].items():
-                names[name], settled = _compare_storage(held(module, name), self.cluster.roles[role], noise[role])
+                names[name], settled = _compare_storage(
+                    find_tensor(module, name), self.cluster.roles[role], noise[role]
+                )
                 if not settled:
                     doubtful.add((k, name))
             out.append(names)
@@ -432,22 +435,11 @@ class _Experiment:
                 )
             twin = self._loaded(values)
             for key in doubtful:
-                now = held(twin.modules[key[0]], key[1])
+                now = find_tensor(twin.modules[key[0]], key[1])
                 if now is not None:
                     shown[key].append(storage_layout.flat(now).clone())
             self.twins.retire(twin)
         return {key: storage_layout.affine(shown[key], bases[role_of[key]]) for key in doubtful if shown[key]}
-
-
-def write_stored(live: torch.Tensor, stored: Stored, value: torch.Tensor) -> None:
-    """Write a whole canonical value into a tensor that stores it in place or permuted."""
-    if stored.held is None or stored.origin is None:
-        raise ConfigError("this tensor does not hold its canonical values", got=stored.why)
-    into, source = storage_layout.flat(live), storage_layout.flat(value)
-    at, of = stored.origin, stored.held
-    into.as_strided(at.shape, at.strides, into.storage_offset() + at.offset).copy_(
-        source.as_strided(of.shape, of.strides, source.storage_offset() + of.offset)
-    )
 
 
 def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
@@ -520,7 +512,7 @@ def _compare(
 def _check_live(live: nn.Module, choice: ModuleStrategy) -> None:
     """The live module must look as its twin did after post-load, or every conclusion about it is void."""
     for name, stored in choice.stored.items():
-        now = held(live, name)
+        now = find_tensor(live, name)
         if now is None and not stored.shape and not stored.readable:
             continue
         same = now is not None and now.dtype == stored.dtype and tuple(now.shape) == stored.shape

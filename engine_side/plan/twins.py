@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.live.inplace import Outcome, copy_or_rebind_param, held, reflect, twin_parameter
+from engine_side.live.inplace import Outcome, copy_or_rebind_param, find_tensor, reflect, twin_parameter
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.protocol import RankHost
 
@@ -65,14 +65,14 @@ class Twin:
         with torch.no_grad():
             for module, names in zip(self.modules, self.cluster.places, strict=True):
                 for name, role in names.items():
-                    tensor_of(module, name).detach().copy_(values[role])
+                    require_tensor(module, name).detach().copy_(values[role])
 
     def by_role(self) -> list[torch.Tensor]:
         """The tensor of every role, before post-load."""
         found: dict[int, torch.Tensor] = {}
         for module, names in zip(self.modules, self.cluster.places, strict=True):
             for name, role in names.items():
-                found.setdefault(role, tensor_of(module, name).detach())
+                found.setdefault(role, require_tensor(module, name).detach())
         return [found[role] for role in range(len(self.cluster.roles))]
 
     def post_load(self, host: RankHost) -> bool:
@@ -180,9 +180,9 @@ def device_of(module: nn.Module) -> torch.device:
     return next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
 
 
-def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
+def require_tensor(module: nn.Module, name: str) -> torch.Tensor:
     """As `held`. Raises ConfigError when the module has no such tensor."""
-    found = held(module, name)
+    found = find_tensor(module, name)
     if found is None:
         raise ConfigError("a module lost a parameter", where=f"{type(module).__name__}.{name}")
     return found
@@ -225,9 +225,9 @@ def redo(
     former = {name: tensor for registry in (module._parameters, module._buffers) for name, tensor in registry.items()}
     try:
         for name, value in values.items():
-            now = held(module, name)
+            now = find_tensor(module, name)
             if now is None or now.data_ptr() != value.data_ptr() or now.shape != value.shape:
-                _register(module, name, twin_parameter(tensor_of(template, name), value, (template, module)))
+                _register(module, name, twin_parameter(require_tensor(template, name), value, (template, module)))
         host.post_load(module)
     except BaseException:
         for name, tensor in former.items():
@@ -235,7 +235,7 @@ def redo(
         raise
     outcomes: dict[str, Outcome] = {}
     for name, old in former.items():
-        new = held(module, name)
+        new = find_tensor(module, name)
         if new is None or new is old:
             continue
         if old is not None:

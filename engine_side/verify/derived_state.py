@@ -13,7 +13,7 @@ from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.strategies import ModuleStrategy, Strategy
-from engine_side.plan.twins import materialise, reachable, tensor_of
+from engine_side.plan.twins import materialise, reachable, require_tensor
 
 
 class DerivedState:
@@ -74,7 +74,7 @@ class DerivedState:
                 source = skeleton.get_submodule(choice.path)
                 materialise(source, self._loader.decided.live[choice.path], {}, {}, [])
                 for name, value in self._loader.canonical.values(choice, slot).items():
-                    tensor_of(source, name).detach().copy_(value)
+                    require_tensor(source, name).detach().copy_(value)
             for choice in self._from[path]:
                 host.post_load(skeleton.get_submodule(choice.path))
             before = reachable(module)[0]

@@ -63,9 +63,9 @@ def test_no_memory_for_an_experiment_is_said_so(method: Any) -> None:
 @pytest.mark.parametrize("method", [toy.Packed, toy.HiddenCopy, toy.Latched])
 def test_no_memory_for_a_rebuild_or_a_probe_is_said_so(method: Any) -> None:
     with loaded(method) as (loader, verifier):
-        for k in failing_runs(lambda: loader._rebuild(0, None), 8):
+        for k in failing_runs(lambda: loader.apply(0), 8):
             with pytest.raises(OutOfMemory, match=r"layers\.0\.qkv"), FailingAllocator(k):
-                loader._rebuild(0, None)
+                loader.apply(0)
             loader.apply(0)
         for k in failing_runs(lambda: verifier.probe(0, every=True), 20):
             with pytest.raises(OutOfMemory, match="while "), FailingAllocator(k):
@@ -101,13 +101,9 @@ def test_a_step_that_fails_on_every_twin_names_module_and_step() -> None:
 
 
 def test_memory_that_ran_out_is_known_behind_another_exception() -> None:
-    try:
-        try:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        except torch.OutOfMemoryError as error:
-            raise ValueError("the kernel cannot be built") from error
-    except ValueError as wrapped:
-        assert is_out_of_memory(wrapped)
+    wrapped = ValueError("the kernel cannot be built")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(wrapped)
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
     assert not is_out_of_memory(ValueError("shape"))

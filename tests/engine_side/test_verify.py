@@ -281,14 +281,14 @@ def test_the_tolerance_catches_swapped_rows_and_a_dropped_bias(dtype: torch.dtyp
     probe = Probe("rows", size, 8, dtype, form="linear", weight="w", bias="b")
     x = probe.inputs(torch.device("cpu"))
     values = {"w": weight, "b": bias}
-    assert probes.matches(probe, x, nn.functional.linear(x, weight, bias), values) is None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, weight, bias), values) is None
     wrong = weight.clone()
     wrong[[3, 4]] = wrong[[4, 3]]
-    assert probes.matches(probe, x, nn.functional.linear(x, wrong, bias), values) is not None
-    assert probes.matches(probe, x, nn.functional.linear(x, weight), values) is not None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, wrong, bias), values) is not None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, weight), values) is not None
     column = weight.clone()
     column[:, 5] = -column[:, 5]
-    assert probes.matches(probe, x, nn.functional.linear(x, column, bias), values) is not None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, column, bias), values) is not None
 
 
 def test_a_product_in_the_weights_own_dtype_judges_like_a_wider_one(monkeypatch: pytest.MonkeyPatch) -> None:
