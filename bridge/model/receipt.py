@@ -8,7 +8,7 @@ import msgspec
 
 PHASES = ("plan", "snapshot", "transfer", "load", "postload", "verify", "commit")
 LEVELS = ("transfer", "coverage", "attributes", "read-back", "probe", "change", "canary", "cache")
-"""Verification levels in the order in which they run (DESIGN 9)."""
+"""Verification levels in the order in which they run."""
 
 Verified = bool | Literal["partial"]
 
@@ -35,7 +35,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class LevelResult(msgspec.Struct, frozen=True):
-    """What one level found on one rank; `checked` counts the tensors, parameters, modules or tokens that it weighs."""
+    """The findings of one level on one rank; `checked` counts its tensors, parameters, modules or tokens."""
 
     level: str
     ok: bool
@@ -55,7 +55,7 @@ class RankReport(msgspec.Struct, frozen=True):
     canary_only: tuple[str, ...] = ()
     written: int = 0
     skipped_only: bool = False
-    """What failed is none of what this load wrote: tensors that were skipped as unchanged are not what was given."""
+    """True when every failed tensor was one that this load skipped as unchanged: something else modified it since."""
     load_s: float = 0.0
     postload_s: float = 0.0
     verify_s: float = 0.0

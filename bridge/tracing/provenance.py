@@ -1,4 +1,4 @@
-"""Who wrote which elements of a storage: the log behind the recorder.
+"""Log which write supplied which elements of a storage; behind the recorder.
 
 Regions count elements of a storage. The last write to an element supplies it; a write says that its elements are those
 of a sent tensor, a constant, or a value that cannot be followed, and why.
@@ -21,7 +21,7 @@ NOT_AFFINE = "a view too irregular to describe as regions"
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a tensor's elements come from.
+    """The sources of a tensor's elements.
 
     Attributes:
         pieces: (source name, region of the tensor read row-major, region of the source); the regions of a piece have
@@ -53,7 +53,7 @@ class LoggedWrite:
 
 @dataclass(slots=True)
 class StorageLog:
-    """What is known of one storage. `keep` holds it alive, so that its address is not used again."""
+    """The writes into one storage. `keep` holds it alive, so that its address is not used again."""
 
     keep: torch.UntypedStorage
     dtype: torch.dtype
@@ -62,11 +62,11 @@ class StorageLog:
 
 
 ResolvedWrites = list[tuple[LoggedWrite | None, Region, Region]]
-"""(who wrote, region of the writer's origin, companion region); None: nobody."""
+"""(the last write, region of its origin, companion region); None where nothing was written."""
 
 
 def resolve(log: list[LoggedWrite], view: Region, other: Region) -> ResolvedWrites:
-    """Who wrote the elements of a view last. The companion `other` is split alongside."""
+    """Find the last write to each element of a view. The companion `other` is split alongside."""
     found: ResolvedWrites = []
     open_parts = [(view, other)] if view.numel else []
     for write in reversed(log):
@@ -89,7 +89,7 @@ def resolve(log: list[LoggedWrite], view: Region, other: Region) -> ResolvedWrit
 
 
 def entry_for(write: LoggedWrite | None, origin: Region, held: Region, dtype: torch.dtype) -> LoggedWrite:
-    """A log entry that says: `held` now shows what `write` held, as `dtype`."""
+    """Make the log entry for a copy: `held` now shows the elements that `write` held, as `dtype`."""
     low, high = held.offset, held.offset + extent(held)
     if write is None:
         return LoggedWrite(held, low, high, taint=NOT_SENT)
@@ -100,7 +100,7 @@ def entry_for(write: LoggedWrite | None, origin: Region, held: Region, dtype: to
 
 
 def why_not(write: LoggedWrite | None, final: torch.dtype) -> str | None:
-    """Why a value that took this way into a tensor of dtype `final` is not the sent value, or None."""
+    """Say why a value that came this way into a tensor of dtype `final` is not the sent value; None when it is."""
     if write is None:
         return NOT_SENT
     for dtype in write.via:
@@ -112,7 +112,7 @@ def why_not(write: LoggedWrite | None, final: torch.dtype) -> str | None:
 
 @lru_cache(maxsize=1024)
 def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether every value of one dtype is a value of the other."""
+    """True when every value of dtype `narrow` is a value of dtype `wide`."""
     if narrow == wide or narrow == torch.bool:
         return True
     if narrow.is_complex or wide.is_complex or wide == torch.bool:
@@ -138,7 +138,7 @@ def constant_write(held: Region, value: float) -> LoggedWrite:
 
 
 def extent(region: Region) -> int:
-    """Distance from a region's first element to one past its last, in elements of the storage."""
+    """Measure from a region's first element to one past its last, in elements of the storage."""
     return 1 + sum((n - 1) * s for n, s in zip(region.shape, region.strides, strict=True))
 
 
@@ -147,13 +147,13 @@ def region_of(tensor: torch.Tensor) -> Region:
 
 
 def window(region: Region, axis: int, start: int, length: int) -> Region:
-    """`narrow` of a region."""
+    """Cut a region as `torch.narrow` cuts a tensor."""
     shape = (*region.shape[:axis], length, *region.shape[axis + 1 :])
     return Region(region.offset + start * region.strides[axis], shape, region.strides)
 
 
 def pick(region: Region, axis: int, index: int) -> Region:
-    """`select` of a region."""
+    """Cut a region as `torch.select` cuts a tensor."""
     offset = region.offset + index * region.strides[axis]
     return Region(
         offset,
@@ -163,13 +163,13 @@ def pick(region: Region, axis: int, index: int) -> Region:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage; storages that matter are kept alive, so it stays theirs."""
+    """Identify a tensor's storage by its address; logged storages are kept alive, so it stays theirs."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a nest of arguments."""
+    """Yield the tensors in a nest of arguments."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -95,7 +95,7 @@ class Recorder:
             yield name, tensor
 
     def provenance(self, tensor: torch.Tensor) -> Provenance:
-        """Where the elements of a tensor that exists now come from. May be called inside or after the `with` block."""
+        """Find the sources of a tensor's elements. May be called inside or after the `with` block."""
         other = dense(tuple(tensor.shape))
         found = self.read(tensor, other)
         result = Provenance([], [], None)
@@ -111,7 +111,7 @@ class Recorder:
         return Provenance(result.pieces, result.fills, taint)
 
     def read(self, tensor: torch.Tensor, other: Region) -> ResolvedWrites:
-        """Who supplies each element of a tensor; `other` is a companion region of the same shape, split alongside."""
+        """Find the write behind each element of a tensor; the companion region `other` is split alongside."""
         view = region_of(tensor)
         storage = self.storages.get(storage_key(tensor))
         if storage is None:
@@ -121,7 +121,7 @@ class Recorder:
         return resolve(storage.log, view, other)
 
     def write(self, dest: torch.Tensor, found: ResolvedWrites) -> None:
-        """Log what a write put into `dest`; the companions of `found` are regions of `dest`'s storage."""
+        """Log a write into `dest`; the companions of `found` are regions of `dest`'s storage."""
         storage = self.storages.get(storage_key(dest))
         if storage is None:
             if all(write is None for write, _, _ in found):
@@ -137,17 +137,17 @@ class Recorder:
                 self.emit(storage, entry)
 
     def track(self, tensor: torch.Tensor) -> StorageLog:
-        """The record of a tensor's storage, made when it is new."""
+        """The log of a tensor's storage, made when it is new."""
         keep = tensor.untyped_storage()
         return self.storages.setdefault(keep._cdata, StorageLog(keep, tensor.dtype))
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether anything was logged for this tensor's storage."""
+        """True when anything was logged for this tensor's storage."""
         storage = self.storages.get(storage_key(tensor))
         return storage is not None and bool(storage.log)
 
     def derived(self, tensor: torch.Tensor) -> bool:
-        """Whether this tensor's storage holds anything that came from a sent tensor."""
+        """True when this tensor's storage holds anything that came from a sent tensor."""
         storage = self.storages.get(storage_key(tensor))
         return storage is not None and any(w.name is not None or w.taint is not None for w in storage.log)
 
@@ -201,7 +201,7 @@ class Recorder:
             self.fills.append(Fill(path, dest, entry.value))
 
     def _settle_rebound(self) -> None:
-        """Targets whose tensor was given another storage: what counts is what that storage holds at the end."""
+        """Replace the moves of targets that were given another storage by those that this storage holds at the end."""
         for path, tensor in self._targets.items():
             if storage_key(tensor) == self._first[path]:
                 continue
@@ -226,7 +226,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is ever compiled under this mode; True would import the whole compiler, for seconds, to say so."""
+        """False: nothing is compiled under this mode, and torch would import its compiler, for seconds, to skip it."""
         return False
 
     def __torch_dispatch__(

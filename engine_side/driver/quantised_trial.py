@@ -1,9 +1,11 @@
-"""Can weights be brought into this engine at all? Asked when a bridge attaches to one whose weights are quantised, by
-the experiments that a push would make, on the tensors of the checkpoint that the engine was started from."""
+"""Find out, when a bridge attaches to an engine with quantised weights, whether any push could update it.
+
+Makes the experiments that a push would make, on the tensors of the checkpoint from which the engine was started.
+"""
 
 from __future__ import annotations
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, OutOfMemory, TransportError
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import BakeJob, ForgetJob, RankBake, RankDone
 from engine_side.driver.rank_client import RankClient
@@ -12,23 +14,29 @@ from engine_side.protocol import EngineDriver, MayBeQuantised
 
 _TIMEOUT_S = 600.0
 _PLAN = -1
-"""Pushes count theirs from 0."""
+"""Plan number of the trial; pushes count theirs from 0."""
 
 
-def require_strategies(engine: str, adapter: EngineDriver, ranks: RankClient) -> None:
-    """Raises ConfigError, with the first module's class, for a quantised engine that no push could update. An engine
-    whose checkpoint is not at hand is asked by its first push. Blocks for the experiments; writes no live weight."""
-    if not isinstance(adapter, MayBeQuantised) or adapter.quantisation is None or adapter.checkpoint is None:
+def require_strategies(engine: str, driver: EngineDriver, ranks: RankClient) -> None:
+    """Raise ConfigError, with the first module's class, for a quantised engine that no push could update.
+
+    Called once when a bridge attaches; blocks for the experiments; writes no live weight. Without a checkpoint at hand,
+    the first push makes the experiments instead. Raises OutOfMemory, PeerLost and DeadlineExceeded as they come: these
+    say nothing about the weights.
+    """
+    if not isinstance(driver, MayBeQuantised) or driver.quantisation is None or driver.checkpoint is None:
         return
-    tensors = checkpoint_tensors(adapter.checkpoint)
+    tensors = checkpoint_tensors(driver.checkpoint)
     if not tensors:
         return
     deadline = Deadline.after(_TIMEOUT_S)
     try:
         ranks.ask(BakeJob(_PLAN, tensors, False), RankBake, deadline)
+    except (OutOfMemory, TransportError):
+        raise
     except BridgeError as error:
         raise ConfigError(
-            f"weights quantised as {adapter.quantisation} cannot be brought into this engine: {error.what}",
+            f"weights quantised as {driver.quantisation} cannot be brought into this engine: {error.what}",
             where=error.where or engine,
             expected=error.expected,
             got=error.got,

@@ -1,10 +1,10 @@
-"""One strategy per module, found by experiment on twins.
+"""Find one strategy per module, by experiments on twins.
 
 A module is *in place* when its storage after post-load is canonical and its output follows what is written there;
 *permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *twin* when it has to
 run on a fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin).
-Nothing is looked up by class or name: the storage is read back after post-load of known values, and what a strategy
-wrote must show in the module's output as it does in a freshly loaded twin.
+Nothing is looked up by class or name: the storage is read back after post-load of known values, and the values that a
+strategy wrote must show in the module's output as they do in a freshly loaded twin.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from engine_side.protocol import RankHost
 
 
 class Strategy(StrEnum):
+    """The ways to bring new weights into a module, see the head of this file."""
+
     IN_PLACE = "in place"
     PERMUTED = "permuted"
     REDO = "redo"
@@ -53,12 +55,14 @@ _LADDER = {
 
 @dataclass(frozen=True)
 class ModuleStrategy:
-    """What is done for one module.
+    """The strategy found for one module.
 
     Attributes:
+        cls: class name of the live module.
+        reason: why this strategy, for people.
         stored: name -> how that canonical tensor lies in the module after post-load.
         probes: the ways to call the module; none when it cannot be called alone.
-        kept: attributes that its first call fills with what it made of its weights.
+        kept: attributes that its first call fills with tensors computed from its weights: forward caches.
         direct: values are written straight into the live storage (in place, permuted).
     """
 
@@ -72,7 +76,7 @@ class ModuleStrategy:
 
     @property
     def probe(self) -> Probe | None:
-        """The first of them."""
+        """The first way to call the module."""
         return self.probes[0] if self.probes else None
 
     @property
@@ -82,7 +86,14 @@ class ModuleStrategy:
 
 @dataclass
 class StrategyTable:
-    """Choices by module path, in the skeleton's order, with the live modules and clusters they stand on."""
+    """The strategies of a plan by module path, with the live modules and clusters to which they apply.
+
+    Attributes:
+        choices: in the skeleton's order.
+        alike: path -> the clusters for which the same experiment was made.
+        derived: modules without weights that have a post-load step.
+        native: path -> why the module can only be filled by the engine's own loader.
+    """
 
     choices: dict[str, ModuleStrategy]
     clusters: dict[str, Cluster]
@@ -93,21 +104,18 @@ class StrategyTable:
     native: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
-        """Modules per strategy."""
-        return dict(self._counts)
-
-    @cached_property
-    def _counts(self) -> Counter[str]:
-        return Counter(choice.strategy.value for choice in self.choices.values())
+        """Count the modules per strategy."""
+        return dict(Counter([choice.strategy.value for choice in self.choices.values()]))
 
 
 def decide(host: RankHost, baked: Baked) -> StrategyTable:
-    """Find the strategy of every module of a plan. Once per plan; twins of one cluster at a time in memory.
+    """Find the strategy of every module of a plan. Once per plan; twins of one cluster at a time in memory. Blocks.
 
-    Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, or when no strategy
-    serves a module; both name the class.
+    Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, when no strategy
+    serves a module, or when the engine's code fails in an experiment; OutOfMemory. All name module and class.
     """
-    template = host.skeleton()
+    with experiment_step("building a skeleton", type(host.model).__name__):
+        template = host.skeleton()
     groups = _groups(template, baked, _clusters(template, baked))
     paths = [path for group in groups for cluster in group for path in cluster.paths]
     live = bind(template, host.model, paths)
@@ -130,12 +138,14 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     decided.choices = {path: found[path] for path in order}
     decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
     with experiment_step("looking for modules with derived state", type(host.model).__name__):
-        decided.derived = _derived(host, found.keys() | _holders(baked))
+        holders = {path for path, places in baked.targets.of_module().items()
+                   if any(place.target not in baked.unloaded for place in places)}  # fmt: skip
+        decided.derived = _derived(host, found.keys() | holders)
     return decided
 
 
 def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
-    """Modules of the plan, joined where they hold the same target."""
+    """Group the modules of the plan that hold the same target."""
     wanted = {t.path for t in baked.plan.targets}
     modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
     holders: dict[str, list[str]] = {}
@@ -177,7 +187,7 @@ def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, 
 
 
 def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> list[list[Cluster]]:
-    """Clusters that are alike in everything an experiment could see; one of them is tried for all."""
+    """Group clusters that are alike in everything an experiment could see; one of them is tried for all."""
     moves: dict[str, list[Move]] = {}
     for move in baked.plan.moves:
         moves.setdefault(move.target, []).append(move)
@@ -192,7 +202,7 @@ def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> l
 
 
 def _marks(module: nn.Module) -> object:
-    """Class, flags and numbers of a module and of the objects that hang on it. Strings are names of places."""
+    """Collect class, flags and numbers of a module and of the objects in its attributes. Strings only name places."""
     own: list[tuple[object, ...]] = [(type(module),)]
     for name, value in module.__dict__.items():
         own.extend(_mark(name, value))
@@ -208,7 +218,7 @@ def _mark(name: str, value: object) -> list[tuple[object, ...]]:
 
 
 class _Experiment:
-    """All experiments on one group of clusters."""
+    """The experiments on one group of alike clusters."""
 
     def __init__(
         self,
@@ -225,7 +235,7 @@ class _Experiment:
         self.kept: list[frozenset[str]] = [frozenset() for _ in self.cluster.paths]
 
     def run(self) -> list[ModuleStrategy]:
-        """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
+        """Choose a strategy for each module of the cluster. Raises ConfigError when none serves."""
         native = [self.baked.plan.native.get(path, "") for path in self.cluster.paths]
         stored, plain = self._stored()
         if plain is not None and not any(native) and self._follows_as_is(plain):
@@ -258,14 +268,14 @@ class _Experiment:
 
     @cached_property
     def blank(self) -> list[torch.Tensor]:
-        """A tensor per role, untouched memory."""
+        """A tensor per role, in untouched memory."""
         return [torch.empty_strided(r.shape, r.strides, dtype=r.dtype, device=self.device) for r in self.cluster.roles]
 
     def _follows_as_is(self, twin: Twin) -> bool:
-        """Modules without any step after the load, whose storage is canonical: does their output follow what is written
-        there, as the arithmetic of a known form says? Then nothing else need be tried, and a single twin is enough.
+        """True when the output of modules without a post-load step follows their canonical storage, by a known form.
 
-        The first look comes before the second values are written, so that a copy kept by a first call would show.
+        Then nothing else need be tried, and a single twin is enough. The first call comes before the second values are
+        written, so that a copy kept by a first call would show.
         """
         values = twin.by_role()
         found: list[tuple[Probe, ...]] = []
@@ -311,11 +321,8 @@ class _Experiment:
             names=(path,),
         )
 
-    def _twin(self) -> Twin:
-        return self.twins.take(self.group, self.live)
-
     def _loaded(self, values: Sequence[torch.Tensor]) -> Twin:
-        twin = self._twin()
+        twin = self.twins.take(self.group, self.live)
         twin.fill(values)
         twin.post_load(self.host)
         return twin
@@ -324,7 +331,7 @@ class _Experiment:
         return {name: values[role] for name, role in self.cluster.places[k].items()}
 
     def _first_rows(self, k: int) -> dict[str, tuple[int, int]]:
-        """Name -> (global row at which this rank's part of the sent tensor begins, rows of it)."""
+        """Name -> (global row at which this rank's part of the sent tensor begins, number of its rows)."""
         out: dict[str, tuple[int, int]] = {}
         for name, role in self.cluster.places[k].items():
             shape, target = self.cluster.roles[role].shape, self.cluster.targets[role]
@@ -335,7 +342,7 @@ class _Experiment:
         return out
 
     def _observe(self, k: int, module: nn.Module) -> dict[str, torch.Tensor] | None:
-        """What can be seen of a module: its output, or all tensors of its state. None when part of it is closed."""
+        """Collect a module's outputs, or all tensors of its state; None when part of that cannot be looked into."""
         if self.probes[k]:
             outputs: dict[str, torch.Tensor] = {}
             for probe in self.probes[k]:
@@ -355,7 +362,7 @@ class _Experiment:
         new: Sequence[torch.Tensor],
         want: Sequence[dict[str, torch.Tensor] | None],
     ) -> dict[int, str]:
-        """Module index -> why what the strategy wrote does not show. Native modules are not tried: their loader is."""
+        """Map modules to why the values that their strategy wrote do not show. Native modules are not tried."""
         twin = self._loaded(old)
         before = [self._observe(k, module) for k, module in enumerate(twin.modules)]
         failed: dict[int, str] = {}
@@ -380,7 +387,7 @@ class _Experiment:
     def _write(
         self, twin: Twin, k: int, strategy: Strategy, stored: Mapping[str, Stored], new: Sequence[torch.Tensor]
     ) -> None:
-        """Bring `new` into a post-loaded twin as the loader would into the live module."""
+        """Bring `new` into a post-loaded twin as a load would into the live module."""
         module, values = twin.modules[k], self._named(k, new)
         if strategy in (Strategy.IN_PLACE, Strategy.PERMUTED):
             for name, value in values.items():
@@ -394,39 +401,37 @@ class _Experiment:
         ForwardCaches(module, [("", twin.templates[k], module)], {"": self.kept[k]}).clear()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
-        """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""
-        twin = self._twin()
+        """Find the layout of each canonical tensor after post-load; and the twin, where nothing was done to it."""
+        twin = self.twins.take(self.group, self.live)
         values = twin.by_role()
         noise = [_noise(value, k) for k, value in enumerate(values)]
         for value, tile in zip(values, noise, strict=True):
             probes.tile_into(value, tile)
         worked = twin.post_load(self.host)
         out: list[dict[str, Stored]] = []
-        doubtful: set[tuple[int, str]] = set()
+        rearranged: set[tuple[int, str]] = set()
         for k, module in enumerate(twin.modules):
             names: dict[str, Stored] = {}
             for name, role in self.cluster.places[k].items():
-                names[name], settled = _compare_storage(
-                    find_tensor(module, name), self.cluster.roles[role], noise[role]
-                )
-                if not settled:
-                    doubtful.add((k, name))
+                names[name], known = _compare_storage(find_tensor(module, name), self.cluster.roles[role], noise[role])
+                if not known:
+                    rearranged.add((k, name))
             out.append(names)
         if not worked and all(stored.identity for names in out for stored in names.values()):
             return out, twin
         self.twins.retire(twin)
-        if doubtful:
-            for (k, name), found in self._permutations(doubtful).items():
+        if rearranged:
+            for (k, name), found in self._permutations(rearranged).items():
                 now = out[k][name]
                 out[k][name] = replace(now, held=found[0], origin=found[1]) if found else now
         return out, None
 
-    def _permutations(self, doubtful: set[tuple[int, str]]) -> dict[tuple[int, str], tuple[Region, Region] | None]:
+    def _permutations(self, rearranged: set[tuple[int, str]]) -> dict[tuple[int, str], tuple[Region, Region] | None]:
         bases = [storage_layout.exact_base(r.dtype) for r in self.cluster.roles]
         sizes = [blank.numel() for blank in self.blank]
-        role_of = {key: self.cluster.places[key[0]][key[1]] for key in doubtful}
+        role_of = {key: self.cluster.places[key[0]][key[1]] for key in rearranged}
         passes = max(storage_layout.digits_needed(sizes[r], bases[r]) for r in role_of.values())
-        shown: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in doubtful}
+        shown: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in rearranged}
         for digit in range(passes):
             values = [torch.empty_like(blank) for blank in self.blank]
             for r, value in enumerate(values):
@@ -434,16 +439,16 @@ class _Experiment:
                     storage_layout.code(sizes[r], bases[r], digit, value.dtype, value.device)
                 )
             twin = self._loaded(values)
-            for key in doubtful:
+            for key in rearranged:
                 now = find_tensor(twin.modules[key[0]], key[1])
                 if now is not None:
                     shown[key].append(storage_layout.flat(now).clone())
             self.twins.retire(twin)
-        return {key: storage_layout.affine(shown[key], bases[role_of[key]]) for key in doubtful if shown[key]}
+        return {key: storage_layout.affine(shown[key], bases[role_of[key]]) for key in rearranged if shown[key]}
 
 
 def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """A tile of values of which no other order looks the same; a short tensor gets its own indices."""
+    """Make a tile of values of which no other order looks the same; a short tensor gets its own indices."""
     base = storage_layout.exact_base(like.dtype)
     numel = min(like.numel(), probes.PERIOD)
     if numel <= base:
@@ -454,7 +459,7 @@ def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _compare_storage(now: torch.Tensor | None, role: Role, tile: torch.Tensor) -> tuple[Stored, bool]:
-    """(what is stored, whether that is settled) by comparing the module's tensor with what was filled in."""
+    """Compare a module's tensor with the tile that was filled in: (its layout, False where it may be a permutation)."""
     if now is None:
         return Stored((), (), role.dtype, None, None, "post-load removed it"), True
     now = now.detach()
@@ -491,7 +496,7 @@ def _compare(
     want: dict[str, torch.Tensor] | None,
     strategy: Strategy,
 ) -> str | None:
-    """None when the module shows the new weights, else what is wrong."""
+    """Say what is wrong when a module does not show the new weights; None when it does."""
     if before is None or seen is None or want is None:
         # closed state: only a strategy that builds all of it anew can be trusted
         return None if strategy is Strategy.TWIN else "its state cannot be looked into"
@@ -510,7 +515,7 @@ def _compare(
 
 
 def _check_live(live: nn.Module, choice: ModuleStrategy) -> None:
-    """The live module must look as its twin did after post-load, or every conclusion about it is void."""
+    """Raise ConfigError when a live module does not look as its twin did after post-load: no conclusion would hold."""
     for name, stored in choice.stored.items():
         now = find_tensor(live, name)
         if now is None and not stored.shape and not stored.readable:
@@ -529,14 +534,8 @@ def _check_live(live: nn.Module, choice: ModuleStrategy) -> None:
         )
 
 
-def _holders(baked: Baked) -> set[str]:
-    """Modules that hold weights, in the plan or not; what no checkpoint fills is none."""
-    modules = baked.targets.of_module()
-    return {path for path, places in modules.items() if any(p.target not in baked.unloaded for p in places)}
-
-
 def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ...]:
-    """Modules without weights of their own that still have a post-load step: it derives something from others."""
+    """List modules without weights of their own that have a post-load step: it derives something from others."""
     scratch = host.skeleton()
     out: list[str] = []
     for path, module in scratch.named_modules():

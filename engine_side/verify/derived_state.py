@@ -1,5 +1,8 @@
-"""What a module without weights of its own has computed from those below or beside it (an attention layer's absorbed
-projections): built anew on a fresh skeleton from the arena's weights, and compared with what the live module holds."""
+"""Verify derived state: tensors that a module without weights has computed from the weights below or beside it.
+
+Such as the absorbed projections of an attention layer. The state is built anew, on a fresh skeleton from the arena's
+weights, and compared with that of the live module.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,28 @@ from engine_side.plan.twins import materialise, reachable, require_tensor
 
 
 class DerivedState:
-    """Over one mapped Loader; knows which of its derived modules can be built alone, and from what."""
+    """The derived modules of one mapped Loader; knows which of them can be built alone, and from which modules."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._from = {path: self._below(path) for path, _ in loader.derived}
-        """Path -> the modules whose weights are given to it; empty where it is not looked at."""
+        """Path -> the modules whose weights it is built from; empty where it is not checked."""
         self._below_known = frozenset(path for path, choices in self._from.items() if choices)
         self._tried = set(self._below_known)
         for path in self._from.keys() - self._tried:
-            # It may hold what it derives from where no module tree shows it. Whether it does is seen at the first look.
+            # It may hold its sources where no module tree shows them; the first check shows whether it does.
             self._from[path] = self._known_to_fill(loader.sources_of[path])
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The modules that are looked at."""
+        """Paths of the modules that are checked."""
         return tuple(path for path, choices in self._from.items() if choices)
 
     def wrong(self, slot: int) -> Iterator[tuple[str, str, str]]:
-        """(path, class, why) of every derived module that does not hold what the arena's weights give. Builds a
-        skeleton, another one where two derive from the same weights, and gives memory to what they are made from."""
+        """Yield (path, class, why) of every derived module whose state does not follow from the arena's weights.
+
+        Builds a skeleton, and another one where two modules derive from the same weights.
+        """
         if not self.paths:
             return
         skeleton, used = self._loader.host.skeleton(), set[str]()
@@ -58,7 +63,7 @@ class DerivedState:
                 yield path, type(live).__name__, why
 
     def _made(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
-        """What the step makes of the arena's weights; nothing where it cannot be told in this way."""
+        """Run the step on the arena's weights and return the tensors that it makes; none where that cannot be done."""
         try:
             return self._build(skeleton, path, live, slot)
         except LOADER_ERRORS as error:
@@ -86,12 +91,15 @@ class DerivedState:
         }
         if path in self._below_known:
             return made
-        # what was there before may as well be a constant, of which a skeleton knows nothing
+        # a tensor that was there before may as well be a constant, of which a skeleton knows nothing
         return {name: tensor for name, tensor in made.items() if name not in before}
 
     def _forget_its_like(self, path: str, live: nn.Module) -> None:
-        """What one module of a kind does not keep, none does: many engines have a step that only sets flags in every
-        layer, and building all around each of them would cost as much as the load."""
+        """Stop checking modules of a class of which one keeps nothing.
+
+        Many engines have a step that only sets flags in every layer, and building all around each of them would cost as
+        much as the load.
+        """
         if path in self._tried:
             return
         for other, module in self._loader.derived:
@@ -104,6 +112,6 @@ class DerivedState:
         return self._known_to_fill(p for p in self._loader.decided.choices if id(template.get_submodule(p)) in inside)
 
     def _known_to_fill(self, paths: Iterable[str]) -> tuple[ModuleStrategy, ...]:
-        """The choices of these modules; none where one of them can only be filled by the engine's loader."""
+        """The strategies of these modules; none where one of them can only be filled by the engine's loader."""
         found = tuple(self._loader.decided.choices[path] for path in paths)
         return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bridge.errors import ConfigError, OutOfMemory
+from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, OutOfMemory, PeerLost
+from engine_side.driver.quantised_trial import require_strategies
 from engine_side.load.loader import Loader
 from engine_side.plan.bake import bake
 from engine_side.plan.experiment_errors import is_out_of_memory
@@ -107,3 +109,38 @@ def test_memory_that_ran_out_is_known_behind_another_exception() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
     assert not is_out_of_memory(ValueError("shape"))
+
+
+class QuantisedDriver:
+    """As much of a driver as the trial looks at."""
+
+    quantisation = "fp8"
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+
+class FailingRanks:
+    """Ranks whose experiments end with an error."""
+
+    def __init__(self, error: BridgeError) -> None:
+        self.error = error
+
+    def ask(self, job: Any, kind: Any, deadline: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OutOfMemory("memory ran out while building a twin"), PeerLost("rank 1 is gone"), DeadlineExceeded("late")]
+)
+def test_a_trial_that_shows_nothing_about_the_weights_does_not_blame_them(error: BridgeError, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    driver: Any = QuantisedDriver(tmp_path)
+    ranks: Any = FailingRanks(error)
+    with pytest.raises(type(error)) as caught:
+        require_strategies("engine0", driver, ranks)
+    assert caught.value is error
+    ranks.error = ConfigError("no strategy can update this module", where="a.b (Linear)")
+    with pytest.raises(ConfigError, match=r"quantised as fp8.*a\.b \(Linear\)"):
+        require_strategies("engine0", driver, ranks)

@@ -79,7 +79,7 @@ def test_a_dropped_name_fires_coverage() -> None:
         loader.baked = replace(loader.baked, plan=drop(loader.baked.plan, "layers.0.k.weight"))
         assert fired(verifier, 0) == {"coverage"}
         (failure,) = only(verifier.run(["coverage"], 0)).failures
-        assert failure.name == "layers.0.qkv.weight"
+        assert failure.name == failure.parameter == "layers.0.qkv.weight"
         assert "128" in failure.got
 
 
@@ -102,7 +102,7 @@ def test_swapped_shards_fire_read_back(method: Any) -> None:
         loader._compile(0)
         assert weight is host.model.layers[0].qkv.weight
         assert fired(verifier, 0) == {"read-back"}
-        names = {f.name.split(" ")[0] for f in only(verifier.run(["read-back"], 0)).failures}
+        names = {f.tensor for f in only(verifier.run(["read-back"], 0)).failures}
         assert names == {"layers.0.k.weight", "layers.0.v.weight"}
 
 
@@ -117,6 +117,7 @@ def test_one_bit_fires_read_back(value: float) -> None:
         assert fired(verifier, 0) == {"read-back"}
         (failure,) = only(verifier.run(["read-back"], 0)).failures
         assert failure.name == "layers.1.norm.weight -> layers.1.norm.weight"
+        assert (failure.tensor, failure.parameter) == ("layers.1.norm.weight", "layers.1.norm.weight")
         assert "0.0 at element 3" in failure.expected
         sent[3] = float("nan")
         loader.apply(0)
