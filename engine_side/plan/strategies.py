@@ -145,28 +145,21 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
 
 
 def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
-    """Group the modules of the plan that hold the same target."""
+    """Group the modules of the plan that hold the same target, in the skeleton's order."""
     wanted = {t.path for t in baked.plan.targets}
     modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
-    holders: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
+    holder: dict[str, str] = {}
     for path, places in modules.items():
+        group = groups[path] = [path]
         for place in places:
-            holders.setdefault(place.target, []).append(path)
-    out: list[Cluster] = []
-    done: set[str] = set()
+            other = groups[holder.setdefault(place.target, path)]
+            if other is not group:
+                group.extend(other)
+                groups.update(dict.fromkeys(other, group))
     order = {path: k for k, path in enumerate(modules)}
-    for path in modules:
-        if path in done:
-            continue
-        members, todo = {path}, [path]
-        while todo:
-            for place in modules[todo.pop()]:
-                fresh = [p for p in holders[place.target] if p not in members]
-                members.update(fresh)
-                todo.extend(fresh)
-        done |= members
-        out.append(_cluster(template, tuple(sorted(members, key=order.__getitem__)), modules))
-    return out
+    distinct = {id(group): sorted(group, key=order.__getitem__) for group in groups.values()}
+    return [_cluster(template, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
 
 
 def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
@@ -174,15 +167,13 @@ def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, 
     roles: list[Role] = []
     places: list[dict[str, int]] = []
     for path in paths:
-        names: dict[str, int] = {}
+        places.append({})
         for place in modules[path]:
-            name, target = place.name, place.target
-            if target not in targets:
-                tensor = require_tensor(template.get_submodule(path), name)
-                targets[target] = len(roles)
+            if place.target not in targets:
+                tensor = require_tensor(template.get_submodule(path), place.name)
+                targets[place.target] = len(roles)
                 roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
-            names[name] = targets[target]
-        places.append(names)
+            places[-1][place.name] = targets[place.target]
     return Cluster(paths, tuple(targets), tuple(roles), tuple(places))
 
 
@@ -203,18 +194,17 @@ def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> l
 
 def _marks(module: nn.Module) -> object:
     """Collect class, flags and numbers of a module and of the objects in its attributes. Strings only name places."""
-    own: list[tuple[object, ...]] = [(type(module),)]
+    owners: list[tuple[str, object]] = [("", module)]
     for name, value in module.__dict__.items():
-        own.extend(_mark(name, value))
         if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type)):
-            own.append((name, type(value)))
-            for key, item in vars(value).items():
-                own.extend(_mark(f"{name}.{key}", item))
-    return frozenset(own)
-
-
-def _mark(name: str, value: object) -> list[tuple[object, ...]]:
-    return [(name, type(value), value)] if isinstance(value, (bool, int, float, torch.dtype, type(None))) else []
+            owners.append((name, value))
+    plain = (bool, int, float, torch.dtype, type(None))
+    return frozenset(
+        (owner, type(holder), name, type(value), value)
+        for owner, holder in owners
+        for name, value in (("", None), *vars(holder).items())
+        if isinstance(value, plain)
+    )
 
 
 class _Experiment:
@@ -261,7 +251,15 @@ class _Experiment:
             for k, why in failed.items():
                 higher = _LADDER[plans[k]]
                 if higher is None:
-                    raise self._no_strategy(k, why)
+                    path = self.cluster.paths[k]
+                    raise ConfigError(
+                        "no strategy can update this module",
+                        where=f"{path} ({type(self.live[path]).__name__})",
+                        expected="an output that follows the weights after they are written or post-load is run again",
+                        got=why,
+                        remedy="report the class; this engine has to be restarted for new weights",
+                        names=(path,),
+                    )
                 reasons[k] = f"{plans[k].value}: {why}"
                 plans[k] = higher
         return [self._choice(k, plans[k], reasons[k], stored[k]) for k in range(len(plans))]
@@ -309,17 +307,6 @@ class _Experiment:
             reason += "; cannot be called alone, judged by its state"
         cls = type(self.live[self.cluster.paths[k]]).__name__
         return ModuleStrategy(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
-
-    def _no_strategy(self, k: int, why: str) -> ConfigError:
-        path = self.cluster.paths[k]
-        return ConfigError(
-            "no strategy can update this module",
-            where=f"{path} ({type(self.live[path]).__name__})",
-            expected="an output that follows the weights after they are written or post-load is run again",
-            got=why,
-            remedy="report the class; this engine has to be restarted for new weights",
-            names=(path,),
-        )
 
     def _loaded(self, values: Sequence[torch.Tensor]) -> Twin:
         twin = self.twins.take(self.group, self.live)
