@@ -5,7 +5,7 @@ the exit code that the command line uses for it. Errors cross process boundaries
 (`bridge.protocol.codec.ErrorInfo`), never pickled, and are rebuilt from `ERRORS_BY_NAME`.
 
     BridgeError
-    ├── ConfigError 2            NotFound, Busy, LeaseHeld, Closed
+    ├── ConfigError 2            NotFound, Busy, LeaseHeld, Closed, OutOfMemory
     ├── TransportError 3         PeerLost, DeadlineExceeded, ArenaFull
     ├── ProtocolError 4
     ├── IntegrityError 5         MissingTensor, UnexpectedTensor, DuplicateTensor, ShapeMismatch, DtypeMismatch,
@@ -89,6 +89,10 @@ class LeaseHeld(ConfigError):
 
 class Closed(ConfigError):
     """The Bridge (or daemon) was closed."""
+
+
+class OutOfMemory(ConfigError):
+    """The engine's host or device has no memory left for an experiment or a rebuild of one of its modules."""
 
 
 class TransportError(BridgeError):

@@ -165,13 +165,13 @@ def test_sglang_21825_post_load_shuffles_in_place_on_every_path(
     model = base()
     rig = Rig(checkpoint(model), model, wrap_linears=wrapped, max_loras=int(wrapped), layout=layout)
     try:
-        before = AttributeSnapshot.take(model_of(rig))
+        before = AttributeSnapshot(model_of(rig))
         loaders = {n: p.weight_loader for n, p in model_of(rig).named_parameters() if hasattr(p, "weight_loader")}
         assert any("qkv" in n or "experts" in n or "fused" in n for n in loaders)
         for _ in range(2):
             receipt = rig.good_push()
             assert not [name for rank in receipt.engines[0].ranks for name in rank.rebound]
-            assert diff(before, AttributeSnapshot.take(model_of(rig))) == []
+            assert diff(before, AttributeSnapshot(model_of(rig))) == []
         live = dict(model_of(rig).named_parameters())
         assert all(live[name].weight_loader == loader for name, loader in loaders.items())
     finally:

@@ -225,8 +225,8 @@ class Fleet:
         """Compare every engine's live weights with a slot, whatever was verified before: names of what differs."""
         found = self.run_all(VerifyJob(plan.id, slot, WEIGHTS_SHOWN), RankLoaded, deadline)
         levels = [level for ranks in found.values() for rank in ranks for level in rank.report.levels]
-        names = [failure.name for level in levels for failure in level.failures]
-        return tuple(dict.fromkeys(name.partition(" -> ")[0] for name in names))
+        failures = [failure for level in levels for failure in level.failures]
+        return tuple(dict.fromkeys(failure.tensor or failure.name for failure in failures))
 
     def keep_current(self, plan: AgreedPlan, slot: int, held: Held | None, version: int, deadline: Deadline) -> bool:
         """Put the weights that the engines serve now into `slot` and seal it as `version`. False when they cannot be

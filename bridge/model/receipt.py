@@ -11,11 +11,24 @@ Verified = bool | Literal["partial"]
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """One thing that a level found wrong: a tensor, parameter or module, with what should have been there."""
+    """One thing that a level found wrong, with what should have been there.
+
+    Attributes:
+        name: for people: "tensor -> parameter", or whichever of the two, or the module, it is about.
+        tensor: name of the sent tensor, "" where none is concerned alone.
+        parameter: path of the engine's parameter or module in the live model's skeleton, "" for a check before any.
+    """
 
     name: str
     expected: str
     got: str
+    tensor: str = ""
+    parameter: str = ""
+
+    @classmethod
+    def between(cls, tensor: str, parameter: str, expected: str, got: str) -> Failure:
+        """The failure of one tensor at one place of the engine."""
+        return cls(f"{tensor} -> {parameter}", expected, got, tensor, parameter)
 
 
 class LevelResult(msgspec.Struct, frozen=True):

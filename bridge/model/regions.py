@@ -1,4 +1,4 @@
-"""Pure geometry: where each element of a tensor goes. No I/O, no torch tensors, no names matched.
+"""Pure geometry of plans: regions of tensors, moves between them, and proofs about both. No I/O, no torch.
 
 A `Region` is a strided window of a flat storage, in elements. A `Move` copies one region of a sent tensor to one region
 of an engine parameter; the two have the same shape, dimension by dimension. A `RankPlan` is all moves of one engine
@@ -46,22 +46,26 @@ class Move(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Routes(msgspec.Struct, frozen=True):
-    """How a module takes checkpoint tensors: `moves` from sent names to its live tensors, whose regions count from the
-    live tensor's first element in its storage; `shapes` of every name that it takes."""
+    """The ways of checkpoint tensors into a module.
+
+    Attributes:
+        moves: from sent names to live tensors; regions count from the live tensor's first element in its storage.
+        shapes: the shape of every name that the module takes.
+    """
 
     moves: tuple[Move, ...]
     shapes: dict[str, tuple[int, ...]]
 
 
 class Fill(msgspec.Struct, frozen=True, array_like=True):
-    """The engine's loader writes a constant here (vocabulary padding)."""
+    """A constant that the engine's loader writes to a region (vocabulary padding)."""
 
     target: str
     dest: Region
     value: float
 
 
-class Target(msgspec.Struct, frozen=True, array_like=True):
+class TargetTensor(msgspec.Struct, frozen=True, array_like=True):
     """One canonical parameter or persistent buffer of an engine rank, by its skeleton path."""
 
     path: str
@@ -75,9 +79,9 @@ class Target(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankPlan(msgspec.Struct, frozen=True, dict=True):
-    """Everything one rank does with a version. `native` maps module paths that the recorder could not follow to why."""
+    """The moves and fills of one rank. `native` maps module paths that the recorder could not follow to why."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[TargetTensor, ...]
     moves: tuple[Move, ...]
     fills: tuple[Fill, ...] = ()
     native: dict[str, str] = {}
@@ -89,7 +93,7 @@ class RankPlan(msgspec.Struct, frozen=True, dict=True):
 
 
 class Coverage(msgspec.Struct, frozen=True):
-    """What a set of regions leaves open or writes twice, as element counts per name."""
+    """The elements that a set of regions leaves open or writes twice, as counts per name."""
 
     holes: dict[str, int]
     overlaps: dict[str, int]
@@ -100,7 +104,7 @@ class Coverage(msgspec.Struct, frozen=True):
 
 
 def dense(shape: Sequence[int], offset: int = 0) -> Region:
-    """The row-major region of a whole tensor."""
+    """Make the row-major region of a whole tensor."""
     strides: list[int] = []
     step = 1
     for size in reversed(shape):
@@ -110,7 +114,7 @@ def dense(shape: Sequence[int], offset: int = 0) -> Region:
 
 
 def runs_of(region: Region) -> Runs:
-    """The sorted runs of consecutive elements that a region touches; the order of its dimensions does not matter."""
+    """List the sorted runs of consecutive elements that a region touches; the order of dimensions does not matter."""
     if len(region.shape) != len(region.strides):
         raise ProtocolError("a region's shape and strides differ in length", got=f"{region.shape}, {region.strides}")
     if region.numel == 0:
@@ -130,7 +134,7 @@ def runs_of(region: Region) -> Runs:
 
 
 def union_gaps(runs: Iterable[Runs], numel: int) -> tuple[int, int]:
-    """(elements of [0, numel) that no run touches, touches beyond the first of each element)."""
+    """Count (elements of [0, numel) that no run touches, touches beyond the first of each element)."""
     parts = [r for r in runs if len(r)]
     if not parts:
         return numel, 0
@@ -176,7 +180,7 @@ def dest_coverage(plan: RankPlan) -> Coverage:
 
 
 def source_coverage(sizes: dict[str, int], regions: Iterable[tuple[str, Region]]) -> dict[str, int]:
-    """Sent tensor -> elements that no rank of an engine reads; empty when every element is used somewhere.
+    """Count per sent tensor the elements that no rank of an engine reads; empty when every element is used somewhere.
 
     Reading twice is fine (replicated KV heads), so only holes count. `sizes` maps tensor names to element counts.
     """
@@ -190,7 +194,7 @@ def source_coverage(sizes: dict[str, int], regions: Iterable[tuple[str, Region]]
 
 
 def intersect(a: Shard, b: Shard) -> Shard | None:
-    """The common box of two shards of the same tensor, or None. Raises ProtocolError when the tensors differ."""
+    """Intersect two shards of the same tensor; None when they share nothing. Raises ProtocolError for two tensors."""
     if a.global_shape != b.global_shape:
         raise ProtocolError("shards of different tensors", expected=str(a.global_shape), got=str(b.global_shape))
     offsets = tuple(max(x, y) for x, y in zip(a.offsets, b.offsets, strict=True))
@@ -209,7 +213,7 @@ def cut(nbytes: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def compose(view: Region, held: Region, origin: Region) -> Region | None:
-    """The region of another storage that `view` shows, with `view`'s shape, or None.
+    """Find the region of another storage that `view` shows, with `view`'s shape; None when it is not one region.
 
     The elements of region `held` of `view`'s storage are, one for one, the elements of `origin` in the other storage
     (same shape). None when `view` is not wholly inside `held`, or not one region of the other storage: see `follow`.
@@ -221,7 +225,7 @@ def compose(view: Region, held: Region, origin: Region) -> Region | None:
 
 
 class Followed(msgspec.Struct, frozen=True):
-    """What `follow` found, as disjoint pairs of regions of equal shape that together are all of the view.
+    """The result of `follow`: disjoint pairs of regions of equal shape that together are all of the view.
 
     `inside`: (region of the origin's storage, region of the companion). `outside`: (region of the view's storage,
     region of the companion), for the elements that the held region does not hold.

@@ -1,7 +1,7 @@
-"""What each torch operation does to provenance; used by the recorder only.
+"""Follow provenance through each torch operation; used by the recorder only.
 
 An operation that only looks (a view) needs nothing, since provenance goes by storage. One that copies elements as they
-are writes a log entry that points back. Anything else taints what it makes with its own name.
+are writes a log entry that points back. Any other taints its result with its own name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from bridge.model.regions import Region
 from bridge.tracing.provenance import (
     NOT_SENT,
-    Found,
+    ResolvedWrites,
     constant_write,
     entry_for,
     pick,
@@ -35,7 +35,7 @@ Handler = Callable[["Recorder", Any, tuple[Any, ...], Mapping[str, Any]], Any]
 
 
 def handlers() -> dict[Any, Handler]:
-    """Operations with a meaning of their own. Everything else is a view, or taints what it makes."""
+    """Map operations to their handlers. Every other operation is a view, or taints its result."""
     table: dict[Any, Handler] = {
         aten.copy_.default: _copy,
         aten._foreach_copy_.default: _foreach_copy,
@@ -130,7 +130,7 @@ def _store(rec: Recorder, dest: torch.Tensor, src: torch.Tensor, run: Callable[[
 
 
 def _same_view_of_bits(rec: Recorder, dest: torch.Tensor, src: torch.Tensor) -> bool:
-    """False when both sides are looked at through another dtype than their own: bits are copied, not values."""
+    """False when both sides are viewed through another dtype than their own: bits are copied, not values."""
     a, b = rec.storages.get(storage_key(dest)), rec.storages.get(storage_key(src))
     return a is None or b is None or a.dtype == dest.dtype or b.dtype == src.dtype
 
@@ -149,8 +149,8 @@ def _bits(rec: Recorder, dest: torch.Tensor, src: torch.Tensor, held: Region) ->
             rec.emit(into, entry)
 
 
-def _foreign(src: torch.Tensor, held: Region) -> Found:
-    """A value that is not ours: a constant when it is a single known number, else nothing that may be in a plan."""
+def _foreign(src: torch.Tensor, held: Region) -> ResolvedWrites:
+    """Log a value that was not sent: a constant when it is a single known number, else a taint."""
     if src.device.type != "meta" and src.untyped_storage().nbytes() == src.element_size():
         return [(constant_write(held, src.reshape(-1)[:1].item()), held, held)] if held.numel else []
     return [(tainted_write(held, NOT_SENT), held, held)] if held.numel else []
@@ -185,7 +185,7 @@ def _constant(value_of: Callable[[tuple[Any, ...]], Any]) -> Handler:
 
 
 def _identity(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The result has the elements of the first argument, in a storage of its own."""
+    """Log a result that has the elements of the first argument, in a storage of its own."""
     result = func(*args, **kwargs)
     if rec.knows(args[0]):
         rec.write(result, rec.read(args[0], region_of(result)))
@@ -272,7 +272,7 @@ def _index(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str,
 def _gather(
     rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], axis: int, index: torch.Tensor
 ) -> Any:
-    """Rows picked by a list whose values are known (a loader's constant): each run of steady steps is one slice."""
+    """Log rows picked by a list whose values are known (a loader's constant): each run of steady steps is one slice."""
     source: torch.Tensor = args[0]
     if index.device.type == "meta" or not rec.knows(source) or source.dim() == 0:
         return _arithmetic(rec, func, args, kwargs)
@@ -301,7 +301,7 @@ def _on(device: torch.device, value: Any) -> Any:
 
 
 def _scatter(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`slice_scatter` and `select_scatter`: a clone with one window overwritten."""
+    """Log `slice_scatter` and `select_scatter`: a clone with one window overwritten."""
     base, part, *where = args
     result = func(*args, **kwargs)
     if not (rec.knows(base) or rec.knows(part)):

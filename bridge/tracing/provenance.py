@@ -1,4 +1,4 @@
-"""Who wrote which elements of a storage: the log behind the recorder.
+"""Log which write supplied which elements of a storage; behind the recorder.
 
 Regions count elements of a storage. The last write to an element supplies it; a write says that its elements are those
 of a sent tensor, a constant, or a value that cannot be followed, and why.
@@ -21,7 +21,7 @@ NOT_AFFINE = "a view too irregular to describe as regions"
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a tensor's elements come from.
+    """The sources of a tensor's elements.
 
     Attributes:
         pieces: (source name, region of the tensor read row-major, region of the source); the regions of a piece have
@@ -36,7 +36,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Write:
+class LoggedWrite:
     """One entry of a storage's log: `held` holds elements `origin` of source `name` (sent as `dtype`, cast on
     the way to each of `via`), or `value`, or a tainted value."""
 
@@ -53,26 +53,26 @@ class Write:
 
 @dataclass(slots=True)
 class StorageLog:
-    """What is known of one storage. `keep` holds it alive, so that its address is not used again."""
+    """The writes into one storage. `keep` holds it alive, so that its address is not used again."""
 
     keep: torch.UntypedStorage
     dtype: torch.dtype
-    log: list[Write] = field(default_factory=list)
+    log: list[LoggedWrite] = field(default_factory=list)
     targets: list[tuple[str, Region]] = field(default_factory=list)
 
 
-Found = list[tuple[Write | None, Region, Region]]
-"""(who wrote, region of the writer's origin, companion region); None: nobody."""
+ResolvedWrites = list[tuple[LoggedWrite | None, Region, Region]]
+"""(the last write, region of its origin, companion region); None where nothing was written."""
 
 
-def resolve(log: list[Write], view: Region, other: Region) -> Found:
-    """Who wrote the elements of a view last. The companion `other` is split alongside."""
-    found: Found = []
+def resolve(log: list[LoggedWrite], view: Region, other: Region) -> ResolvedWrites:
+    """Find the last write to each element of a view. The companion `other` is split alongside."""
+    found: ResolvedWrites = []
     open_parts = [(view, other)] if view.numel else []
     for write in reversed(log):
         rest: list[tuple[Region, Region]] = []
         for part, beside in open_parts:
-            if write.high <= part.offset or part.offset + reach(part) <= write.low:
+            if write.high <= part.offset or part.offset + extent(part) <= write.low:
                 rest.append((part, beside))
                 continue
             split = follow(part, beside, write.held, write.origin or write.held)
@@ -88,19 +88,19 @@ def resolve(log: list[Write], view: Region, other: Region) -> Found:
     return found
 
 
-def entry_for(write: Write | None, origin: Region, held: Region, dtype: torch.dtype) -> Write:
-    """A log entry that says: `held` now shows what `write` held, as `dtype`."""
-    low, high = held.offset, held.offset + reach(held)
+def entry_for(write: LoggedWrite | None, origin: Region, held: Region, dtype: torch.dtype) -> LoggedWrite:
+    """Make the log entry for a copy: `held` now shows the elements that `write` held, as `dtype`."""
+    low, high = held.offset, held.offset + extent(held)
     if write is None:
-        return Write(held, low, high, taint=NOT_SENT)
+        return LoggedWrite(held, low, high, taint=NOT_SENT)
     if write.name is None:
-        return Write(held, low, high, value=write.value, taint=write.taint)
+        return LoggedWrite(held, low, high, value=write.value, taint=write.taint)
     via = write.via if dtype == write.dtype or dtype in write.via else write.via | {dtype}
-    return Write(held, low, high, name=write.name, origin=origin, dtype=write.dtype, via=via)
+    return LoggedWrite(held, low, high, name=write.name, origin=origin, dtype=write.dtype, via=via)
 
 
-def why_not(write: Write | None, final: torch.dtype) -> str | None:
-    """Why a value that took this way into a tensor of dtype `final` is not the sent value, or None."""
+def why_not(write: LoggedWrite | None, final: torch.dtype) -> str | None:
+    """Say why a value that came this way into a tensor of dtype `final` is not the sent value; None when it is."""
     if write is None:
         return NOT_SENT
     for dtype in write.via:
@@ -112,7 +112,7 @@ def why_not(write: Write | None, final: torch.dtype) -> str | None:
 
 @lru_cache(maxsize=1024)
 def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether every value of one dtype is a value of the other."""
+    """True when every value of dtype `narrow` is a value of dtype `wide`."""
     if narrow == wide or narrow == torch.bool:
         return True
     if narrow.is_complex or wide.is_complex or wide == torch.bool:
@@ -129,16 +129,16 @@ def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
     return fine.eps <= coarse.eps and fine.max >= coarse.max and fine.tiny * fine.eps <= coarse.tiny * coarse.eps
 
 
-def tainted_write(held: Region, reason: str) -> Write:
-    return Write(held, held.offset, held.offset + reach(held), taint=reason)
+def tainted_write(held: Region, reason: str) -> LoggedWrite:
+    return LoggedWrite(held, held.offset, held.offset + extent(held), taint=reason)
 
 
-def constant_write(held: Region, value: float) -> Write:
-    return Write(held, held.offset, held.offset + reach(held), value=value)
+def constant_write(held: Region, value: float) -> LoggedWrite:
+    return LoggedWrite(held, held.offset, held.offset + extent(held), value=value)
 
 
-def reach(region: Region) -> int:
-    """Distance from a region's first element to one past its last, in elements of the storage."""
+def extent(region: Region) -> int:
+    """Measure from a region's first element to one past its last, in elements of the storage."""
     return 1 + sum((n - 1) * s for n, s in zip(region.shape, region.strides, strict=True))
 
 
@@ -147,13 +147,13 @@ def region_of(tensor: torch.Tensor) -> Region:
 
 
 def window(region: Region, axis: int, start: int, length: int) -> Region:
-    """`narrow` of a region."""
+    """Cut a region as `torch.narrow` cuts a tensor."""
     shape = (*region.shape[:axis], length, *region.shape[axis + 1 :])
     return Region(region.offset + start * region.strides[axis], shape, region.strides)
 
 
 def pick(region: Region, axis: int, index: int) -> Region:
-    """`select` of a region."""
+    """Cut a region as `torch.select` cuts a tensor."""
     offset = region.offset + index * region.strides[axis]
     return Region(
         offset,
@@ -163,13 +163,13 @@ def pick(region: Region, axis: int, index: int) -> Region:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage; storages that matter are kept alive, so it stays theirs."""
+    """Identify a tensor's storage by its address; logged storages are kept alive, so it stays theirs."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a nest of arguments."""
+    """Yield the tensors in a nest of arguments."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -24,12 +24,12 @@ from bridge.tracing.ops import default_handler, handlers
 from bridge.tracing.provenance import (
     NOT_AFFINE,
     NOT_SENT,
-    Found,
+    LoggedWrite,
     Provenance,
+    ResolvedWrites,
     StorageLog,
-    Write,
     entry_for,
-    reach,
+    extent,
     region_of,
     resolve,
     storage_key,
@@ -95,7 +95,7 @@ class Recorder:
             yield name, tensor
 
     def provenance(self, tensor: torch.Tensor) -> Provenance:
-        """Where the elements of a tensor that exists now come from. May be called inside or after the `with` block."""
+        """Find the sources of a tensor's elements. May be called inside or after the `with` block."""
         other = dense(tuple(tensor.shape))
         found = self.read(tensor, other)
         result = Provenance([], [], None)
@@ -110,8 +110,8 @@ class Recorder:
                 result.fills.append((held, write.value))
         return Provenance(result.pieces, result.fills, taint)
 
-    def read(self, tensor: torch.Tensor, other: Region) -> Found:
-        """Who supplies each element of a tensor; `other` is a companion region of the same shape, split alongside."""
+    def read(self, tensor: torch.Tensor, other: Region) -> ResolvedWrites:
+        """Find the write behind each element of a tensor; the companion region `other` is split alongside."""
         view = region_of(tensor)
         storage = self.storages.get(storage_key(tensor))
         if storage is None:
@@ -120,8 +120,8 @@ class Recorder:
             return [(tainted_write(view, f"reinterprets {storage.dtype} as {tensor.dtype}"), view, other)]
         return resolve(storage.log, view, other)
 
-    def write(self, dest: torch.Tensor, found: Found) -> None:
-        """Log what a write put into `dest`; the companions of `found` are regions of `dest`'s storage."""
+    def write(self, dest: torch.Tensor, found: ResolvedWrites) -> None:
+        """Log a write into `dest`; the companions of `found` are regions of `dest`'s storage."""
         storage = self.storages.get(storage_key(dest))
         if storage is None:
             if all(write is None for write, _, _ in found):
@@ -137,17 +137,17 @@ class Recorder:
                 self.emit(storage, entry)
 
     def track(self, tensor: torch.Tensor) -> StorageLog:
-        """The record of a tensor's storage, made when it is new."""
+        """The log of a tensor's storage, made when it is new."""
         keep = tensor.untyped_storage()
         return self.storages.setdefault(keep._cdata, StorageLog(keep, tensor.dtype))
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether anything was logged for this tensor's storage."""
+        """True when anything was logged for this tensor's storage."""
         storage = self.storages.get(storage_key(tensor))
         return storage is not None and bool(storage.log)
 
     def derived(self, tensor: torch.Tensor) -> bool:
-        """Whether this tensor's storage holds anything that came from a sent tensor."""
+        """True when this tensor's storage holds anything that came from a sent tensor."""
         storage = self.storages.get(storage_key(tensor))
         return storage is not None and any(w.name is not None or w.taint is not None for w in storage.log)
 
@@ -159,7 +159,7 @@ class Recorder:
                 got=f"{tensor.device}, strides {tuple(tensor.stride())}, offset {tensor.storage_offset()}",
             )
         whole = dense(tuple(tensor.shape))
-        self.track(tensor).log.append(Write(whole, 0, whole.numel, name=name, origin=whole, dtype=tensor.dtype))
+        self.track(tensor).log.append(LoggedWrite(whole, 0, whole.numel, name=name, origin=whole, dtype=tensor.dtype))
 
     def _add_target(self, path: str, tensor: torch.Tensor) -> None:
         storage, region = self.track(tensor), region_of(tensor)
@@ -170,11 +170,11 @@ class Recorder:
                 return
         storage.targets.append((path, region))
 
-    def emit(self, storage: StorageLog, entry: Write) -> None:
+    def emit(self, storage: StorageLog, entry: LoggedWrite) -> None:
         """Turn one write into moves, fills or taints of the targets whose elements it touches."""
         rest = [(entry.origin or entry.held, entry.held)]
         for path, place in storage.targets:
-            low, high = place.offset, place.offset + reach(place)
+            low, high = place.offset, place.offset + extent(place)
             if low <= entry.low and entry.high <= high:
                 for origin, held in rest:
                     self._record(path, entry, origin, Region(held.offset - low, held.shape, held.strides))
@@ -191,7 +191,7 @@ class Recorder:
                 later += [(source, at) for at, source in split.outside]
             rest = later
 
-    def _record(self, path: str, entry: Write, origin: Region, dest: Region) -> None:
+    def _record(self, path: str, entry: LoggedWrite, origin: Region, dest: Region) -> None:
         reason = why_not(entry, self._targets[path].dtype)
         if reason is not None:
             self.tainted.setdefault(path, reason)
@@ -201,7 +201,7 @@ class Recorder:
             self.fills.append(Fill(path, dest, entry.value))
 
     def _settle_rebound(self) -> None:
-        """Targets whose tensor was given another storage: what counts is what that storage holds at the end."""
+        """Replace the moves of targets that were given another storage by those that this storage holds at the end."""
         for path, tensor in self._targets.items():
             if storage_key(tensor) == self._first[path]:
                 continue
@@ -226,7 +226,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is ever compiled under this mode; True would import the whole compiler, for seconds, to say so."""
+        """False: nothing is compiled under this mode, and torch would import its compiler, for seconds, to skip it."""
         return False
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""From what a level found to the error that a person reads."""
+"""Turn failed verification levels into the errors that a person reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ERROR_OF_LEVEL: Mapping[str, type[IntegrityError]] = {
 
 
 def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
-    """The error of a level that failed: its first finding in the message, all of them in `names`."""
+    """Make the error of a failed level: its first failure in the message, the tensors of all in `names`."""
     first = level.failures[0] if level.failures else Failure("?", "", "")
     more = f" (and {len(level.failures) - 1} more)" if len(level.failures) > 1 else ""
     return ERROR_OF_LEVEL[level.level](
@@ -29,12 +29,12 @@ def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
         expected=first.expected,
         got=first.got,
         remedy="weighbridge explain NAME TENSOR shows where a tensor goes and by which strategy",
-        names=tuple(failure.name for failure in level.failures),
+        names=tuple(dict.fromkeys(failure.tensor or failure.name for failure in level.failures)),
     )
 
 
 def raise_first_failure(engine: str, ranks: Iterable[RankReport]) -> None:
-    """Raises the error of the first failed level, by rank."""
+    """Raise the error of the first failed level, in rank order."""
     for report in ranks:
         for level in report.levels:
             if not level.ok:
@@ -42,7 +42,7 @@ def raise_first_failure(engine: str, ranks: Iterable[RankReport]) -> None:
 
 
 def canary_error(engine: str, drift: CanaryResult) -> CanaryMismatch:
-    """The error of a canary above its limit."""
+    """Make the error of a canary above its limit."""
     return CanaryMismatch(
         "the canary check failed: the engine's log-probabilities are not the trainer's",
         where=f"{engine}, {drift.tokens} canary tokens",

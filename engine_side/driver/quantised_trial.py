@@ -1,9 +1,11 @@
-"""Can weights be brought into this engine at all? Asked when a bridge attaches to one whose weights are quantised, by
-the experiments that a push would make, on the tensors of the checkpoint that the engine was started from."""
+"""Find out, when a bridge attaches to an engine with quantised weights, whether any push could update it.
+
+Makes the experiments that a push would make, on the tensors of the checkpoint from which the engine was started.
+"""
 
 from __future__ import annotations
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, OutOfMemory, TransportError
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import BakeJob, ForgetJob, RankBake, RankDone
 from engine_side.driver.rank_client import RankClient
@@ -11,12 +13,16 @@ from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import EngineDriver, MayBeQuantised
 
 _PLAN = -1
-"""Pushes count theirs from 0."""
+"""Plan number of the trial; pushes count theirs from 0."""
 
 
 def require_strategies(engine: str, driver: EngineDriver, ranks: RankClient, deadline: Deadline) -> None:
-    """Raises ConfigError, with the first module's class, for a quantised engine that no push could update. An engine
-    whose checkpoint is not at hand is asked by its first push. Blocks for the experiments; writes no live weight."""
+    """Raise ConfigError, with the first module's class, for a quantised engine that no push could update.
+
+    Called once when a bridge attaches; blocks for the experiments; writes no live weight. Without a checkpoint at hand,
+    the first push makes the experiments instead. Raises OutOfMemory, PeerLost and DeadlineExceeded as they come: these
+    say nothing about the weights.
+    """
     if not isinstance(driver, MayBeQuantised) or driver.quantisation is None or driver.checkpoint is None:
         return
     tensors = checkpoint_tensors(driver.checkpoint)
@@ -24,6 +30,8 @@ def require_strategies(engine: str, driver: EngineDriver, ranks: RankClient, dea
         return
     try:
         ranks.ask(BakeJob(_PLAN, tensors, False), RankBake, deadline)
+    except (OutOfMemory, TransportError):
+        raise
     except BridgeError as error:
         raise ConfigError(
             f"weights quantised as {driver.quantisation} cannot be brought into this engine: {error.what}",

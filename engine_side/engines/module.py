@@ -193,12 +193,17 @@ class ModuleRankHost:
         """Only modules without children are sure to be callable on one batch of rows.
 
         In eval mode, on copies of its buffers and with random numbers of its own: a look must not move the statistics
-        of a normalisation layer, nor the random state of the trainer that lives in this process.
+        of a normalisation layer, nor the random state of the trainer that lives in this process. Modules of a skeleton
+        are in eval mode; for a live one that trains, a shallow copy is called, so that its owner, who may be using it
+        in another thread, never sees it in another mode.
         """
         if module._modules:
             raise NotImplementedError(f"{type(module).__name__} has children")
         own = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
-        training, module.training = module.training, False
+        called = module
+        if module.training:
+            called = nn.Module.__new__(type(module))
+            called.__dict__.update(module.__dict__, _buffers=dict(module._buffers), training=False)
         # Not torch.manual_seed: it also seeds every device, those that nobody has used yet included.
         generator = torch.default_generator
         state = generator.get_state()
@@ -207,12 +212,11 @@ class ModuleRankHost:
             generator.manual_seed(0)
             for gate in gates:
                 gate.guest = get_ident()
-            y: object = torch.func.functional_call(module, own, (x,)) if own else module(x)
+            y: object = torch.func.functional_call(called, own, (x,)) if own else called(x)
         finally:
             for gate in gates:
                 gate.guest = None
             generator.set_state(state)
-            module.training = training
         if not isinstance(y, torch.Tensor):
             raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
         return y
@@ -314,7 +318,7 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, to
     made[id(module)] = copy
     blank = nn.Module().__dict__
     hooks = {key: value for key, value in blank.items() if "hook" in key}
-    copy.__dict__.update({**blank, **module.__dict__, **hooks})
+    copy.__dict__.update({**blank, **module.__dict__, **hooks, "training": False})
     copy.__dict__["_parameters"] = {name: _meta(p, tensors) for name, p in module._parameters.items()}
     copy.__dict__["_buffers"] = {name: _meta(b, tensors) for name, b in module._buffers.items()}
     own = {id(t): tensors[id(t)] for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}

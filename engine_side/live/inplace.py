@@ -1,16 +1,17 @@
-"""Put a new value under a live parameter without losing what hangs on it, and prove afterwards that nothing was lost.
+"""Put a new value under a live parameter without losing its attributes, and prove afterwards that nothing was lost.
 
-`copy_or_rebind_param` is the one place where live storage is swapped. `AttributeSnapshot` is the fingerprint that the
+`copy_or_rebind_param` is the one place where live storage is swapped. `AttributeSnapshot` holds the facts that the
 attributes level compares: object, address, strides, dtype, shape, class, attributes and aliases of every parameter.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import is_
 from types import MethodType
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
@@ -19,7 +20,11 @@ from torch import nn
 from bridge.errors import ConfigError
 
 SHARDING_ATTRIBUTES = ("input_dim", "output_dim")
-"""What engines call the dimension along which a parameter is cut; a transpose swaps them."""
+"""Names that engines give to the dimension along which a parameter is cut; a transpose swaps them."""
+
+
+Registry = dict[str, Any]
+"""The dictionary of a module in which a tensor hangs: parameters, buffers or plain attributes."""
 
 
 class Outcome(enum.Enum):
@@ -44,9 +49,14 @@ def copy_or_rebind_param(
     Called by the loader after an engine's own post-load step. Raises ConfigError when the storage cannot be swapped.
     """
     new = value.detach()
-    old = held(module, name)
+    old = find_tensor(module, name)
     if old is None:
-        _create(module, name, new, like)
+        if like is not None and not isinstance(like, nn.Parameter):
+            module.register_buffer(name, twin_parameter(like, new))
+            return Outcome.CREATED
+        module.__dict__.pop(name, None)  # register_parameter refuses a name that is an attribute
+        made = nn.Parameter(new, requires_grad=False) if like is None else twin_parameter(like, new)
+        module._parameters[name] = made  # type: ignore[assignment]
         return Outcome.CREATED
     swapped = _transposed_dims(old, new)
     if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
@@ -60,22 +70,28 @@ def copy_or_rebind_param(
     return outcome
 
 
-def held(module: nn.Module, name: str) -> torch.Tensor | None:
-    """The parameter, buffer or plain tensor attribute of that name, if there is one."""
+def find_registry(module: nn.Module, name: str) -> Registry | None:
+    """Find the dictionary in which a tensor of that name hangs: parameters, buffers or plain attributes."""
     for registry in (module._parameters, module._buffers, module.__dict__):
-        found = registry.get(name)
-        if isinstance(found, torch.Tensor):
-            return found
+        if isinstance(registry.get(name), torch.Tensor):
+            return registry
     return None
+
+
+def find_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    """Find the parameter, buffer or plain tensor attribute of that name."""
+    registry = find_registry(module, name)
+    return None if registry is None else registry[name]
 
 
 def twin_parameter(
     like: torch.Tensor, data: torch.Tensor, owner: tuple[nn.Module, nn.Module] | None = None
 ) -> torch.Tensor:
-    """`data` as a tensor of the class, attributes and `requires_grad` of `like`.
+    """Make a tensor with the memory of `data` and the class, attributes and `requires_grad` of `like`.
 
-    With `owner` = (from, to), bound methods of the first module become methods of the second: a `weight_loader` must
-    speak for the module on which the parameter hangs.
+    Args:
+        owner: (from, to); attributes that are bound methods of the first module become methods of the second. A
+            `weight_loader` must act on the module on which its parameter hangs.
     """
     if type(like) is torch.Tensor:
         made = data.detach()
@@ -90,10 +106,13 @@ def twin_parameter(
 
 
 def reflect(value: object, swap: Mapping[int, torch.Tensor], depth: int = 4) -> object:
-    """`value` with each tensor whose id `swap` knows exchanged, in plain containers and weak references too, `depth`
-    levels down.
+    """Exchange the tensors in an attribute of a copied module for the copy's own; the value itself when there are none.
 
-    For attributes of a copied module: what a recurrent layer keeps in a list besides its registry must be the copy's.
+    Looks into plain containers and weak references: a recurrent layer keeps its parameters in a list too.
+
+    Args:
+        swap: id of a tensor -> the tensor that takes its place.
+        depth: how many levels of containers are searched.
     """
     if isinstance(value, torch.Tensor):
         return swap.get(id(value), value)
@@ -112,16 +131,8 @@ def reflect(value: object, swap: Mapping[int, torch.Tensor], depth: int = 4) -> 
     return value
 
 
-def _create(module: nn.Module, name: str, new: torch.Tensor, like: torch.Tensor | None) -> None:
-    if like is not None and not isinstance(like, nn.Parameter):
-        module.register_buffer(name, twin_parameter(like, new))
-        return
-    made = nn.Parameter(new, requires_grad=False) if like is None else twin_parameter(like, new)
-    module.__dict__.pop(name, None)
-    module._parameters[name] = made  # type: ignore[assignment]  # register_parameter refuses a name that is an attribute
-
-
 def _copy_in(old: torch.Tensor, new: torch.Tensor) -> None:
+    """Copy `new` over `old`, of the same shape, dtype and device; it may be a view of the same storage."""
     live = old.detach()
     if live.numel() == 0:
         return
@@ -134,6 +145,7 @@ def _copy_in(old: torch.Tensor, new: torch.Tensor) -> None:
 
 
 def _swap_storage(old: torch.Tensor, new: torch.Tensor, where: str) -> None:
+    """Put the storage of `new` under the object `old`."""
     try:
         old.data = new
     except (RuntimeError, TypeError):
@@ -151,7 +163,7 @@ def _swap_storage(old: torch.Tensor, new: torch.Tensor, where: str) -> None:
 
 
 def _transposed_dims(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int] | None:
-    """The two dimensions that changed places between `old` and `new`, or None."""
+    """Find the two dimensions that changed places between `old` and `new`."""
     if old.dim() != new.dim() or old.dim() < 2:
         return None
     pairs = [(i, j) for j in range(old.dim()) for i in range(j)]
@@ -167,6 +179,7 @@ def _transposed_dims(old: torch.Tensor, new: torch.Tensor) -> tuple[int, int] | 
 
 
 def _follow_transpose(param: torch.Tensor, i: int, j: int) -> None:
+    """Let sharding attributes point to the dimensions that they meant before `i` and `j` changed places."""
     turn = {i: j, j: i}
     for name in SHARDING_ATTRIBUTES:
         # some engines keep the value behind a read-only property
@@ -179,26 +192,13 @@ def _follow_transpose(param: torch.Tensor, i: int, j: int) -> None:
 
 # ---- attribute snapshot --------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Everything about one parameter or buffer that a sync must not change."""
-
-    object_id: int
-    address: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    cls: type
-    requires_grad: bool
-    buffer: bool
-    attributes: tuple[tuple[str, object], ...]
-    aliases: tuple[str, ...]
+_MOVED = frozenset({"address", "shape", "stride", "dtype"})
+"""Facts that a swapped storage explains; nothing explains the others."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One fact about `path` that is not what it was."""
+    """One fact about the tensor at `path` that is not what it was."""
 
     path: str
     what: str
@@ -206,154 +206,125 @@ class Difference:
     after: str
 
 
-MOVED = frozenset({"address", "shape", "stride", "dtype"})
-"""Facts that a swapped storage explains; nothing explains the others."""
+class BoundTensors:
+    """Live tensors with the registries in which they hang and the addresses at which they lie.
+
+    Args:
+        places: (path, registry, name in it) of each tensor.
+    """
+
+    def __init__(self, places: Sequence[tuple[str, Registry, str]]) -> None:
+        self.places = places
+        self.tensors: list[torch.Tensor] = [registry[name] for _, registry, name in places]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+
+    def in_place(self) -> bool:
+        """True while every tensor is the same object in the same registry at the same address. About 0.4 us each."""
+        now = [registry.get(name) for _, registry, name in self.places]
+        return all(map(is_, now, self.tensors)) and [t.data_ptr() for t in self.tensors] == self.addresses
+
+    def swapped(self) -> list[str]:
+        """Paths of the tensors that are the same objects, with their storage elsewhere."""
+        rows = zip(self.places, self.tensors, self.addresses, strict=True)
+        return [p for (p, registry, name), t, at in rows if registry.get(name) is t and t.data_ptr() != at]
 
 
-@dataclass
-class _Watch:
-    """The cheap check of one entry: the same object in the same place with the same storage and the same attributes."""
-
-    path: str
-    registry: dict[str, torch.Tensor | None]
-    name: str
-    tensor: torch.Tensor
-    address: int
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    attributes: dict[str, object]
-
-    def same(self) -> bool:
-        t = self.tensor
-        return (
-            self.registry.get(self.name) is t
-            and t.data_ptr() == self.address
-            and t.dtype is self.dtype
-            and t.stride() == self.stride
-            and len(t.__dict__) == len(self.attributes)
-            and all(map(is_, t.__dict__.values(), self.attributes.values()))
-        )
-
-    def put_back(self) -> None:
-        self.registry[self.name] = self.tensor
-        self.tensor.__dict__.clear()
-        self.tensor.__dict__.update(self.attributes)
-
-
-@dataclass
 class AttributeSnapshot:
-    """Fingerprints of every parameter and buffer under a module, by path. Holds references, so ids stay unique."""
+    """Facts about every parameter and buffer under a module, by path. Holds references, so ids stay unique.
 
-    entries: dict[str, Fingerprint]
-    _watches: list[_Watch] = field(default_factory=list, repr=False)
-    _root: nn.Module | None = field(default=None, repr=False)
-    _modules: Container[int] | None = field(default=None, repr=False)
+    Walks `root` once, at about 10 us per tensor; taken when a plan is compiled.
 
-    @classmethod
-    def take(cls, root: nn.Module, modules: Container[int] | None = None) -> AttributeSnapshot:
-        """Walk `root` once. Costs about 10 us per tensor; taken when a plan is compiled.
+    Args:
+        root: the live model.
+        modules: ids of modules; restricts the entries to the tensors that hang on these, under all their paths.
+    """
 
-        `modules` (ids) restricts the entries to tensors that hang on these modules, under all their names in `root`.
-        """
-        found = list(_tensors(root))
-        shared: dict[int, list[str]] = {}
-        for path, _, _, tensor, _, _ in found:
-            shared.setdefault(id(tensor), []).append(path)
+    def __init__(self, root: nn.Module, modules: Container[int] | None = None) -> None:
+        self._root, self._modules = root, modules
+        found = [
+            (f"{prefix}.{name}" if prefix else name, kind, registry, name, id(module))
+            for prefix, module in root.named_modules(remove_duplicate=False)
+            for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers))
+            for name, tensor in registry.items()
+            if tensor is not None
+        ]
+        aliases: dict[int, list[str]] = {}
+        for path, _, registry, name, _ in found:
+            aliases.setdefault(id(registry[name]), []).append(path)
         if modules is not None:
-            ours = {id(tensor) for _, _, _, tensor, _, owner in found if owner in modules}
-            found = [entry for entry in found if id(entry[3]) in ours]
-        entries = {
-            path: _fingerprint(tensor, buffer, tuple(shared[id(tensor)])) for path, _, _, tensor, buffer, _ in found
+            ours = {id(registry[name]) for _, _, registry, name, owner in found if owner in modules}
+            found = [entry for entry in found if id(entry[2][entry[3]]) in ours]
+        self.bound = BoundTensors([(path, registry, name) for path, _, registry, name, _ in found])
+        self._views = [(tensor.dtype, tensor.stride()) for tensor in self.bound.tensors]
+        self._attributes = [dict(tensor.__dict__) for tensor in self.bound.tensors]
+        self.entries = {
+            path: {"kind": kind, **_facts(tensor), "aliases": ", ".join(aliases[id(tensor)])}
+            for (path, kind, *_), tensor in zip(found, self.bound.tensors, strict=True)
         }
-        watches = [_watch(path, registry, name, tensor) for path, registry, name, tensor, _, _ in found]
-        return cls(entries, watches, root, modules)
 
     def unchanged(self) -> bool:
-        """Is every entry still what it was, about 1 us each? Does not see entries that were added."""
-        return all(watch.same() for watch in self._watches)
+        """True while every entry is what it was, at about 1 us each. Does not see entries that were added."""
+        tensors = self.bound.tensors
+        if not self.bound.in_place() or [(t.dtype, t.stride()) for t in tensors] != self._views:
+            return False
+        for tensor, attributes in zip(tensors, self._attributes, strict=True):
+            now = tensor.__dict__
+            if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
+                return False
+        return True
 
     def put_back(self) -> None:
-        """Former objects in their places, with their former attributes: undoes a load that lost some. Storage that was
-        swapped under an object stays; values are undefined until the next load."""
-        for watch in self._watches:
-            if not watch.same():
-                watch.put_back()
+        """Put former objects back in their places, with their former attributes: undoes a load that lost some.
+
+        Storage that was swapped under an object stays; values are undefined until the next load.
+        """
+        for (_, registry, name), tensor, attributes in zip(
+            self.bound.places, self.bound.tensors, self._attributes, strict=True
+        ):
+            registry[name] = tensor
+            tensor.__dict__.clear()
+            tensor.__dict__.update(attributes)
 
     def retake(self) -> AttributeSnapshot:
-        """The same module, now."""
-        if self._root is None:
-            raise ConfigError("this snapshot was built from values; it has no module to look at again")
-        return AttributeSnapshot.take(self._root, self._modules)
+        """Look at the same module again."""
+        return AttributeSnapshot(self._root, self._modules)
 
 
 def diff(before: AttributeSnapshot, after: AttributeSnapshot, allowed: Iterable[str] = ()) -> list[Difference]:
-    """What changed between two snapshots. For paths in `allowed` (rebound by us) moved storage is no difference."""
-    moved = set(allowed)
-    out: list[Difference] = []
+    """List what changed between two snapshots. Moved storage is no difference for the paths in `allowed`."""
+    moved, out = set(allowed), list[Difference]()
     for path, old in before.entries.items():
         new = after.entries.get(path)
         if new is None:
-            out.append(Difference(path, "presence", f"{old.cls.__name__} {old.shape}", "gone"))
+            out.append(Difference(path, "presence", f"{old['class']} {old['shape']}", "gone"))
             continue
-        for what in Fingerprint.__dataclass_fields__:
-            a, b = getattr(old, what), getattr(new, what)
-            if a == b or (path in moved and what in MOVED):
-                continue
-            if what == "attributes":
-                out.extend(_attribute_differences(path, dict(a), dict(b)))
-            else:
-                out.append(Difference(path, what, _show(what, a), _show(what, b)))
+        for what in dict.fromkeys((*old, *new)):
+            a, b = old.get(what, "absent"), new.get(what, "absent")
+            if a != b and not (path in moved and what in _MOVED):
+                out.append(Difference(path, what, a, b))
     for path in after.entries.keys() - before.entries.keys():
-        out.append(Difference(path, "presence", "absent", f"appeared as {after.entries[path].cls.__name__}"))
+        out.append(Difference(path, "presence", "absent", f"appeared as {after.entries[path]['class']}"))
     return out
 
 
-def _attribute_differences(path: str, a: dict[str, object], b: dict[str, object]) -> Iterator[Difference]:
-    for key in sorted(a.keys() | b.keys()):
-        if a.get(key) != b.get(key):
-            yield Difference(path, f"attribute {key}", str(a.get(key, "absent")), str(b.get(key, "absent")))
+def _facts(tensor: torch.Tensor) -> dict[str, str]:
+    """Describe everything about a parameter or buffer that a sync must not change, by name of the fact."""
+    return {
+        "object_id": hex(id(tensor)),
+        "address": hex(tensor.data_ptr()),
+        "shape": str(tuple(tensor.shape)),
+        "stride": str(tensor.stride()),
+        "dtype": str(tensor.dtype),
+        "class": f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+        "requires_grad": str(tensor.requires_grad),
+        **{f"attribute {key}": _identity(item) for key, item in sorted(tensor.__dict__.items())},
+    }
 
 
-def _show(what: str, value: object) -> str:
-    if what in ("object_id", "address") and isinstance(value, int):
-        return hex(value)
-    return value.__name__ if isinstance(value, type) else str(value)
-
-
-def _tensors(
-    root: nn.Module,
-) -> Iterator[tuple[str, dict[str, torch.Tensor | None], str, torch.Tensor, bool, int]]:
-    for prefix, module in root.named_modules(remove_duplicate=False):
-        for registry, buffer in ((module._parameters, False), (module._buffers, True)):
-            for name, tensor in registry.items():
-                if tensor is not None:
-                    yield f"{prefix}.{name}" if prefix else name, registry, name, tensor, buffer, id(module)
-
-
-def _watch(path: str, registry: dict[str, torch.Tensor | None], name: str, tensor: torch.Tensor) -> _Watch:
-    attributes = dict(tensor.__dict__)
-    return _Watch(path, registry, name, tensor, tensor.data_ptr(), tensor.stride(), tensor.dtype, attributes)
-
-
-def _fingerprint(tensor: torch.Tensor, buffer: bool, aliases: tuple[str, ...]) -> Fingerprint:
-    return Fingerprint(
-        object_id=id(tensor),
-        address=tensor.data_ptr(),
-        shape=tuple(tensor.shape),
-        stride=tensor.stride(),
-        dtype=tensor.dtype,
-        cls=type(tensor),
-        requires_grad=tensor.requires_grad,
-        buffer=buffer,
-        attributes=tuple((key, _identity(item)) for key, item in sorted(tensor.__dict__.items())),
-        aliases=aliases,
-    )
-
-
-def _identity(item: object) -> object:
-    """A value that is equal exactly when the attribute is the same thing."""
+def _identity(item: object) -> str:
+    """A text that is equal exactly when the attribute is the same object, or the same plain value."""
     if isinstance(item, MethodType):
         return f"{item.__func__.__qualname__} of {type(item.__self__).__name__} at {id(item.__self__):#x}"
     if item is None or isinstance(item, (bool, int, float, str, torch.dtype)):
-        return item
+        return repr(item)
     return f"{type(item).__name__} at {id(item):#x}"

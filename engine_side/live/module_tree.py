@@ -1,4 +1,4 @@
-"""Do the modules that a plan was bound to still hang in the live tree? Asked before every load and every look."""
+"""Watch that the modules to which a plan was bound still hang in the live tree, before every load and every check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Replaced:
-    """Where the live tree has another module than when the plan was made, or none."""
+    """A place of the live tree that has another module than when the plan was made, or none."""
 
     path: str
     before: nn.Module
@@ -28,30 +28,23 @@ class Replaced:
         return f"{type(self.after).__name__} at {id(self.after):#x}, which no plan knows"
 
 
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """One hop of the tree; `path` is the first name of the child. The child is held, so its id stays its own."""
+class BoundModules:
+    """The links from a live root to every module of `bound`, by all paths. Walks the tree once, then compares objects.
 
-    children: dict[str, nn.Module | None]
-    name: str
-    child: nn.Module
-    path: str
-
-
-class Tree:
-    """The links from `root` to every module of `bound`, by all paths. Walks the tree once, then compares objects."""
+    Holds the modules, so that their ids stay unique.
+    """
 
     def __init__(self, root: nn.Module, bound: Iterable[nn.Module]) -> None:
         self._bound = {id(module): module for module in bound}
-        self._take(root)
+        self._walk(root)
 
-    def _take(self, root: nn.Module) -> None:
+    def _walk(self, root: nn.Module) -> None:
         self._root = root
-        self._links: list[_Link] = []
+        self._places: list[tuple[dict[str, nn.Module | None], str]] = []
+        self._children: list[nn.Module] = []
+        self._paths: list[str] = []
         self._leads: dict[int, bool] = {}
         self._follow(root, "")
-        self._registries = [(link.children, link.name) for link in self._links]
-        self._children = [link.child for link in self._links]
 
     def _follow(self, module: nn.Module, path: str) -> bool:
         """Note the links below `module`; True when it is bound or one of them leads to a bound module."""
@@ -63,28 +56,30 @@ class Tree:
             below = f"{path}.{name}" if path else name
             if child is not None and self._follow(child, below):
                 leads = True
-                self._links.append(_Link(module._modules, name, child, below))
+                self._places.append((module._modules, name))
+                self._children.append(child)
+                self._paths.append(below)
         self._leads[id(module)] = leads
         return leads
 
     def replaced(self, root: nn.Module) -> list[Replaced]:
-        """What hangs elsewhere than it did, `root` itself included; empty in the steady state, at about 60 ns per link.
+        """List the modules that no longer hang where they did, `root` itself included. About 60 ns per link.
 
-        A module that was wrapped still hangs below what took its place, and is none of these.
+        A module that was wrapped still hangs below its wrapper and is not listed.
         """
-        now = [children.get(name) for children, name in self._registries]
+        now = [children.get(name) for children, name in self._places]
         if root is self._root and all(map(is_, now, self._children)):
             return []
-        pairs = [("", self._root, root), *((a.path, a.child, b) for a, b in zip(self._links, now, strict=True))]
-        found = [Replaced(path, before, after) for path, before, after in pairs if not _holds(after, before)]
+        places = [("", self._root, root), *zip(self._paths, self._children, now, strict=True)]
+        found = [
+            Replaced(path, before, after)
+            for path, before, after in places
+            if after is not before and (after is None or all(module is not before for module in after.modules()))
+        ]
         if not found:
-            self._take(root)
+            self._walk(root)
         return found
 
     def below(self, replaced: Iterable[Replaced]) -> set[int]:
-        """Ids of the bound modules that hang, or hung, below what was replaced."""
+        """Ids of the bound modules that hang, or hung, below the replaced ones."""
         return {id(m) for each in replaced for m in each.before.modules() if id(m) in self._bound}
-
-
-def _holds(after: nn.Module | None, before: nn.Module) -> bool:
-    return after is before or (after is not None and any(module is before for module in after.modules()))

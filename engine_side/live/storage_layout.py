@@ -1,4 +1,4 @@
-"""Find out how a post-load step rearranged a tensor, from the outside.
+"""Find out from the outside how a post-load step rearranged a tensor.
 
 A tensor is filled with the digits of each element's own index (small integers that its dtype holds exactly), the
 engine's step is run, and what lies where is read back. An affine permutation (transposes, tiles, any nest of strides)
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bridge.errors import ConfigError
 from bridge.model.regions import Region, follow
 
 PROBE_RANGE = 256
@@ -21,10 +22,14 @@ PROBE_RANGE = 256
 
 @dataclass(frozen=True)
 class Stored:
-    """How one canonical tensor lies in its module after post-load.
+    """The layout of one canonical tensor in its module after post-load.
 
-    `held` are the canonical elements as digits, `origin` the same digits in the live storage, both relative to the
-    tensor's first element. Both None: the values are not there any more, `why` says what is.
+    Attributes:
+        shape, strides, dtype: of the live tensor.
+        held: the canonical elements as a region, digit by digit.
+        origin: the same digits in the live storage. Both regions count from the tensor's first element, and both are
+            None where the values are no longer in the tensor.
+        why: the reason, where they are not.
     """
 
     shape: tuple[int, ...]
@@ -42,8 +47,21 @@ class Stored:
     def identity(self) -> bool:
         return self.held is not None and self.held == self.origin
 
+    def side_by_side(self, live: torch.Tensor, canonical: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """View the same elements of the live tensor and of a whole canonical one, in the same order.
+
+        Raises ConfigError when the live tensor does not hold the canonical values.
+        """
+        if self.held is None or self.origin is None:
+            raise ConfigError("this tensor does not hold its canonical values", got=self.why)
+        a, b = flat(live), flat(canonical)
+        return (
+            a.as_strided(self.origin.shape, self.origin.strides, a.storage_offset() + self.origin.offset),
+            b.as_strided(self.held.shape, self.held.strides, b.storage_offset() + self.held.offset),
+        )
+
     def locate(self, dest: Region, source: Region) -> list[tuple[Region, Region]] | None:
-        """(live region, source region) pairs for a move to canonical `dest`; None when it cannot be followed."""
+        """Turn a move to canonical `dest` into (live region, source region) pairs; None where it cannot be followed."""
         if self.held is None or self.origin is None:
             return None
         if self.identity:
@@ -53,14 +71,14 @@ class Stored:
 
 
 def exact_base(dtype: torch.dtype) -> int:
-    """How many consecutive integers from 0 a dtype tells apart, at most PROBE_RANGE."""
+    """Count the consecutive integers from 0 that a dtype tells apart, at most PROBE_RANGE."""
     wide = torch.arange(PROBE_RANGE, dtype=torch.int32)
     same = wide.to(dtype).to(torch.int32) == wide
     return PROBE_RANGE if bool(same.all()) else int((~same).to(torch.int8).argmax())
 
 
 def digits_needed(numel: int, base: int) -> int:
-    """Passes that tell `numel` indices apart."""
+    """Count the passes that tell `numel` indices apart."""
     passes, reach = 1, base
     while reach < numel:
         passes, reach = passes + 1, reach * base
@@ -68,7 +86,7 @@ def digits_needed(numel: int, base: int) -> int:
 
 
 def code(numel: int, base: int, digit: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[numel]: digit number `digit` of each index, in `base`."""
+    """Make a tensor [numel] with digit number `digit` of each index, in `base`."""
     span = base**digit
     blocks = torch.arange(min(base, -(-numel // span)), dtype=torch.uint8, device=device)
     period = blocks.repeat_interleave(min(span, numel))
@@ -76,12 +94,12 @@ def code(numel: int, base: int, digit: int, dtype: torch.dtype, device: torch.de
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a dense tensor in the order in which they lie in memory, as a view."""
+    """View the elements of a dense tensor in the order in which they lie in memory."""
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Do the elements fill a stretch of memory without gaps or overlaps?"""
+    """True when the elements fill a stretch of memory without gaps or overlaps."""
     reach = 1
     for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
         if stride != reach:
@@ -91,36 +109,48 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same elements as integers of their size: NaN equals itself, -0 differs from +0."""
+    """View the elements as integers of their size: NaN equals itself, -0 differs from +0."""
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if tensor.dtype.is_complex:
         return torch.view_as_real(tensor).view(sizes[tensor.element_size() // 2])
     return tensor.view(sizes[tensor.element_size()])
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True when two contiguous tensors of one dtype and device hold the same bits."""
+    return torch.equal(bits(a), bits(b))
+
+
 def affine(shown: Sequence[torch.Tensor], base: int) -> tuple[Region, Region] | None:
-    """(canonical digits, live digits) of the permutation that made `code(.., digit k)` into `shown[k]`, or None when it
-    is not a nest of strides. Proven on every element."""
+    """Find (canonical digits, live digits) of the permutation that made `code(.., digit k)` into `shown[k]`.
+
+    None when it is not a nest of strides. Proven on every element.
+    """
     numel = shown[0].numel()
 
     def decode(position: int) -> int:
         return sum(int(seen[position].item()) * base**k for k, seen in enumerate(shown))
 
     levels = _levels(decode, numel)
-    if levels is None or not _is_compact(levels):
+    if levels is None:
         return None
+    reach = 1
+    for step, size in sorted((step, size) for size, step, _ in levels):
+        if step != reach:
+            return None  # the canonical strides leave gaps, or overlap
+        reach *= size
     shape = tuple(size for size, _, _ in reversed(levels))
     canonical = Region(0, shape, tuple(step for _, step, _ in reversed(levels)))
     live = Region(0, shape, tuple(at for _, _, at in reversed(levels)))
     for k, seen in enumerate(shown):
         want = code(numel, base, k, seen.dtype, seen.device).as_strided(shape, canonical.strides).reshape(-1)
-        if not torch.equal(bits(want), bits(seen)):
+        if not same_bits(want, seen):
             return None
     return canonical, live
 
 
 def _levels(decode: Callable[[int], int], numel: int) -> list[tuple[int, int, int]] | None:
-    """(size, canonical stride, live stride), innermost live stride first, read off the positions where a level ends."""
+    """Read (size, canonical stride, live stride) off the positions where a level ends, innermost live stride first."""
     if decode(0) != 0:
         return None
     levels: list[tuple[int, int, int]] = []
@@ -135,16 +165,7 @@ def _levels(decode: Callable[[int], int], numel: int) -> list[tuple[int, int, in
     return levels
 
 
-def _is_compact(levels: Sequence[tuple[int, int, int]]) -> bool:
-    reach = 1
-    for step, size in sorted((step, size) for size, step, _ in levels):
-        if step != reach:
-            return False
-        reach *= size
-    return True
-
-
 def _divisors(n: int) -> list[int]:
-    """Divisors of n above 1, ascending."""
+    """List the divisors of n above 1, ascending."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({d for pair in ((d, n // d) for d in small) for d in pair if d > 1})

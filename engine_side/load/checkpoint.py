@@ -1,29 +1,32 @@
-"""A checkpoint folder as version 0: safetensors files straight into an arena slot, by canonical name."""
+"""Write version 0 into an arena slot, by canonical name: from a folder of safetensors, or from another arena."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from bridge.errors import ConfigError
 from bridge.shm.arena import Arena
 
 
 def write_checkpoint(folder: Path, arena: Arena, slot: int, names: Collection[str]) -> list[str]:
-    """Fill the tensors `names` of `slot` from the folder's safetensors, cast to the wire dtypes; returns those that it
-    does not hold (or holds in another shape). Blocks; the slot stays unsealed. Raises ConfigError without the `hf`
-    extra."""
-    return _fill(arena, slot, names, _tensors(folder))
+    """Fill the tensors `names` of `slot` from the folder's safetensors, cast to the wire dtypes.
+
+    Returns the names that the folder does not hold, or holds in another shape. Blocks; the slot stays unsealed.
+    Raises ConfigError without the `hf` extra.
+    """
+    return _fill(arena, slot, names, _checkpoint_tensors(folder))
 
 
 def write_held(older: Arena, older_slot: int, arena: Arena, slot: int, names: Collection[str]) -> list[str]:
-    """The same from a version that lies in another arena."""
+    """Fill the tensors `names` of `slot` from a version in another arena; returns and blocks as `write_checkpoint`."""
     held = zip(older.manifest.by_name, older.tensors(older_slot), strict=True)
     return _fill(arena, slot, names, held)
 
 
-def _fill(arena: Arena, slot: int, names: Collection[str], tensors: Iterable[tuple[str, Any]]) -> list[str]:
+def _fill(arena: Arena, slot: int, names: Collection[str], tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     open_names = set(names)
     with Arena.open(arena.path, arena.manifest, writable=True) as writable:
         into = dict(zip(arena.manifest.by_name, writable.tensors(slot), strict=True))
@@ -35,7 +38,7 @@ def _fill(arena: Arena, slot: int, names: Collection[str], tensors: Iterable[tup
     return [name for name in arena.manifest.by_name if name in open_names]
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+def _checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         from safetensors import safe_open
     except ImportError as error:

@@ -20,15 +20,25 @@ SMALL = 32 << 10
 """Bytes below which a piece is cheaper inside a batched copy."""
 INLINE = 1 << 20
 """Bytes below which handing work to threads costs more than it saves."""
-_STEP = 4 << 20
-"""Bytes that are cast or compared at once where plain memory comparison cannot be used."""
+CHUNK = 16 << 20
+"""Bytes compared by one call, so that threads share even a single large tensor."""
+_SLAB = 4 << 20
+"""Bytes that are cast and compared at once where plain memory comparison cannot be used."""
+
+MemoryRun = tuple[int, int, int]
+"""(live address, sent address, nbytes): contiguous host memory of one dtype on both sides."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """`live` and `sent` show the same elements, one for one; `tensor` is the manifest index, `target` the plan's path.
+class CopyPair:
+    """Two views that show the same elements, one for one.
 
-    `run` is (live address, sent address, nbytes) where both are contiguous host memory of one dtype, else None.
+    Attributes:
+        live, sent: the view of the engine's tensor, the view of the arena's.
+        tensor: index of the sent tensor in the manifest.
+        target: path of the parameter in the plan.
+        module: path of the module that is written.
+        run: the same stretch as addresses, where both sides allow it.
     """
 
     live: torch.Tensor
@@ -36,66 +46,93 @@ class Pair:
     tensor: int
     target: str
     module: str
-    run: tuple[int, int, int] | None
+    run: MemoryRun | None
 
     @property
     def nbytes(self) -> int:
         return self.live.numel() * self.live.element_size()
 
+    def turned(self) -> CopyPair:
+        """Swap the sides, for a copy from the engine into the arena."""
+        run = None if self.run is None else (self.run[1], self.run[0], self.run[2])
+        return CopyPair(self.sent, self.live, self.tensor, self.target, self.module, run)
 
-def pair(
+    def same_bits(self) -> bool:
+        """True when the live side holds exactly the bits of the sent side, after the cast to the live dtype."""
+        if self.run is not None:
+            return not (memcmp if self.run[2] >= SMALL else memcmp_held)(*self.run)
+        return self.first_difference() is None
+
+    def first_difference(self) -> tuple[int, float, float] | None:
+        """Find (position in the pair, expected, got) of the first element whose bits differ. Reads every element."""
+        live, sent, position = self.live, self.sent, 0
+        if live.dim() == 0:
+            live, sent = live.reshape(1), sent.reshape(1)
+        rows = max(1, _SLAB // max(live[:1].numel() * live.element_size(), 1))
+        for start in range(0, live.shape[0], rows):
+            have = live[start : start + rows].contiguous().reshape(-1)
+            want = sent[start : start + rows].to(device=have.device, dtype=have.dtype).contiguous().reshape(-1)
+            differs = bits(have) != bits(want)
+            if bool(differs.any()):
+                k = int(differs.to(torch.uint8).argmax())
+                return position + k, float(want[k]), float(have[k])
+            position += have.numel()
+        return None
+
+
+def make_pair(
     live: torch.Tensor, at: Region, sent: torch.Tensor, of: Region, tensor: int, target: str, module: str
-) -> Pair | None:
-    """The pair of two regions (relative to each tensor's first element); None for an empty one."""
+) -> CopyPair | None:
+    """Pair region `at` of `live` with region `of` of `sent`, relative to each tensor's first element; None when empty.
+
+    Dimensions of one element are dropped, those that run on in both regions are joined.
+    """
     if at.numel == 0:
         return None
-    shape, into, out_of = _simplify(at, of)
-    a = live.detach().as_strided(shape, into, live.storage_offset() + at.offset)
-    b = sent.detach().as_strided(shape, out_of, sent.storage_offset() + of.offset)
-    flat = a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype
-    run = None
-    if flat and a.device.type == "cpu" and b.device.type == "cpu":
-        run = (a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
-    return Pair(a, b, tensor, target, module, run)
-
-
-def _simplify(at: Region, of: Region) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(shape, strides, strides): dimensions of one element dropped, those that run on in both regions joined."""
     dims: list[tuple[int, int, int]] = []
-    for size, a, b in zip(at.shape, at.strides, of.strides, strict=True):
+    for size, into, out_of in zip(at.shape, at.strides, of.strides, strict=True):
         if size == 1:
             continue
-        if dims and dims[-1][1] == size * a and dims[-1][2] == size * b:
-            dims[-1] = (dims[-1][0] * size, a, b)
+        if dims and dims[-1][1] == size * into and dims[-1][2] == size * out_of:
+            dims[-1] = (dims[-1][0] * size, into, out_of)
         else:
-            dims.append((size, a, b))
-    return tuple(d[0] for d in dims), tuple(d[1] for d in dims), tuple(d[2] for d in dims)
+            dims.append((size, into, out_of))
+    shape = [size for size, _, _ in dims]
+    a = live.detach().as_strided(shape, [into for _, into, _ in dims], live.storage_offset() + at.offset)
+    b = sent.detach().as_strided(shape, [out_of for _, _, out_of in dims], sent.storage_offset() + of.offset)
+    run = None
+    if a.device.type == b.device.type == "cpu" and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype:
+        run = (a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
+    return CopyPair(a, b, tensor, target, module, run)
 
 
 @dataclass
-class Batch:
-    """What one thread does: long runs, one batched copy of small pieces, and strided or casting copies."""
+class CopyBatch:
+    """The copies of one thread: long runs, and one batched copy of small, strided and casting pieces."""
 
-    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    runs: list[MemoryRun] = field(default_factory=list)
     live: list[torch.Tensor] = field(default_factory=list)
     sent: list[torch.Tensor] = field(default_factory=list)
-    keep: list[Pair] = field(default_factory=list)
+    keep: list[CopyPair] = field(default_factory=list)
     nbytes: int = 0
 
     def copy(self) -> None:
+        """Do the copies. Called by a thread of the loader's pool."""
         for into, out_of, nbytes in self.runs:
             memmove(into, out_of, nbytes)
         if self.live:
             torch._foreach_copy_(self.live, self.sent)
 
 
-def batches(pairs: Sequence[Pair], threads: int) -> list[Batch]:
-    """Work lists of about equal bytes; a long run may be cut between two of them. Runs that are neighbours on both
-    sides are joined."""
+def batches(pairs: Sequence[CopyPair], threads: int) -> list[CopyBatch]:
+    """Divide pairs into work lists of about equal bytes; a long run may be cut between two of them.
+
+    Runs that are neighbours on both sides are joined.
+    """
     total = sum(p.nbytes for p in pairs)
     count = max(1, threads if total >= INLINE else 1)
     share = -(-total // count)
-    out = [Batch() for _ in range(count)]
+    out = [CopyBatch() for _ in range(count)]
     which = 0
     for item in pairs:
         if item.run is None or item.nbytes < SMALL:
@@ -110,25 +147,19 @@ def batches(pairs: Sequence[Pair], threads: int) -> list[Batch]:
             if out[which].nbytes >= share and which + 1 < count:
                 which += 1
             room = share - out[which].nbytes if which + 1 < count else left
-            step = min(left, max(room, SMALL))
-            _append_run(out[which].runs, (into, out_of, step))
+            step, runs = min(left, max(room, SMALL)), out[which].runs
+            if runs and runs[-1][0] + runs[-1][2] == into and runs[-1][1] + runs[-1][2] == out_of:
+                runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + step)
+            else:
+                runs.append((into, out_of, step))
             out[which].keep.append(item)
             out[which].nbytes += step
             into, out_of, left = into + step, out_of + step, left - step
     return [batch for batch in out if batch.nbytes]
 
 
-def _append_run(runs: list[tuple[int, int, int]], run: tuple[int, int, int]) -> None:
-    if runs:
-        into, out_of, nbytes = runs[-1]
-        if into + nbytes == run[0] and out_of + nbytes == run[1]:
-            runs[-1] = (into, out_of, nbytes + run[2])
-            return
-    runs.append(run)
-
-
-def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> None:
-    """Run jobs, the last one in this thread; raises the first error after all have ended."""
+def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], object]]) -> None:
+    """Run jobs, the last one in this thread; raises the first error after all have ended. Blocks."""
     if not jobs:
         return
     futures = [pool.submit(job) for job in jobs[:-1]]
@@ -141,85 +172,50 @@ def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> Non
         future.result()
 
 
-def _compare(run: tuple[int, int, int]) -> bool:
-    """Do the two sides of a run differ?"""
-    return (memcmp if run[2] >= SMALL else memcmp_held)(*run) != 0
-
-
-def same_bits(item: Pair) -> bool:
-    """Does the live side hold exactly the bits of the sent side, after the cast to the live dtype?"""
-    if item.run is not None:
-        return not _compare(item.run)
-    return _first_difference(item.live, item.sent) is None
-
-
-def first_difference(item: Pair) -> tuple[int, float, float] | None:
-    """(position in the pair, expected, got) of the first element whose bits differ, and None when none does."""
-    return None if same_bits(item) else _first_difference(item.live, item.sent)
-
-
-def _first_difference(live: torch.Tensor, sent: torch.Tensor) -> tuple[int, float, float] | None:
-    position = 0
-    for a, b in _slabs(live, sent):
-        want = b.to(device=a.device, dtype=a.dtype).contiguous().reshape(-1)
-        have = a.contiguous().reshape(-1)
-        differs = bits(have) != bits(want)
-        if bool(differs.any()):
-            k = int(differs.to(torch.uint8).argmax())
-            return position + k, float(want[k]), float(have[k])
-        position += have.numel()
-    return None
-
-
-def _slabs(live: torch.Tensor, sent: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Both tensors in slices along the first dimension of at most about _STEP bytes."""
-    if live.dim() == 0:
-        return [(live, sent)]
-    rows = max(1, _STEP // max(live[0].numel() * live.element_size(), 1))
-    starts = range(0, live.shape[0], rows)
-    return ((live[k : k + rows], sent[k : k + rows]) for k in starts)
-
-
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """A stretch of one pair that one thread compares; `run` None: the whole pair, by value."""
+class Comparison:
+    """The comparisons of one thread; pairs that differ are added to `differing`."""
 
-    pair: Pair
-    run: tuple[int, int, int] | None
+    runs: list[tuple[CopyPair, MemoryRun]] = field(default_factory=list)
+    by_value: list[CopyPair] = field(default_factory=list)
+    small: list[CopyPair] = field(default_factory=list)
+    differing: list[CopyPair] = field(default_factory=list)
+
+    def compare(self) -> None:
+        """Compare everything anew. Called by a thread of the loader's pool."""
+        self.differing.clear()
+        self.differing.extend([pair for pair, run in self.runs if memcmp(*run)])
+        self.differing.extend([pair for pair in self.by_value if pair.first_difference() is not None])
+        self.differing.extend([pair for pair in self.small if pair.run is not None and memcmp_held(*pair.run)])
 
 
-CHUNK = 16 << 20
-"""Bytes compared by one call, so that threads share even a single large tensor."""
+def comparisons(pairs: Iterable[CopyPair], threads: int) -> list[Comparison]:
+    """Divide pairs into comparisons of about equal bytes, one per thread.
 
-
-def chunks(pairs: Iterable[Pair], threads: int) -> list[list[Chunk]]:
-    """Comparison work for each thread, of about equal bytes. All small pieces come last, in one list: comparing them
-    holds the interpreter lock, which threads would only pass to and fro."""
-    cut: list[tuple[int, Chunk]] = []
-    small: list[Chunk] = []
+    All small pieces come last, in one list: comparing them holds the interpreter lock, which threads would only pass to
+    and fro.
+    """
+    cut: list[tuple[int, CopyPair, MemoryRun | None]] = []
+    small: list[CopyPair] = []
     for item in pairs:
-        if item.run is not None and item.nbytes < SMALL:
-            small.append(Chunk(item, item.run))
-            continue
         if item.run is None:
-            cut.append((item.nbytes * 4, Chunk(item, None)))  # casting or strided: slower per byte
-            continue
-        a, b, left = item.run
-        while left:
-            step = min(left, CHUNK)
-            cut.append((step, Chunk(item, (a, b, step))))
-            a, b, left = a + step, b + step, left - step
-    out: list[list[Chunk]] = [[] for _ in range(threads)]
-    share = -(-sum(n for n, _ in cut) // max(threads, 1))
+            cut.append((item.nbytes * 4, item, None))  # casting or strided: slower per byte
+        elif item.nbytes < SMALL:
+            small.append(item)
+        else:
+            a, b, nbytes = item.run
+            for at in range(0, nbytes, CHUNK):
+                step = min(nbytes - at, CHUNK)
+                cut.append((step, item, (a + at, b + at, step)))
+    out = [Comparison() for _ in range(threads)]
+    share = max(1, -(-sum(nbytes for nbytes, _, _ in cut) // threads))
     filled = 0
-    for nbytes, chunk in cut:
-        out[min(filled // max(share, 1), threads - 1)].append(chunk)
+    for nbytes, item, run in cut:
+        work = out[min(filled // share, threads - 1)]
+        if run is None:
+            work.by_value.append(item)
+        else:
+            work.runs.append((item, run))
         filled += nbytes
-    if small:
-        out[-1].extend(small)
-    return [work for work in out if work]
-
-
-def differing(work: Iterable[Chunk]) -> list[Chunk]:
-    """Chunks whose two sides differ."""
-    return [c for c in work if (not same_bits(c.pair) if c.run is None else _compare(c.run))]
+    out[-1].small.extend(small)
+    return [work for work in out if work.runs or work.by_value or work.small]

@@ -9,12 +9,11 @@ time; blocks; no collectives of its own (an engine's post-load may have some, so
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import is_
 
 import torch
 
@@ -22,30 +21,31 @@ from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
-from engine_side.live.forward_caches import Kept
-from engine_side.live.inplace import AttributeSnapshot, Outcome, held
-from engine_side.live.module_tree import Replaced, Tree
-from engine_side.load.arena_views import Lender
-from engine_side.load.copies import Batch, Pair, batches, pair, run_all
+from engine_side.live.forward_caches import ForwardCaches
+from engine_side.live.inplace import AttributeSnapshot, BoundTensors, Outcome, Registry, find_registry, find_tensor
+from engine_side.live.module_tree import BoundModules, Replaced
+from engine_side.load.arena_views import ArenaViews
+from engine_side.load.copies import CopyBatch, CopyPair, batches, make_pair, run_all
 from engine_side.load.explain import explain
-from engine_side.load.sources import Canonical, Slot
+from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side, stand_ins
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.quant_groups import torn
-from engine_side.plan.strategies import Choice, Decided, Strategy, decide
-from engine_side.plan.twins import Cluster, Twin, graft, redo
+from engine_side.plan.quant_groups import find_incomplete_groups
+from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
+from engine_side.plan.twins import Twin, graft, redo
 from engine_side.protocol import RankHost
 
 
 @dataclass(frozen=True)
 class LoadOutcome:
-    """What one `apply` did.
+    """The record of one `apply`.
 
     Attributes:
         written: bytes copied into live or temporary storage, or packed from the arena.
         rebound: "module.name" of parameters whose storage moved; `created`: of those that were not there before.
         post_loaded: modules whose post-load step ran again.
-        dropped: "module.name" of what forwards had kept of the former weights, and will make again.
+        dropped: "module.name" of forward caches that were cleared; the next forward computes them anew.
     """
 
     written: int
@@ -57,51 +57,42 @@ class LoadOutcome:
     dropped: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _Watch:
-    """A live tensor and where it lay when views of it were made; `path` is "module.name"."""
-
-    path: str
-    registry: Mapping[str, object]
-    name: str
-    tensor: torch.Tensor
-    address: int
-
-    def moved(self) -> bool:
-        return self.registry.get(self.name) is not self.tensor or self.tensor.data_ptr() != self.address
-
-
 @dataclass
-class _Compiled:
-    """Work lists of one slot."""
+class _DirectCopies:
+    """Work lists of one slot: the copies that go straight into live storage, and (target, view, value) of constants."""
 
-    pairs: list[Pair]
-    batches: list[Batch]
+    pairs: list[CopyPair]
+    batches: list[CopyBatch]
     constants: list[tuple[str, torch.Tensor, float]]
 
 
 @dataclass
-class _Map:
-    """A plan on an arena. `slots` keep the mapping's tensors alive."""
+class ArenaMap:
+    """A plan on an arena. `slots` keep the mapping's tensors alive; `index` gives a tensor's place in a slot."""
 
     manifest: Manifest
-    slots: list[Slot]
+    slots: list[ArenaSlot]
     index: Mapping[str, int]
-    direct: dict[int, _Compiled] = field(default_factory=dict)
-    readable: dict[int, dict[str, list[Pair]]] = field(default_factory=dict)
+    direct: dict[int, _DirectCopies] = field(default_factory=dict)
+    readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
 
 
 class Loader:
-    """One rank's way from the arena into its live model.
+    """The way from the arena into the live model of one rank.
 
     Args:
         host: the engine's rank half.
-        tensors: what the trainer announced; baked at once.
+        tensors: the tensors that the trainer announced; baked at once.
         partial: a subset of the model is meant; the rest stays untouched.
         threads: how many threads copy and compare; torch's own thread count is left alone.
 
-    `baked.problems` is filled instead of raising for weights that do not fit; such a loader can do nothing else.
-    Raises ConfigError when a module has no strategy or the live model is not what the skeleton becomes.
+    Attributes:
+        problems: why weights do not fit; filled instead of raised. A loader with problems can do nothing else.
+        derived: (path, live module) of modules without weights whose post-load step derives something from others.
+        sources_of: path of a derived module -> paths of the modules that it may derive something from.
+        caches: the forward caches of the live model.
+
+    Raises ConfigError when a module has no strategy or the live model is not what the skeleton becomes; OutOfMemory.
     """
 
     def __init__(
@@ -112,28 +103,30 @@ class Loader:
         with uncollected():
             self.baked: Baked = bake(host, tensors, partial=partial)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
-        # A tensor that does not fit explains what is missing; what is torn says more about it than a hole does.
+        # A tensor that does not fit explains what is missing; an incomplete group says more about it than a hole does.
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
-        self.problems: tuple[BridgeError, ...] = (*others, *torn(self.baked), *holes)
-        self._map: _Map | None = None
-        self._lender: Lender | None = None
-        self._touched = False
+        self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
+        self._map: ArenaMap | None = None
+        self._views: ArenaViews | None = None
         if self.problems:
             return
         with uncollected():
-            self.decided: Decided = decide(host, self.baked)
-        self.problems = tuple(_packed_in_part(self.baked, self.decided))
-        self.canonical = Canonical(self.baked, self.decided, self.pool, self.threads)
+            self.decided: StrategyTable = decide(host, self.baked)
+        self.canonical = CanonicalTensors(self.baked, self.decided, self.pool, self.threads)
+        self.problems = tuple(self._packed_in_part()) if partial else ()
         self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self._feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
         self.derived = tuple(bind(template, host.model, self.decided.derived).items())
-        """(path, live module) of those without weights whose post-load step derives something from others."""
-        self.sources_of = {path: self._around(path) for path, _ in self.derived}
-        """Path of a derived module -> those that it may derive something from."""
-        self._kept = self._what_is_kept()
-        self._tree = Tree(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
+        self.sources_of: dict[str, frozenset[str]] = {}
+        for path, _ in self.derived:  # whatever hangs, under any name, below the module or below its parent
+            around = {id(m) for m in template.get_submodule(path.rpartition(".")[0]).modules()}
+            self.sources_of[path] = frozenset(
+                p for p in self.decided.choices if id(template.get_submodule(p)) in around
+            )
+        self.caches = self._forward_caches()
+        self._modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
     def close(self) -> None:
@@ -141,19 +134,46 @@ class Loader:
         if self._map is not None:
             self.canonical.map((), {})
         self._map = None
-        self._lend_from(None)
+        self._use_views(None)
         self.pool.shutdown(wait=True)
+
+    def _packed_in_part(self) -> Iterator[MissingTensor]:
+        """Find packed modules of a partial plan: they can only be rebuilt from all of their tensors."""
+        planned = {t.path for t in self.baked.plan.targets}
+        for choice in self.decided.choices.values():
+            for name, target, _ in self.canonical.parts(choice):
+                whole = target in planned and target in self.canonical.whole
+                if choice.direct or whole or choice.stored[name].identity:
+                    continue
+                yield MissingTensor(
+                    "a module whose storage is packed needs all of its tensors",
+                    where=f"{target} -> {choice.path} ({choice.cls})",
+                    expected="every tensor that feeds this module, or none",
+                    got=f"strategy {choice.strategy.value}: {choice.reason}",
+                    remedy="send the module's other tensors too",
+                    names=(target,),
+                )
+
+    def _forward_caches(self) -> ForwardCaches:
+        """Find what forwards of the live modules may have cached. What a loader or post-load sets is no cache."""
+        with experiment_step("building a skeleton", type(self.host.model).__name__):
+            fresh = self.host.skeleton()
+        with suppress(*LOADER_ERRORS):
+            self.host.load_weights(fresh, iter(stand_ins(self.baked.infos).items()))
+        found = {path: choice.kept for path, choice in self.decided.choices.items()}
+        pairs = [each for each in side_by_side(fresh, self.host.model) if each[0] not in self.decided.derived]
+        return ForwardCaches(self.host.model, pairs, found)
 
     # ---- what the driver asks ----------------------------------------------------------------------------------------
 
     def check(self) -> Loader:
-        """Raises the first problem of the plan."""
+        """Raise the first problem of the plan."""
         if self.problems:
             raise self.problems[0]
         return self
 
     def rank_bake(self) -> RankBake:
-        """The answer to a BakeJob. Raises the first problem of the plan."""
+        """Summarise the plan: the answer to a BakeJob. Raises the first problem of the plan."""
         self.check()
         baked = self.baked
         return RankBake(
@@ -167,32 +187,29 @@ class Loader:
         )
 
     def explain(self, name: str) -> tuple[dict[str, str], ...]:
-        """Where one canonical tensor goes: a row per move (tensor, parameter, regions, module, strategy, reason)."""
+        """Describe where one canonical tensor goes: a row per move, see `explain.explain`."""
         return explain(self.baked, self.canonical, name)
 
     def replaced(self) -> list[Replaced]:
-        """Where the live tree has other modules than those that the plan was bound to. About 60 ns per module."""
-        return self._tree.replaced(self.host.model)
+        """List places of the live tree with other modules than the plan was bound to. About 60 ns per module."""
+        return self._modules.replaced(self.host.model)
 
-    def gone(self) -> list[tuple[str, frozenset[int]]]:
-        """("module.name", manifest indices) of live parameters that are no longer there, as of the last look."""
-        return [
-            (f"{choice.path}.{name}", self._sources(self.decided.clusters[choice.path].targets[role]))
-            for choice, name, role in self._absent
-        ]
-
-    def _sources(self, target: str) -> frozenset[int]:
-        return frozenset(self.mapped.index[move.tensor] for move in self.canonical.moves.get(target, ()))
-
-    def lost(self, replaced: Iterable[Replaced]) -> list[Choice]:
-        """The modules of the plan that hang, or hung, below what was replaced."""
-        below = self._tree.below(replaced)
+    def modules_below(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
+        """List the modules of the plan that hang, or hung, below replaced ones."""
+        below = self._modules.below(replaced)
         return [c for c in self.decided.choices.values() if id(self.decided.live[c.path]) in below]
 
+    def absent_parameters(self) -> list[tuple[str, frozenset[int]]]:
+        """List ("module.name", manifest indices) of live parameters that were gone when the plan was last compiled."""
+        index = self.mapped.index
+        return [
+            (f"{choice.path}.{name}", frozenset(index[move.tensor] for move in self.canonical.moves.get(target, ())))
+            for choice, name, target in self._absent
+        ]
+
     def require_bound(self) -> None:
-        """Raises ConfigError when a module was replaced since the plan was made: what is written to the former one
-        reaches no output."""
-        found = self.replaced()
+        """Raise ConfigError when a module was replaced since the plan was made: nothing would reach an output of it."""
+        found = self._modules.replaced(self.host.model)
         if found:
             first, more = found[0], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise ConfigError(
@@ -204,13 +221,18 @@ class Loader:
                 names=tuple(each.path for each in found),
             )
 
+    def feeds(self, path: str) -> frozenset[int]:
+        """Manifest indices of the tensors that reach the module at `path`."""
+        return self._feeds[path]
+
     # ---- compile -----------------------------------------------------------------------------------------------------
 
-    def map(self, manifest: Manifest, slots: Iterable[Slot], lender: Lender | None = None) -> None:
-        """Compile the plan onto the versions of an arena: `slots[k]` are the tensors of slot k in manifest order.
+    def map(self, manifest: Manifest, slots: Iterable[ArenaSlot], views: ArenaViews | None = None) -> None:
+        """Compile the plan onto the versions of an arena. Once per arena.
 
-        The tensors must stay mapped until the next `map` or `close`. With a `lender`, which the loader then closes,
-        large weights that the engine packs are packed from where they lie.
+        Args:
+            slots: the tensors of each slot in manifest order; they must stay mapped until the next `map` or `close`.
+            views: shows large weights that the engine packs where they lie; the loader closes it.
 
         Raises ProtocolError for a manifest that lacks a tensor of the plan or has it in another shape.
         """
@@ -223,69 +245,61 @@ class Loader:
                     where=info.name,
                     expected=f"shape {list(info.shape)}",
                     got="absent" if spec is None else f"shape {list(spec.shape)}",
+                    remedy="push again: the daemon then makes a plan for the tensors that are sent now",
                 )
         index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
-        self._lend_from(lender)
+        self._use_views(views)
         with uncollected():
-            self._compile_all(_Map(manifest, [list(slot) for slot in slots], index))
+            self._map = ArenaMap(manifest, [list(slot) for slot in slots], index)
+            self.canonical.map(self._map.slots, index)
+            for choice in self.decided.choices.values():
+                targets = [target for _, target, _ in self.canonical.parts(choice)]
+                names = {move.tensor for target in targets for move in self.canonical.moves.get(target, ())}
+                names.update(self.baked.native_sources.get(choice.path, ()))
+                self._feeds[choice.path] = frozenset(index[name] for name in names)
+            bound = {id(module) for module in self.decided.live.values()}
+            self.snapshot = AttributeSnapshot(self.host.model, bound)
+            self._bind_tensors()
 
-    def _compile_all(self, mapped: _Map) -> None:
-        self._map, index = mapped, mapped.index
-        self.canonical.map(mapped.slots, index)
-        self._feeds = {c.path: self._fed_by(c, index) for c in self.decided.choices.values()}
-        bound = {id(module) for module in self.decided.live.values()}
-        self.snapshot = AttributeSnapshot.take(self.host.model, bound)
-        self._watch()
-        for slot in range(len(mapped.slots)):
-            self._compile(slot)
+    def _use_views(self, views: ArenaViews | None) -> None:
+        former, self._views = self._views, views
+        if former is not None:
+            former.close()
 
     @property
-    def mapped(self) -> _Map:
+    def mapped(self) -> ArenaMap:
         """The current mapping. Raises ConfigError before `map`."""
         if self._map is None:
             raise ConfigError("this plan is not mapped onto an arena yet")
         return self._map
 
-    def _watch(self) -> None:
-        self._watches: list[_Watch] = []
-        self._absent: list[tuple[Choice, str, int]] = []
+    def _bind_tensors(self) -> None:
+        """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
+        self._absent: list[tuple[ModuleStrategy, str, str]] = []
+        places: list[tuple[str, Registry, str]] = []
         for choice in self.decided.choices.values():
-            module = self.decided.live[choice.path]
-            for name, role in self.canonical.places(choice):
-                tensor = held(module, name)
-                if tensor is None and choice.direct and choice.stored[name].readable:
-                    self._absent.append((choice, name, role))
-                if choice.direct and tensor is not None:
-                    registries = (module._parameters, module._buffers, module.__dict__)
-                    registry = next(r for r in registries if r.get(name) is tensor)
-                    path = f"{choice.path}.{name}"
-                    self._watches.append(_Watch(path, registry, name, tensor, tensor.data_ptr()))
-        self._bound = [watch.tensor for watch in self._watches]
-        self._addresses = [watch.address for watch in self._watches]
-        self._written = frozenset(self._addresses)
-
-    def _in_place(self) -> bool:
-        """Do all bound tensors hang and lie where they did? About 0.4 us each."""
-        if any(held(self.decided.live[choice.path], name) is not None for choice, name, _ in self._absent):
-            return False
-        now = [watch.registry.get(watch.name) for watch in self._watches]
-        return all(map(is_, now, self._bound)) and [t.data_ptr() for t in self._bound] == self._addresses
+            for name, target, _ in self.canonical.parts(choice) if choice.direct else ():
+                registry = find_registry(self.decided.live[choice.path], name)
+                if registry is not None:
+                    places.append((f"{choice.path}.{name}", registry, name))
+                elif choice.stored[name].readable:
+                    self._absent.append((choice, name, target))
+        self._direct = BoundTensors(places)
+        for slot in range(len(self.mapped.slots)):
+            self._compile(slot)
 
     def _compile(self, slot: int) -> None:
-        """Pairs for everything that is written straight into live storage."""
-        direct = [c for c in self.decided.choices.values() if c.direct]
-        pairs = list(self._pairs(direct, slot))
-        self.mapped.direct[slot] = _Compiled(pairs, batches(pairs, self.threads), list(self.constants()))
+        """Make the pairs and constants that are written straight into live storage."""
+        pairs = list(self._pairs([c for c in self.decided.choices.values() if c.direct], slot))
+        self.mapped.direct[slot] = _DirectCopies(pairs, batches(pairs, self.threads), list(self.constants()))
         self.mapped.readable.pop(slot, None)
 
-    def _pairs(self, choices: Iterable[Choice], slot: int) -> Iterable[Pair]:
-        """A pair per move and live place; storage that two places share comes once."""
+    def _pairs(self, choices: Iterable[ModuleStrategy], slot: int) -> Iterator[CopyPair]:
+        """Make a pair per move and live place; storage that two places share comes once."""
         seen: set[tuple[int, str]] = set()
         for choice in choices:
-            module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
-            for name, role in self.canonical.places(choice):
-                stored, live = choice.stored[name], held(module, name)
-                target = cluster.targets[role]
+            for name, target, _ in self.canonical.parts(choice):
+                stored, live = choice.stored[name], find_tensor(self.decided.live[choice.path], name)
                 if live is None or not stored.readable or (live.data_ptr(), target) in seen:
                     continue
                 seen.add((live.data_ptr(), target))
@@ -293,264 +307,189 @@ class Loader:
                     tensor = self.mapped.index[move.tensor]
                     sent = self.mapped.slots[slot][tensor]
                     for at, of in stored.locate(move.dest, move.source) or ():
-                        made = pair(live, at, sent, of, tensor, target, choice.path)
+                        made = make_pair(live, at, sent, of, tensor, target, choice.path)
                         if made is not None:
                             yield made
 
-    def readable_pairs(self, slot: int) -> dict[str, list[Pair]]:
+    def readable_pairs(self, slot: int) -> dict[str, list[CopyPair]]:
         """Module path -> pairs of all its tensors that can be read back, whatever the strategy."""
-        cache = self.mapped.readable.get(slot)
+        mapped = self.mapped
+        cache = mapped.readable.get(slot)
         if cache is None:
-            cache = {}
-            compiled = self.mapped.direct.get(slot)
+            compiled = mapped.direct.get(slot)
             known = () if compiled is None else compiled.pairs
             rest = self.decided.choices.values() if compiled is None else self._rebuilt
+            cache = mapped.readable[slot] = {}
             for item in chain(known, self._pairs(rest, slot)):
                 cache.setdefault(item.module, []).append(item)
-            self.mapped.readable[slot] = cache
         return cache
 
-    def constants(self) -> Iterable[tuple[str, torch.Tensor, float]]:
-        """(target, live view, value) of every fill that lies in readable storage."""
+    def constants(self) -> Iterator[tuple[str, torch.Tensor, float]]:
+        """Yield (target, live view, value) of every fill that lies in readable storage."""
         for choice in self.decided.choices.values():
-            module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
-            for name, role in self.canonical.places(choice):
-                live, stored = held(module, name), choice.stored[name]
-                for fill in self.canonical.fills.get(cluster.targets[role], ()):
-                    if live is None:
-                        continue
+            for name, target, _ in self.canonical.parts(choice):
+                live, stored = find_tensor(self.decided.live[choice.path], name), choice.stored[name]
+                if live is None:
+                    continue
+                for fill in self.canonical.fills.get(target, ()):
                     for at, _ in stored.locate(fill.dest, fill.dest) or ():
                         view = live.detach().as_strided(at.shape, at.strides, live.storage_offset() + at.offset)
-                        yield cluster.targets[role], view, fill.value
+                        yield target, view, fill.value
 
-    def feeds(self, path: str) -> frozenset[int]:
-        """Manifest indices of the tensors that reach the module at `path`."""
-        return self._feeds[path]
+    def rebind_if_moved(self) -> None:
+        """Make the views anew when a bound tensor lies elsewhere: the old ones would write into nowhere.
+
+        Parameters under which the engine itself swapped the storage are reported by the next load; parameters that are
+        other objects now are left to the attributes level. About 0.4 us per tensor when nothing moved.
+        """
+        live = self.decided.live
+        if self._direct.in_place() and all(find_tensor(live[c.path], name) is None for c, name, _ in self._absent):
+            return
+        self._moved |= dict.fromkeys(self._direct.swapped())
+        self._bind_tensors()
 
     # ---- apply -------------------------------------------------------------------------------------------------------
 
     def apply(self, slot: int, changed: Iterable[int] | None = None) -> LoadOutcome:
-        """Make the live model hold the version in `slot`; with `changed` (manifest indices) only what these feed.
+        """Make the live model hold the version in `slot`. Called by the rank while the engine is paused. Blocks.
 
         After an error the live model is undefined: apply another version over it. Post-load runs once per touched
-        module, after its last shard. Raises ConfigError, before anything is written, when a module was replaced.
+        module, after its last shard.
+
+        Args:
+            changed: manifest indices; only the parts that these tensors feed are written. None: all.
+
+        Raises ConfigError, before anything is written, when a module was replaced; OutOfMemory.
         """
         began = time.perf_counter()
         self.require_bound()
         self.rebind_if_moved()
         moved, self._moved = tuple(self._moved), {}
         wanted = None if changed is None else set(changed)
-        compiled = self.mapped.direct[slot]
-        work = compiled.batches
+        direct = self.mapped.direct[slot]
+        work = direct.batches
         if wanted is not None:
-            work = batches([p for p in compiled.pairs if p.tensor in wanted], self.threads)
+            work = batches([p for p in direct.pairs if p.tensor in wanted], self.threads)
         with torch.no_grad():
             run_all(self.pool, [batch.copy for batch in work])
             if wanted is None:
-                for _, view, value in compiled.constants:
+                for _, view, value in direct.constants:
                     view.fill_(value)
         loaded = time.perf_counter()
-        written = sum(batch.nbytes for batch in work)
-        outcomes, post_loaded, more = self._rebuild(slot, wanted)
-        rebound = (*moved, *(name for name, what in outcomes.items() if what is Outcome.REBOUND))
-        created = tuple(name for name, what in outcomes.items() if what is Outcome.CREATED)
-        dropped = self._kept.drop()
+        written = sum([batch.nbytes for batch in work])
+        outcomes, post_loaded = dict[str, Outcome](), list[str]()
+        if self._rebuilt or self.derived:
+            written += self._rebuild(slot, wanted, outcomes, post_loaded)
+        dropped = self.caches.clear()
         done = time.perf_counter()
-        return LoadOutcome(written + more, rebound, created, post_loaded, loaded - began, done - loaded, dropped)
+        return LoadOutcome(
+            written,
+            (*moved, *[name for name, what in outcomes.items() if what is Outcome.REBOUND]),
+            tuple([name for name, what in outcomes.items() if what is Outcome.CREATED]),
+            tuple(post_loaded),
+            loaded - began,
+            done - loaded,
+            dropped,
+        )
 
-    def apply_subset(self, slot: int, names: Iterable[str]) -> LoadOutcome:
-        """`apply` for canonical names. Raises ConfigError for one that is not in the manifest."""
-        try:
-            return self.apply(slot, [self.mapped.index[name] for name in names])
-        except KeyError as error:
-            raise ConfigError("no such tensor in this plan", where=str(error)) from error
+    def _rebuild(self, slot: int, wanted: set[int] | None, outcomes: dict[str, Outcome], done: list[str]) -> int:
+        """Rebuild redo, twin and native modules, then the modules that derive something from touched ones.
 
-    def _rebuild(self, slot: int, wanted: set[int] | None) -> tuple[dict[str, Outcome], tuple[str, ...], int]:
-        """Redo, twin and native modules, then the modules that derive something from what was touched."""
-        outcomes: dict[str, Outcome] = {}
-        done: list[str] = []
+        Adds to `outcomes` ("module.name" -> what happened to it) and `done` (paths). Returns the bytes written.
+        """
         written = 0
-        self.canonical.begin(self._written)
+        self.canonical.begin(frozenset(self._direct.addresses))
         for choice in self._rebuilt:
             if wanted is not None and wanted.isdisjoint(self._feeds[choice.path]):
                 continue
-            found, nbytes = self._rebuild_one(choice, slot)
+            with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})", memory_only=True):
+                found, nbytes = self._rebuild_one(choice, slot)
             outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
             written += nbytes
             done.append(choice.path)
         touched = {p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
         for path, module in self.derived:
             if not touched.isdisjoint(self.sources_of[path]):
-                self.host.post_load(module)
+                with experiment_step("deriving state", f"{path} ({type(module).__name__})", memory_only=True):
+                    self.host.post_load(module)
                 done.append(path)
         self.decided.twins.forget()
         if done:
             self.mapped.readable.clear()
-        return outcomes, tuple(done), written
+        return written
 
-    def _rebuild_one(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
-        module = self.decided.live[choice.path]
-        if choice.strategy is Strategy.REDO:
-            return self._redo(choice, slot)
-        twin, k = self.twin(choice, slot)
-        return graft(twin.modules[k], twin.before[k], module), sum(
-            t.numel() * t.element_size() for t in twin.modules[k].parameters(recurse=False)
-        )
+    def _rebuild_one(self, choice: ModuleStrategy, slot: int) -> tuple[dict[str, Outcome], int]:
+        """Rebuild one module from a version: (name -> what happened to it, bytes written).
 
-    def _redo(self, choice: Choice, slot: int) -> tuple[dict[str, Outcome], int]:
-        """Post-load again, on the module's own storages, copies, or what the arena lends."""
-        lent = self._borrow(choice, slot)
-        values = {**self.canonical.values(choice, slot, reuse=True, without=lent), **lent}
-        lent.clear()
+        Redo runs post-load again, on the module's own storages, on copies, or on the arena's memory where that holds a
+        tensor whole. Other strategies bring over what post-load made on a twin.
+        """
+        live = self.decided.live[choice.path]
+        if choice.strategy is not Strategy.REDO:
+            twin, k = self.twin(choice, slot)
+            parameters = twin.modules[k].parameters(recurse=False)
+            return graft(twin.modules[k], twin.before[k], live), sum(t.numel() * t.element_size() for t in parameters)
+        views = {
+            name: shown
+            for name, stored in choice.stored.items()
+            if self._views is not None and not stored.readable
+            for shown in [self._views.view(self.canonical.in_one_piece(choice, name, slot))]
+            if shown is not None
+        }
+        values = {**self.canonical.values(choice, slot, reuse=True, without=views), **views}
+        views.clear()
         nbytes = sum(v.numel() * v.element_size() for v in values.values())
         try:
-            template = self.decided.twins.template.get_submodule(choice.path)
-            return redo(self.host, self.decided.live[choice.path], template, values), nbytes
+            return redo(self.host, live, self.decided.twins.template.get_submodule(choice.path), values), nbytes
         finally:
-            values.clear()
-            if self._lender is not None:
-                self._lender.settle()
-
-    def _borrow(self, choice: Choice, slot: int) -> dict[str, torch.Tensor]:
-        """What post-load packs away, where the arena holds it whole."""
-        lent: dict[str, torch.Tensor] = {}
-        for name, stored in choice.stored.items():
-            if self._lender is not None and not stored.readable:
-                shown = self._lender.lend(self.canonical.in_one_piece(choice, name, slot))
-                if shown is not None:
-                    lent[name] = shown
-        return lent
-
-    def _lend_from(self, lender: Lender | None) -> None:
-        former, self._lender = self._lender, lender
-        if former is not None:
-            former.close()
-
-    def rebind_if_moved(self) -> None:
-        """Views of a storage that is no longer the live one would write into nowhere, and show nothing. Under which
-        parameters the engine itself swapped the storage is the next load's to say; those that hold another object are
-        none of these."""
-        if self._in_place():
-            return
-        moved = [watch for watch in self._watches if watch.moved()]
-        self._watch()
-        for slot in range(len(self.mapped.slots)):
-            self._compile(slot)
-        self._moved |= {watch.path: None for watch in moved if watch.registry.get(watch.name) is watch.tensor}
-
-    def _what_is_kept(self) -> Kept:
-        """What forwards of the live modules may have kept. What a post-load step sets, or the loader, is none of it."""
-        fresh = self.host.skeleton()
-        with suppress(*LOADER_ERRORS):
-            self.host.load_weights(fresh, iter(stand_ins(self.baked.infos).items()))
-        choices, derived = self.decided.choices, set(self.decided.derived)
-        found = {path: choice.kept for path, choice in choices.items()}
-        pairs = [pair for pair in side_by_side(fresh, self.host.model) if pair[0] not in derived]
-        return Kept(self.host.model, pairs, found)
-
-    def used(self, *, well: bool) -> bool:
-        """A forward ran after a load, `well` or not. True when it is to be tried again: with what was dropped."""
-        if well:
-            self._kept.settle()
-        return not well and self._kept.put_back()
+            values.clear()  # a view that is still referenced counts as kept by the step
+            if self._views is not None:
+                self._views.take_back()
 
     # ---- twins -------------------------------------------------------------------------------------------------------
 
-    def twin(self, choice: Choice, slot: int) -> tuple[Twin, int]:
-        """A fresh twin of the module's cluster holding the version in `slot`, post-loaded; the module's index in it."""
-        cluster = self.decided.clusters[choice.path]
-        k = cluster.paths.index(choice.path)
-        if choice.strategy is Strategy.NATIVE:
-            return self._native_twin(choice, cluster, slot), k
-        twin = self.decided.twins.take(self.decided.alike[choice.path], self.decided.live)
-        with torch.no_grad():
-            for role, target in enumerate(cluster.targets):
-                place = next((m, n) for m, names in enumerate(cluster.places) for n, r in names.items() if r == role)
-                into = held(twin.modules[place[0]], place[1])
-                if into is not None:
-                    self.canonical.fill_or_keep(cluster, role, target, into.detach(), slot)
+    def twin(self, choice: ModuleStrategy, slot: int) -> tuple[Twin, int]:
+        """Make a twin of the module's cluster with the version in `slot`, post-loaded; and the module's index in it."""
+        decided = self.decided
+        cluster = decided.clusters[choice.path]
+        if choice.strategy is Strategy.NATIVE:  # the engine's own loader, on a skeleton where only these have memory
+            decided.twins.forget()
+            twin = decided.twins.take((cluster,), decided.live)
+            sources = [name for path in cluster.paths for name in self.baked.native_sources.get(path, ())]
+            weights = {name: self.mapped.slots[slot][self.mapped.index[name]] for name in dict.fromkeys(sources)}
+            with torch.no_grad():
+                self.host.load_weights(decided.twins.skeleton, iter(weights.items()))
+        else:
+            twin = decided.twins.take(decided.alike[choice.path], decided.live)
+            with torch.no_grad():
+                for role, into in enumerate(twin.by_role()):
+                    self.canonical.fill_role(cluster, role, into, slot)
         twin.post_load(self.host)
-        return twin, k
-
-    def _native_twin(self, choice: Choice, cluster: Cluster, slot: int) -> Twin:
-        """The engine's own loader, on a skeleton in which only this module has memory."""
-        twins = self.decided.twins
-        twins.forget()
-        twin = twins.take((cluster,), self.decided.live)
-        sources = [name for path in cluster.paths for name in self.baked.native_sources.get(path, ())]
-        weights = {name: self.mapped.slots[slot][self.mapped.index[name]] for name in dict.fromkeys(sources)}
-        with torch.no_grad():
-            self.host.load_weights(twins.skeleton, iter(weights.items()))
-        twin.post_load(self.host)
-        return twin
+        return twin, cluster.paths.index(choice.path)
 
     # ---- read back ---------------------------------------------------------------------------------------------------
 
-    def read_back(self, into: Slot) -> tuple[str, ...]:
-        """Write the live weights into a writable slot (the tensors in manifest order), as version 0.
+    def read_back(self, into: ArenaSlot) -> tuple[str, ...]:
+        """Write the live weights into a writable slot (the tensors in manifest order), as version 0. Blocks.
 
         Returns the tensors whose values the live model no longer holds in canonical form (packed, cast, native), or
         holds in a dtype that the wire dtype cannot carry exactly. This rank writes only the regions it reads. Raises
         ConfigError when a module was replaced since the plan was made.
         """
         self.require_bound()
-        lost: set[str] = {name for names in self.baked.native_sources.values() for name in names}
-        slot = len(self.mapped.slots)
-        self.mapped.slots.append(into)
+        mapped, slot = self.mapped, len(self.mapped.slots)
+        mapped.slots.append(into)
         try:
             pairs = [p for items in self.readable_pairs(slot).values() for p in items]
         finally:
-            self.mapped.slots.pop()
-            self.mapped.readable.pop(slot, None)
-        names = [spec.name for spec in self.mapped.manifest.tensors]
+            mapped.slots.pop()
+            mapped.readable.pop(slot, None)
+        names = [spec.name for spec in mapped.manifest.tensors]
+        lost: set[str] = {name for names in self.baked.native_sources.values() for name in names}
         lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
         covered = {(p.tensor, p.target) for p in pairs}
-        lost |= {m.tensor for m in self.baked.plan.moves if (self.mapped.index[m.tensor], m.target) not in covered}
-        turned = [Pair(p.sent, p.live, p.tensor, p.target, p.module, _turn(p.run)) for p in pairs]
+        lost |= {m.tensor for m in self.baked.plan.moves if (mapped.index[m.tensor], m.target) not in covered}
         with torch.no_grad():
+            turned = [pair.turned() for pair in pairs]
             run_all(self.pool, [batch.copy for batch in batches(turned, self.threads)])
         return tuple(name for name in names if name in lost)
-
-    # ---- small helpers -----------------------------------------------------------------------------------------------
-
-    def _around(self, path: str) -> frozenset[str]:
-        """The modules of the plan that a module without weights may derive something from: those that hang, under
-        whichever name, below it or below its parent."""
-        template = self.decided.twins.template
-        below = {id(m) for m in template.get_submodule(path.rpartition(".")[0]).modules()}
-        return frozenset(p for p in self.decided.choices if id(template.get_submodule(p)) in below)
-
-    def _fed_by(self, choice: Choice, index: Mapping[str, int]) -> frozenset[int]:
-        """Manifest indices of the tensors that reach a module."""
-        cluster = self.decided.clusters[choice.path]
-        targets = {cluster.targets[role] for _, role in self.canonical.places(choice)}
-        names = {m.tensor for target in targets for m in self.canonical.moves.get(target, ())}
-        names.update(self.baked.native_sources.get(choice.path, ()))
-        return frozenset(index[name] for name in names)
-
-
-def _turn(run: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    return None if run is None else (run[1], run[0], run[2])
-
-
-def _packed_in_part(baked: Baked, decided: Decided) -> Iterable[MissingTensor]:
-    """A module whose storage is packed can only be rebuilt from all of its tensors."""
-    if not baked.partial:
-        return
-    planned = {t.path for t in baked.plan.targets}
-    for choice in decided.choices.values():
-        cluster = decided.clusters[choice.path]
-        names = cluster.places[cluster.paths.index(choice.path)]
-        for name, role in names.items():
-            target = cluster.targets[role]
-            whole = target in planned and target not in baked.coverage.holes
-            if choice.direct or whole or choice.stored[name].identity:
-                continue
-            yield MissingTensor(
-                "a module whose storage is packed needs all of its tensors",
-                where=f"{target} -> {choice.path} ({choice.cls})",
-                expected="every tensor that feeds this module, or none",
-                got=f"strategy {choice.strategy.value}: {choice.reason}",
-                remedy="send the module's other tensors too",
-                names=(target,),
-            )

@@ -1,6 +1,6 @@
-"""The canonical tensors of modules, made of what lies in the arena: to write them, to judge by them, or to lend them.
+"""The canonical tensors of modules, made from a version in the arena: to write them, to check against them, or to lend.
 
-Pure of any decision: which module needs which tensor says its Choice, what reaches a tensor says the plan.
+Takes no decision: a `ModuleStrategy` says how a module's tensors are stored, the plan says what reaches them.
 """
 
 from __future__ import annotations
@@ -12,26 +12,29 @@ import torch
 
 from bridge.errors import ConfigError
 from bridge.model.regions import Fill, Move, dense
-from engine_side.live.inplace import held
-from engine_side.live.storage_layout import Stored, flat
-from engine_side.load.copies import Pair, batches, pair, run_all
+from engine_side.live.inplace import find_tensor
+from engine_side.load.copies import batches, make_pair, run_all
 from engine_side.plan.bake import Baked
-from engine_side.plan.strategies import Choice, Decided
+from engine_side.plan.strategies import ModuleStrategy, StrategyTable
 from engine_side.plan.twins import Cluster, Role, device_of
 
-Slot = Sequence[torch.Tensor]
+ArenaSlot = Sequence[torch.Tensor]
 """The tensors of one version in manifest order: views of the arena."""
 
 
-class Canonical:
-    """What one plan's modules hold, by slot of the arena. One thread at a time.
+class CanonicalTensors:
+    """The canonical tensors of one plan's modules, by slot of the arena. One thread at a time.
 
     Args:
         baked, decided: the plan and the strategies found for it.
-        pool, threads: what copies.
+        pool, threads: the threads that copy.
+
+    Attributes:
+        moves, fills: those of the plan, by target.
+        whole: targets of which every element comes from the arena.
     """
 
-    def __init__(self, baked: Baked, decided: Decided, pool: ThreadPoolExecutor, threads: int) -> None:
+    def __init__(self, baked: Baked, decided: StrategyTable, pool: ThreadPoolExecutor, threads: int) -> None:
         self.decided = decided
         self._pool, self._threads = pool, threads
         self.moves: dict[str, list[Move]] = {}
@@ -41,33 +44,27 @@ class Canonical:
         for fill in baked.plan.fills:
             self.fills.setdefault(fill.target, []).append(fill)
         self.whole = {t.path for t in baked.plan.targets} - baked.coverage.holes.keys()
-        """Targets of which every element comes from the arena."""
-        self._slots: Sequence[Slot] = ()
+        self._slots: Sequence[ArenaSlot] = ()
         self._index: Mapping[str, int] = {}
         self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._written: Set[int] = frozenset()
         self._filled: set[tuple[int, str]] = set()
 
-    def map(self, slots: Sequence[Slot], index: Mapping[str, int]) -> None:
-        """The arena to read: `index` gives a tensor's place in a slot by its name. Without slots: let go of it."""
+    def map(self, slots: Sequence[ArenaSlot], index: Mapping[str, int]) -> None:
+        """Read from this arena from now on; `index` gives a tensor's place in a slot. Without slots, let go of it."""
         self._slots, self._index = slots, index
         self._blocks.clear()
 
     def begin(self, written: Set[int]) -> None:
-        """A load begins that has written the live storages at these addresses already; tied ones are written once."""
+        """Begin a load that has already written the live storages at these addresses; tied ones are written once."""
         self._written = written
         self._filled.clear()
 
-    def places(self, choice: Choice) -> list[tuple[str, int]]:
-        """(name, role) of a module's canonical tensors."""
+    def parts(self, choice: ModuleStrategy) -> list[tuple[str, str, Role]]:
+        """List (attribute, target of the plan, form) of a module's canonical tensors."""
         cluster = self.decided.clusters[choice.path]
-        return list(cluster.places[cluster.paths.index(choice.path)].items())
-
-    def _target(self, choice: Choice, name: str) -> tuple[str, Role]:
-        """The plan's target of a module's tensor, and what it looks like."""
-        cluster = self.decided.clusters[choice.path]
-        role = dict(self.places(choice))[name]
-        return cluster.targets[role], cluster.roles[role]
+        names = cluster.places[cluster.paths.index(choice.path)]
+        return [(name, cluster.targets[role], cluster.roles[role]) for name, role in names.items()]
 
     def sent(self, move: Move, slot: int) -> torch.Tensor:
         """The arena's tensor from which a move reads. Raises ConfigError before `map`."""
@@ -76,34 +73,34 @@ class Canonical:
         return self._slots[slot][self._index[move.tensor]]
 
     def values(
-        self, choice: Choice, slot: int, *, reuse: bool = False, without: Container[str] = ()
+        self, choice: ModuleStrategy, slot: int, *, reuse: bool = False, without: Container[str] = ()
     ) -> dict[str, torch.Tensor]:
-        """Name -> canonical tensor of a module, from the arena, in the engine's dtype on its device.
+        """Make a module's canonical tensors, by name, in the engine's dtype on its device.
 
-        With `reuse`, a tensor that the module still stores canonically is filled and returned itself, so that nothing
-        is allocated and its object survives; only for `apply`. Without it the values are for reading: they may lie in
-        the arena itself. Tensors named in `without` are left out.
+        Args:
+            reuse: fill and return the tensors that the module still stores canonically, so that nothing is allocated
+                and the objects survive; for a load. Otherwise the values are for reading, and may lie in the arena.
+            without: names to leave out.
         """
-        module, cluster = self.decided.live[choice.path], self.decided.clusters[choice.path]
-        out: dict[str, torch.Tensor] = {}
-        for name, role in self.places(choice):
+        device, out = device_of(self.decided.live[choice.path]), dict[str, torch.Tensor]()
+        for name, target, role in self.parts(choice):
             if name in without:
                 continue
-            target, kind = cluster.targets[role], cluster.roles[role]
-            sent = None if reuse else self._as_sent(target, kind, slot, device_of(module))
+            sent = None if reuse else self._as_sent(target, role, slot, device)
             if sent is not None:
                 out[name] = sent
                 continue
-            live, stored = held(module, name), choice.stored[name]
+            live, stored = find_tensor(self.decided.live[choice.path], name), choice.stored[name]
             reached = bool(self.moves.get(target) or self.fills.get(target))
             if live is not None and stored.identity and (reuse or not reached):
                 value = live.detach()
-                if tuple(value.shape) != kind.shape or value.stride() != kind.strides:
-                    value = value.as_strided(kind.shape, kind.strides, value.storage_offset())
+                if tuple(value.shape) != role.shape or value.stride() != role.strides:
+                    value = value.as_strided(role.shape, role.strides, value.storage_offset())
             else:
-                value = torch.empty_strided(kind.shape, kind.strides, dtype=kind.dtype, device=device_of(module))
-                if live is not None and target not in self.whole:
-                    _read_stored(live, stored, value)
+                value = torch.empty_strided(role.shape, role.strides, dtype=role.dtype, device=device)
+                if live is not None and target not in self.whole and stored.readable:
+                    current, into = stored.side_by_side(live, value)
+                    into.copy_(current)
             at = value.data_ptr()
             if reached and not (reuse and (at in self._written or (at, target) in self._filled)):
                 self.fill(target, value, slot)
@@ -112,80 +109,84 @@ class Canonical:
             out[name] = value
         return out
 
-    def _as_sent(self, target: str, kind: Role, slot: int, device: torch.device) -> torch.Tensor | None:
-        """The arena's own tensor where it is what the target holds, element for element."""
-        moves, whole = self.moves.get(target, ()), dense(kind.shape)
+    def _as_sent(self, target: str, role: Role, slot: int, device: torch.device) -> torch.Tensor | None:
+        """The arena's own tensor where it equals the target, element for element."""
+        moves, whole = self.moves.get(target, ()), dense(role.shape)
         if len(moves) != 1 or self.fills.get(target) or moves[0].dest != whole or moves[0].source != whole:
             return None
         sent = self.sent(moves[0], slot)
-        same = sent.dtype == kind.dtype and sent.device == device and tuple(sent.shape) == kind.shape
+        same = sent.dtype == role.dtype and sent.device == device and tuple(sent.shape) == role.shape
         return sent if same else None
 
-    def blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
-        """The canonical matrix `name` of a module as blocks of rows that lie in the arena, one below the other; empty
-        where it is not made of such blocks, in the engine's dtype on its device. Neighbours in memory are one block."""
-        key = (choice.path, name, slot, device_of(self.decided.live[choice.path]))
+    def blocks(self, choice: ModuleStrategy, name: str, slot: int) -> tuple[torch.Tensor, ...]:
+        """View a module's canonical matrix as blocks of rows that lie in the arena, one below the other.
+
+        Neighbours in memory are one block. Empty where the matrix is not made of such blocks, in the engine's dtype on
+        its device.
+        """
+        device = device_of(self.decided.live[choice.path])
+        key = (choice.path, name, slot, device)
         if key not in self._blocks:
-            self._blocks[key] = self._find_blocks(choice, name, slot)
+            target, role = next((target, role) for part, target, role in self.parts(choice) if part == name)
+            self._blocks[key] = self._find_blocks(target, role, device, slot)
         return self._blocks[key]
 
-    def _find_blocks(self, choice: Choice, name: str, slot: int) -> tuple[torch.Tensor, ...]:
-        target, kind = self._target(choice, name)
-        if len(kind.shape) != 2 or kind.strides != dense(kind.shape).strides or self.fills.get(target):
+    def _find_blocks(self, target: str, role: Role, device: torch.device, slot: int) -> tuple[torch.Tensor, ...]:
+        if len(role.shape) != 2 or role.strides != dense(role.shape).strides or self.fills.get(target):
             return ()
-        device, done = device_of(self.decided.live[choice.path]), 0
-        out: list[torch.Tensor] = []
+        out, done = list[torch.Tensor](), 0
         for move in sorted(self.moves.get(target, ()), key=lambda move: move.dest.offset):
             sent = self.sent(move, slot)
-            rows = _rows(sent, move, kind.shape[1], done)
-            if rows is None or sent.dtype != kind.dtype or sent.device != device:
+            rows = _rows(sent, move, role.shape[1], done)
+            if rows is None or sent.dtype != role.dtype or sent.device != device:
                 return ()
             joined = _joined(out[-1], rows) if out else None
             out = [*out, rows] if joined is None else [*out[:-1], joined]
             done += len(rows)
-        return tuple(out) if done == kind.shape[0] else ()
+        return tuple(out) if done == role.shape[0] else ()
 
-    def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
-        """Write a target's moves and constants into a canonical tensor."""
-        pairs: list[Pair] = []
-        with torch.no_grad():
-            for fill in self.fills.get(target, ()):
-                at = fill.dest
-                value.as_strided(at.shape, at.strides, value.storage_offset() + at.offset).fill_(fill.value)
-            for move in self.moves.get(target, ()):
-                made = pair(value, move.dest, self.sent(move, slot), move.source, self._index[move.tensor], target, "")
-                if made is not None:
-                    pairs.append(made)
-            run_all(self._pool, [batch.copy for batch in batches(pairs, self._threads)])
-
-    def in_one_piece(self, choice: Choice, name: str, slot: int) -> torch.Tensor | None:
+    def in_one_piece(self, choice: ModuleStrategy, name: str, slot: int) -> torch.Tensor | None:
         """The arena's memory where it holds a canonical tensor whole, in the engine's dtype on its device."""
-        target, kind = self._target(choice, name)
-        if kind.strides != dense(kind.shape).strides:
+        target, role = next((target, role) for part, target, role in self.parts(choice) if part == name)
+        if role.strides != dense(role.shape).strides:
             return None
-        sent = self._as_sent(target, kind, slot, device_of(self.decided.live[choice.path]))
+        sent = self._as_sent(target, role, slot, device_of(self.decided.live[choice.path]))
         if sent is not None:
             return sent
         blocks = self.blocks(choice, name, slot)
         return blocks[0] if len(blocks) == 1 else None
 
-    def fill_or_keep(self, cluster: Cluster, role: int, target: str, into: torch.Tensor, slot: int) -> None:
-        """From the arena; what a partial push leaves alone, a target or some of its elements, from the live module."""
-        if target not in self.whole:
-            self._keep(cluster, role, into)
-        self.fill(target, into, slot)
+    def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
+        """Write a target's moves and constants into a canonical tensor. Blocks."""
+        with torch.no_grad():
+            for fill in self.fills.get(target, ()):
+                at = fill.dest
+                value.as_strided(at.shape, at.strides, value.storage_offset() + at.offset).fill_(fill.value)
+            made = [
+                make_pair(value, move.dest, self.sent(move, slot), move.source, self._index[move.tensor], target, "")
+                for move in self.moves.get(target, ())
+            ]
+            pairs = [pair for pair in made if pair is not None]
+            run_all(self._pool, [batch.copy for batch in batches(pairs, self._threads)])
 
-    def _keep(self, cluster: Cluster, role: int, into: torch.Tensor) -> None:
-        for path, names in zip(cluster.paths, cluster.places, strict=True):
-            for name, r in names.items():
-                live, stored = held(self.decided.live[path], name), self.decided.choices[path].stored[name]
-                if r == role and live is not None and stored.readable:
-                    _read_stored(live, stored, into)
-                    return
+    def fill_role(self, cluster: Cluster, role: int, into: torch.Tensor, slot: int) -> None:
+        """Fill one canonical tensor of a twin; elements that a partial push leaves alone come from the live module."""
+        target = cluster.targets[role]
+        if target not in self.whole:
+            for path, names in zip(cluster.paths, cluster.places, strict=True):
+                choice, module = self.decided.choices[path], self.decided.live[path]
+                found = [(find_tensor(module, n), choice.stored[n]) for n, r in names.items() if r == role]
+                readable = [(live, stored) for live, stored in found if live is not None and stored.readable]
+                if readable:
+                    live, stored = readable[0]
+                    current, part = stored.side_by_side(live, into)
+                    part.copy_(current)
+                    break
+        self.fill(target, into, slot)
 
 
 def _rows(sent: torch.Tensor, move: Move, columns: int, start: int) -> torch.Tensor | None:
-    """What a move writes, as whole rows from `start` on; None where it writes anything else."""
+    """View the source of a move that writes whole rows from row `start` on; None for any other move."""
     count, rest = divmod(move.dest.numel, max(columns, 1))
     if rest or move.dest != dense(move.dest.shape, start * columns):
         return None
@@ -198,20 +199,10 @@ def _rows(sent: torch.Tensor, move: Move, columns: int, start: int) -> torch.Ten
 
 
 def _joined(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor | None:
-    """Two blocks of rows as one, where the second lies right behind the first in the same memory."""
+    """View two blocks of rows as one, where the second lies right behind the first in the same memory."""
     end = above.data_ptr() + above.numel() * above.element_size()
     shared = above.untyped_storage().data_ptr() == below.untyped_storage().data_ptr()
     if not shared or end != below.data_ptr() or not (above.is_contiguous() and below.is_contiguous()):
         return None
     columns = above.shape[1]
     return above.as_strided((len(above) + len(below), columns), (columns, 1), above.storage_offset())
-
-
-def _read_stored(live: torch.Tensor, stored: Stored, into: torch.Tensor) -> None:
-    """A live tensor's canonical values into a canonical tensor; nothing where it does not hold them any more."""
-    if stored.held is None or stored.origin is None:
-        return
-    source, dest, at, of = flat(live), flat(into), stored.origin, stored.held
-    dest.as_strided(of.shape, of.strides, dest.storage_offset() + of.offset).copy_(
-        source.as_strided(at.shape, at.strides, source.storage_offset() + at.offset)
-    )

@@ -1,4 +1,4 @@
-"""Ask the engine's own loader, once, where every element of a checkpoint goes.
+"""Bake a plan: trace the engine's own loader once, to see where every element of a checkpoint goes.
 
 `bake` runs the loader of a meta skeleton on meta stand-ins of the announced tensors under a `Recorder`; the recorded
 moves are the plan, and interval arithmetic proves that each engine element is written exactly once. `bind` finds the
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, OutOfMemory
 from bridge.model.dtypes import DTYPES, dtype_of
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import (
@@ -23,7 +23,7 @@ from bridge.model.regions import (
     Move,
     RankPlan,
     Region,
-    Target,
+    TargetTensor,
     dense,
     dest_coverage,
     follow,
@@ -33,14 +33,15 @@ from bridge.tracing.recorder import Recorder
 from engine_side.live.inplace import twin_parameter
 from engine_side.live.storage_layout import is_dense
 from engine_side.plan import loader_errors
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.protocol import NamesUnloaded, RankHost
 
 MAX_OFFENDERS = 32
-"""How many tensors that make a loader raise are looked for before the error is reported."""
+"""Number of tensors that make a loader raise which are collected before the error is reported."""
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetPlace:
     """One name under which a skeleton module holds a target: `module` path, attribute `name`, the target's path."""
 
     module: str
@@ -55,15 +56,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Targets:
-    """Every parameter and persistent buffer of a skeleton; ties by storage are one target with several places."""
+    """All parameters and persistent buffers of a skeleton; ties by storage are one target with several places."""
 
-    targets: tuple[Target, ...]
-    places: tuple[Place, ...]
+    targets: tuple[TargetTensor, ...]
+    places: tuple[TargetPlace, ...]
     tensors: Mapping[str, torch.Tensor]
 
-    def of_module(self) -> dict[str, tuple[Place, ...]]:
-        """Module path -> its places, in the skeleton's order."""
-        out: dict[str, list[Place]] = {}
+    def of_module(self) -> dict[str, tuple[TargetPlace, ...]]:
+        """Group the places by module path, in the skeleton's order."""
+        out: dict[str, list[TargetPlace]] = {}
         for place in self.places:
             out.setdefault(place.module, []).append(place)
         return {path: tuple(places) for path, places in out.items()}
@@ -71,19 +72,20 @@ class Targets:
 
 @dataclass(frozen=True)
 class Baked:
-    """A rank's plan and what the driver must know of it.
+    """The plan of one rank, with the facts about it that the driver needs.
 
     Attributes:
         plan: the moves; `targets` says which module holds what.
         targets: every place of the skeleton, also those that a partial plan leaves out.
-        infos: the tensors it was baked for.
+        infos: the tensors that it was baked for.
         coverage: holes and overlaps per target, empty in a sound plan.
         dtypes: sent tensor -> wire name of the dtype it lands in; absent when it lands in several.
         unread: sent tensors this rank does not touch: another rank may.
         read: source regions of tensors that this rank reads only in part.
         native_sources: module path -> tensors that its native load needs.
-        problems: what makes the plan unusable, most telling first. Empty in a sound plan.
-        unloaded: targets of the skeleton that no checkpoint fills, and that are not part of the plan.
+        problems: errors that make the plan unusable, most telling first. Empty in a sound plan.
+        partial: a subset of the model was meant.
+        unloaded: targets of the skeleton that no checkpoint fills; they are not part of the plan.
     """
 
     plan: RankPlan
@@ -99,7 +101,7 @@ class Baked:
     unloaded: frozenset[str] = frozenset()
 
     def check(self) -> Baked:
-        """Raises the first problem."""
+        """Raise the first problem."""
         if self.problems:
             raise self.problems[0]
         return self
@@ -107,7 +109,7 @@ class Baked:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one run of a loader did."""
+    """The record of one run of a loader; `tainted` maps targets to why their values cannot be followed."""
 
     targets: Targets
     moves: tuple[Move, ...]
@@ -116,21 +118,26 @@ class Trace:
 
 
 def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) -> Baked:
-    """Trace the loader of `host` on `infos` (global shapes). Once per plan; milliseconds, no weight memory.
+    """Trace the loader of `host` on the announced tensors. Once per plan; milliseconds, no weight memory.
 
-    With `partial` a subset of the model is meant: elements that nothing reaches are no problem. Weights that do not fit
-    are no exception here but `Baked.problems`. Raises ConfigError when the loader fails and no tensor explains it.
+    Args:
+        infos: names, wire dtypes and global shapes of the tensors.
+        partial: a subset of the model is meant: elements that nothing reaches are no problem.
+
+    Weights that do not fit are not raised but listed in `Baked.problems`. Raises ConfigError when the loader fails and
+    no tensor explains it; OutOfMemory.
     """
     wanted = tuple(infos)
     offenders: dict[str, BridgeError] = {}
     found = _offer_aliases(host, wanted, _trace_around(host, wanted, offenders), offenders)
     native = _native(host, wanted, found, offenders)
-    unloaded = _unloaded(host, found)
+    reached = {move.target for move in found.moves}.union(found.tainted)
+    unloaded = host.unloaded() - reached if isinstance(host, NamesUnloaded) else frozenset[str]()
     plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial, unloaded)
     coverage = dest_coverage(plan)
     problems = list(offenders.values())
-    problems.extend(loader_errors.broadcasts(plan.moves, {i.name: i for i in wanted}))
-    problems.extend(loader_errors.uncovered(plan, coverage, wanted, partial))
+    problems.extend(loader_errors.broadcast_errors(plan.moves, {i.name: i for i in wanted}))
+    problems.extend(loader_errors.coverage_errors(plan, coverage, wanted, partial))
     sources = {path: names for path, (_, names) in native.items()}
     used = {move.tensor for move in plan.moves}.union(offenders, *sources.values())
     return Baked(
@@ -142,68 +149,62 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
         unread=tuple(i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0),
         read=_partly_read(wanted, plan.moves, sources),
         native_sources=sources,
-        problems=loader_errors.together(problems),
+        problems=loader_errors.merge_names(problems),
         partial=partial,
         unloaded=unloaded,
     )
 
 
-def _unloaded(host: RankHost, found: Trace) -> frozenset[str]:
-    """What the engine says nothing fills, less what this trace fills nevertheless."""
-    if not isinstance(host, NamesUnloaded):
-        return frozenset()
-    return host.unloaded() - {move.target for move in found.moves} - found.tainted.keys()
-
-
 def stand_ins(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
-    """Name -> contiguous meta tensor of the wire dtype and global shape."""
+    """Make a contiguous meta tensor of the wire dtype and global shape for each announced tensor, by name."""
     return {i.name: torch.empty(i.shape, dtype=dtype_of(i.dtype), device="meta") for i in infos}
 
 
-def collect(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Targets:
-    """The targets of a skeleton, in the order of its modules. Tensors whose storage the live engine owns (`shared`) are
-    none of ours; a tensor that is not on meta is replaced by a meta one, so that tracing cannot write it. Raises
-    ConfigError for one whose elements have gaps between them or share memory."""
-    targets: list[Target] = []
-    places: list[Place] = []
+def collect_targets(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Targets:
+    """Collect the targets of a skeleton, in the order of its modules.
+
+    A tensor that is not on meta is replaced by a meta one, so that tracing cannot write it. Raises ConfigError for one
+    whose elements have gaps between them or share memory.
+
+    Args:
+        shared: addresses of storages that the live engine owns; skeleton tensors that lie there are left out.
+    """
+    targets: list[TargetTensor] = []
+    places: list[TargetPlace] = []
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    wire = {dtype: name for name, dtype in DTYPES.items()}  # torch's own word for a dtype that only this engine uses
     for module_path, module in skeleton.named_modules():
-        for name, tensor, buffer in owned(module):
+        for name, tensor, buffer in own_tensors(module):
             if tensor.device.type != "meta":
                 if tensor.untyped_storage().data_ptr() in shared:
                     continue
-                tensor = _to_meta(module, name, tensor, buffer)
+                tensor = twin_parameter(tensor, torch.empty_like(tensor, device="meta"))
+                registry = module._buffers if buffer else module._parameters
+                registry[name] = tensor
             path = f"{module_path}.{name}" if module_path else name
             if not is_dense(tensor):
-                raise _with_gaps(path, tensor)
+                raise ConfigError(
+                    "a parameter's elements do not fill one stretch of memory",
+                    where=path,
+                    expected="a dense tensor, in any order of its dimensions",
+                    got=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
+                    remedy="give the module a parameter of its own: nn.Parameter(tensor.contiguous())",
+                    names=(path,),
+                )
             key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
             first = seen.setdefault(key, path) if tensor.numel() else path
-            places.append(Place(module_path, name, first, buffer))
+            places.append(TargetPlace(module_path, name, first, buffer))
             if first == path:
                 tensors[path] = tensor
-                targets.append(Target(path, _dtype_word(tensor.dtype), tuple(tensor.shape), buffer))
+                targets.append(
+                    TargetTensor(path, wire.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), buffer)
+                )
     return Targets(tuple(targets), tuple(places), tensors)
 
 
-def _with_gaps(path: str, tensor: torch.Tensor) -> ConfigError:
-    return ConfigError(
-        "a parameter's elements do not fill one stretch of memory",
-        where=path,
-        expected="a dense tensor, in any order of its dimensions",
-        got=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
-        remedy="give the module a parameter of its own: nn.Parameter(tensor.contiguous())",
-        names=(path,),
-    )
-
-
-def _dtype_word(dtype: torch.dtype) -> str:
-    """The wire name, or torch's own word for a dtype that only this engine uses."""
-    return next((name for name, known in DTYPES.items() if known is dtype), str(dtype))
-
-
-def owned(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """(name, tensor, is a buffer) of the module's own parameters and persistent buffers."""
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield (name, tensor, is a buffer) of the module's own parameters and persistent buffers."""
     for name, param in module._parameters.items():
         if param is not None:
             yield name, param, False
@@ -213,26 +214,29 @@ def owned(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def live_storages(model: nn.Module) -> frozenset[int]:
-    """Addresses of every storage that a live model's parameters and buffers use."""
+    """List the addresses of all storages that a live model's parameters and buffers use."""
     found = (*model.parameters(), *model.buffers())
     return frozenset(t.untyped_storage().data_ptr() for t in found if t.device.type != "meta")
 
 
 def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
-    """One run of the loader on a fresh skeleton. Raises LoaderRaised, which says at which tensor."""
-    skeleton = host.skeleton()
-    targets = collect(skeleton, live_storages(host.model))
+    """Run the loader once on a fresh skeleton. Raises LoaderRaised, which says at which tensor; OutOfMemory."""
+    with experiment_step("building a skeleton", type(host.model).__name__):
+        skeleton = host.skeleton()
+        targets = collect_targets(skeleton, live_storages(host.model))
     recorder = Recorder(weights, targets.tensors)
     try:
-        with recorder:
+        with experiment_step("tracing the engine's loader", type(host.model).__name__, memory_only=True), recorder:
             host.load_weights(skeleton, recorder.feed(iter(weights.items())))
+    except OutOfMemory:
+        raise
     except loader_errors.LOADER_ERRORS as error:
         raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
     return Trace(targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))
 
 
 def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
-    """Fills less what a move wrote over: a loader that clears a parameter before it copies writes each element once."""
+    """Subtract from the fills what moves wrote over: clearing a parameter before copying into it is no double write."""
     over: dict[str, list[Region]] = {}
     for move in recorder.moves:
         over.setdefault(move.target, []).append(move.dest)
@@ -247,7 +251,7 @@ def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
 
 
 def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...], offenders: dict[str, BridgeError]) -> Trace:
-    """Trace; a tensor at which the loader raises is noted and left out of the next try, so that all are found."""
+    """Trace, leaving out the tensors at which the loader raises, one more at each try, so that all are found."""
     weights = stand_ins(infos)
     for _ in range(MAX_OFFENDERS + 1):
         try:
@@ -263,11 +267,9 @@ def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...], offenders: dict
                 ) from raised.error
             offenders[name] = loader_errors.explain_raise(host, raised, name, weights[name], trace)
     first = next(iter(offenders.values()))
-    raise type(first)(
+    raise loader_errors.amended(
+        first,
         f"{first.what} (and at least {MAX_OFFENDERS} more tensors do not fit)",
-        where=first.where,
-        expected=first.expected,
-        got=first.got,
         remedy="check that trainer and engine run the same model configuration",
         names=tuple(offenders),
     )
@@ -276,7 +278,7 @@ def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...], offenders: dict
 def _offer_aliases(
     host: RankHost, infos: tuple[TensorInfo, ...], first: Trace, offenders: Mapping[str, BridgeError]
 ) -> Trace:
-    """An engine that does not tie what the trainer ties needs the tensor under each of its names."""
+    """Offer tied tensors under their other names, for an engine that does not tie what the trainer ties."""
     aliases = [(alias, info) for info in infos for alias in info.aliases if info.name not in offenders]
     open_elements = sum(dest_coverage(_plan(first, {}, False)).holes.values()) if aliases else 0
     owner = {alias: info.name for alias, info in aliases}
@@ -301,7 +303,7 @@ def _offer_aliases(
 def _native(
     host: RankHost, infos: tuple[TensorInfo, ...], found: Trace, offenders: Mapping[str, BridgeError]
 ) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Module path -> (why its values cannot be followed, the tensors that feed it), found by loading one at a time."""
+    """Map modules whose values cannot be followed to (why, the tensors that feed them), by loading one at a time."""
     out: dict[str, tuple[str, tuple[str, ...]]] = {}
     if not found.tainted:
         return out
@@ -338,7 +340,7 @@ def _plan(found: Trace, native: dict[str, str], partial: bool, unloaded: frozens
 
 
 def _landing_dtypes(plan: RankPlan) -> dict[str, str]:
-    """Tensor -> the one dtype of all targets it lands in, where there is one that can travel."""
+    """Map tensors to the one dtype of all targets that they land in, where there is one that can travel."""
     known = {t.path: t.dtype for t in plan.targets}
     landing: dict[str, set[str]] = {}
     for move in plan.moves:
@@ -349,9 +351,12 @@ def _landing_dtypes(plan: RankPlan) -> dict[str, str]:
 def _partly_read(
     infos: tuple[TensorInfo, ...], moves: tuple[Move, ...], native: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[Region, ...]]:
+    """Map tensors that this rank reads only in part to the regions that it reads."""
     regions: dict[str, list[Region]] = {}
-    for move in moves:
-        regions.setdefault(move.tensor, []).append(_once(move.source))
+    for move in moves:  # elements that a broadcast reads several times count once
+        kept = [(n, s) for n, s in zip(move.source.shape, move.source.strides, strict=True) if s or n == 1]
+        once = Region(move.source.offset, tuple(n for n, _ in kept), tuple(s for _, s in kept))
+        regions.setdefault(move.tensor, []).append(once)
     whole = {name for names in native.values() for name in names}
     sizes = {i.name: math.prod(i.shape) for i in infos if i.name in regions and i.name not in whole}
     shapes = {i.name: dense(i.shape) for i in infos}
@@ -360,34 +365,21 @@ def _partly_read(
     return {name: tuple(regions[name]) for name in source_coverage(sizes, used)}
 
 
-def _once(region: Region) -> Region:
-    """The elements of a region that a broadcast reads several times, each once."""
-    kept = [(n, s) for n, s in zip(region.shape, region.strides, strict=True) if s or n == 1]
-    return Region(region.offset, tuple(n for n, _ in kept), tuple(s for _, s in kept))
-
-
-def _to_meta(module: nn.Module, name: str, tensor: torch.Tensor, buffer: bool) -> torch.Tensor:
-    made = twin_parameter(tensor, torch.empty_like(tensor, device="meta"))
-    registry = module._buffers if buffer else module._parameters
-    registry[name] = made  # type: ignore[assignment]
-    return made
-
-
 # ---- binding -------------------------------------------------------------------------------------------------------
 
 
 def bind(skeleton: nn.Module, live: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """The live module of every skeleton path, walking through any chain of `base_layer` wrappers at each hop.
+    """Find the live module of every skeleton path, walking through any chain of `base_layer` wrappers at each hop.
 
-    Raises ConfigError, naming the path and the live class, where a hop is missing. Whether the live module holds the
-    same names is not asked here: post-load may have taken them away.
+    Raises ConfigError, naming the path and the live class, where a hop is missing. Does not compare the names that the
+    modules hold: post-load may have taken some away.
     """
     return {path: find_live(skeleton, live, path) for path in paths}
 
 
 def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
-    """The live counterpart of the skeleton module at `path`, without its wrappers."""
-    here, there = skeleton, unwrapped(live, skeleton)
+    """Find the live counterpart of the skeleton module at `path`, without its wrappers."""
+    here, there = skeleton, unwrap(live, skeleton)
     walked: list[str] = []
     for hop in path.split(".") if path else ():
         here = here.get_submodule(hop)
@@ -400,16 +392,18 @@ def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
                 got=f"{type(there).__name__} with {', '.join(there._modules) or 'no children'}",
                 remedy="the engine's skeleton must be built with the configuration of the live model",
             )
-        there = unwrapped(child, here)
+        there = unwrap(child, here)
         walked.append(hop)
     return there
 
 
 def side_by_side(skeleton: nn.Module, live: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(path, skeleton module, its live counterpart without wrappers), each live module once; what only one of the two
-    trees has is left out."""
+    """Walk two trees at once: (path, skeleton module, its live counterpart without wrappers), each live module once.
+
+    Modules that only one of the trees has are left out.
+    """
     seen: set[int] = set()
-    todo = [("", skeleton, unwrapped(live, skeleton))]
+    todo = [("", skeleton, unwrap(live, skeleton))]
     while todo:
         path, here, there = todo.pop()
         if id(there) in seen:
@@ -419,11 +413,11 @@ def side_by_side(skeleton: nn.Module, live: nn.Module) -> Iterator[tuple[str, nn
         for hop, child in here._modules.items():
             found = there._modules.get(hop)
             if child is not None and found is not None:
-                todo.append((f"{path}.{hop}" if path else hop, child, unwrapped(found, child)))
+                todo.append((f"{path}.{hop}" if path else hop, child, unwrap(found, child)))
 
 
-def unwrapped(live: nn.Module, skeleton: nn.Module) -> nn.Module:
-    """`live` behind its wrappers; a skeleton module with a `base_layer` of its own is walked into by name instead."""
+def unwrap(live: nn.Module, skeleton: nn.Module) -> nn.Module:
+    """Unwrap `live`; a skeleton module with a `base_layer` of its own is walked into by name instead."""
     while "base_layer" not in skeleton._modules:
         inner = live._modules.get("base_layer")
         if inner is None:

@@ -1,14 +1,14 @@
-"""Say what is wrong with weights that an engine's loader did not take, in the words of the sender.
+"""Turn the refusal of an engine's loader into an error that names the sender's tensor.
 
-Mechanism only: which tensor it was is found in the frames of the exception, whether the loader had already chosen a
-destination tells an unknown name from a wrong shape, and the likely name of a missing tensor is read off a sibling.
+No tables of names: the tensor is found in the frames of the exception; a destination that the loader had already chosen
+tells a wrong shape from an unknown name; the likely name of a missing tensor is derived from a complete sibling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,19 +32,19 @@ LOADER_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What foreign loader code raises when weights do not fit it."""
+"""Exceptions that foreign loader code raises when weights do not fit it."""
 
 MISSING_SHOWN = 8
-"""How many missing tensors become an error of their own; `names` of the first lists all."""
+"""Number of missing tensors that become an error of their own; `names` of the first lists all."""
 
 
 class LoaderRaised(Exception):
     """A loader raised while it was traced.
 
     Attributes:
-        tensor: the stand-in that the innermost frames handled, else the one handed out last, else None.
-        target: the engine parameter that the loader had chosen for it, with the shape of the view that it was about to
-            write, or None when it had not come that far.
+        tensor: name of the stand-in in the innermost frame that holds one, else of the one handed out last, else None.
+        target: path of the engine parameter that the loader had chosen for it, with the shape of the view that it was
+            about to write; None when it had not come that far.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class LoaderRaised(Exception):
         paths = {t.untyped_storage()._cdata: path for path, t in targets.items()}
         self.tensor = current
         self.target: tuple[str, tuple[int, ...]] | None = None
-        for frame in _frames(error.__traceback__):
+        for frame in reversed([frame for frame, _ in walk_tb(error.__traceback__)]):
             held = [t for t in frame.f_locals.values() if isinstance(t, torch.Tensor)]
             sent = [names[key] for t in held if (key := t.untyped_storage()._cdata) in names]
             found = [(paths[key], tuple(t.shape)) for t in held if (key := t.untyped_storage()._cdata) in paths]
@@ -71,15 +71,6 @@ class LoaderRaised(Exception):
                 break
 
 
-def _frames(trace: TracebackType | None) -> Iterator[FrameType]:
-    """Innermost first."""
-    chain: list[FrameType] = []
-    while trace is not None:
-        chain.append(trace.tb_frame)
-        trace = trace.tb_next
-    yield from reversed(chain)
-
-
 def explain_raise(
     host: RankHost,
     raised: LoaderRaised,
@@ -87,37 +78,45 @@ def explain_raise(
     weight: torch.Tensor,
     trace: Callable[[RankHost, Mapping[str, torch.Tensor]], Trace],
 ) -> BridgeError:
-    """The error of our tree for a tensor at which the loader raised.
+    """Make the error of our tree for a tensor at which the loader raised.
 
-    The tensor is loaded once more alone, so that what the frames show can only be about it. If the loader had picked a
-    parameter, the name is known and the shape is wrong; otherwise the name is unknown.
+    The tensor is loaded once more alone, so that the frames can only be about it. If the loader had picked a parameter,
+    the name is known and the shape is wrong; otherwise the name is unknown.
     """
-    if isinstance(raised.error, DtypeMismatch) and raised.error.names:
-        return raised.error
-    if isinstance(raised.error, (UnexpectedTensor, ShapeMismatch)) and raised.error.names:
-        return _with_remedy(raised.error, _fits_otherwise(host, name, weight, trace))
+    unknown = "leave it out, or bind the model so that live names become checkpoint names"
+    other = "trainer and engine must run the same configuration"
+    error = raised.error
+    if isinstance(error, DtypeMismatch) and error.names:
+        return error
+    if isinstance(error, (UnexpectedTensor, ShapeMismatch)) and error.names:
+        remedy, expected = other, error.expected
+        if isinstance(error, UnexpectedTensor):
+            remedy, expected = unknown, expected or "a name of the checkpoint that this engine runs"
+        if _transposed_that_fits(host, name, weight, trace) is not None:
+            remedy = "the transpose was sent"
+        return amended(error, error.what, expected=expected, remedy=remedy)
     try:
         trace(host, {name: weight})
         alone = raised
     except LoaderRaised as again:
         alone = again if again.tensor in (name, None) else raised
-    said = f"{type(raised.error).__name__}: {raised.error}"
+    said = f"{type(error).__name__}: {error}"
     shape = tuple(weight.shape)
-    turned = _fits_otherwise(host, name, weight, trace)
+    turned = _transposed_that_fits(host, name, weight, trace)
     if alone.target is None and turned is None:
         return UnexpectedTensor(
             "the engine's loader does not know this tensor",
             where=name,
             expected="a name of the checkpoint that this engine runs",
             got=f"{list(shape)} {dtype_name(weight.dtype)}; the loader said {said}",
-            remedy="leave it out, or bind the model so that live names become checkpoint names",
+            remedy=unknown,
             names=(name,),
         )
     where = f"{name} -> {alone.target[0]}" if alone.target else name
     if turned is not None:
         expected = f"{list(turned)}"
     elif alone.target is not None:
-        expected = f"what fits {list(alone.target[1])} of the engine's parameter"
+        expected = f"a shape that fits {list(alone.target[1])} of the engine's parameter"
     else:
         expected = "the shape that the engine's configuration implies"
     return ShapeMismatch(
@@ -125,29 +124,19 @@ def explain_raise(
         where=where,
         expected=expected,
         got=f"{list(shape)}; the loader said {said}",
-        remedy="the transpose was sent" if turned is not None else "trainer and engine must run the same configuration",
+        remedy="the transpose was sent" if turned is not None else other,
         names=(name,),
     )
 
 
-def _with_remedy(error: BridgeError, turned: tuple[int, ...] | None) -> BridgeError:
-    """An engine's error that is of our tree already, with what the sender can do about it."""
-    remedy, expected = "trainer and engine must run the same configuration", error.expected
-    if isinstance(error, UnexpectedTensor):
-        remedy = "leave it out, or bind the model so that live names become checkpoint names"
-        expected = expected or "a name of the checkpoint that this engine runs"
-    return type(error)(
-        error.what,
-        where=error.where,
-        expected=expected,
-        got=error.got,
-        remedy="the transpose was sent" if turned is not None else remedy,
-        names=error.names,
-    )
+def amended(error: BridgeError, what: str, **changes: Any) -> BridgeError:
+    """Copy an error of our tree with other text."""
+    fields = {name: getattr(error, name) for name in ("where", "expected", "got", "remedy", "names")}
+    return type(error)(what, **{**fields, **changes})
 
 
-def together(problems: Sequence[BridgeError]) -> tuple[BridgeError, ...]:
-    """The same problems; the first of each class names the tensors of all of its class."""
+def merge_names(problems: Sequence[BridgeError]) -> tuple[BridgeError, ...]:
+    """Let the first problem of each class name the tensors of all of its class."""
     names: dict[type[BridgeError], list[str]] = {}
     for problem in problems:
         names.setdefault(type(problem), []).extend(problem.names)
@@ -155,28 +144,20 @@ def together(problems: Sequence[BridgeError]) -> tuple[BridgeError, ...]:
     for problem in problems:
         every = tuple(dict.fromkeys((*problem.names, *names.pop(type(problem), ()))))
         more = len(every) - len(problem.names)
-        out.append(
-            type(problem)(
-                f"{problem.what} (and {more} more)"
-                if more and not isinstance(problem, MissingTensor)
-                else problem.what,
-                where=problem.where,
-                expected=problem.expected,
-                got=problem.got,
-                remedy=problem.remedy,
-                names=every,
-            )
-        )
+        what = problem.what
+        if more and not isinstance(problem, MissingTensor):
+            what += f" (and {more} more)"
+        out.append(amended(problem, what, names=every))
     return tuple(out)
 
 
-def _fits_otherwise(
+def _transposed_that_fits(
     host: RankHost,
     name: str,
     weight: torch.Tensor,
     trace: Callable[[RankHost, Mapping[str, torch.Tensor]], Trace],
 ) -> tuple[int, ...] | None:
-    """The transposed shape, when the loader takes that one whole."""
+    """The transposed shape of a tensor, when the loader takes that one whole."""
     shape = tuple(weight.shape)
     if len(shape) < 2 or shape[-1] == shape[-2]:
         return None
@@ -188,9 +169,9 @@ def _fits_otherwise(
     return other if found.moves else None
 
 
-def broadcasts(moves: Sequence[Move], infos: Mapping[str, TensorInfo]) -> Iterator[ShapeMismatch]:
-    """A sent element that was spread over several engine elements by broadcasting: the loader did not look at shapes.
-    A tensor without dimensions is a scale for many and may spread."""
+def broadcast_errors(moves: Sequence[Move], infos: Mapping[str, TensorInfo]) -> Iterator[ShapeMismatch]:
+    """Find sent elements that were spread over several engine elements by broadcasting: the loader did not look at
+    shapes. A tensor without dimensions is a scale for many and may spread."""
     seen: set[str] = set()
     for move in moves:
         spread = any(n > 1 and s == 0 for n, s in zip(move.source.shape, move.source.strides, strict=True))
@@ -208,8 +189,10 @@ def broadcasts(moves: Sequence[Move], infos: Mapping[str, TensorInfo]) -> Iterat
         )
 
 
-def uncovered(plan: RankPlan, coverage: Coverage, infos: Sequence[TensorInfo], partial: bool) -> Iterator[BridgeError]:
-    """Duplicate and missing writes as errors; in a partial plan what nothing reaches is not missing."""
+def coverage_errors(
+    plan: RankPlan, coverage: Coverage, infos: Sequence[TensorInfo], partial: bool
+) -> Iterator[BridgeError]:
+    """Report duplicate and missing writes; in a partial plan, elements that nothing reaches are not missing."""
     if coverage.overlaps:
         yield _overlap(plan, coverage)
     if partial or not coverage.holes:
@@ -226,15 +209,11 @@ def uncovered(plan: RankPlan, coverage: Coverage, infos: Sequence[TensorInfo], p
             where=f"{', '.join(names)} -> {path}",
             expected=f"all {target.numel} elements of {path} {list(target.shape)} {target.dtype} written",
             got=f"{missing} elements that no sent tensor reaches; {len(coverage.holes)} parameters are incomplete",
-            remedy=_advice(target.buffer),
+            remedy="named_parameters() omits persistent buffers: bind the model (b.bind(model)) so that they travel too"
+            if target.buffer
+            else "send it, or pass partial=True when a subset is meant",
             names=names + tuple(n for n in every if n not in names),
         )
-
-
-def _advice(buffer: bool) -> str:
-    if buffer:
-        return "named_parameters() omits persistent buffers: bind the model (b.bind(model)) so that they travel too"
-    return "send it, or pass partial=True when a subset is meant"
 
 
 def _overlap(plan: RankPlan, coverage: Coverage) -> DuplicateTensor:
@@ -251,8 +230,8 @@ def _overlap(plan: RankPlan, coverage: Coverage) -> DuplicateTensor:
 
 
 def likely_names(plan: RankPlan, path: str, sent: set[str]) -> tuple[str, ...]:
-    """Names that would probably fill the holes of a target: what fills the same place of a complete sibling, with the
-    segments changed in which the two paths differ. The target's own path when there is no sibling."""
+    """Guess names that would fill the holes of a target: the names that fill the same place of a complete sibling, with
+    the segment changed in which the two paths differ. The target's own path when there is no sibling."""
     holes = _hole_spans(plan, path)
     numel = {t.path: t.numel for t in plan.targets}
     mine = path.split(".")
@@ -262,30 +241,20 @@ def likely_names(plan: RankPlan, path: str, sent: set[str]) -> tuple[str, ...]:
         differs = [k for k in range(len(mine)) if k < len(theirs) and mine[k] != theirs[k]]
         if move.target == path or len(theirs) != len(mine) or len(differs) != 1:
             continue
-        at, reach = _span(move, numel[move.target])
-        if not any(low <= at + 1e-9 and at + reach <= high + 1e-9 for low, high in holes):
+        size = max(numel[move.target], 1)
+        at, end = move.dest.offset / size, (move.dest.offset + move.dest.numel) / size
+        segments, old = move.tensor.split("."), theirs[differs[0]]
+        fits = any(low <= at + 1e-9 and end <= high + 1e-9 for low, high in holes)
+        if not fits or segments.count(old) != 1:
             continue
-        name = _translate(move.tensor, theirs[differs[0]], mine[differs[0]])
-        if name is not None and name not in sent:
+        name = ".".join(mine[differs[0]] if segment == old else segment for segment in segments)
+        if name not in sent:
             guesses[name] = guesses.get(name, 0) + 1
     return tuple(sorted(guesses, key=lambda name: (-guesses[name], name))[:MISSING_SHOWN]) or (path,)
 
 
-def _translate(name: str, old: str, new: str) -> str | None:
-    segments = name.split(".")
-    places = [k for k, segment in enumerate(segments) if segment == old]
-    if len(places) != 1:
-        return None
-    segments[places[0]] = new
-    return ".".join(segments)
-
-
-def _span(move: Move, numel: int) -> tuple[float, float]:
-    """Where in its target a move begins, and how much of it, as fractions."""
-    return move.dest.offset / max(numel, 1), move.dest.numel / max(numel, 1)
-
-
 def _hole_spans(plan: RankPlan, path: str) -> list[tuple[float, float]]:
+    """List the stretches of a target that nothing writes, as fractions of it."""
     numel = next(t.numel for t in plan.targets if t.path == path)
     dests = [m.dest for m in plan.moves if m.target == path] + [f.dest for f in plan.fills if f.target == path]
     runs = sorted((int(a), int(b)) for dest in dests for a, b in runs_of(dest))

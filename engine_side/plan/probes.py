@@ -1,7 +1,7 @@
-"""Call one module on a few rows and judge its output against the weights it should hold.
+"""Call one module on a few rows and compare its output with that of the weights it should hold.
 
-What a module takes (rows or ids) and what reference describes it (a matrix product, a table look-up, or only a twin of
-itself) is found by trying, on a twin with known weights.
+Trying on a twin with known weights shows which inputs a module takes (rows or ids), and which reference describes it (a
+matrix product, a table look-up, or only a twin of the module).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from engine_side.live import storage_layout
+from engine_side.plan.experiment_errors import is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import RankHost
 
@@ -32,10 +33,13 @@ themselves."""
 
 @dataclass(frozen=True)
 class Probe:
-    """How to call a module and what to expect.
+    """One way to call a module, with the output to expect.
 
-    kind: "rows" of `size` features in `dtype`, or "ids" from `start` on, `size` of them. form: "linear" (x W^T + b),
-    "turned" (x W + b), "rows" (W[ids]) or "twin" (a twin's own output). `weight`, `bias` name canonical parameters.
+    Attributes:
+        kind: "rows" of `size` features in `dtype`, or "ids" from `start` on, `size` of them.
+        count: rows in the batch.
+        form: "linear" (x W^T + b), "turned" (x W + b), "rows" (W[ids]) or "twin" (a twin's own output).
+        weight, bias: names of canonical parameters.
     """
 
     kind: str
@@ -48,7 +52,7 @@ class Probe:
     bias: str = ""
 
     def inputs(self, device: torch.device, seed: int = 0) -> torch.Tensor:
-        """[count, size] rows, the last of them zero so that a bias shows alone; or [n] ids, first and last included."""
+        """Make [count, size] rows, the last one zero so that a bias shows alone; or [n] ids, both ends included."""
         if self.kind == "ids":
             n = min(self.size, MAX_IDS)
             steps = torch.linspace(0, self.size - 1, n, dtype=torch.float64).round().to(torch.int64)
@@ -61,11 +65,13 @@ class Probe:
     def reference(
         self, x: torch.Tensor, values: Mapping[str, torch.Tensor], blocks: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, tolerance per element) from canonical weights. Not for "twin". `blocks`, where given, are the weight
-        in blocks of rows, one below the other.
+        """Compute (output, tolerance per element) from canonical weights. Not for "twin".
 
-        A row of the weight that is another's, or a bias left out, is many tolerances away: rounding grows with the root
-        of the reduction length, such an error with the size of the output itself.
+        A wrong row of the weight, or a missing bias, is many tolerances away: rounding grows with the root of the
+        reduction length, such an error with the size of the output itself.
+
+        Args:
+            blocks: the weight in blocks of rows, one below the other; taken from `values` when empty.
         """
         if self.form == "rows":
             found = values[self.weight][x - self.start].double()
@@ -93,8 +99,11 @@ class Probe:
 
 
 def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Does this processor multiply matrices of `dtype` as they are, and add up in fp32? Then a product is as exact as
-    an output of `dtype` can be, at the price of reading the weights once. A GPU may add up in less."""
+    """True when this processor multiplies matrices of `dtype` as they are and accumulates in fp32.
+
+    Then a product is as exact as an output of `dtype` can be, at the price of reading the weights once. A GPU may
+    accumulate in less.
+    """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return dtype is torch.bfloat16 and device.type == "cpu" and supported is not None and bool(supported())
 
@@ -102,8 +111,11 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 def _native_product(
     x: torch.Tensor, blocks: Sequence[torch.Tensor], lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x W^T, norm of each row of W) in the dtype of `lengths`, the root mean square of each row of x. The norms are
-    estimated by the outputs themselves: those of random rows spread as the norms do, and a tolerance needs no more."""
+    """Compute (x W^T, norm of each row of W) in the dtype of `lengths`, the root mean square of each row of x.
+
+    The norms are estimated from the outputs: outputs of random rows spread as the norms do, and a tolerance needs no
+    more.
+    """
     parts = [x @ block.t() for block in blocks]
     out = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(lengths.dtype)
     shown = (lengths > 0).to(lengths.dtype)
@@ -113,7 +125,7 @@ def _native_product(
 
 
 def _wide_product(rows: torch.Tensor, blocks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x W^T, norm of each row of W) in the dtype of `rows`, a cacheful of W at a time through one buffer."""
+    """Compute (x W^T, norm of each row of W) in the dtype of `rows`, a cacheful of W at a time through one buffer."""
     found = [_widened(rows, block, rows.dtype) for block in blocks]
     return torch.cat([out for out, _ in found], dim=1), torch.cat([norms for _, norms in found])
 
@@ -136,36 +148,46 @@ def _widened(rows: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> tup
 
 
 def twin_tolerance(reference: torch.Tensor) -> torch.Tensor:
-    """Per element: the same code on the same values may differ by rounding in another order, or by what becomes of
-    subnormals, no more. Values that are not finite say nothing about the others."""
+    """Compute the tolerance per element between two runs of the same code on the same values.
+
+    They may differ by the order of rounding and by the treatment of subnormals. Values that are not finite do not
+    widen the tolerance of the others.
+    """
     reference = _real(reference)
     wide = reference.double().nan_to_num(0.0, 0.0, 0.0)
     rounding = 4 * _eps(reference.dtype, reference.device) * (wide.abs() + wide.square().mean().sqrt())
     return rounding + _SUMMED * _tiny(reference.dtype)
 
 
-def call(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """The module's output on `x`, or None where it cannot be called so."""
+def call_module(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Call a module on `x`; None where it cannot be called so. Raises what the engine raises when memory runs out."""
     try:
         with torch.no_grad():
             y = host.apply(module, x)
-    except LOADER_ERRORS:
+    except LOADER_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         return None
     return y.detach().clone() if isinstance(y, torch.Tensor) and y.numel() else None
 
 
-def find(
+def find_probes(
     host: RankHost, module: nn.Module, values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]
 ) -> tuple[Probe, ...]:
-    """The ways to call `module`, which holds canonical `values` by name: by ids, by rows, or both (a table that is also
-    a head, which may keep one copy of its weight for each). `first_row` maps names to (first global row, number of
-    sent rows) on this rank. Empty when no input is accepted."""
+    """Find the ways to call `module`: by ids, by rows, or both; empty when it accepts neither.
+
+    A table that is also a head takes both, and may keep one copy of its weight for each.
+
+    Args:
+        values: the canonical values that the module holds, by name.
+        first_row: name -> (first global row, number of sent rows) on this rank.
+    """
     found: dict[str, Probe] = {}
     for probe in _candidates(values, first_row):
         if probe.kind in found:
             continue
         x = probe.inputs(next(iter(values.values())).device)
-        y = call(host, module, x)
+        y = call_module(host, module, x)
         if y is not None:
             found[probe.kind] = _with_form(probe, x, y, values)
     return tuple(found.values())
@@ -191,7 +213,7 @@ def _candidates(values: Mapping[str, torch.Tensor], first_row: Mapping[str, tupl
 
 
 def _with_form(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str, torch.Tensor]) -> Probe:
-    """The simplest reference that describes what the module did with `x`."""
+    """Give a probe the simplest reference that describes the module's output `y` on `x`."""
     matrices = [name for name, value in values.items() if value.dim() == 2 and value.is_floating_point()]
     vectors = [name for name, value in values.items() if value.dim() == 1 and value.is_floating_point()]
     forms = ("rows",) if probe.kind == "ids" else ("linear", "turned")
@@ -199,22 +221,24 @@ def _with_form(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[s
         for form in forms:
             for bias in ("",) if form == "rows" else ("", *vectors):
                 tried = replace(probe, form=form, weight=weight, bias=bias)
-                if matches(tried, x, y, values) is None:
+                if mismatch(tried, x, y, values) is None:
                     return tried
     return probe
 
 
-def matches(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str, torch.Tensor]) -> str | None:
-    """None when `y` is what `values` give, else how far off it is."""
+def mismatch(probe: Probe, x: torch.Tensor, y: torch.Tensor, values: Mapping[str, torch.Tensor]) -> str | None:
+    """Say how far `y` is off the output that `values` give; None when it is within tolerance."""
     try:
         want, limit = probe.reference(x, values)
     except (RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         return str(error)
     return deviation(y, want, limit)
 
 
 def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str | None:
-    """None when |y - want| <= limit everywhere, else a text that says where it is worst."""
+    """Say where |y - want| exceeds the limit most; None when it does so nowhere."""
     if y.shape != want.shape:
         return f"output of shape {tuple(y.shape)} instead of {tuple(want.shape)}"
     if y.is_complex() != want.is_complex():
@@ -238,12 +262,12 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as pairs of numbers."""
+    """View a complex tensor as pairs of numbers."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def state_deviation(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> str | None:
-    """None when tensors by name are what the same code made of the same values, else which one is not."""
+    """Say which tensor differs from the one that the same code made of the same values; None when none does."""
     for name, made in want.items():
         held = have.get(name)
         if held is None:
@@ -255,7 +279,7 @@ def state_deviation(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.T
 
 
 def random_values(shapes: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Values of about unit variance, different for each seed: experiments tell versions apart by them."""
+    """Make values of about unit variance, different for each seed, by which experiments tell versions apart."""
     out = [torch.empty_like(like) for like in shapes]
     for k, value in enumerate(out):
         tile_into(value, random_tile(value, (seed, k)))
@@ -263,7 +287,7 @@ def random_values(shapes: Sequence[torch.Tensor], seed: int) -> list[torch.Tenso
 
 
 def random_tile(like: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
-    """Flat values of about unit variance for `tile_into`. A byte of randomness per element tells versions apart."""
+    """Make flat values of about unit variance for `tile_into`, from one random byte per element."""
     generator, numel = np.random.default_rng(seed), min(like.numel(), PERIOD)
     if not like.is_floating_point():
         high = 2 if like.dtype is torch.bool else 100
@@ -282,10 +306,10 @@ def tile_into(tensor: torch.Tensor, tile: torch.Tensor) -> None:
 
 
 def is_tiled(tensor: torch.Tensor, tile: torch.Tensor) -> bool:
-    """Does a dense tensor of the tile's dtype hold, bit for bit, what `tile_into` writes?"""
+    """True when a dense tensor of the tile's dtype holds, bit for bit, the values that `tile_into` writes."""
     flat = storage_layout.flat(tensor)
     return all(
-        torch.equal(storage_layout.bits(part), storage_layout.bits(tile[: len(part)]))
+        storage_layout.same_bits(part, tile[: len(part)])
         for part in (flat[start : start + len(tile)] for start in range(0, len(flat), max(len(tile), 1)))
     )
 
@@ -297,5 +321,5 @@ def _eps(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _tiny(dtype: torch.dtype) -> float:
-    """Below this, kernels may put zero for a value. Narrower exponents are widened before anything is computed."""
+    """The magnitude below which kernels may flush a value to zero; narrower exponents are widened before computing."""
     return min(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny) if dtype.is_floating_point else 0.0

@@ -1,10 +1,10 @@
-"""One strategy per module, found by experiment on twins.
+"""Find one strategy per module, by experiments on twins.
 
 A module is *in place* when its storage after post-load is canonical and its output follows what is written there;
 *permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *twin* when it has to
 run on a fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin).
-Nothing is looked up by class or name: the storage is read back after post-load of known values, and what a strategy
-wrote must show in the module's output as it does in a freshly loaded twin.
+Nothing is looked up by class or name: the storage is read back after post-load of known values, and the values that a
+strategy wrote must show in the module's output as they do in a freshly loaded twin.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import ConfigError
 from bridge.model.regions import Move, Region, dense
 from engine_side.live import storage_layout
-from engine_side.live.forward_caches import Kept, came_with_use, state_of
-from engine_side.live.inplace import held
+from engine_side.live.forward_caches import ForwardCaches, names_set, tensors_set_since
+from engine_side.live.inplace import find_tensor
 from engine_side.live.storage_layout import Stored
 from engine_side.plan import probes
-from engine_side.plan.bake import Baked, Place, bind
+from engine_side.plan.bake import Baked, TargetPlace, bind
+from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.probes import Probe
-from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, tensor_of
+from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, require_tensor
 from engine_side.protocol import RankHost
 
 
 class Strategy(StrEnum):
+    """The ways to bring new weights into a module, see the head of this file."""
+
     IN_PLACE = "in place"
     PERMUTED = "permuted"
     REDO = "redo"
@@ -51,13 +54,15 @@ _LADDER = {
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What is done for one module.
+class ModuleStrategy:
+    """The strategy found for one module.
 
     Attributes:
+        cls: class name of the live module.
+        reason: why this strategy, for people.
         stored: name -> how that canonical tensor lies in the module after post-load.
         probes: the ways to call the module; none when it cannot be called alone.
-        kept: attributes that its first call fills with what it made of its weights.
+        kept: attributes that its first call fills with tensors computed from its weights: forward caches.
         direct: values are written straight into the live storage (in place, permuted).
     """
 
@@ -71,7 +76,7 @@ class Choice:
 
     @property
     def probe(self) -> Probe | None:
-        """The first of them."""
+        """The first way to call the module."""
         return self.probes[0] if self.probes else None
 
     @property
@@ -80,10 +85,17 @@ class Choice:
 
 
 @dataclass
-class Decided:
-    """Choices by module path, in the skeleton's order, with the live modules and clusters they stand on."""
+class StrategyTable:
+    """The strategies of a plan by module path, with the live modules and clusters to which they apply.
 
-    choices: dict[str, Choice]
+    Attributes:
+        choices: in the skeleton's order.
+        alike: path -> the clusters for which the same experiment was made.
+        derived: modules without weights that have a post-load step.
+        native: path -> why the module can only be filled by the engine's own loader.
+    """
+
+    choices: dict[str, ModuleStrategy]
     clusters: dict[str, Cluster]
     alike: dict[str, tuple[Cluster, ...]]
     live: dict[str, nn.Module]
@@ -92,29 +104,28 @@ class Decided:
     native: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
-        """Modules per strategy."""
-        return dict(self._counts)
-
-    @cached_property
-    def _counts(self) -> Counter[str]:
-        return Counter(choice.strategy.value for choice in self.choices.values())
+        """Count the modules per strategy."""
+        return dict(Counter([choice.strategy.value for choice in self.choices.values()]))
 
 
-def decide(host: RankHost, baked: Baked) -> Decided:
-    """Find the strategy of every module of a plan. Once per plan; twins of one cluster at a time in memory.
+def decide(host: RankHost, baked: Baked) -> StrategyTable:
+    """Find the strategy of every module of a plan. Once per plan; twins of one cluster at a time in memory. Blocks.
 
-    Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, or when no strategy
-    serves a module; both name the class.
+    Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, when no strategy
+    serves a module, or when the engine's code fails in an experiment; OutOfMemory. All name module and class.
     """
-    template = host.skeleton()
+    with experiment_step("building a skeleton", type(host.model).__name__):
+        template = host.skeleton()
     groups = _groups(template, baked, _clusters(template, baked))
     paths = [path for group in groups for cluster in group for path in cluster.paths]
     live = bind(template, host.model, paths)
     twins = TwinSource(host, template)
-    decided = Decided({}, {}, {}, live, (), twins)
-    found: dict[str, Choice] = {}
+    decided = StrategyTable({}, {}, {}, live, (), twins)
+    found: dict[str, ModuleStrategy] = {}
     for group in groups:
-        chosen = _Experiment(host, baked, group, live, twins).run()
+        path = group[0].paths[0]
+        with experiment_step("looking for a strategy", f"{path} ({type(live[path]).__name__})", group[0].nbytes):
+            chosen = _Experiment(host, baked, group, live, twins).run()
         alike = tuple(group)
         for cluster in group:
             for path, choice in zip(cluster.paths, chosen, strict=True):
@@ -126,54 +137,48 @@ def decide(host: RankHost, baked: Baked) -> Decided:
     order = [path for path in baked.targets.of_module() if path in found]
     decided.choices = {path: found[path] for path in order}
     decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
-    decided.derived = _derived(host, found.keys() | _holders(baked))
+    with experiment_step("looking for modules with derived state", type(host.model).__name__):
+        holders = {path for path, places in baked.targets.of_module().items()
+                   if any(place.target not in baked.unloaded for place in places)}  # fmt: skip
+        decided.derived = _derived(host, found.keys() | holders)
     return decided
 
 
 def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
-    """Modules of the plan, joined where they hold the same target."""
+    """Group the modules of the plan that hold the same target, in the skeleton's order."""
     wanted = {t.path for t in baked.plan.targets}
     modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
-    holders: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
+    holder: dict[str, str] = {}
     for path, places in modules.items():
+        group = groups[path] = [path]
         for place in places:
-            holders.setdefault(place.target, []).append(path)
-    out: list[Cluster] = []
-    done: set[str] = set()
+            other = groups[holder.setdefault(place.target, path)]
+            if other is not group:
+                group.extend(other)
+                groups.update(dict.fromkeys(other, group))
     order = {path: k for k, path in enumerate(modules)}
-    for path in modules:
-        if path in done:
-            continue
-        members, todo = {path}, [path]
-        while todo:
-            for place in modules[todo.pop()]:
-                fresh = [p for p in holders[place.target] if p not in members]
-                members.update(fresh)
-                todo.extend(fresh)
-        done |= members
-        out.append(_cluster(template, tuple(sorted(members, key=order.__getitem__)), modules))
-    return out
+    distinct = {id(group): sorted(group, key=order.__getitem__) for group in groups.values()}
+    return [_cluster(template, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
 
 
-def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[Place]]) -> Cluster:
+def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
     targets: dict[str, int] = {}
     roles: list[Role] = []
     places: list[dict[str, int]] = []
     for path in paths:
-        names: dict[str, int] = {}
+        places.append({})
         for place in modules[path]:
-            name, target = place.name, place.target
-            if target not in targets:
-                tensor = tensor_of(template.get_submodule(path), name)
-                targets[target] = len(roles)
+            if place.target not in targets:
+                tensor = require_tensor(template.get_submodule(path), place.name)
+                targets[place.target] = len(roles)
                 roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
-            names[name] = targets[target]
-        places.append(names)
+            places[-1][place.name] = targets[place.target]
     return Cluster(paths, tuple(targets), tuple(roles), tuple(places))
 
 
 def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> list[list[Cluster]]:
-    """Clusters that are alike in everything an experiment could see; one of them is tried for all."""
+    """Group clusters that are alike in everything an experiment could see; one of them is tried for all."""
     moves: dict[str, list[Move]] = {}
     for move in baked.plan.moves:
         moves.setdefault(move.target, []).append(move)
@@ -188,23 +193,22 @@ def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> l
 
 
 def _marks(module: nn.Module) -> object:
-    """Class, flags and numbers of a module and of the objects that hang on it. Strings are names of places."""
-    own: list[tuple[object, ...]] = [(type(module),)]
+    """Collect class, flags and numbers of a module and of the objects in its attributes. Strings only name places."""
+    owners: list[tuple[str, object]] = [("", module)]
     for name, value in module.__dict__.items():
-        own.extend(_mark(name, value))
         if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type)):
-            own.append((name, type(value)))
-            for key, item in vars(value).items():
-                own.extend(_mark(f"{name}.{key}", item))
-    return frozenset(own)
-
-
-def _mark(name: str, value: object) -> list[tuple[object, ...]]:
-    return [(name, type(value), value)] if isinstance(value, (bool, int, float, torch.dtype, type(None))) else []
+            owners.append((name, value))
+    plain = (bool, int, float, torch.dtype, type(None))
+    return frozenset(
+        (owner, type(holder), name, type(value), value)
+        for owner, holder in owners
+        for name, value in (("", None), *vars(holder).items())
+        if isinstance(value, plain)
+    )
 
 
 class _Experiment:
-    """All experiments on one group of clusters."""
+    """The experiments on one group of alike clusters."""
 
     def __init__(
         self,
@@ -220,8 +224,8 @@ class _Experiment:
         self.probes: list[tuple[Probe, ...]] = []
         self.kept: list[frozenset[str]] = [frozenset() for _ in self.cluster.paths]
 
-    def run(self) -> list[Choice]:
-        """One choice per module of the cluster. Raises ConfigError when no strategy serves."""
+    def run(self) -> list[ModuleStrategy]:
+        """Choose a strategy for each module of the cluster. Raises ConfigError when none serves."""
         native = [self.baked.plan.native.get(path, "") for path in self.cluster.paths]
         stored, plain = self._stored()
         if plain is not None and not any(native) and self._follows_as_is(plain):
@@ -230,12 +234,12 @@ class _Experiment:
             self.twins.retire(plain)
         old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
         fresh = self._loaded(new)
-        unused = [state_of(module) for module in fresh.modules]
+        unused = [names_set(module) for module in fresh.modules]
         self.probes = [
-            probes.find(self.host, module, self._named(k, new), self._first_rows(k))
+            probes.find_probes(self.host, module, self._named(k, new), self._first_rows(k))
             for k, module in enumerate(fresh.modules)
         ]
-        self.kept = [came_with_use(module, unused[k]) for k, module in enumerate(fresh.modules)]
+        self.kept = [tensors_set_since(module, unused[k]) for k, module in enumerate(fresh.modules)]
         want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
         self.twins.retire(fresh)
         plans = [Strategy.NATIVE if why else _first(names) for why, names in zip(native, stored, strict=True)]
@@ -247,21 +251,29 @@ class _Experiment:
             for k, why in failed.items():
                 higher = _LADDER[plans[k]]
                 if higher is None:
-                    raise self._no_strategy(k, why)
+                    path = self.cluster.paths[k]
+                    raise ConfigError(
+                        "no strategy can update this module",
+                        where=f"{path} ({type(self.live[path]).__name__})",
+                        expected="an output that follows the weights after they are written or post-load is run again",
+                        got=why,
+                        remedy="report the class; this engine has to be restarted for new weights",
+                        names=(path,),
+                    )
                 reasons[k] = f"{plans[k].value}: {why}"
                 plans[k] = higher
         return [self._choice(k, plans[k], reasons[k], stored[k]) for k in range(len(plans))]
 
     @cached_property
     def blank(self) -> list[torch.Tensor]:
-        """A tensor per role, untouched memory."""
+        """A tensor per role, in untouched memory."""
         return [torch.empty_strided(r.shape, r.strides, dtype=r.dtype, device=self.device) for r in self.cluster.roles]
 
     def _follows_as_is(self, twin: Twin) -> bool:
-        """Modules without any step after the load, whose storage is canonical: does their output follow what is written
-        there, as the arithmetic of a known form says? Then nothing else need be tried, and a single twin is enough.
+        """True when the output of modules without a post-load step follows their canonical storage, by a known form.
 
-        The first look comes before the second values are written, so that a copy kept by a first call would show.
+        Then nothing else need be tried, and a single twin is enough. The first call comes before the second values are
+        written, so that a copy kept by a first call would show.
         """
         values = twin.by_role()
         found: list[tuple[Probe, ...]] = []
@@ -272,46 +284,32 @@ class _Experiment:
             for k, module in enumerate(twin.modules):
                 named = self._named(k, values)
                 if version == 1:
-                    ways = probes.find(self.host, module, named, self._first_rows(k))
+                    ways = probes.find_probes(self.host, module, named, self._first_rows(k))
                     if not ways or any(probe.form == "twin" for probe in ways):
                         return False
                     found.append(ways)
                     before.append([])
                 for i, probe in enumerate(found[k]):
                     x = probe.inputs(self.device)
-                    y = probes.call(self.host, module, x)
+                    y = probes.call_module(self.host, module, x)
                     if y is None:
                         return False
                     if version == 1:
                         before[k].append(y)
-                    elif torch.equal(y, before[k][i]) or probes.matches(probe, x, y, named) is not None:
+                    elif torch.equal(y, before[k][i]) or probes.mismatch(probe, x, y, named) is not None:
                         return False
         self.probes = found
         return True
 
-    def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> Choice:
+    def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> ModuleStrategy:
         ways = self.probes[k]
         if not ways:
             reason += "; cannot be called alone, judged by its state"
         cls = type(self.live[self.cluster.paths[k]]).__name__
-        return Choice(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
-
-    def _no_strategy(self, k: int, why: str) -> ConfigError:
-        path = self.cluster.paths[k]
-        return ConfigError(
-            "no strategy can update this module",
-            where=f"{path} ({type(self.live[path]).__name__})",
-            expected="an output that follows the weights after they are written or post-load is run again",
-            got=why,
-            remedy="report the class; this engine has to be restarted for new weights",
-            names=(path,),
-        )
-
-    def _twin(self) -> Twin:
-        return self.twins.take(self.group, self.live)
+        return ModuleStrategy(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
 
     def _loaded(self, values: Sequence[torch.Tensor]) -> Twin:
-        twin = self._twin()
+        twin = self.twins.take(self.group, self.live)
         twin.fill(values)
         twin.post_load(self.host)
         return twin
@@ -320,7 +318,7 @@ class _Experiment:
         return {name: values[role] for name, role in self.cluster.places[k].items()}
 
     def _first_rows(self, k: int) -> dict[str, tuple[int, int]]:
-        """Name -> (global row at which this rank's part of the sent tensor begins, rows of it)."""
+        """Name -> (global row at which this rank's part of the sent tensor begins, number of its rows)."""
         out: dict[str, tuple[int, int]] = {}
         for name, role in self.cluster.places[k].items():
             shape, target = self.cluster.roles[role].shape, self.cluster.targets[role]
@@ -331,11 +329,11 @@ class _Experiment:
         return out
 
     def _observe(self, k: int, module: nn.Module) -> dict[str, torch.Tensor] | None:
-        """What can be seen of a module: its output, or all tensors of its state. None when part of it is closed."""
+        """Collect a module's outputs, or all tensors of its state; None when part of that cannot be looked into."""
         if self.probes[k]:
             outputs: dict[str, torch.Tensor] = {}
             for probe in self.probes[k]:
-                y = probes.call(self.host, module, probe.inputs(self.device))
+                y = probes.call_module(self.host, module, probe.inputs(self.device))
                 if y is None:
                     return None
                 outputs[f"output by {probe.kind}"] = y
@@ -351,7 +349,7 @@ class _Experiment:
         new: Sequence[torch.Tensor],
         want: Sequence[dict[str, torch.Tensor] | None],
     ) -> dict[int, str]:
-        """Module index -> why what the strategy wrote does not show. Native modules are not tried: their loader is."""
+        """Map modules to why the values that their strategy wrote do not show. Native modules are not tried."""
         twin = self._loaded(old)
         before = [self._observe(k, module) for k, module in enumerate(twin.modules)]
         failed: dict[int, str] = {}
@@ -361,6 +359,8 @@ class _Experiment:
             try:
                 self._write(twin, k, strategy, stored[k], new)
             except LOADER_ERRORS as error:
+                if is_out_of_memory(error):
+                    raise
                 failed[k] = f"it raised {type(error).__name__}: {error}"
         for k, module in enumerate(twin.modules):
             if k in failed or plans[k] is Strategy.NATIVE:
@@ -374,50 +374,51 @@ class _Experiment:
     def _write(
         self, twin: Twin, k: int, strategy: Strategy, stored: Mapping[str, Stored], new: Sequence[torch.Tensor]
     ) -> None:
-        """Bring `new` into a post-loaded twin as the loader would into the live module."""
+        """Bring `new` into a post-loaded twin as a load would into the live module."""
         module, values = twin.modules[k], self._named(k, new)
         if strategy in (Strategy.IN_PLACE, Strategy.PERMUTED):
             for name, value in values.items():
-                write_stored(tensor_of(module, name), stored[name], value)
+                live, new_value = stored[name].side_by_side(require_tensor(module, name), value)
+                live.copy_(new_value)
         elif strategy is Strategy.REDO:
             redo(self.host, module, twin.templates[k], values)
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
-        Kept(module, [("", twin.templates[k], module)], {"": self.kept[k]}).drop()
+        ForwardCaches(module, [("", twin.templates[k], module)], {"": self.kept[k]}).clear()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
-        """How each canonical tensor lies in the module after post-load; the twin, where nothing was done to it."""
-        twin = self._twin()
+        """Find the layout of each canonical tensor after post-load; and the twin, where nothing was done to it."""
+        twin = self.twins.take(self.group, self.live)
         values = twin.by_role()
         noise = [_noise(value, k) for k, value in enumerate(values)]
         for value, tile in zip(values, noise, strict=True):
             probes.tile_into(value, tile)
         worked = twin.post_load(self.host)
         out: list[dict[str, Stored]] = []
-        doubtful: set[tuple[int, str]] = set()
+        rearranged: set[tuple[int, str]] = set()
         for k, module in enumerate(twin.modules):
             names: dict[str, Stored] = {}
             for name, role in self.cluster.places[k].items():
-                names[name], settled = _compare_storage(held(module, name), self.cluster.roles[role], noise[role])
-                if not settled:
-                    doubtful.add((k, name))
+                names[name], known = _compare_storage(find_tensor(module, name), self.cluster.roles[role], noise[role])
+                if not known:
+                    rearranged.add((k, name))
             out.append(names)
         if not worked and all(stored.identity for names in out for stored in names.values()):
             return out, twin
         self.twins.retire(twin)
-        if doubtful:
-            for (k, name), found in self._permutations(doubtful).items():
+        if rearranged:
+            for (k, name), found in self._permutations(rearranged).items():
                 now = out[k][name]
                 out[k][name] = replace(now, held=found[0], origin=found[1]) if found else now
         return out, None
 
-    def _permutations(self, doubtful: set[tuple[int, str]]) -> dict[tuple[int, str], tuple[Region, Region] | None]:
+    def _permutations(self, rearranged: set[tuple[int, str]]) -> dict[tuple[int, str], tuple[Region, Region] | None]:
         bases = [storage_layout.exact_base(r.dtype) for r in self.cluster.roles]
         sizes = [blank.numel() for blank in self.blank]
-        role_of = {key: self.cluster.places[key[0]][key[1]] for key in doubtful}
+        role_of = {key: self.cluster.places[key[0]][key[1]] for key in rearranged}
         passes = max(storage_layout.digits_needed(sizes[r], bases[r]) for r in role_of.values())
-        shown: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in doubtful}
+        shown: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in rearranged}
         for digit in range(passes):
             values = [torch.empty_like(blank) for blank in self.blank]
             for r, value in enumerate(values):
@@ -425,27 +426,16 @@ class _Experiment:
                     storage_layout.code(sizes[r], bases[r], digit, value.dtype, value.device)
                 )
             twin = self._loaded(values)
-            for key in doubtful:
-                now = held(twin.modules[key[0]], key[1])
+            for key in rearranged:
+                now = find_tensor(twin.modules[key[0]], key[1])
                 if now is not None:
                     shown[key].append(storage_layout.flat(now).clone())
             self.twins.retire(twin)
-        return {key: storage_layout.affine(shown[key], bases[role_of[key]]) for key in doubtful if shown[key]}
-
-
-def write_stored(live: torch.Tensor, stored: Stored, value: torch.Tensor) -> None:
-    """Write a whole canonical value into a tensor that stores it in place or permuted."""
-    if stored.held is None or stored.origin is None:
-        raise ConfigError("this tensor does not hold its canonical values", got=stored.why)
-    into, source = storage_layout.flat(live), storage_layout.flat(value)
-    at, of = stored.origin, stored.held
-    into.as_strided(at.shape, at.strides, into.storage_offset() + at.offset).copy_(
-        source.as_strided(of.shape, of.strides, source.storage_offset() + of.offset)
-    )
+        return {key: storage_layout.affine(shown[key], bases[role_of[key]]) for key in rearranged if shown[key]}
 
 
 def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """A tile of values of which no other order looks the same; a short tensor gets its own indices."""
+    """Make a tile of values of which no other order looks the same; a short tensor gets its own indices."""
     base = storage_layout.exact_base(like.dtype)
     numel = min(like.numel(), probes.PERIOD)
     if numel <= base:
@@ -456,7 +446,7 @@ def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _compare_storage(now: torch.Tensor | None, role: Role, tile: torch.Tensor) -> tuple[Stored, bool]:
-    """(what is stored, whether that is settled) by comparing the module's tensor with what was filled in."""
+    """Compare a module's tensor with the tile that was filled in: (its layout, False where it may be a permutation)."""
     if now is None:
         return Stored((), (), role.dtype, None, None, "post-load removed it"), True
     now = now.detach()
@@ -493,7 +483,7 @@ def _compare(
     want: dict[str, torch.Tensor] | None,
     strategy: Strategy,
 ) -> str | None:
-    """None when the module shows the new weights, else what is wrong."""
+    """Say what is wrong when a module does not show the new weights; None when it does."""
     if before is None or seen is None or want is None:
         # closed state: only a strategy that builds all of it anew can be trusted
         return None if strategy is Strategy.TWIN else "its state cannot be looked into"
@@ -511,10 +501,10 @@ def _compare(
     return None if moved or not want else "nothing that can be seen depends on its weights"
 
 
-def _check_live(live: nn.Module, choice: Choice) -> None:
-    """The live module must look as its twin did after post-load, or every conclusion about it is void."""
+def _check_live(live: nn.Module, choice: ModuleStrategy) -> None:
+    """Raise ConfigError when a live module does not look as its twin did after post-load: no conclusion would hold."""
     for name, stored in choice.stored.items():
-        now = held(live, name)
+        now = find_tensor(live, name)
         if now is None and not stored.shape and not stored.readable:
             continue
         same = now is not None and now.dtype == stored.dtype and tuple(now.shape) == stored.shape
@@ -531,14 +521,8 @@ def _check_live(live: nn.Module, choice: Choice) -> None:
         )
 
 
-def _holders(baked: Baked) -> set[str]:
-    """Modules that hold weights, in the plan or not; what no checkpoint fills is none."""
-    modules = baked.targets.of_module()
-    return {path for path, places in modules.items() if any(p.target not in baked.unloaded for p in places)}
-
-
 def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ...]:
-    """Modules without weights of their own that still have a post-load step: it derives something from others."""
+    """List modules without weights of their own that have a post-load step: it derives something from others."""
     scratch = host.skeleton()
     out: list[str] = []
     for path, module in scratch.named_modules():
@@ -546,7 +530,9 @@ def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ..
             continue
         try:
             has = host.post_load(module)
-        except (BridgeError, *LOADER_ERRORS):
+        except LOADER_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
             has = True
         if has:
             out.append(path)

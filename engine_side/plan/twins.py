@@ -1,28 +1,32 @@
-"""Twins: modules of a fresh skeleton, given memory, so that experiments and rebuilds never touch the live engine."""
+"""Make twins: modules of a fresh skeleton, given memory, so that experiments and rebuilds spare the live engine."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
+from typing import Any
 from weakref import ReferenceType
 
 import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.live.inplace import Outcome, copy_or_rebind_param, held, reflect, twin_parameter
+from engine_side.live.inplace import Outcome, copy_or_rebind_param, find_tensor, reflect, twin_parameter
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.protocol import RankHost
 
-_INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
+_INTERNAL = frozenset(nn.Module().__dict__)
+"""Attributes of every module: its registries, its hooks and `training`. Nothing writes these on a live module."""
 _DEPTH = 4
-"""How far `reachable` looks into objects, containers and closures."""
+"""Levels of objects, containers and closures that `reachable` looks into."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """One canonical tensor of a cluster."""
+    """The form of one canonical tensor of a cluster."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -31,9 +35,12 @@ class Role:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Modules that share storage (mostly one): experiments see them together.
+    """Modules that share storage (mostly one), which experiments treat together.
 
-    `targets[i]` is the plan's target of role i; `places[m]` maps names of module `paths[m]` to roles.
+    Attributes:
+        paths: paths of the modules.
+        targets, roles: the plan's target of each canonical tensor, and its form.
+        places: for each module, attribute name -> index of its canonical tensor in `roles`.
     """
 
     paths: tuple[str, ...]
@@ -41,15 +48,20 @@ class Cluster:
     roles: tuple[Role, ...]
     places: tuple[Mapping[str, int], ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the canonical tensors."""
+        return sum(math.prod(role.shape) * role.dtype.itemsize for role in self.roles)
+
 
 @dataclass
 class Twin:
-    """The modules of one cluster, with memory."""
+    """The modules of one cluster, with memory of their own; `before` is their state before post-load."""
 
     cluster: Cluster
     modules: list[nn.Module]
     templates: list[nn.Module]
-    before: list[State] = field(default_factory=list)
+    before: list[ModuleState] = field(default_factory=list)
     memory: list[torch.Tensor] = field(default_factory=list)
 
     def fill(self, values: Sequence[torch.Tensor]) -> None:
@@ -57,20 +69,24 @@ class Twin:
         with torch.no_grad():
             for module, names in zip(self.modules, self.cluster.places, strict=True):
                 for name, role in names.items():
-                    tensor_of(module, name).detach().copy_(values[role])
+                    require_tensor(module, name).detach().copy_(values[role])
 
     def by_role(self) -> list[torch.Tensor]:
-        """The tensor of every role, before post-load."""
+        """List the tensor of every role. Before post-load only."""
         found: dict[int, torch.Tensor] = {}
         for module, names in zip(self.modules, self.cluster.places, strict=True):
             for name, role in names.items():
-                found.setdefault(role, tensor_of(module, name).detach())
+                found.setdefault(role, require_tensor(module, name).detach())
         return [found[role] for role in range(len(self.cluster.roles))]
 
     def post_load(self, host: RankHost) -> bool:
-        """The engine's step on every module, in the skeleton's order. False when none of them has one."""
-        self.before = [State.of(module) for module in self.modules]
-        worked = [host.post_load(module) for module in self.modules]
+        """Run the engine's step on every module, in the skeleton's order; False when none of them has one.
+
+        Raises ConfigError, naming the first module, when the step fails; OutOfMemory.
+        """
+        self.before = [ModuleState.of(module) for module in self.modules]
+        with experiment_step("running post-load on a twin", self.cluster.paths[0], self.cluster.nbytes):
+            worked = [host.post_load(module) for module in self.modules]
         return any(worked)
 
 
@@ -85,29 +101,34 @@ class TwinSource:
         self._spare: Spare = {}
 
     def take(self, options: Sequence[Cluster], live: Mapping[str, nn.Module]) -> Twin:
-        """A fresh twin of any one of `options` (alike for our purpose); `live` maps module paths to live modules, from
-        which device and derived buffers come."""
+        """Make a fresh twin of any one of `options`, which are alike. Raises OutOfMemory.
+
+        Args:
+            live: module path -> live module, from which device and derived buffers come.
+        """
         choice = next((c for c in options if self._used.isdisjoint(c.paths)), None)
         if self._skeleton is None or choice is None:
-            self._skeleton, self._used, choice = self.host.skeleton(), set(), options[0]
+            with experiment_step("building a skeleton", type(self.template).__name__):
+                self._skeleton, self._used, choice = self.host.skeleton(), set(), options[0]
         self._used.update(choice.paths)
         modules = [self._skeleton.get_submodule(path) for path in choice.paths]
         templates = [self.template.get_submodule(path) for path in choice.paths]
         made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
         memory: list[torch.Tensor] = []
-        for path, module in zip(choice.paths, modules, strict=True):
-            materialise(module, live[path], made, self._spare, memory)
+        with experiment_step("building a twin", choice.paths[0], choice.nbytes):
+            for path, module in zip(choice.paths, modules, strict=True):
+                materialise(module, live[path], made, self._spare, memory)
         return Twin(choice, modules, templates, memory=memory)
 
     def retire(self, twin: Twin) -> None:
-        """Nobody will look at this twin again: the next ones may have its memory, which spares them fresh pages."""
+        """Hand the memory of a twin that is no longer used to the next ones, which spares them fresh pages."""
         for data in twin.memory:
-            self._spare.setdefault(_kind(data), []).append(data)
+            self._spare.setdefault((data.shape, data.stride(), data.dtype, data.device), []).append(data)
         twin.memory = []
 
     @property
     def skeleton(self) -> nn.Module:
-        """The skeleton that the last twin came from."""
+        """The skeleton from which the last twin was taken."""
         if self._skeleton is None:
             raise ConfigError("no twin was taken yet")
         return self._skeleton
@@ -118,13 +139,9 @@ class TwinSource:
         self._spare.clear()
 
 
-Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-Spare = dict[Kind, list[torch.Tensor]]
+MemoryFormat = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+Spare = dict[MemoryFormat, list[torch.Tensor]]
 """Memory by what it can be: shape, strides, dtype, device."""
-
-
-def _kind(tensor: torch.Tensor) -> Kind:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def materialise(
@@ -134,9 +151,15 @@ def materialise(
     spare: Spare,
     memory: list[torch.Tensor],
 ) -> None:
-    """Give a meta module's own parameters and buffers memory on the live module's device (from `spare` where it fits;
-    all of it is noted in `memory`), keeping class, attributes and ties (`made`). Non-persistent buffers take the live
-    values: no checkpoint holds them."""
+    """Give a meta module's own parameters and buffers memory on the live module's device.
+
+    Class, attributes and ties are kept. Non-persistent buffers take the live values: no checkpoint holds them.
+
+    Args:
+        made: tensors made so far, by storage and view: ties among several modules.
+        spare: memory to use where it fits.
+        memory: receives all memory that is used.
+    """
     device = device_of(live)
     swap: dict[int, torch.Tensor] = {}
     for registry in (module._parameters, module._buffers):
@@ -161,7 +184,7 @@ def materialise(
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a live module's tensors are; cpu for one that has none left."""
+    """Find the device of a live module's tensors; cpu for a module that has none left."""
     for registry in (module._parameters, module._buffers):
         for tensor in registry.values():
             if tensor is not None and tensor.device.type != "meta":
@@ -169,9 +192,9 @@ def device_of(module: nn.Module) -> torch.device:
     return next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
 
 
-def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
-    """As `held`. Raises ConfigError when the module has no such tensor."""
-    found = held(module, name)
+def require_tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """Find a tensor as `find_tensor` does. Raises ConfigError when the module has no such tensor."""
+    found = find_tensor(module, name)
     if found is None:
         raise ConfigError("a module lost a parameter", where=f"{type(module).__name__}.{name}")
     return found
@@ -181,42 +204,38 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class State:
-    """What hangs on a module outside its registries: (owner attribute or "", name) -> value, one object deep."""
+class ModuleState:
+    """The attributes of a module outside its registries: (owner attribute or "", name) -> value, one object deep."""
 
-    entries: Mapping[tuple[str, str], object]
+    entries: Mapping[tuple[str, str], Any]
 
     @classmethod
-    def of(cls, module: nn.Module) -> State:
-        entries: dict[tuple[str, str], object] = {}
+    def of(cls, module: nn.Module) -> ModuleState:
+        entries: dict[tuple[str, str], Any] = {}
         for name, value in module.__dict__.items():
             if name in _INTERNAL:
                 continue
             entries["", name] = value
-            if _plain_object(value):
+            foreign = (nn.Module, torch.Tensor, type, FunctionType, MethodType, partial)
+            if hasattr(value, "__dict__") and not isinstance(value, foreign):
                 entries.update({(name, key): item for key, item in vars(value).items()})
         return cls(entries)
-
-
-def _plain_object(value: object) -> bool:
-    foreign = (nn.Module, torch.Tensor, type, FunctionType, MethodType, partial)
-    return hasattr(value, "__dict__") and not isinstance(value, foreign)
 
 
 def redo(
     host: RankHost, module: nn.Module, template: nn.Module, values: Mapping[str, torch.Tensor]
 ) -> dict[str, Outcome]:
-    """Put canonical values back on a module that was post-loaded, run its post-load again, and bring the results into
-    the storages that were there before. A value that already *is* the module's storage is left where it is.
+    """Run a module's post-load again on canonical values, and bring the results into the storages that were there.
 
-    Name -> what happened to it. If the step raises, the former objects are back in place, with undefined values.
+    A value that already *is* the module's storage is left where it is. Returns the outcome by name. When the step
+    raises, the former objects are back in place, with undefined values.
     """
     former = {name: tensor for registry in (module._parameters, module._buffers) for name, tensor in registry.items()}
     try:
         for name, value in values.items():
-            now = held(module, name)
+            now = find_tensor(module, name)
             if now is None or now.data_ptr() != value.data_ptr() or now.shape != value.shape:
-                _register(module, name, twin_parameter(tensor_of(template, name), value, (template, module)))
+                _register(module, name, twin_parameter(require_tensor(template, name), value, (template, module)))
         host.post_load(module)
     except BaseException:
         for name, tensor in former.items():
@@ -224,7 +243,7 @@ def redo(
         raise
     outcomes: dict[str, Outcome] = {}
     for name, old in former.items():
-        new = held(module, name)
+        new = find_tensor(module, name)
         if new is None or new is old:
             continue
         if old is not None:
@@ -242,18 +261,19 @@ def _register(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None
     registry[name] = tensor  # type: ignore[assignment]
 
 
-def graft(twin: nn.Module, before: State, live: nn.Module) -> dict[str, Outcome]:
-    """Bring everything that post-load changed on a twin over to the live module: parameters by copy or rebind, other
-    state by reference, tensors among it by copy where one of that shape is there.
+def graft(twin: nn.Module, before: ModuleState, live: nn.Module) -> dict[str, Outcome]:
+    """Bring everything that post-load changed on a twin over to the live module.
 
-    Raises ConfigError when the live module keeps that state in an object of another class.
+    Parameters are copied or rebound; other state goes by reference, tensors in it by copy where one of that shape is
+    there. Returns the outcome by parameter. Raises ConfigError when the live module keeps that state in an object of
+    another class.
     """
     outcomes: dict[str, Outcome] = {}
     for registry in (twin._parameters, twin._buffers):
         for name, tensor in registry.items():
             if tensor is not None:
                 outcomes[name] = copy_or_rebind_param(live, name, tensor, like=tensor)
-    after = State.of(twin).entries
+    after = ModuleState.of(twin).entries
     for owner, name in before.entries.keys() - after.keys():
         _dict_of(live, twin, owner).pop(name, None)
     for (owner, name), value in after.items():
@@ -262,18 +282,15 @@ def graft(twin: nn.Module, before: State, live: nn.Module) -> dict[str, Outcome]
             continue  # came over as a whole object
         into = _dict_of(live, twin, owner)
         there = into.get(name)
-        if isinstance(value, torch.Tensor) and isinstance(there, torch.Tensor) and _same_kind(value, there):
+        forms = [(t.shape, t.dtype, t.device) for t in (value, there) if isinstance(t, torch.Tensor)]
+        if there is not None and len(forms) == 2 and forms[0] == forms[1]:
             there.detach().copy_(value.detach())
         elif fresh:
             into[name] = value
     return outcomes
 
 
-def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-
-
-def _dict_of(live: nn.Module, twin: nn.Module, owner: str) -> dict[str, object]:
+def _dict_of(live: nn.Module, twin: nn.Module, owner: str) -> dict[str, Any]:
     if not owner:
         return live.__dict__
     ours, theirs = live.__dict__.get(owner), twin.__dict__.get(owner)
@@ -283,13 +300,16 @@ def _dict_of(live: nn.Module, twin: nn.Module, owner: str) -> dict[str, object]:
             where=f"{type(live).__name__}.{owner}",
             expected=type(theirs).__name__,
             got=type(ours).__name__,
+            remedy="attach an engine that was started with the configuration of its skeleton",
         )
     return vars(ours)
 
 
 def reachable(module: nn.Module) -> tuple[dict[str, torch.Tensor], bool]:
-    """(path -> tensor of everything the module's own state holds, closures included; whether something could not be
-    looked into). What a module that cannot be called alone is compared by."""
+    """Collect the tensors that a module's own state holds, closures included, to compare modules that cannot be called.
+
+    Returns (path -> tensor, whether something could not be looked into).
+    """
     found: dict[str, torch.Tensor] = {}
     opaque = False
     seen: set[int] = {id(module)}
@@ -338,6 +358,6 @@ def _inside(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _is_empty(value: object) -> bool:
-    """Nothing inside because there is nothing, not because it is closed to us."""
+    """True when an object has nothing inside because it is empty, not because it cannot be looked into."""
     transparent = (FunctionType, MethodType, partial, Mapping, list, tuple, set, frozenset)
     return isinstance(value, transparent) or hasattr(value, "__dict__") or type(value).__module__ == "builtins"

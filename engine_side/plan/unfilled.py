@@ -1,13 +1,13 @@
-"""Which parameters and buffers of an engine no checkpoint fills: constants that its constructor sets, scales of a cache
+"""Find parameters and buffers of an engine that no checkpoint fills: constants of its constructor, scales of a cache
 that is not quantised. A push need not bring them, and they are no weights of the module that holds them.
 
-Asked of the engine's own loader: what the checkpoint that it runs does not reach, or, where that is not at hand, the
-buffers that the loader has no name for.
+The engine's own loader tells: they are the targets that its own checkpoint does not reach, or, where that is not at
+hand, the buffers for which the loader has no name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ _WIRE = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def unloaded(host: RankHost, checkpoint: Path | None) -> frozenset[str]:
-    """Paths of skeleton targets that nothing fills. Costs a trace of the loader or two; once per host."""
+    """Find the paths of skeleton targets that nothing fills. Costs a trace of the loader or two; once per host."""
     if checkpoint is not None and (infos := checkpoint_tensors(checkpoint)):
         try:
             found = bake.trace(host, bake.stand_ins(infos))
@@ -37,7 +37,7 @@ def unloaded(host: RankHost, checkpoint: Path | None) -> frozenset[str]:
 
 
 def checkpoint_tensors(folder: Path) -> tuple[TensorInfo, ...]:
-    """Every tensor of a folder's safetensors that can travel; empty where there are none."""
+    """List the tensors of a folder's safetensors that can travel; empty where there are none."""
     try:
         from safetensors import safe_open
     except ImportError:
@@ -55,27 +55,23 @@ def checkpoint_tensors(folder: Path) -> tuple[TensorInfo, ...]:
 
 
 def _nameless(host: RankHost) -> Iterator[str]:
-    """Buffers that the loader does not take under their own path. One of each kind (class of the module, name) is
-    offered for all."""
+    """Find buffers that the loader does not take under their own path.
+
+    One of each (class of the module, name) is tried for all.
+    """
     skeleton = host.skeleton()
-    targets = bake.collect(skeleton, bake.live_storages(host.model))
+    targets = bake.collect_targets(skeleton, bake.live_storages(host.model))
     kinds: dict[tuple[type, str], list[str]] = {}
     buffers = {target.path for target in targets.targets if target.buffer}
     for place in targets.places:
         if place.target in buffers and place.path == place.target:
             kinds.setdefault((type(skeleton.get_submodule(place.module)), place.name), []).append(place.path)
     for paths in kinds.values():
-        if not _takes(host, paths[0], targets.tensors[paths[0]]):
+        path, like = paths[0], targets.tensors[paths[0]]
+        try:
+            found = bake.trace(host, {path: torch.empty(like.shape, dtype=like.dtype, device="meta")})
+        except LoaderRaised:
             yield from paths
-
-
-def _takes(host: RankHost, path: str, like: torch.Tensor) -> bool:
-    try:
-        found = bake.trace(host, {path: torch.empty(like.shape, dtype=like.dtype, device="meta")})
-    except LoaderRaised:
-        return False
-    return any(path == target for target in _touched(found))
-
-
-def _touched(found: bake.Trace) -> Iterable[str]:
-    return {move.target for move in found.moves}.union(found.tainted)
+        else:
+            if path not in {move.target for move in found.moves} | found.tainted.keys():
+                yield from paths

@@ -1,5 +1,8 @@
-"""What a module without weights of its own has computed from those below or beside it (an attention layer's absorbed
-projections): built anew on a fresh skeleton from the arena's weights, and compared with what the live module holds."""
+"""Verify derived state: tensors that a module without weights has computed from the weights below or beside it.
+
+Such as the absorbed projections of an attention layer. The state is built anew, on a fresh skeleton from the arena's
+weights, and compared with that of the live module.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,35 @@ from torch import nn
 
 from engine_side.load.loader import Loader
 from engine_side.plan import probes
+from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.strategies import Choice, Strategy
-from engine_side.plan.twins import materialise, reachable, tensor_of
+from engine_side.plan.strategies import ModuleStrategy, Strategy
+from engine_side.plan.twins import materialise, reachable, require_tensor
 
 
 class DerivedState:
-    """Over one mapped Loader; knows which of its derived modules can be built alone, and from what."""
+    """The derived modules of one mapped Loader; knows which of them can be built alone, and from which modules."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._from = {path: self._below(path) for path, _ in loader.derived}
-        """Path -> the modules whose weights are given to it; empty where it is not looked at."""
+        """Path -> the modules whose weights it is built from; empty where it is not checked."""
         self._below_known = frozenset(path for path, choices in self._from.items() if choices)
         self._tried = set(self._below_known)
         for path in self._from.keys() - self._tried:
-            # It may hold what it derives from where no module tree shows it. Whether it does is seen at the first look.
+            # It may hold its sources where no module tree shows them; the first check shows whether it does.
             self._from[path] = self._known_to_fill(loader.sources_of[path])
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The modules that are looked at."""
+        """Paths of the modules that are checked."""
         return tuple(path for path, choices in self._from.items() if choices)
 
     def wrong(self, slot: int) -> Iterator[tuple[str, str, str]]:
-        """(path, class, why) of every derived module that does not hold what the arena's weights give. Builds a
-        skeleton, another one where two derive from the same weights, and gives memory to what they are made from."""
+        """Yield (path, class, why) of every derived module whose state does not follow from the arena's weights.
+
+        Builds a skeleton, and another one where two modules derive from the same weights.
+        """
         if not self.paths:
             return
         skeleton, used = self._loader.host.skeleton(), set[str]()
@@ -46,7 +52,8 @@ class DerivedState:
             if not used.isdisjoint(sources):  # they have been through their post-load step
                 skeleton, used = self._loader.host.skeleton(), set()
             used |= sources
-            made = self._made(skeleton, path, live, slot)
+            with experiment_step("building derived state on a skeleton", f"{path} ({type(live).__name__})"):
+                made = self._made(skeleton, path, live, slot)
             if not made:
                 self._forget_its_like(path, live)
                 continue
@@ -56,11 +63,11 @@ class DerivedState:
                 yield path, type(live).__name__, why
 
     def _made(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
-        """What the step makes of the arena's weights; nothing where it cannot be told in this way."""
+        """Run the step on the arena's weights and return the tensors that it makes; none where that cannot be done."""
         try:
             return self._build(skeleton, path, live, slot)
-        except LOADER_ERRORS:
-            if path in self._tried:
+        except LOADER_ERRORS as error:
+            if path in self._tried or is_out_of_memory(error):
                 raise
             return {}
 
@@ -72,7 +79,7 @@ class DerivedState:
                 source = skeleton.get_submodule(choice.path)
                 materialise(source, self._loader.decided.live[choice.path], {}, {}, [])
                 for name, value in self._loader.canonical.values(choice, slot).items():
-                    tensor_of(source, name).detach().copy_(value)
+                    require_tensor(source, name).detach().copy_(value)
             for choice in self._from[path]:
                 host.post_load(skeleton.get_submodule(choice.path))
             before = reachable(module)[0]
@@ -84,24 +91,27 @@ class DerivedState:
         }
         if path in self._below_known:
             return made
-        # what was there before may as well be a constant, of which a skeleton knows nothing
+        # a tensor that was there before may as well be a constant, of which a skeleton knows nothing
         return {name: tensor for name, tensor in made.items() if name not in before}
 
     def _forget_its_like(self, path: str, live: nn.Module) -> None:
-        """What one module of a kind does not keep, none does: many engines have a step that only sets flags in every
-        layer, and building all around each of them would cost as much as the load."""
+        """Stop checking modules of a class of which one keeps nothing.
+
+        Many engines have a step that only sets flags in every layer, and building all around each of them would cost as
+        much as the load.
+        """
         if path in self._tried:
             return
         for other, module in self._loader.derived:
             if other not in self._tried and type(module) is type(live):
                 self._from[other] = ()
 
-    def _below(self, path: str) -> tuple[Choice, ...]:
+    def _below(self, path: str) -> tuple[ModuleStrategy, ...]:
         template = self._loader.decided.twins.template
         inside = {id(m) for m in template.get_submodule(path).modules()}
         return self._known_to_fill(p for p in self._loader.decided.choices if id(template.get_submodule(p)) in inside)
 
-    def _known_to_fill(self, paths: Iterable[str]) -> tuple[Choice, ...]:
-        """The choices of these modules; none where one of them can only be filled by the engine's loader."""
+    def _known_to_fill(self, paths: Iterable[str]) -> tuple[ModuleStrategy, ...]:
+        """The strategies of these modules; none where one of them can only be filled by the engine's loader."""
         found = tuple(self._loader.decided.choices[path] for path in paths)
         return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found

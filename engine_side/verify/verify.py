@@ -1,4 +1,4 @@
-"""Is the live model the version in the arena? One function per level, each on its own, none of which writes weights.
+"""Verify that the live model is the version in the arena. One method per level; none of them writes weights.
 
     coverage    every engine element is written exactly once by this plan
     attributes  parameters are the same objects in the same place, with the same attributes and aliases
@@ -14,41 +14,45 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
 from bridge.model.receipt import Failure, LevelResult
 from bridge.model.regions import dest_coverage
 from bridge.shm.memcpy import uncollected
-from engine_side.live.inplace import AttributeSnapshot, diff
-from engine_side.live.storage_layout import bits
-from engine_side.load.copies import Chunk, Pair, chunks, differing, first_difference, run_all, same_bits
+from engine_side.live.inplace import diff, find_tensor
+from engine_side.live.module_tree import Replaced
+from engine_side.live.storage_layout import same_bits
+from engine_side.load.copies import Comparison, CopyPair, comparisons, run_all
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
+from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.probes import Probe
-from engine_side.plan.strategies import Choice
+from engine_side.plan.strategies import ModuleStrategy
 from engine_side.plan.twins import device_of, reachable
 from engine_side.verify.derived_state import DerivedState
 
 SHOWN = 16
-"""Failures listed per level; `got` of the last says how many more there are."""
+"""Failures listed per level; the note says how many more there are."""
 
 
 class Verifier:
-    """The levels of one mapped Loader. Holds what one push leaves for the next: proven plan digests, whether every
-    module was probed once since the plan was made."""
+    """The levels of one mapped Loader.
+
+    Remembers from push to push: plan digests whose coverage is proven, whether every module was probed once since the
+    plan was made, and the work lists of comparisons.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
         self._covered: dict[bytes, LevelResult] = {}
         self._probed = False
-        self._chunks: dict[int, tuple[object, list[list[Chunk]]]] = {}
-        self._pairs: dict[int, tuple[object, object, list[tuple[Pair, Pair]]]] = {}
+        self._comparisons: dict[int, tuple[object, list[Comparison]]] = {}
+        self._both: dict[int, tuple[object, object, list[tuple[CopyPair, CopyPair]]]] = {}
         self._packed = [choice for choice in loader.decided.choices.values() if not choice.direct]
         self._derived = DerivedState(loader)
         self._proven: set[str] = set()
-        """Modules whose output was weighed in this run: it is the new version's, so it cannot be the former's."""
+        """Modules whose output passed its probe in this run: it is the new version's, so it cannot be the former's."""
         self._inputs: dict[tuple[Probe, torch.device], torch.Tensor] = {}
         self._products: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -61,19 +65,22 @@ class Verifier:
         previous: int | None = None,
         changed: Collection[int] | None = None,
     ) -> tuple[LevelResult, ...]:
-        """The named levels of this rank against `slot`, in order; levels that are not this rank's are left out.
+        """Run the named levels of this rank against `slot`, in order; other levels are left out.
 
-        `outcome` is the load that went before (None: a check without one), `previous` the slot of the version before
-        and `changed` the manifest indices whose bits differ between the two (None: unknown, all are looked at).
+        Args:
+            outcome: the load that went before; None for a check without one.
+            previous: slot of the version before; None leaves "change" out.
+            changed: manifest indices whose bits differ between the two; None when unknown, then all are compared.
         """
         out: list[LevelResult] = []
         self._proven.clear()
         if "coverage" in levels:
             out.append(self.coverage())
+        replaced = self.loader.replaced() if "attributes" in levels or "read-back" in levels else []
         if "attributes" in levels:
-            out.append(self.attributes(outcome))
+            out.append(self.attributes(outcome, replaced))
         if "read-back" in levels:
-            out.append(self.read_back(slot))
+            out.append(self.read_back(slot, replaced))
         if "probe" in levels:
             out.append(self.probe(slot, every=not self._probed))
             self._probed |= out[-1].ok
@@ -83,24 +90,26 @@ class Verifier:
         return tuple(out)
 
     def only_skipped(self, levels: Iterable[LevelResult], changed: Collection[int] | None) -> bool:
-        """Something failed, and nothing that a load of `changed` wrote had a part in it: a fault of the load itself
-        must not be healed in silence."""
-        if changed is None:
+        """True when something failed, and only tensors that a load of `changed` skipped as unchanged.
+
+        Then something else modified them since the last push. A fault of the load itself must not be healed in silence.
+        """
+        bad = [(level.level, failure) for level in levels if not level.ok for failure in level.failures]
+        if changed is None or not bad:
             return False
-        bad = [(level.level, failure.name) for level in levels if not level.ok for failure in level.failures]
-        index = self.loader.mapped.index
-        written = set(changed)
-
-        def skipped(name: str) -> bool:
-            if name in self.loader.decided.choices:
-                return written.isdisjoint(self.loader.feeds(name))
-            tensor = index.get(name.partition(" -> ")[0])
-            return tensor is not None and tensor not in written
-
-        return bool(bad) and all(level in ("read-back", "probe") and skipped(name) for level, name in bad)
+        written, index = set(changed), self.loader.mapped.index
+        for level, failure in bad:
+            if failure.parameter in self.loader.decided.choices and not failure.tensor:
+                skipped = written.isdisjoint(self.loader.feeds(failure.parameter))
+            else:
+                tensor = index.get(failure.tensor or failure.name)
+                skipped = tensor is not None and tensor not in written
+            if level not in ("read-back", "probe") or not skipped:
+                return False
+        return True
 
     def canary_only(self) -> tuple[str, ...]:
-        """Modules that neither read-back nor a probe can judge."""
+        """Modules that neither read-back nor a probe can check."""
         return tuple(
             choice.path
             for choice in self._packed
@@ -110,126 +119,132 @@ class Verifier:
     # ---- levels ------------------------------------------------------------------------------------------------------
 
     def coverage(self) -> LevelResult:
-        """Proven anew for every plan digest, remembered for the same. Raises ConfigError when a module was replaced
-        since the plan was made: then this is no plan of this engine, and nothing may be written by it."""
+        """Prove once per plan digest that every element is written exactly once.
+
+        Raises ConfigError when a module was replaced since the plan was made: then this is no plan of this engine, and
+        nothing may be written by it.
+        """
         self.loader.require_bound()
         plan = self.loader.baked.plan
         key = plan.digest
         if key not in self._covered:
             found = dest_coverage(plan)
-            holes = {} if self.loader.baked.partial else found.holes
             sizes = {t.path: t.numel for t in plan.targets}
-            failures = [
-                Failure(path, f"{sizes[path]} elements written once", f"{n} never written") for path, n in holes.items()
-            ]
-            failures += [
-                Failure(path, f"{sizes[path]} elements written once", f"{n} written more than once")
-                for path, n in found.overlaps.items()
-            ]
+            wrong = [] if self.loader.baked.partial else [(p, f"{n} never written") for p, n in found.holes.items()]
+            wrong += [(path, f"{n} written more than once") for path, n in found.overlaps.items()]
+            failures = [Failure(p, f"{sizes[p]} elements written once", got, parameter=p) for p, got in wrong]
             self._covered[key] = _result("coverage", len(plan.targets), failures)
         return self._covered[key]
 
-    def attributes(self, outcome: LoadOutcome | None = None) -> LevelResult:
-        """Compare with the snapshot taken when the plan was mapped; what `outcome` says was rebound may have moved."""
+    def attributes(self, outcome: LoadOutcome | None = None, replaced: Sequence[Replaced] | None = None) -> LevelResult:
+        """Compare with the snapshot taken when the plan was mapped; storage may have moved where `outcome` says so."""
         before = self.loader.snapshot
-        replaced = self.loader.replaced()
+        replaced = self.loader.replaced() if replaced is None else replaced
         if replaced:
-            failures = [Failure(each.path, each.expected, each.got) for each in replaced]
+            failures = [Failure(each.path, each.expected, each.got, parameter=each.path) for each in replaced]
             return _result("attributes", len(before.entries), failures)
         if before.unchanged():
             return _result("attributes", len(before.entries), [])
-        after = before.retake()
-        allowed = self._live_paths(() if outcome is None else (*outcome.rebound, *outcome.created))
-        found = diff(before, after, allowed)
-        failures = [Failure(d.path, f"{d.what} {d.before}", d.after) for d in found]
+        after, moved = before.retake(), set[int]()
+        for full in () if outcome is None else (*outcome.rebound, *outcome.created):
+            path, _, name = full.rpartition(".")
+            moved.add(id(find_tensor(self.loader.decided.live[path], name)))
+        rows = zip(after.bound.places, after.bound.tensors, strict=True)
+        found = diff(before, after, [path for (path, _, _), tensor in rows if id(tensor) in moved])
         if not found:
             self.loader.snapshot = after
+        failures = [Failure(d.path, f"{d.what} {d.before}", d.after, parameter=d.path) for d in found]
         return _result("attributes", len(before.entries), failures)
 
-    def read_back(self, slot: int) -> LevelResult:
-        """Bit for bit; constants (vocabulary padding) included. What is compared are the tensors that hang in the live
-        tree now; a tensor whose module is no longer there is a failure."""
+    def read_back(self, slot: int, replaced: Sequence[Replaced] | None = None) -> LevelResult:
+        """Compare the tensors that hang in the live tree now, and constants (vocabulary padding), bit for bit.
+
+        A tensor whose module is no longer there is a failure.
+        """
         loader = self.loader
         loader.rebind_if_moved()
         readable = loader.readable_pairs(slot)
-        cached = self._chunks.get(slot)
+        cached = self._comparisons.get(slot)
         if cached is None or cached[0] is not readable:
             pairs = [p for items in readable.values() for p in items]
-            self._chunks[slot] = cached = (readable, chunks(pairs, loader.threads))
-        bad: list[list[Chunk]] = [[] for _ in cached[1]]
-        run_all(loader.pool, [partial(_compare_into, found, work) for found, work in zip(bad, cached[1], strict=True)])
+            self._comparisons[slot] = cached = (readable, comparisons(pairs, loader.threads))
+        run_all(loader.pool, [work.compare for work in cached[1]])
         names = [spec.name for spec in loader.mapped.manifest.tensors]
-        wrong = {id(c.pair): c.pair for found in bad for c in found}
-        failures = self._unread(names)
-        for item in wrong.values():
-            difference = first_difference(item) if len(failures) < SHOWN else None
-            expected, got = ("the arena's bits", "other bits")
-            if difference is not None:
-                at, want, have = difference
-                expected, got = f"{want!r} at element {at} of this part", f"{have!r}"
-            failures.append(Failure(f"{names[item.tensor]} -> {item.target}", expected, got))
-        constants = loader.mapped.direct[slot].constants
+        replaced = loader.replaced() if replaced is None else replaced
+        expected, got = "the module that was attached, in the live tree", "it was replaced"
+        failures = [
+            Failure.between(names[k], choice.path, expected, got)
+            for choice in (loader.modules_below(replaced) if replaced else ())
+            for k in sorted(loader.feeds(choice.path))
+        ]
         failures += [
-            Failure(target, f"{value} in padding", "another value")
-            for target, view, value in constants
+            Failure.between(names[k], path, "a live tensor", "gone")
+            for path, feeds in loader.absent_parameters()
+            for k in sorted(feeds)
+        ]
+        wrong = {id(pair): pair for work in cached[1] for pair in work.differing}
+        for pair in wrong.values():
+            difference = pair.first_difference() if len(failures) < SHOWN else None
+            expected, got = "the arena's bits", "other bits"
+            if difference is not None:
+                expected, got = f"{difference[1]!r} at element {difference[0]} of this part", f"{difference[2]!r}"
+            failures.append(Failure.between(names[pair.tensor], pair.target, expected, got))
+        failures += [
+            Failure(target, f"{value} in padding", "another value", parameter=target)
+            for target, view, value in loader.mapped.direct[slot].constants
             if not bool((view == view.new_full((), value)).all())
         ]
         return _result("read-back", len({p.tensor for items in readable.values() for p in items}), failures)
 
     def probe(self, slot: int, *, every: bool = False) -> LevelResult:
         """Call the modules whose storage does not show their weights (`every`: all that can be called)."""
-        failures: list[Failure] = []
-        lost = {choice.path for choice in self.loader.lost(self.loader.replaced())}
-        wanted = self._packed
+        wanted, failures = self._packed, list[Failure]()
         if every:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
+        if not wanted and not self._derived.paths:
+            return _result("probe", 0, [], "nothing is packed: read-back shows every weight")
+        lost = {choice.path for choice in self.loader.modules_below(self.loader.replaced())}
         with uncollected(), self._remembering():
             for choice in wanted:
-                why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
+                with experiment_step("probing a module", f"{choice.path} ({choice.cls})"):
+                    why = "the module was replaced" if choice.path in lost else self._probe_one(choice, slot)
                 if why is None:
                     self._proven.add(choice.path)
                 else:
-                    failures.append(Failure(choice.path, f"the output of the arena's weights ({choice.cls})", why))
+                    expected = f"the output of the arena's weights ({choice.cls})"
+                    failures.append(Failure(choice.path, expected, why, parameter=choice.path))
             for path, cls, why in self._derived.wrong(slot):
-                failures.append(Failure(path, f"what the arena's weights give ({cls})", why))
-        note = "" if wanted or self._derived.paths else "nothing is packed: read-back shows every weight"
-        return _result("probe", len(wanted) + len(self._derived.paths), failures, note)
+                failures.append(Failure(path, f"the state that the arena's weights give ({cls})", why, parameter=path))
+        return _result("probe", len(wanted) + len(self._derived.paths), failures)
 
     def change(self, slot: int, previous: int, changed: Collection[int] | None = None) -> LevelResult:
-        """What changed in the trainer must not still show the version before."""
-        wanted = set(range(len(self.loader.mapped.manifest.tensors))) if changed is None else set(changed)
-        failures = self._unmoved_storage(slot, previous, wanted)
-        with self._remembering():
-            for choice in self._packed:
-                if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
-                    continue
-                for probe in choice.probes:
-                    why = self._unmoved_output(choice, probe, slot, previous)
-                    if why is not None:
-                        said = f"an output unlike the previous version's ({choice.cls})"
-                        failures.append(Failure(choice.path, said, why))
+        """Check that nothing that changed in the trainer still shows the version before."""
+        names = [spec.name for spec in self.loader.mapped.manifest.tensors]
+        wanted = set(range(len(names))) if changed is None else set(changed)
+        still = self._unmoved_tensors(slot, previous, wanted) if wanted else []
+        expected, got = "bits of the new version", "still those of the version before"
+        failures = [Failure(names[k], expected, got, tensor=names[k]) for k in still]
+        if self._packed:
+            with self._remembering():
+                for choice in self._packed:
+                    if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
+                        continue
+                    for probe in choice.probes:
+                        with experiment_step("comparing with the former version", f"{choice.path} ({choice.cls})"):
+                            why = self._unmoved_output(choice, probe, slot, previous)
+                        if why is not None:
+                            expected = f"an output unlike the previous version's ({choice.cls})"
+                            failures.append(Failure(choice.path, expected, why, parameter=choice.path))
         return _result("change", len(wanted), failures)
-
-    def _unread(self, names: Sequence[str]) -> list[Failure]:
-        """The tensors of modules that were replaced, and the parameters that are gone."""
-        replaced = self.loader.replaced()
-        failures = [
-            Failure(f"{names[k]} -> {choice.path}", "the module that was attached, in the live tree", "it was replaced")
-            for choice in self.loader.lost(replaced)
-            for k in sorted(self.loader.feeds(choice.path))
-        ]
-        return failures + [
-            Failure(f"{names[k]} -> {path}", "a live tensor", "gone")
-            for path, feeds in self.loader.gone()
-            for k in sorted(feeds)
-        ]
 
     # ---- how ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _remembering(self) -> Iterator[None]:
-        """Inside, what one module was judged by serves others too; not longer: the arena holds something else at the
-        next push, also after an error."""
+        """Share inputs, products and twins between modules inside the block.
+
+        Not longer, also after an error: the arena holds something else at the next push.
+        """
         try:
             yield
         finally:
@@ -237,35 +252,26 @@ class Verifier:
             self._inputs.clear()
             self._products.clear()
 
-    def _unmoved_storage(self, slot: int, previous: int, wanted: set[int]) -> list[Failure]:
-        if not wanted:
-            return []
-        names = [spec.name for spec in self.loader.mapped.manifest.tensors]
+    def _unmoved_tensors(self, slot: int, previous: int, wanted: set[int]) -> list[int]:
+        """Manifest indices of tensors that changed in the arena, of which no readable part changed in the engine."""
+        now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
+        cached = self._both.get(slot)
+        if cached is None or cached[0] is not now or cached[1] is not before:
+            both = [pair for path, items in now.items() for pair in zip(items, before[path], strict=True)]
+            self._both[slot] = cached = (now, before, both)
         moved: set[int] = set()
         still: set[int] = set()
-        for new, old in self._both(slot, previous):
+        for new, old in cached[2]:
             tensor = new.tensor
             if tensor in moved or tensor not in wanted:
                 continue
-            if not same_bits(old):
+            if not old.same_bits():
                 moved.add(tensor)
-            elif not torch.equal(_as_live(new.sent, new.live), _as_live(old.sent, old.live)):
+            elif not same_bits(*[pair.sent.to(pair.live).contiguous() for pair in (new, old)]):
                 still.add(tensor)
-        return [
-            Failure(names[k], "bits of the new version", "still those of the version before")
-            for k in sorted(still - moved)
-        ]
+        return sorted(still - moved)
 
-    def _both(self, slot: int, previous: int) -> list[tuple[Pair, Pair]]:
-        """The readable pairs of two slots side by side."""
-        now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
-        cached = self._pairs.get(slot)
-        if cached is None or cached[0] is not now or cached[1] is not before:
-            both = [together for path, items in now.items() for together in zip(items, before[path], strict=True)]
-            self._pairs[slot] = cached = (now, before, both)
-        return cached[2]
-
-    def _unmoved_output(self, choice: Choice, probe: Probe, slot: int, previous: int) -> str | None:
+    def _unmoved_output(self, choice: ModuleStrategy, probe: Probe, slot: int, previous: int) -> str | None:
         seen = self._output(choice, probe)
         new, old = self._reference(choice, probe, slot), self._reference(choice, probe, previous)
         if seen is None or new is None or old is None:
@@ -275,9 +281,13 @@ class Verifier:
         still = probes.deviation(seen, *old) is None
         return "the output is still that of the version before" if still else None
 
-    def _probe_one(self, choice: Choice, slot: int) -> str | None:
+    def _probe_one(self, choice: ModuleStrategy, slot: int) -> str | None:
+        """Why a module does not answer as the arena's weights say, or, where it cannot be called, why its state is not
+        a twin's. State that is closed to us is left to the canary."""
         if not choice.probes:
-            return self._compare_state(choice, slot)
+            here, opaque = reachable(self.loader.decided.live[choice.path])
+            twin, k = self.loader.twin(choice, slot)
+            return None if opaque else probes.state_deviation(here, reachable(twin.modules[k])[0])
         for probe in choice.probes:
             seen, want = self._output(choice, probe), self._reference(choice, probe, slot)
             if seen is None or want is None:
@@ -287,72 +297,33 @@ class Verifier:
                 return why
         return None
 
-    def _output(self, choice: Choice, probe: Probe) -> torch.Tensor | None:
+    def _output(self, choice: ModuleStrategy, probe: Probe) -> torch.Tensor | None:
         module = self.loader.decided.live[choice.path]
-        return probes.call(self.loader.host, module, self._input(probe, choice))
+        return probes.call_module(self.loader.host, module, self._input(probe, choice))
 
-    def _reference(self, choice: Choice, probe: Probe, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _reference(self, choice: ModuleStrategy, probe: Probe, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(output, tolerance) of the arena's weights."""
-        x = self._input(probe, choice)
-        if probe.form != "twin":
-            blocks = self.loader.canonical.blocks(choice, probe.weight, slot) if probe.form == "linear" else ()
-            return self._product(choice, probe, slot, x, blocks)
-        twin, k = self.loader.twin(choice, slot)
-        y = probes.call(self.loader.host, twin.modules[k], x)
-        return None if y is None else (y, probes.twin_tolerance(y))
-
-    def _product(
-        self, choice: Choice, probe: Probe, slot: int, x: torch.Tensor, blocks: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference of a probe that has a form; one for modules that hold the same matrix of the arena alone."""
-        values = self.loader.canonical.values(choice, slot, without=(probe.weight,) if blocks else ())
+        x, canonical = self._input(probe, choice), self.loader.canonical
+        if probe.form == "twin":
+            twin, k = self.loader.twin(choice, slot)
+            y = probes.call_module(self.loader.host, twin.modules[k], x)
+            return None if y is None else (y, probes.twin_tolerance(y))
+        blocks = canonical.blocks(choice, probe.weight, slot) if probe.form == "linear" else ()
+        values = canonical.values(choice, slot, without=(probe.weight,) if blocks else ())
         if values or not blocks:
             return probe.reference(x, values, blocks)
+        # one product for all modules that hold the same matrix of the arena and nothing else
         key = (probe, x.device, tuple((block.data_ptr(), block.shape, block.stride()) for block in blocks))
         if key not in self._products:
             self._products[key] = probe.reference(x, values, blocks)
         return self._products[key]
 
-    def _input(self, probe: Probe, choice: Choice) -> torch.Tensor:
-        """What a probe feeds in, made once for all modules that are alike."""
-        key = (probe, self._device(choice))
+    def _input(self, probe: Probe, choice: ModuleStrategy) -> torch.Tensor:
+        """The rows or ids of a probe, made once for all modules that are alike."""
+        key = (probe, device_of(self.loader.decided.live[choice.path]))
         if key not in self._inputs:
             self._inputs[key] = probe.inputs(key[1])
         return self._inputs[key]
-
-    def _compare_state(self, choice: Choice, slot: int) -> str | None:
-        """A module that cannot be called: everything it holds against a twin's. Closed state is the canary's."""
-        here, opaque = reachable(self.loader.decided.live[choice.path])
-        twin, k = self.loader.twin(choice, slot)
-        there, _ = reachable(twin.modules[k])
-        return None if opaque else probes.state_deviation(here, there)
-
-    def _device(self, choice: Choice) -> torch.device:
-        return device_of(self.loader.decided.live[choice.path])
-
-    def _live_paths(self, names: Iterable[str]) -> set[str]:
-        """ "module.name" in skeleton paths -> the paths under which the live model shows the same modules."""
-        by_id: dict[int, list[str]] = {}
-        for path, module in self.loader.host.model.named_modules(remove_duplicate=False):
-            by_id.setdefault(id(module), []).append(path)
-        out: set[str] = set()
-        for full in names:
-            module_path, _, name = full.rpartition(".")
-            live = self.loader.decided.live[module_path]
-            out.update(f"{path}.{name}" if path else name for path in by_id.get(id(live), ()))
-        return out | _aliases(self.loader.snapshot, out)
-
-
-def _compare_into(found: list[Chunk], work: Sequence[Chunk]) -> None:
-    found.extend(differing(work))
-
-
-def _aliases(snapshot: AttributeSnapshot, paths: Iterable[str]) -> set[str]:
-    return {alias for path in paths if path in snapshot.entries for alias in snapshot.entries[path].aliases}
-
-
-def _as_live(sent: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    return bits(sent.to(device=live.device, dtype=live.dtype).contiguous())
 
 
 def _result(level: str, checked: int, failures: Sequence[Failure], note: str = "") -> LevelResult:

@@ -1,8 +1,8 @@
-"""One rank's way from the arena into an adapter slot of its engine, and back out of it for the proof.
+"""Load one LoRA from the arena into a slot of this rank's engine, and read it back for the proof.
 
-An adapter goes beside the weights under a name that was never used before, so nothing that is served changes until it
-is published; what does not pass is dropped. The engine itself says where it put A and B (`LoraView`), and what lies
-there is compared with the arena bit for bit, the slot's padding with zero.
+A LoRA goes beside the weights under a name that was never used before, so nothing that is served changes until it is
+published; one that does not pass is dropped. The engine itself says where it put A and B (`LoraView`); these views are
+compared with the arena bit for bit, and the slot's padding with zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bridge.model import lora_format
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Failure, LevelResult, RankReport
 from bridge.protocol.rank_jobs import RankBake
-from engine_side.live.storage_layout import bits
+from engine_side.live.storage_layout import same_bits
 from engine_side.protocol import LoraView, RankHost
 
 SHOWN = 16
@@ -26,7 +26,7 @@ SHOWN = 16
 
 
 class LoraLoader:
-    """A planned adapter of one rank. Blocks; no collectives of its own.
+    """A planned LoRA of one rank. Blocks; no collectives of its own.
 
     Raises, before anything is written, UnsupportedLora (no module at all, no LoRA in this engine, rank too large),
     UnexpectedTensor (modules that the engine lacks), ShapeMismatch.
@@ -49,7 +49,7 @@ class LoraLoader:
         self._slots: list[Sequence[torch.Tensor]] = []
 
     def rank_bake(self) -> RankBake:
-        """The plan in summary; tensors that lie on no part of this rank are unread."""
+        """Summarise the plan; tensors that lie on no part of this rank are unread."""
         names = [info.name for info in self._tensors]
         digest = xxhash.xxh3_128_digest("\n".join(f"{n} {self.dtypes.get(n)}" for n in names).encode())
         unread = tuple(name for name in names if name not in self.dtypes)
@@ -64,26 +64,29 @@ class LoraLoader:
         self._slots, self._manifest = [], None
 
     def load(self, slot: int, name: str, levels: Collection[str], previous: int | None) -> RankReport:
-        """Write the slot's adapter under `name` and run the levels. Raises what the engine's loader raises."""
+        """Write the slot's LoRA under `name` and run the levels. Raises what the engine's loader raises."""
         started = time.perf_counter()
-        tensors = self._of(slot)
+        tensors = self._tensors_of(slot)
         self.host.load_lora(name, {n: tensors[n] for n in self.dtypes}, self.spec)
         loaded_at = time.perf_counter()
         found = self.verify(slot, name, levels)
         if "change" in levels and previous is not None:
-            found = (*found, self._change(slot, previous))
-        written = sum(t.numel() * t.element_size() for n, t in tensors.items() if n in self.dtypes)
+            # bits were read back; the open question is whether the trainer's changed at all
+            before = self._tensors_of(previous)
+            same = all(same_bits(tensor, before[n]) for n, tensor in tensors.items())
+            note = "the trainer's adapter did not change" if same else ""
+            found = (*found, LevelResult("change", True, len(tensors), note=note))
         return RankReport(
             rank=self.host.rank,
             levels=found,
             strategies={"adapter": len(self.pairs)},
-            written=written,
+            written=sum(t.numel() * t.element_size() for n, t in tensors.items() if n in self.dtypes),
             load_s=loaded_at - started,
             verify_s=time.perf_counter() - loaded_at,
         )
 
     def verify(self, slot: int, name: str | None, levels: Collection[str]) -> tuple[LevelResult, ...]:
-        """The levels of this rank. Without a `name` nothing is loaded yet, and coverage weighs the plan alone."""
+        """Run the levels of this rank. Without a `name` nothing is loaded yet, and coverage checks the plan alone."""
         out: list[LevelResult] = []
         views = () if name is None else tuple(self.host.lora_views(name))
         if "coverage" in levels or name is not None:
@@ -93,7 +96,7 @@ class LoraLoader:
         return tuple(out)
 
     def explain(self, name: str) -> tuple[dict[str, str], ...]:
-        """Which module a tensor goes to, and how it is kept there."""
+        """Describe to which module a tensor goes, and in which dtype its slot keeps it."""
         if name not in self.dtypes:
             return ()
         parts = lora_format.split(name)
@@ -103,33 +106,28 @@ class LoraLoader:
     # ---- levels ------------------------------------------------------------------------------------------------------
 
     def _coverage(self, views: Sequence[LoraView] | None) -> LevelResult:
-        """Every module of the adapter is bound: before the load by the plan, after it by what lies in the slots."""
+        """Check that every module of the LoRA is bound: by the plan before the load, by the slots after it."""
         bound = set(self.dtypes) if views is None else {view.name for view in views if view.live.numel()}
         missing = [n for pair in self.pairs for n in (pair.a.name, pair.b.name) if n in self.dtypes and n not in bound]
-        failures = tuple(Failure(n, "bound in the engine", "nowhere") for n in missing[:SHOWN])
+        failures = tuple(Failure(n, "bound in the engine", "nowhere", tensor=n) for n in missing[:SHOWN])
         note = f"{len(self.pairs)} modules bound" if not missing else ""
         return LevelResult("coverage", not missing and bool(bound), len(self.pairs), failures, note)
 
     def _read_back(self, slot: int, views: Sequence[LoraView]) -> LevelResult:
-        tensors = self._of(slot)
-        failures: list[Failure] = []
+        tensors = self._tensors_of(slot)
+        wrong: list[tuple[str, str, str]] = []
         for view in views:
             wanted = tensors[view.name][view.index].to(view.live.dtype)
             if wanted.shape != view.live.shape:
-                failures.append(Failure(view.name, str(list(wanted.shape)), f"a slot of {list(view.live.shape)}"))
-            elif not torch.equal(bits(view.live.contiguous()), bits(wanted.contiguous().to(view.live.device))):
-                failures.append(Failure(view.name, "the arena's bits", "others in the engine's slot"))
+                wrong.append((view.name, str(list(wanted.shape)), f"a slot of {list(view.live.shape)}"))
+            elif not same_bits(view.live.contiguous(), wanted.contiguous().to(view.live.device)):
+                wrong.append((view.name, "the arena's bits", "others in the engine's slot"))
             if any(bool(pad.count_nonzero()) for pad in view.padding):
-                failures.append(Failure(view.name, "zeros around it in the slot", "other values"))
-        return LevelResult("read-back", not failures, len(views), tuple(failures[:SHOWN]))
+                wrong.append((view.name, "zeros around it in the slot", "other values"))
+        failures = tuple(Failure(name, expected, got, tensor=name) for name, expected, got in wrong[:SHOWN])
+        return LevelResult("read-back", not wrong, len(views), failures)
 
-    def _change(self, slot: int, previous: int) -> LevelResult:
-        """Bits were read back; what is left to say is whether the trainer's changed at all."""
-        now, before = self._of(slot), self._of(previous)
-        same = all(torch.equal(bits(t), bits(before[n])) for n, t in now.items())
-        return LevelResult("change", True, len(now), note="the trainer's adapter did not change" if same else "")
-
-    def _of(self, slot: int) -> dict[str, torch.Tensor]:
+    def _tensors_of(self, slot: int) -> dict[str, torch.Tensor]:
         if self._manifest is None:
             raise ProtocolError("this plan is not mapped onto an arena yet")
         return {spec.name: t for spec, t in zip(self._manifest.tensors, self._slots[slot], strict=True)}

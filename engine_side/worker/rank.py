@@ -43,7 +43,7 @@ from bridge.protocol.rank_jobs import (
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
 from engine_side.live.inplace import AttributeSnapshot
-from engine_side.load.arena_views import Lender
+from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import RankHost
@@ -180,7 +180,7 @@ class Rank:
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
         planned.arena = arena
         if isinstance(planned.loader, Loader):
-            planned.loader.map(job.manifest, slots, Lender.of(arena))
+            planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
             planned.verifier = Verifier(planned.loader)
         else:
             planned.loader.map(job.manifest, slots)
@@ -228,21 +228,19 @@ class Rank:
         )
 
     def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
-        """Compute prompt log-probabilities.
-
-        The first forward after a load recomputes the forward caches that the load dropped. Where that fails, alike in
-        every rank, they were no caches: they are put back, and the forward is tried again.
-        """
-        loaders = [p.loader for p in self._plans.values() if isinstance(p.loader, Loader)]
+        """Run a forward without the forward caches; where it fails (in every rank alike), once more with them."""
+        caches = [p.loader.caches for p in self._plans.values() if isinstance(p.loader, Loader)]
+        for each in caches:
+            each.clear(unproven=True)
         try:
             scores = self.host.prompt_logprobs(job.prompts, job.lora)
-        except LOADER_ERRORS:
-            again = [loader.used(well=False) for loader in loaders]
-            if not any(again):
+        except BaseException as error:  # whatever it was, the model must not stay without them
+            restored = [each.restore() for each in caches]
+            if not any(restored) or not isinstance(error, LOADER_ERRORS):
                 raise
             scores = self.host.prompt_logprobs(job.prompts, job.lora)
-        for loader in loaders:
-            loader.used(well=True)
+        for each in caches:
+            each.confirm()
         return scores
 
     def _verify(self, job: VerifyJob) -> RankReport:

@@ -149,7 +149,7 @@ def test_a_meta_parameter_gets_storage_under_the_same_object() -> None:
 
 
 def changes(module: nn.Module, act: object, allowed: tuple[str, ...] = ()) -> set[tuple[str, str]]:
-    before = AttributeSnapshot.take(module)
+    before = AttributeSnapshot(module)
     act(module)  # type: ignore[operator]
     assert before.unchanged() == (not diff(before, before.retake()))
     return {(d.path, d.what) for d in diff(before, before.retake(), allowed)}

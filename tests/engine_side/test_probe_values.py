@@ -33,20 +33,20 @@ def test_a_kernel_may_flush_subnormals(name: str) -> None:
     held = values()
     held[name].view(-1)[:300] = 9.18e-40
     kernel = {key: flushed(value) for key, value in held.items()}
-    assert probes.matches(LINEAR, LINEAR.inputs(CPU), flushed(output(kernel)), held) is None
+    assert probes.mismatch(LINEAR, LINEAR.inputs(CPU), flushed(output(kernel)), held) is None
     everything = {"weight": torch.full((40, 96), 9.18e-40, dtype=torch.bfloat16), "bias": held["bias"] * 0}
-    assert probes.matches(LINEAR, LINEAR.inputs(CPU), torch.zeros(8, 40, dtype=torch.bfloat16), everything) is None
+    assert probes.mismatch(LINEAR, LINEAR.inputs(CPU), torch.zeros(8, 40, dtype=torch.bfloat16), everything) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_flushing_makes_nobody_blind(dtype: torch.dtype) -> None:
     held, x = values(dtype), LINEAR.inputs(CPU).to(dtype)
     y = torch.nn.functional.linear(x, held["weight"], held["bias"])
-    assert probes.matches(LINEAR, x, y, held) is None
-    assert probes.matches(LINEAR, x, torch.nn.functional.linear(x, held["weight"]), held) is not None
+    assert probes.mismatch(LINEAR, x, y, held) is None
+    assert probes.mismatch(LINEAR, x, torch.nn.functional.linear(x, held["weight"]), held) is not None
     swapped = held["weight"].clone()
     swapped[[3, 4]] = swapped[[4, 3]]
-    assert probes.matches(LINEAR, x, torch.nn.functional.linear(x, swapped, held["bias"]), held) is not None
+    assert probes.mismatch(LINEAR, x, torch.nn.functional.linear(x, swapped, held["bias"]), held) is not None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -54,10 +54,10 @@ def test_flushing_makes_nobody_blind(dtype: torch.dtype) -> None:
 def test_values_that_are_not_finite_agree_with_themselves_alone(name: str, value: float) -> None:
     held = values()
     held[name].view(-1)[7] = value
-    assert probes.matches(LINEAR, LINEAR.inputs(CPU), output(held), held) is None
+    assert probes.mismatch(LINEAR, LINEAR.inputs(CPU), output(held), held) is None
     other = {**held, "bias": held["bias"].roll(1)}
-    assert probes.matches(LINEAR, LINEAR.inputs(CPU), output(other), held) is not None
-    assert probes.matches(LINEAR, LINEAR.inputs(CPU), output(values()), held) is not None
+    assert probes.mismatch(LINEAR, LINEAR.inputs(CPU), output(other), held) is not None
+    assert probes.mismatch(LINEAR, LINEAR.inputs(CPU), output(values()), held) is not None
 
 
 def test_a_twin_with_nan_judges_the_other_outputs() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.live import storage_layout
+from engine_side.load.loader import Loader
 from engine_side.plan.bake import bake
 from engine_side.plan.strategies import Strategy, decide
 from engine_side.plan.twins import TwinSource
@@ -193,3 +194,24 @@ def test_planning_is_linear_in_alike_modules() -> None:
     host = toy.ToyHost(layers=3)
     found = decide(host, bake(host, host.infos).check())
     assert found.alike["layers.0.qkv"] is found.alike["layers.2.qkv"]
+
+
+class SettingMode(toy.Latched):
+    """Post-load puts the layer into the mode that it finds right, as some engines' do."""
+
+    def post(self, layer: Any) -> None:
+        layer.eval()
+        super().post(layer)
+
+
+def test_a_graft_leaves_the_mode_of_a_live_module_alone() -> None:
+    host = toy.ToyHost(method=SettingMode)
+    host.model.train()  # whoever owns the model has put it into training mode since
+    loader = Loader(host, host.infos)
+    try:
+        loader.map(*toy.arena(host.infos, 1))
+        assert loader.decided.choices["layers.0.qkv"].strategy is Strategy.TWIN
+        loader.apply(0)
+        assert all(module.training for module in host.model.modules())
+    finally:
+        loader.close()

@@ -80,7 +80,7 @@ def test_a_dropped_name_fires_coverage() -> None:
         loader.baked = replace(loader.baked, plan=drop(loader.baked.plan, "layers.0.k.weight"))
         assert fired(verifier, 0) == {"coverage"}
         (failure,) = only(verifier.run(["coverage"], 0)).failures
-        assert failure.name == "layers.0.qkv.weight"
+        assert failure.name == failure.parameter == "layers.0.qkv.weight"
         assert "128" in failure.got
 
 
@@ -103,7 +103,7 @@ def test_swapped_shards_fire_read_back(method: Any) -> None:
         loader._compile(0)
         assert weight is host.model.layers[0].qkv.weight
         assert fired(verifier, 0) == {"read-back"}
-        names = {f.name.split(" ")[0] for f in only(verifier.run(["read-back"], 0)).failures}
+        names = {f.tensor for f in only(verifier.run(["read-back"], 0)).failures}
         assert names == {"layers.0.k.weight", "layers.0.v.weight"}
 
 
@@ -118,6 +118,7 @@ def test_one_bit_fires_read_back(value: float) -> None:
         assert fired(verifier, 0) == {"read-back"}
         (failure,) = only(verifier.run(["read-back"], 0)).failures
         assert failure.name == "layers.1.norm.weight -> layers.1.norm.weight"
+        assert (failure.tensor, failure.parameter) == ("layers.1.norm.weight", "layers.1.norm.weight")
         assert "0.0 at element 3" in failure.expected
         sent[3] = float("nan")
         loader.apply(0)
@@ -282,14 +283,14 @@ def test_the_tolerance_catches_swapped_rows_and_a_dropped_bias(dtype: torch.dtyp
     probe = Probe("rows", size, 8, dtype, form="linear", weight="w", bias="b")
     x = probe.inputs(torch.device("cpu"))
     values = {"w": weight, "b": bias}
-    assert probes.matches(probe, x, nn.functional.linear(x, weight, bias), values) is None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, weight, bias), values) is None
     wrong = weight.clone()
     wrong[[3, 4]] = wrong[[4, 3]]
-    assert probes.matches(probe, x, nn.functional.linear(x, wrong, bias), values) is not None
-    assert probes.matches(probe, x, nn.functional.linear(x, weight), values) is not None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, wrong, bias), values) is not None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, weight), values) is not None
     column = weight.clone()
     column[:, 5] = -column[:, 5]
-    assert probes.matches(probe, x, nn.functional.linear(x, column, bias), values) is not None
+    assert probes.mismatch(probe, x, nn.functional.linear(x, column, bias), values) is not None
 
 
 def test_a_product_in_the_weights_own_dtype_judges_like_a_wider_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import engine_side.load.loader
 from bridge.model.regions import Move
 from bridge.protocol.coordinator_messages import SubmitRequest
 from engine_side.engines.embedded import EmbeddedRankHost
-from engine_side.load.copies import Batch
+from engine_side.load.copies import CopyBatch
 from engine_side.load.loader import Loader, LoadOutcome
 from tests.push.rig import Rig
 
@@ -186,7 +186,7 @@ class Breaker:
             finally:
                 self._loading = False
 
-        def counted_copy(batch: Batch) -> None:
+        def counted_copy(batch: CopyBatch) -> None:
             for into, out_of, nbytes in batch.runs:
                 self.tick()
                 ctypes.memmove(into, out_of, nbytes)
@@ -201,7 +201,7 @@ class Breaker:
             return out
 
         patch.setattr(Loader, "apply", counted_apply)
-        patch.setattr(Batch, "copy", counted_copy)
+        patch.setattr(CopyBatch, "copy", counted_copy)
         patch.setattr(Loader, "_rebuild_one", counted_rebuild)
 
     def tick(self) -> None:

@@ -143,6 +143,33 @@ def test_looking_at_a_copy_changes_nothing(attach: Attach) -> None:
     assert all(module.training for module in live.modules())
 
 
+def test_the_mode_of_a_live_module_is_never_written(attach: Attach) -> None:
+    """Not even for the time of a probe: another thread may be running the model."""
+    modes: list[nn.Module] = []
+
+    class Watched:
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "training":
+                modes.append(self)  # type: ignore[arg-type]
+            super().__setattr__(name, value)
+
+    class Linear(Watched, nn.Linear):
+        pass
+
+    class Norm(Watched, nn.BatchNorm1d):
+        pass
+
+    def make() -> nn.Module:
+        return nn.ModuleList([Linear(6, 6), Norm(6)]).train()
+
+    model, live = make(), make()
+    b = attach(live, model)
+    modes.clear()
+    b.push(model.named_parameters())
+    b.push(model.named_parameters(), verify=["read-back", "probe"])
+    assert not [module for module in modes if any(module is own for own in (*live.modules(), *model.modules()))]
+
+
 def test_without_a_bound_model_the_missing_buffers_are_named(attach: Attach) -> None:
     model, live = Zoo(), Zoo()
     before = {name: t.clone() for name, t in live.state_dict().items()}

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 from torch import nn
 
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.twins import State
+from engine_side.plan.twins import ModuleState
 
 _STEP = "post_load_weights"
 _WHOLE = ("",)
@@ -60,20 +60,20 @@ class Derived:
 
 def _holders(root: nn.Module) -> tuple[str, ...]:
     """Paths of the modules that the step leaves something in; the whole model where a skeleton cannot show it."""
-    before = {path: State.of(module).entries for path, module in root.named_modules()}
+    before = {path: ModuleState.of(module).entries for path, module in root.named_modules()}
     try:
         getattr(root, _STEP)()
     except LOADER_ERRORS:
         return _WHOLE
     found = []
     for path, module in root.named_modules():
-        after = State.of(module).entries
+        after = ModuleState.of(module).entries
         if after.keys() != before[path].keys() or any(after[key] is not before[path][key] for key in after):
             found.append(path)
     for path in found:  # a skeleton is as before the step
         own = {name: value for (owner, name), value in before[path].items() if not owner}
         state = root.get_submodule(path).__dict__
-        for name in [name for owner, name in State.of(root.get_submodule(path)).entries if not owner]:
+        for name in [name for owner, name in ModuleState.of(root.get_submodule(path)).entries if not owner]:
             if name in own:
                 state[name] = own[name]
             else:

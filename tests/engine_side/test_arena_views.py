@@ -1,4 +1,4 @@
-"""Post-load steps on lent memory, in a real arena: whatever they do with it, no later version shows through."""
+"""Post-load steps on the arena's own memory: whatever they do with it, no later version shows through."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from bridge.errors import OutOfMemory
 from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import lay_out
 from bridge.shm.arena import Arena
-from engine_side.load import arena_views as lending
-from engine_side.load.arena_views import Lender
+from engine_side.load import arena_views
+from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
@@ -88,16 +89,16 @@ class Raising(toy.Packed):
 
 
 @contextmanager
-def lent(method: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[toy.ToyHost, Loader, Arena]]:
+def viewed(method: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[toy.ToyHost, Loader, Arena]]:
     """A loader over a read-only arena whose fused weights lie in one piece; the arena again, to write to."""
-    monkeypatch.setattr(lending, "LEAST", 1)
+    monkeypatch.setattr(arena_views, "LEAST", 1)
     host = toy.ToyHost(method=method)
     manifest = lay_out(sorted(host.infos, key=lambda info: info.name.rpartition(".")[2]))
-    with Arena.create(manifest, name="lent", directory=folder) as writable:
+    with Arena.create(manifest, name="viewed", directory=folder) as writable:
         arena = Arena.open(writable.path, manifest)
         loader = Loader(host, host.infos)
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
-        loader.map(manifest, slots, Lender.of(arena))
+        loader.map(manifest, slots, ArenaViews.of(arena))
         try:
             yield host, loader, writable
         finally:
@@ -118,7 +119,7 @@ def put(arena: Arena, host: toy.ToyHost, slot: int, seed: int) -> None:
 def test_a_version_serves_alone_whatever_post_load_does(
     method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with lent(method, tmp_path, monkeypatch) as (host, loader, arena):
+    with viewed(method, tmp_path, monkeypatch) as (host, loader, arena):
         verifier = Verifier(loader)
         for seed in range(1, 8):
             slot = seed % 2
@@ -135,24 +136,24 @@ def test_a_version_serves_alone_whatever_post_load_does(
 
 
 def test_what_is_packed_is_read_where_the_trainer_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with lent(Watched, tmp_path, monkeypatch) as (host, loader, arena):
+    with viewed(Watched, tmp_path, monkeypatch) as (host, loader, arena):
         put(arena, host, 0, 1)
-        assert loader._lender is not None
-        began = loader._lender._flat.ctypes.data
+        assert loader._views is not None
+        began = loader._views._flat.ctypes.data
         Watched.seen.clear()
         loader.apply(0)
         assert all(began <= address < began + arena.nbytes for address in Watched.seen)
         assert len(Watched.seen) == 2
-        assert loader._lender.lends
+        assert loader._views.usable
 
 
 def test_a_step_that_raised_leaves_nothing_of_the_arena_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with lent(Raising, tmp_path, monkeypatch) as (host, loader, arena):
+    with viewed(Raising, tmp_path, monkeypatch) as (host, loader, arena):
         put(arena, host, 0, 1)
         put(arena, host, 1, 2)
         loader.apply(0)
         monkeypatch.setattr(Raising, "fail", True)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(OutOfMemory, match=r"layers\.0\.qkv.*RuntimeError: out of memory"):
             loader.apply(1)
         held = host.model.layers[0].qkv.rest.detach().clone()
         put(arena, host, 1, 3)
@@ -169,27 +170,27 @@ def test_without_a_private_mapping_weights_are_copied(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(Arena, "private", refuse)
-    with lent(Watched, tmp_path, monkeypatch) as (host, loader, arena):
+    with viewed(Watched, tmp_path, monkeypatch) as (host, loader, arena):
         put(arena, host, 0, 1)
         loader.apply(0)
         assert same(outputs(host), outputs(toy.ToyHost(method=toy.Packed, seed=1)))
 
 
-def test_small_odd_and_foreign_memory_is_not_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_odd_and_foreign_memory_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = lay_out(toy.announced())
-    with Arena.create(manifest, name="lent", directory=tmp_path) as arena:
-        lender = Lender(arena.address, arena.private())
+    with Arena.create(manifest, name="viewed", directory=tmp_path) as arena:
+        views = ArenaViews(arena.address, arena.private())
         big = arena.flat_tensor(0)
-        monkeypatch.setattr(lending, "LEAST", 1 << 20)
-        assert lender.lend(big) is None
-        monkeypatch.setattr(lending, "LEAST", 16)
-        assert lender.lend(big[1:65]) is None
-        assert lender.lend(torch.zeros(64, dtype=torch.uint8)) is None
-        assert lender.lend(big[:128].view(8, 16).t()) is None
-        shown = lender.lend(big[64:192])
+        monkeypatch.setattr(arena_views, "LEAST", 1 << 20)
+        assert views.view(big) is None
+        monkeypatch.setattr(arena_views, "LEAST", 16)
+        assert views.view(big[1:65]) is None
+        assert views.view(torch.zeros(64, dtype=torch.uint8)) is None
+        assert views.view(big[:128].view(8, 16).t()) is None
+        shown = views.view(big[64:192])
         assert shown is not None
         assert torch.equal(shown, big[64:192])
-        lender.close()
-        lender.close()
-        assert lender.lend(big) is None
+        views.close()
+        views.close()
+        assert views.view(big) is None
         arena.unlink()

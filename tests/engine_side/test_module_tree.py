@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.live.module_tree import Tree
+from engine_side.live.module_tree import BoundModules
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
@@ -123,7 +123,7 @@ def test_one_of_two_places_of_a_shared_module() -> None:
     shared = nn.Linear(2, 2)
     root = nn.Module()
     root.a, root.b, root.other = nn.Sequential(shared), nn.Sequential(shared), nn.ReLU()
-    tree = Tree(root, [shared])
+    tree = BoundModules(root, [shared])
     assert tree.replaced(root) == []
     assert "" in [each.path for each in tree.replaced(copy.deepcopy(root))]
     root.other = nn.GELU()  # holds nothing that a plan writes

@@ -16,7 +16,7 @@ from bridge.model.regions import (
     Move,
     RankPlan,
     Region,
-    Target,
+    TargetTensor,
     compose,
     cut,
     dense,
@@ -121,7 +121,7 @@ def test_runs_outside_the_tensor_are_refused(runs: list[list[int]]) -> None:
 
 def _plan(shape: tuple[int, ...], regions: list[Region]) -> RankPlan:
     moves = tuple(Move(f"t{i}", dense(r.shape), "m.w", r) for i, r in enumerate(regions))
-    return RankPlan((Target("m.w", "fp32", shape),), moves)
+    return RankPlan((TargetTensor("m.w", "fp32", shape),), moves)
 
 
 @given(partitions())
@@ -155,7 +155,7 @@ def test_equal_counts_do_not_hide_a_shifted_piece() -> None:
 
 
 def test_fills_count_as_writes_and_native_modules_are_left_out() -> None:
-    target = Target("m.w", "fp32", (4, 2))
+    target = TargetTensor("m.w", "fp32", (4, 2))
     moves = (Move("t", dense((3, 2)), "m.w", dense((3, 2))),)
     assert not dest_coverage(RankPlan((target,), moves)).complete
     assert dest_coverage(RankPlan((target,), moves, (Fill("m.w", Region(6, (1, 2), (2, 1)), 0.0),))).complete
@@ -165,7 +165,7 @@ def test_fills_count_as_writes_and_native_modules_are_left_out() -> None:
 
 
 def test_an_empty_target_needs_no_write() -> None:
-    assert dest_coverage(RankPlan((Target("m.w", "fp32", (0, 4)),), ())).complete
+    assert dest_coverage(RankPlan((TargetTensor("m.w", "fp32", (0, 4)),), ())).complete
 
 
 def test_a_move_to_an_unknown_target_is_refused() -> None:
@@ -174,7 +174,7 @@ def test_a_move_to_an_unknown_target_is_refused() -> None:
 
 
 def test_a_move_between_different_shapes_is_refused() -> None:
-    plan = RankPlan((Target("m.w", "fp32", (4,)),), (Move("t", dense((2, 2)), "m.w", dense((4,))),))
+    plan = RankPlan((TargetTensor("m.w", "fp32", (4,)),), (Move("t", dense((2, 2)), "m.w", dense((4,))),))
     with pytest.raises(ProtocolError, match=r"m\.w"):
         dest_coverage(plan)
 
