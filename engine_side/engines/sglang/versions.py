@@ -1,4 +1,4 @@
-"""Which SGLang this adapter was written for."""
+"""Check that SGLang has a version that the driver was tried with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OLDEST, FIRST_UNKNOWN = (0, 5, 23), (0, 5, 24)
 
 
 def check_version(version: str) -> None:
-    """Raises ConfigError, naming the range, for an SGLang outside of it."""
+    """Check SGLang's version before it is started or attached. Raises ConfigError for one outside the range."""
     numbers = []
     for part in version.split(".")[:3]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
