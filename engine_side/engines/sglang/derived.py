@@ -60,22 +60,17 @@ class DerivedWeights:
 
 def _holders(root: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules that the step writes to; the whole model if it fails on a skeleton."""
-    before = {path: State.of(module).entries for path, module in root.named_modules()}
+    modules = list(root.named_modules())
+    before = {path: (State.of(module).entries, dict(vars(module))) for path, module in modules}
     try:
         getattr(root, _STEP)()
     except LOADER_ERRORS:
         return _WHOLE
     found = []
-    for path, module in root.named_modules():
-        after = State.of(module).entries
-        if after.keys() != before[path].keys() or any(after[key] is not before[path][key] for key in after):
+    for path, module in modules:
+        after, (entries, attributes) = State.of(module).entries, before[path]
+        if after.keys() != entries.keys() or any(after[key] is not entries[key] for key in after):
             found.append(path)
-    for path in found:  # a skeleton is as before the step
-        own = {name: value for (owner, name), value in before[path].items() if not owner}
-        state = root.get_submodule(path).__dict__
-        for name in [name for owner, name in State.of(root.get_submodule(path)).entries if not owner]:
-            if name in own:
-                state[name] = own[name]
-            else:
-                del state[name]
+            vars(module).clear()  # a skeleton stays as before the step
+            vars(module).update(attributes)
     return tuple(found)

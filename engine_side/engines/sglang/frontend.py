@@ -23,7 +23,7 @@ from engine_side.engines.common.published_state import CURRENT, not_held
 from engine_side.engines.common.published_state import Books as PlainBooks
 from engine_side.engines.sglang.gate import QuarantinedRequest, SglangGate, paused_by_user
 from engine_side.engines.sglang.requests import completion, generate_request
-from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, JOB, LORAS, read_answer
+from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, JOB, LORAS, check_weights, read_answer
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +94,9 @@ class SglangFrontend(BaseFront):
 
     async def _loaded(self) -> dict[str, str]:
         """Ask the ranks for the LoRAs that they hold: SGLang's id by name."""
-        from sglang.srt.managers.io_struct import CheckWeightsReqInput
-
         if not self._manager.server_args.enable_lora:
             return {}
-        request = CheckWeightsReqInput(action=ACTION, skip_tensor_list=[LORAS, ""])
-        ok, message, *_ = await self._manager.check_weights(request)
-        return read_answer(self.name, bool(ok), str(message)).loras
+        return read_answer(self.name, *await check_weights(self._manager, [LORAS, ""])).loras
 
     def _unfinished(self) -> int:
         return int(self._manager.model_update_lock._readers)  # requests that have passed the gate

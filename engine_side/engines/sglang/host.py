@@ -111,7 +111,7 @@ class SglangRankHost(EngineHost[SglangLoraSlots]):
     @torch.no_grad()
     def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Call one module without collectives, for this rank's contribution alone. Experts take rows, each sent to one
-        of them at weight 1; vocabulary layers take ids (rows of other ranks are zeros) or rows; linear layers take rows.
+        of them at weight 1; vocabulary layers take ids (rows of other ranks are zeros) or rows; linear layers rows.
         Raises NotImplementedError for another module with children."""
         method = getattr(module, "quant_method", None)
         if isinstance(module, FusedMoE):
@@ -144,8 +144,8 @@ class SglangRankHost(EngineHost[SglangLoraSlots]):
 
 @contextmanager
 def _shared_rotary() -> Iterator[None]:
-    """Remove afterwards the rotary embeddings that SGLang cached inside: it shares them in the whole process, where none
-    on the meta device may stay."""
+    """Remove afterwards the rotary embeddings that SGLang cached inside: it shares them in the whole process, where
+    none on the meta device may stay."""
     from sglang.srt.layers.rotary_embedding import factory
 
     cache: dict[Any, Any] = factory._ROPE_DICT

@@ -20,7 +20,7 @@ from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.sglang.loop_proxy import BlockingLoop, LoopProxy
-from engine_side.engines.sglang.scheduler_messages import ACTION
+from engine_side.engines.sglang.scheduler_messages import check_weights
 
 T = TypeVar("T")
 _KEY = "_weighbridge_channel"
@@ -207,14 +207,8 @@ class InProcessChannel:
         return bool(getattr(answer, "success", True))
 
     def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
-        return self.run(self._check_weights(words), deadline, f"the request {words[0]!r} to its schedulers")
-
-    async def _check_weights(self, words: list[str]) -> tuple[bool, str]:
-        from sglang.srt.managers.io_struct import CheckWeightsReqInput
-
-        request = CheckWeightsReqInput(action=ACTION, skip_tensor_list=words)
-        ok, message, *_ = await self._manager.check_weights(request)
-        return bool(ok), str(message)
+        what = f"the request {words[0]!r} to its schedulers"
+        return self.run(check_weights(self._manager, words), deadline, what)
 
 
 def unbind(manager: Any) -> None:

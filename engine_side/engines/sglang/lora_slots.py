@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +142,12 @@ class SglangLoraSlots:
         """Load element numbers with SGLang's own loader and read off where they land. Raises as `plan`."""
         self._require_fit(tensors, spec)
         left_out = self._left_out(tensors, spec)
-        total = sum(i.shape[0] * i.shape[1] for i in tensors)
-        codes = torch.int32 if total < 2**31 - 1 else torch.int64
-        numbered: dict[str, torch.Tensor] = {_PEFT + i.name: torch.zeros(i.shape, dtype=codes) for i in left_out}
-        first = 1
-        starts: list[int] = []
-        for info in tensors:
-            count = info.shape[0] * info.shape[1]
+        counts = [info.shape[0] * info.shape[1] for info in tensors]
+        starts = list(accumulate(counts[:-1], initial=1))
+        codes = torch.int32 if sum(counts) < 2**31 - 1 else torch.int64
+        numbered = {_PEFT + i.name: torch.zeros(i.shape, dtype=codes) for i in left_out}
+        for info, first, count in zip(tensors, starts, counts, strict=True):
             numbered[_PEFT + info.name] = torch.arange(first, first + count, dtype=codes).reshape(info.shape)
-            starts.append(first)
-            first += count
         pool = self._load_numbers(numbered, [*tensors, *left_out], spec, codes)
         layout = read_layout({n: _rows(b[0]).numpy() for n, b in _buffers(pool).items()}, tensors, starts)
         landed = {region.tensor for region in layout.regions}

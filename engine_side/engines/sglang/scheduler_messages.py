@@ -5,6 +5,8 @@ A request is `CheckWeightsReqInput(action=ACTION, skip_tensor_list=[verb, text])
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from bridge.errors import ConfigError, ProtocolError
@@ -46,6 +48,14 @@ class SchedulerAnswer(msgspec.Struct, frozen=True):
     error: str = ""
     facts: SchedulerFacts | None = None
     loras: dict[str, str] = {}
+
+
+async def check_weights(manager: Any, words: list[str]) -> tuple[bool, str]:
+    """Send a request through the tokenizer manager of this process: (success, message)."""
+    from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+    ok, message, *_ = await manager.check_weights(CheckWeightsReqInput(action=ACTION, skip_tensor_list=words))
+    return bool(ok), str(message)
 
 
 def read_answer(where: str, ok: bool, message: str) -> SchedulerAnswer:
