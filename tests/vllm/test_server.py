@@ -422,7 +422,7 @@ def test_what_no_push_could_take_into_account_is_refused(
     from vllm.engine.arg_utils import EngineArgs
 
     from bridge.protocol.codec import pack, unpack
-    from engine_side.engines.vllm.facts import Facts, check_facts, facts_of
+    from engine_side.engines.vllm.facts import VllmFacts, check_facts, facts_of
 
     make_model("llama").save_pretrained(tmp_path)
     asked = EngineArgs(
@@ -435,7 +435,7 @@ def test_what_no_push_could_take_into_account_is_refused(
         setattr(config, part, SimpleNamespace(**{name: value}))
     else:
         setattr(holder, name, value)
-    facts = unpack(pack(facts_of(config)), Facts)
+    facts = unpack(pack(facts_of(config)), VllmFacts)
     if said is None:
         check_facts(facts, where="x", expected="x", remedy="x")
         return

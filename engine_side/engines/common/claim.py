@@ -1,4 +1,4 @@
-"""Who drives an engine object: a mark in the object's own `__dict__`, so that it lives and dies with the object."""
+"""Marks an engine object as driven by one bridge. The mark lies in the object's own `__dict__` and ends with it."""
 
 from __future__ import annotations
 
@@ -10,43 +10,54 @@ _KEY = "_weighbridge_claim"
 
 
 class _Claim(str):
-    """The owner's name, which also knows its adapter.
+    """The owner's name, with a weak reference to its driver.
 
-    A string, so that whatever walks a module's attributes passes it by; a copy of it, pickled or deep, is a plain empty
-    string: a copied module is another module, which nobody drives.
+    A string, so that code that walks a module's attributes skips it. A copy, pickled or deep, is a plain empty string:
+    a copied module is another module, which nobody drives.
     """
 
-    _adapter: ref[object]
+    _driver: ref[object]
 
     def __reduce__(self) -> tuple[type[str], tuple[()]]:
         return str, ()
 
 
-def take(engine: object, adapter: object, owner: str) -> None:
-    """Mark `engine` as driven by `adapter`. Raises Busy while another adapter drives it that was neither closed nor
-    collected. Idempotent for the same adapter. Does not block."""
+def take(engine: object, driver: object, owner: str) -> None:
+    """Mark `engine` as driven by `driver`. Idempotent for the same driver. Does not block.
+
+    Raises:
+        Busy: another driver claimed it, and was neither closed nor garbage-collected.
+    """
     mine = _Claim(owner)
-    mine._adapter = ref(adapter)
+    mine._driver = ref(driver)
     state = vars(engine)
     found = state.setdefault(_KEY, mine)  # one step: of two threads that claim at once only one finds its own
     if found is mine:
         return
-    holder = found._adapter() if isinstance(found, _Claim) else None
-    if holder is not None and holder is not adapter:
-        raise Busy(
-            "another bridge drives this engine",
-            where=f"{type(engine).__name__}, asked for by bridge {owner!r}",
-            expected="one bridge per engine: two of them would weigh one engine against two arenas",
-            got=f"it is attached to bridge {str(found)!r}",
-            remedy=f"close bridge {str(found)!r} first",
-        )
+    holder = _driver_of(found)
+    if holder is not None and holder is not driver:
+        raise busy_error(type(engine).__name__, owner, str(found))
     state[_KEY] = mine
 
 
-def give_up(engine: object, adapter: object) -> bool:
-    """Take the mark off, if it is this adapter's. Does nobody drive the engine now? Idempotent."""
-    found = vars(engine).get(_KEY)
-    holder = found._adapter() if isinstance(found, _Claim) else None
-    if holder is adapter:
+def give_up(engine: object, driver: object) -> bool:
+    """Remove the mark if it is this driver's. True when nobody drives the engine any more. Idempotent."""
+    holder = _driver_of(vars(engine).get(_KEY))
+    if holder is driver:
         del vars(engine)[_KEY]
-    return holder is None or holder is adapter
+    return holder is None or holder is driver
+
+
+def busy_error(engine: str, asked_by: str, held_by: str, process: int | None = None) -> Busy:
+    """The error for bridge `asked_by` when bridge `held_by` (of another `process`, if given) drives the engine."""
+    return Busy(
+        "another bridge drives this engine",
+        where=f"{engine}, asked for by bridge {asked_by!r}",
+        expected="one bridge per engine: two of them would check one engine against two arenas",
+        got=f"it is attached to bridge {held_by!r}" + ("" if process is None else f" of process {process}"),
+        remedy=f"close bridge {held_by!r} first",
+    )
+
+
+def _driver_of(mark: object) -> object | None:
+    return mark._driver() if isinstance(mark, _Claim) else None

@@ -1,7 +1,7 @@
-"""What stands in front of an engine, in the process where its requests come in: holds them during a push, refuses them
-afterwards if need be, lets the bridge's own through, and keeps the books for whichever bridge comes next.
+"""The frontend of an engine: code of ours in the process where the engine's requests arrive.
 
-This is the part that does not depend on the engine.
+It holds requests during a push, refuses them while nobody knows what the weights are, lets the bridge's own requests
+through, and remembers for the next bridge what was published. This is the part that is the same for every engine.
 """
 
 from __future__ import annotations
@@ -15,26 +15,31 @@ from abc import abstractmethod
 from collections.abc import Iterable
 
 from bridge.daemon.processes import started_at
-from bridge.errors import BridgeError, Busy, EngineQuarantined
+from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined
 from bridge.protocol.codec import Completion, ErrorInfo, pack, unpack
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.published_state import Books
+from engine_side.engines.common.claim import busy_error
+from engine_side.engines.common.published_state import PublishedState
 
 log = logging.getLogger(__name__)
 
+HOLD_S = 60.0
+"""Longest wait for requests that are on their way into the engine when a push begins."""
 _WATCH_S = 0.5
 
 
-class BaseFront:
+class Frontend:
     """One per engine. Every method runs on the engine's event loop.
 
     Attributes:
+        name: the engine's name in messages.
+        published: what a bridge published last.
         reason: why requests are refused; None when they are not.
-        jobs: how many jobs for the ranks came by; whoever lets them pass counts them.
+        jobs: number of rank jobs that have passed; counted by the code that lets them pass.
     """
 
     name: str
-    books: Books
+    published: PublishedState
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -43,69 +48,74 @@ class BaseFront:
         self._visible = False
         self._watch: asyncio.Task[None] | None = None
 
-    # ---- what the engine fills in --------------------------------------------------------------------------------
+    # ---- the engine's part ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def _facts(self) -> tuple[str, bytes, int]:
-        """Version, facts and number of processes that take requests in, as `FrontIs` has them."""
+        """The engine's version, packed facts and number of frontend processes, as in `FrontendIdentity`."""
 
     @property
     @abstractmethod
     def _held(self) -> bool:
-        """Do new requests wait?"""
+        """True while new requests wait."""
 
     @abstractmethod
-    async def _adapters(self) -> tuple[str, ...]: ...
+    async def _list_loras(self) -> tuple[str, ...]:
+        """Names of the loaded LoRAs, those of the bridge first."""
 
     @abstractmethod
-    def _unfinished(self) -> int: ...
+    def _count_unfinished(self) -> int:
+        """Number of requests inside the engine."""
 
     @abstractmethod
-    async def _close(self) -> None:
-        """From now on callers wait, and whoever was on the way in has arrived. Idempotent."""
+    async def _close_gate(self) -> None:
+        """Make new requests wait, and wait until those that had passed are inside the engine. Idempotent."""
 
     @abstractmethod
-    async def _open(self) -> None:
-        """Those who wait go on, or are refused when there is a reason. Idempotent."""
+    async def _open_gate(self) -> None:
+        """Let waiting requests go on, or fail when there is a `reason`. Idempotent."""
 
     @abstractmethod
-    async def _stop(self) -> None:
-        """Pause the engine for good and end what is inside; its label says that nobody knows the weights."""
+    async def _stop_engine(self) -> None:
+        """Pause the engine, end its requests and mark its weight label as unknown."""
 
     @abstractmethod
-    async def _go_on(self) -> None:
-        """Let the engine run again, as it was."""
+    async def _resume_engine(self) -> None:
+        """Let a paused engine run."""
 
     @abstractmethod
-    async def _end(self, adapters: Iterable[str]) -> None: ...
+    async def _end_requests(self, loras: Iterable[str]) -> None:
+        """End, as aborted, every request that uses one of these LoRAs."""
 
     @abstractmethod
-    async def _retire(self, adapters: Iterable[str]) -> None: ...
+    async def _retire_loras(self, loras: Iterable[str]) -> None:
+        """Drop these LoRAs once no request uses them."""
 
     @abstractmethod
-    async def _generate(self, request: msg.Generate) -> list[Completion]: ...
+    async def _generate(self, request: msg.Generate) -> list[Completion]:
+        """Sample for the bridge. Raises DeadlineExceeded after `request.timeout_s`."""
 
-    async def _published(self, version: int, adapter: str | None) -> None:
-        self.books.version, self.books.adapter = version, adapter
+    async def _publish(self, version: int, lora: str | None) -> None:
+        self.published.version, self.published.lora = version, lora
 
-    # ---- what a bridge asks --------------------------------------------------------------------------------------
+    # ---- requests of a bridge ------------------------------------------------------------------------------------
 
     async def answer(self, frame: str) -> str:
-        """`handle` for a frame in base64, as it comes through HTTP. Never raises."""
+        """Handle a request that came over HTTP: frame and reply are in base64. Never raises: an error is the reply."""
         try:
-            reply = await self.handle(unpack(base64.b64decode(frame), msg.ToFront))
-        except Exception as error:  # process boundary: the asker is told, whatever broke
+            reply = await self.handle(unpack(base64.b64decode(frame), msg.FrontendRequest))
+        except Exception as error:  # process boundary: the caller gets an answer, whatever broke
             if not isinstance(error, BridgeError):
                 log.exception("a call of the bridge failed")
-            return failed(error)
+            return pack_error(error)
         return base64.b64encode(pack(reply)).decode()
 
-    async def handle(self, request: msg.ToFront) -> msg.FromFront:
-        """Answer one request. Raises our errors."""
+    async def handle(self, request: msg.FrontendRequest) -> msg.FrontendReply:
+        """Carry out one request of a driver. Raises errors of `bridge.errors`."""
         match request:
             case msg.Hello():
-                return self._hello(request)
-            case msg.Ask():
+                return self._identify(request)
+            case msg.GetState():
                 return await self._state()
             case msg.Generate():
                 return msg.Completions(tuple(await self._generate(request)))
@@ -116,110 +126,117 @@ class BaseFront:
                     self._holder = None
             case msg.Hold():
                 await self._hold()
+                self.published.paused |= request.paused
             case msg.Release():
                 await self._release()
+                self.published.paused = False
             case msg.Refuse():
                 await self.refuse(request.reason)
-            case msg.End():
-                await self._end(request.adapters)
-            case msg.Note():
-                self.books.paused = request.paused
-            case msg.Published():
-                await self._published(request.version, request.adapter)
+            case msg.EndRequests():
+                await self._end_requests(request.loras)
             case msg.Retire():
-                await self._retire(request.adapters)
-        return msg.Done()
+                await self._retire_loras(request.loras)
+            case msg.Publish():
+                await self._publish(request.version, request.lora)
+        return msg.FrontendDone()
 
-    def _hello(self, request: msg.Hello) -> msg.FrontIs:
+    def _identify(self, request: msg.Hello) -> msg.FrontendIdentity:
         try:
             found = os.stat(request.file)
             sees = (found.st_dev, found.st_ino) == (request.device, request.inode)
         except OSError:
             sees = False
-        return msg.FrontIs(*self._facts(), sees, socket.gethostname())
+        return msg.FrontendIdentity(*self._facts(), sees, socket.gethostname())
 
-    async def _state(self) -> msg.State:
-        books, holder = self.books, self._holder
-        driven = holder is not None and self._alive(holder)
-        return msg.State(
-            version=books.version,
-            adapter=books.adapter,
-            paused=books.paused,
+    async def _state(self) -> msg.FrontendState:
+        published, holder = self.published, self._holder
+        return msg.FrontendState(
+            version=published.version,
+            lora=published.lora,
+            paused=published.paused,
             held=self._held,
             refusal=self.reason,
-            adapters=await self._adapters(),
-            owner=holder.owner if holder is not None and driven else "",
-            unfinished=self._unfinished(),
+            loras=await self._list_loras(),
+            owner=holder.owner if holder is not None and self._is_alive(holder) else "",
+            unfinished=self._count_unfinished(),
         )
 
-    # ---- who drives ----------------------------------------------------------------------------------------------
+    # ---- claim, hold, refusal ------------------------------------------------------------------------------------
 
     def _claim(self, request: msg.Claim) -> None:
         holder = self._holder
-        if holder is not None and holder.token != request.token and self._alive(holder):
-            raise Busy(
-                "another bridge drives this engine",
-                where=f"{self.name}, asked for by bridge {request.owner!r}",
-                expected="one bridge per engine: two of them would weigh one engine against two arenas",
-                got=f"it is attached to bridge {holder.owner!r} of process {holder.pid}",
-                remedy=f"close bridge {holder.owner!r} first",
-            )
+        if holder is not None and holder.token != request.token and self._is_alive(holder):
+            raise busy_error(self.name, request.owner, holder.owner, holder.pid)
         self._holder, self._visible = request, started_at(request.pid) == request.started
 
-    def _alive(self, holder: msg.Claim) -> bool:
-        """A process that cannot be seen from here was never seen: then the last one to come drives."""
+    def _is_alive(self, holder: msg.Claim) -> bool:
+        """False also for a process in another PID namespace, which cannot be watched: the last claim wins there."""
         return self._visible and started_at(holder.pid) == holder.started
 
     async def _hold(self) -> None:
-        """What is in flight goes on until the engine itself is paused. Idempotent."""
-        await self._close()
-        if self._watch is None and self._holder is not None and self._alive(self._holder):
-            self._watch = asyncio.create_task(self._guard(self._holder, self.jobs))
+        """Make new requests wait; running ones go on until the engine is paused. Idempotent."""
+        try:
+            async with asyncio.timeout(HOLD_S):
+                await self._close_gate()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "requests on their way into the engine did not arrive",
+                where=self.name,
+                expected=f"all inside within {HOLD_S:.0f} s",
+                remedy="look for a request whose tokenisation or preprocessing hangs, then push again",
+            ) from None
+        if self._watch is None and self._holder is not None and self._is_alive(self._holder):
+            self._watch = asyncio.create_task(self._watch_holder(self._holder, self.jobs))
 
     async def _release(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-        await self._open()
+        await self._open_gate()
 
     async def refuse(self, reason: str | None) -> None:
-        """What runs or waits inside the engine is ended too, and the engine stays paused."""
+        """Refuse requests with `reason`, end those inside the engine and keep it paused; None lifts the refusal."""
         self.reason = reason
         if reason is None:
             return
         await self._release()
-        self.books.paused = True
-        await self._stop()
+        self.published.paused = True
+        await self._stop_engine()
 
     def check_open(self) -> None:
-        """Raises EngineQuarantined while the engine refuses."""
+        """Raises EngineQuarantined while the engine refuses requests."""
         if self.reason is not None:
-            raise quarantined(self.name, self.reason)
+            raise quarantine_error(self.name, self.reason)
 
-    async def _guard(self, holder: msg.Claim, jobs: int) -> None:
-        """While requests are held: a bridge whose process dies leaves nobody who knows what the weights are."""
-        while self._alive(holder):
+    async def _watch_holder(self, holder: msg.Claim, jobs: int) -> None:
+        """Wait, while requests are held, for the end of the bridge's process: then nobody would release them.
+
+        `jobs` is the count when the hold began: if it is unchanged, the weights were not touched, and serving goes on.
+        """
+        while self._is_alive(holder):
             await asyncio.sleep(_WATCH_S)
         self._watch = None
         if self.jobs == jobs:
             log.warning("bridge %r died before it touched the weights; serving goes on", holder.owner)
-            await self._go_on()
-            self.books.paused = False
+            await self._resume_engine()
+            self.published.paused = False
             await self._release()
             return
         log.error("bridge %r died in the middle of a push", holder.owner)
         await self.refuse(f"bridge {holder.owner!r} (process {holder.pid}) died in the middle of a push")
 
 
-def failed(error: Exception) -> str:
-    """What `answer` says of an error."""
-    return base64.b64encode(pack(msg.Failed(ErrorInfo.of(error)))).decode()
+def pack_error(error: Exception) -> str:
+    """An error as `Frontend.answer` sends it."""
+    return base64.b64encode(pack(msg.FrontendFailed(ErrorInfo.of(error)))).decode()
 
 
-def quarantined(where: str, reason: str) -> EngineQuarantined:
+def quarantine_error(where: str, reason: str) -> EngineQuarantined:
+    """The error for a request to an engine that refuses, with the reason given to `refuse`."""
     return EngineQuarantined(
         "this engine holds weights that nobody verified and serves nothing",
         where=where,
+        expected="a version that was verified in this engine",
         got=reason,
         remedy="push a version that verifies",
     )

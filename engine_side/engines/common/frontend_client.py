@@ -1,48 +1,78 @@
-"""The driver half where an engine's front answers for it: what is the same for every engine and every way to it."""
+"""The driver of an engine that is reached through its frontend: the part that is the same for every engine."""
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 from uuid import uuid4
 
+from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ProtocolError
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
+from engine_side.engines.common.published_state import CURRENT, lora_not_loaded
 from engine_side.protocol import Prompts
 
+R = TypeVar("R")
 CALL_S = 60.0
-"""For calls that take no time of their own."""
+"""Longest wait for a control call, which itself does no work."""
 _FOREVER_S = 30 * 24 * 3600.0
 
 
-class Fronted:
-    """`own` says in which process the engine's driver is, for the claim: (pid, start time). `on_close` ends an engine
-    that is the adapter's own."""
+class FrontendClient:
+    """Base of drivers. Every method blocks until the frontend has answered, and raises PeerLost when the engine is gone
+    and DeadlineExceeded.
+
+    Attributes:
+        where: the engine in messages.
+    """
 
     where: str
 
-    def __init__(self, own: tuple[int, str], on_close: Callable[[], None] | None = None) -> None:
-        self._own = own
+    def __init__(self, on_close: Callable[[], None] | None = None) -> None:
+        """`on_close` stops an engine that this driver started."""
         self._on_close = on_close
         self._token = uuid4().hex
         self._claimed = False
 
-    @abstractmethod
-    def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
-        """The front's answer; its errors are raised. Raises PeerLost, DeadlineExceeded."""
+    # ---- the engine's part ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _ready(self) -> None:
-        """Called once the engine is ours. Raises ConfigError for one that cannot be driven now."""
+    def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Send a request to the frontend and return its reply. Raises the errors that it answers with."""
+
+    @abstractmethod
+    def _require_ready(self) -> None:
+        """Check an engine that was just claimed. Raises ConfigError when it cannot be driven now."""
+
+    @abstractmethod
+    def _set_weight_version(self, version: int) -> None:
+        """Set the engine's own weight label."""
+
+    @abstractmethod
+    def _open_scheduling(self, state: msg.FrontendState, deadline: Deadline | None) -> None:
+        """Let a paused engine run the bridge's own requests. Raises Busy when it would run kept ones as well."""
+
+    @abstractmethod
+    def _close_scheduling(self) -> None:
+        """Pause again after `_open_scheduling`."""
+
+    # ---- claim and end -------------------------------------------------------------------------------------------
 
     def claim(self, owner: str) -> None:
-        """Raises Busy while another bridge drives the engine, ConfigError for one that somebody else has paused."""
-        self._tell(msg.Claim(self._token, owner, *self._own))
+        """Take the engine for bridge `owner`.
+
+        Raises:
+            Busy: another bridge drives it.
+            ConfigError: somebody else has paused it.
+        """
+        self._tell(msg.Claim(self._token, owner, os.getpid(), started_at(os.getpid()) or ""))
         self._claimed = True
         try:
-            self._ready()
+            self._require_ready()
         except BaseException:
             self._give_up()
             raise
@@ -53,7 +83,7 @@ class Fronted:
             self._tell(msg.GiveUp(self._token))
 
     def close(self) -> None:
-        """A server runs on, or goes on refusing; an engine of ours ends. Idempotent."""
+        """Give up the claim; stop an engine that this driver started. Others run on, or go on refusing. Idempotent."""
         try:
             self._give_up()
         except BridgeError:
@@ -63,52 +93,91 @@ class Fronted:
             if self._on_close is not None:
                 self._on_close()
 
-    def state(self, deadline: Deadline | None = None) -> msg.State:
-        """What the engine's front knows."""
-        answer = self._front(msg.Ask(), deadline or self._until())
-        if not isinstance(answer, msg.State):
-            raise self._wrong(answer)
-        return answer
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def state(self, deadline: Deadline | None = None) -> msg.FrontendState:
+        """Ask the frontend for its state."""
+        return self._ask(msg.GetState(), msg.FrontendState, deadline)
 
     @property
     def refusal(self) -> str | None:
         return self.state().refusal
 
     def refuse(self, reason: str | None) -> None:
-        """Callers that wait in a push get the refusal as well; what is inside the engine is ended."""
+        """Refuse waiting and new requests and end those inside the engine; None lifts the refusal."""
         self._tell(msg.Refuse(reason))
 
     @property
     def published(self) -> tuple[int, str | None]:
         state = self.state()
-        return state.version, state.adapter
+        return state.version, state.lora
+
+    def publish(self, version: int, adapter: str | None = None) -> None:
+        """Make completions report `version`, in the engine's own weight label too, and "current" mean `adapter`."""
+        if adapter is not None and adapter not in self.state().loras:
+            raise lora_not_loaded(adapter)
+        self._set_weight_version(version)
+        self._tell(msg.Publish(version, adapter))
 
     def end_users(self, names: Iterable[str]) -> None:
-        self._tell(msg.End(tuple(names)))
+        self._tell(msg.EndRequests(tuple(names)))
 
     def retire(self, names: Iterable[str]) -> None:
-        """Those still in use go when they are not."""
+        """LoRAs that requests still use are dropped later."""
         self._tell(msg.Retire(tuple(names)))
+
+    # ---- generation ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling,
+        adapter: str = CURRENT,
+        *,
+        past_gate: bool = False,
+        deadline: Deadline | None = None,
+    ) -> list[Completion]:
+        """Sample one completion per prompt. With `past_gate` a paused engine runs these requests and is paused again.
+
+        Raises:
+            Busy: `past_gate`, and requests that the engine keeps would run as well.
+            DeadlineExceeded: the requests were ended. Without a deadline this waits for as long as they take.
+        """
+        state = self.state(deadline) if past_gate and prompts else None
+        if state is None or not state.paused:
+            return self._completions(prompts, sampling, adapter, past_gate, deadline)
+        self._open_scheduling(state, deadline)
+        try:
+            return self._completions(prompts, sampling, adapter, past_gate, deadline)
+        finally:
+            self._close_scheduling()
 
     def _completions(
         self, prompts: Prompts, sampling: Sampling, adapter: str, past_gate: bool, deadline: Deadline | None
     ) -> list[Completion]:
-        """The deadline ends the requests where they are; the answer has a little longer."""
+        """The frontend ends the requests at the deadline; its answer is waited for a little longer."""
         seconds = None if deadline is None else deadline.remaining_s
-        asked = msg.Generate(tuple(tuple(map(int, p)) for p in prompts), sampling, adapter, past_gate, seconds)
-        answer = self._front(asked, Deadline.after(_FOREVER_S if seconds is None else seconds + CALL_S))
-        if not isinstance(answer, msg.Completions):
-            raise self._wrong(answer)
-        return list(answer.completions)
+        request = msg.Generate(tuple(tuple(map(int, p)) for p in prompts), sampling, adapter, past_gate, seconds)
+        limit = Deadline.after(_FOREVER_S if seconds is None else seconds + CALL_S)
+        return list(self._ask(request, msg.Completions, limit).completions)
 
-    def _tell(self, request: msg.ToFront, deadline: Deadline | None = None) -> None:
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, request: msg.FrontendRequest, deadline: Deadline | None = None) -> None:
+        self._ask(request, msg.FrontendDone, deadline)
+
+    def _ask(self, request: msg.FrontendRequest, kind: type[R], deadline: Deadline | None = None) -> R:
         answer = self._front(request, deadline or self._until())
-        if not isinstance(answer, msg.Done):
-            raise self._wrong(answer)
+        if not isinstance(answer, kind):
+            raise ProtocolError(
+                "the engine's frontend answered with another kind of message",
+                where=self.where,
+                expected=kind.__name__,
+                got=type(answer).__name__,
+                remedy="run the same version of weighbridge beside the engine and here",
+            )
+        return answer
 
     def _until(self) -> Deadline:
-        """How long a call may take that was given no deadline."""
+        """The deadline of a call that was given none."""
         return Deadline.after(CALL_S)
-
-    def _wrong(self, answer: object) -> ProtocolError:
-        return ProtocolError("an answer of the wrong kind", where=self.where, got=type(answer).__name__)

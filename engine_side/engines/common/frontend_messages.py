@@ -1,13 +1,17 @@
-"""What a bridge says to the front of an engine, and what it answers. The front is in the process where requests come
-in: a server's, or ours."""
+"""Messages between a bridge's driver and the frontend of an engine, in the process where the engine's requests arrive.
+
+That process is a server's, or the driver's own.
+"""
 
 from __future__ import annotations
 
-from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling
+from typing import Any
+
+from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling, unpack
 
 
 class Hello(Message, frozen=True):
-    """Who are you, and do you see this file, which is `inode` on `device` for whoever asks?"""
+    """Ask who answers, and whether it sees `file`, which is `inode` on `device` for the driver."""
 
     file: str
     device: int
@@ -15,8 +19,8 @@ class Hello(Message, frozen=True):
 
 
 class Claim(Message, frozen=True):
-    """`token` drives this engine from now on, for bridge `owner`, in process `pid` that the kernel started at
-    `started`."""
+    """Take the engine for bridge `owner`, whose driver runs in process `pid`, started at `started` (kernel's clock).
+    `token` names this claim."""
 
     token: str
     owner: str
@@ -25,59 +29,64 @@ class Claim(Message, frozen=True):
 
 
 class GiveUp(Message, frozen=True):
+    """End the claim `token`; ignored when another one has followed it."""
+
     token: str
 
 
 class Hold(Message, frozen=True):
-    """New requests wait."""
+    """Make new requests wait. `paused`: the bridge has paused the engine, or is about to. Idempotent."""
+
+    paused: bool = False
 
 
 class Release(Message, frozen=True):
-    """They go on."""
+    """Let waiting requests go on: the engine is not paused any more. Idempotent."""
 
 
 class Refuse(Message, frozen=True):
-    """New requests, and those that wait, are refused with this reason; None lifts it."""
+    """Refuse new and waiting requests with `reason`, and end what runs; None lifts the refusal."""
 
     reason: str | None
 
 
-class End(Message, frozen=True):
-    """End, as aborted, what uses one of these adapters."""
+class EndRequests(Message, frozen=True):
+    """End, as aborted, every request that uses one of these LoRAs."""
 
-    adapters: tuple[str, ...]
-
-
-class Note(Message, frozen=True):
-    """The bridge has paused the engine, or let it go on."""
-
-    paused: bool
-
-
-class Published(Message, frozen=True):
-    version: int
-    adapter: str | None
+    loras: tuple[str, ...]
 
 
 class Retire(Message, frozen=True):
-    adapters: tuple[str, ...]
+    """Drop each of these LoRAs once no request uses it."""
+
+    loras: tuple[str, ...]
 
 
-class Ask(Message, frozen=True):
-    """What is it that you serve, and what do you hold?"""
+class Publish(Message, frozen=True):
+    """Remember `version` as the one that serves, and `lora` as what "current" means."""
+
+    version: int
+    lora: str | None
+
+
+class GetState(Message, frozen=True):
+    """Ask for a FrontendState."""
 
 
 class Generate(Message, frozen=True):
+    """Sample one completion per prompt (token ids). `lora` is "current", "base" or a name; `past_gate` passes although
+    requests are held; after `timeout_s` (None: never) the requests are ended."""
+
     prompts: tuple[tuple[int, ...], ...]
     sampling: Sampling
-    adapter: str
+    lora: str
     past_gate: bool
     timeout_s: float | None
 
 
-class FrontIs(Message, frozen=True):
-    """`facts` are the engine's own, packed by those who know it; `clients` is the number of processes that take
-    requests in, `sees` whether the file is there, `node` this machine's name."""
+class FrontendIdentity(Message, frozen=True):
+    """The engine's version and packed facts (read by its own package), the number of processes that accept requests,
+    whether the file of Hello was seen, and the name of this node."""
 
     version: str
     facts: bytes
@@ -86,31 +95,55 @@ class FrontIs(Message, frozen=True):
     node: str
 
 
-class State(Message, frozen=True):
-    """`adapters`: those of the bridge, then what the engine calls others. `owner`: who drives it, "" nobody (alive).
-    `held`: new requests wait. `unfinished`: requests that are not the bridge's own way past the gate."""
+class FrontendState(Message, frozen=True):
+    """The state of a frontend.
+
+    Attributes:
+        version, lora: what was published last.
+        paused: a bridge has paused the engine.
+        held: new requests wait.
+        refusal: why requests are refused; None when they are not.
+        loras: names of the loaded LoRAs, those of the bridge first.
+        owner: the bridge that drives the engine and is alive; "" for none.
+        unfinished: number of requests inside the engine.
+    """
 
     version: int
-    adapter: str | None
+    lora: str | None
     paused: bool
     held: bool
     refusal: str | None
-    adapters: tuple[str, ...]
+    loras: tuple[str, ...]
     owner: str
     unfinished: int
 
 
 class Completions(Message, frozen=True):
+    """One completion per prompt of Generate, in its order."""
+
     completions: tuple[Completion, ...]
 
 
-class Done(Message, frozen=True):
-    pass
+class FrontendDone(Message, frozen=True):
+    """The request was carried out."""
 
 
-class Failed(Message, frozen=True):
+class FrontendFailed(Message, frozen=True):
+    """The request failed with this error."""
+
     error: ErrorInfo
 
 
-ToFront = Hello | Claim | GiveUp | Hold | Release | Refuse | End | Note | Published | Retire | Ask | Generate
-FromFront = FrontIs | State | Completions | Done | Failed
+FrontendRequest = (
+    Hello | Claim | GiveUp | Hold | Release | Refuse | EndRequests | Retire | Publish | GetState | Generate
+)
+FrontendReply = FrontendIdentity | FrontendState | Completions | FrontendDone | FrontendFailed
+
+
+def read_reply(frame: bytes, where: str) -> FrontendReply:
+    """Decode a reply that came over HTTP. Raises the error that the frontend answered with, ProtocolError."""
+    answer: Any = unpack(frame, FrontendReply)
+    if isinstance(answer, FrontendFailed):
+        raise answer.error.rebuild(where)
+    reply: FrontendReply = answer
+    return reply

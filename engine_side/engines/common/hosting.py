@@ -1,4 +1,4 @@
-"""What engines that are hosted by us have in common: arguments by name, and nothing left when they end."""
+"""Starting engines of our own: their arguments by name, and no shared memory left behind when they end."""
 
 from __future__ import annotations
 
@@ -15,30 +15,53 @@ _DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "fl
 _SHM = "/dev/shm/"
 
 
+def not_installed(package: str, error: ModuleNotFoundError) -> ConfigError:
+    """The error for an engine whose package cannot be imported."""
+    return ConfigError(
+        f"{package} is not installed here",
+        where="engine",
+        expected=f"an environment with {package}",
+        got=f"no module named {error.name}",
+        remedy=f"pip install {package.lower()}, or run this in an environment that has it",
+    )
+
+
 def check_names(scheme: str, engine: str, arguments: Mapping[str, Any], known: Collection[str], model: str) -> None:
-    """Raises ConfigError for an argument that the engine does not have; `model` is the one that the PATH stands for,
-    `engine` the class whose arguments they are."""
+    """Check the names of engine arguments before an engine is started.
+
+    Args:
+        engine: the class whose arguments they are.
+        known: the names that it has.
+        model: the one that the PATH of an engine spec stands for.
+
+    Raises:
+        ConfigError: the engine has no such argument, or it is `model`.
+    """
     for name in arguments:
+        got = f"{name}={arguments[name]!r}"
         if name == model:
-            raise ConfigError(f"the model is the PATH of {scheme}:PATH", where=name, got=f"{name}={arguments[name]!r}")
+            raise ConfigError(
+                f"the model is the PATH of {scheme}:PATH", where=name, got=got, remedy="leave this argument out"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, sorted(set(known) - {model}), n=3)
             raise ConfigError(
                 "the engine has no such argument",
                 where=name,
                 expected=f"an argument of {engine}{', such as ' if near else ''}{', '.join(near)}",
-                got=f"{name}={arguments[name]!r}",
+                got=got,
+                remedy="correct its name, or leave it out",
             )
 
 
 def with_dtype(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Our words for dtypes, as the command line takes them, in the engines'."""
+    """The arguments with the short dtype names of our command line (bf16, fp16, fp32) in the engines' words."""
     dtype = arguments.get("dtype")
     return {**arguments, "dtype": _DTYPES.get(dtype, dtype)} if isinstance(dtype, str) else dict(arguments)
 
 
 def not_accepted(scheme: str, path: str, arguments: Mapping[str, Any], error: BaseException) -> ConfigError:
-    """For an engine that says no to its arguments; those that it names are named."""
+    """The error for an engine that rejects its arguments; those that its own message names stand in `where`."""
     blamed = [name for name in arguments if name in str(error)]
     return ConfigError(
         "the engine does not accept an argument",
@@ -49,18 +72,18 @@ def not_accepted(scheme: str, path: str, arguments: Mapping[str, Any], error: Ba
 
 
 class Leavings:
-    """What an engine leaves in shared memory when its processes are killed. Made before it starts."""
+    """Files that an engine's processes leave in shared memory when they are killed. Made before the engine starts."""
 
     def __init__(self) -> None:
-        self._before = _in_use()
+        self._before = _mapped_inodes()
         self._inodes: set[int] = set()
 
     def note(self) -> None:
-        """While its processes run."""
-        self._inodes = _in_use() - self._before
+        """Note the engine's files, while its processes run."""
+        self._inodes = _mapped_inodes() - self._before
 
     def remove(self) -> None:
-        """What is still there after they have ended; arenas are their bridge's."""
+        """Delete the noted files, after the processes have ended. Arenas belong to their bridge and stay."""
         for path in Path(_SHM).iterdir():
             with suppress(FileNotFoundError):
                 ours = path.lstat().st_ino in self._inodes and not path.name.startswith("weighbridge")
@@ -68,27 +91,16 @@ class Leavings:
                     path.unlink()
 
 
-def _in_use() -> set[int]:
-    """Inodes in shared memory that this process and its descendants map."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError, IndexError, ValueError):
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry))
+def _mapped_inodes() -> set[int]:
+    """Inodes in shared memory that this process and its descendants map.
+
+    By inode and not by path: a semaphore is mapped under a name that it had for a moment only.
+    """
+    import psutil  # vLLM and SGLang both bring it
+
     found: set[int] = set()
-    todo = [os.getpid()]
-    while todo:
-        pid = todo.pop()
-        found |= _mapped(pid)
-        todo += children.get(pid, ())
+    for pid in (os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))):
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {int(line.split(None, 5)[4]) for line in lines if _SHM in line}
     return found
-
-
-def _mapped(pid: int) -> set[int]:
-    """By inode: a semaphore is mapped under a name that it had for a moment only."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    return {int(line.split(None, 5)[4]) for line in lines if _SHM in line}

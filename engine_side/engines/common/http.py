@@ -1,4 +1,4 @@
-"""One engine server as seen from here: JSON over HTTP with the standard library, errors in our words."""
+"""Client of one engine server: JSON over HTTP with the standard library, errors of `bridge.errors`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from bridge.protocol.deadline import Deadline
 
 MAX_NBYTES = 64 << 20
 """Longest answer that is read."""
+_PART_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class HttpStatus(Exception):
-    """The server answered, and not with 200."""
+    """The server at `url` answered a call of `route` with an error status and this body."""
 
+    url: str
     route: str
     status: int
     text: str
@@ -29,12 +31,23 @@ class HttpStatus(Exception):
     def __str__(self) -> str:
         return f"{self.route} answered {self.status}: {self.text[:500]}"
 
+    def as_error(self) -> PeerLost | ProtocolError:
+        """The same as an error of `bridge.errors`: 5xx says that the engine behind the server is gone."""
+        kind = PeerLost if self.status >= 500 else ProtocolError
+        return kind(
+            "the server could not do what was asked",
+            where=f"{self.url}{self.route}",
+            expected="status 200",
+            got=str(self),
+            remedy="look into the server's log; start it again if its engine has died",
+        )
+
 
 class HttpClient:
-    """Calls of one server. Blocks; may be used from several threads. No proxies: the server is on this node."""
+    """Calls one server. Calls block; several threads may call at once. Uses no proxy: the server is on this node."""
 
     def __init__(self, url: str) -> None:
-        """Raises ConfigError for anything but `http://HOST:PORT` (or https)."""
+        """Args: url: `http://HOST:PORT` (or https). Raises ConfigError for anything else. Opens no connection."""
         if not _is_address(url):
             raise ConfigError(
                 "not the address of a server", where="engine", expected="http://HOST:PORT", got=repr(url),
@@ -44,7 +57,7 @@ class HttpClient:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get(self, route: str, deadline: Deadline) -> Any:
-        """As `post`."""
+        """Send a GET. Returns and raises as `post`."""
         return self._call(urllib.request.Request(f"{self.url}{route}"), route, deadline)
 
     def post(
@@ -56,8 +69,19 @@ class HttpClient:
         *,
         plain: bool = False,
     ) -> Any:
-        """The JSON answer (None for an empty one; not looked at and None for `plain`). Raises HttpStatus for an answer
-        that is an error, PeerLost when nobody answers, DeadlineExceeded, ProtocolError for one that is no JSON."""
+        """Send a POST and return the JSON of its answer; None for an empty one.
+
+        Args:
+            query: arguments in the address; booleans become "true" and "false".
+            body: arguments as JSON.
+            plain: the answer may be anything; it is read and dropped, and None returned.
+
+        Raises:
+            HttpStatus: the answer's status is an error.
+            PeerLost: nobody answers.
+            DeadlineExceeded: the answer was not complete at the deadline.
+            ProtocolError: the answer is not JSON.
+        """
         words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in (query or {}).items()}
         address = f"{self.url}{route}" + (f"?{urllib.parse.urlencode(words)}" if words else "")
         data = b"" if body is None else json.dumps(body).encode()
@@ -66,29 +90,37 @@ class HttpClient:
 
     def _call(self, request: urllib.request.Request, route: str, deadline: Deadline, plain: bool = False) -> Any:
         deadline.check(f"a call of {route}")
+        where = f"{self.url}{route}"
+        late = DeadlineExceeded(
+            "the server did not answer in time", where=where, remedy="look for a hung engine, or raise timeout_s"
+        )
         try:
             with self._opener.open(request, timeout=max(deadline.remaining_s, 0.001)) as reply:
-                raw = reply.read(MAX_NBYTES)
+                raw = bytearray()
+                # the socket's timeout holds for each read: a server that sends a byte now and then would never be late
+                while len(raw) < MAX_NBYTES and (part := reply.read1(_PART_NBYTES)):
+                    raw += part
+                    if deadline.expired:
+                        raise late
         except urllib.error.HTTPError as error:
             with error:
-                raise HttpStatus(route, error.code, error.read(4096).decode(errors="replace")) from None
-        except TimeoutError as error:
-            raise self._late(route) from error
+                raise HttpStatus(self.url, route, error.code, error.read(4096).decode(errors="replace")) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if isinstance(getattr(error, "reason", None), TimeoutError):
-                raise self._late(route) from error
-            got = str(getattr(error, "reason", error)).strip() or type(error).__name__
-            raise PeerLost("the server does not answer", where=f"{self.url}{route}", got=got) from error
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise late from error
+            got = str(reason).strip() or type(error).__name__
+            remedy = "start it, or look into its log"
+            raise PeerLost("the server does not answer", where=where, got=got, remedy=remedy) from error
         if plain:
             return None
         try:
             return json.loads(raw) if raw.strip() else None
         except ValueError as error:
-            got = repr(raw[:200])
-            raise ProtocolError("an answer that is no JSON", where=f"{self.url}{route}", got=got) from error
-
-    def _late(self, route: str) -> DeadlineExceeded:
-        return DeadlineExceeded("the server did not answer in time", where=f"{self.url}{route}")
+            raise ProtocolError(
+                "an answer that is not JSON", where=where, expected="JSON", got=repr(bytes(raw[:200])),
+                remedy="give the address of the engine's own server",
+            ) from error  # fmt: skip
 
 
 def _is_address(url: str) -> bool:

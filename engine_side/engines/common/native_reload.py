@@ -1,4 +1,4 @@
-"""What `weighbridge bench --engine` measures against: an engine's own way to take new weights from memory."""
+"""An engine's own way to load new weights from memory: what `weighbridge bench --engine` compares a push with."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from pathlib import Path
 import torch
 
 from bridge.errors import ConfigError
+from engine_side.engines.common.hosting import not_installed
 from engine_side.engines.registry import entry
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A running engine of this process and the call that loads weights without the bridge.
+class NativeReload:
+    """A running engine of this process and its own call for new weights.
 
-    `own(named)` takes canonical tensors as a trainer's `named_parameters()` gives them, returns when the engine serves
-    them (its caches dropped, nothing proven), and raises what the engine raises. `label` is that call's name.
+    Attributes:
+        label: the name of that call.
+        own: loads canonical tensors, as a trainer's `named_parameters()` gives them. Returns when the engine serves
+            them with empty caches; proves nothing; raises what the engine raises.
+        stop: ends the engine.
     """
 
     engine: object
@@ -26,25 +30,26 @@ class Rival:
     stop: Callable[[], None]
 
 
-RIVALS: Mapping[str, str] = {
+NATIVE_RELOADS: Mapping[str, str] = {
     "vllm": "engine_side.engines.vllm.native_reload:start",
     "sglang": "engine_side.engines.sglang.native_reload:start",
 }
-"""Scheme of an engine spec -> starter taking a checkpoint folder."""
+"""Scheme of an engine spec -> function that starts the engine on a checkpoint folder."""
 
 
-def start(scheme: str, folder: Path) -> Rival:
-    """Start the engine and its own way. Blocks until it can serve. Raises ConfigError for a scheme without one, or an
-    engine that is not installed."""
-    if scheme not in RIVALS:
-        raise ConfigError("no such kind of engine to measure", expected=" | ".join(RIVALS), got=repr(scheme))
-    try:
-        rival: Rival = entry(RIVALS[scheme])(folder)
-    except ModuleNotFoundError as error:
+def start(scheme: str, folder: Path) -> NativeReload:
+    """Start an engine for the bench. Blocks until it can serve.
+
+    Raises:
+        ConfigError: no engine of this scheme has such a call, or it is not installed.
+    """
+    if scheme not in NATIVE_RELOADS:
         raise ConfigError(
-            "this engine is not installed here",
-            where=scheme,
-            got=f"no module named {error.name}",
-            remedy=f"run the bench in the environment of {scheme}",
-        ) from error
-    return rival
+            "no such kind of engine to measure", where="engine", expected=" | ".join(NATIVE_RELOADS), got=repr(scheme),
+            remedy="measure one of these",
+        )  # fmt: skip
+    try:
+        native: NativeReload = entry(NATIVE_RELOADS[scheme])(folder)
+    except ModuleNotFoundError as error:
+        raise not_installed(scheme, error) from error
+    return native

@@ -1,4 +1,4 @@
-"""What every engine's front keeps for whichever bridge comes next, and the words in which requests are asked for."""
+"""What an engine's frontend remembers for the next bridge, and how requests name a LoRA."""
 
 from __future__ import annotations
 
@@ -7,33 +7,46 @@ from dataclasses import dataclass
 from bridge.errors import ConfigError, NotFound
 
 CURRENT, BASE = "current", "base"
+"""The published LoRA (or the base model, where a version without one is published), and the base model alone."""
 MODES = ("drain", "abort", "keep")
 
 
 @dataclass
-class Books:
-    """What was published, and whether a bridge has paused the engine."""
+class PublishedState:
+    """The version and LoRA that were published last, and whether a bridge has paused the engine."""
 
     paused: bool = False
     version: int = 0
-    adapter: str | None = None
+    lora: str | None = None
 
-    def meant(self, adapter: str) -> str | None:
-        """The adapter that a request asks for by this word; None is the base model."""
-        return self.adapter if adapter == CURRENT else None if adapter == BASE else adapter
+    def resolve_lora(self, name: str) -> str | None:
+        """The LoRA that a request means by "current", "base" or a LoRA's name. None: the base model."""
+        return self.lora if name == CURRENT else None if name == BASE else name
 
 
 def check_mode(inflight: str) -> None:
-    """Raises ConfigError for a word that says nothing about requests in flight."""
+    """Check the option `inflight` of a push. Raises ConfigError for anything but "drain", "abort" and "keep"."""
     if inflight not in MODES:
-        raise ConfigError("no such mode", where="inflight", expected=" | ".join(MODES), got=repr(inflight))
+        raise ConfigError(
+            "no such way to treat requests in flight",
+            where="inflight",
+            expected=" | ".join(MODES),
+            got=repr(inflight),
+            remedy='leave it out for "abort"',
+        )
 
 
-def not_held(name: str) -> NotFound:
-    return NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+def lora_not_loaded(name: str) -> NotFound:
+    """The error for a request that names a LoRA which the engine does not hold."""
+    return NotFound(
+        "this engine holds no such adapter",
+        where="adapter",
+        got=repr(name),
+        remedy='use "current", "base", or a name that the engine lists; a push may have replaced this adapter',
+    )
 
 
-def number(label: object) -> int:
-    """An engine's label as a version; 0 for what it calls its own checkpoint, and for labels of others."""
+def parse_version(label: object) -> int:
+    """The version in an engine's weight label; 0 for a label that no push has set (an engine's own "default")."""
     text = str(label)
     return int(text) if text.isdecimal() else 0

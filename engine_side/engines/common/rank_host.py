@@ -1,24 +1,26 @@
-"""What the rank halves of vLLM and SGLang have in common: adapters in slots, no untying, modules called alone."""
+"""The part of a rank host that vLLM and SGLang share: LoRA slots, calls of single modules, no untying."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from bridge.errors import NotFound, UnsupportedLora
+from bridge.errors import UnsupportedLora
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
+from engine_side.engines.common.published_state import lora_not_loaded
 from engine_side.plan.unfilled import unloaded
 from engine_side.protocol import LoraView, RankHost
 
 
-class Slots(Protocol):
-    """An engine's LoRA manager, as its adapter package drives it."""
+class LoraSlots(Protocol):
+    """The LoRA manager of one rank. The methods are those of `RankHost`, by which they are called."""
 
     def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]: ...
 
@@ -29,34 +31,80 @@ class Slots(Protocol):
     def remove(self, name: str) -> None: ...
 
 
-L = TypeVar("L", bound=Slots)
+L = TypeVar("L", bound=LoraSlots)
 
 
-class EngineHost(RankHost, Generic[L]):
-    """A base for rank hosts. `loras` is None for an engine that was started without LoRA."""
+class EngineRankHost(RankHost, Generic[L]):
+    """Base of the rank hosts of engines with vLLM's layers.
 
+    Attributes:
+        lora_remedy: the call that starts such an engine, and the arguments that LoRA needs besides `enable_lora`.
+        checkpoint: the folder that the engine was started from; None for one that was started otherwise.
+        loras: None for an engine that was started without LoRA.
+    """
+
+    lora_remedy: ClassVar[tuple[str, str]]
+    checkpoint: Path | None
     loras: L | None = None
     _unloaded: frozenset[str] | None = None
 
-    @property
-    @abstractmethod
-    def checkpoint(self) -> Path | None:
-        """The folder that the engine was started from, if there is one."""
-
-    @property
-    @abstractmethod
-    def lora_remedy(self) -> tuple[str, str]:
-        """(what was started without LoRA, how to start it with)."""
-
     def unloaded(self) -> frozenset[str]:
-        """Scales of an unquantised KV cache and the like, by the checkpoint that this engine was started from."""
+        """Parameters that no checkpoint fills, such as the scales of an unquantised KV cache. Found once, from the
+        checkpoint that this engine was started from."""
         if self._unloaded is None:
             self._unloaded = unloaded(self, self.checkpoint)
         return self._unloaded
 
     def untie(self, names: Sequence[str]) -> bool:
-        """Never: which layers share a weight is the engine's configuration, of which its kernels have copies."""
+        """False always: the engine's configuration ties layers, and its kernels hold copies of the shared weight."""
         return False
+
+    # ---- calls of single modules ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Call one unwrapped module without collectives, for the probe of a push.
+
+        Args:
+            module: experts take rows, each sent to one expert at weight 1. A vocabulary layer takes ids (the rows of
+                other ranks' ids are zeros) or rows, linear layers rows. A module without a quantisation method takes
+                rows if it has no children.
+            x: rows [n, features] or ids [n].
+
+        Returns:
+            The contribution of this rank alone.
+
+        Raises:
+            NotImplementedError: this module cannot be called alone.
+        """
+        if not x.is_floating_point():
+            return self._embed_ids(module, x)
+        if self._has_experts(module):
+            return self._apply_experts(module, x)
+        if self._is_quantisable(module):
+            bias = getattr(module, "bias", None)
+            method: Any = module.quant_method
+            out: torch.Tensor = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
+            return out
+        return call_alone(module, x)
+
+    @abstractmethod
+    def _embed_ids(self, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """Look up ids in a vocabulary layer. Raises NotImplementedError for another module."""
+
+    @abstractmethod
+    def _has_experts(self, module: nn.Module) -> bool:
+        """True for a module that holds the weights of fused experts."""
+
+    @abstractmethod
+    def _apply_experts(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Send each row to one expert."""
+
+    @abstractmethod
+    def _is_quantisable(self, module: nn.Module) -> bool:
+        """True for a module whose weight is applied by a quantisation method of the engine, the plain one included."""
+
+    # ---- LoRA ----------------------------------------------------------------------------------------------------
 
     def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
         return self._slots().plan(tensors, spec)
@@ -72,11 +120,11 @@ class EngineHost(RankHost, Generic[L]):
             self.loras.remove(name)
 
     def _slots(self, name: str | None = None) -> L:
-        """Raises NotFound for a name, UnsupportedLora without one, where there are none."""
+        """The slots of this rank. Where there are none: raises NotFound for a name, UnsupportedLora without one."""
         if self.loras is not None:
             return self.loras
         if name is not None:
-            raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
+            raise lora_not_loaded(name)
         where, how = self.lora_remedy
         raise UnsupportedLora(
             "the engine was started without LoRA",
@@ -88,10 +136,22 @@ class EngineHost(RankHost, Generic[L]):
 
 
 def call_alone(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The output of a module without children. Raises NotImplementedError for others, and for what is no tensor."""
+    """Call a module without children. Raises NotImplementedError for others, and for an output that is no tensor."""
     if module._modules:
         raise NotImplementedError(f"{type(module).__name__} has children")
     y: Any = module(x)
     if not isinstance(y, torch.Tensor):
         raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
     return y
+
+
+@contextmanager
+def without_new_entries(cache: dict[Any, Any]) -> Iterator[None]:
+    """Remove afterwards what is added to `cache` inside. vLLM and SGLang keep rotary embeddings in such a cache for the
+    whole process: one that was made on the meta device must not stay there."""
+    before = set(cache)
+    try:
+        yield
+    finally:
+        for key in cache.keys() - before:
+            del cache[key]

@@ -1,4 +1,4 @@
-"""What is asked of every server before it is driven, and what its ranks say of their weights."""
+"""Checks of an engine server: before a bridge drives it, and for `weighbridge health --server`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,41 @@ from collections.abc import Callable, Iterator
 
 from bridge.config import from_environment
 from bridge.coordinator.health import Check
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, ProtocolError
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import ExamineJob, RankLoaded
 from bridge.shm.files import directory
 from bridge.shm.mailbox import Mailbox
 from engine_side.driver.rank_client import RankClient
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.published_state import number
+from engine_side.engines.common.published_state import parse_version
 from engine_side.protocol import EngineDriver
 
 LEVELS = ("attributes", "read-back", "probe")
 
 
-def hello(ask: Callable[[msg.Hello], msg.FromFront]) -> msg.FromFront:
-    """The answer to Hello, with a file in the folder of the arenas to look at. Raises what `ask` raises."""
+def identify(ask: Callable[[msg.Hello], msg.FrontendReply], url: str) -> msg.FrontendIdentity:
+    """Ask a server's frontend who it is, with a probe file in the folder of the arenas for it to look at.
+
+    Args:
+        ask: sends the request and returns the reply. What it raises passes through.
+
+    Raises:
+        ProtocolError: the reply is of another kind.
+    """
     with tempfile.NamedTemporaryFile(prefix="wb-probe-", dir=directory(from_environment().shm_dir)) as probe:
-        return ask(msg.Hello(probe.name, *device_and_inode(probe.fileno())))
+        reply = ask(msg.Hello(probe.name, *device_and_inode(probe.fileno())))
+    if not isinstance(reply, msg.FrontendIdentity):
+        raise ProtocolError(
+            "the server's frontend answered with another kind of message", where=url,
+            expected=msg.FrontendIdentity.__name__, got=type(reply).__name__,
+            remedy="run the same version of weighbridge beside the server and here",
+        )  # fmt: skip
+    return reply
 
 
-def require_sight(front: msg.FrontIs, url: str) -> None:
-    """Raises ConfigError for a server that cannot see the arenas."""
+def require_sight(front: msg.FrontendIdentity, url: str) -> None:
+    """Check that a server sees the probe file of `identify`. Raises ConfigError for one on another node."""
     if front.sees:
         return
     raise ConfigError(
@@ -41,39 +55,46 @@ def require_sight(front: msg.FrontIs, url: str) -> None:
 
 
 def device_and_inode(descriptor: int) -> tuple[int, int]:
-    """What names a file on this machine, whatever its path is elsewhere."""
+    """The identity of an open file on this machine, whatever path another process sees it under."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
 
-def service(kind: str, ranks: int, state: msg.State, label: str, asleep: bool, resume: str) -> Iterator[Check]:
-    """What a server says of itself. `label` is its own weight version, `asleep` whether somebody else has paused its
-    engine, `resume` the call that ends that."""
+def check_service(
+    kind: str, ranks: int, state: msg.FrontendState, label: str, asleep: bool, resume: str
+) -> Iterator[Check]:
+    """Check what a server says of itself.
+
+    Args:
+        label: its own weight version.
+        asleep: somebody else has paused its engine.
+        resume: the route that ends that pause.
+    """
     yield Check("server alive", True, "answers", f"{kind}, {ranks} rank(s), {state.unfinished} requests")
     busy = state.held and bool(state.owner)
     got = f"refuses: {state.refusal}" if state.refusal else "held by a push" if state.held else "paused"
     fine = state.refusal is None and (busy or not (state.held or asleep))
     remedy = "" if fine else f"push a version that verifies, or POST {resume} if nobody has pushed"
     yield Check("server serves", fine, "requests are answered", got if busy or not fine else "open", remedy)
-    agreed = busy or number(label) == state.version or state.refusal is not None
-    shown = f"{label!r}" + (f", adapter {state.adapter}" if state.adapter else "")
+    agreed = busy or parse_version(label) == state.version or state.refusal is not None
+    shown = f"{label!r}" + (f", adapter {state.lora}" if state.lora else "")
     yield Check(
         "server version", agreed, f"version {state.version}, as it was pushed", f"weight_version {shown}",
         "" if agreed else "somebody else changed weights or label: push again",
     )  # fmt: skip
-    driver = f"bridge {state.owner!r}" if state.owner else "nobody"
-    yield Check("server driver", True, "a bridge", driver, "" if state.owner else "bridge.attach", not state.owner)
+    owner = f"bridge {state.owner!r}" if state.owner else "nobody"
+    yield Check("server driver", True, "a bridge", owner, "" if state.owner else "bridge.attach", not state.owner)
 
 
-def weights(adapter: EngineDriver, deadline: Deadline) -> Iterator[Check]:
-    """A read-back of every weight against the arena of whoever has pushed, by the ranks themselves."""
-    mailbox = Mailbox.create("examine", adapter.ranks, directory=from_environment().shm_dir)
-    line = RankClient("server", adapter)
+def check_weights(driver: EngineDriver, deadline: Deadline) -> Iterator[Check]:
+    """Have every rank compare its weights with the arena of the bridge that pushed them. Blocks; writes no weight."""
+    mailbox = Mailbox.create("examine", driver.ranks, directory=from_environment().shm_dir)
+    ranks = RankClient("server", driver)
     try:
-        line.assign(mailbox.path, 0)
-        reports = [said.report for said in line.ask(ExamineJob(LEVELS), RankLoaded, deadline)]
+        ranks.assign(mailbox.path, 0)
+        reports = [answer.report for answer in ranks.ask(ExamineJob(LEVELS), RankLoaded, deadline)]
     finally:
-        line.close()
+        ranks.close()
         mailbox.close()
         mailbox.unlink()
     for report in reports:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bridge.daemon.processes import started_at
 from engine_side.engines.common import claim
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.arguments import SglangArguments
@@ -29,8 +27,7 @@ class SglangEngineDriver(SglangDriver):
         arguments = SglangArguments.read(partial(getattr, engine.server_args), where, START)
         self.engine = engine
         self._in_process = InProcessChannel.open(engine, self)
-        own = (os.getpid(), started_at(os.getpid()) or "")
-        super().__init__(self._in_process, arguments, where, own, on_close=on_close)
+        super().__init__(self._in_process, arguments, where, on_close=on_close)
         self._closed = False
         try:
             self.facts()
@@ -48,7 +45,7 @@ class SglangEngineDriver(SglangDriver):
         Raises Busy while another bridge drives the engine, ConfigError for one that somebody else has paused."""
         try:
             claim.take(self.engine, self, owner)
-            self._ready()
+            self._require_ready()
         except BaseException:
             self._in_process.close(self)
             raise

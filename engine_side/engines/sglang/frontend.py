@@ -18,9 +18,8 @@ from uuid import uuid4
 from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import BaseFront, failed, quarantined
-from engine_side.engines.common.published_state import CURRENT, not_held
-from engine_side.engines.common.published_state import Books as PlainBooks
+from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
+from engine_side.engines.common.published_state import CURRENT, PublishedState, lora_not_loaded
 from engine_side.engines.sglang.gate import QuarantinedRequest, SglangGate, paused_by_user
 from engine_side.engines.sglang.requests import completion, generate_request
 from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, JOB, LORAS, check_weights, read_answer
@@ -39,24 +38,24 @@ _END_S = 20.0
 
 
 @dataclass
-class SglangPublishedState(PlainBooks):
+class SglangPublishedState(PublishedState):
     """Adds the names of the LoRAs that the bridge registered with SGLang's tokenizer manager."""
 
     known: set[str] = field(default_factory=set)
 
 
-class SglangFrontend(BaseFront):
+class SglangFrontend(Frontend):
     """The frontend of one tokenizer manager, made by `SglangFrontend.of`. Every method runs in the manager's loop."""
 
     name = "SGLang"
-    books: SglangPublishedState
+    published: SglangPublishedState
 
     def __init__(self, manager: Any) -> None:
         super().__init__()
         if manager.is_pause:  # requests that wait already could not be refused
             raise paused_by_user(self.name)
         self._manager = manager
-        self.books = SglangPublishedState()
+        self.published = SglangPublishedState()
         self._gate = manager.is_pause_cond = SglangGate(self._passes)
         self._sglang_resolve = manager._validate_and_resolve_lora
         manager._validate_and_resolve_lora = self._resolve_lora
@@ -89,7 +88,7 @@ class SglangFrontend(BaseFront):
     def _held(self) -> bool:
         return self._gate.shut
 
-    async def _adapters(self) -> tuple[str, ...]:
+    async def _list_loras(self) -> tuple[str, ...]:
         return tuple(await self._loaded())
 
     async def _loaded(self) -> dict[str, str]:
@@ -98,24 +97,24 @@ class SglangFrontend(BaseFront):
             return {}
         return read_answer(self.name, *await check_weights(self._manager, [LORAS, ""])).loras
 
-    def _unfinished(self) -> int:
+    def _count_unfinished(self) -> int:
         return int(self._manager.model_update_lock._readers)  # requests that have passed the gate
 
     def _require_running(self) -> None:
-        if self._manager.is_pause and not self.books.paused and self.reason is None:
+        if self._manager.is_pause and not self.published.paused and self.reason is None:
             raise paused_by_user(self.name)
 
-    async def _close(self) -> None:
+    async def _close_gate(self) -> None:
         self._require_running()
         async with self._gate:
             self._gate.shut = True
 
-    async def _open(self) -> None:
+    async def _open_gate(self) -> None:
         async with self._gate:
             self._gate.shut = False
             self._gate.notify_all()
 
-    async def _stop(self) -> None:
+    async def _stop_engine(self) -> None:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightVersionReqInput
 
         self._manager.auto_create_handle_loop()
@@ -132,7 +131,7 @@ class SglangFrontend(BaseFront):
         except TimeoutError:
             log.error("requests inside a quarantined SGLang engine did not end within %s s after abort_request", _END_S)
 
-    async def _go_on(self) -> None:
+    async def _resume_engine(self) -> None:
         from sglang.srt.managers.io_struct import ContinueGenerationReqInput
 
         await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
@@ -162,18 +161,18 @@ class SglangFrontend(BaseFront):
                 remedy="raise timeout_s, or ask for fewer tokens",
             ) from None
         except QuarantinedRequest as error:
-            raise quarantined(self.name, error.got or "") from None
+            raise quarantine_error(self.name, error.got or "") from None
 
     async def _lora_of(self, asked: msg.Generate) -> str | None:
-        if asked.adapter == CURRENT and not asked.past_gate and self._manager.server_args.enable_lora:
+        if asked.lora == CURRENT and not asked.past_gate and self._manager.server_args.enable_lora:
             return CURRENT  # resolved behind the gate: a push may begin before the request is there
-        name = self.books.meant(asked.adapter)
+        name = self.published.resolve_lora(asked.lora)
         if name is None:
             return None
         if asked.past_gate:
             await self._register(name)
         elif name not in self._manager.lora_registry.get_all_adapters():
-            raise not_held(name)
+            raise lora_not_loaded(name)
         return name
 
     async def _resolve_lora(self, asked: Any) -> None:
@@ -181,7 +180,7 @@ class SglangFrontend(BaseFront):
         loaded = self._manager.lora_registry.get_all_adapters() if asked.lora_path else {}
         several = isinstance(asked.lora_path, list)
         names = [
-            name if name is None or name in loaded else self.books.meant(name)
+            name if name is None or name in loaded else self.published.resolve_lora(name)
             for name in (asked.lora_path if several else [asked.lora_path])
         ]
         asked.lora_path = names[0] if not several else names if any(names) else None
@@ -189,48 +188,48 @@ class SglangFrontend(BaseFront):
 
     # ---- LoRAs ---------------------------------------------------------------------------------------------------
 
-    async def _published(self, version: int, adapter: str | None) -> None:
+    async def _publish(self, version: int, lora: str | None) -> None:
         await self._unregister_dropped()
-        if adapter is not None:
-            await self._register(adapter)
-        await super()._published(version, adapter)
+        if lora is not None:
+            await self._register(lora)
+        await super()._publish(version, lora)
 
     async def _register(self, name: str) -> None:
         """Let requests name a LoRA that the ranks hold: SGLang's registry knows only those that it loaded itself."""
         from sglang.srt.lora.lora_registry import LoRARef
 
         registry = self._manager.lora_registry
-        if name in self.books.known or name in registry.get_all_adapters():
+        if name in self.published.known or name in registry.get_all_adapters():
             return
         loaded = await self._loaded()
         if name not in loaded:
-            raise not_held(name)
+            raise lora_not_loaded(name)
         await registry.register(LoRARef(lora_id=loaded[name], lora_name=name, lora_path="memory", pinned=True))
-        self.books.known.add(name)
+        self.published.known.add(name)
 
     async def _unregister_dropped(self) -> None:
         """Forget LoRAs that were dropped in the ranks before they served."""
-        if self.books.known:
-            for name in self.books.known.difference(await self._loaded()):
-                self.books.known.discard(name)
+        if self.published.known:
+            for name in self.published.known.difference(await self._loaded()):
+                self.published.known.discard(name)
                 if name in self._manager.lora_registry.get_all_adapters():  # its user may have unloaded it
                     await self._manager.lora_registry.unregister(name)
 
-    async def _end(self, adapters: Iterable[str]) -> None:
-        names = frozenset(adapters)
+    async def _end_requests(self, loras: Iterable[str]) -> None:
+        names = frozenset(loras)
         for rid, state in list(self._manager.rid_to_state.items()):
             if getattr(state.obj, "lora_path", None) in names:
                 self._manager.abort_request(rid)
 
-    async def _retire(self, adapters: Iterable[str]) -> None:
+    async def _retire_loras(self, loras: Iterable[str]) -> None:
         """Unload LoRAs, each as soon as its last request has ended. Waits only for LoRAs without requests; raises
         DeadlineExceeded when the schedulers do not drop one of these within 20 s."""
         loaded = await self._loaded()
-        for name in adapters:
+        for name in loras:
             if name not in loaded:
                 continue
             await self._register(name)
-            self.books.known.discard(name)
+            self.published.known.discard(name)
             counter = self._manager.lora_registry._counters.get(loaded[name])
             task = asyncio.create_task(self._unload(name))
             self._retiring.add(task)
@@ -272,7 +271,7 @@ async def answer_check_weights(original: Callable[..., Any], self: Any, obj: Any
             try:
                 return True, await SglangFrontend.of(self).answer(text), None, None
             except ConfigError as error:  # there is no frontend yet, and the engine is paused
-                return True, failed(error), None, None
+                return True, pack_error(error), None, None
         if verb == JOB:
             SglangFrontend.of(self).jobs += 1
         return await _in_turn(self, original(self, obj, request))

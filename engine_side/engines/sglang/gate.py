@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fastapi import HTTPException
 
 from bridge.errors import ConfigError, EngineQuarantined
-from engine_side.engines.common.frontend import quarantined
+from engine_side.engines.common.frontend import quarantine_error
 
 
 class SglangGate(asyncio.Condition):
@@ -42,7 +42,7 @@ class QuarantinedRequest(EngineQuarantined, HTTPException):  # type: ignore[misc
     """The refusal of a request by a quarantined engine; SGLang's server answers it with status 503."""
 
     def __init__(self, where: str, reason: str) -> None:
-        error = quarantined(where, reason)
+        error = quarantine_error(where, reason)
         super().__init__(error.what, where=error.where, got=error.got, remedy=error.remedy)
         self.status_code, self.detail, self.headers = 503, self._message(), None
 

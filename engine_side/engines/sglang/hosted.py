@@ -46,9 +46,7 @@ def host(path: str, arguments: Mapping[str, Any]) -> SglangEngineDriver:
     try:
         import sglang
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "SGLang is not installed", where="engine", got=f"no module named {error.name}", remedy="pip install sglang"
-        ) from error
+        raise hosting.not_installed("SGLang", error) from error
     check_version(str(sglang.__version__))
     arguments = hosting.with_dtype(arguments)
     server_args = _server_args(path, arguments)

@@ -183,11 +183,11 @@ class InProcessChannel:
 
     # ---- the calls of `remote.SglangChannel` ---------------------------------------------------------------------
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         late = not isinstance(request, msg.Refuse)  # a refusal has to take effect, however late
         return self.run(self._ask(request), deadline, type(request).__name__, cancel_late=late)
 
-    async def _ask(self, request: msg.ToFront) -> msg.FromFront:
+    async def _ask(self, request: msg.FrontendRequest) -> msg.FrontendReply:
         from engine_side.engines.sglang.frontend import SglangFrontend
 
         return await SglangFrontend.of(self._manager).handle(request)

@@ -10,7 +10,7 @@ import torch
 
 from bridge.errors import ProtocolError
 from engine_side.engines.common.hosting import Leavings
-from engine_side.engines.common.native_reload import Rival
+from engine_side.engines.common.native_reload import NativeReload
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.hosted import EngineShutdown
 
@@ -23,7 +23,7 @@ _ON_CPU = {
 """Arguments that SGLang needs on a machine without a GPU."""
 
 
-def start(folder: Path) -> Rival:
+def start(folder: Path) -> NativeReload:
     """Start an Engine that takes weights from this process through SGLang's update calls. Blocks until it serves."""
     import sglang
 
@@ -47,7 +47,7 @@ def start(folder: Path) -> Rival:
         _require(engine.update_weights_from_tensor(weights, flush_cache=True))
         _require(engine.end_weight_update())
 
-    return Rival(engine, "update_weights_from_tensor", own, EngineShutdown(engine, leavings))
+    return NativeReload(engine, "update_weights_from_tensor", own, EngineShutdown(engine, leavings))
 
 
 def _require(answer: Any) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from bridge.errors import DeadlineExceeded, ProtocolError
-from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend_client import CALL_S, Fronted
-from engine_side.engines.common.published_state import BASE, CURRENT, check_mode, not_held
+from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
+from engine_side.engines.common.published_state import BASE, check_mode
 from engine_side.engines.sglang.arguments import SglangArguments
 from engine_side.engines.sglang.gate import paused_by_user
 from engine_side.engines.sglang.scheduler_messages import (
@@ -25,7 +25,6 @@ from engine_side.engines.sglang.scheduler_messages import (
     SchedulerFacts,
     read_answer,
 )
-from engine_side.protocol import Prompts
 
 T = TypeVar("T")
 _POLL_S = 0.005
@@ -33,7 +32,7 @@ _GRACE_S = 3.0
 """Seconds for all calls together that follow a deadline which the engine let pass: to resume it, or to refuse."""
 _PROBE_S = 0.5
 """Seconds for each further call, once the grace is over."""
-_ASKS_RANKS = (msg.Ask, msg.Generate, msg.Published, msg.Retire)
+_ASKS_RANKS = (msg.GetState, msg.Generate, msg.Publish, msg.Retire)
 """Requests for which the frontend, if the engine holds LoRAs, waits for the schedulers."""
 
 
@@ -41,7 +40,7 @@ class SglangChannel(Protocol):
     """A way to one engine. Every call blocks until it is answered; raises PeerLost for an engine that has ended, and
     DeadlineExceeded."""
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         """Return the frontend's answer; its errors are raised."""
         ...
 
@@ -56,7 +55,7 @@ class SglangChannel(Protocol):
         ...
 
 
-class SglangDriver(Fronted):
+class SglangDriver(FrontendClient):
     """The `EngineDriver` of an SGLang engine, whatever channel leads to it.
 
     Attributes:
@@ -74,7 +73,6 @@ class SglangDriver(Fronted):
         channel: SglangChannel,
         arguments: SglangArguments,
         where: str,
-        own: tuple[int, str],
         *,
         on_close: Callable[[], None] | None = None,
     ) -> None:
@@ -82,10 +80,9 @@ class SglangDriver(Fronted):
 
         Args:
             where: the engine, for errors.
-            own: (pid, start time) of the process that drives the engine, for the claim.
             on_close: ends an engine that belongs to the driver.
         """
-        super().__init__(own, on_close)
+        super().__init__(on_close)
         self.where = where
         self.ranks, self.checkpoint = arguments.ranks, arguments.checkpoint
         self.quantisation, self.lora = arguments.quantisation, arguments.lora
@@ -132,7 +129,7 @@ class SglangDriver(Fronted):
         self._grace = None
         return read_answer(self.where, ok, message)
 
-    def _front(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         if isinstance(request, msg.Generate) and not request.past_gate:
             return self._channel.ask(request, deadline)  # a user's: it may take its time
         if isinstance(request, _ASKS_RANKS) and self.lora is not None:
@@ -183,7 +180,7 @@ class SglangDriver(Fronted):
             while inflight == "drain" and not paused and self.state(deadline).unfinished:
                 deadline.check("requests in flight did not finish")
                 time.sleep(_POLL_S)
-            self._tell(msg.Note(True), deadline)
+            self._tell(msg.Hold(paused=True), deadline)
             self._channel.call("pause_generation", deadline, mode="retract")
             while not self.facts(deadline).paused:  # SGLang's pause has no answer of its own
                 deadline.check("SGLang's pause")
@@ -203,7 +200,6 @@ class SglangDriver(Fronted):
 
     def _go_on(self) -> None:
         self._call("continue_generation", torch_empty_cache=not self._on_cpu)
-        self._tell(msg.Note(False))
         self._tell(msg.Release())
 
     def refuse(self, reason: str | None) -> None:
@@ -224,7 +220,7 @@ class SglangDriver(Fronted):
 
     # ---- readiness, versions -------------------------------------------------------------------------------------
 
-    def _ready(self) -> None:
+    def _require_ready(self) -> None:
         state = self.state()
         if state.refusal is not None or state.paused:
             return
@@ -235,31 +231,11 @@ class SglangDriver(Fronted):
         sampling = Sampling(max_tokens=2, temperature=0.0)
         self._completions([[0, 0]], sampling, BASE, True, Deadline.after(CALL_S))
 
-    def publish(self, version: int, adapter: str | None = None) -> None:
-        """Make SGLang report the version in `meta_info["weight_version"]` from now on, and `adapter` what "current"
-        means. Raises NotFound for a LoRA that the ranks do not hold."""
-        if adapter is not None and adapter not in self.adapters():
-            raise not_held(adapter)
+    def _set_weight_version(self, version: int) -> None:
         self._call("update_weight_version", new_version=str(version), abort_all_requests=False)
-        self._tell(msg.Published(version, adapter))
 
-    # ---- generation ----------------------------------------------------------------------------------------------
+    def _open_scheduling(self, state: msg.FrontendState, deadline: Deadline | None) -> None:
+        self.ask(OPEN, deadline=deadline)  # for the bridge's own requests alone: others are put aside
 
-    def generate(
-        self,
-        prompts: Prompts,
-        sampling: Sampling,
-        adapter: str = CURRENT,
-        *,
-        past_gate: bool = False,
-        deadline: Deadline | None = None,
-    ) -> list[Completion]:
-        """Sample one completion per prompt. With `past_gate`, a paused scheduler runs for these requests alone."""
-        opened = past_gate and bool(prompts) and self.state(deadline).paused
-        if opened:
-            self.ask(OPEN, deadline=deadline)
-        try:
-            return self._completions(prompts, sampling, adapter, past_gate, deadline)
-        finally:
-            if opened:
-                self.ask(SHUT)
+    def _close_scheduling(self) -> None:
+        self.ask(SHUT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.protocol.codec import Completion, Sampling
-from engine_side.engines.common.published_state import number
+from engine_side.engines.common.published_state import parse_version
 from engine_side.protocol import Prompts
 
 
@@ -38,4 +38,4 @@ def completion(output: Any) -> Completion:
     spans = meta.get("weight_versions") or ()
     label = spans[0]["version"] if spans else meta.get("weight_version")
     reason = (meta.get("finish_reason") or {}).get("type", "abort")
-    return Completion(tokens, tuple(float(row[0]) for row in rows[: len(tokens)]), reason, number(label))
+    return Completion(tokens, tuple(float(row[0]) for row in rows[: len(tokens)]), reason, parse_version(label))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bridge.coordinator.health import Check
-from bridge.daemon.processes import started_at
-from bridge.errors import BridgeError, PeerLost, ProtocolError
-from bridge.protocol.codec import pack, unpack
+from bridge.errors import BridgeError, ProtocolError
+from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
@@ -31,7 +29,7 @@ class SglangHttpChannel:
     def __init__(self, client: HttpClient) -> None:
         self._client = client
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         ok, text = self.check_weights([FRONT, base64.b64encode(pack(request)).decode()], deadline)
         try:
             frame = base64.b64decode(text, validate=True) if ok else b""
@@ -39,10 +37,7 @@ class SglangHttpChannel:
             frame = b""
         if not frame:
             raise without_plugin(self._client.url, text)
-        answer: msg.FromFront = unpack(frame, msg.FromFront)
-        if isinstance(answer, msg.Failed):
-            raise answer.error.rebuild(self._client.url)
-        return answer
+        return msg.read_reply(frame, self._client.url)
 
     def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
         try:
@@ -50,7 +45,7 @@ class SglangHttpChannel:
         except HttpStatus as error:
             if error.status == 400 and method == "flush_cache":
                 return False
-            raise self._failed(error) from error
+            raise error.as_error() from error
         return True
 
     def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
@@ -60,7 +55,7 @@ class SglangHttpChannel:
         except HttpStatus as error:
             if error.status == 400:
                 return False, error.text
-            raise self._failed(error) from error
+            raise error.as_error() from error
         if not isinstance(answer, dict) or not isinstance(answer.get("message"), str):
             raise ProtocolError(
                 "the server's answer is not one of SGLang's",
@@ -71,22 +66,12 @@ class SglangHttpChannel:
             )
         return bool(answer.get("success")), answer["message"]
 
-    def _failed(self, error: HttpStatus) -> PeerLost | ProtocolError:
-        kind = PeerLost if error.status >= 500 else ProtocolError
-        return kind(
-            "the SGLang server did not do what was asked",
-            where=self._client.url,
-            got=str(error),
-            remedy="the server's log has the details",
-        )
-
 
 class SglangServerDriver(SglangDriver):
     """The driver of a server, which stays its owner's."""
 
     def __init__(self, client: HttpClient, arguments: SglangArguments) -> None:
-        own = (os.getpid(), started_at(os.getpid()) or "")
-        super().__init__(SglangHttpChannel(client), arguments, client.url, own)
+        super().__init__(SglangHttpChannel(client), arguments, client.url)
         self._client = client
 
     def examine(self, deadline: Deadline) -> Iterator[Check]:
@@ -94,8 +79,8 @@ class SglangServerDriver(SglangDriver):
         pushed. Writes nothing."""
         label = str(self._client.get("/model_info", Deadline.after(CALL_S)).get("weight_version"))
         state, paused = self.state(), self.facts().paused
-        yield from server_checks.service("SGLang", self.ranks, state, label, paused, "/continue_generation")
-        yield from server_checks.weights(self, deadline)
+        yield from server_checks.check_service("SGLang", self.ranks, state, label, paused, "/continue_generation")
+        yield from server_checks.check_weights(self, deadline)
 
 
 def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | None:
@@ -109,9 +94,7 @@ def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | No
     check_version(str(info["version"]))
     arguments = SglangArguments.read(info.get, client.url, START)
     channel = SglangHttpChannel(client)
-    front = server_checks.hello(lambda request: channel.ask(request, deadline))
-    if not isinstance(front, msg.FrontIs):
-        raise ProtocolError("an answer of the wrong kind", where=client.url, got=type(front).__name__)
+    front = server_checks.identify(lambda request: channel.ask(request, deadline), client.url)
     server_checks.require_sight(front, client.url)
     driver = SglangServerDriver(client, arguments)
     driver.facts()

@@ -1,4 +1,4 @@
-"""Two lines to an AsyncLLM: by its event loop in this process, or through the endpoints of the server it stands in."""
+"""Two channels to an AsyncLLM: its event loop in this process, or the endpoints of the server that it runs in."""
 
 from __future__ import annotations
 
@@ -10,37 +10,45 @@ from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
-from bridge.protocol.codec import pack, unpack
+from bridge.errors import ConfigError, PeerLost, ProtocolError
+from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.http import HttpClient, HttpStatus
-from engine_side.engines.vllm.liveness import LOOK_S, has_died, lost
+from engine_side.engines.vllm.liveness import LOOK_S, died_error, has_died, late_error
 from engine_side.engines.vllm.plugin import FRONT
 
 T = TypeVar("T")
 GRACE_S = 1.0
-"""For what vLLM itself says of a dead engine core."""
+"""Time for vLLM to fail a call itself, once its engine core has ended."""
+END_S = 10.0
+"""Time for the tasks of an event loop to end."""
 
 
-class Line(Protocol):
-    """Blocks until answered. Every call raises PeerLost for an engine that is gone, and DeadlineExceeded."""
+class VllmChannel(Protocol):
+    """A way to an AsyncLLM. Every call blocks until it is answered; raises PeerLost for an engine that is gone, and
+    DeadlineExceeded."""
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
-        """The front's answer; its errors are raised."""
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Send a request to the frontend. Raises the error that it answers with."""
         ...
 
-    def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        """A method of AsyncLLM, by name."""
+    def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Call a method of AsyncLLM by name."""
         ...
 
     def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        """A method of the workers, with one frame; what each answered."""
+        """Call a method of the workers with one frame. Returns what each answered."""
         ...
 
 
-class LoopLine:
-    """An event loop on a thread of its own, and the AsyncLLM that lives on it."""
+class VllmLoopChannel:
+    """An event loop on a thread of its own, and the AsyncLLM that lives on it.
+
+    Attributes:
+        engine: the AsyncLLM; None before it was made and after it was ended.
+        front: its VllmFrontend.
+    """
 
     def __init__(self) -> None:
         self.engine: Any = None
@@ -50,48 +58,54 @@ class LoopLine:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T], deadline: Deadline | None) -> T:
-        """Run a coroutine on the loop and wait for it; one that is too late is cancelled."""
+        """Run a coroutine on the loop and wait for its result. Without a deadline this waits for as long as the engine
+        core lives.
+
+        Raises:
+            DeadlineExceeded: the coroutine was cancelled at the deadline.
+            PeerLost: the engine core has ended, or the loop was stopped.
+        """
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not wait((future,), LOOK_S if deadline is None else min(LOOK_S, deadline.remaining_s)).done:
                 if deadline is not None and deadline.expired:
                     future.cancel()
-                    raise DeadlineExceeded("vLLM did not answer in time", where="AsyncLLM")
+                    raise late_error("AsyncLLM")
                 engine = self.engine
                 if engine is not None and has_died(engine.engine_core) and not wait((future,), GRACE_S).done:
                     future.cancel()
-                    raise lost("AsyncLLM")
+                    raise died_error("AsyncLLM")
             return future.result()
         except CancelledError as error:
-            raise PeerLost("vLLM's engine was stopped", where="AsyncLLM") from error
+            raise PeerLost(
+                "vLLM's engine was stopped", where="AsyncLLM", got="closed", remedy="start it again"
+            ) from error
 
     def stop(self) -> None:
-        """End the loop and what still waits on it. Idempotent."""
+        """End the loop and what still waits on it. Blocks for at most twice END_S. Idempotent."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result(10)
+        wait((asyncio.run_coroutine_threadsafe(_end_all(), self._loop),), END_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
+        self._thread.join(END_S)
+        if not self._thread.is_alive():  # else something on it blocks, and it cannot be closed
+            self._loop.close()
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
-        answer: msg.FromFront = self.run(self.front.handle(request), deadline)
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        answer: msg.FrontendReply = self.run(self.front.handle(request), deadline)
         return answer
 
-    def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        return self._engine_call(getattr(self.engine, method)(**arguments), deadline)
-
-    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        answers: Sequence[Any] = self._engine_call(self.engine.collective_rpc(method, args=(frame,)), deadline)
-        return answers
-
-    def _engine_call(self, work: Coroutine[Any, Any, Any], deadline: Deadline) -> Any:
+    def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return self.run(work, deadline)
+            return self.run(getattr(self.engine, name)(**arguments), deadline)
         except EngineDeadError as error:
-            raise PeerLost("vLLM's engine has died", where="AsyncLLM", got=str(error)) from error
+            raise died_error("AsyncLLM", str(error)) from error
+
+    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
+        answers: Sequence[Any] = self.call("collective_rpc", deadline, method=method, args=(frame,))
+        return answers
 
 
 async def _end_all() -> None:
@@ -103,11 +117,16 @@ async def _end_all() -> None:
 
 @dataclass(frozen=True)
 class Route:
-    """Where a method of AsyncLLM is reached: `answer` is the key of what it returns; a `get`, or a post whose arguments
-    travel in the query or, if `body`, in the body."""
+    """The endpoint of a method of AsyncLLM.
+
+    Attributes:
+        answer, kind: key and type of its result in the answer; None for a method without one.
+        get: a GET; else a POST, with the arguments in the query or, if `body`, in the body.
+    """
 
     path: str
     answer: str | None = None
+    kind: type = object
     get: bool = False
     body: bool = False
 
@@ -115,64 +134,59 @@ class Route:
 ROUTES: Mapping[str, Route] = {
     "pause_generation": Route("/pause"),
     "resume_generation": Route("/resume"),
-    "is_sleeping": Route("/is_sleeping", "is_sleeping", get=True),
-    "reset_prefix_cache": Route("/reset_prefix_cache", "success"),
+    "is_sleeping": Route("/is_sleeping", "is_sleeping", bool, get=True),
+    "reset_prefix_cache": Route("/reset_prefix_cache", "success", bool),
     "reset_mm_cache": Route("/reset_mm_cache"),
     "reset_encoder_cache": Route("/reset_encoder_cache"),
     "update_weight_version": Route("/update_weight_version", body=True),
-    "get_weight_version": Route("/weight_info", "weight_version", get=True),
+    "get_weight_version": Route("/weight_info", "weight_version", str, get=True),
+    "collective_rpc": Route("/collective_rpc", "results", list, body=True),
 }
 
 
-class HttpLine:
-    """Over the endpoints that `vllm serve` opens with VLLM_SERVER_DEV_MODE=1."""
+class VllmHttpChannel:
+    """The endpoints that `vllm serve` opens with VLLM_SERVER_DEV_MODE=1."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
 
-    def ask(self, request: msg.ToFront, deadline: Deadline) -> msg.FromFront:
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         (text,) = self.rpc(FRONT, pack(request), deadline)[:1] or ("",)
         if not text:
             raise ConfigError(
-                "the server was started without weighbridge's plugin in its front",
+                "the server was started without weighbridge's plugin in its frontend",
                 where=self._client.url,
                 expected="one API server process, with weighbridge installed beside vLLM",
                 got="an answer from a worker",
                 remedy="install weighbridge in the server's environment and start it with --api-server-count 1",
             )
-        answer: msg.FromFront = unpack(base64.b64decode(text), msg.FromFront)
-        if isinstance(answer, msg.Failed):
-            raise answer.error.rebuild(self._client.url)
-        return answer
+        return msg.read_reply(base64.b64decode(text), self._client.url)
 
-    def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        route = ROUTES[method]
+    def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        route = ROUTES[name]
         try:
             if route.get:
-                said = self._client.get(route.path, deadline)
+                answer = self._client.get(route.path, deadline)
             elif route.body:
-                said = self._client.post(route.path, deadline, body=arguments)
+                answer = self._client.post(route.path, deadline, body=arguments)
             else:
-                said = self._client.post(route.path, deadline, query=arguments)
+                answer = self._client.post(route.path, deadline, query=arguments)
         except HttpStatus as error:
-            raise self._failed(error) from error
+            raise error.as_error() from error
         if route.answer is None:
             return None
-        if not isinstance(said, dict) or route.answer not in said:
-            raise ProtocolError("an answer of another kind", where=f"{self._client.url}{route.path}", got=str(said))
-        return said[route.answer]
+        found = answer.get(route.answer) if isinstance(answer, dict) else None
+        if not isinstance(found, route.kind):
+            raise ProtocolError(
+                "the server's answer has another form",
+                where=f"{self._client.url}{route.path}",
+                expected=f"an object in which {route.answer!r} is of type {route.kind.__name__}",
+                got=str(answer)[:200],
+                remedy="give the address of the engine's own server, not of a router before it",
+            )
+        return found
 
     def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        body = {"method": method, "args": [base64.b64encode(frame).decode()]}
-        try:
-            said = self._client.post("/collective_rpc", deadline, body=body)
-        except HttpStatus as error:
-            raise self._failed(error) from error
-        if not isinstance(said, dict) or not isinstance(said.get("results"), list):
-            raise ProtocolError("an answer of another kind", where=f"{self._client.url}/collective_rpc", got=str(said))
-        results: list[Any] = said["results"]
-        return results
-
-    def _failed(self, error: HttpStatus) -> PeerLost | ProtocolError:
-        kind = PeerLost if error.status >= 500 else ProtocolError
-        return kind("the server could not do what was asked", where=self._client.url, got=str(error))
+        args = [base64.b64encode(frame).decode()]
+        answers: Sequence[Any] = self.call("collective_rpc", deadline, method=method, args=args)
+        return answers

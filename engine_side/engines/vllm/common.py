@@ -1,104 +1,140 @@
-"""What the ways to a vLLM engine have in common: an `LLM` of this process, a hosted one and one behind a server."""
+"""What is the same for every way to a vLLM engine: an `LLM` of this process, a hosted AsyncLLM, a server."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bridge.errors import Busy, ConfigError, ProtocolError
-from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
-from engine_side.engines.common.published_state import Books as PlainBooks
-from engine_side.engines.common.published_state import number
-from engine_side.engines.vllm.facts import Facts
+from engine_side.engines.common.published_state import PublishedState, lora_not_loaded, parse_version
+from engine_side.engines.vllm.facts import VllmFacts
 
 
 @dataclass
-class Books(PlainBooks):
-    """Also what waits to be dropped."""
+class VllmPublishedState(PublishedState):
+    """Also the LoRAs that are to be dropped once no request uses them."""
 
     retiring: set[str] = field(default_factory=set)
 
 
 class VllmDriver:
-    """The driver half as far as it is the same everywhere."""
+    """Base of vLLM's drivers.
+
+    Attributes:
+        facts: read from the engine's configuration.
+        where: the engine in messages.
+        max_prompt: one token less than the model's length, for a prompt is continued by one.
+    """
 
     kind = "vllm"
     can_generate = True
 
-    def __init__(self, facts: Facts, where: str) -> None:
+    def __init__(self, facts: VllmFacts, where: str) -> None:
         self.facts = facts
         self.where = where
+        self.ranks = facts.ranks
+        self.checkpoint = facts.checkpoint
+        self.quantisation = facts.quantisation
+        self.max_prompt = facts.max_len - 1
+        self.vocabulary = facts.vocabulary or None
+        self.cache_grain = facts.block
+        self.lora = facts.lora
         self._blocks_used = False
-        """Requests of the bridge's own have run in the paused engine, and left their KV in its cache."""
-
-    @property
-    def ranks(self) -> int:
-        return self.facts.ranks
-
-    @property
-    def checkpoint(self) -> Path | None:
-        return self.facts.checkpoint
-
-    @property
-    def quantisation(self) -> str | None:
-        return self.facts.quantisation
-
-    @property
-    def max_prompt(self) -> int:
-        return self.facts.max_len - 1
-
-    @property
-    def vocabulary(self) -> int | None:
-        return self.facts.vocabulary or None
-
-    @property
-    def cache_grain(self) -> int:
-        return self.facts.block
-
-    @property
-    def lora(self) -> LoraLimits | None:
-        return self.facts.lora
+        """Requests of the bridge have run in the paused engine, and their KV is still in its cache."""
 
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
-        """Run the job in every worker. Raises ProtocolError for one that could not answer, PeerLost for dead ones."""
+        """Run a rank job in every worker. Blocks.
+
+        Raises:
+            ProtocolError: a worker could not answer through the mailbox.
+            PeerLost: workers are gone.
+            DeadlineExceeded: before or during the call.
+        """
         deadline.check("a job for vLLM's workers")
         if self._blocks_used:  # only now: a cache that is left alone serves the next push's check
             self._free_blocks()
         wrong = [str(text) for text in self._run_job(job, deadline) if text]
         if wrong:
-            raise ProtocolError("a vLLM worker could not run a job", where=self.where, got="; ".join(wrong))
+            raise ProtocolError(
+                "a vLLM worker could not run a job",
+                where=self.where,
+                expected="an answer in the mailbox",
+                got="; ".join(wrong),
+                remedy="run the same version of weighbridge beside vLLM and here; vLLM's log has the details",
+            )
+
+    def reset_caches(self) -> bool:
+        """Drop prefix, encoder and multimodal caches; kept requests are computed again under the new weights."""
+        answer = self._reset_prefix_cache()
+        self._call("reset_mm_cache")
+        self._call("reset_encoder_cache")
+        return answer
+
+    def _reset_prefix_cache(self) -> bool:
+        """Running requests give their blocks back as well, and compute them again. Returns vLLM's answer."""
+        return bool(self._call("reset_prefix_cache", reset_running_requests=True))
 
     def _free_blocks(self) -> None:
-        """A job may take any KV block of the paused engine. Raises ProtocolError when vLLM keeps them."""
+        """Free the KV blocks of the paused engine, for the canary. Raises ProtocolError when vLLM keeps them."""
         if not self._reset_prefix_cache():
-            raise ProtocolError("vLLM did not free its KV blocks", where="reset_prefix_cache", got="False")
+            raise ProtocolError(
+                "vLLM did not free its KV blocks",
+                where="reset_prefix_cache",
+                expected="True",
+                got="False",
+                remedy="look for requests that vLLM still runs, and push again",
+            )
         self._blocks_used = False
 
     @abstractmethod
-    def _reset_prefix_cache(self) -> bool:
-        """Running requests give their blocks back as well, and compute them again. vLLM's answer."""
+    def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
+        """Call `extension.bridge_run` in every worker. Returns what each answered."""
 
     @abstractmethod
-    def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
-        """`extension.bridge_run` in every worker; what each said."""
+    def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
+        """Call a method of vLLM's engine by name. Raises PeerLost, DeadlineExceeded."""
 
 
-def asleep(where: str, remedy: str) -> ConfigError:
-    return ConfigError("the engine is asleep or paused", where=where, got="asleep", remedy=remedy)
+def asleep_error(where: str, remedy: str) -> ConfigError:
+    """The error for an engine whose owner has paused it or put it to sleep."""
+    return ConfigError(
+        "the engine is asleep or paused", where=where, expected="an engine that runs", got="asleep", remedy=remedy
+    )
 
 
-def keeping(where: str) -> Busy:
-    """vLLM's scheduler runs for all or for none: what was kept would go on before a version serves."""
-    return Busy("kept requests would run as well", where=where, remedy="resume the engine first")
+def kept_requests_error(where: str) -> Busy:
+    """The error for requests past the gate: vLLM schedules all or none, so kept requests would go on before a version
+    serves."""
+    return Busy(
+        "kept requests would run as well",
+        where=where,
+        expected="an engine without requests",
+        got="requests that a push with inflight='keep' has left inside",
+        remedy="resume the engine first",
+    )
 
 
-def parameters(sampling: Sampling) -> Any:
-    """vLLM's SamplingParams."""
+def list_loras(loaded: Mapping[str, int], held: Iterable[int]) -> tuple[str, ...]:
+    """Names of the LoRAs that the bridge loaded, then `#id` for the rest of those that vLLM holds: of adapters from
+    folders it keeps no names in its core."""
+    return (*loaded, *(f"#{lora_id}" for lora_id in sorted(set(held) - set(loaded.values()))))
+
+
+def request_lora(name: str, loaded: Mapping[str, int]) -> Any:
+    """The LoRARequest for a loaded LoRA. Raises NotFound."""
+    from engine_side.engines.vllm.lora_slots import lora_request
+
+    if name not in loaded:
+        raise lora_not_loaded(name)
+    return lora_request(name, loaded[name])
+
+
+def sampling_parameters(sampling: Sampling) -> Any:
+    """Translate our Sampling into vLLM's SamplingParams."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -112,8 +148,8 @@ def parameters(sampling: Sampling) -> Any:
     )
 
 
-def completion(output: Any) -> Completion:
-    """Of a final `RequestOutput`."""
+def read_completion(output: Any) -> Completion:
+    """Translate a final RequestOutput of vLLM. The version is the one that the first token was computed with."""
     (first,) = output.outputs
     ids = tuple(int(token) for token in first.token_ids)
     rows = first.logprobs or ()
@@ -122,5 +158,5 @@ def completion(output: Any) -> Completion:
         ids,
         tuple(float(row[token].logprob) for token, row in zip(ids, rows, strict=False)),
         first.finish_reason or "abort",
-        number(spans[0].version) if spans else 0,
+        parse_version(spans[0].version) if spans else 0,
     )

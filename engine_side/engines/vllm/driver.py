@@ -1,4 +1,4 @@
-"""The driver half for a `vllm.LLM` of this process, whether its engine core runs here or in a process of its own."""
+"""The driver of a `vllm.LLM` of this process, whether its engine core runs here or in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
@@ -15,12 +15,21 @@ from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.engines.common.frontend_client import CALL_S
-from engine_side.engines.common.published_state import CURRENT, check_mode, not_held, number
-from engine_side.engines.vllm.common import Books, VllmDriver, asleep, completion, keeping, parameters
+from engine_side.engines.common.published_state import CURRENT, check_mode, lora_not_loaded, parse_version
+from engine_side.engines.vllm.common import (
+    VllmDriver,
+    VllmPublishedState,
+    asleep_error,
+    kept_requests_error,
+    list_loras,
+    read_completion,
+    request_lora,
+    sampling_parameters,
+)
 from engine_side.engines.vllm.facts import check_facts, facts_of
-from engine_side.engines.vllm.gate import Gate, running_loras
-from engine_side.engines.vllm.liveness import answered, lost
-from engine_side.engines.vllm.plugin import ADAPTERS, METHOD
+from engine_side.engines.vllm.gate import VllmGate
+from engine_side.engines.vllm.liveness import call_core, died_error
+from engine_side.engines.vllm.plugin import LORAS, METHOD
 from engine_side.engines.vllm.versions import check_version
 from engine_side.protocol import Prompts
 
@@ -28,88 +37,94 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-_BOOKS = "_weighbridge_books"
+_PUBLISHED = "_weighbridge_published"
 _LATE_S = 3.0
-"""How long an engine that did not stop in time is waited for when it is told to go on."""
+"""Time for an engine that did not stop in time to obey the call that lets it go on."""
 
 
 class LLMDriver(VllmDriver):
-    """Over one LLM, which stays its owner's."""
+    """The driver of one LLM, which stays its owner's. Every method blocks; for a core in another process it raises
+    PeerLost when that has ended, and DeadlineExceeded."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._engine: Any = llm.llm_engine
-        self._gate: Gate | None = None
+        self._gate: VllmGate | None = None
         super().__init__(facts_of(self._engine.vllm_config), "vllm.LLM")
         check_facts(
             self.facts,
-            where="vllm.LLM",
+            where=self.where,
             expected='weight_transfer_config=WeightTransferConfig(backend="bridge")',
             remedy='vllm.LLM(..., weight_transfer_config=vllm.config.WeightTransferConfig(backend="bridge"))',
         )
-        self._books: Books = vars(self._engine).setdefault(_BOOKS, Books())
+        self._published: VllmPublishedState = vars(self._engine).setdefault(_PUBLISHED, VllmPublishedState())
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> VllmGate:
+        """The gate of the engine, put up at its first use."""
         if self._gate is None:
-            self._gate = Gate.of(self._engine)
+            self._gate = VllmGate.of(self._engine)
         return self._gate
 
     @property
     def in_process(self) -> bool:
-        """Does the engine core run in this process?"""
+        """True when the engine core runs in this process."""
         return hasattr(self._engine.engine_core, "engine_core")
 
-    # ---- jobs ----------------------------------------------------------------------------------------------------
+    # ---- calls of the engine -------------------------------------------------------------------------------------
 
     def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
         try:
-            with self.gate.between_steps(stepping_blocks=not self.in_process):
-                said: Sequence[Any] = self._call(lambda: self.llm.collective_rpc(METHOD, args=(job,)), deadline)
+            with self.gate.between_steps(deadline):
+                answers: Sequence[Any] = self._call("collective_rpc", deadline, method=METHOD, args=(job,))
         except BridgeError:
             raise
-        except Exception as error:  # vLLM's own executor: dead workers, a closed engine
+        except Exception as error:  # process boundary: vLLM's executor, of dead workers or a closed engine
             raise PeerLost(
-                "vLLM's workers cannot be reached", where="vllm.LLM", got=f"{type(error).__name__}: {error}"
+                "vLLM's workers cannot be reached",
+                where=self.where,
+                got=f"{type(error).__name__}: {error}",
+                remedy="start the engine again; vLLM's log says why its workers ended",
             ) from error
-        return said
+        return answers
 
-    def _call(self, ask: Callable[[], T], deadline: Deadline | None = None) -> T:
-        """One call to the engine core. Raises PeerLost, DeadlineExceeded for one in another process."""
+    def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
+        """Call a method of LLMEngine. A core of this process computes the answer in this thread, without a limit."""
+        call: Callable[[], Any] = partial(getattr(self._engine, name), **arguments)
         if self.in_process:
-            return ask()
+            return call()
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        deadline = deadline or Deadline.after(CALL_S)
         try:
-            return answered(self._engine.engine_core, ask, deadline, "vllm.LLM")
+            return call_core(self._engine.engine_core, call, deadline or Deadline.after(CALL_S), self.where)
         except EngineDeadError as error:
-            raise lost("vllm.LLM", str(error)) from error
+            raise died_error(self.where, str(error)) from error
 
     def _is_asleep(self) -> bool:
-        """Did somebody else pause it? A push of ours that begins or ends meanwhile is none of it."""
-        ours = self._books.paused or self.gate.held
-        return not ours and bool(self._call(self._engine.is_sleeping)) and not (self._books.paused or self.gate.held)
+        """True when somebody else paused the engine. A push of ours that begins or ends meanwhile does not count."""
+        ours = self._published.paused or self.gate.held
+        return not ours and bool(self._call("is_sleeping")) and not (self._published.paused or self.gate.held)
 
     def _require_awake(self) -> None:
         if self._is_asleep() and self._is_asleep():  # once more: a push may have ended in between
-            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
+            raise asleep_error(self.where, "llm.wake_up(), then try again")
 
-    def _stop(self) -> None:
-        """Nothing is scheduled any more."""
-        self._call(lambda: self.llm.sleep(level=0, mode="keep"))
-        self._books.paused = True
+    def _stop_scheduling(self) -> None:
+        self._call("sleep", level=0, mode="keep")
+        self._published.paused = True
 
-    def _go_on(self, deadline: Deadline | None = None) -> None:
-        self._call(lambda: self.llm.wake_up(tags=["scheduling"]), deadline)
+    def _resume_scheduling(self, deadline: Deadline | None = None) -> None:
+        self._call("wake_up", deadline, tags=["scheduling"])
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
-        """Weights of an engine core of this process lie where the trainer's may."""
+        """Weights of a core of this process may share storage with the trainer's."""
         if not self.in_process:
             return
-        for name, address in _storages(self._engine):
-            if address in storages:
+        worker = getattr(self._engine.engine_core.engine_core.model_executor, "driver_worker", None)
+        runner = getattr(worker, "model_runner", None)  # None where workers have processes of their own
+        for name, tensor in () if runner is None else runner.get_model().named_parameters():
+            address = tensor.untyped_storage().data_ptr()
+            if address and address in storages:
                 raise ConfigError(
                     "the trainer and the engine share storage",
                     where=name,
@@ -119,23 +134,24 @@ class LLMDriver(VllmDriver):
                     names=(name,),
                 )
 
-    # ---- pause and caches ----------------------------------------------------------------------------------------
+    # ---- pause and resume ----------------------------------------------------------------------------------------
 
     def pause(self, inflight: str, deadline: Deadline) -> None:
-        """Callers wait, what runs is drained, aborted or kept; then all KV blocks are free: the canary needs them."""
+        """Hold callers at the gate, drain, abort or keep running requests, then free all KV blocks: the canary needs
+        them."""
         check_mode(inflight)
         self._require_awake()
-        paused = self._books.paused
+        paused = self._published.paused
         try:
             self.gate.hold(deadline)
-            if inflight == "drain" and not self._books.paused:
+            if inflight == "drain" and not self._published.paused:
                 self.gate.drain(deadline)
-            with self.gate.between_steps(stepping_blocks=not self.in_process):
+            with self.gate.between_steps(deadline):
                 if inflight == "abort":
                     self.gate.abort()
-                if self.in_process and not self._books.paused:
-                    self.gate.tidy()
-                self._stop()
+                if self.in_process and not self._published.paused:
+                    self.gate.forget_finished()
+                self._stop_scheduling()
                 self._free_blocks()
         except BaseException:
             if not paused:
@@ -143,54 +159,44 @@ class LLMDriver(VllmDriver):
             raise
 
     def _undo_pause(self) -> None:
-        """Also of a stop that came too late: it is done all the same, and this after it."""
+        """Also for a stop that was late: vLLM carries it out all the same, and this call after it."""
         try:
             with suppress(BridgeError):
-                self._go_on(Deadline.after(_LATE_S))
-            self._books.paused = False
+                self._resume_scheduling(Deadline.after(_LATE_S))
+            self._published.paused = False
         finally:
             self.gate.release()
 
     def resume(self) -> None:
-        if self._books.paused:
-            self._go_on()
-            self._books.paused = False
+        if self._published.paused:
+            self._resume_scheduling()
+            self._published.paused = False
         self._blocks_used = False
         self.gate.release()
-
-    def reset_caches(self) -> bool:
-        """Prefix, encoder and multimodal caches; what was kept is computed again under the new weights."""
-        answer = self._reset_prefix_cache()
-        self._call(self.llm.reset_mm_cache)
-        self._call(self._engine.reset_encoder_cache)
-        return answer
-
-    def _reset_prefix_cache(self) -> bool:
-        return bool(self._call(lambda: self.llm.reset_prefix_cache(reset_running_requests=True)))
 
     # ---- claim, refusal, versions --------------------------------------------------------------------------------
 
     def claim(self, owner: str) -> None:
-        """Raises ConfigError for an engine that is asleep: its weights are not there."""
+        """Raises Busy, and ConfigError for an engine that is asleep: it has no weights to read."""
         claim.take(self.llm, self, owner)
         if self.refusal is None and self._is_asleep():
             claim.give_up(self.llm, self)
-            raise asleep("vllm.LLM", "llm.wake_up(), then try again")
+            raise asleep_error(self.where, "llm.wake_up(), then try again")
 
     @property
     def refusal(self) -> str | None:
         return self.gate.reason
 
     def refuse(self, reason: str | None) -> None:
-        """Callers that wait in a push get the refusal as well. What is inside the engine is ended: whoever wakes it up
-        by accident has it compute nothing."""
+        """Refuse new and waiting callers. Requests inside the engine are ended, so that an engine that its owner wakes
+        up by accident computes nothing."""
         self.gate.reason = reason
         if reason is None:
             return
         try:
-            with self.gate.between_steps(stepping_blocks=not self.in_process):
-                self.gate.abort(rollouts=False)  # they learn by themselves, and why
-                self._stop()
+            with self.gate.between_steps():
+                self.gate.abort(rollouts=False)  # `VllmGate.run` raises the reason to those
+                self._stop_scheduling()
         except (PeerLost, DeadlineExceeded) as error:
             log.warning("the engine could not be paused: %s", error)
         finally:
@@ -199,13 +205,18 @@ class LLMDriver(VllmDriver):
     def publish(self, version: int, adapter: str | None = None) -> None:
         """`llm.llm_engine.get_weight_version()` and the spans on outputs show the version from now on."""
         if adapter is not None and adapter not in self.adapters():
-            raise not_held(adapter)
-        self._call(lambda: self._engine.set_weight_version(str(version)))
-        self._books.version, self._books.adapter = version, adapter
+            raise lora_not_loaded(adapter)
+        self._call("set_weight_version", weight_version=str(version))
+        self._published.version, self._published.lora = version, adapter
 
     @property
     def published(self) -> tuple[int, str | None]:
-        return self._books.version, self._books.adapter
+        return self._published.version, self._published.lora
+
+    def close(self) -> None:
+        """Give up the claim. The engine runs on, or goes on refusing."""
+        if claim.give_up(self.llm, self):  # else the gate is that of another bridge, which has refused us
+            self.gate.lift()
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -218,108 +229,80 @@ class LLMDriver(VllmDriver):
         past_gate: bool = False,
         deadline: Deadline | None = None,
     ) -> list[Completion]:
-        """Past the gate of a paused engine scheduling is opened, which is for everybody inside: raises Busy where there
-        are kept requests."""
+        """Past the gate of a paused engine, scheduling is opened for everything inside: raises Busy where requests are
+        kept."""
         if not past_gate:
             self.gate.enter(deadline)
         self._require_awake()
         if sampling.max_tokens == 0:
-            label = self._call(self._engine.get_weight_version)
-            return [Completion((), (), "length", number(label)) for _ in prompts]
-        wanted = parameters(sampling)
-        lora = cache(partial(self._lora_request, adapter))  # asked for once no push can begin any more
+            label = self._call("get_weight_version")
+            return [Completion((), (), "length", parse_version(label)) for _ in prompts]
+        parameters = sampling_parameters(sampling)
+        lora = cache(partial(self._lora_request, adapter))  # resolved inside the gate, where no push can begin any more
 
         def add(add_request: Any, k: int) -> str:
             name = f"bridge-{uuid4().hex}"
-            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, wanted, lora_request=lora()))
+            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, parameters, lora_request=lora()))
 
-        opened = self._books.paused and past_gate
-        if opened:
-            if self.gate.keeps:
-                raise keeping("vllm.LLM")
-            self._go_on()
-        try:
-            outputs = self._run(add, len(prompts), deadline, past_gate)
-        finally:
-            if opened:
-                self._stop()
-                self._blocks_used = True
-        return [completion(output) for output in outputs]
-
-    def _run(self, add: Callable[..., str], count: int, deadline: Deadline | None, past_gate: bool) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        opened = self._published.paused and past_gate
+        if opened:
+            if self.gate.has_requests:
+                raise kept_requests_error(self.where)
+            self._resume_scheduling()
         try:
-            return self.gate.run(add, count, deadline, past=past_gate)
+            return [read_completion(o) for o in self.gate.run(add, len(prompts), deadline, past=past_gate)]
         except EngineDeadError as error:
-            raise lost("vllm.LLM", str(error)) from error
+            raise died_error(self.where, str(error)) from error
+        finally:
+            if opened:
+                self._stop_scheduling()
+                self._blocks_used = True
 
-    def _lora_request(self, adapter: str) -> Any:
-        name = self._books.meant(adapter)
-        if name is None:
-            return None
-        from engine_side.engines.vllm.lora_slots import lora_request
+    # ---- LoRA ----------------------------------------------------------------------------------------------------
 
-        held = self._held()
-        if name not in held:
-            raise not_held(name)
-        return lora_request(name, held[name])
-
-    # ---- adapters ------------------------------------------------------------------------------------------------
+    def _lora_request(self, name: str) -> Any:
+        lora = self._published.resolve_lora(name)
+        return None if lora is None else request_lora(lora, self._loaded())
 
     def adapters(self) -> tuple[str, ...]:
-        """Those that the bridge loaded, then `#id` for those that vLLM read from folders: it keeps no names."""
-        if self.lora is None:
-            return ()
-        held = self._held()
-        others = sorted(set(self._call(self._engine.list_loras)) - set(held.values()))
-        return (*held, *(f"#{number}" for number in others))
+        """Names of the LoRAs that the bridge loaded, then `#id` for those that vLLM read from folders."""
+        return () if self.lora is None else list_loras(self._loaded(), self._call("list_loras"))
 
-    def _held(self) -> dict[str, int]:
+    def _loaded(self) -> dict[str, int]:
+        """Name -> id of the LoRAs that the bridge has loaded."""
         if self.lora is None:
             return {}
-        with self.gate.between_steps(stepping_blocks=not self.in_process):
-            found: dict[str, int] = self._call(lambda: self.llm.collective_rpc(ADAPTERS))[0]
+        with self.gate.between_steps():
+            found: dict[str, int] = self._call("collective_rpc", method=LORAS)[0]
         return found
 
     def end_users(self, names: Iterable[str]) -> None:
-        with self.gate.between_steps(stepping_blocks=not self.in_process):
+        with self.gate.between_steps():
             self.gate.abort(frozenset(names))
 
     def retire(self, names: Iterable[str]) -> None:
-        """Those still in use go at the next call."""
-        self._books.retiring |= set(names)
-        if not self._books.retiring:
+        """LoRAs that are still in use are dropped at a later call."""
+        retiring = self._published.retiring
+        retiring |= set(names)
+        if not retiring:
             return
-        held, used = self._held(), running_loras(self._engine)
-        for name in sorted(self._books.retiring.difference(used)):
-            if name in held:
-                self._call(partial(self._engine.remove_lora, held[name]))
-            self._books.retiring.discard(name)
-
-    def close(self) -> None:
-        """The engine runs on, or goes on refusing."""
-        if claim.give_up(self.llm, self):  # else the gate is that of another bridge, which has refused us
-            self.gate.lift()
+        loaded, states = self._loaded(), dict(self._engine.output_processor.request_states)
+        for name in sorted(retiring.difference(state.lora_name for state in states.values())):
+            if name in loaded:
+                self._call("remove_lora", lora_id=loaded[name])
+            retiring.discard(name)
 
 
 def attach(engine: object, canonical: object = None) -> LLMDriver | None:
-    """The adapter of a `vllm.LLM` of this process; None for anything else. Raises ConfigError for one that was started
-    without the backend, or that this adapter cannot drive. Does not import vLLM."""
+    """Make the driver of a `vllm.LLM` of this process; None for any other object. Does not import vLLM.
+
+    Raises:
+        ConfigError: it was started without the backend, or cannot be driven.
+    """
     module = sys.modules.get("vllm.entrypoints.llm")
     if module is None or not isinstance(engine, module.LLM):
         return None
     check_version(str(sys.modules["vllm"].__version__))
     return LLMDriver(engine)
-
-
-def _storages(engine: Any) -> Iterable[tuple[str, int]]:
-    executor = engine.engine_core.engine_core.model_executor
-    worker = getattr(executor, "driver_worker", None)
-    runner = getattr(worker, "model_runner", None)
-    if runner is None:
-        return
-    for name, tensor in runner.get_model().named_parameters():
-        address = tensor.untyped_storage().data_ptr()
-        if address:
-            yield name, address

@@ -1,4 +1,4 @@
-"""The methods that vLLM's workers execute for the bridge."""
+"""The methods that vLLM's workers run for the bridge. `self` is vLLM's worker."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ log = logging.getLogger(__name__)
 
 
 def bridge_run(self: Any, frame: bytes | str) -> str:
-    """Run one job (through HTTP in base64) in this worker; the answer goes to the mailbox. `self` is vLLM's worker.
+    """Run one rank job in this worker; the answer goes to the mailbox. Called by `collective_rpc`.
 
-    Never raises: with several ranks vLLM stops reading replies at the first that failed, and pairs those it left behind
-    with later calls. What cannot be answered through the mailbox is answered here, in words; "" when all went well.
+    Never raises: with several ranks vLLM's multiprocess executor stops reading replies at the first that failed, and
+    pairs those that it left in its queues with later calls
+    (https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/executor/multiproc_executor.py).
+
+    Args:
+        frame: the packed job; in base64 where it came over HTTP.
+
+    Returns:
+        "" when the job was answered, else the reason why it could not be.
     """
     from vllm.config import set_current_vllm_config
 
@@ -32,13 +39,13 @@ def bridge_run(self: Any, frame: bytes | str) -> str:
 
 
 def bridge_loras(self: Any) -> dict[str, int]:
-    """Name -> id of the adapters that the bridge has loaded in this worker."""
+    """Name -> id of the LoRAs that the bridge has loaded in this worker."""
     from engine_side.engines.vllm.transfer import BridgeTransfer
 
     transfer = self.weight_transfer_engine
-    return transfer.adapters() if isinstance(transfer, BridgeTransfer) else {}
+    return transfer.loras() if isinstance(transfer, BridgeTransfer) else {}
 
 
 def bridge_front(self: Any, frame: str) -> str:
-    """What is meant for the front of a server and reaches a worker says that no front stands there."""
+    """Answer "" to a frontend's message that reached a worker: the server has no frontend of ours."""
     return ""

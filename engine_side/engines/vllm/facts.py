@@ -13,10 +13,19 @@ from engine_side.engines.vllm.plugin import BACKEND
 _PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
 
 
-class Facts(Message, frozen=True):
-    """Lengths in tokens. `block` is one KV block, 0 without a prefix cache; `sizes` are the kinds of parallelism beside
-    tensor parallelism; `dummy` says that the weights did not come from `model`; `unreached` are the
-    arguments, with why, whose caches or moves no push could take into account; `quantisation` is vLLM's word."""
+class VllmFacts(Message, frozen=True):
+    """Facts of one engine. A server's frontend sends them to the bridge.
+
+    Attributes:
+        backend: the weight-transfer backend that it was started with.
+        model: the folder or name that it was started with.
+        dummy: the weights were not read from `model`.
+        max_len: longest sequence in tokens.
+        block: tokens of one KV block; 0 without a prefix cache.
+        undrivable: engine argument -> why no push could take it into account.
+        quantisation: vLLM's word for how weights are stored; None where they are stored as computed with.
+        vocabulary: token ids lie below this; 0 when vLLM does not say.
+    """
 
     backend: str | None
     ranks: int
@@ -25,43 +34,50 @@ class Facts(Message, frozen=True):
     max_len: int
     block: int
     lora: LoraLimits | None
-    sizes: dict[str, int]
-    draft: bool
-    unreached: dict[str, str]
+    undrivable: dict[str, str]
     quantisation: str | None = None
     vocabulary: int = 0
-    """Token ids lie below; 0 where vLLM does not say."""
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder that was loaded; None for an engine that was started with dummy weights."""
+        """The folder that was loaded; None for an engine that was started with dummy weights or by a hub's name."""
         path = Path(self.model)
         return path if path.is_dir() and not self.dummy else None
 
 
-def facts_of(config: Any) -> Facts:
-    """The facts in a `vllm.config.VllmConfig`."""
-    transfer, lora, cache = config.weight_transfer_config, config.lora_config, config.cache_config
-    return Facts(
+def facts_of(config: Any) -> VllmFacts:
+    """Read the facts from a `vllm.config.VllmConfig`."""
+    transfer, lora, cache, model = (
+        config.weight_transfer_config,
+        config.lora_config,
+        config.cache_config,
+        config.model_config,
+    )
+    return VllmFacts(
         backend=None if transfer is None else str(transfer.backend),
         ranks=int(config.parallel_config.world_size),
-        model=str(config.model_config.model),
+        model=str(model.model),
         dummy=config.load_config.load_format == "dummy",
-        max_len=int(config.model_config.max_model_len),
+        max_len=int(model.max_model_len),
         block=int(cache.block_size) if cache.enable_prefix_caching else 0,
         lora=None if lora is None else LoraLimits(int(lora.max_lora_rank), int(lora.max_loras)),
-        sizes={name: int(getattr(config.parallel_config, name, 1)) for name in _PARALLEL},
-        draft=config.speculative_config is not None,
-        unreached=_unreached(config),
-        quantisation=None if config.model_config.quantization is None else str(config.model_config.quantization),
-        vocabulary=int(config.model_config.get_vocab_size()),
+        undrivable=_undrivable(config),
+        quantisation=None if model.quantization is None else str(model.quantization),
+        vocabulary=int(model.get_vocab_size()),
     )
 
 
-def _unreached(config: Any) -> dict[str, str]:
-    """vLLM itself turns `kv_offloading_size` into a connector. Resetting the prefix cache empties the block pool; few
-    connectors can be emptied, and none proves that it was: in a store that others share it could not be."""
+def _undrivable(config: Any) -> dict[str, str]:
+    """Engine arguments that rule out a push, with the reason."""
     found: dict[str, str] = {}
+    for name in _PARALLEL:
+        size = int(getattr(config.parallel_config, name, 1))
+        if size != 1:
+            found[name] = f"this kind of parallelism is not driven yet: {name}={size}"
+    if config.speculative_config is not None:
+        found["speculative_config"] = "a draft model would keep its old weights"
+    # Resetting the prefix cache empties vLLM's block pool. Few connectors can be emptied, none proves that it was, and
+    # a store that others share cannot be. vLLM itself turns `kv_offloading_size` into a connector.
     connector = getattr(config.kv_transfer_config, "kv_connector", None)
     if connector is not None:
         offloads = config.cache_config.kv_offloading_size is not None
@@ -75,25 +91,29 @@ def _unreached(config: Any) -> dict[str, str]:
     return found
 
 
-def check_facts(facts: Facts, *, where: str, expected: str, remedy: str) -> None:
-    """Raises ConfigError for an engine that cannot be driven. `expected` and `remedy` say how the backend is asked for
-    where this engine was started."""
+def check_facts(facts: VllmFacts, *, where: str, expected: str, remedy: str) -> None:
+    """Check that an engine can be driven, before a bridge claims it.
+
+    Args:
+        expected, remedy: how the backend is asked for where this engine was started.
+
+    Raises:
+        ConfigError: the engine lacks the backend, or was started with an argument that rules out a push.
+    """
     if facts.backend != BACKEND:
-        raise ConfigError(
-            "this vLLM was started without the bridge's weight-transfer backend",
-            where=where,
-            expected=expected,
-            got="none" if facts.backend is None else f"backend {facts.backend!r}",
-            remedy=remedy,
-        )
-    for name, size in facts.sizes.items():
-        if size != 1:
-            raise ConfigError("this kind of parallelism is not driven yet", where=name, expected="1", got=str(size))
-    if facts.draft:
-        raise ConfigError(
-            "a draft model would keep its old weights", where="speculative_config", expected="None", got="one"
-        )
-    for name, why in facts.unreached.items():
+        raise backend_error(where, expected, "none" if facts.backend is None else f"backend {facts.backend!r}", remedy)
+    for name, why in facts.undrivable.items():
         raise ConfigError(
             why, where=name, expected="an engine without it", got="it is set", remedy=f"start the engine without {name}"
         )
+
+
+def backend_error(where: str, expected: str, got: str, remedy: str) -> ConfigError:
+    """The error for an engine that was started without our weight-transfer backend."""
+    return ConfigError(
+        "this vLLM was started without the bridge's weight-transfer backend",
+        where=where,
+        expected=expected,
+        got=got,
+        remedy=remedy,
+    )

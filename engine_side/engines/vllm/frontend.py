@@ -1,8 +1,8 @@
-"""What stands in front of an `AsyncLLM`, in its own process: holds requests during a push, refuses them afterwards if
-need be, lets the bridge's own through, and keeps the books for whichever bridge comes next.
+"""The frontend of an `AsyncLLM`, in the AsyncLLM's own process.
 
-It hangs on the engine object and runs on its event loop. A hosted engine's adapter calls it; behind `vllm serve` it is
-reached through the server's own `/collective_rpc`, of which `plugin` gives it the calls that are for it.
+It hangs on the engine object and runs on its event loop. The driver of a hosted engine calls it directly; behind
+`vllm serve` it is reached through the server's own `/collective_rpc`, from which `plugin` takes the calls that are for
+it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,35 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost
 from bridge.protocol.codec import Completion, pack
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import BaseFront
-from engine_side.engines.common.published_state import not_held, number
-from engine_side.engines.vllm.common import Books, asleep, completion, parameters
+from engine_side.engines.common.frontend import Frontend
+from engine_side.engines.common.published_state import parse_version
+from engine_side.engines.vllm.common import (
+    VllmPublishedState,
+    asleep_error,
+    list_loras,
+    read_completion,
+    request_lora,
+    sampling_parameters,
+)
 from engine_side.engines.vllm.facts import facts_of
-from engine_side.engines.vllm.plugin import ADAPTERS, FRONT, METHOD
+from engine_side.engines.vllm.liveness import died_error
+from engine_side.engines.vllm.plugin import FRONT, LORAS, METHOD
 
 _KEY = "_weighbridge_front"
 XARG = "weighbridge_adapter"
-"""Sampling argument by which an HTTP client asks for an adapter: `"vllm_xargs": {"weighbridge_adapter": "current"}`."""
+"""Sampling argument by which an HTTP client asks for a LoRA: `"vllm_xargs": {"weighbridge_adapter": "current"}`."""
 
 
-class Front(BaseFront):
+class VllmFrontend(Frontend):
     """One per AsyncLLM. Every method runs on its event loop."""
 
     name = "vLLM"
-    books: Books
+    published: VllmPublishedState
 
     def __init__(self, engine: AsyncLLM) -> None:
         super().__init__()
         self._engine = ref(engine)
-        self.books = Books()
+        self.published = VllmPublishedState()
         self._opened = asyncio.Event()
         self._opened.set()
         self._entering = 0
@@ -52,19 +60,19 @@ class Front(BaseFront):
         self._privileged: set[str] = set()
 
     @classmethod
-    def of(cls, engine: AsyncLLM) -> Front:
-        """The front of this engine, hung there if it has none."""
+    def of(cls, engine: AsyncLLM) -> VllmFrontend:
+        """The frontend of this engine; made at the first call."""
         found = vars(engine).get(_KEY)
-        if not isinstance(found, Front):
+        if not isinstance(found, VllmFrontend):
             found = vars(engine)[_KEY] = cls(engine)
         return found
 
-    # ---- what the engine's callers meet --------------------------------------------------------------------------
+    # ---- requests of the engine's users --------------------------------------------------------------------------
 
     @asynccontextmanager
     async def admitted(self, request_id: str) -> AsyncIterator[None]:
-        """Inside, a request is handed to the engine. Waits during a push; raises EngineQuarantined while the engine
-        refuses."""
+        """Inside, a request may be handed to the engine. Waits during a push; raises EngineQuarantined while the engine
+        refuses. The bridge's own requests pass: they have waited already."""
         if request_id in self._ours:
             yield
             return
@@ -75,32 +83,25 @@ class Front(BaseFront):
             self._entering -= 1
 
     async def _enter(self) -> None:
-        """The caller counts as entering until it takes itself off again."""
+        """Wait for the gate, and count as entering until the caller takes itself off again."""
         while not self._opened.is_set():
             await self._opened.wait()
         self.check_open()
         self._entering += 1
 
-    async def lora_request(self, adapter: str) -> Any:
-        """vLLM's request for "current", "base" or a loaded adapter. Raises NotFound."""
-        name = self.books.meant(adapter)
-        if name is None:
-            return None
-        from engine_side.engines.vllm.lora_slots import lora_request
+    async def lora_request(self, name: str) -> Any:
+        """vLLM's request for "current", "base" or a loaded LoRA; None for the base model. Raises NotFound."""
+        lora = self.published.resolve_lora(name)
+        return None if lora is None else request_lora(lora, await self._loaded())
 
-        held = await self._loaded()
-        if name not in held:
-            raise not_held(name)
-        return lora_request(name, held[name])
+    # ---- requests of a bridge ------------------------------------------------------------------------------------
 
-    # ---- what a bridge asks --------------------------------------------------------------------------------------
-
-    async def handle(self, request: msg.ToFront) -> msg.FromFront:
-        """As of every front. Raises PeerLost for an engine that died."""
+    async def handle(self, request: msg.FrontendRequest) -> msg.FrontendReply:
+        """As `Frontend.handle`. Also raises PeerLost when the engine core has ended."""
         try:
             return await super().handle(request)
         except EngineDeadError as error:
-            raise PeerLost("vLLM's engine has died", where="vLLM", got=str(error), remedy="start it again") from error
+            raise died_error(self.name, str(error)) from error
 
     def _facts(self) -> tuple[str, bytes, int]:
         import vllm
@@ -112,35 +113,33 @@ class Front(BaseFront):
     def _held(self) -> bool:
         return not self._opened.is_set()
 
-    async def _adapters(self) -> tuple[str, ...]:
+    async def _list_loras(self) -> tuple[str, ...]:
         engine = self._live()
         if engine.vllm_config.lora_config is None:
             return ()
-        loaded = await self._loaded()
-        others = sorted(set(await engine.list_loras()) - set(loaded.values()))
-        return (*loaded, *(f"#{adapter_id}" for adapter_id in others))
+        return list_loras(await self._loaded(), await engine.list_loras())
 
-    def _unfinished(self) -> int:
+    def _count_unfinished(self) -> int:
         return int(self._live().output_processor.get_num_unfinished_requests())
 
-    async def _close(self) -> None:
+    async def _close_gate(self) -> None:
         self._opened.clear()
         while self._entering:
             await asyncio.sleep(0.001)
 
-    async def _open(self) -> None:
+    async def _open_gate(self) -> None:
         self._opened.set()
 
-    async def _stop(self) -> None:
+    async def _stop_engine(self) -> None:
         engine = self._live()
         await engine.pause_generation(mode="abort", clear_cache=False)
         await engine.update_weight_version("quarantined")
 
-    async def _go_on(self) -> None:
+    async def _resume_engine(self) -> None:
         await self._live().resume_generation()
 
-    async def _end(self, adapters: Iterable[str]) -> None:
-        names = set(adapters)
+    async def _end_requests(self, loras: Iterable[str]) -> None:
+        names = set(loras)
         states = self._live().output_processor.request_states
         ids = [
             name
@@ -150,25 +149,26 @@ class Front(BaseFront):
         if ids:
             await self._live().abort(ids, internal=True)
 
-    async def _retire(self, adapters: Iterable[str]) -> None:
-        """Those still in use go at the next call."""
-        retiring = self.books.retiring
-        retiring |= set(adapters)
+    async def _retire_loras(self, loras: Iterable[str]) -> None:
+        """LoRAs that are still in use are dropped at a later call."""
+        retiring = self.published.retiring
+        retiring |= set(loras)
         if not retiring:
             return
-        engine = self._live()
-        held = await self._loaded()
+        engine, loaded = self._live(), await self._loaded()
         used = {state.lora_name for state in engine.output_processor.request_states.values()}
         for name in sorted(retiring - used):
-            if name in held:
-                await engine.remove_lora(held[name])
+            if name in loaded:
+                await engine.remove_lora(loaded[name])
             retiring.discard(name)
 
     async def _loaded(self) -> dict[str, int]:
+        """Name -> id of the LoRAs that the bridge has loaded. Without vLLM's own timeout: it would leave the replies of
+        slow workers to be paired with later calls. The driver's deadline ends the wait."""
         engine = self._live()
         if engine.vllm_config.lora_config is None:
             return {}
-        found: dict[str, int] = (await engine.collective_rpc(ADAPTERS))[0]
+        found: dict[str, int] = (await engine.collective_rpc(LORAS))[0]
         return found
 
     # ---- generation ----------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Front(BaseFront):
     async def _generate(self, request: msg.Generate) -> list[Completion]:
         engine = self._live()
         if request.sampling.max_tokens == 0:
-            served = number(await engine.get_weight_version())
+            served = parse_version(await engine.get_weight_version())
             return [Completion((), (), "length", served) for _ in request.prompts]
         queues: list[Any] = []
         names = [f"bridge-{uuid4().hex}" for _ in request.prompts]
@@ -186,9 +186,12 @@ class Front(BaseFront):
         try:
             async with asyncio.timeout(request.timeout_s):
                 await self._add(request, names, queues)
-                return [completion(await _final(queue)) for queue in queues]
+                return [read_completion(await _final_output(queue)) for queue in queues]
         except TimeoutError:
-            raise DeadlineExceeded("requests of the bridge did not finish", where="vLLM") from None
+            raise DeadlineExceeded(
+                "requests of the bridge did not finish", where=self.name, expected=f"within {request.timeout_s} s",
+                remedy="raise the time limit, ask for fewer tokens, or look for a hung engine",
+            ) from None  # fmt: skip
         finally:
             self._ours.difference_update(names)
             self._privileged.difference_update(names)
@@ -204,9 +207,11 @@ class Front(BaseFront):
         else:
             await self._enter()
         try:
-            await self._require_awake()
-            lora = await self.lora_request(request.adapter)
-            sampling = parameters(request.sampling)
+            # no push can begin any more, and none is under way: if the engine sleeps, its owner has put it to sleep
+            if not self.published.paused and await self._live().is_sleeping():
+                raise asleep_error(self.name, "resume it or wake it up, then try again")
+            lora = await self.lora_request(request.lora)
+            sampling = sampling_parameters(request.sampling)
             sampling.output_kind = RequestOutputKind.FINAL_ONLY
             for name, ids in zip(names, request.prompts, strict=True):
                 prompt = {"prompt_token_ids": list(ids)}
@@ -214,19 +219,14 @@ class Front(BaseFront):
         finally:
             self._entering -= 1
 
-    async def _require_awake(self) -> None:
-        """No push can begin before whoever asks has entered, and none is under way: its owner put it to sleep."""
-        if not self.books.paused and await self._live().is_sleeping():
-            raise asleep(self.name, "resume it or wake it up, then try again")
-
     def _live(self) -> Any:
         engine = self._engine()
         if engine is None:
-            raise PeerLost("the engine is gone", where="vLLM", got="it was deleted")
+            raise PeerLost("the engine is gone", where=self.name, got="it was deleted", remedy="start it again")
         return engine
 
 
-async def _final(queue: Any) -> Any:
+async def _final_output(queue: Any) -> Any:
     while True:
         output = queue.get_nowait() or await queue.get()
         if output.finished:
@@ -236,12 +236,12 @@ async def _final(queue: Any) -> Any:
 Coroutine = Callable[..., Awaitable[Any]]
 
 
-def gated(add_request: Coroutine) -> Coroutine:
-    """`AsyncLLM.add_request`, behind its front. What refuses becomes the 503 that vLLM's servers know."""
+def wrap_add_request(add_request: Coroutine) -> Coroutine:
+    """Put `AsyncLLM.add_request` behind the frontend. A refusal becomes the 503 that vLLM's servers answer."""
 
     @wraps(add_request)
     async def call(self: AsyncLLM, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        front = Front.of(self)
+        front = VllmFrontend.of(self)
         try:
             async with front.admitted(request_id):
                 wanted = (getattr(params, "extra_args", None) or {}).get(XARG)
@@ -256,17 +256,18 @@ def gated(add_request: Coroutine) -> Coroutine:
     return call
 
 
-def answering(collective_rpc: Coroutine) -> Coroutine:
-    """`AsyncLLM.collective_rpc`, where calls of the method `plugin.FRONT` are answered by the front."""
+def wrap_collective_rpc(collective_rpc: Coroutine) -> Coroutine:
+    """Let the frontend answer those calls of `AsyncLLM.collective_rpc` that name `plugin.FRONT`, and count the jobs
+    that pass."""
 
     @wraps(collective_rpc)
     async def call(
         self: AsyncLLM, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
     ) -> Any:
         if method == FRONT:
-            return [await Front.of(self).answer(*args)]
+            return [await VllmFrontend.of(self).answer(*args)]
         if method == METHOD:
-            Front.of(self).jobs += 1
+            VllmFrontend.of(self).jobs += 1
         return await collective_rpc(self, method, timeout, args, kwargs)
 
     return call

@@ -1,15 +1,15 @@
-"""What stands in front of a `vllm.LLM`'s engine: holds callers during a push, refuses them afterwards if need be, and
-lets the bridge's own requests through.
+"""The gate of a `vllm.LLM`: holds callers during a push, refuses them while nobody knows what the weights are, and runs
+the bridge's own requests.
 
-The gate hangs on the engine object (`LLMEngine`), through which every way to generate leads: `add_request` and `step`.
-Results of other requests that fall out while the bridge steps the engine are kept, and handed out at the next `step`.
-The bridge's own requests do not come through here: `run` calls the engine's methods past what hangs on the object.
+It hangs on the engine object (`LLMEngine`), through whose `add_request` and `step` every way to generate leads. Outputs
+of users' requests that appear while the bridge steps the engine are kept and handed out at the next `step`. The
+bridge's own requests call the engine's methods past the gate.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,20 +17,28 @@ from weakref import WeakMethod, ref
 
 from bridge.errors import DeadlineExceeded, EngineQuarantined
 from bridge.protocol.deadline import Deadline
+from engine_side.engines.common.frontend import quarantine_error
+from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.vllm.liveness import LOOK_S, has_output
 
 _KEY = "_weighbridge_gate"
 _WAYS = ("add_request", "step", "has_unfinished_requests")
 
 
-class Gate:
-    """One per engine object, whoever attaches to it: made by `Gate.of`, gone with `lift` unless it refuses."""
+class VllmGate:
+    """One per engine object, shared by all drivers of it: made by `VllmGate.of`, removed by `lift` unless it refuses.
+    Used from several threads.
+
+    Attributes:
+        reason: why callers are refused; None when they are not.
+        held: True while callers wait.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._engine = ref(engine)
         self.reason: str | None = None
+        self.held = False
         self._opened = threading.Condition()
-        self._held = False
         self._entering = 0
         self._stepping = threading.RLock()
         self._ours: dict[str, Any] = {}
@@ -38,65 +46,67 @@ class Gate:
         self._others: list[Any] = []
 
     @classmethod
-    def of(cls, engine: Any) -> Gate:
-        """The gate of this engine, hung there if it has none."""
+    def of(cls, engine: Any) -> VllmGate:
+        """The gate of this engine; made at the first call."""
         found = vars(engine).get(_KEY)
-        if isinstance(found, Gate):
+        if isinstance(found, VllmGate):
             return found
         gate = cls(engine)
         vars(engine)[_KEY] = gate
         for way in _WAYS:
             vars(engine)[way] = getattr(gate, way)
-        one_sender_at_a_time(engine.engine_core)
+        send = getattr(engine.engine_core, "_send_input", None)
+        if send is not None and not isinstance(send, _OneSender):
+            engine.engine_core._send_input = _OneSender(send)
         return gate
 
     def lift(self) -> None:
-        """Take the gate away, unless it refuses or still holds results of the user's."""
+        """Remove the gate, unless it refuses or still holds outputs of users' requests."""
         self.release()
         if self.reason is None and not self._others:
             state = vars(self._live())
             for way in (_KEY, *_WAYS):
                 state.pop(way, None)
 
-    # ---- what the engine's callers meet --------------------------------------------------------------------------
+    # ---- in place of the engine's methods ------------------------------------------------------------------------
 
     def add_request(self, *args: Any, **kwargs: Any) -> Any:
-        with self.entering(None), self._stepping:
+        """In place of `LLMEngine.add_request`. Waits during a push, without a limit: as `generate` itself waits."""
+        with self._entered(None), self._stepping:
             return self._call("add_request", *args, **kwargs)
 
     def step(self) -> list[Any]:
+        """In place of `LLMEngine.step`. Waits during a push."""
         while True:
             self.enter()
             with self._stepping:
-                if self._others or self._ready(0.0):
+                if self._others or self._is_ready(0.0):
                     kept, self._others = self._others, []
                     return kept or self._step()
-            self._ready(LOOK_S)
+            self._is_ready(LOOK_S)
 
     def has_unfinished_requests(self) -> bool:
+        """In place of `LLMEngine.has_unfinished_requests`: kept outputs have to be fetched as well."""
         return bool(self._others) or bool(self._call("has_unfinished_requests"))
 
     def enter(self, deadline: Deadline | None = None) -> None:
         """Wait while a push is under way. Raises EngineQuarantined while the engine refuses, DeadlineExceeded."""
         with self._opened:
-            if not self._opened.wait_for(lambda: not self._held, None if deadline is None else deadline.remaining_s):
-                raise DeadlineExceeded("a push is under way", where="vllm.LLM")
+            if not self._opened.wait_for(lambda: not self.held, None if deadline is None else deadline.remaining_s):
+                raise DeadlineExceeded(
+                    "a push is under way", where="vllm.LLM", remedy="call again, or give the request more time"
+                )
         if self.reason is not None:
-            raise EngineQuarantined(
-                "this engine holds weights that nobody verified and serves nothing",
-                where="vllm.LLM",
-                got=self.reason,
-                remedy="push a version that verifies",
-            )
+            raise quarantine_error("vllm.LLM", self.reason)
 
     @contextmanager
-    def entering(self, deadline: Deadline | None) -> Iterator[None]:
-        """Inside, a request is handed to the engine, under what serves now: no push begins before it has arrived. Waits
-        and raises as `enter`."""
+    def _entered(self, deadline: Deadline | None) -> Iterator[None]:
+        """Inside, a request is handed to the engine under the weights that serve now: no push begins before it has
+        arrived. Waits and raises as `enter`."""
         while True:
             self.enter(deadline)
             with self._opened:
-                if not self._held:
+                if not self.held:
                     self._entering += 1
                     break
         try:
@@ -106,75 +116,78 @@ class Gate:
                 self._entering -= 1
                 self._opened.notify_all()
 
-    @property
-    def held(self) -> bool:
-        """Do callers wait?"""
-        return self._held
-
-    @property
-    def keeps(self) -> bool:
-        """Does the engine hold requests, rollouts asked of the bridge among them?"""
-        return bool(self._states())
-
-    # ---- what the bridge does ------------------------------------------------------------------------------------
+    # ---- for the driver ------------------------------------------------------------------------------------------
 
     def hold(self, deadline: Deadline) -> None:
-        """From now on callers wait, and whoever was on the way in has arrived. What is in flight goes on until the
-        engine itself is paused. Idempotent. Raises DeadlineExceeded, and holds."""
+        """Make callers wait, and wait until those on the way in have arrived. Running requests go on until the engine
+        is paused. Idempotent. Raises DeadlineExceeded, and holds all the same."""
         with self._opened:
-            self._held = True
+            self.held = True
             if not self._opened.wait_for(lambda: not self._entering, deadline.remaining_s):
-                raise DeadlineExceeded("requests on their way into the engine did not arrive", where="vllm.LLM")
+                raise DeadlineExceeded(
+                    "requests on their way into the engine did not arrive", where="vllm.LLM", remedy="raise timeout_s"
+                )
 
     def release(self) -> None:
-        """Callers go on. Idempotent."""
+        """Let waiting callers go on. Idempotent."""
         with self._opened:
-            self._held = False
+            self.held = False
             self._opened.notify_all()
 
+    @property
+    def has_requests(self) -> bool:
+        """True when the engine holds requests, those of the bridge included."""
+        return bool(self._states())
+
     @contextmanager
-    def between_steps(self, *, stepping_blocks: bool) -> Iterator[None]:
-        """No step of an engine of this process is under way inside. One that only waits for another process
-        (`stepping_blocks`) is no obstacle, and would never end while that one is paused."""
-        if stepping_blocks:
+    def between_steps(self, deadline: Deadline | None = None) -> Iterator[None]:
+        """Inside, no step of an engine core of this process runs. A step that only waits for a core in another process
+        is no obstacle, and would never end while that one is paused. Raises DeadlineExceeded."""
+        engine = self._live()
+        if not hasattr(engine.engine_core, "engine_core"):
             yield
             return
-        with self._stepping:
+        if not self._stepping.acquire(timeout=CALL_S if deadline is None else deadline.remaining_s):
+            raise DeadlineExceeded(
+                "a step of the engine did not end", where="vllm.LLM", remedy="look for a hung step, or raise timeout_s"
+            )
+        try:
             yield
+        finally:
+            self._stepping.release()
 
     def drain(self, deadline: Deadline) -> None:
-        """Step until nothing runs or waits any more. Raises DeadlineExceeded."""
+        """Step until no request runs or waits any more. Raises DeadlineExceeded."""
         while self._call("has_unfinished_requests"):
             deadline.check("requests in flight did not finish")
-            self._ready(LOOK_S)
+            self._is_ready(LOOK_S)
             with self._stepping:
-                if self._call("has_unfinished_requests") and self._ready(0.0):
+                if self._call("has_unfinished_requests") and self._is_ready(0.0):
                     self._others += self._step()
 
-    def tidy(self) -> None:
-        """Where nothing runs any more: let the engine forget what has finished, which it does at its next step."""
+    def forget_finished(self) -> None:
+        """Step once if no request runs: only then does vLLM forget the requests that have finished."""
         with self._stepping:
-            if not self._call("has_unfinished_requests") and self._ready(0.0):
+            if not self._call("has_unfinished_requests") and self._is_ready(0.0):
                 self._others += self._step()
 
-    def abort(self, adapters: Container[str] | None = None, *, rollouts: bool = True) -> None:
-        """End what runs or waits (with `adapters`: what uses one of these); its callers get what there is, marked as
-        aborted. What runs past the gate is left alone; without `rollouts` all that was asked of the bridge is."""
+    def abort(self, loras: Container[str] | None = None, *, rollouts: bool = True) -> None:
+        """End running and waiting requests, with `loras` those that use one of these. Their callers get what there is,
+        marked as aborted. Requests past the gate go on; without `rollouts` all of the bridge's requests do."""
         from vllm.v1.engine import FinishReason
 
-        engine = self._live()
         with self._stepping:
-            alone = self._privileged if rollouts else self._ours
+            spared = self._privileged if rollouts else self._ours
             states = {
                 name: state
                 for name, state in self._states().items()
-                if state.external_req_id not in alone and (adapters is None or state.lora_name in adapters)
+                if state.external_req_id not in spared and (loras is None or state.lora_name in loras)
             }
             for state in states.values():
                 output = state.make_request_output([], None, FinishReason.ABORT, None)
                 if output is not None:
                     self._others += self._sort([output])
-            engine.abort_request(list(states), internal=True)
+            self._live().abort_request(list(states), internal=True)
 
     def run(
         self,
@@ -184,12 +197,21 @@ class Gate:
         *,
         past: bool = False,
     ) -> list[Any]:
-        """Add `count` requests (`add(add_request, k)` answers the id) and step until all are done; their final outputs.
-        Blocks. With `past`, although callers are held or refused; else as one of them. Raises DeadlineExceeded,
-        EngineQuarantined and PeerLost, and ends the requests."""
+        """Run requests of the bridge to their end. Blocks.
+
+        Args:
+            add: called as `add(add_request, k)` for each of the `count` requests; returns its id.
+            past: run although callers are held or refused; else as one of them.
+
+        Returns:
+            The final output of each request.
+
+        Raises:
+            DeadlineExceeded, EngineQuarantined, PeerLost: the requests were ended.
+        """
         ids: list[str] = []
         try:
-            with nullcontext() if past else self.entering(deadline):
+            with nullcontext() if past else self._entered(deadline):
                 for k in range(count):
                     ids.append(add(partial(self._add_ours, past), k))
             while self._waits_for(ids):
@@ -197,9 +219,10 @@ class Gate:
                     deadline.check("requests of the bridge did not finish")
                 if not past:
                     self.enter(deadline)
-                self._ready(LOOK_S)
+                self._is_ready(LOOK_S)
                 with self._stepping:
-                    if self._waits_for(ids) and (past or self._is_open()) and self._ready(0.0):
+                    goes_on = past or (not self.held and self.reason is None)
+                    if self._waits_for(ids) and goes_on and self._is_ready(0.0):
                         self._others += self._step()
             return [self._ours[name] for name in ids]
         finally:
@@ -211,15 +234,14 @@ class Gate:
                 with self._stepping:
                     self._live().abort_request(unfinished)
 
+    # ---- the engine ----------------------------------------------------------------------------------------------
+
     def _waits_for(self, ids: Iterable[str]) -> bool:
         return any(self._ours[name] is None for name in ids)
 
-    def _is_open(self) -> bool:
-        return not self._held and self.reason is None
-
-    def _ready(self, wait_s: float) -> bool:
-        """Would a step return without waiting? Blocks for up to `wait_s` for it, and must then be called without the
-        lock. Raises PeerLost."""
+    def _is_ready(self, wait_s: float) -> bool:
+        """True when a step would return without waiting. Blocks for up to `wait_s` until it does, and must then be
+        called without the lock. Raises PeerLost."""
         return has_output(self._live().engine_core, wait_s, "vllm.LLM")
 
     def _add_ours(self, past: bool, request_id: str, *args: Any, **kwargs: Any) -> str:
@@ -231,11 +253,11 @@ class Gate:
         return request_id
 
     def _states(self) -> dict[str, Any]:
-        """What the engine has not finished, as of now: callers add to it meanwhile."""
+        """The engine's unfinished requests. A copy: callers add to them meanwhile."""
         return dict(self._live().output_processor.request_states)
 
     def _step(self) -> list[Any]:
-        """One step of the engine; outputs that are not ours."""
+        """Step the engine. Returns the outputs of users' requests."""
         return self._sort(self._call("step"))
 
     def _sort(self, outputs: Iterable[Any]) -> list[Any]:
@@ -248,28 +270,24 @@ class Gate:
         return rest
 
     def _call(self, way: str, *args: Any, **kwargs: Any) -> Any:
-        """The engine's own method, past what hangs on the object."""
+        """The engine's own method, past the gate's."""
         engine = self._live()
         return getattr(type(engine), way)(engine, *args, **kwargs)
 
     def _live(self) -> Any:
         engine = self._engine()
         if engine is None:
-            raise EngineQuarantined("the engine is gone", where="vllm.LLM", got="it was deleted")
+            raise _gone_error()
         return engine
 
 
-def one_sender_at_a_time(core: Any) -> None:
-    """A client of an engine core in another process sends through one ZeroMQ socket, which two threads at once break:
-    the process aborts, or the core's input ends. The bridge pushes from a thread of its own beside the user's."""
-    send = getattr(core, "_send_input", None)
-    if send is None or isinstance(send, _OneAtATime):
-        return
-    core._send_input = _OneAtATime(send)
+class _OneSender:
+    """Lets one thread at a time send to an engine core in another process. Its client has one ZeroMQ socket, which two
+    threads at once break: the process aborts, or the core's input ends. The bridge pushes from a thread of its own
+    beside the user's.
 
-
-class _OneAtATime:
-    """Over a method of the object that it hangs on: it must not keep that alive, whose end ends the core's process."""
+    Takes the place of a method of the client, and must not keep that alive: its end ends the core's process.
+    """
 
     def __init__(self, send: Any) -> None:
         self._send = WeakMethod(send)
@@ -278,12 +296,12 @@ class _OneAtATime:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         send = self._send()
         if send is None:
-            raise EngineQuarantined("the engine is gone", where="vllm.LLM", got="it was deleted")
+            raise _gone_error()
         with self._lock:
             return send(*args, **kwargs)
 
 
-def running_loras(engine: Any) -> Sequence[str]:
-    """Names of the adapters that some running or waiting request uses."""
-    states = dict(engine.output_processor.request_states)
-    return [state.lora_name for state in states.values() if state.lora_name is not None]
+def _gone_error() -> EngineQuarantined:
+    return EngineQuarantined(
+        "the engine is gone", where="vllm.LLM", got="it was deleted", remedy="make a new one and attach to it"
+    )

@@ -1,10 +1,10 @@
-"""The rank half in a vLLM worker: skeleton, loader, post-load step and single calls of modules, all of them vLLM's."""
+"""The rank host in a vLLM worker: skeleton, loader, post-load step and single calls of modules, all of them vLLM's."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Container, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -20,41 +21,28 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.utils import device_loading_context, initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from engine_side.engines.common.rank_host import EngineHost, call_alone
+from engine_side.engines.common.rank_host import EngineRankHost, without_new_entries
 from engine_side.engines.vllm.logprobs import prompt_logprobs
-from engine_side.engines.vllm.lora_slots import Loras
+from engine_side.engines.vllm.lora_slots import VllmLoraSlots
 from engine_side.live.inplace import twin_parameter
 from engine_side.protocol import Prompts
 
 _POST_LOAD = "process_weights_after_loading"
+_UNWRITTEN = frozenset({torch.empty, torch.empty_strided})
 
 
-def _call(module: nn.Module, method: str, *args: Any) -> bool:
-    """Call what vLLM looks for on a module by name; False where it is not there."""
-    found = getattr(module, method, None)
-    if not callable(found):
-        return False
-    found(*args)
-    return True
+class VllmRankHost(EngineRankHost[VllmLoraSlots]):
+    """The host of one worker (`vllm.v1.worker.worker_base.WorkerBase`)."""
 
-
-class VllmRankHost(EngineHost[Loras]):
-    """Over one worker (`vllm.v1.worker.worker_base.WorkerBase`)."""
+    lora_remedy = ("vllm.LLM", "max_loras=2 or more")
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._config: VllmConfig = worker.vllm_config
-        self._computes = False
-        self.loras = None if self._config.lora_config is None else Loras(worker)
-
-    @property
-    def checkpoint(self) -> Path | None:
+        self._constructor_reads_values = False
+        self.loras = None if self._config.lora_config is None else VllmLoraSlots(worker)
         folder = Path(self._config.model_config.model)
-        return folder if folder.is_dir() else None
-
-    @property
-    def lora_remedy(self) -> tuple[str, str]:
-        return "vllm.LLM", "max_loras=2 or more"
+        self.checkpoint = folder if folder.is_dir() else None
 
     @property
     def rank(self) -> int:
@@ -66,75 +54,104 @@ class VllmRankHost(EngineHost[Loras]):
         return model
 
     def skeleton(self) -> nn.Module:
-        """vLLM's own constructor on the meta device, with registries of its own: layers announce themselves by name in
-        the config's, where the live ones stand already."""
+        """Make the model anew with vLLM's own constructor, on the meta device.
+
+        The config is copied with registries of its own: layers register by name in the live config's, where the live
+        ones stand already.
+        """
         config = copy.copy(self._config)
-        config.compilation_config = _own_containers(config.compilation_config)
+        config.compilation_config = _with_own_containers(config.compilation_config)
         config.compilation_config.static_forward_context = {}
-        if not self._computes:
+        if not self._constructor_reads_values:
             try:
                 return _construct(config, torch.device("meta"))
             except (NotImplementedError, RuntimeError):
-                self._computes = True  # it looks at values that it has computed (slopes of a bias): it gets them
+                # it reads values that it has computed, such as the slopes of ALiBi: compute those
+                self._constructor_reads_values = True
                 config.compilation_config.static_forward_context = {}
         made = _construct(config, _EmptyOnMeta())
-        _drop_values(made, {id(module) for module in self.model.modules()})
+        _move_to_meta(made, {id(module) for module in self.model.modules()})
         return made
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        _call(skeleton, "load_weights", weights)
+        _call_if_present(skeleton, "load_weights", weights)
 
     def post_load(self, module: nn.Module) -> bool:
-        """One module's share of vLLM's `process_weights_after_loading`, in its order: the quantisation method's, then
-        the attention layer's own, then the model's."""
+        """Run one module's share of vLLM's `process_weights_after_loading`, in its order: the quantisation method's,
+        then the attention layer's own, then the model's
+        (https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/model_loader/utils.py)."""
         method = getattr(module, "quant_method", None)
         found = False
-        if isinstance(method, QuantizeMethodBase) and not _is_done(method, module):
+        # the KV cache's step deletes the scales that it reads: without them it has run
+        is_done = isinstance(method, BaseKVCacheMethod) and not hasattr(module, "k_scale")
+        if isinstance(method, QuantizeMethodBase) and not is_done:
             with device_loading_context(module, self._worker.device):
                 method.process_weights_after_loading(module)
-            _call(module, "update_param_tp_status")
+            _call_if_present(module, "update_param_tp_status")
             found = True
         if is_deferred_attention_layer(module):
             with device_loading_context(module, self._worker.device):
-                _call(module, _POST_LOAD, self._config.model_config.dtype)
+                _call_if_present(module, _POST_LOAD, self._config.model_config.dtype)
             found = True
         elif not found and type(module) is type(self.model):
-            found = _call(module, _POST_LOAD)
+            found = _call_if_present(module, _POST_LOAD)
         return found
-
-    @torch.no_grad()
-    def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What this rank alone contributes: experts take rows, each sent to one of them at weight 1; vocabulary layers
-        ids (rows of other ranks are zeros) or rows; linear layers rows; a module without a method only if it has no
-        children."""
-        method = getattr(module, "quant_method", None)
-        ids = not x.is_floating_point()
-        if isinstance(method, FusedMoEMethodBase):
-            if ids:
-                raise NotImplementedError("experts take rows")
-            return _experts(method, module, x)
-        if ids:
-            if not isinstance(module, VocabParallelEmbedding):
-                raise NotImplementedError(f"{type(module).__name__} takes no ids")
-            return _embed(module, x)
-        if isinstance(method, QuantizeMethodBase):
-            bias = getattr(module, "bias", None)
-            out: torch.Tensor = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
-            return out
-        return call_alone(module, x)
 
     def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
         lora = None if adapter is None else self._slots(adapter).request(adapter)
         return prompt_logprobs(self._worker, prompts, lora)
 
+    # ---- calls of single modules ---------------------------------------------------------------------------------
 
-def _is_done(method: QuantizeMethodBase, module: nn.Module) -> bool:
-    """Scales of a KV cache are taken away by the step that reads them: without them there is nothing to read."""
-    return isinstance(method, BaseKVCacheMethod) and not hasattr(module, "k_scale")
+    def _is_quantisable(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
+
+    def _has_experts(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, "quant_method", None), FusedMoEMethodBase)
+
+    def _apply_experts(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        """Row i goes to expert i % E alone."""
+        method, count = module.quant_method, module.global_num_experts
+        chosen = torch.arange(len(x), device=x.device).remainder(count).unsqueeze(1).to(torch.int32)
+        out: torch.Tensor
+        if method.is_monolithic:
+            logits = torch.full((len(x), count), -1e4, dtype=torch.float32, device=x.device)
+            out = method.apply_monolithic(module, x, logits.scatter_(1, chosen.long(), 1e4))
+        else:
+            weights = torch.ones(chosen.shape, dtype=torch.float32, device=x.device)
+            out = method.apply(module, x, weights, chosen, None, None)
+        return out
+
+    def _embed_ids(self, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        if not isinstance(module, VocabParallelEmbedding):
+            raise NotImplementedError(f"{type(module).__name__} takes no ids")
+        mask: torch.Tensor | None = None
+        if module.tp_size > 1:
+            at = module.shard_indices
+            ids, mask = get_masked_input_and_mask(
+                ids,
+                at.org_vocab_start_index,
+                at.org_vocab_end_index,
+                at.num_org_vocab_padding,
+                at.added_vocab_start_index,
+                at.added_vocab_end_index,
+            )
+        out: torch.Tensor = module.quant_method.embedding(module, ids.long())
+        return out if mask is None else out.masked_fill(mask.unsqueeze(-1), 0)
+
+
+def _call_if_present(module: nn.Module, method: str, *args: Any) -> bool:
+    """Call a method that vLLM looks up by name; False where the module has none."""
+    found = getattr(module, method, None)
+    if not callable(found):
+        return False
+    found(*args)
+    return True
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Memory that nobody has written is meta; what has values is computed where the constructor asks for it."""
+    """Makes unwritten memory on the meta device; tensors with values are computed where the constructor asks for
+    them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
@@ -143,19 +160,16 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **given)
 
 
-_UNWRITTEN = frozenset({torch.empty, torch.empty_strided})
-
-
 def _construct(config: VllmConfig, where: AbstractContextManager[Any]) -> nn.Module:
-    dtype = config.model_config.dtype
-    with _shared_rotary(), set_current_vllm_config(config), set_default_torch_dtype(dtype), where:
+    dtype, rotary = config.model_config.dtype, rotary_embedding._ROPE_DICT
+    with without_new_entries(rotary), set_current_vllm_config(config), set_default_torch_dtype(dtype), where:
         made: nn.Module = initialize_model(vllm_config=config)
     return made
 
 
-def _drop_values(model: nn.Module, live: Container[int]) -> None:
-    """Parameters and buffers that were made with values become meta tensors, ties kept; modules that hang in the `live`
-    model too (shared rotary embeddings) are left alone."""
+def _move_to_meta(model: nn.Module, live: Container[int]) -> None:
+    """Replace parameters and buffers that were made with values by meta tensors, ties kept. Modules that belong to the
+    `live` model too (shared rotary embeddings) are left alone."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if id(module) in live:
@@ -167,53 +181,10 @@ def _drop_values(model: nn.Module, live: Container[int]) -> None:
                     registry[name] = made.setdefault(id(tensor), twin_parameter(tensor, like))  # type: ignore[assignment]
 
 
-def _own_containers(config: Any) -> Any:
-    """A copy whose dicts, lists and sets are its own."""
+def _with_own_containers(config: Any) -> Any:
+    """A copy of a config whose dicts, lists and sets are copies too."""
     out = copy.copy(config)
     for name, value in list(vars(config).items()):
         if isinstance(value, (dict, list, set)):
             object.__setattr__(out, name, copy.copy(value))
     return out
-
-
-@contextmanager
-def _shared_rotary() -> Iterator[None]:
-    """vLLM caches rotary embeddings for the process: one that was made on the meta device must not stay there."""
-    from vllm.model_executor.layers import rotary_embedding
-
-    cache: dict[Any, Any] = rotary_embedding._ROPE_DICT
-    before = set(cache)
-    try:
-        yield
-    finally:
-        for key in cache.keys() - before:
-            del cache[key]
-
-
-def _experts(method: FusedMoEMethodBase, module: Any, x: torch.Tensor) -> torch.Tensor:
-    """Row i goes to expert i % E alone."""
-    count = module.global_num_experts
-    chosen = torch.arange(len(x), device=x.device).remainder(count).unsqueeze(1).to(torch.int32)
-    if method.is_monolithic:
-        logits = torch.full((len(x), count), -1e4, dtype=torch.float32, device=x.device)
-        out: torch.Tensor = method.apply_monolithic(module, x, logits.scatter_(1, chosen.long(), 1e4))
-        return out
-    weights = torch.ones(chosen.shape, dtype=torch.float32, device=x.device)
-    y: torch.Tensor = method.apply(module, x, weights, chosen, None, None)
-    return y
-
-
-def _embed(module: VocabParallelEmbedding, x: torch.Tensor) -> torch.Tensor:
-    mask: torch.Tensor | None = None
-    if module.tp_size > 1:
-        at = module.shard_indices
-        x, mask = get_masked_input_and_mask(
-            x,
-            at.org_vocab_start_index,
-            at.org_vocab_end_index,
-            at.num_org_vocab_padding,
-            at.added_vocab_start_index,
-            at.added_vocab_end_index,
-        )
-    out: torch.Tensor = module.quant_method.embedding(module, x.long())
-    return out if mask is None else out.masked_fill(mask.unsqueeze(-1), 0)

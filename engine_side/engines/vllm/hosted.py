@@ -1,44 +1,40 @@
-"""Hosting: an AsyncLLM of our own, started from arguments, on an event loop of its own, and ended without leftovers."""
+"""Hosting vLLM: start an AsyncLLM of our own on an event loop of its own, and end it without leftovers."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, ConfigError
 from engine_side.engines.common import claim, hosting
-from engine_side.engines.vllm.channels import LoopLine
+from engine_side.engines.vllm.channels import VllmLoopChannel
 from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.plugin import BACKEND, register
 from engine_side.engines.vllm.remote import AsyncDriver
 from engine_side.engines.vllm.versions import check_version
 
 STOP_S = 20.0
+"""Time for an engine to shut down by itself."""
 
 
 class HostedDriver(AsyncDriver):
-    """Over an AsyncLLM that ends with it."""
+    """The driver of an AsyncLLM that ends with it."""
 
-    def __init__(self, line: LoopLine, leavings: hosting.Leavings) -> None:
-        self._loop = line
+    def __init__(self, channel: VllmLoopChannel, leavings: hosting.Leavings) -> None:
+        self._loop = channel
         self._leavings = leavings
-        facts = facts_of(line.engine.vllm_config)
-        own = (os.getpid(), started_at(os.getpid()) or "")
-        super().__init__(line, facts, "AsyncLLM", own, on_close=self._stop)
+        super().__init__(channel, facts_of(channel.engine.vllm_config), "AsyncLLM", on_close=self._stop)
 
     def claim(self, owner: str) -> None:
         claim.take(self._loop.engine, self, owner)
         super().claim(owner)
 
     def _stop(self) -> None:
-        """The engine's processes end, and what they had in shared memory goes with them. Idempotent."""
-        engine = self._loop.engine
+        """End the engine's processes and remove what they leave in shared memory. Idempotent."""
+        engine, self._loop.engine = self._loop.engine, None
         if engine is None:
             return
-        self._loop.engine = None
         self._leavings.note()
         try:
             engine.shutdown(timeout=STOP_S)
@@ -48,29 +44,39 @@ class HostedDriver(AsyncDriver):
 
 
 def host(path: str, arguments: Mapping[str, Any]) -> HostedDriver:
-    """Start vLLM on a checkpoint folder; `arguments` are vLLM's own engine arguments. Blocks until it can serve. Raises
-    ConfigError, naming the argument, for one that vLLM does not have or does not accept."""
+    """Start vLLM on a checkpoint folder. Blocks until it can serve; vLLM itself ends a start that takes longer than
+    VLLM_ENGINE_READY_TIMEOUT_S.
+
+    Args:
+        arguments: vLLM's own engine arguments.
+
+    Raises:
+        ConfigError: vLLM is not installed, its version was not tried, or it does not have or accept an argument, which
+            the message names.
+    """
     try:
         import vllm
         from vllm.v1.engine.async_llm import AsyncLLM
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "vLLM is not installed", where="engine", got=f"no module named {error.name}", remedy="pip install vllm"
-        ) from error
-    from engine_side.engines.vllm.frontend import Front
+        raise hosting.not_installed("vLLM", error) from error
+    from engine_side.engines.vllm.frontend import VllmFrontend
 
     check_version(str(vllm.__version__))
     register()  # in an environment where the plugin's entry point is switched off, our own engine has it all the same
-    config = _config(path, arguments)
-    line, leavings = LoopLine(), hosting.Leavings()
+    config = _engine_config(path, arguments)
+    channel, leavings = VllmLoopChannel(), hosting.Leavings()
+
+    async def start() -> Any:  # on the loop, so that vLLM's output handler starts there
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
     try:
-        line.engine = line.run(_made(AsyncLLM, config), None)
-        line.front = Front.of(line.engine)
-        return HostedDriver(line, leavings)
+        channel.engine = channel.run(start(), None)
+        channel.front = VllmFrontend.of(channel.engine)
+        return HostedDriver(channel, leavings)
     except BaseException as error:
-        if line.engine is not None:
-            line.engine.shutdown(timeout=STOP_S)
-        line.stop()
+        if channel.engine is not None:
+            channel.engine.shutdown(timeout=STOP_S)
+        channel.stop()
         if isinstance(error, BridgeError) or not isinstance(error, Exception):
             raise
         raise ConfigError(
@@ -81,12 +87,7 @@ def host(path: str, arguments: Mapping[str, Any]) -> HostedDriver:
         ) from error
 
 
-async def _made(kind: Any, config: Any) -> Any:
-    """On the loop, so that vLLM's output handler starts there."""
-    return kind.from_vllm_config(config, disable_log_stats=True)
-
-
-def _config(path: str, arguments: Mapping[str, Any]) -> Any:
+def _engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 

@@ -1,5 +1,6 @@
-"""Calls to an engine core in a process of its own: vLLM's clients wait for an answer for ever, also for one that a dead
-core will never give."""
+"""Calls to an engine core in another process that end when the core ends: vLLM's own clients wait for its answer
+without a limit, even after it died (https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/core_client.py).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from bridge.protocol.deadline import Deadline
 
 T = TypeVar("T")
 LOOK_S = 0.1
-"""How often a core that does not answer is looked at."""
+"""Time between two looks at a core that does not answer."""
 
 
 def has_died(core: Any) -> bool:
-    """Has the process of this engine-core client ended? False for an engine core of this process. Does not block."""
+    """True when the process of this engine-core client has ended; False for a core of this process. Does not block."""
     resources = getattr(core, "resources", None)
     if resources is None:
         return False
@@ -31,21 +32,35 @@ def has_died(core: Any) -> bool:
         return True  # closed: somebody has shut the engine down meanwhile
 
 
-def lost(where: str, got: str = "its process has ended") -> PeerLost:
-    return PeerLost("vLLM's engine core has died", where=where, got=got, remedy="start the engine again")
+def died_error(where: str, got: str = "its process has ended") -> PeerLost:
+    """The error for an engine core whose process has ended."""
+    return PeerLost(
+        "vLLM's engine core has died", where=where, expected="a running core", got=got, remedy="start the engine again"
+    )
 
 
-def answered(core: Any, call: Callable[[], T], deadline: Deadline, where: str) -> T:
-    """What `call` returns. Blocks until then, until the deadline or the core's end. Raises DeadlineExceeded, PeerLost,
-    and what the call raises. A call that came too late goes on by itself, on a thread of its own."""
+def late_error(where: str) -> DeadlineExceeded:
+    """The error for a call that vLLM has not answered at its deadline."""
+    return DeadlineExceeded(
+        "vLLM did not answer in time", where=where, remedy="look for a hung worker in vLLM's log, or raise timeout_s"
+    )
+
+
+def call_core(core: Any, call: Callable[[], T], deadline: Deadline, where: str) -> T:
+    """Run `call`, which asks the engine core, and return its result. Blocks.
+
+    Raises:
+        PeerLost: the core has ended.
+        DeadlineExceeded: no answer in time. The call goes on by itself, on a daemon thread: it cannot be interrupted.
+    """
     if has_died(core):
-        raise lost(where)
+        raise died_error(where)
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # thread boundary: whoever waits gets it
+        except BaseException as error:  # thread boundary: the waiting thread raises it
             future.set_exception(error)
 
     threading.Thread(target=run, name="weighbridge-vllm-call", daemon=True).start()
@@ -56,14 +71,16 @@ def answered(core: Any, call: Callable[[], T], deadline: Deadline, where: str) -
             if future.done():
                 return future.result()
         if has_died(core):
-            raise lost(where)
+            raise died_error(where)
         if deadline.expired:
-            raise DeadlineExceeded("vLLM did not answer in time", where=where)
+            raise late_error(where)
 
 
 def has_output(core: Any, wait_s: float, where: str) -> bool:
-    """Would the next step of the engine return without waiting? Blocks for up to `wait_s` until it would; always True
-    where the core is of this process, and steps when it is asked to. Raises PeerLost."""
+    """True when the next step of the engine returns without waiting. Blocks for up to `wait_s` until it does.
+
+    Always True for a core of this process, which computes during the step. Raises PeerLost.
+    """
     outputs = getattr(core, "outputs_queue", None)
     if not isinstance(outputs, queue.Queue):
         return True
@@ -72,5 +89,5 @@ def has_output(core: Any, wait_s: float, where: str) -> bool:
             outputs.not_empty.wait(wait_s)
         found = bool(outputs.queue)
     if not found and has_died(core):
-        raise lost(where)
+        raise died_error(where)
     return found

@@ -34,7 +34,7 @@ _ID_BITS = (1 << 53) - 1
 
 
 @dataclass(frozen=True)
-class Placed:
+class SlotLayout:
     """Where vLLM would put an adapter: moves into, and zeros around it in, the stacks of one slot. `stacks` maps the
     targets of the moves to (layer, attribute, index in a tuple or -1)."""
 
@@ -44,20 +44,20 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _LoadedLora:
     adapter_id: int
     shapes: Mapping[str, tuple[int, ...]]
-    placed: Placed
+    placed: SlotLayout
 
 
-class Loras:
+class VllmLoraSlots:
     """Over one worker that was started with `enable_lora=True`. Used by the thread that runs the worker."""
 
     def __init__(self, worker: Any) -> None:
         self._runner = worker.model_runner
         self._limits = worker.vllm_config.lora_config
         self._vocabulary = int(worker.vllm_config.model_config.get_vocab_size())
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _LoadedLora] = {}
         self._used: set[str] = set()
 
     @property
@@ -93,7 +93,7 @@ class Loras:
         except BaseException:
             self._manager.remove_adapter(adapter_id)
             raise
-        self._held[name] = _Held(adapter_id, {i.name: i.shape for i in infos}, placed)
+        self._held[name] = _LoadedLora(adapter_id, {i.name: i.shape for i in infos}, placed)
 
     def views(self, name: str) -> list[LoraView]:
         """Raises NotFound."""
@@ -121,7 +121,7 @@ class Loras:
     def _manager(self) -> Any:
         return self._runner.lora_manager._adapter_manager
 
-    def _of(self, name: str) -> _Held:
+    def _of(self, name: str) -> _LoadedLora:
         held = self._held.get(name)
         if held is None or held.adapter_id not in self._manager.list_adapters():
             raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
@@ -183,7 +183,7 @@ class Loras:
         mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
         return None if mapper is None else mapper.get_rename_mapper()
 
-    def _place(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Placed:
+    def _place(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> SlotLayout:
         """Run vLLM's own `set_lora` on layers whose stacks are meta tensors of one slot."""
         if spec.rank > self._limits.max_lora_rank or self._limits.fully_sharded_loras:
             raise UnsupportedLora(
@@ -217,7 +217,7 @@ class Loras:
             ) from error
         moved = {move.target for move in recorder.moves}
         zeros = tuple(fill for fill in uncovered_fills(recorder) if fill.target in moved)
-        placed = Placed(tuple(recorder.moves), zeros, {path: stacks[path] for path in moved})
+        placed = SlotLayout(tuple(recorder.moves), zeros, {path: stacks[path] for path in moved})
         _require_full(placed, targets, tensors, spec)
         return placed
 
@@ -317,7 +317,7 @@ def _box(slot: torch.Tensor, move: Move, shape: tuple[int, ...]) -> tuple[torch.
 
 
 def _require_full(
-    placed: Placed, targets: Mapping[str, torch.Tensor], tensors: Sequence[TensorInfo], spec: LoraSpec
+    placed: SlotLayout, targets: Mapping[str, torch.Tensor], tensors: Sequence[TensorInfo], spec: LoraSpec
 ) -> None:
     """vLLM takes a tensor that is too small for a part of one, and leaves zeros: refuse what does not span a slot."""
     shapes = {info.name: info.shape for info in tensors}

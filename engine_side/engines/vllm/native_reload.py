@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from engine_side.engines.common.native_reload import Rival
+from engine_side.engines.common.native_reload import NativeReload
 
 
-def start(folder: Path) -> Rival:
+def start(folder: Path) -> NativeReload:
     """An LLM whose engine core runs in this process: there alone vLLM's own reload can be given tensors in memory,
     which is its fastest way."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -33,4 +33,4 @@ def start(folder: Path) -> Rival:
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         llm.reset_prefix_cache()
 
-    return Rival(llm, "reload_weights", own, llm.llm_engine.engine_core.shutdown)
+    return NativeReload(llm, "reload_weights", own, llm.llm_engine.engine_core.shutdown)
