@@ -13,7 +13,9 @@ import pytest
 from bridge.errors import Closed, DeadlineExceeded
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
+from engine_side.engines.common.hosting import Leavings
 from engine_side.engines.sglang import frontend, in_process_channel
+from engine_side.engines.sglang.hosted import EngineShutdown
 from engine_side.engines.sglang.in_process_channel import InProcessChannel
 from engine_side.engines.sglang.scheduler_messages import ACTION, FACTS, SchedulerAnswer
 
@@ -36,6 +38,7 @@ class Manager:
 
     def __init__(self) -> None:
         self.event_loop: Any = None
+        self.generating = threading.Event()
         self.asyncio_tasks: set[Any] = set()
         self.is_pause, self.is_pause_cond = False, asyncio.Condition()
         self.server_args = SimpleNamespace(enable_lora=True)
@@ -49,6 +52,7 @@ class Manager:
         await asyncio.sleep(60)
 
     async def generate(self) -> None:
+        self.generating.set()
         await asyncio.sleep(60)
 
     async def _validate_and_resolve_lora(self, request: Any) -> None: ...
@@ -129,14 +133,29 @@ def test_the_last_user_closes_and_callers_in_other_loops_are_told() -> None:
 
     thread = threading.Thread(target=caller)
     thread.start()
-    while not channel._proxy._tasks:
-        threading.Event().wait(0.01)
+    assert manager.generating.wait(10)
     channel.close(users[1])
     thread.join(5)
     assert len(ended) == 1
     assert engine.loop is loop
     assert "generate" not in vars(manager)
     loop.close()
+
+
+class Undead(Engine):
+    """An engine whose processes do not end, in the words of SGLang's `kill_process_tree`."""
+
+    def shutdown(self) -> None:
+        raise RuntimeError("processes [7] were not reaped within 60 seconds")
+
+
+def test_processes_that_do_not_end_are_named() -> None:
+    engine = Undead()
+    shutdown = EngineShutdown(engine, Leavings())
+    with pytest.raises(DeadlineExceeded, match=r"did not end.*\[7\]"):
+        shutdown()
+    shutdown()
+    engine.loop.close()
 
 
 def test_a_request_behind_one_that_is_never_answered_is_not_sent() -> None:

@@ -21,7 +21,7 @@ from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
 from engine_side.engines.common.published_state import CURRENT, PublishedState, lora_not_loaded
 from engine_side.engines.sglang.gate import QuarantinedRequest, SglangGate, paused_by_user
-from engine_side.engines.sglang.requests import completion, generate_request
+from engine_side.engines.sglang.requests import call_manager, completion, generate_request
 from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, JOB, LORAS, check_weights, read_answer
 
 log = logging.getLogger(__name__)
@@ -115,12 +115,8 @@ class SglangFrontend(Frontend):
             self._gate.notify_all()
 
     async def _stop_engine(self) -> None:
-        from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightVersionReqInput
-
-        self._manager.auto_create_handle_loop()
-        await self._manager.pause_generation(PauseGenerationReqInput(mode="retract"))
-        label = UpdateWeightVersionReqInput(new_version="quarantined", abort_all_requests=False)
-        await self._manager.update_weight_version(label)
+        await call_manager(self._manager, "pause_generation", mode="retract")
+        await call_manager(self._manager, "update_weight_version", new_version="quarantined", abort_all_requests=False)
         try:
             async with asyncio.timeout(_END_S):
                 self._manager.abort_request(abort_all=True)
@@ -132,9 +128,7 @@ class SglangFrontend(Frontend):
             log.error("requests inside a quarantined SGLang engine did not end within %s s after abort_request", _END_S)
 
     async def _resume_engine(self) -> None:
-        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
-
-        await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+        await call_manager(self._manager, "continue_generation", torch_empty_cache=False)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 

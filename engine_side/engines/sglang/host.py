@@ -12,6 +12,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+from sglang.srt.layers.rotary_embedding import factory as rotary
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_loader.loader import _get_quantization_config, _initialize_model
 from sglang.srt.model_loader.utils import set_default_torch_dtype
@@ -53,9 +54,7 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
     def skeleton(self) -> nn.Module:
         """Run SGLang's own constructor on the meta device. Raises ConfigError when a parameter got memory."""
         config, load = self._runner.model_config, self._runner.load_config
-        from sglang.srt.layers.rotary_embedding import factory
-
-        with without_new_entries(factory._ROPE_DICT), set_default_torch_dtype(config.dtype), torch.device("meta"):
+        with without_new_entries(rotary._ROPE_DICT), set_default_torch_dtype(config.dtype), torch.device("meta"):
             made: nn.Module = _initialize_model(config, load, _get_quantization_config(config, load))
         # torch recognises its constructors by identity: one that somebody has wrapped ignores the device
         astray = [name for name, parameter in made.named_parameters() if not parameter.is_meta]
@@ -98,8 +97,7 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
     def post_load(self, module: nn.Module) -> bool:
         """Run one module's share of `DefaultModelLoader.postprocess_weights`, and of the model's own post-load step.
         Returns False for a module that has neither."""
-        method = getattr(module, "quant_method", None)
-        step = getattr(method, "process_weights_after_loading", None)
+        step = getattr(getattr(module, "quant_method", None), "process_weights_after_loading", None)
         if step is not None:
             step(module)
         return self._derived.renew(module, self.model) or step is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, DeadlineExceeded
 from engine_side.engines.common import hosting
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.arguments import SglangArguments
@@ -17,8 +17,11 @@ from engine_side.engines.sglang.versions import check_version
 
 
 class EngineShutdown:
-    """Ends an engine of ours and removes what its processes leave in shared memory. Idempotent. Blocks until SGLang's
-    processes have ended: SGLang kills them and waits for at most 60 s, then raises RuntimeError."""
+    """Ends an engine of ours and removes what its processes leave in shared memory. Idempotent.
+
+    Blocks until SGLang's processes have ended: SGLang kills them and waits for at most 60 s, after which this raises
+    DeadlineExceeded.
+    """
 
     def __init__(self, engine: Any, leavings: hosting.Leavings) -> None:
         self._engine, self._leavings = engine, leavings
@@ -30,6 +33,13 @@ class EngineShutdown:
         self._leavings.note()
         try:
             engine.shutdown()
+        except RuntimeError as error:
+            raise DeadlineExceeded(
+                "SGLang's processes did not end after SIGKILL",
+                where="sglang.Engine.shutdown",
+                got=str(error),
+                remedy="see with `ps` what state they are in (D: they wait for a device or a file system)",
+            ) from error
         finally:
             self._leavings.remove()
 

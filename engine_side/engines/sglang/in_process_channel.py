@@ -8,7 +8,6 @@ call gets "This event loop is already running". While the channel is open, a thr
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 from asyncio.mixins import _LoopBoundMixin
 from collections.abc import Coroutine
@@ -20,6 +19,7 @@ from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.sglang.loop_proxy import BlockingLoop, LoopProxy
+from engine_side.engines.sglang.requests import call_manager
 from engine_side.engines.sglang.scheduler_messages import check_weights
 
 T = TypeVar("T")
@@ -28,12 +28,6 @@ _LOOK_S = 0.5
 """Seconds between two looks at the engine's processes during a wait."""
 _LOOP_S = 10.0
 """Seconds that the event loop is given to start, and to stop."""
-_REQUESTS = {
-    "pause_generation": "PauseGenerationReqInput",
-    "continue_generation": "ContinueGenerationReqInput",
-    "update_weight_version": "UpdateWeightVersionReqInput",
-}
-"""Methods of the tokenizer manager that take their arguments in a class of `sglang.srt.managers.io_struct`."""
 _WALKED = frozenset({"sglang", "asyncio", "engine_side"})
 """Packages whose objects are searched for what is bound to an event loop."""
 
@@ -60,7 +54,8 @@ class InProcessChannel:
 
     @classmethod
     def open(cls, engine: Any, user: object) -> InProcessChannel:
-        """Return the channel of `engine`, which stays open until the last of its users closed it or was collected."""
+        """Return the channel of `engine`, opened if there is none. It is closed by the last of its users; one that was
+        collected without closing it does not count."""
         found = vars(engine).get(_KEY)
         if not isinstance(found, InProcessChannel):
             found = vars(engine)[_KEY] = cls(engine)
@@ -193,18 +188,7 @@ class InProcessChannel:
         return await SglangFrontend.of(self._manager).handle(request)
 
     def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        return self.run(self._call(method, arguments), deadline, method)
-
-    async def _call(self, method: str, arguments: dict[str, Any]) -> Any:
-        from sglang.srt.managers import io_struct
-
-        self._manager.auto_create_handle_loop()
-        kind = _REQUESTS.get(method)
-        function = getattr(self._manager, method)
-        answer = function(**arguments) if kind is None else function(getattr(io_struct, kind)(**arguments))
-        if inspect.isawaitable(answer):
-            answer = await answer
-        return bool(getattr(answer, "success", True))
+        return self.run(call_manager(self._manager, method, **arguments), deadline, method)
 
     def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
         what = f"the request {words[0]!r} to its schedulers"

@@ -97,10 +97,20 @@ def _extend(scheduler: Any, prompts: Prompts, lora_id: str | None) -> list[list[
             forward = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
             output = runner.forward(forward).logits_output
             output.finalize_input_logprobs()
-            flat = torch.as_tensor(output.input_token_logprobs, dtype=torch.float64).flatten().tolist()
+            flat = torch.as_tensor(output.input_token_logprobs, dtype=torch.float64).flatten()
     finally:
         _give_back(scheduler, reqs)
-    return _rows(flat, prompts)
+    lengths = [len(ids) for ids in prompts]
+    if len(flat) != sum(lengths):
+        raise ProtocolError(
+            "SGLang returned log-probabilities of other tokens than the prompts have",
+            where="input_token_logprobs",
+            expected=f"{sum(lengths)} values",
+            got=f"{len(flat)} values",
+            remedy="report this with SGLang's version and start arguments",
+        )
+    rows = flat.split(lengths)  # type: ignore[no-untyped-call]
+    return [row[:-1].tolist() for row in rows]  # the last token of a prompt has no next one
 
 
 def _request(scheduler: Any, k: int, ids: Sequence[int], lora_id: str | None) -> Req:
@@ -127,21 +137,3 @@ def _give_back(scheduler: Any, reqs: Sequence[Req]) -> None:
             scheduler.req_to_token_pool.free(req)
         elif req.kv.holds_kv:
             release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
-
-
-def _rows(flat: list[float], prompts: Prompts) -> list[list[float]]:
-    """One value per position; the last of each prompt has no next token."""
-    if len(flat) != sum(map(len, prompts)):
-        raise ProtocolError(
-            "SGLang returned log-probabilities of other tokens than the prompts have",
-            where="input_token_logprobs",
-            expected=f"{sum(map(len, prompts))} values",
-            got=f"{len(flat)} values",
-            remedy="report this with SGLang's version and start arguments",
-        )
-    out: list[list[float]] = []
-    at = 0
-    for ids in prompts:
-        out.append([float(value) for value in flat[at : at + len(ids) - 1]])
-        at += len(ids)
-    return out

@@ -20,7 +20,7 @@ from sglang.srt.lora.lora_registry import LoRARef
 
 from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name, dtype_of
-from bridge.model.lora_format import LoraSpec, Pair, names_of, pairs
+from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.engines.sglang.fused_modules import FusedModules
 from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
@@ -207,26 +207,23 @@ class SglangLoraSlots:
         for pair in pairs(tensors):
             if not pool.can_support(LoRAConfig.from_dict(_peft_config((pair.a,), spec))):
                 unknown += [pair.a.name, pair.b.name]
-            self._require_shapes(pair, spec)
+            shape = self._fused.shape(pair.module)
+            if shape is None:
+                continue
+            # each part: a stack of a fused layer may have the right shape though its parts do not
+            rows, columns = (shape[1], shape[0]) if pair.embedding else shape
+            for info, wanted in ((pair.a, (spec.rank, columns)), (pair.b, (rows, spec.rank))):
+                if info.shape != wanted:
+                    raise ShapeMismatch(
+                        "an adapter's tensor has another shape than the layer it adapts",
+                        where=info.name,
+                        expected=str(list(wanted)),
+                        got=str(list(info.shape)),
+                        remedy=_SAME_CONFIGURATION,
+                        names=(info.name,),
+                    )
         if unknown:
             raise self._no_slot(unknown)
-
-    def _require_shapes(self, pair: Pair, spec: LoraSpec) -> None:
-        """A stack of a fused layer may have the right shape though its parts do not."""
-        shape = self._fused.shape(pair.module)
-        if shape is None:
-            return
-        rows, columns = (shape[1], shape[0]) if pair.embedding else shape
-        for info, wanted in ((pair.a, (spec.rank, columns)), (pair.b, (rows, spec.rank))):
-            if info.shape != wanted:
-                raise ShapeMismatch(
-                    "an adapter's tensor has another shape than the layer it adapts",
-                    where=info.name,
-                    expected=str(list(wanted)),
-                    got=str(list(info.shape)),
-                    remedy=_SAME_CONFIGURATION,
-                    names=(info.name,),
-                )
 
     def _no_slot(self, names: Sequence[str]) -> UnexpectedTensor:
         return UnexpectedTensor(

@@ -1,12 +1,32 @@
-"""Translate samplings and completions of the bridge to SGLang's requests and outputs."""
+"""Make SGLang's requests, and read its outputs."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from bridge.protocol.codec import Completion, Sampling
 from engine_side.engines.common.published_state import parse_version
 from engine_side.protocol import Prompts
+
+_REQUESTS = {
+    "pause_generation": "PauseGenerationReqInput",
+    "continue_generation": "ContinueGenerationReqInput",
+    "update_weight_version": "UpdateWeightVersionReqInput",
+}
+"""Methods of the tokenizer manager that take their arguments in a class of `sglang.srt.managers.io_struct`."""
+
+
+async def call_manager(manager: Any, method: str, **arguments: Any) -> bool:
+    """Make one of the calls of `remote.SglangChannel` in the manager's loop. Returns whether it succeeded."""
+    from sglang.srt.managers import io_struct
+
+    manager.auto_create_handle_loop()
+    kind, function = _REQUESTS.get(method), getattr(manager, method)
+    answer = function(**arguments) if kind is None else function(getattr(io_struct, kind)(**arguments))
+    if inspect.isawaitable(answer):
+        answer = await answer
+    return bool(getattr(answer, "success", True))
 
 
 def generate_request(prompts: Prompts, sampling: Sampling, lora: str | None, ids: list[str]) -> Any:

@@ -31,7 +31,7 @@ class SglangSlotRegion:
 
 @dataclass(frozen=True)
 class SglangSlotLayout:
-    """Where a LoRA's tensors lie in a slot, and which boxes of the slot are zero."""
+    """The layout of a LoRA in a slot: where its tensors lie, and which boxes of the slot are zero."""
 
     regions: tuple[SglangSlotRegion, ...]
     zeros: tuple[tuple[str, Box], ...]

@@ -1,4 +1,4 @@
-"""Which SGLang versions the driver was tried with."""
+"""The range of SGLang versions that the driver was tried with."""
 
 from __future__ import annotations
 
