@@ -94,7 +94,7 @@ def test_requests_in_flight(rig: Any, mode: str) -> None:
         return await rig.engine.async_generate(input_ids=ids, sampling_params=sampling)
 
     loop = rig.engine.loop
-    futures = [asyncio.run_coroutine_threadsafe(user(ids), loop._line.loop) for ids in PROMPTS]
+    futures = [asyncio.run_coroutine_threadsafe(user(ids), loop._channel.loop) for ids in PROMPTS]
     states = rig.engine.tokenizer_manager.rid_to_state
     wanted = len(PROMPTS)
     while len(states) < wanted or any(len(state.output_ids) < 3 for state in list(states.values())):

@@ -1,15 +1,14 @@
-"""SGLang behind the adapter protocol. Nothing here imports SGLang before SGLang itself is there.
+"""Drivers and rank host for SGLang. Importing this package does not import SGLang.
 
-In every scheduler `plugin` hooks `check_weights`, through which jobs come to each rank (`scheduler`, over `host`,
-`logprobs` and `loras`). In the process where requests come in stands `front`: on the tokenizer manager, with a `gate`
-that every request passes; the same hook there leads to it.
+In every scheduler process, `plugin` hooks `check_weights`, through which jobs come to each rank (`scheduler`, over
+`host`, `logprobs` and `lora_slots`). In the process where requests come in, `frontend` hangs on the tokenizer manager,
+with a `gate` that every request passes; the same hook leads to it there.
 
-Three doors, one adapter (`remote`, over what `common` has) and two lines:
-- `driver` speaks for a `sglang.Engine` of this process, over its event loop, which `line` keeps running and to which
-  `relay` takes what users await in others;
-- `hosted` starts such an Engine and ends it;
-- `server` recognises a running server at an address, and speaks through its endpoints.
-`load` is what users name when they start an engine or a server of their own.
+The driver (`remote`) reaches an engine in one of three ways:
+- `driver`: a `sglang.Engine` of this process, over its event loop (`in_process_channel`, `loop_proxy`);
+- `hosted`: the same for an Engine that it starts and ends;
+- `server`: a running server at an address, over its HTTP endpoints.
+`load` is the name by which users open an engine or server of their own to the bridge.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ from collections.abc import Iterable
 from typing import Any
 
 LOADER = "engine_side.engines.sglang.load"
-"""What users write: `sglang.Engine(..., custom_weight_loader=["engine_side.engines.sglang.load"])`."""
+"""As users write it: `sglang.Engine(..., custom_weight_loader=["engine_side.engines.sglang.load"])`."""
 
 
 def load(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> None:
-    """Naming this loader opens an engine to the bridge. SGLang's own update calls with it are refused before they get
-    here (`scheduler.refuse_update`): an update that the bridge does not verify is none of its. Raises RuntimeError."""
+    """Open an engine to the bridge by naming this loader when it starts; the loader itself always raises RuntimeError.
+
+    SGLang's own update calls with it are refused before they get here (`scheduler.refuse_update`), since the bridge
+    would not verify such an update."""
     raise RuntimeError(f"{LOADER} is driven by bridge.attach(engine).push(...), not by update calls")

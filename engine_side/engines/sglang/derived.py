@@ -1,8 +1,8 @@
-"""What a model of SGLang computes from its weights once they are loaded, and keeps in modules that have none of their
-own (the absorbed projections of latent attention).
+"""Renew the tensors that an SGLang model derives from its weights and keeps in modules without weights of their own,
+such as the absorbed projections of latent attention.
 
-That step, `post_load_weights`, belongs to the whole model and knows its layers by itself. Which modules it leaves
-something in is found by running it on a skeleton.
+The step that derives them, `post_load_weights`, belongs to the whole model. The modules that it writes to are found by
+running it on a skeleton.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _STEP = "post_load_weights"
 _WHOLE = ("",)
 
 
-class Derived:
-    """Over one host's live model and its skeletons."""
+class DerivedWeights:
+    """The modules of one host's live model, and of its skeletons, that the model's post-load step writes to."""
 
     def __init__(self) -> None:
         self._holders: tuple[str, ...] | None = None
@@ -29,7 +29,7 @@ class Derived:
         self._roots: WeakSet[nn.Module] = WeakSet()
 
     def learn(self, skeleton: nn.Module) -> None:
-        """Remember the modules of a fresh skeleton that the step is about."""
+        """Find, or remember, the modules of a fresh skeleton that the step writes to."""
         if not callable(getattr(skeleton, _STEP, None)):
             return
         if self._holders is None:
@@ -37,8 +37,8 @@ class Derived:
         self._know(skeleton, self._holders)
 
     def renew(self, module: nn.Module, live: nn.Module) -> bool:
-        """Run the step for what `module` keeps, a module of `live` or of a skeleton; False where it keeps nothing. The
-        step writes into the storages that are there."""
+        """Run the step for one module of `live` or of a skeleton, after its weights were written; it writes into the
+        existing storages. Returns False for a module that the step does not write to."""
         if self._holders is not None and live not in self._roots:
             self._know(live, self._holders)
         root, path = self._known.get(module, (None, ""))
@@ -59,23 +59,18 @@ class Derived:
 
 
 def _holders(root: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules that the step leaves something in; the whole model where a skeleton cannot show it."""
-    before = {path: ModuleState.of(module).entries for path, module in root.named_modules()}
+    """Return the paths of the modules that the step writes to; the whole model if it fails on a skeleton."""
+    modules = list(root.named_modules())
+    before = {path: (ModuleState.of(module).entries, dict(vars(module))) for path, module in modules}
     try:
         getattr(root, _STEP)()
     except LOADER_ERRORS:
         return _WHOLE
     found = []
-    for path, module in root.named_modules():
-        after = ModuleState.of(module).entries
-        if after.keys() != before[path].keys() or any(after[key] is not before[path][key] for key in after):
+    for path, module in modules:
+        after, (entries, attributes) = ModuleState.of(module).entries, before[path]
+        if after.keys() != entries.keys() or any(after[key] is not entries[key] for key in after):
             found.append(path)
-    for path in found:  # a skeleton is as before the step
-        own = {name: value for (owner, name), value in before[path].items() if not owner}
-        state = root.get_submodule(path).__dict__
-        for name in [name for owner, name in ModuleState.of(root.get_submodule(path)).entries if not owner]:
-            if name in own:
-                state[name] = own[name]
-            else:
-                del state[name]
+            vars(module).clear()  # a skeleton stays as before the step
+            vars(module).update(attributes)
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The driver half for a `sglang.Engine` of this process; its schedulers are processes of their own."""
+"""Drive a `sglang.Engine` of this process; its schedulers are processes of their own."""
 
 from __future__ import annotations
 
@@ -7,69 +7,63 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bridge.errors import ProtocolError
 from engine_side.engines.common import claim
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.common import Arguments
-from engine_side.engines.sglang.in_process_channel import LoopLine
-from engine_side.engines.sglang.remote import FrontendDriver
+from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.sglang.in_process_channel import InProcessChannel
+from engine_side.engines.sglang.remote import SglangDriver
 from engine_side.engines.sglang.versions import check_version
 
 START = f'sglang.Engine(..., custom_weight_loader=["{LOADER}"])'
 
 
-class SglangEngineDriver(FrontendDriver):
-    """Over one Engine, which stays its owner's, or ends with the adapter where `on_close` ends it."""
+class SglangEngineDriver(SglangDriver):
+    """The driver of one Engine object, which stays its owner's unless `on_close` ends it."""
 
     def __init__(self, engine: Any, *, on_close: Callable[[], None] | None = None) -> None:
+        """Open the channel and ask the schedulers for their facts. Blocks. Raises ConfigError for an engine that was
+        started without the loader or the plugin, or that cannot be driven."""
         where = "sglang.Engine"
-        arguments = Arguments.read(partial(getattr, engine.server_args), where, START)
+        arguments = SglangArguments.read(partial(getattr, engine.server_args), where, START)
         self.engine = engine
-        line = LoopLine.of(engine)
-        super().__init__(line, arguments, where, on_close=on_close)
-        self._taken: LoopLine | None = line
-        line.take()
+        self._in_process = InProcessChannel.open(engine, self)
+        super().__init__(self._in_process, arguments, where, on_close=on_close)
+        self._closed = False
         try:
             self.facts()
         except BaseException:
-            self._hang_up()
+            self._in_process.close(self)
             raise
 
-    @property
-    def line(self) -> LoopLine:
-        if self._taken is None:
-            raise ProtocolError("this adapter was closed", where=self.where)
-        return self._taken
-
     def refuse_caller(self) -> None:
-        """Raises ConfigError when this thread runs the engine's event loop. After `close` nothing is asked of it."""
-        if self._taken is not None:
-            self._taken.refuse_caller()
+        """Raises ConfigError when this thread runs the engine's event loop. After `close` every thread may call."""
+        if not self._closed:
+            self._in_process.refuse_caller()
 
     def claim(self, owner: str) -> None:
-        """By a mark on the engine object, which knows when an adapter was forgotten instead of closed."""
+        """Mark the engine object as driven by this bridge. The mark also knows when a driver was collected unclosed.
+        Raises Busy while another bridge drives the engine, ConfigError for one that somebody else has paused."""
         try:
             claim.take(self.engine, self, owner)
             self._require_ready()
         except BaseException:
-            self._hang_up()
+            self._in_process.close(self)
             raise
 
     def close(self) -> None:
-        """The engine runs on, or goes on refusing; one of ours ends. Idempotent."""
+        """Give up the claim and the channel; the engine runs on, or goes on refusing, unless it is ours. Idempotent.
+        Raises as `InProcessChannel.close`."""
+        self._closed = True
         claim.give_up(self.engine, self)
-        self._hang_up()
-        super().close()
-
-    def _hang_up(self) -> None:
-        if self._taken is not None:
-            line, self._taken = self._taken, None
-            line.give_up()
+        try:
+            self._in_process.close(self)
+        finally:
+            super().close()
 
 
 def attach(engine: object, canonical: object = None) -> SglangEngineDriver | None:
-    """The adapter of a `sglang.Engine` of this process; None for anything else. Raises ConfigError for one that was
-    started without the loader or the plugin, or that this adapter cannot drive. Does not import SGLang."""
+    """Return the driver of a `sglang.Engine` of this process; None for any other object. Does not import SGLang. Blocks
+    and raises as `SglangEngineDriver`."""
     module = sys.modules.get("sglang.srt.entrypoints.engine")
     if module is None or not isinstance(engine, module.Engine):
         return None

@@ -1,8 +1,8 @@
-"""What stands in front of an SGLang engine: in the process where its requests come in, on its event loop.
+"""Stand before an SGLang engine in the process where its requests come in, on its event loop.
 
-It hangs on the tokenizer manager, through which every request goes, whether it came over HTTP or from a call. A bridge
-in that process calls it; that of another process reaches it through the server's own `/weights_checker`, of which
-`door` gives it what is for it.
+The frontend hangs on the tokenizer manager, through which every request goes, whether it came over HTTP or from a call.
+A bridge in that process calls it directly; one in another process reaches it through the server's `/weights_checker`
+route, whose requests `answer_check_weights` hands over.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
@@ -18,62 +19,65 @@ from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
-from engine_side.engines.common.published_state import CURRENT, lora_not_loaded
-from engine_side.engines.sglang.common import Books, read_answer
-from engine_side.engines.sglang.gate import Gate, Refused
-from engine_side.engines.sglang.requests import completion, request
-from engine_side.engines.sglang.scheduler import ACTION, ADAPTERS, FRONT, JOB
+from engine_side.engines.common.published_state import CURRENT, PublishedState, lora_not_loaded
+from engine_side.engines.sglang.gate import QuarantinedRequest, SglangGate, paused_by_user
+from engine_side.engines.sglang.requests import call_manager, completion, generate_request
+from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, JOB, LORAS, check_weights, read_answer
 
 log = logging.getLogger(__name__)
 
-OURS: ContextVar[bool] = ContextVar("weighbridge_ours", default=False)
-"""Set in tasks whose requests are the bridge's own: they pass the gate."""
+PASSES_GATE: ContextVar[bool] = ContextVar("weighbridge_passes_gate", default=False)
+"""Set in tasks whose requests are the bridge's own: they pass the gate of a paused engine."""
 _KEY = "_weighbridge_front"
 _TURN = "_weighbridge_turn"
 _POLL_S = 0.02
+_TURN_S = 600.0
+"""Seconds that a request to the schedulers waits for the one before it."""
 _END_S = 20.0
+"""Seconds in which requests of a refusing engine have to end, and an idle LoRA has to be unloaded."""
 
 
-class Front(Frontend):
-    """One per tokenizer manager. Every method runs in its event loop."""
+@dataclass
+class SglangPublishedState(PublishedState):
+    """Adds the names of the LoRAs that the bridge registered with SGLang's tokenizer manager."""
+
+    known: set[str] = field(default_factory=set)
+
+
+class SglangFrontend(Frontend):
+    """The frontend of one tokenizer manager, made by `SglangFrontend.of`. Every method runs in the manager's loop."""
 
     name = "SGLang"
-    published: Books
+    published: SglangPublishedState
 
     def __init__(self, manager: Any) -> None:
-        """Raises ConfigError for an engine that somebody has paused: callers who wait could not be told."""
         super().__init__()
-        if manager.is_pause:
-            raise ConfigError(
-                "the engine is paused",
-                where="SGLang",
-                got="pause_generation by somebody else",
-                remedy="continue_generation, then try again",
-            )
+        if manager.is_pause:  # requests that wait already could not be refused
+            raise paused_by_user(self.name)
         self._manager = manager
-        self.published = Books()
-        self._gate = manager.is_pause_cond = Gate(self._passes)
-        self._resolve = manager._validate_and_resolve_lora
-        manager._validate_and_resolve_lora = self._resolved
+        self.published = SglangPublishedState()
+        self._gate = manager.is_pause_cond = SglangGate(self._passes)
+        self._sglang_resolve = manager._validate_and_resolve_lora
+        manager._validate_and_resolve_lora = self._resolve_lora
         self._retiring: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def of(cls, manager: Any) -> Front:
-        """The front of this tokenizer manager, hung there if it has none. Raises ConfigError for a paused one."""
+    def of(cls, manager: Any) -> SglangFrontend:
+        """Return the frontend of this tokenizer manager, made if it has none. Raises ConfigError for a paused one."""
         found = vars(manager).get(_KEY)
-        if not isinstance(found, Front):
+        if not isinstance(found, SglangFrontend):
             found = vars(manager)[_KEY] = cls(manager)
         return found
 
     def _passes(self, runs: bool) -> bool:
-        """May a request pass that waits for the engine to run? Raises EngineQuarantined while the engine refuses."""
-        if OURS.get():
+        """Return whether a request passes that waits until the engine `runs`; raises to refuse it."""
+        if PASSES_GATE.get():
             return True
         if self.reason is not None:
-            raise Refused(self.name, self.reason)
+            raise QuarantinedRequest(self.name, self.reason)
         return runs and not self._gate.shut
 
-    # ---- the engine's part of what a bridge asks -----------------------------------------------------------------
+    # ---- SGLang's part of the frontend -------------------------------------------------------------------------
 
     def _facts(self) -> tuple[str, bytes, int]:
         import sglang
@@ -88,31 +92,17 @@ class Front(Frontend):
         return tuple(await self._loaded())
 
     async def _loaded(self) -> dict[str, str]:
-        """Name -> SGLang's id of the adapters that the ranks hold."""
+        """Ask the ranks for the LoRAs that they hold: SGLang's id by name."""
         if not self._manager.server_args.enable_lora:
             return {}
-        return read_answer(self.name, *await self._ask_ranks(ADAPTERS)).adapters
-
-    async def _ask_ranks(self, verb: str) -> tuple[bool, str]:
-        from sglang.srt.managers.io_struct import CheckWeightsReqInput
-
-        words = CheckWeightsReqInput(action=ACTION, skip_tensor_list=[verb, ""])
-        ok, message, *_ = await self._manager.check_weights(words)
-        return bool(ok), str(message)
+        return read_answer(self.name, *await check_weights(self._manager, [LORAS, ""])).loras
 
     def _count_unfinished(self) -> int:
-        """Requests that have passed the gate."""
-        return int(self._manager.model_update_lock._readers)
+        return int(self._manager.model_update_lock._readers)  # requests that have passed the gate
 
     def _require_running(self) -> None:
-        """Raises ConfigError while somebody else has the engine paused: what is asked of it would wait for them."""
         if self._manager.is_pause and not self.published.paused and self.reason is None:
-            raise ConfigError(
-                "the engine is paused",
-                where=self.name,
-                got="pause_generation by somebody else",
-                remedy="continue_generation first, then try again",
-            )
+            raise paused_by_user(self.name)
 
     async def _close_gate(self) -> None:
         self._require_running()
@@ -125,163 +115,181 @@ class Front(Frontend):
             self._gate.notify_all()
 
     async def _stop_engine(self) -> None:
-        """Also what passed the gate and has not reached the scheduler yet."""
-        from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightVersionReqInput
-
-        self._manager.auto_create_handle_loop()
-        await self._manager.pause_generation(PauseGenerationReqInput(mode="retract"))
-        label = UpdateWeightVersionReqInput(new_version="quarantined", abort_all_requests=False)
-        await self._manager.update_weight_version(label)
+        await call_manager(self._manager, "pause_generation", mode="retract")
+        await call_manager(self._manager, "update_weight_version", new_version="quarantined", abort_all_requests=False)
         try:
             async with asyncio.timeout(_END_S):
                 self._manager.abort_request(abort_all=True)
+                # again and again: a request may have passed the gate and not have reached the scheduler yet
                 while await self._manager.model_update_lock.is_locked():
                     await asyncio.sleep(_POLL_S)
                     self._manager.abort_request(abort_all=True)
         except TimeoutError:
-            log.error("requests of an engine that is to serve nothing did not end in %s s", _END_S)
+            log.error("requests inside a quarantined SGLang engine did not end within %s s after abort_request", _END_S)
 
     async def _resume_engine(self) -> None:
-        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
-
-        await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+        await call_manager(self._manager, "continue_generation", torch_empty_cache=False)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
     async def _generate(self, asked: msg.Generate) -> list[Completion]:
-        """`past_gate` passes; all others wait as callers do. "current" is what is published when the request begins."""
         if not asked.prompts:
             return []
         if asked.past_gate:
             self._require_running()
-        OURS.set(asked.past_gate)
+        PASSES_GATE.set(asked.past_gate)
         ids = [f"weighbridge-{uuid4().hex}" for _ in asked.prompts]
         try:
             async with asyncio.timeout(asked.timeout_s):
                 async with self._gate:
                     await self._gate.wait_for(lambda: not self._manager.is_pause)
-                name = await self._asked_for(asked)
-                stream = self._manager.generate_request(request(asked.prompts, asked.sampling, name, ids), None)
-                return [completion(output) for output in await anext(stream)]
+                lora = await self._lora_of(asked)
+                request = generate_request(asked.prompts, asked.sampling, lora, ids)
+                outputs = await anext(self._manager.generate_request(request, None))
+                return [completion(output) for output in outputs]
         except TimeoutError:
-            raise DeadlineExceeded("requests of the bridge did not finish", where=self.name) from None
-        except Refused as error:
+            raise DeadlineExceeded(
+                "requests of the bridge did not finish before their deadline",
+                where=self.name,
+                expected=f"an answer within {asked.timeout_s} s",
+                remedy="raise timeout_s, or ask for fewer tokens",
+            ) from None
+        except QuarantinedRequest as error:
             raise quarantine_error(self.name, error.got or "") from None
 
-    async def _resolved(self, asked: Any) -> None:
-        """In place of SGLang's own: a request may name "current" or "base" as its `lora_path`."""
-        known = self._manager.lora_registry.get_all_adapters() if asked.lora_path else {}
-
-        def meant(word: str | None) -> str | None:
-            return word if word is None or word in known else self.published.resolve_lora(word)
-
-        if isinstance(asked.lora_path, list):
-            named = [meant(word) for word in asked.lora_path]
-            asked.lora_path = named if any(named) else None
-        else:
-            asked.lora_path = meant(asked.lora_path)
-        await self._resolve(asked)
-
-    async def _asked_for(self, asked: msg.Generate) -> str | None:
+    async def _lora_of(self, asked: msg.Generate) -> str | None:
         if asked.lora == CURRENT and not asked.past_gate and self._manager.server_args.enable_lora:
             return CURRENT  # resolved behind the gate: a push may begin before the request is there
         name = self.published.resolve_lora(asked.lora)
         if name is None:
             return None
         if asked.past_gate:
-            await self._make_known(name)
+            await self._register(name)
         elif name not in self._manager.lora_registry.get_all_adapters():
             raise lora_not_loaded(name)
         return name
 
-    # ---- adapters ------------------------------------------------------------------------------------------------
+    async def _resolve_lora(self, asked: Any) -> None:
+        """Wraps SGLang's `_validate_and_resolve_lora`: a request may name "current" or "base" as its `lora_path`."""
+        loaded = self._manager.lora_registry.get_all_adapters() if asked.lora_path else {}
+        several = isinstance(asked.lora_path, list)
+        names = [
+            name if name is None or name in loaded else self.published.resolve_lora(name)
+            for name in (asked.lora_path if several else [asked.lora_path])
+        ]
+        asked.lora_path = names[0] if not several else names if any(names) else None
+        await self._sglang_resolve(asked)
 
-    async def _publish(self, version: int, adapter: str | None) -> None:
-        await self._settle()
-        if adapter is not None:
-            await self._make_known(adapter)
-        await super()._publish(version, adapter)
+    # ---- LoRAs ---------------------------------------------------------------------------------------------------
 
-    async def _make_known(self, name: str) -> None:
-        """Let requests ask for an adapter that the ranks hold: SGLang's front end knows only what it loaded itself."""
+    async def _publish(self, version: int, lora: str | None) -> None:
+        await self._unregister_dropped()
+        if lora is not None:
+            await self._register(lora)
+        await super()._publish(version, lora)
+
+    async def _register(self, name: str) -> None:
+        """Let requests name a LoRA that the ranks hold: SGLang's registry knows only those that it loaded itself."""
         from sglang.srt.lora.lora_registry import LoRARef
 
         registry = self._manager.lora_registry
         if name in self.published.known or name in registry.get_all_adapters():
             return
-        held = await self._loaded()
-        if name not in held:
+        loaded = await self._loaded()
+        if name not in loaded:
             raise lora_not_loaded(name)
-        await registry.register(LoRARef(lora_id=held[name], lora_name=name, lora_path="memory", pinned=True))
+        await registry.register(LoRARef(lora_id=loaded[name], lora_name=name, lora_path="memory", pinned=True))
         self.published.known.add(name)
 
-    async def _settle(self) -> None:
-        """Forget adapters that were dropped in the ranks before they served."""
+    async def _unregister_dropped(self) -> None:
+        """Forget LoRAs that were dropped in the ranks before they served."""
         if self.published.known:
             for name in self.published.known.difference(await self._loaded()):
                 self.published.known.discard(name)
                 if name in self._manager.lora_registry.get_all_adapters():  # its user may have unloaded it
                     await self._manager.lora_registry.unregister(name)
 
-    async def _end_requests(self, adapters: Iterable[str]) -> None:
-        names = frozenset(adapters)
+    async def _end_requests(self, loras: Iterable[str]) -> None:
+        names = frozenset(loras)
         for rid, state in list(self._manager.rid_to_state.items()):
             if getattr(state.obj, "lora_path", None) in names:
                 self._manager.abort_request(rid)
 
-    async def _retire_loras(self, adapters: Iterable[str]) -> None:
-        """SGLang drops an adapter when its last request has ended; waited for only where there is none."""
-        held = await self._loaded()
-        for name in adapters:
-            if name not in held:
+    async def _retire_loras(self, loras: Iterable[str]) -> None:
+        """Unload LoRAs, each as soon as its last request has ended. Waits only for LoRAs without requests; raises
+        DeadlineExceeded when the schedulers do not drop one of these within 20 s."""
+        loaded = await self._loaded()
+        for name in loras:
+            if name not in loaded:
                 continue
-            await self._make_known(name)
+            await self._register(name)
             self.published.known.discard(name)
-            counter = self._manager.lora_registry._counters.get(held[name])
+            counter = self._manager.lora_registry._counters.get(loaded[name])
             task = asyncio.create_task(self._unload(name))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
-            if counter is None or counter.value == 0:
-                await task
+            if (counter is None or counter.value == 0) and not self._manager.lora_update_lock.locked():
+                await self._wait_for_unload(task, name)
+
+    async def _wait_for_unload(self, task: asyncio.Task[None], name: str) -> None:
+        try:
+            async with asyncio.timeout(_END_S):
+                await asyncio.shield(task)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "SGLang's schedulers did not unload an adapter that no request uses",
+                where=name,
+                expected=f"an answer to unload_lora_adapter within {_END_S:g} s",
+                remedy="look in SGLang's log for a scheduler that hangs",
+            ) from None
 
     async def _unload(self, name: str) -> None:
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
         answer = await self._manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=name))
         if not answer.success:
-            raise ProtocolError("SGLang did not unload an adapter", where=name, got=str(answer.error_message))
+            raise ProtocolError(
+                "SGLang did not unload an adapter",
+                where=name,
+                got=str(answer.error_message),
+                remedy=f"unload it with engine.unload_lora_adapter({name!r}) to free its slot",
+            )
 
 
-async def door(original: Callable[..., Any], self: Any, obj: Any, request: Any = None) -> Any:
-    """AROUND `TokenizerControlMixin.check_weights`, in the process where requests come in: what is for the front stays
-    there, the rest goes on to the schedulers."""
+async def answer_check_weights(original: Callable[..., Any], self: Any, obj: Any, request: Any = None) -> Any:
+    """AROUND hook of `TokenizerControlMixin.check_weights`: answer requests for the frontend here, and send the
+    bridge's requests for the ranks to the schedulers one at a time."""
     if obj.action == ACTION and obj.skip_tensor_list:
         verb, text = obj.skip_tensor_list
         if verb == FRONT:
-            return True, await _answered(self, text), None, None
+            try:
+                return True, await SglangFrontend.of(self).answer(text), None, None
+            except ConfigError as error:  # there is no frontend yet, and the engine is paused
+                return True, pack_error(error), None, None
         if verb == JOB:
-            Front.of(self).jobs += 1
+            SglangFrontend.of(self).jobs += 1
         return await _in_turn(self, original(self, obj, request))
     return await original(self, obj, request)
 
 
 async def _in_turn(manager: Any, asking: Coroutine[Any, Any, Any]) -> Any:
-    """One request of the bridge at a time, each until it is answered, even when nobody waits any more: SGLang takes the
-    next answer that comes for the answer to the last question. Who stops waiting before his turn has asked nothing."""
+    """Wait until the request before this one is answered, even if nobody waits for that answer any more: SGLang takes
+    the next answer that comes for the answer to its last question. A caller who stops waiting before his turn has asked
+    nothing. Raises DeadlineExceeded when the request before is not answered within 600 s."""
     turn: asyncio.Lock = vars(manager).setdefault(_TURN, asyncio.Lock())
     try:
-        await turn.acquire()
-    except BaseException:
+        async with asyncio.timeout(_TURN_S):
+            await turn.acquire()
+    except BaseException as error:
         asking.close()
-        raise
+        if not isinstance(error, TimeoutError):
+            raise
+        raise DeadlineExceeded(
+            "SGLang's schedulers have not answered an earlier request of the bridge",
+            where="check_weights",
+            expected=f"an answer within {_TURN_S:g} s",
+            remedy="look in SGLang's log for a scheduler that hangs, and start the engine again",
+        ) from None
     task = asyncio.ensure_future(asking)
     task.add_done_callback(lambda done: turn.release())
     return await asyncio.shield(task)
-
-
-async def _answered(manager: Any, frame: str) -> str:
-    try:
-        front = Front.of(manager)
-    except ConfigError as error:
-        return pack_error(error)
-    return await front.answer(frame)

@@ -1,4 +1,4 @@
-"""Which modules of a checkpoint end in one parameter of the engine, and how large they are: by its own loader."""
+"""Find which modules of a checkpoint end in one fused parameter of the engine, by tracing the engine's own loader."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import RankHost
 
 
-class Siblings:
-    """Asked once, of the checkpoint that the engine was started from; empty where that is not at hand."""
+class FusedModules:
+    """The modules of the checkpoint that the engine was started from; none if that folder is not at hand. Traced once,
+    when it is first asked."""
 
     def __init__(self, host: RankHost, checkpoint: Path | None) -> None:
         self._host = host
         self._checkpoint = checkpoint
 
     def shape(self, module: str) -> tuple[int, int] | None:
-        """(outputs, inputs) of a module's weight in the checkpoint; None for one that is not in it."""
+        """Return (outputs, inputs) of a module's weight; None for a module that is not in the checkpoint."""
         return self._shapes.get(module)
 
-    def of(self, module: str) -> Mapping[str, tuple[int, int]]:
-        """The modules that share a parameter with this one, it included."""
+    def fused_with(self, module: str) -> Mapping[str, tuple[int, int]]:
+        """Return the shapes of the modules that share a parameter with this one, itself included."""
         return {name: self._shapes[name] for name in self._groups.get(module, ())}
 
     @cached_property
@@ -45,6 +46,7 @@ class Siblings:
             return {}
         landed: dict[str, dict[str, None]] = {}
         for move in found.moves if found is not None else ():
-            if move.tensor.removesuffix(".weight") in self._shapes:
-                landed.setdefault(move.target, {})[move.tensor.removesuffix(".weight")] = None
+            module = move.tensor.removesuffix(".weight")
+            if module in self._shapes:
+                landed.setdefault(move.target, {})[module] = None
         return {name: tuple(names) for names in landed.values() for name in names}

@@ -1,7 +1,7 @@
-"""The condition on which every request of an SGLang engine waits before it leaves for the scheduler, made into a gate.
+"""Hold every request of an SGLang engine before it leaves for the scheduler.
 
-Every way to generate (blocking, async, over HTTP) waits on one condition of the tokenizer manager. The gate takes its
-place.
+Every way to generate (blocking, async, HTTP) waits on one condition of the tokenizer manager, `is_pause_cond`; the gate
+takes its place.
 """
 
 from __future__ import annotations
@@ -11,36 +11,51 @@ from collections.abc import Callable
 
 from fastapi import HTTPException
 
-from bridge.errors import EngineQuarantined
+from bridge.errors import ConfigError, EngineQuarantined
 from engine_side.engines.common.frontend import quarantine_error
 
 
-class Gate(asyncio.Condition):
-    """`is_pause_cond` of one tokenizer manager. Used in its event loop only.
+class SglangGate(asyncio.Condition):
+    """Stands in for `is_pause_cond` of one tokenizer manager. Used in the manager's event loop only.
 
     Attributes:
-        shut: callers wait, whether the engine is paused or not.
+        shut: requests wait, whether the engine is paused or not.
     """
 
     def __init__(self, passes: Callable[[bool], bool]) -> None:
-        """`passes` is told whether the engine runs, and says whether the caller passes; it raises for one that is to be
-        refused."""
+        """Make an open gate.
+
+        Args:
+            passes: called with whether the engine runs; returns whether the request passes, or raises to refuse it.
+        """
         super().__init__()
         self._passes = passes
         self.shut = False
 
     async def wait_for(self, predicate: Callable[[], bool]) -> bool:  # type: ignore[override]
-        """Raises Refused while the engine refuses, also for those who waited already."""
+        """Wait until the request passes. Raises QuarantinedRequest while the engine refuses, also for requests that
+        waited before."""
         return await super().wait_for(lambda: self._passes(predicate()))
 
 
-class Refused(EngineQuarantined, HTTPException):  # type: ignore[misc]  # fastapi is not looked into
-    """What callers meet in front of an engine that serves nothing; SGLang's servers answer it as a 503."""
+class QuarantinedRequest(EngineQuarantined, HTTPException):  # type: ignore[misc]  # fastapi is not looked into
+    """The refusal of a request by a quarantined engine; SGLang's server answers it with status 503."""
 
     def __init__(self, where: str, reason: str) -> None:
-        said = quarantine_error(where, reason)
-        super().__init__(said.what, where=said.where, got=said.got, remedy=said.remedy)
+        error = quarantine_error(where, reason)
+        super().__init__(error.what, where=error.where, got=error.got, remedy=error.remedy)
         self.status_code, self.detail, self.headers = 503, self._message(), None
 
     def __str__(self) -> str:
         return self._message()
+
+
+def paused_by_user(where: str) -> ConfigError:
+    """Make the error for an engine that somebody else has paused: requests of the bridge would wait for them."""
+    return ConfigError(
+        "the engine is paused",
+        where=where,
+        expected="a running engine",
+        got="somebody else called pause_generation",
+        remedy="call continue_generation, then try again",
+    )

@@ -1,5 +1,4 @@
-"""Hosting: an Engine of our own, started from arguments, its event loop on a thread of its own, and ended without
-leftovers."""
+"""Start a `sglang.Engine` from arguments, drive it, and end it without leftovers."""
 
 from __future__ import annotations
 
@@ -9,16 +8,20 @@ from typing import Any
 
 import msgspec
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, DeadlineExceeded
 from engine_side.engines.common import hosting
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.common import Arguments
+from engine_side.engines.sglang.arguments import SglangArguments
 from engine_side.engines.sglang.driver import SglangEngineDriver
 from engine_side.engines.sglang.versions import check_version
 
 
-class Stop:
-    """Ends an engine of ours, and takes away what its processes leave in shared memory. Idempotent."""
+class EngineShutdown:
+    """Ends an engine of ours and removes what its processes leave in shared memory. Idempotent.
+
+    Blocks until SGLang's processes have ended: SGLang kills them and waits for at most 60 s, after which this raises
+    DeadlineExceeded.
+    """
 
     def __init__(self, engine: Any, leavings: hosting.Leavings) -> None:
         self._engine, self._leavings = engine, leavings
@@ -30,54 +33,67 @@ class Stop:
         self._leavings.note()
         try:
             engine.shutdown()
+        except RuntimeError as error:
+            raise DeadlineExceeded(
+                "SGLang's processes did not end after SIGKILL",
+                where="sglang.Engine.shutdown",
+                got=str(error),
+                remedy="see with `ps` what state they are in (D: they wait for a device or a file system)",
+            ) from error
         finally:
             self._leavings.remove()
 
 
 def host(path: str, arguments: Mapping[str, Any]) -> SglangEngineDriver:
-    """Start SGLang on a checkpoint folder; `arguments` are SGLang's own engine arguments. Blocks until it can serve.
-    Raises ConfigError, naming the argument, for one that SGLang does not have or does not accept."""
+    """Start SGLang on a checkpoint folder, for `weighbridge up` and `bridge.launch`. Blocks until it can serve.
+
+    Args:
+        path: the folder.
+        arguments: SGLang's own engine arguments.
+
+    Raises ConfigError, naming the argument, for one that SGLang does not have or does not accept.
+    """
     try:
         import sglang
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "SGLang is not installed", where="engine", got=f"no module named {error.name}", remedy="pip install sglang"
-        ) from error
+        raise hosting.not_installed("SGLang", error) from error
     check_version(str(sglang.__version__))
     arguments = hosting.with_dtype(arguments)
-    stated = _stated(path, arguments)
-    leavings, stop = hosting.Leavings(), None
+    server_args = _server_args(path, arguments)
+    leavings, shutdown = hosting.Leavings(), None
     try:
-        engine = sglang.Engine(server_args=stated)
-        stop = Stop(engine, leavings)
-        return SglangEngineDriver(engine, on_close=stop)
+        engine = sglang.Engine(server_args=server_args)
+        shutdown = EngineShutdown(engine, leavings)
+        return SglangEngineDriver(engine, on_close=shutdown)
     except BaseException as error:
-        if stop is not None:
-            stop()
+        if shutdown is not None:
+            shutdown()
         if isinstance(error, BridgeError) or not isinstance(error, Exception):
             raise
         raise hosting.not_accepted("sglang", path, arguments, error) from error
 
 
-def _stated(path: str, arguments: Mapping[str, Any]) -> Any:
+def _server_args(path: str, arguments: Mapping[str, Any]) -> Any:
     from sglang.srt.server_args import ServerArgs
 
     fields = {field.name: field.type for field in msgspec.structs.fields(ServerArgs)}
     hosting.check_names("sglang", "sglang.ServerArgs", arguments, fields, "model_path")
     for name, value in arguments.items():
         _check_value(name, value, fields[name])
-    given = {"skip_tokenizer_init": True, "log_level": "error", "custom_weight_loader": [LOADER], **arguments}
-    given["custom_sigquit_handler"] = leave_alone
+    defaults = {"skip_tokenizer_init": True, "log_level": "error", "custom_weight_loader": [LOADER]}
     try:
-        stated = ServerArgs(model_path=path, **given)
-        Arguments.read(partial(getattr, stated), f"sglang:{path}", "leave this argument out: a hosted engine has it")
+        server_args = ServerArgs(
+            **{**defaults, **arguments, "model_path": path, "custom_sigquit_handler": ignore_sigquit}
+        )
+        start = "this argument left out: a hosted engine has it"
+        SglangArguments.read(partial(getattr, server_args), f"sglang:{path}", start)
     except (ValueError, TypeError, AssertionError, NotImplementedError, OSError, msgspec.ValidationError) as error:
         raise hosting.not_accepted("sglang", path, arguments, error) from error
-    return stated
+    return server_args
 
 
 def _check_value(name: str, value: object, kind: Any) -> None:
-    """SGLang looks at its arguments when it starts, and at some of them only in its schedulers, which then just end."""
+    """SGLang checks some arguments only in its schedulers, which then end without naming the argument."""
     choices = {word for extra in getattr(kind, "__metadata__", ()) for word in getattr(extra, "choices", None) or ()}
     expected = " | ".join(sorted(map(str, choices)))
     given = value if isinstance(value, list | tuple | set) else [value]
@@ -87,7 +103,7 @@ def _check_value(name: str, value: object, kind: Any) -> None:
     except msgspec.ValidationError as error:
         wrong, expected = True, str(error)
     except TypeError:
-        pass  # a type that can be checked by nobody but SGLang
+        pass  # msgspec does not know this type
     if wrong:
         raise ConfigError(
             "the engine does not accept an argument", where=name, expected=expected, got=f"{name}={value!r}",
@@ -95,6 +111,6 @@ def _check_value(name: str, value: object, kind: Any) -> None:
         )  # fmt: skip
 
 
-def leave_alone(signum: int, frame: object) -> None:
-    """In place of SGLang's own way with a scheduler that does not start: it would end the process that hosts it, which
-    has to say why."""
+def ignore_sigquit(signum: int, frame: object) -> None:
+    """Keep this process alive when a scheduler does not start: SGLang's own handler kills the process that hosts the
+    engine, which has to report why."""

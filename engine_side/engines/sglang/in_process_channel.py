@@ -1,7 +1,8 @@
-"""The event loop of one `sglang.Engine`, usable from every thread while a bridge is attached.
+"""Call a `sglang.Engine` of this process from every thread while a bridge is attached.
 
-An Engine runs its loop only inside its own blocking calls, and two threads that call it at once fail. While the line
-stands, a thread keeps the loop running and the engine's blocking calls wait for it instead.
+SGLang runs `engine.loop` only inside its own blocking calls, and a thread that calls the engine during another thread's
+call gets "This event loop is already running". While the channel is open, a thread of its own keeps that loop running;
+`loop_proxy` sends the engine's blocking and async calls there.
 """
 
 from __future__ import annotations
@@ -9,218 +10,197 @@ from __future__ import annotations
 import asyncio
 import threading
 from asyncio.mixins import _LoopBoundMixin
-from collections.abc import Awaitable, Coroutine
-from concurrent.futures import Future, wait
+from collections.abc import Coroutine
+from concurrent.futures import wait
 from typing import Any, TypeVar
+from weakref import WeakSet
 
-from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
+from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.sglang.loop_proxy import Relay
-from engine_side.engines.sglang.scheduler import ACTION
+from engine_side.engines.sglang.loop_proxy import BlockingLoop, LoopProxy
+from engine_side.engines.sglang.requests import call_manager
+from engine_side.engines.sglang.scheduler_messages import check_weights
 
 T = TypeVar("T")
-_KEY = "_weighbridge_line"
+_KEY = "_weighbridge_channel"
 _LOOK_S = 0.5
-"""How often a wait looks whether the other side is still there."""
-_END_S = 10.0
+"""Seconds between two looks at the engine's processes during a wait."""
+_LOOP_S = 10.0
+"""Seconds that the event loop is given to start, and to stop."""
 _WALKED = frozenset({"sglang", "asyncio", "engine_side"})
-"""Whose objects may keep something that is bound to a loop."""
+"""Packages whose objects are searched for what is bound to an event loop."""
 
 
-class Shared:
-    """Stands for the loop in `engine.loop`: what would run it waits for it."""
+class InProcessChannel:
+    """Runs calls on the event loop of one engine. Made by `InProcessChannel.open`, one per engine object.
 
-    def __init__(self, line: LoopLine) -> None:
-        self._line = line
-
-    def run_until_complete(self, future: Awaitable[T]) -> T:
-        return self._line.run(_awaited(future))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._line.loop, name)
-
-
-class LoopLine:
-    """One per engine object, by `LoopLine.of`; `users` adapters keep it up."""
+    Attributes:
+        loop: the event loop that SGLang's tokenizer manager is bound to.
+    """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._manager = engine.tokenizer_manager
-        self.loop = _bound(engine)
-        self._relay = Relay(self._manager, self)
-        self._users = 0
-        self._keeper: threading.Thread | None = None
-        self._former: Any = None
-        self._own = False
-        self._moving = threading.Lock()
+        self._engine, self._manager = engine, engine.tokenizer_manager
+        # before its first call the manager is bound to no loop, and would take the engine's
+        self.loop: asyncio.AbstractEventLoop = self._manager.event_loop or engine.loop
+        self._engine_loop = engine.loop
+        self._users: WeakSet[object] = WeakSet()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._own_loop = False
+        self._proxy = LoopProxy(self._manager, self)
+        self._proxy.install()
+        engine.loop = BlockingLoop(self)
 
     @classmethod
-    def of(cls, engine: Any) -> LoopLine:
+    def open(cls, engine: Any, user: object) -> InProcessChannel:
+        """Return the channel of `engine`, opened if there is none. It is closed by the last of its users; one that was
+        collected without closing it does not count."""
         found = vars(engine).get(_KEY)
-        if not isinstance(found, LoopLine):
+        if not isinstance(found, InProcessChannel):
             found = vars(engine)[_KEY] = cls(engine)
+        found._users.add(user)
         return found
 
-    def take(self) -> None:
-        """One adapter more. The first sees to it that the loop runs: a caller's own that does is left to it."""
-        self._users += 1
-        if self._users > 1:
-            return
-        self._former, self._engine.loop = self._engine.loop, Shared(self)
-        self._relay.put_up()
-        self.home()
+    def close(self, user: object) -> None:
+        """Give the engine its own loop back once the last user closes. Idempotent. Blocks for at most 20 s.
 
-    def give_up(self) -> None:
-        """One less; with the last the engine has its loop back. Whoever waits in it from another loop is told."""
-        self._users -= 1
-        if self._users:
+        Raises DeadlineExceeded when something blocks the loop; the engine has its loop back all the same.
+        """
+        self._users.discard(user)
+        if self._users or vars(self._engine).get(_KEY) is not self:
             return
-        self._relay.take_down()
+        self._proxy.remove()
         try:
-            if self._keeper is not None:
-                self._end_keeper()
+            with self._lock:
+                self._stop_thread()
         finally:
-            self._engine.loop = self._former
-            vars(self._engine).pop(_KEY, None)
+            self._engine.loop = self._engine_loop
+            del vars(self._engine)[_KEY]
 
-    def home(self) -> asyncio.AbstractEventLoop:
-        """The loop in which the manager runs, running. A loop of the caller's that was closed meanwhile
-        (`asyncio.run` does) is given up for another one, one that has stopped is kept running."""
-        with self._moving:
-            if self._keeper is not None or self.loop.is_running():
-                return self.loop
-            if self.loop.is_closed():
-                self._own = not _usable(self._former)
-                self.loop = asyncio.new_event_loop() if self._own else self._former
-                unbind(self._manager)
-            started = threading.Event()
-            self.loop.call_soon(started.set)
-            self._keeper = threading.Thread(target=self._keep, name="weighbridge-sglang", daemon=True)
-            self._keeper.start()
-            started.wait()
+    def running_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the manager's loop, and keep it running if its owner does not.
+
+        A loop that was closed meanwhile, as `asyncio.run` does, is replaced. Raises DeadlineExceeded when the loop does
+        not start within 10 s.
+        """
+        if self.loop.is_running():  # without the lock: also called in the loop itself, while `close` waits for it
+            return self.loop
+        with self._lock:
+            if not self.loop.is_running():
+                self._start_thread()
             return self.loop
 
-    def _keep(self) -> None:
+    def _start_thread(self) -> None:
+        if self.loop.is_closed():
+            self._own_loop, self.loop = True, asyncio.new_event_loop()
+            unbind(self._manager)
+        started = threading.Event()
+        self.loop.call_soon(started.set)
+        self._thread = threading.Thread(target=self._run_loop, name="weighbridge-sglang", daemon=True)
+        self._thread.start()
+        if not started.wait(_LOOP_S):
+            raise _blocked(f"did not start within {_LOOP_S:g} s")
+
+    def _run_loop(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
-        if self._own:  # nobody else knows it: who calls next brings a loop
-            self.loop.run_until_complete(_end_tasks(self._manager))
+
+    def _stop_thread(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            return
+        ended = asyncio.run_coroutine_threadsafe(self._end_calls(), self.loop)
+        finished = bool(wait([ended], timeout=_LOOP_S).done)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(_LOOP_S)
+        if self._thread.is_alive() or not finished:
+            raise _blocked(f"did not stop within {_LOOP_S:g} s")
+        if self._own_loop:
             self.loop.close()
             unbind(self._manager)
 
-    def _end_keeper(self) -> None:
-        keeper, self._keeper = self._keeper, None
-        if keeper is None or self.loop.is_closed():
-            return
-        if keeper.is_alive():
-            wait([asyncio.run_coroutine_threadsafe(self._relay.end(), self.loop)], timeout=_END_S)
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            keeper.join()
+    async def _end_calls(self) -> None:
+        await self._proxy.end()
+        if self._own_loop:  # nobody else knows this loop: the manager has to begin anew in that of its next caller
+            tasks = list(self._manager.asyncio_tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def refuse_caller(self) -> None:
-        """Raises ConfigError when this thread runs the engine's loop."""
-        if _running() is self.home():
+        """Raises ConfigError when this thread runs the engine's loop: it would wait for itself."""
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if here is self.running_loop():
             raise ConfigError(
                 "a call of the bridge blocks, and this thread runs the engine's event loop",
                 where="sglang.Engine",
                 remedy="call it from another thread: await asyncio.to_thread(b.push, ...)",
             )
 
-    def run(
-        self, work: Coroutine[Any, Any, T], deadline: Deadline | None = None, what: str = "a call", *, end: bool = True
-    ) -> T:
-        """Run in the loop and wait. Raises what `work` raises, DeadlineExceeded (`end`: which ends the work), PeerLost
-        when the engine's processes are gone, ConfigError when called from the loop's own thread, which would wait for
-        itself."""
+    def run(self, work: Coroutine[Any, Any, T], deadline: Deadline | None, what: str, *, cancel_late: bool = True) -> T:
+        """Run a coroutine in the engine's loop and block until it is done.
+
+        Args:
+            deadline: None for a user's own blocking call of the engine, which waits as long as the engine lives.
+            what: the call's name, for errors.
+            cancel_late: cancel the coroutine when the deadline passes; False leaves it running.
+
+        Raises what `work` raises; DeadlineExceeded; PeerLost when the loop or the engine's processes ended; ConfigError
+        as `refuse_caller`.
+        """
         try:
             self.refuse_caller()
-        except ConfigError:
+            future = asyncio.run_coroutine_threadsafe(work, self.running_loop())
+        except BridgeError:
             work.close()
             raise
-        future = asyncio.run_coroutine_threadsafe(work, self.home())
-        self._wait(future, deadline, what, end)
+        while not wait([future], _LOOK_S if deadline is None else min(_LOOK_S, deadline.remaining_s)).done:
+            if deadline is not None and deadline.expired:
+                if cancel_late:
+                    future.cancel()
+                raise DeadlineExceeded(
+                    f"SGLang did not answer {what} before the deadline",
+                    where="sglang.Engine",
+                    remedy="raise timeout_s, or look in SGLang's log for a scheduler that hangs",
+                )
+            if not self.loop.is_running() or not _processes_run(self._engine):
+                future.cancel()
+                raise PeerLost(
+                    "SGLang's processes or its event loop have ended",
+                    where="sglang.Engine",
+                    got=f"no answer to {what}",
+                    remedy="SGLang's log says why; start the engine again and attach to it",
+                )
         return future.result()
 
-    # ---- what `remote.Line` asks for -----------------------------------------------------------------------------
+    # ---- the calls of `remote.SglangChannel` ---------------------------------------------------------------------
 
     def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
-        what, end = f"{type(request).__name__} of SGLang's front", not isinstance(request, msg.Refuse)
-        return self.run(self._asked(request), deadline, what, end=end)
+        late = not isinstance(request, msg.Refuse)  # a refusal has to take effect, however late
+        return self.run(self._ask(request), deadline, type(request).__name__, cancel_late=late)
 
-    async def _asked(self, request: msg.FrontendRequest) -> msg.FrontendReply:
-        from engine_side.engines.sglang.frontend import Front
+    async def _ask(self, request: msg.FrontendRequest) -> msg.FrontendReply:
+        from engine_side.engines.sglang.frontend import SglangFrontend
 
-        return await Front.of(self._manager).handle(request)
+        return await SglangFrontend.of(self._manager).handle(request)
 
     def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        return self.run(self._called(method, arguments), deadline, method)
-
-    async def _called(self, method: str, arguments: dict[str, Any]) -> Any:
-        from sglang.srt.managers import io_struct
-
-        manager = self._manager
-        manager.auto_create_handle_loop()
-        match method:
-            case "pause_generation":
-                await manager.pause_generation(io_struct.PauseGenerationReqInput(**arguments))
-            case "continue_generation":
-                await manager.continue_generation(io_struct.ContinueGenerationReqInput(**arguments))
-            case "update_weight_version":
-                await manager.update_weight_version(io_struct.UpdateWeightVersionReqInput(**arguments))
-            case "abort_request":
-                manager.abort_request(**arguments)
-            case "flush_cache":
-                return bool((await manager.flush_cache()).success)
-            case _:
-                raise ProtocolError("no such call", where="sglang.Engine", got=method)
-        return True
+        return self.run(call_manager(self._manager, method, **arguments), deadline, method)
 
     def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
-        return self.run(self._checked(words), deadline, f"{words[0]!r} of SGLang's schedulers")
-
-    async def _checked(self, words: list[str]) -> tuple[bool, str]:
-        from sglang.srt.managers.io_struct import CheckWeightsReqInput
-
-        asked = CheckWeightsReqInput(action=ACTION, skip_tensor_list=words)
-        ok, message, *_ = await self._manager.check_weights(asked)
-        return bool(ok), str(message)
-
-    def _wait(self, future: Future[Any], deadline: Deadline | None, what: str, end: bool) -> None:
-        while True:
-            left = _LOOK_S if deadline is None else min(_LOOK_S, deadline.remaining_s)
-            if wait([future], timeout=left).done:
-                return
-            if deadline is not None and deadline.expired:
-                if end:
-                    future.cancel()
-                raise DeadlineExceeded(f"{what} outlasted its deadline", where="sglang.Engine")
-            if not self.loop.is_running() or not _alive(self._engine):
-                future.cancel()
-                raise PeerLost("SGLang's processes cannot be reached", where="sglang.Engine", got=f"{what} unanswered")
-
-
-def _bound(engine: Any) -> asyncio.AbstractEventLoop:
-    """The loop that the manager's tasks and events belong to; before its first call the one that it would take."""
-    loop: asyncio.AbstractEventLoop = engine.tokenizer_manager.event_loop or engine.loop
-    return loop
-
-
-def _usable(loop: asyncio.AbstractEventLoop) -> bool:
-    return not loop.is_closed() and not loop.is_running()
-
-
-async def _end_tasks(manager: Any) -> None:
-    tasks = list(manager.asyncio_tasks)
-    manager.asyncio_tasks.clear()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        what = f"the request {words[0]!r} to its schedulers"
+        return self.run(check_weights(self._manager, words), deadline, what)
 
 
 def unbind(manager: Any) -> None:
-    """Let a manager whose loop was closed begin anew in the next: with what it waits on there, and tasks of its own.
-    What waited in the closed loop has ended with it."""
+    """Let a tokenizer manager whose loop was closed begin anew in the loop of its next caller.
+
+    Resets the loop of every asyncio lock, event and condition that the manager holds, and forgets its tasks, which
+    ended with the closed loop.
+    """
     manager.event_loop = None
     manager.asyncio_tasks.clear()
     seen: set[int] = set()
@@ -240,25 +220,21 @@ def unbind(manager: Any) -> None:
             todo += vars(value).values()
 
 
-async def _awaited(future: Awaitable[T]) -> T:
-    return await future
+def _blocked(got: str) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "SGLang's event loop is blocked",
+        where="sglang.Engine.loop",
+        expected="a loop whose callbacks return at once",
+        got=f"it {got}",
+        remedy="move code that blocks out of coroutines that run in this loop (await asyncio.to_thread(...))",
+    )
 
 
-def _running() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-def _alive(engine: Any) -> bool:
-    """Do all schedulers of this engine run?"""
+def _processes_run(engine: Any) -> bool:
+    """Return whether all schedulers of this engine run."""
     import psutil
 
-    for pid in engine.get_all_child_pids():
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return False
-        except psutil.NoSuchProcess:
-            return False
-    return True
+    try:
+        return all(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in engine.get_all_child_pids())
+    except psutil.NoSuchProcess:
+        return False

@@ -1,8 +1,8 @@
-"""Prompt log-probabilities past SGLang's queues: hand-made requests through its own batch and forward pass.
+"""Score prompts past SGLang's queues: hand-made requests run through its own batch and forward pass.
 
 Rows and KV slots come from the scheduler's own pools and go back to them; nothing enters the prefix cache. SGLang
-compares its pools on every idle turn and ends the process over one row that is missing, so whether everything fits is
-asked first, and what was taken goes back whatever happens.
+checks its pools for leaks on every idle turn and ends the process over one missing row, so room is checked first, and
+everything is given back in a `finally`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from engine_side.protocol import Prompts
 
 
 def prompt_logprobs(scheduler: Any, prompts: Prompts, lora_id: str | None) -> list[list[float]]:
-    """Log-probability of token i+1 given tokens 0..i, per prompt. Every rank calls it alike. Raises ConfigError for a
-    prompt that does not fit what is free."""
+    """Return the log-probability of token i+1 given tokens 0..i, per prompt. All ranks call it together. Raises
+    ConfigError for a prompt that does not fit the free room."""
     found: list[list[float]] = [[] for _ in prompts]
     wanted = [k for k, ids in enumerate(prompts) if len(ids) > 1]
     _check(scheduler, [prompts[k] for k in wanted])
@@ -57,7 +57,12 @@ def _check(scheduler: Any, prompts: Prompts) -> None:
                 remedy="shorter canary prompts, or wait until the engine has more room",
             )
     if prompts and not scheduler.req_to_token_pool.available_size():
-        raise ConfigError("the engine has no free row for a prompt", where="max_running_requests", got="all in use")
+        raise ConfigError(
+            "the engine has no free row for a prompt",
+            where="max_running_requests",
+            got="all rows in use",
+            remedy="push again when fewer requests run, or with inflight='abort'",
+        )
 
 
 def _as_many_as_fit(scheduler: Any, prompts: Prompts) -> int:
@@ -92,10 +97,20 @@ def _extend(scheduler: Any, prompts: Prompts, lora_id: str | None) -> list[list[
             forward = ForwardBatch.init_new(batch, runner, return_hidden_states_before_norm=False)
             output = runner.forward(forward).logits_output
             output.finalize_input_logprobs()
-            flat = torch.as_tensor(output.input_token_logprobs, dtype=torch.float64).flatten().tolist()
+            flat = torch.as_tensor(output.input_token_logprobs, dtype=torch.float64).flatten()
     finally:
         _give_back(scheduler, reqs)
-    return _rows(flat, prompts)
+    lengths = [len(ids) for ids in prompts]
+    if len(flat) != sum(lengths):
+        raise ProtocolError(
+            "SGLang returned log-probabilities of other tokens than the prompts have",
+            where="input_token_logprobs",
+            expected=f"{sum(lengths)} values",
+            got=f"{len(flat)} values",
+            remedy="report this with SGLang's version and start arguments",
+        )
+    rows = flat.split(lengths)  # type: ignore[no-untyped-call]
+    return [row[:-1].tolist() for row in rows]  # the last token of a prompt has no next one
 
 
 def _request(scheduler: Any, k: int, ids: Sequence[int], lora_id: str | None) -> Req:
@@ -122,20 +137,3 @@ def _give_back(scheduler: Any, reqs: Sequence[Req]) -> None:
             scheduler.req_to_token_pool.free(req)
         elif req.kv.holds_kv:
             release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
-
-
-def _rows(flat: list[float], prompts: Prompts) -> list[list[float]]:
-    """One value per position; the last of each prompt has no next token."""
-    if len(flat) != sum(map(len, prompts)):
-        raise ProtocolError(
-            "SGLang answered for other tokens than it was asked for",
-            where="input_token_logprobs",
-            expected=str(sum(map(len, prompts))),
-            got=str(len(flat)),
-        )
-    out: list[list[float]] = []
-    at = 0
-    for ids in prompts:
-        out.append([float(value) for value in flat[at : at + len(ids) - 1]])
-        at += len(ids)
-    return out

@@ -1,14 +1,15 @@
-"""Adapters of one SGLang rank, kept in memory: where it would put every element is read off its own loader.
+"""Hold LoRAs of one SGLang rank in memory, and find where SGLang's own loader puts every element of them.
 
-SGLang normalises an adapter's tensors (stacks, repeats, slices) and copies them into the slots of its memory pool. Run
-on integers that number the elements, and into a pool of integers, the same code shows where each of them goes, what
-it drops without a word, and what of a slot stays zero.
+SGLang normalises a LoRA's tensors (stacks, repeats, slices) and copies them into the slots of its memory pool. Run on
+integers that number the elements, and into a pool of integers, the same code shows where each element goes, which ones
+it drops without an error, and which parts of a slot stay zero.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +20,84 @@ from sglang.srt.lora.lora_registry import LoRARef
 
 from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name, dtype_of
-from bridge.model.lora_format import LoraPair, LoraSpec, names_of, pairs
+from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
-from engine_side.engines.sglang.fused_modules import Siblings
-from engine_side.engines.sglang.slot_regions import Placed, places
+from engine_side.engines.sglang.fused_modules import FusedModules
+from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import LoraView, RankHost
 
 _PEFT = "base_model.model."
 _STACKED = ("A_buffer", "B_buffer")
 _SINGLE = ("embedding_A_buffer", "embedding_B_buffer", "lm_head_A_buffer", "lm_head_B_buffer")
+_SAME_CONFIGURATION = "trainer and engine must run the same model configuration"
 
 
-class Loras:
-    """Over one rank's LoRA manager. Used by the scheduler's thread."""
+class SglangLoraSlots:
+    """The slots of one rank's LoRA manager. Used by the scheduler's thread; each method raises before it writes."""
 
     def __init__(self, host: RankHost, manager: Any, checkpoint: Path | None) -> None:
         self._manager = manager
-        self._siblings = Siblings(host, checkpoint)
-        self._held: dict[str, Placed] = {}
+        self._fused = FusedModules(host, checkpoint)
+        self._layouts: dict[str, SglangSlotLayout] = {}
         self._used: set[str] = set()
 
     @property
     def names(self) -> dict[str, str]:
-        """Name -> SGLang's id of every adapter that is loaded, whoever loaded it."""
+        """SGLang's id of every loaded LoRA by its name, whoever loaded it."""
         return {ref.lora_name: key for key, ref in self._manager.lora_refs.items()}
 
     def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, str]:
-        """Tensor -> dtype of the slot that it goes to. Raises UnexpectedTensor, ShapeMismatch, UnsupportedLora."""
-        placed = self._place(tensors, spec)
+        """Return the dtype of the slot that each tensor goes to. Raises UnexpectedTensor, ShapeMismatch,
+        UnsupportedLora."""
+        layout = self._trace_layout(tensors, spec)
         buffers = _buffers(self._manager.memory_pool)
-        return {view.tensor: dtype_name(buffers[view.buffer].dtype) for view in placed.views}
+        return {region.tensor: dtype_name(buffers[region.buffer].dtype) for region in layout.regions}
 
     def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
-        """Write an adapter into a free slot and pin it there. Raises ConfigError where none is free, or for a name that
-        was used."""
+        """Write a LoRA into a free slot and pin it there. Raises ConfigError if no slot is free or the name was used
+        before, and as `plan`."""
         infos = [TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items()]
-        placed = self._place(infos, spec)
+        layout = self._trace_layout(infos, spec)
         self._require_room(name)
         self._used.add(name)
         sent = {_PEFT + n: t.clone() for n, t in tensors.items()}
-        sent |= {_PEFT + i.name: torch.zeros(i.shape, dtype=dtype_of(i.dtype)) for i in self._zeros(infos, spec)}
+        sent |= {_PEFT + i.name: torch.zeros(i.shape, dtype=dtype_of(i.dtype)) for i in self._left_out(infos, spec)}
         ref = LoRARef(LoRARef.deterministic_id(name, "weighbridge"), name, "memory", True)
         try:
-            answer = self._manager.load_lora_adapter_from_tensors(ref, sent, _config(infos, spec))
+            answer = self._manager.load_lora_adapter_from_tensors(ref, sent, _peft_config(infos, spec))
             if not answer.success:
-                raise ConfigError("SGLang did not take an adapter", where=name, got=str(answer.error_message))
-            self._clear_a_slot()
+                raise ConfigError(
+                    "SGLang rejected an adapter",
+                    where=name,
+                    got=str(answer.error_message),
+                    remedy="push mode='merged', or train other target modules",
+                )
+            self._clear_next_slot()
             self._manager.fetch_new_loras({ref.lora_id})
         except BaseException:
             self._manager.unload_lora_adapter(ref)
             raise
-        self._held[name] = placed
+        self._layouts[name] = layout
 
     def views(self, name: str) -> list[LoraView]:
-        """Raises NotFound."""
-        placed, key = self._held.get(name), self.names.get(name)
+        """Return views of the slot that holds a LoRA of ours. Raises NotFound."""
+        layout, key = self._layouts.get(name), self.names.get(name)
         pool = self._manager.memory_pool
-        if placed is None or key not in pool.uid_to_buffer_id:
-            raise NotFound("this engine holds no such adapter", where="adapter", got=repr(name))
-        return placed.of({n: _rows(buffer[pool.uid_to_buffer_id[key]]) for n, buffer in _buffers(pool).items()})
+        if layout is None or key not in pool.uid_to_buffer_id:
+            raise NotFound(
+                "this engine holds no such adapter", where="adapter", got=repr(name), remedy="push the adapter again"
+            )
+        return layout.views({n: _rows(buffer[pool.uid_to_buffer_id[key]]) for n, buffer in _buffers(pool).items()})
 
     def remove(self, name: str) -> None:
-        """Unknown names are ignored."""
+        """Unload a LoRA that no request uses; unknown names are ignored."""
         key = self.names.get(name)
-        self._held.pop(name, None)
+        self._layouts.pop(name, None)
         if key is not None:
             self._manager.unload_lora_adapter(self._manager.lora_refs[key])
 
-    # ---- how -----------------------------------------------------------------------------------------------------
+    # ---- slots ---------------------------------------------------------------------------------------------------
 
     def _require_room(self, name: str) -> None:
         if name in self._used:
@@ -102,9 +112,9 @@ class Loras:
                 remedy="start the engine with a larger max_loras_per_batch, or unload an adapter",
             )
 
-    def _clear_a_slot(self) -> None:
-        """Zero the slot that SGLang takes next: it leaves there what it does not overwrite. An adapter that is not
-        pinned makes room if need be; SGLang brings it back when it is asked for."""
+    def _clear_next_slot(self) -> None:
+        """Zero the slot that SGLang takes next, since SGLang overwrites only a part of it. If no slot is empty, a LoRA
+        that is not pinned leaves its slot; SGLang loads it again for its next request."""
         pool, refs = self._manager.memory_pool, self._manager.lora_refs
         empty = [k for k in range(pool.max_loras_per_batch) if pool.buffer_id_to_uid[k] not in pool.uid_to_buffer_id]
         if empty:
@@ -113,12 +123,14 @@ class Loras:
         loose = {uid for uid in pool.uid_to_buffer_id if uid is not None and not (uid in refs and refs[uid].pinned)}
         pool.remove_lora(pool.eviction_policy.select_victim(loose or {None}))
 
-    def _zeros(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> list[TensorInfo]:
-        """What an adapter leaves out of a fused layer: SGLang drops or mistakes the rest unless all of it is there."""
+    # ---- layout --------------------------------------------------------------------------------------------------
+
+    def _left_out(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> list[TensorInfo]:
+        """List the tensors of a fused layer's other modules: SGLang drops or misplaces a LoRA for a part of it."""
         known = {pair.module for pair in pairs(tensors)}
         out: list[TensorInfo] = []
         for pair in pairs(tensors):
-            for module, (rows, columns) in self._siblings.of(pair.module).items():
+            for module, (rows, columns) in self._fused.fused_with(pair.module).items():
                 if module not in known and not pair.embedding:
                     known.add(module)
                     a, b = names_of(module)
@@ -126,28 +138,28 @@ class Loras:
                     out.append(TensorInfo(b, pair.b.dtype, (rows, spec.rank)))
         return out
 
-    def _place(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Placed:
+    def _trace_layout(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> SglangSlotLayout:
+        """Load element numbers with SGLang's own loader and read off where they land. Raises as `plan`."""
         self._require_fit(tensors, spec)
-        zeros = self._zeros(tensors, spec)
-        total = sum(i.shape[0] * i.shape[1] for i in tensors)
-        codes = torch.int32 if total < 2**31 - 1 else torch.int64
-        numbered: dict[str, torch.Tensor] = {_PEFT + i.name: torch.zeros(i.shape, dtype=codes) for i in zeros}
-        first = 1
-        starts: list[int] = []
-        for info in tensors:
-            count = info.shape[0] * info.shape[1]
+        left_out = self._left_out(tensors, spec)
+        counts = [info.shape[0] * info.shape[1] for info in tensors]
+        starts = list(accumulate(counts[:-1], initial=1))
+        codes = torch.int32 if sum(counts) < 2**31 - 1 else torch.int64
+        numbered = {_PEFT + i.name: torch.zeros(i.shape, dtype=codes) for i in left_out}
+        for info, first, count in zip(tensors, starts, counts, strict=True):
             numbered[_PEFT + info.name] = torch.arange(first, first + count, dtype=codes).reshape(info.shape)
-            starts.append(first)
-            first += count
-        pool = self._traced(numbered, [*tensors, *zeros], spec, codes)
-        placed = places({n: _rows(b[0]).numpy() for n, b in _buffers(pool).items()}, tensors, starts)
-        self._require_landed(placed, tensors)
-        return placed
+        pool = self._load_numbers(numbered, [*tensors, *left_out], spec, codes)
+        layout = read_layout({n: _rows(b[0]).numpy() for n, b in _buffers(pool).items()}, tensors, starts)
+        landed = {region.tensor for region in layout.regions}
+        nowhere = [info.name for info in tensors if info.name not in landed]
+        if nowhere and self._manager.memory_pool.moe_ep_size == 1:
+            raise self._no_slot(nowhere)
+        return layout
 
-    def _traced(
+    def _load_numbers(
         self, numbered: Mapping[str, torch.Tensor], tensors: Sequence[TensorInfo], spec: LoraSpec, codes: torch.dtype
     ) -> Any:
-        """A pool with one slot of integers, after SGLang's own loader."""
+        """Return a copy of the memory pool with one slot of integers, filled by SGLang's own loader."""
         manager = self._manager
         pool = copy.copy(manager.memory_pool)
         pool.pin_memory_available = False
@@ -160,23 +172,23 @@ class Loras:
         pool.new_embeddings_buffer = {}
         try:
             config = LoRAConfig.from_dict(
-                _config(tensors, spec), None, base_vocab_size=manager.base_hf_config.vocab_size
+                _peft_config(tensors, spec), None, base_vocab_size=manager.base_hf_config.vocab_size
             )
-            adapter = LoRAAdapter(
+            lora = LoRAAdapter(
                 "weighbridge", config, manager.base_hf_config, manager.load_config, manager.lora_backend,
                 base_model=manager.base_model,
             )  # fmt: skip
-            adapter.scaling = 1  # as it will be, and an integer
-            adapter.initialize_weights_from_tensors(dict(numbered))
+            lora.scaling = 1  # as it will be, and an integer
+            lora.initialize_weights_from_tensors(dict(numbered))
             pool.load_lora_weight_to_buffer(
-                "weighbridge", 0, adapter, manager.lora_modules, manager.embed_tokens_module, manager.lm_head_module
+                "weighbridge", 0, lora, manager.lora_modules, manager.embed_tokens_module, manager.lm_head_module
             )
         except LOADER_ERRORS as error:
             raise ShapeMismatch(
                 "an adapter's tensors do not fit the engine's slots",
                 where="SGLang's LoRA memory pool",
                 got=f"{type(error).__name__}: {error}",
-                remedy="trainer and engine must run the same configuration",
+                remedy=_SAME_CONFIGURATION,
                 names=tuple(i.name for i in tensors),
             ) from error
         return pool
@@ -193,37 +205,27 @@ class Loras:
             )
         unknown: list[str] = []
         for pair in pairs(tensors):
-            wanted = _config((pair.a,), spec)
-            if not pool.can_support(LoRAConfig.from_dict(wanted)):
+            if not pool.can_support(LoRAConfig.from_dict(_peft_config((pair.a,), spec))):
                 unknown += [pair.a.name, pair.b.name]
-            self._require_shapes(pair, spec)
+            shape = self._fused.shape(pair.module)
+            if shape is None:
+                continue
+            # each part: a stack of a fused layer may have the right shape though its parts do not
+            rows, columns = (shape[1], shape[0]) if pair.embedding else shape
+            for info, wanted in ((pair.a, (spec.rank, columns)), (pair.b, (rows, spec.rank))):
+                if info.shape != wanted:
+                    raise ShapeMismatch(
+                        "an adapter's tensor has another shape than the layer it adapts",
+                        where=info.name,
+                        expected=str(list(wanted)),
+                        got=str(list(info.shape)),
+                        remedy=_SAME_CONFIGURATION,
+                        names=(info.name,),
+                    )
         if unknown:
-            raise self._unexpected(unknown)
+            raise self._no_slot(unknown)
 
-    def _require_shapes(self, pair: LoraPair, spec: LoraSpec) -> None:
-        """A stack that is right in sum may still be wrong in its parts."""
-        shape = self._siblings.shape(pair.module)
-        if shape is None:
-            return
-        rows, columns = (shape[1], shape[0]) if pair.embedding else shape
-        for info, wanted in ((pair.a, (spec.rank, columns)), (pair.b, (rows, spec.rank))):
-            if info.shape != wanted:
-                raise ShapeMismatch(
-                    "an adapter's tensor has another shape than the layer it adapts",
-                    where=info.name,
-                    expected=str(list(wanted)),
-                    got=str(list(info.shape)),
-                    remedy="trainer and engine must run the same configuration",
-                    names=(info.name,),
-                )
-
-    def _require_landed(self, placed: Placed, tensors: Sequence[TensorInfo]) -> None:
-        landed = {view.tensor for view in placed.views}
-        nowhere = [info.name for info in tensors if info.name not in landed]
-        if nowhere and self._manager.memory_pool.moe_ep_size == 1:
-            raise self._unexpected(nowhere)
-
-    def _unexpected(self, names: Sequence[str]) -> UnexpectedTensor:
+    def _no_slot(self, names: Sequence[str]) -> UnexpectedTensor:
         return UnexpectedTensor(
             "the engine has no LoRA slot for a module of this adapter",
             where=", ".join(names[:4]),
@@ -234,14 +236,14 @@ class Loras:
         )
 
 
-def _config(tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, Any]:
-    """What SGLang reads in an adapter's folder. Alpha = rank, for the scaling is in B."""
+def _peft_config(tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, Any]:
+    """Make the `adapter_config.json` that SGLang reads. Alpha = rank, since the scaling is in B already."""
     modules = {(i.name.rpartition(".lora_")[0]).rpartition(".")[2] for i in tensors}
     return {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.rank, "target_modules": sorted(modules)}
 
 
 def _buffers(pool: Any) -> dict[str, torch.Tensor]:
-    """Every buffer of a pool, slots in front."""
+    """Every buffer of a pool, slots in its first dimension."""
     found: dict[str, torch.Tensor] = {}
     for attribute in _STACKED:
         for name, layers in vars(pool)[attribute].items():

@@ -1,4 +1,4 @@
-"""SGLang's own `update_weights_from_tensor`, for the bench."""
+"""Load weights with SGLang's own `update_weights_from_tensor`, to compare with in `weighbridge bench`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.errors import ProtocolError
 from engine_side.engines.common.hosting import Leavings
 from engine_side.engines.common.native_reload import NativeReload
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.hosted import Stop
+from engine_side.engines.sglang.hosted import EngineShutdown
 
 _ON_CPU = {
     "device": "cpu",
@@ -20,11 +20,11 @@ _ON_CPU = {
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.2,
 }
-"""What SGLang has to be told where there is nothing but a CPU."""
+"""Arguments that SGLang needs on a machine without a GPU."""
 
 
 def start(folder: Path) -> NativeReload:
-    """An Engine whose schedulers take weights from this process through SGLang's own update bracket."""
+    """Start an Engine that takes weights from this process through SGLang's update calls. Blocks until it serves."""
     import sglang
 
     leavings = Leavings()
@@ -37,7 +37,7 @@ def start(folder: Path) -> NativeReload:
         disable_cuda_graph=True,
         disable_overlap_schedule=True,
         custom_weight_loader=[LOADER],
-        sleep_on_idle=True,  # an idle scheduler would take a core from the trainer, and so from both ways
+        sleep_on_idle=True,  # an idle scheduler would take a core from the trainer, in both measurements
         **({} if torch.cuda.is_available() else _ON_CPU),
     )
 
@@ -47,10 +47,15 @@ def start(folder: Path) -> NativeReload:
         _require(engine.update_weights_from_tensor(weights, flush_cache=True))
         _require(engine.end_weight_update())
 
-    return NativeReload(engine, "update_weights_from_tensor", own, Stop(engine, leavings))
+    return NativeReload(engine, "update_weights_from_tensor", own, EngineShutdown(engine, leavings))
 
 
 def _require(answer: Any) -> None:
     success, message = answer[:2]
     if not success:
-        raise ProtocolError("SGLang did not take the weights", where="update_weights_from_tensor", got=str(message))
+        raise ProtocolError(
+            "SGLang did not load the weights",
+            where="update_weights_from_tensor",
+            got=str(message),
+            remedy="SGLang's log has the details",
+        )

@@ -1,87 +1,151 @@
-"""The driver half for any SGLang engine: SGLang's own calls, and its front's, over a line."""
+"""Drive an SGLang engine through its own calls and the frontend that stands before it, over a channel."""
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from bridge.errors import ConfigError, DeadlineExceeded
+from bridge.errors import DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
 from engine_side.engines.common.published_state import BASE, check_mode
-from engine_side.engines.sglang.common import Arguments, SglangDriver
-from engine_side.engines.sglang.scheduler import FACTS, OPEN, SHUT
+from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.sglang.gate import paused_by_user
+from engine_side.engines.sglang.scheduler_messages import (
+    FACTS,
+    JOB,
+    LORAS,
+    OPEN,
+    SHUT,
+    SchedulerAnswer,
+    SchedulerFacts,
+    read_answer,
+)
 
 T = TypeVar("T")
 _POLL_S = 0.005
-_GRACE_S, _KNOCK_S = 3.0, 0.5
-_ASKING_RANKS = (msg.GetState, msg.Generate, msg.Publish, msg.Retire)
-"""Of the front's requests those that, where there are adapters, wait for the schedulers."""
+_GRACE_S = 3.0
+"""Seconds for all calls together that follow a deadline which the engine let pass: to resume it, or to refuse."""
+_PROBE_S = 0.5
+"""Seconds for each further call, once the grace is over."""
+_ASKS_RANKS = (msg.GetState, msg.Generate, msg.Publish, msg.Retire)
+"""Requests for which the frontend, if the engine holds LoRAs, waits for the schedulers."""
 
 
-class Line(Protocol):
-    """Blocks until answered. Every call raises PeerLost for an engine that is gone, and DeadlineExceeded."""
+class SglangChannel(Protocol):
+    """A way to one engine. Every call blocks until it is answered; raises PeerLost for an engine that has ended, and
+    DeadlineExceeded."""
 
     def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
-        """The front's answer; its errors are raised."""
+        """Return the frontend's answer; its errors are raised."""
         ...
 
     def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        """One of SGLang's calls, by the name that it has in its tokenizer manager and as a route: `pause_generation`,
-        `continue_generation`, `flush_cache` (True when it did), `update_weight_version`, `abort_request`."""
+        """Make one of SGLang's calls, by the name that it has in the tokenizer manager and as a route:
+        `pause_generation`, `continue_generation`, `flush_cache` (True when it did), `update_weight_version`,
+        `abort_request`."""
         ...
 
     def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
-        """A request of the bridge to all schedulers: (success, message)."""
+        """Send a request of the bridge to all schedulers: (success, message)."""
         ...
 
 
-class FrontendDriver(FrontendClient, SglangDriver):
-    """The driver over a channel."""
+class SglangDriver(FrontendClient):
+    """The `EngineDriver` of an SGLang engine, whatever channel leads to it.
+
+    Attributes:
+        max_prompt, vocabulary, cache_grain: as `EngineDriver` has them; known once `facts` was called.
+    """
+
+    kind = "sglang"
+    can_generate = True
+    max_prompt: int
+    vocabulary: int
+    cache_grain: int
 
     def __init__(
         self,
-        line: Line,
-        arguments: Arguments,
+        channel: SglangChannel,
+        arguments: SglangArguments,
         where: str,
         *,
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        SglangDriver.__init__(self, arguments, where)
-        FrontendClient.__init__(self, on_close)
-        self._line = line
+        """Make the driver; nothing is sent yet.
+
+        Args:
+            where: the engine, for errors.
+            on_close: ends an engine that belongs to the driver.
+        """
+        super().__init__(on_close)
+        self.where = where
+        self.ranks, self.checkpoint = arguments.ranks, arguments.checkpoint
+        self.quantisation, self.lora = arguments.quantisation, arguments.lora
+        self._on_cpu = arguments.device == "cpu"
+        self._channel = channel
         self._push: Deadline | None = None  # of the push that has the engine paused
         self._grace: Deadline | None = None  # for an engine that has let a deadline pass
 
+    def refuse_shared(self, storages: frozenset[int]) -> None:
+        """Do nothing: SGLang's weights lie in its schedulers' processes, never in the trainer's."""
+
+    # ---- requests to the ranks -----------------------------------------------------------------------------------
+
+    def dispatch(self, job: bytes, deadline: Deadline) -> None:
+        """Run the job in every rank. Raises ProtocolError where a rank could not answer, PeerLost, DeadlineExceeded."""
+        self.ask(JOB, base64.b64encode(job).decode(), deadline=deadline)
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of the LoRAs that the ranks hold, whoever loaded them."""
+        return () if self.lora is None else tuple(self.ask(LORAS).loras)
+
+    def facts(self, deadline: Deadline | None = None) -> SchedulerFacts:
+        """Ask rank 0's scheduler for its limits and whether it is paused."""
+        facts = self.ask(FACTS, deadline=deadline).facts
+        if facts is None:
+            raise ProtocolError(
+                "an SGLang scheduler left out the facts it was asked for",
+                where=self.where,
+                remedy="install the same weighbridge where SGLang runs and in the trainer's environment",
+            )
+        self.max_prompt, self.vocabulary, self.cache_grain = facts.max_prompt, facts.vocabulary, facts.page
+        return facts
+
+    def ask(self, verb: str, text: str = "", *, deadline: Deadline | None = None) -> SchedulerAnswer:
+        """Send a request to every rank and return rank 0's answer. Blocks. Raises as `read_answer`, and as the
+        channel."""
+        wait = deadline or self._until()
+        wait.check("a job for SGLang's schedulers")
+        if verb != FACTS:
+            self._require_responsive()
+        elif self._grace is not None:
+            wait = self._until()
+        ok, message = self._timed(lambda: self._channel.check_weights([verb, text], wait))
+        self._grace = None
+        return read_answer(self.where, ok, message)
+
     def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         if isinstance(request, msg.Generate) and not request.past_gate:
-            return self._line.ask(request, deadline)  # a user's: it may take its time
-        if isinstance(request, _ASKING_RANKS) and self.lora is not None:
-            self._knock()
-        return self._timed(lambda: self._line.ask(request, deadline))
-
-    def _send(self, verb: str, text: str, deadline: Deadline) -> tuple[bool, str]:
-        if verb == FACTS and self._grace is not None:
-            deadline = self._until()
-        elif verb != FACTS:
-            self._knock()
-        answer = self._timed(lambda: self._line.check_weights([verb, text], deadline))
-        self._grace = None
-        return answer
+            return self._channel.ask(request, deadline)  # a user's: it may take its time
+        if isinstance(request, _ASKS_RANKS) and self.lora is not None:
+            self._require_responsive()
+        return self._timed(lambda: self._channel.ask(request, deadline))
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        return self._timed(lambda: self._line.call(method, self._until(), **arguments))
+        return self._timed(lambda: self._channel.call(method, self._until(), **arguments))
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def _until(self) -> Deadline:
-        """For a call without a deadline of its own: that of the push, and for all of what is asked of an engine that
-        has let a deadline pass together one short grace."""
+        """Return the deadline of a call that was given none: that of the push, or, once the engine has let a deadline
+        pass, one short grace for all calls together."""
         if self._grace is not None:
-            return Deadline.after(_KNOCK_S) if self._grace.expired else self._grace
+            return Deadline.after(_PROBE_S) if self._grace.expired else self._grace
         if self._push is None:
             return Deadline.after(CALL_S)
         return Deadline.after(_GRACE_S) if self._push.expired else self._push
@@ -94,46 +158,53 @@ class FrontendDriver(FrontendClient, SglangDriver):
             self._grace = self._grace or Deadline.after(_GRACE_S)
             raise
 
-    def _knock(self) -> None:
-        """Before an engine that has let a deadline pass is given time for work, it has to answer at all."""
+    def _require_responsive(self) -> None:
+        """An engine that has let a deadline pass has to answer a short question before it is given time for work."""
         if self._grace is not None:
             self.facts()
 
     # ---- pause and caches ----------------------------------------------------------------------------------------
 
     def pause(self, inflight: str, deadline: Deadline) -> None:
-        """Callers wait in front, what runs is drained, aborted or taken back to be computed again."""
+        """Hold new requests before the engine and pause it.
+
+        Args:
+            inflight: "drain" waits for running requests, "abort" ends them, "keep" lets SGLang take them back
+                (its mode "retract") and compute them again under the weights that serve next.
+        """
         check_mode(inflight)
         self._push = deadline
         paused = self.state(deadline).paused
         self._tell(msg.Hold(), deadline)
         try:
-            if inflight == "drain" and not paused:
-                self._drain(deadline)
+            while inflight == "drain" and not paused and self.state(deadline).unfinished:
+                deadline.check("requests in flight did not finish")
+                time.sleep(_POLL_S)
             self._tell(msg.Hold(paused=True), deadline)
-            self._line.call("pause_generation", deadline, mode="retract")
-            while not self.facts(deadline).paused:  # it has no answer of its own
+            self._channel.call("pause_generation", deadline, mode="retract")
+            while not self.facts(deadline).paused:  # SGLang's pause has no answer of its own
                 deadline.check("SGLang's pause")
             if inflight == "abort":
-                self._line.call("abort_request", deadline, rid="", abort_all=True)
+                self._channel.call("abort_request", deadline, rid="", abort_all=True)
         except BaseException:
             if not paused:
                 self._go_on()
             raise
 
-    def _drain(self, deadline: Deadline) -> None:
-        while self.state(deadline).unfinished:
-            deadline.check("requests in flight did not finish")
-            time.sleep(_POLL_S)
-
     def resume(self) -> None:
+        """Let SGLang schedule again and requests pass. Idempotent."""
         state = self.state()
         if state.paused or state.held:
             self._go_on()
         self._push = None
 
+    def _go_on(self) -> None:
+        self._call("continue_generation", torch_empty_cache=not self._on_cpu)
+        self._tell(msg.Release())
+
     def refuse(self, reason: str | None) -> None:
-        """As `FrontendClient.refuse`; an engine that hangs refuses, and what is inside it ends when it can."""
+        """Let every request be refused with `reason` (None lifts it); requests inside the engine are ended. An engine
+        that hangs refuses too: what is inside it ends when it can."""
         try:
             super().refuse(reason)
         except DeadlineExceeded:
@@ -142,37 +213,29 @@ class FrontendDriver(FrontendClient, SglangDriver):
         if reason is not None:
             self._push = None
 
-    def _go_on(self) -> None:
-        self._call("continue_generation", torch_empty_cache=self.arguments.device != "cpu")
-        self._tell(msg.Release())
-
     def reset_caches(self) -> bool:
-        self._knock()
+        """Drop SGLang's KV and prefix caches; returns SGLang's own answer."""
+        self._require_responsive()
         return bool(self._call("flush_cache"))
 
     # ---- readiness, versions -------------------------------------------------------------------------------------
 
     def _require_ready(self) -> None:
-        """Two tokens are generated: the first forward of some of SGLang's models changes their module tree, which has
-        to be over before anybody looks whether a push leaves it as it was."""
         state = self.state()
         if state.refusal is not None or state.paused:
             return
         if self.facts().paused:
-            raise ConfigError(
-                "the engine is paused", where=self.where, got="pause_generation by somebody else",
-                remedy="continue_generation, then try again",
-            )  # fmt: skip
+            raise paused_by_user(self.where)
+        # the first forward of some of SGLang's models changes their module tree, which has to be over before a push
+        # compares the tree with what it was
         sampling = Sampling(max_tokens=2, temperature=0.0)
         self._completions([[0, 0]], sampling, BASE, True, Deadline.after(CALL_S))
 
     def _set_weight_version(self, version: int) -> None:
-        """`meta_info["weight_version"]` shows the version from now on."""
         self._call("update_weight_version", new_version=str(version), abort_all_requests=False)
 
     def _open_scheduling(self, state: msg.FrontendState, deadline: Deadline | None) -> None:
-        """For the bridge's own requests alone."""
-        self.ask(OPEN, deadline=deadline)
+        self.ask(OPEN, deadline=deadline)  # for the bridge's own requests alone: others are put aside
 
     def _close_scheduling(self) -> None:
         self.ask(SHUT)

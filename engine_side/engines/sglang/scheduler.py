@@ -1,9 +1,8 @@
-"""What the bridge's requests find in each of SGLang's scheduler processes. Runs in the scheduler's own thread."""
+"""Answer the bridge's requests in each of SGLang's scheduler processes, in the scheduler's own thread."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -12,38 +11,24 @@ import msgspec
 import torch
 
 from engine_side.engines.sglang import LOADER
+from engine_side.engines.sglang.scheduler_messages import (
+    ACTION,
+    FACTS,
+    JOB,
+    LORAS,
+    OPEN,
+    SHUT,
+    SchedulerAnswer,
+    SchedulerFacts,
+)
 
 log = logging.getLogger(__name__)
 
-ACTION = "weighbridge"
-"""The `action` of a `check_weights` request that is the bridge's."""
-JOB, FACTS, ADAPTERS, OPEN, SHUT = "job", "facts", "adapters", "open", "shut"
-FRONT = "front"
-"""Never gets here: what the process where requests come in answers itself (`front.door`)."""
-_POST = "_weighbridge_post"
+_KEY = "_weighbridge_state"
 
 
-class Facts(msgspec.Struct, frozen=True):
-    """What the driver asks of a scheduler: longest prompt, tokens per cache page (0 without a prefix cache), is it
-    paused, whether log-probabilities are those before temperature, and the vocabulary that token ids lie below."""
-
-    max_prompt: int
-    page: int
-    paused: bool
-    original_logprobs: bool
-    vocabulary: int
-
-
-class Answer(msgspec.Struct, frozen=True):
-    """Rank 0's answer. `error` is what went wrong in some rank, in words; "" when all went well."""
-
-    error: str = ""
-    facts: Facts | None = None
-    adapters: dict[str, str] = {}
-
-
-class _Post:
-    """What the bridge keeps in one scheduler: the rank with its plans, and requests that wait for the gate."""
+class _BridgeState:
+    """The bridge's state in one scheduler: the rank with its plans, and requests that were put aside."""
 
     def __init__(self, scheduler: Any) -> None:
         from engine_side.engines.sglang.host import SglangRankHost
@@ -54,9 +39,12 @@ class _Post:
         self.waiting: list[Any] | None = None
 
 
-def door(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
-    """AROUND `SchedulerWeightUpdaterManager.check_weights`. Never raises for a request of the bridge: an exception
-    ends SGLang's scheduler. Every rank comes here, and each takes part in the one collective at the end."""
+def answer_check_weights(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
+    """AROUND hook of `SchedulerWeightUpdaterManager.check_weights`: run the bridge's requests in this rank.
+
+    Never raises for a request of the bridge, since an exception ends SGLang's scheduler. Every rank comes here and
+    takes part in the one collective at the end, which has the timeout of SGLang's process group (`--dist-timeout`).
+    """
     if recv_req.action != ACTION:
         return original(self, recv_req)
     from sglang.srt.managers.io_struct import CheckWeightsReqOutput
@@ -65,12 +53,13 @@ def door(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     failed = torch.tensor([int(bool(answer.error))], dtype=torch.int64)
     torch.distributed.all_reduce(failed, group=self.tp_cpu_group)
     if int(failed) and not answer.error:
-        answer = Answer(error=f"{int(failed)} other ranks could not answer; their logs say why")
+        answer = SchedulerAnswer(error=f"{int(failed)} other ranks could not answer; their logs say why")
     return CheckWeightsReqOutput(success=True, message=msgspec.json.encode(answer).decode())
 
 
 def refuse_update(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
-    """AROUND `SchedulerWeightUpdaterManager.update_weights_from_tensor`: SGLang does not catch what a loader raises."""
+    """AROUND hook of `SchedulerWeightUpdaterManager.update_weights_from_tensor`: refuse SGLang's own update calls with
+    the bridge's loader here, since SGLang does not catch what a loader raises."""
     if recv_req.load_format != LOADER:
         return original(self, recv_req)
     from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqOutput
@@ -80,61 +69,58 @@ def refuse_update(original: Callable[..., Any], self: Any, recv_req: Any) -> Any
     )
 
 
-def _answer(scheduler: Any, words: list[str]) -> Answer:
+def _answer(scheduler: Any, words: list[str]) -> SchedulerAnswer:
     try:
-        post = vars(scheduler).get(_POST)
-        if post is None:
-            post = vars(scheduler)[_POST] = _Post(scheduler)
-        return _do(scheduler, post, words[0], words[1] if len(words) > 1 else "")
-    except Exception as error:  # process boundary: see `door`
+        state = vars(scheduler).get(_KEY)
+        if state is None:
+            state = vars(scheduler)[_KEY] = _BridgeState(scheduler)
+        verb, text = words
+        if verb == JOB:
+            state.rank.run(base64.b64decode(text, validate=True))
+        elif verb == FACTS:
+            return SchedulerAnswer(facts=_facts(scheduler))
+        elif verb == LORAS:
+            return SchedulerAnswer(loras=state.host.loaded_loras())
+        elif verb == OPEN:
+            return _open(scheduler, state)
+        elif verb == SHUT:
+            _shut(scheduler, state)
+        else:
+            return SchedulerAnswer(error=f"unknown request {verb!r}: its sender has another version of weighbridge")
+    except Exception as error:  # process boundary: see `answer_check_weights`
         log.exception("a request of the bridge could not be answered")
-        return Answer(error=f"{type(error).__name__}: {error}")
+        return SchedulerAnswer(error=f"{type(error).__name__}: {error}")
+    return SchedulerAnswer()
 
 
-def _do(scheduler: Any, post: _Post, verb: str, text: str) -> Answer:
-    if verb == JOB:
-        try:
-            frame = base64.b64decode(text, validate=True)
-        except binascii.Error as error:
-            return Answer(error=f"not a job: {error}")
-        post.rank.run(frame)
-        return Answer()
-    if verb == FACTS:
-        return Answer(facts=_facts(scheduler))
-    if verb == ADAPTERS:
-        return Answer(adapters=post.host.adapters())
-    if verb == OPEN:
-        return _open(scheduler, post)
-    if verb == SHUT:
-        return _shut(scheduler, post)
-    return Answer(error=f"unknown request {verb!r}")
-
-
-def _facts(scheduler: Any) -> Facts:
+def _facts(scheduler: Any) -> SchedulerFacts:
     from sglang.srt.layers import sampler
 
     rows = int(scheduler.req_to_token_pool.req_to_token.shape[1])
-    longest = min(int(scheduler.max_req_input_len), rows, int(scheduler.token_to_kv_pool_allocator.size)) - 1
-    page = 0 if scheduler.disable_radix_cache else int(scheduler.token_to_kv_pool_allocator.page_size)
-    paused, original = bool(scheduler._engine_paused), bool(sampler.SGLANG_RETURN_ORIGINAL_LOGPROB)
-    return Facts(longest, page, paused, original, int(scheduler.model_config.vocab_size))
+    allocator = scheduler.token_to_kv_pool_allocator
+    return SchedulerFacts(
+        max_prompt=min(int(scheduler.max_req_input_len), rows, int(allocator.size)) - 1,
+        page=0 if scheduler.disable_radix_cache else int(allocator.page_size),
+        paused=bool(scheduler._engine_paused),
+        original_logprobs=bool(sampler.SGLANG_RETURN_ORIGINAL_LOGPROB),
+        vocabulary=int(scheduler.model_config.vocab_size),
+    )
 
 
-def _open(scheduler: Any, post: _Post) -> Answer:
-    """Let a paused scheduler run for the bridge's own requests: those that wait are put aside."""
+def _open(scheduler: Any, state: _BridgeState) -> SchedulerAnswer:
+    """Let a paused scheduler run the bridge's own requests; those that wait are put aside."""
     if not scheduler._engine_paused:
-        return Answer(error="the scheduler is not paused")
-    if post.waiting is None:
-        post.waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
+        return SchedulerAnswer(error="the scheduler is not paused")
+    if state.waiting is None:
+        state.waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
     scheduler._engine_paused = False
-    return Answer()
+    return SchedulerAnswer()
 
 
-def _shut(scheduler: Any, post: _Post) -> Answer:
-    """Pause again, with those who waited before in front."""
+def _shut(scheduler: Any, state: _BridgeState) -> None:
+    """Pause again, with the requests that were put aside in front."""
     from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
     scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
-    if post.waiting is not None:
-        scheduler.waiting_queue, post.waiting = post.waiting + scheduler.waiting_queue, None
-    return Answer()
+    if state.waiting is not None:
+        scheduler.waiting_queue, state.waiting = state.waiting + scheduler.waiting_queue, None

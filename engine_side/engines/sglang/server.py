@@ -1,4 +1,4 @@
-"""A running SGLang server on this node, at an address: recognised, examined, driven through its own endpoints."""
+"""Recognise, examine and drive a running SGLang server on this node through its own endpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bridge.coordinator.health import Check
-from bridge.errors import BridgeError, ConfigError, ProtocolError
+from bridge.errors import BridgeError, ProtocolError
 from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
@@ -15,16 +15,16 @@ from engine_side.engines.common import server_checks
 from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.common.http import HttpClient, HttpStatus
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.common import Arguments
-from engine_side.engines.sglang.remote import FrontendDriver
-from engine_side.engines.sglang.scheduler import ACTION, FRONT
+from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.sglang.remote import SglangDriver
+from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, without_plugin
 from engine_side.engines.sglang.versions import check_version
 
 START = f"python -m sglang.launch_server --model-path PATH --custom-weight-loader {LOADER}"
 
 
-class HttpLine:
-    """Over the endpoints of an SGLang server."""
+class SglangHttpChannel:
+    """A `SglangChannel` over the endpoints of an SGLang server."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
@@ -36,13 +36,7 @@ class HttpLine:
         except ValueError:
             frame = b""
         if not frame:
-            raise ConfigError(
-                "this server was started without weighbridge's plugin",
-                where=self._client.url,
-                expected="the plugin 'weighbridge' of the entry point group sglang.srt.plugins",
-                got=text[:200],
-                remedy="install weighbridge where SGLang runs, and let SGLANG_PLUGINS, if set, name 'weighbridge'",
-            )
+            raise without_plugin(self._client.url, text)
         return msg.read_reply(frame, self._client.url)
 
     def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
@@ -57,25 +51,32 @@ class HttpLine:
     def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
         body = {"action": ACTION, "skip_tensor_list": words}
         try:
-            said = self._client.post("/weights_checker", deadline, body=body)
+            answer = self._client.post("/weights_checker", deadline, body=body)
         except HttpStatus as error:
             if error.status == 400:
                 return False, error.text
             raise error.as_error() from error
-        if not isinstance(said, dict) or not isinstance(said.get("message"), str):
-            raise ProtocolError("an answer of another kind", where=f"{self._client.url}/weights_checker", got=str(said))
-        return bool(said.get("success")), said["message"]
+        if not isinstance(answer, dict) or not isinstance(answer.get("message"), str):
+            raise ProtocolError(
+                "the server's answer is not one of SGLang's",
+                where=f"{self._client.url}/weights_checker",
+                expected='{"success": ..., "message": "..."}',
+                got=str(answer)[:200],
+                remedy="give the address of the engine's own server, not of a router before it",
+            )
+        return bool(answer.get("success")), answer["message"]
 
 
-class SglangServerDriver(FrontendDriver):
-    """Over a server that stays its owner's."""
+class SglangServerDriver(SglangDriver):
+    """The driver of a server, which stays its owner's."""
 
-    def __init__(self, client: HttpClient, arguments: Arguments) -> None:
-        super().__init__(HttpLine(client), arguments, client.url)
+    def __init__(self, client: HttpClient, arguments: SglangArguments) -> None:
+        super().__init__(SglangHttpChannel(client), arguments, client.url)
         self._client = client
 
     def examine(self, deadline: Deadline) -> Iterator[Check]:
-        """What the server says of itself, and what its schedulers find in their weights."""
+        """Report whether the server serves, which version, who drives it, and whether its weights are those that were
+        pushed. Writes nothing."""
         label = str(self._client.get("/model_info", Deadline.after(CALL_S)).get("weight_version"))
         state, paused = self.state(), self.facts().paused
         yield from server_checks.check_service("SGLang", self.ranks, state, label, paused, "/continue_generation")
@@ -83,23 +84,25 @@ class SglangServerDriver(FrontendDriver):
 
 
 def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | None:
-    """The adapter of an SGLang server; None for anything else. Raises ConfigError, with the remedy, for one that was
-    started without the loader or the plugin, or on another node."""
-    about = _about(client, deadline)
-    if about is None:
+    """Return the driver of an SGLang server; None for any other server. Blocks.
+
+    Raises ConfigError, with the remedy, for a server that was started without the loader or the plugin, or on another
+    node."""
+    info = _server_info(client, deadline)
+    if info is None:
         return None
-    check_version(str(about["version"]))
-    arguments = Arguments.read(about.get, client.url, START)
-    line = HttpLine(client)
-    front = server_checks.identify(lambda request: line.ask(request, deadline), client.url)
+    check_version(str(info["version"]))
+    arguments = SglangArguments.read(info.get, client.url, START)
+    channel = SglangHttpChannel(client)
+    front = server_checks.identify(lambda request: channel.ask(request, deadline), client.url)
     server_checks.require_sight(front, client.url)
-    adapter = SglangServerDriver(client, arguments)
-    adapter.facts()
-    return adapter
+    driver = SglangServerDriver(client, arguments)
+    driver.facts()
+    return driver
 
 
-def _about(client: HttpClient, deadline: Deadline) -> Mapping[str, Any] | None:
-    """What SGLang's server says of itself; None for one that does not answer as SGLang's does."""
+def _server_info(client: HttpClient, deadline: Deadline) -> Mapping[str, Any] | None:
+    """Return the start arguments that SGLang's server reports; None for a server that does not answer as SGLang's."""
     try:
         model, server = client.get("/model_info", deadline), client.get("/server_info", deadline)
     except (HttpStatus, BridgeError):

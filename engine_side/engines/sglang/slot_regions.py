@@ -1,9 +1,10 @@
-"""From a matrix of element numbers to the rectangles of tensors that lie in it, and the zeros around them."""
+"""Find the rectangles of a LoRA's tensors, and the zeros around them, in matrices of element numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,112 +15,81 @@ from bridge.model.manifest import TensorInfo
 from engine_side.protocol import LoraView
 
 Codes = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Box = tuple[slice, slice]
+"""Rows and columns of a matrix."""
 
 
 @dataclass(frozen=True)
-class Box:
-    """Rows and columns of a buffer: half-open ranges."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        return matrix[self.top : self.bottom, self.left : self.right]
-
-    @property
-    def empty(self) -> bool:
-        return self.top >= self.bottom or self.left >= self.right
-
-
-@dataclass(frozen=True)
-class View:
-    """`box` of `buffer` holds the elements of `tensor` from (row, column) on."""
+class SglangSlotRegion:
+    """`box` of `buffer` holds the elements `index` of `tensor`."""
 
     buffer: str
     box: Box
     tensor: str
-    row: int
-    column: int
+    index: Box
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where an adapter lies in a slot, and what of the slot is zero."""
+class SglangSlotLayout:
+    """The layout of a LoRA in a slot: where its tensors lie, and which boxes of the slot are zero."""
 
-    views: tuple[View, ...]
+    regions: tuple[SglangSlotRegion, ...]
     zeros: tuple[tuple[str, Box], ...]
 
-    def of(self, buffers: Mapping[str, torch.Tensor]) -> list[LoraView]:
-        """The same in a slot's matrices. The zeros come with the first view."""
-        padding = tuple(box.of(buffers[name]) for name, box in self.zeros)
-        out: list[LoraView] = []
-        for view in self.views:
-            live = view.box.of(buffers[view.buffer])
-            index = (slice(view.row, view.row + live.shape[0]), slice(view.column, view.column + live.shape[1]))
-            out.append(LoraView(view.tensor, live, index, padding if not out else ()))
-        return out
+    def views(self, buffers: Mapping[str, torch.Tensor]) -> list[LoraView]:
+        """Return the regions as views of one slot's matrices; the first view carries all zeros."""
+        padding = tuple(buffers[name][box] for name, box in self.zeros)
+        return [
+            LoraView(region.tensor, buffers[region.buffer][region.box], region.index, () if k else padding)
+            for k, region in enumerate(self.regions)
+        ]
 
 
-def places(buffers: Mapping[str, Codes], tensors: Sequence[TensorInfo], starts: Sequence[int]) -> Placed:
-    """Read matrices in which 0 is nothing and `starts[k] + i` is element i of tensor k (starts ascend). Raises
-    UnsupportedLora for an arrangement that is not made of rectangles."""
-    views: list[View] = []
+def read_layout(buffers: Mapping[str, Codes], tensors: Sequence[TensorInfo], starts: Sequence[int]) -> SglangSlotLayout:
+    """Read a slot's layout after the engine loaded tensors of element numbers into it.
+
+    Args:
+        buffers: matrices in which 0 is no element and `starts[k] + i` is element i of tensor k.
+        starts: ascending, from 1.
+
+    Raises UnsupportedLora for an arrangement that is not made of rectangles.
+    """
+    regions: list[SglangSlotRegion] = []
     zeros: list[tuple[str, Box]] = []
+    widths = np.asarray([0, *(info.shape[1] for info in tensors)], dtype=np.int64)
     for name, codes in buffers.items():
-        for box, code in _boxes(codes, starts):
-            for empty in _around(box, codes.shape[1]):
-                zeros.append((name, empty))
-            if code is None:
-                zeros.append((name, box))
-                continue
-            k = int(np.searchsorted(np.asarray(starts), code, side="right")) - 1
-            shape = tensors[k].shape
-            row, column = divmod(code - starts[k], shape[1])
-            views.append(View(name, box, tensors[k].name, row, column))
-            _require_rectangle(codes, box, code, shape[1], starts[k] + shape[0] * shape[1], name)
-    return Placed(tuple(views), tuple(zeros))
+        if not codes.size:
+            continue
+        filled = codes > 0
+        left, count = filled.argmax(axis=1), filled.sum(axis=1)
+        rows = np.arange(len(codes))
+        first = np.where(count > 0, codes[rows, left], 0).astype(np.int64)
+        owner = np.searchsorted(np.asarray(starts), first, side="right")  # 0 for a row without elements
+        origin = first - rows * widths[owner]  # stays equal over rows that follow each other in the tensor too
+        keys = np.stack([left, count, owner, origin], axis=1)
+        edges = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
+        for top, bottom in pairwise([0, *edges.tolist(), len(codes)]):
+            begin, end = int(left[top]), int(left[top] + count[top])
+            around = (slice(0, begin), slice(end, codes.shape[1]))
+            zeros += [(name, (slice(top, bottom), columns)) for columns in around if columns.start < columns.stop]
+            if end > begin:
+                k, box = int(owner[top]) - 1, (slice(top, bottom), slice(begin, end))
+                index = _index(codes[box], int(first[top]), starts[k], tensors[k], name)
+                regions.append(SglangSlotRegion(name, box, tensors[k].name, index))
+    return SglangSlotLayout(tuple(regions), tuple(zeros))
 
 
-def _boxes(codes: Codes, starts: Sequence[int]) -> Iterator[tuple[Box, int | None]]:
-    """Runs of rows of one tensor that go on like their first: (box, its first number), or (box, None) where there is
-    nothing."""
-    filled = codes > 0
-    left, count = filled.argmax(axis=1), filled.sum(axis=1)
-    first = np.where(count > 0, codes[np.arange(len(codes)), left], 0).astype(np.int64)
-    owner = np.searchsorted(np.asarray(starts), first, side="right")
-    top = 0
-    step: int | None = None
-    for row in range(1, len(codes) + 1):
-        like = row < len(codes) and left[row] == left[top] and count[row] == count[top] and owner[row] == owner[top]
-        if like:
-            by = int(first[row] - first[row - 1])
-            if count[row] == 0 or by == step or (step is None and by > 0):
-                step = by
-                continue
-        right = int(left[top] + count[top]) if count[top] else codes.shape[1]
-        yield Box(top, row, int(left[top]), right), int(first[top]) if count[top] else None
-        top, step = row, None
-
-
-def _around(box: Box, width: int) -> list[Box]:
-    found = [Box(box.top, box.bottom, 0, box.left), Box(box.top, box.bottom, box.right, width)]
-    return [each for each in found if not each.empty]
-
-
-def _require_rectangle(codes: Codes, box: Box, code: int, width: int, end: int, name: str) -> None:
-    rows, columns = box.bottom - box.top, box.right - box.left
-    wanted = code + np.arange(rows, dtype=np.int64)[:, None] * width + np.arange(columns, dtype=np.int64)
-    if (
-        columns > width
-        or wanted[-1, -1] >= end
-        or not np.array_equal(codes[box.top : box.bottom, box.left : box.right], wanted)
-    ):
+def _index(codes: Codes, first: int, start: int, info: TensorInfo, buffer: str) -> Box:
+    height, width = info.shape
+    row, column = divmod(first - start, width)
+    rows, columns = codes.shape
+    wanted = first + np.arange(rows, dtype=np.int64)[:, None] * width + np.arange(columns, dtype=np.int64)
+    if row + rows > height or column + columns > width or not np.array_equal(codes, wanted):
         raise UnsupportedLora(
             "the engine arranges an adapter in a way that cannot be read back",
-            where=name,
-            expected="rectangles of its tensors",
-            got=f"rows {box.top} to {box.bottom}",
+            where=f"{info.name} in {buffer}",
+            expected="rectangles of the adapter's tensors",
+            got=f"rows of other elements from row {row}, column {column} on",
             remedy="push mode='merged'",
         )
+    return slice(row, row + rows), slice(column, column + columns)

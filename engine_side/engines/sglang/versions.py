@@ -1,28 +1,10 @@
-"""Which SGLang this adapter was written for."""
+"""The range of SGLang versions that the driver was tried with."""
 
 from __future__ import annotations
 
-from bridge.errors import ConfigError
+from functools import partial
 
-OLDEST, FIRST_UNKNOWN = (0, 5, 23), (0, 5, 24)
-"""The scheduler's inner calls change from one release to the next; what was not tried is refused."""
+from engine_side.engines.common.versions import require_version
 
-
-def check_version(version: str) -> None:
-    """Raises ConfigError, naming the range, for an SGLang outside of it."""
-    numbers = []
-    for part in version.split(".")[:3]:
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        numbers.append(int(digits) if digits else 0)
-    if not OLDEST <= tuple(numbers) < FIRST_UNKNOWN:
-        raise ConfigError(
-            "this version of SGLang has not been tried",
-            where="sglang",
-            expected=f">={_text(OLDEST)},<{_text(FIRST_UNKNOWN)}",
-            got=version,
-            remedy="install a version in this range, or a newer weighbridge",
-        )
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+check_version = partial(require_version, "SGLang", oldest=(0, 5, 23), first_unknown=(0, 5, 24))
+"""Raises ConfigError for a version of SGLang that was not tried: the scheduler's inner calls change between patches."""
