@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,8 +230,7 @@ class Growing(layouts.PackedLinearMethod):
 def test_sglang_21825_a_push_that_has_to_rebind_says_so(
     checkpoint: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = layouts.layout_of("packed")
-    grows = layouts.Layout(Growing, plain.embedding, plain.head, plain.experts, "packed")
+    grows = replace(layouts.layout_of("packed"), linear=Growing)
     monkeypatch.setattr("engine_side.embedded.runner.layout_of", lambda name: grows)
     monkeypatch.setattr(Growing, "calls", 0)
     model = tiny_qwen2()

@@ -13,9 +13,7 @@ from torch.nn import functional
 
 from engine_side.embedded.config import ModelConfig, RopeConfig
 from engine_side.embedded.kv import KVShape, KVTensors
-from engine_side.embedded.layers import QKVParallelLinear, RMSNorm, RowParallelLinear
-from engine_side.embedded.layouts import Layout
-from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.layers import LayerContext, QKVParallelLinear, RMSNorm, RowParallelLinear
 
 
 def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
@@ -31,7 +29,7 @@ def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin by position. The frequencies are derived from the config: a buffer that no checkpoint holds."""
+    """Computes cos and sin by position. Its frequencies come from the config: a buffer that no checkpoint holds."""
 
     inverse: torch.Tensor
 
@@ -45,7 +43,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inverse", inverse, persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [n] -> cos, sin [n, 1, head_dim]."""
+        """Compute positions [n] -> cos, sin [n, 1, head_dim]."""
         angles = positions.float().unsqueeze(-1) * self.inverse
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -67,7 +65,7 @@ def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 @dataclass
 class Step:
-    """One forward over several sequences: which new tokens, where their keys and values go, and who sees what.
+    """One forward over several sequences: new tokens, places of their keys and values, attention mask.
 
     `row`, `column` [n] place the flat tokens in the padded [batch, queries] frame; `blocks` [batch, k] are the block
     tables; `mask` [batch, 1, queries, k * block_size] is True where a query sees a key; `slots` [n] are flat KV places.
@@ -89,7 +87,7 @@ class Step:
         cls, tokens: Sequence[int], counts: Sequence[int], starts: Sequence[int], tables: Sequence[Sequence[int]],
         kv: KVTensors,
     ) -> Step:  # fmt: skip
-        """`counts` new tokens of each sequence at positions `starts`..; `tables` name each sequence's blocks."""
+        """Lay out `counts` new tokens of each sequence from positions `starts` on; `tables` are their block tables."""
         number = torch.tensor(counts)
         row = torch.repeat_interleave(torch.arange(len(counts)), number)
         column = torch.arange(len(tokens)) - (number.cumsum(0) - number)[row]
@@ -106,7 +104,7 @@ class Step:
 def paged_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step, scale: float | None = None
 ) -> torch.Tensor:
-    """Queries [n, heads, d] over paged keys [blocks, block_size, kv heads, d] and values [.., d'] -> [n, heads, d'].
+    """Attend: queries [n, heads, d], paged keys [blocks, block_size, kv heads, d], values [.., d'] -> [n, heads, d'].
 
     `scale` None: one over the root of d.
     """
@@ -123,7 +121,7 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class AttentionTraits:
-    """What families differ in."""
+    """Biases and norms by which the families' attentions differ."""
 
     qkv_bias: bool = False
     output_bias: bool = False
@@ -134,25 +132,22 @@ class Attention(nn.Module):
     """Grouped-query attention with a fused, sharded `qkv_proj`; query and key norms per head where the family has
     them."""
 
-    def __init__(
-        self, config: ModelConfig, traits: AttentionTraits, layer: int, dtype: torch.dtype, tp: Parallel, layout: Layout
-    ) -> None:
+    def __init__(self, config: ModelConfig, traits: AttentionTraits, layer: int, context: LayerContext) -> None:
         super().__init__()
+        hidden, heads, width = config.hidden_size, config.num_attention_heads, config.head_dim
         self.layer = layer
-        self.head_dim = config.head_dim
-        hidden, bias = config.hidden_size, traits.qkv_bias
-        qkv = QKVParallelLinear(hidden, config.head_dim, config.num_heads, config.num_kv_heads, bias, dtype, tp, layout)
-        self.heads, self.kv_heads, self.split_sizes = qkv.heads, qkv.kv_heads, qkv.split_sizes
-        self.kv_shape = KVShape(qkv.kv_heads, (config.head_dim, config.head_dim))
+        self.head_dim = width
+        qkv = QKVParallelLinear(hidden, width, heads, config.num_key_value_heads, traits.qkv_bias, context)
+        self.heads, self.kv_heads = qkv.heads, qkv.kv_heads
+        self.split_sizes = [cut.size for cut in qkv.output_cuts.values()]
+        self.kv_shape = KVShape(qkv.kv_heads, (width, width))
         self.qkv_proj = qkv
-        self.o_proj = RowParallelLinear(
-            config.num_heads * config.head_dim, hidden, traits.output_bias, dtype, tp, layout
-        )
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if traits.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype) if traits.qk_norm else nn.Identity()
+        self.o_proj = RowParallelLinear(heads * width, hidden, traits.output_bias, context)
+        self.q_norm = RMSNorm(width, config.rms_norm_eps, context.dtype) if traits.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width, config.rms_norm_eps, context.dtype) if traits.qk_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """[n, hidden] -> [n, hidden]; writes the new keys and values first."""
+        """Compute [n, hidden] -> [n, hidden]; writes the new keys and values first."""
         n = x.shape[0]
         q, k, v = self.qkv_proj(x).split(self.split_sizes, dim=-1)
         q = self.q_norm(q.view(n, self.heads, self.head_dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -24,7 +25,7 @@ class Channel:
         self._buffer = bytearray()
 
     def send(self, message: codec.Message, deadline: Deadline) -> None:
-        """Raises PeerLost when the other end is gone, DeadlineExceeded when it does not read."""
+        """Send one message. Raises PeerLost when the other end is gone, DeadlineExceeded when it does not read."""
         frame = codec.pack(message)
         try:
             self._sock.settimeout(max(deadline.remaining_s, 0.001))
@@ -35,15 +36,17 @@ class Channel:
             raise self._lost(str(error)) from error
 
     def receive(self, kind: type[T] | Any, deadline: Deadline | None) -> T:
-        """The next message; None waits for ever (a child for its parent). Raises PeerLost at the end of the stream."""
+        """Wait for the next message; None waits for ever (a child for its parent). Raises PeerLost at the end of the
+        stream, DeadlineExceeded, ProtocolError."""
         (length,) = _HEAD.unpack(self._take(_HEAD.size, deadline))
         if length > codec.MAX_FRAME:
-            raise ProtocolError("a frame is too large", expected=f"<= {codec.MAX_FRAME}", got=str(length))
+            expected, remedy = f"<= {codec.MAX_FRAME}", "run one version of weighbridge in all processes"
+            raise ProtocolError("a frame is too large", expected=expected, got=str(length), remedy=remedy)
         message: T = codec.unpack(self._take(length, deadline), kind)
         return message
 
     def ready(self) -> bool:
-        """Something arrived, or the other end is gone."""
+        """Tell if something arrived, or the other end is gone."""
         return bool(self._buffer) or bool(select.select([self._sock], [], [], 0)[0])
 
     def _take(self, size: int, deadline: Deadline | None) -> bytes:
@@ -64,6 +67,9 @@ class Channel:
         return out
 
     def close(self) -> None:
+        """End the stream, also where another process has inherited the socket."""
+        with contextlib.suppress(OSError):  # the other end is gone
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
     def _late(self) -> DeadlineExceeded:

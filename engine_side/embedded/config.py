@@ -1,13 +1,13 @@
-"""What an engine is started with (`EngineConfig`) and what a checkpoint's `config.json` says (`ModelConfig`)."""
+"""The options that an engine is started with (`EngineConfig`) and the fields of a checkpoint's `config.json`."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 import torch
@@ -15,25 +15,25 @@ import torch
 from bridge.errors import ConfigError, NotFound
 from bridge.model.dtypes import dtype_of
 
-LAYOUTS = ("canonical", "transposed", "shuffled", "packed")
-_CHECKPOINT_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-_COMPUTE_DTYPES = ("bf16", "fp16", "fp32", "fp64")
-_POSITIVE = (
-    "tensor_parallel_size", "max_seq_len", "block_size", "num_blocks", "max_num_seqs", "threads", "max_lora_rank",
-    "wrap_levels",
-)  # fmt: skip
+T = TypeVar("T")
+LayoutName = Literal["canonical", "transposed", "shuffled", "packed"]
+LAYOUTS: tuple[str, ...] = get_args(LayoutName)
+"""Names of the post-load layouts."""
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Name = Annotated[str, msgspec.Meta(min_length=1)]
+_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 _DEFAULT_SEQ_LEN = 4096
 _DEFAULT_BLOCKS = 1024
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to start an embedded engine; travels as is to the processes of the other ranks.
+    """Options of an embedded engine. Raises ConfigError, naming the option, for a value that does not fit.
 
     Args:
         path: checkpoint folder (`config.json`, safetensors).
         tensor_parallel_size: ranks; rank 0 is the caller's process, the others are children of it.
         dtype: "bf16" | "fp16" | "fp32" | "fp64"; None takes the checkpoint's.
-        layout: what post-load makes of the weights: "canonical" | "transposed" | "shuffled" | "packed".
+        layout: storage of the weights after post-load: "canonical" | "transposed" | "shuffled" | "packed".
         wrap_linears: put a `base_layer` wrapper around every linear layer after post-load, as LoRA does.
         max_seq_len: longest prompt plus completion in tokens; None takes the checkpoint's, at most 4096.
         block_size: tokens per KV block, also the grain of the prefix cache.
@@ -41,62 +41,69 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_num_seqs: requests that run at once.
         threads: torch threads of each rank; None leaves this process as it is and gives its children a fair share.
         load: "checkpoint" | "dummy" (small reproducible noise, no weights read).
-        max_loras: LoRA adapters held at once; 0 starts the engine without LoRA.
-        max_lora_rank: largest rank of an adapter.
-        lora_targets: last path segments of the modules that take adapters; None is every module that can.
-        wrap_levels: how many `base_layer` wrappers `wrap_linears` puts around each layer.
         timeout_s: longest wait for another rank, in seconds.
+        max_loras: LoRAs held at once; 0 starts the engine without LoRA.
+        max_lora_rank: largest rank of a LoRA.
+        lora_targets: last path segments of the modules that take LoRA; None is every module that can.
+        wrap_levels: how many `base_layer` wrappers `wrap_linears` puts around each layer.
     """
 
     path: str
-    tensor_parallel_size: int = 1
-    dtype: str | None = None
-    layout: str = "canonical"
+    tensor_parallel_size: _Positive = 1
+    dtype: Literal["bf16", "fp16", "fp32", "fp64"] | None = None
+    layout: LayoutName = "canonical"
     wrap_linears: bool = False
-    max_seq_len: int | None = None
-    block_size: int = 16
-    num_blocks: int | None = None
-    max_num_seqs: int = 256
-    threads: int | None = None
-    load: str = "checkpoint"
-    timeout_s: float = 120.0
-    max_loras: int = 0
-    max_lora_rank: int = 16
-    lora_targets: tuple[str, ...] | None = None
-    wrap_levels: int = 1
+    max_seq_len: _Positive | None = None
+    block_size: _Positive = 16
+    num_blocks: _Positive | None = None
+    max_num_seqs: _Positive = 256
+    threads: _Positive | None = None
+    load: Literal["checkpoint", "dummy"] = "checkpoint"
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 120.0
+    max_loras: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_lora_rank: _Positive = 16
+    lora_targets: (
+        Annotated[tuple[Annotated[str, msgspec.Meta(min_length=1)], ...], msgspec.Meta(min_length=1)] | None
+    ) = None
+    wrap_levels: _Positive = 1
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "path", str(self.path))
-        _one_of("layout", self.layout, LAYOUTS)
-        _one_of("load", self.load, ("checkpoint", "dummy"))
-        if self.dtype is not None:
-            _one_of("dtype", self.dtype, _COMPUTE_DTYPES)
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be positive", where=f"EngineConfig.{name}", got=str(value))
-        self._check_lora()
-
-    def _check_lora(self) -> None:
-        if self.max_loras < 0:
-            raise ConfigError("max_loras must not be negative", where="EngineConfig.max_loras", got=str(self.max_loras))
-        targets: object = self.lora_targets  # the constructor does not look at types
-        if targets is None:
-            return
-        where = "EngineConfig.lora_targets"
-        if not isinstance(targets, tuple | list) or not targets or not all(isinstance(t, str) and t for t in targets):
-            expected = 'a tuple of module names such as ("q_proj", "v_proj"), or None for all'
-            raise ConfigError("lora_targets name no modules", where=where, expected=expected, got=repr(targets))
-        if not self.max_loras:
-            expected = "max_loras of at least 1"
-            raise ConfigError("lora_targets without room for an adapter", where=where, expected=expected, got="0")
-        msgspec.structs.force_setattr(self, "lora_targets", tuple(targets))
+        for option in msgspec.structs.fields(type(self)):  # the constructor, unlike decoding, does not look at types
+            value = getattr(self, option.name)
+            try:
+                msgspec.structs.force_setattr(self, option.name, msgspec.convert(value, option.type))
+            except msgspec.ValidationError as error:
+                raise ConfigError(
+                    "an engine option does not fit",
+                    where=f"EngineConfig.{option.name}",
+                    expected=str(option.type).replace("typing.", ""),
+                    got=f"{value!r} ({error})",
+                    remedy=f"leave it out for {option.default!r}",
+                ) from error
+        if self.lora_targets is not None and not self.max_loras:
+            raise ConfigError(
+                "lora_targets without room for a LoRA",
+                where="EngineConfig.lora_targets",
+                expected="max_loras of at least 1",
+                got="0",
+                remedy="set max_loras=2 (one serves while the next is loaded), or leave lora_targets out",
+            )
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        where = f"EngineConfig.{name}"
-        raise ConfigError(f"unknown {name}", where=where, expected=" | ".join(allowed), got=repr(value))
+def read_fields(raw: Mapping[str, Any], kind: type[T], where: str) -> T:
+    """Convert parsed JSON into a dataclass, ignoring fields that it does not have. Raises ConfigError, naming the
+    field that is missing or of another type."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            "config.json does not describe a supported model",
+            where=where,
+            expected=f"the fields of {kind.__name__}",
+            got=str(error),
+            remedy="use the config.json that save_pretrained of a supported architecture writes",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -107,26 +114,60 @@ class RopeConfig:
     kind: str
     scaling: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> RopeConfig:
+        """Read `rope_parameters` (transformers >= 5), or the older `rope_theta` and `rope_scaling`. Raises ConfigError
+        for a kind that is not supported."""
+        scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+        needs: Mapping[str, tuple[str, ...]] = {
+            "default": (),
+            "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }
+        where = "config.json: rope_parameters"
+        if kind not in needs:
+            raise ConfigError("unsupported rope type", where=where, expected=" | ".join(needs), got=repr(kind))
+        missing = [name for name in needs[kind] if name not in scaling]
+        if missing:
+            raise ConfigError(f"rope type {kind} lacks fields", where=where, expected=", ".join(missing))
+        partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+        if partial != 1.0:
+            raise ConfigError(
+                "partial rotary embeddings are not supported", where=where, expected="1", got=str(partial)
+            )
+        return cls(float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0), kind, scaling)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of `config.json` that the supported families share. `raw` keeps the rest for the family's own."""
+    """The fields of `config.json` that the supported families share, under their own names.
 
-    architecture: str
+    Attributes:
+        num_key_value_heads, head_dim: also where the file leaves them to be derived.
+        rope: the rotary embedding, whichever way the file spells it.
+        raw: everything in the file that is not null, for the families' own fields.
+    """
+
+    architectures: list[str]
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_act: str
-    tied: bool
-    dtype: str
-    rope: RopeConfig
-    raw: Mapping[str, Any]
+    num_hidden_layers: int
+    num_attention_heads: int
+    dtype: Literal["bfloat16", "float16", "float32", "float64"]
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        heads = self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
 
     @classmethod
     def read(cls, folder: str | Path) -> ModelConfig:
@@ -138,43 +179,15 @@ class ModelConfig:
             remedy = "give the folder of a Hugging Face checkpoint"
             raise NotFound("no config.json in the checkpoint folder", where=str(folder), remedy=remedy) from None
         except ValueError as error:
-            raise ConfigError("config.json is not JSON", where=str(path), got=str(error)) from error
-        return cls.parse(raw, str(path))
+            remedy = "save the checkpoint again with save_pretrained"
+            raise ConfigError("config.json is not JSON", where=str(path), got=str(error), remedy=remedy) from error
+        known = {name: value for name, value in raw.items() if value is not None}
+        dtype = known.get("dtype", known.get("torch_dtype", "float32"))
+        return read_fields({**known, "dtype": dtype, "raw": known}, cls, str(path))
 
-    @classmethod
-    def parse(cls, raw: Mapping[str, Any], where: str) -> ModelConfig:
-        """Read the common fields from the parsed JSON of `where`."""
-
-        def need(name: str) -> Any:
-            value = raw.get(name)
-            if value is None:
-                raise ConfigError("config.json lacks a field that every supported family has", where=f"{where}: {name}")
-            return value
-
-        architectures = need("architectures")
-        heads = int(need("num_attention_heads"))
-        hidden = int(need("hidden_size"))
-        dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        if dtype not in _CHECKPOINT_DTYPES:
-            expected = ", ".join(_CHECKPOINT_DTYPES)
-            raise ConfigError("unknown checkpoint dtype", where=f"{where}: dtype", expected=expected, got=repr(dtype))
-        return cls(
-            architecture=str(architectures[0]),
-            vocab_size=int(need("vocab_size")),
-            hidden_size=hidden,
-            intermediate_size=int(need("intermediate_size")),
-            num_layers=int(need("num_hidden_layers")),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            max_position_embeddings=int(raw.get("max_position_embeddings") or 2048),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            hidden_act=str(raw.get("hidden_act", "silu")),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            dtype=_CHECKPOINT_DTYPES[dtype],
-            rope=_rope(raw, where),
-            raw=raw,
-        )
+    @property
+    def rope(self) -> RopeConfig:
+        return RopeConfig.of(self.raw)
 
     @property
     def window(self) -> int | None:
@@ -185,30 +198,9 @@ class ModelConfig:
         return int(size) if slides and size else None
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
-    """transformers >= 5 keeps one `rope_parameters`; older files `rope_theta` and `rope_scaling`."""
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
-    needs: Mapping[str, tuple[str, ...]] = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in needs:
-        raise ConfigError("unsupported rope type", where=where, expected=" | ".join(needs), got=repr(kind))
-    missing = [name for name in needs[kind] if name not in scaling]
-    if missing:
-        raise ConfigError(f"rope type {kind} lacks fields", where=where, expected=", ".join(missing))
-    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ConfigError("partial rotary embeddings are not supported", where=where, expected="1.0", got=str(partial))
-    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    return RopeConfig(theta, kind, scaling)
-
-
 @dataclass(frozen=True)
-class Limits:
-    """Sizes resolved from both configs."""
+class EngineLimits:
+    """Sizes that follow from both configs: compute dtype, tokens of a sequence, tokens of a KV block, KV blocks."""
 
     dtype: torch.dtype
     max_seq_len: int
@@ -216,8 +208,8 @@ class Limits:
     num_blocks: int
 
     @classmethod
-    def of(cls, engine: EngineConfig, model: ModelConfig) -> Limits:
-        """Raises ConfigError where the two do not fit."""
+    def of(cls, engine: EngineConfig, model: ModelConfig) -> EngineLimits:
+        """Derive the sizes. Raises ConfigError where the two configs do not fit each other."""
         longest = model.max_position_embeddings
         seq = engine.max_seq_len or min(longest, _DEFAULT_SEQ_LEN)
         if seq > longest:
@@ -234,5 +226,9 @@ class Limits:
         each = math.ceil(seq / engine.block_size)
         blocks = engine.num_blocks or max(_DEFAULT_BLOCKS, each)
         if blocks < each:
-            raise ConfigError("too few KV blocks for one sequence", expected=f"at least {each}", got=str(blocks))
-        return cls(dtype_of(engine.dtype or model.dtype), seq, engine.block_size, blocks)
+            where, expected = "EngineConfig.num_blocks", f"at least {each}"
+            remedy = "set num_blocks to that or more, or a smaller max_seq_len"
+            raise ConfigError(
+                "too few KV blocks for one sequence", where=where, expected=expected, got=str(blocks), remedy=remedy
+            )
+        return cls(dtype_of(engine.dtype or _DTYPES[model.dtype]), seq, engine.block_size, blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,39 +12,40 @@ from bridge.errors import ConfigError, DtypeMismatch, ShapeMismatch, UnexpectedT
 from engine_side.embedded.attention import Attention, AttentionTraits, RotaryEmbedding, Step
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.layers import (
+    LayerContext,
     MergedColumnParallelLinear,
     ParallelLMHead,
     RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from engine_side.embedded.layouts import Layout
 from engine_side.embedded.mla import MLAConfig, MLAttention
-from engine_side.embedded.moe import CorrectedTopK, FusedMoE, GroupedTopK, MoEConfig, SparseMoeBlock, activation
-from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.moe import (
+    CorrectedTopK,
+    FusedMoE,
+    GroupedTopK,
+    MoEConfig,
+    SoftmaxTopK,
+    SparseMoeBlock,
+    activation,
+)
 from engine_side.embedded.quant import quantise
-from engine_side.embedded.weights import default_weight_loader, stored
+from engine_side.embedded.weights import default_weight_loader, located, stored
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""The two ends of a tie, as every supported family's checkpoints name them."""
 
 
 class MLP(nn.Module):
     """Gated feed-forward with a fused `gate_up_proj`; `size` None takes the config's intermediate size."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        bias: bool,
-        dtype: torch.dtype,
-        tp: Parallel,
-        layout: Layout,
-        size: int | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, bias: bool, context: LayerContext, size: int | None = None) -> None:
         super().__init__()
         hidden, size = config.hidden_size, size or config.intermediate_size
         self.act = activation(config.hidden_act)
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, dtype, tp, layout)
-        self.down_proj = RowParallelLinear(size, hidden, bias, dtype, tp, layout)
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, context)
+        self.down_proj = RowParallelLinear(size, hidden, bias, context)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope, rope_dim)
 
     def forward(self, step: Step) -> torch.Tensor:
-        """The last hidden states [n, hidden] of the step's tokens."""
+        """Compute the last hidden states [n, hidden] of the step's tokens."""
         x: torch.Tensor = self.embed_tokens(step.tokens)
         step.cos, step.sin = self.rotary_emb(step.positions, x.dtype)
         for layer in self.layers:
@@ -110,65 +111,61 @@ class CausalLM(nn.Module):
     }
     """Segment after the expert's number -> parameter of FusedMoE and shard id."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__()
         self.config = config
-        embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, tp, layout)
-        layers: list[nn.Module] = [
-            DecoderLayer(
-                self.make_attention(config, index, dtype, tp, layout),
-                self.make_mlp(config, index, dtype, tp, layout),
-                config,
-                dtype,
-            )
-            for index in range(config.num_layers)
-        ]
-        self.model = Decoder(config, embedding, layers, self.rope_dim(config), dtype)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, dtype, tp, layout)
-        if config.tied:
-            self.lm_head.tie_weights(embedding)
         self.stacked = self.stacking(config)
-        quantise(self, config.raw.get("quantization_config"), layout)
+        embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
+        layers: list[nn.Module] = []
+        for index in range(config.num_hidden_layers):
+            attention, mlp = self.make_attention(config, index, context), self.make_mlp(config, index, context)
+            layers.append(DecoderLayer(attention, mlp, config, context.dtype))
+        self.model = Decoder(config, embedding, layers, self.rope_dim(config), context.dtype)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, context)
+        if config.tie_word_embeddings:
+            self.lm_head.tie_weights(embedding)
+        quantise(self, config.raw.get("quantization_config"), context.layout)
 
     @classmethod
     def stacking(cls, config: ModelConfig) -> Mapping[str, tuple[str, object]]:
-        """`stacked` of a model with this config."""
+        """Return `stacked` for a model with this config."""
         return cls.stacked
 
     @classmethod
     def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
-        """Biases and norms of this family's attention."""
+        """Return the biases and norms of this family's attention."""
         raise NotImplementedError
 
     @classmethod
     def rope_dim(cls, config: ModelConfig) -> int:
-        """How many numbers of each head are rotated."""
+        """Return how many numbers of each head are rotated."""
         return config.head_dim
 
     @classmethod
-    def make_attention(
-        cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout
-    ) -> nn.Module:
-        return Attention(config, cls.attention_traits(config), index, dtype, tp, layout)
+    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
+        """Build the attention of one layer."""
+        return Attention(config, cls.attention_traits(config), index, context)
 
     @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
-        return MLP(config, False, dtype, tp, layout)
+    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
+        """Build the feed-forward of one layer, dense or sparse."""
+        return MLP(config, False, context)
 
     def forward(self, step: Step) -> torch.Tensor:
-        """Last hidden states [n, hidden]; `logits` turns chosen rows of them into logits. *(collective)*"""
+        """Compute the last hidden states [n, hidden]; `logits` takes chosen rows of them. *(collective)*"""
         out: torch.Tensor = self.model(step)
         return out
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocabulary], padding cut off. *(collective)*"""
+        """Compute [n, hidden] -> [n, vocabulary], padding cut off. *(collective)*"""
         out: torch.Tensor = self.lm_head(hidden)
         return out
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Write checkpoint tensors into this rank's parameters, each through the parameter's own loader.
 
-        Returns the checkpoint names that were used. Raises UnexpectedTensor or ShapeMismatch, naming the tensor.
+        Returns the checkpoint names that were used. Raises UnexpectedTensor, ShapeMismatch or DtypeMismatch, naming the
+        tensor.
         """
         params = {
             f"{path}.{name}" if path else name: tensor
@@ -188,19 +185,16 @@ class CausalLM(nn.Module):
             try:
                 loader(param, tensor, **arguments)
             except (ShapeMismatch, DtypeMismatch) as error:
-                where = f"{name} -> {target}"
-                raise type(error)(
-                    error.what, where=where, expected=error.expected, got=error.got, remedy=error.remedy, names=(name,)
-                ) from error
+                raise located(error, f"{name} -> {target}", name) from error
             loaded.add(name)
         return loaded
 
     def ignores(self, name: str) -> bool:
-        """Is this a tensor that checkpoints of this model may hold and that is not this engine's to load?"""
-        return self.config.tied and name == "lm_head.weight"
+        """Tell if checkpoints of this model may hold a tensor of this name that the engine does not load."""
+        return self.config.tie_word_embeddings and name == HEAD
 
     def resolve(self, name: str) -> tuple[str, dict[str, object]]:
-        """Checkpoint name -> parameter path here and the loader's further arguments."""
+        """Map a checkpoint's tensor name to the parameter's path here and the loader's further arguments."""
         parts = name.split(".")
         if len(parts) >= 4 and parts[-4] == "experts" and parts[-3].isdecimal() and parts[-2] in self.experts:
             param, shard = self.experts[parts[-2]]
@@ -215,30 +209,27 @@ class CausalLM(nn.Module):
         return name, {}
 
     def checkpoint_names(self) -> Iterator[str]:
-        """Every tensor that a checkpoint of this model holds; `resolve` the other way round."""
+        """Yield every tensor name that a checkpoint of this model holds: the inverse of `resolve`."""
         back = {here: there for there, here in self.moved.items()}
         for path, module in self.named_modules():
             parent, _, last = path.rpartition(".")
             for name, _ in stored(module):
                 if isinstance(module, FusedMoE):
-                    yield from self._expert_names(path, module.num_experts, name)
+                    for part, (param, _shard) in self.experts.items():
+                        stem = param.removesuffix("weight")
+                        if name.startswith(stem):
+                            rest = f"{part}.{name.removeprefix(stem)}"
+                            yield from (f"{path}.{expert}.{rest}" for expert in range(module.num_experts))
                 elif f"{last}.{name}" in back:
                     yield f"{parent}.{back[f'{last}.{name}']}"
-                elif not (module is self.lm_head and self.config.tied):
+                elif not (module is self.lm_head and self.config.tie_word_embeddings):
                     yield from (f"{part}.{name}" for part in self.parts_of(path))
 
     def parts_of(self, path: str) -> list[str]:
-        """What checkpoints call the module at `path`: its own path, or that of each of its parts."""
+        """Return the checkpoint's names of the module at `path`: its own path, or those of the parts of a fused one."""
         parent, _, last = path.rpartition(".")
         parts = [part for part, (fused, _) in self.stacked.items() if fused == last] or [last]
         return [f"{parent}.{part}" if parent else part for part in parts]
-
-    def _expert_names(self, path: str, number: int, name: str) -> Iterator[str]:
-        """The checkpoint's names of what the experts at `path` hold as `name`."""
-        for part, (param, _) in self.experts.items():
-            stem = param.removesuffix("weight")
-            if name.startswith(stem):
-                yield from (f"{path}.{i}.{part}.{name.removeprefix(stem)}" for i in range(number))
 
 
 class LlamaForCausalLM(CausalLM):
@@ -248,8 +239,8 @@ class LlamaForCausalLM(CausalLM):
         return AttentionTraits(qkv_bias=bias, output_bias=bias)
 
     @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
-        return MLP(config, bool(config.raw.get("mlp_bias", False)), dtype, tp, layout)
+    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
+        return MLP(config, bool(config.raw.get("mlp_bias", False)), context)
 
 
 class Qwen2ForCausalLM(CausalLM):
@@ -267,19 +258,19 @@ class Qwen3ForCausalLM(CausalLM):
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
     @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
+    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
         raw = config.raw
         experts = int(raw.get("num_experts") or raw.get("num_local_experts") or 0)
         sparse = experts > 0 and (index + 1) % int(raw.get("decoder_sparse_step") or 1) == 0
         if not sparse or index in (raw.get("mlp_only_layers") or ()):
-            return MLP(config, False, dtype, tp, layout)
+            return MLP(config, False, context)
         routing = MoEConfig(
             experts=experts,
             top_k=int(raw["num_experts_per_tok"]),
             intermediate_size=int(raw["moe_intermediate_size"]),
             renormalize=bool(raw.get("norm_topk_prob", False)),
         )
-        return SparseMoeBlock(routing, config.hidden_size, activation(config.hidden_act), dtype, tp, layout)
+        return SparseMoeBlock(routing, config.hidden_size, activation(config.hidden_act), context, SoftmaxTopK)
 
 
 class DeepseekV2ForCausalLM(CausalLM):
@@ -296,45 +287,46 @@ class DeepseekV2ForCausalLM(CausalLM):
 
     @classmethod
     def rope_dim(cls, config: ModelConfig) -> int:
-        return MLAConfig.of(config).rope_dim
+        return MLAConfig.of(config).qk_rope_head_dim
 
     @classmethod
-    def make_attention(
-        cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout
-    ) -> nn.Module:
-        return MLAttention(config, index, dtype, tp, layout)
+    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
+        return MLAttention(config, index, context)
 
     @classmethod
     def moe_config(cls, config: ModelConfig) -> MoEConfig:
-        """Routing of this family's sparse layers, as transformers reads it."""
+        """Read the routing of this family's sparse layers, as transformers does."""
         raw = config.raw
         method = raw.get("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
             expected = "greedy | group_limited_greedy"
             raise ConfigError("unknown routing", where="config.json: topk_method", expected=expected, got=repr(method))
-        grouped = method == "group_limited_greedy"
+        return cls.read_routing(raw, renormalize=False, grouped=method == "group_limited_greedy")
+
+    @staticmethod
+    def read_routing(raw: Mapping[str, Any], renormalize: bool, grouped: bool = True) -> MoEConfig:
+        """Read the fields that the DeepSeek families share."""
         return MoEConfig(
             experts=int(raw["n_routed_experts"]),
             top_k=int(raw["num_experts_per_tok"]),
             intermediate_size=int(raw["moe_intermediate_size"]),
-            renormalize=False,
-            groups=int(raw["n_group"]) if grouped else 1,
-            top_groups=int(raw["topk_group"]) if grouped else 1,
+            renormalize=renormalize,
+            groups=int(raw.get("n_group") or 1) if grouped else 1,
+            top_groups=int(raw.get("topk_group") or 1) if grouped else 1,
             scale=float(raw.get("routed_scaling_factor", 1.0)),
         )
 
     @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> nn.Module:
+    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
         raw = config.raw
         if index < int(raw.get("first_k_dense_replace") or 0) or not raw.get("n_routed_experts"):
-            return MLP(config, False, dtype, tp, layout)
+            return MLP(config, False, context)
         if raw.get("moe_layer_freq", 1) != 1:
             got = str(raw["moe_layer_freq"])
             raise ConfigError("unsupported spacing of sparse layers", where="config.json: moe_layer_freq", got=got)
         moe, shared = cls.moe_config(config), int(raw.get("n_shared_experts") or 0)
-        beside = MLP(config, False, dtype, tp, layout, moe.intermediate_size * shared) if shared else None
-        act = activation(config.hidden_act)
-        return SparseMoeBlock(moe, config.hidden_size, act, dtype, tp, layout, routing=cls.routing, shared=beside)
+        beside = MLP(config, False, context, moe.intermediate_size * shared) if shared else None
+        return SparseMoeBlock(moe, config.hidden_size, activation(config.hidden_act), context, cls.routing, beside)
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
@@ -345,22 +337,13 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
 
     @classmethod
     def moe_config(cls, config: ModelConfig) -> MoEConfig:
-        raw = config.raw
-        return MoEConfig(
-            experts=int(raw["n_routed_experts"]),
-            top_k=int(raw["num_experts_per_tok"]),
-            intermediate_size=int(raw["moe_intermediate_size"]),
-            renormalize=bool(raw.get("norm_topk_prob", True)),
-            groups=int(raw.get("n_group") or 1),
-            top_groups=int(raw.get("topk_group") or 1),
-            scale=float(raw.get("routed_scaling_factor", 1.0)),
-        )
+        return cls.read_routing(config.raw, renormalize=bool(config.raw.get("norm_topk_prob", True)))
 
     def ignores(self, name: str) -> bool:
         """Checkpoints end with layers that predict further tokens; no decoder of this engine runs them."""
         parts = name.split(".")
         further = int(self.config.raw.get("num_nextn_predict_layers") or 0)
-        first = self.config.num_layers
+        first = self.config.num_hidden_layers
         if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal():
             return first <= int(parts[2]) < first + further
         return super().ignores(name)
@@ -378,13 +361,13 @@ ARCHITECTURES: Mapping[str, type[CausalLM]] = {
 
 
 def model_class(architecture: str) -> type[CausalLM]:
-    """The class of an architecture. Raises ConfigError, listing what is supported."""
-    try:
-        return ARCHITECTURES[architecture]
-    except KeyError:
+    """Return the class of an architecture. Raises ConfigError, listing what is supported."""
+    if architecture not in ARCHITECTURES:
         raise ConfigError(
             "the embedded engine does not know this architecture",
             where="config.json: architectures",
             expected=" | ".join(ARCHITECTURES),
             got=repr(architecture),
-        ) from None
+            remedy="serve this model with vLLM or SGLang",
+        )
+    return ARCHITECTURES[architecture]

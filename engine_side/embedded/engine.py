@@ -1,4 +1,4 @@
-"""The engine's face: generate, pause, caches, prompt log-probabilities; one thread that steps all running requests."""
+"""The engine that users call: generation, pausing, caches, prompt log-probabilities; one thread steps all requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 
 from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
 from bridge.protocol.codec import Completion, Sampling
@@ -16,35 +15,38 @@ from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.ranks import Ranks
-from engine_side.embedded.runner import Batch, ModelRunner
+from engine_side.embedded.runner import ModelRunner, SequenceBatch
 from engine_side.embedded.sampler import sample, stream
-from engine_side.embedded.scheduler import Request, Scheduler
+from engine_side.embedded.scheduler import GenerationRequest, Scheduler
 
 log = logging.getLogger(__name__)
 
 PAUSE_MODES = ("drain", "abort", "keep")
 CURRENT, BASE = "current", "base"
-"""What `generate` takes for an adapter besides the name of a loaded one: what was published last, and the base."""
+"""Values of `generate(adapter=...)` besides the name of a loaded LoRA: the one published last, and the base model."""
 
 
 class Engine:
     """An inference engine of this process (rank 0) and, with tensor parallelism, of its child processes.
 
-    Thread-safe. `close()` ends its thread and its children; so does the end of this process.
+    Thread-safe. `close()` ends its thread and its children; so does the end of this process. A forked child has only
+    the object: its `close()` does nothing.
 
     Attributes:
         weight_version: the version that completions report; set by the bridge at commit.
-        adapter: the loaded adapter that `generate(adapter="current")` uses; None is the base model.
+        adapter: the loaded LoRA that `generate(adapter="current")` uses; None is the base model.
         steps: forwards of the scheduler so far.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Blocks until weights are loaded in all ranks. Raises ConfigError, IntegrityError, PeerLost."""
+        """Start the ranks and the thread. Blocks until weights are loaded in all ranks. Raises ConfigError,
+        IntegrityError, PeerLost."""
         self.config = config
         self.weight_version = 0
         self.adapter: str | None = None
-        self._version_of: dict[str, int] = {}  # loaded adapter -> the version it was published under last
+        self._version_of: dict[str, int] = {}  # loaded LoRA -> the version it was published under last
         self.steps = 0
+        self._pid = os.getpid()
         self._ranks = Ranks(config)
         limits = self._ranks.runner.limits
         pool = BlockPool(limits.num_blocks, limits.block_size)
@@ -54,7 +56,7 @@ class Engine:
         self._gate_open = True  # False: new calls of generate wait
         self._scheduling = True  # False: only privileged requests run
         self._refusal: str | None = None
-        self._retired: set[str] = set()  # adapters that are dropped as soon as no request uses them
+        self._retired: set[str] = set()  # LoRAs that are dropped as soon as no request uses them
         self._stepping = False
         self._visitors = 0  # callers that want the execution lock: the stepping thread lets them go first
         self._closed = False
@@ -75,7 +77,7 @@ class Engine:
 
     @property
     def cached_blocks_read(self) -> int:
-        """How many KV blocks were taken from the prefix cache so far."""
+        """Number of KV blocks that were taken from the prefix cache so far."""
         return self._scheduler.pool.hits
 
     # -- generation -------------------------------------------------------------------------------------------------
@@ -89,41 +91,48 @@ class Engine:
         past_gate: bool = False,
         deadline: Deadline | None = None,
     ) -> list[Completion]:
-        """One completion per prompt, in order; a stop token is part of its completion.
+        """Sample one completion per prompt, in order; a stop token is part of its completion. Blocks until all are
+        done, and while the engine is paused.
 
-        `adapter` is "current" (what is published when a request first runs), "base", or the name of a loaded LoRA
-        adapter; a request keeps what it began with, whatever is published while it runs. Blocks until all are done, and
-        while the engine is paused. `past_gate` runs although paused or quarantined, and before all others. Raises
-        EngineQuarantined, Closed, NotFound (an adapter that is not loaded, or retired), ConfigError (bad prompt),
-        PeerLost (a rank died), DeadlineExceeded (and what has not finished by then ends).
+        Args:
+            adapter: "current" (the LoRA that is published when a request first runs), "base", or the name of a loaded
+                LoRA; a request keeps the one that it began with, whatever is published while it runs.
+            past_gate: run although paused or quarantined, and before all others.
+            deadline: requests that have not finished by then end; None waits.
+
+        Raises EngineQuarantined, Closed, NotFound (a LoRA that is not loaded, or retired), ConfigError (bad prompt),
+        PeerLost (a rank's process has ended), DeadlineExceeded.
         """
         sampling = sampling or Sampling()
         tokens = self.runner.check(prompts)
-        requests = [Request(ids, sampling, stream(sampling, i), past_gate) for i, ids in enumerate(tokens)]
+        requests = [GenerationRequest(ids, sampling, stream(sampling, i), past_gate) for i, ids in enumerate(tokens)]
+        late = "the completions were not finished in time", "give it more time, or resume the engine if it is paused"
         with self._changed:
-            self._wait(lambda: past_gate or self._gate_open or self._refusal is not None or self._closed, deadline)
-            self._check_open(past_gate)
+            self._wait(lambda: past_gate or self._gate_open or self._refusal is not None, deadline, *late)
+            self._check_closed()
+            if self._refusal is not None and not past_gate:
+                raise self._quarantined(self._refusal)
             named = None if adapter == CURRENT else self._named(adapter)
             for request in requests:
-                request.adapter, request.follows = named, adapter == CURRENT
+                request.lora, request.follows = named, adapter == CURRENT
                 if not sampling.max_tokens or len(request.tokens) >= self._scheduler.max_seq_len:
                     request.version = self._version_of.get(named or BASE, self.weight_version)
                     request.reason = "length"
             self._scheduler.add(r for r in requests if not r.done)
             self._changed.notify_all()
             try:
-                self._wait(lambda: all(r.done for r in requests), deadline)
+                self._wait(lambda: all(r.done for r in requests), deadline, *late)
             finally:
                 # Only a caller that was interrupted, or came to its deadline, leaves anything to end here.
-                self._finish([r for r in requests if not r.done], "abort")
+                self._finish([r for r in requests if not r.done])
         for request in requests:
             if request.error is not None:
                 raise request.error
         return [request.completion() for request in requests]
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]], adapter: str = CURRENT) -> list[list[float]]:
-        """Log-probability of token i+1 given tokens 0..i, past the scheduler on fresh KV; works while paused. `adapter`
-        as for `generate`. Raises ConfigError, NotFound, PeerLost."""
+        """Compute the log-probability of token i+1 given tokens 0..i, past the scheduler on fresh KV; works while
+        paused. `adapter` as for `generate`. Raises ConfigError, NotFound, PeerLost, Closed."""
         tokens = self.runner.check(prompts)
         with self._exclusive(Deadline.after(self.config.timeout_s)):
             with self._changed:
@@ -132,29 +141,36 @@ class Engine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the LoRA adapters that are loaded now, retired ones that still run included."""
-        return self.runner.adapters
+        """Names of the LoRAs that are loaded now, retired ones that still run included."""
+        return self.runner.loras
 
-    # -- what the bridge calls --------------------------------------------------------------------------------------
+    # -- called by the bridge ---------------------------------------------------------------------------------------
 
     def pause(self, mode: str = "abort", deadline: Deadline | None = None) -> None:
         """Stop scheduling: running requests finish first ("drain"), end as they are ("abort") or stay ("keep").
 
-        New calls of `generate` wait. Of an engine that is already paused only "abort" still asks something. Raises
+        New calls of `generate` wait. On an engine that is already paused only "abort" has an effect. Raises
         ConfigError, or DeadlineExceeded, after which the engine runs as before.
         """
         if mode not in PAUSE_MODES:
-            raise ConfigError("unknown pause mode", expected=" | ".join(PAUSE_MODES), got=repr(mode))
+            expected, remedy = " | ".join(PAUSE_MODES), "choose one of these for inflight"
+            raise ConfigError("unknown pause mode", expected=expected, got=repr(mode), remedy=remedy)
         deadline = deadline or Deadline.after(self.config.timeout_s)
+        late = "the engine could not be paused in time", "give a longer timeout_s, or inflight='abort'"
         with self._changed:
             before = self._gate_open, self._scheduling
             self._gate_open = False
-            if mode == "drain" and self._scheduling:
-                self._await(lambda: not self._ordinary(), before, deadline)
-            self._scheduling = False
-            self._await(lambda: not self._stepping, before, deadline)
+            try:
+                if mode == "drain" and self._scheduling:
+                    self._wait(lambda: not self._ordinary(), deadline, *late)
+                self._scheduling = False
+                self._wait(lambda: not self._stepping, deadline, *late)
+            except DeadlineExceeded:
+                self._gate_open, self._scheduling = before
+                self._changed.notify_all()
+                raise
             if mode == "abort":
-                self._finish(self._ordinary(), "abort")
+                self._finish(self._ordinary())
 
     def resume(self) -> None:
         """Schedule again; kept requests go on. Idempotent."""
@@ -168,42 +184,42 @@ class Engine:
 
     @property
     def refusal(self) -> str | None:
-        """Why `generate` raises EngineQuarantined now; None when it does not."""
+        """The reason with which `generate` raises EngineQuarantined now; None when it does not."""
         return self._refusal
 
     def publish(self, version: int, adapter: str | None = None) -> None:
-        """What completions report and "current" means from now on; requests that have begun keep what they have. Raises
-        NotFound for an adapter that is not loaded, or retired."""
+        """Set the version that completions report and the LoRA that "current" means from now on; requests that have
+        begun keep theirs. Raises NotFound for a LoRA that is not loaded, or retired."""
         with self._changed:
             if adapter is not None:
                 self._named(adapter)
             self.weight_version, self.adapter = version, adapter
             told = self._version_of if adapter is None else {**self._version_of, adapter: version}
             self._version_of = {name: told[name] for name in self.adapters if name in told}
-            self._changed.notify_all()  # the one before may be free to go
+            self._changed.notify_all()  # the LoRA that was published before may be free to go
 
     def retire(self, names: Iterable[str]) -> None:
-        """Drop these adapters in every rank, between two steps, as soon as no request uses them and none of them is the
-        published one: at once where that is so, without waiting for requests. Nobody can ask for them by name any more.
-        Unknown names are ignored. Raises PeerLost, Closed."""
+        """Drop these LoRAs in every rank, between two steps, as soon as no request uses them and none of them is the
+        published one; does not wait for requests. New requests cannot name them any more. Unknown names are ignored.
+        Raises PeerLost, Closed."""
         with self._changed:
             self._retired |= set(names).intersection(self.adapters)
         with self._exclusive(Deadline.after(self.config.timeout_s)):
             self._drop_unused()
 
     def end_users(self, names: Iterable[str]) -> None:
-        """End, as aborted, the ordinary requests that use one of these adapters or have asked for one by name; one that
-        waits for "current" takes what is published when it begins. Works while paused."""
+        """End, as aborted, the ordinary requests that use one of these LoRAs or have named one; a request that waits
+        for "current" takes the LoRA that is published when it begins. Works while paused."""
         chosen = set(names)
         with self._changed:
-            self._finish([r for r in self._ordinary() if not r.follows and r.adapter in chosen], "abort")
+            self._finish([r for r in self._ordinary() if not r.follows and r.lora in chosen])
 
     def refuse(self, reason: str | None) -> None:
         """Make `generate` raise EngineQuarantined, also for calls that wait or run now; None lifts it."""
         with self._changed:
             self._refusal = reason
             if reason is not None:
-                self._finish(self._ordinary(), "abort", self._quarantined(reason))
+                self._finish(self._ordinary(), self._quarantined(reason))
             self._changed.notify_all()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
@@ -215,7 +231,7 @@ class Engine:
     def run_job(self, job: bytes, deadline: Deadline) -> None:
         """Run an opaque job of the bridge in every rank, between two steps; returns when all ranks have.
 
-        Raises DeadlineExceeded, PeerLost, or what a rank reported.
+        Raises DeadlineExceeded, PeerLost, or the error of a rank.
         """
         with self._exclusive(deadline):
             self._drop_unused()  # a job may need the slot
@@ -228,7 +244,7 @@ class Engine:
             return
         with self._changed:
             self._closed = True
-            self._finish(self._everything(), "abort", Closed("the engine was closed"))
+            self._finish(self._everything(), Closed("the engine was closed", remedy="start another Engine"))
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(self.config.timeout_s)
@@ -238,9 +254,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # -- the stepping thread ----------------------------------------------------------------------------------------
@@ -255,55 +269,45 @@ class Engine:
                 try:
                     self._drop_unused()
                 except Exception:
-                    log.exception("an adapter could not be dropped")
+                    log.exception("a LoRA could not be dropped")
                 self._step()
 
     def _step(self) -> None:
-        """Schedule, compute and book one step. Errors end the requests that took part, or all of them when it is not
+        """Schedule, compute and record one step. Errors end the requests that took part, or all of them when it is not
         known which did, and never this thread: without it every caller would wait for ever."""
-        chosen: list[Request] | None = None
+        chosen: list[GenerationRequest] | None = None
         try:
             with self._changed:
-                planned = self._plan_step()
-                self._stepping = planned is not None
-            if planned is None:
-                return
+                if self._closed:
+                    return
+                self._end_without_lora()
+                planned = self._scheduler.schedule(
+                    not self._scheduling, self.weight_version, self.adapter, self._version_of
+                )
+                if planned is None:
+                    return
+                self._stepping = True
             chosen, batch = planned
             tokens, logprobs = self._compute(chosen, batch)
             with self._changed:
-                self._book(chosen, tokens, logprobs)
+                self.steps += 1
+                self._scheduler.advance(chosen, tokens, logprobs)
         except Exception as error:
             failure = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
             failure.__cause__ = None if failure is error else error
             with self._changed:
-                self._fail(self._everything() if chosen is None else chosen, failure)
+                for request in self._everything() if chosen is None else chosen:
+                    try:
+                        if not request.done:
+                            self._scheduler.finish(request, "abort", failure)
+                    except Exception:  # the scheduler's lists are broken; the request is marked, its caller goes on
+                        log.exception("a request that failed could not be removed from the scheduler")
         finally:
             with self._changed:
                 self._stepping = False
                 self._changed.notify_all()
 
-    def _plan_step(self) -> tuple[list[Request], Batch] | None:
-        if self._closed:
-            return None
-        self._end_without_lora()
-        return self._scheduler.schedule(not self._scheduling, self.weight_version, self.adapter, self._version_of)
-
-    def _book(self, chosen: list[Request], tokens: list[int], logprobs: list[float]) -> None:
-        self.steps += 1
-        # A request may have been ended while its step ran.
-        alive = [i for i, request in enumerate(chosen) if not request.done]
-        self._scheduler.advance([chosen[i] for i in alive], [tokens[i] for i in alive], [logprobs[i] for i in alive])
-
-    def _fail(self, requests: Iterable[Request], failure: BridgeError) -> None:
-        for request in requests:
-            if request.done:
-                continue
-            try:
-                self._scheduler.finish(request, "abort", failure)
-            except Exception:  # the books are what is broken; the request itself is marked, its caller goes on
-                log.exception("a request that failed could not be taken off the books")
-
-    def _compute(self, chosen: list[Request], batch: Batch) -> tuple[list[int], list[float]]:
+    def _compute(self, chosen: list[GenerationRequest], batch: SequenceBatch) -> tuple[list[int], list[float]]:
         logits = self._ranks.forward(batch)
         return sample(logits, [r.sampling for r in chosen], [r.stream for r in chosen])
 
@@ -326,7 +330,7 @@ class Engine:
                 self._changed.notify_all()
 
     def _drop_unused(self) -> None:
-        """Drop the retired adapters that nobody uses. Called with the execution lock held."""
+        """Drop the retired LoRAs without users. Called with the execution lock held."""
         with self._changed:
             names = self._unused()
         try:
@@ -344,65 +348,52 @@ class Engine:
         return self._scheduler.has_work(not self._scheduling) or bool(self._unused())
 
     def _unused(self) -> set[str]:
-        """Retired adapters that neither a request nor the published version uses."""
+        """Retired LoRAs that neither a request nor the published version uses."""
         if not self._retired:
             return set()
-        used = {r.adapter for r in self._everything()}
-        return {name for name in self._retired if name not in used and name != self.adapter}
+        return self._retired - {self.adapter, *(r.lora for r in self._everything())}
 
     def _named(self, adapter: object) -> str | None:
-        """The adapter of a request that names one. Raises NotFound."""
+        """The LoRA of a request that names one. Raises ConfigError, NotFound."""
         if not isinstance(adapter, str):
-            expected = f"{CURRENT!r}, {BASE!r} or the name of a loaded adapter"
-            raise ConfigError("an adapter is asked for by name", where="adapter", expected=expected, got=repr(adapter))
+            expected = f"{CURRENT!r}, {BASE!r} or the name of a loaded LoRA"
+            raise ConfigError("a LoRA is asked for by name", where="adapter", expected=expected, got=repr(adapter))
         if adapter == BASE:
             return None
         if adapter in self._retired:
             remedy = 'ask for "current"'
-            raise NotFound("this adapter is retired", where="adapter", got=repr(adapter), remedy=remedy)
+            raise NotFound("this LoRA is retired", where="adapter", got=repr(adapter), remedy=remedy)
         self.runner.check_lora(adapter)
         return adapter
 
     def _end_without_lora(self) -> None:
-        """A rank that is asked for an adapter it does not hold would leave the others in the middle of a step."""
+        """End requests whose LoRA was dropped: a rank without it would leave the others in the middle of a step."""
         if self.runner.lora is None:
             return
         loaded = {None, *self.adapters}
         for request in self._everything():
-            wanted = self.adapter if request.follows else request.adapter
+            wanted = self.adapter if request.follows else request.lora
             if wanted not in loaded:
-                error = NotFound("the adapter of this request was dropped", where="adapter", got=repr(wanted))
-                self._finish([request], "abort", error)
+                remedy = 'ask for "current"'
+                error = NotFound("the LoRA of this request was dropped", got=repr(wanted), remedy=remedy)
+                self._finish([request], error)
 
-    def _everything(self) -> list[Request]:
+    def _everything(self) -> list[GenerationRequest]:
         return [*self._scheduler.running, *self._scheduler.waiting]
 
-    def _ordinary(self) -> list[Request]:
+    def _ordinary(self) -> list[GenerationRequest]:
         return [r for r in self._everything() if not r.privileged]
 
-    def _finish(self, requests: Sequence[Request], reason: str, error: BridgeError | None = None) -> None:
+    def _finish(self, requests: Sequence[GenerationRequest], error: BridgeError | None = None) -> None:
+        """End requests as aborted, with `error` if there is one."""
         for request in requests:
-            self._scheduler.finish(request, reason, error)
+            self._scheduler.finish(request, "abort", error)
         self._changed.notify_all()
 
-    def _wait(self, ready: Callable[[], bool], deadline: Deadline | None) -> None:
-        if not self._changed.wait_for(ready, None if deadline is None else deadline.remaining_s):
-            remedy = "give it more time, or resume the engine if it is paused"
-            raise DeadlineExceeded("the completions were not finished in time", remedy=remedy)
-
-    def _await(self, ready: Callable[[], bool], before: tuple[bool, bool], deadline: Deadline) -> None:
-        if self._changed.wait_for(lambda: ready() or self._closed, deadline.remaining_s):
-            return
-        self._gate_open, self._scheduling = before
-        self._changed.notify_all()
-        raise DeadlineExceeded(
-            "the engine could not be paused in time", remedy="give a longer timeout_s, or inflight='abort'"
-        )
-
-    def _check_open(self, past_gate: bool) -> None:
-        self._check_closed()
-        if self._refusal is not None and not past_gate:
-            raise self._quarantined(self._refusal)
+    def _wait(self, ready: Callable[[], bool], deadline: Deadline | None, what: str, remedy: str) -> None:
+        timeout = None if deadline is None else deadline.remaining_s
+        if not self._changed.wait_for(lambda: ready() or self._closed, timeout):
+            raise DeadlineExceeded(what, remedy=remedy)
 
     def _check_closed(self) -> None:
         if self._closed:

@@ -15,8 +15,8 @@ import xxhash
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one layer keeps of each token on this rank: a tensor [heads, width] for each of `widths` (keys and values;
-    a latent attention keeps a single one)."""
+    """The cache entry of one token in one layer on this rank: a tensor [heads, width] for each of `widths` (keys and
+    values; a latent attention keeps a single one)."""
 
     heads: int
     widths: tuple[int, ...]
@@ -24,7 +24,7 @@ class KVShape:
 
 @runtime_checkable
 class Cached(Protocol):
-    """An attention that keeps something of each token: which layer it is, and what it keeps."""
+    """An attention that caches an entry per token: the number of its layer and the shape of the entry."""
 
     @property
     def layer(self) -> int: ...
@@ -34,7 +34,7 @@ class Cached(Protocol):
 
 
 class KVTensors:
-    """What every layer keeps of past tokens: tensors [blocks, block_size, heads, width], zeros at the start."""
+    """The cache tensors of every layer: [blocks, block_size, heads, width], zeros at the start."""
 
     def __init__(self, layers: Mapping[int, KVShape], blocks: int, block_size: int, dtype: torch.dtype) -> None:
         self.block_size = block_size
@@ -44,7 +44,7 @@ class KVTensors:
             self._layers[index] = tuple(_zeros(shape, dtype) for shape in shapes)
 
     def layer(self, index: int) -> tuple[torch.Tensor, ...]:
-        """The tensors of one layer, one for each of its `widths`."""
+        """Return the tensors of one layer, one for each of its `widths`."""
         return self._layers[index]
 
 
@@ -56,21 +56,21 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def block_hash(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The name of a full block: its tokens and all tokens before it."""
+    """Return the hash of a full block: of its tokens and, through `before`, of all tokens before it."""
     return xxhash.xxh3_128_digest(before + np.asarray(tokens, dtype=np.int64).tobytes())
 
 
-def chain_start(adapter: str | None) -> bytes:
-    """What the chain of a sequence's block names begins with: keys and values of one adapter serve no other."""
-    return b"" if adapter is None else xxhash.xxh3_128_digest(b"adapter:" + adapter.encode())
+def chain_start(lora: str | None) -> bytes:
+    """Return the hash before a sequence's first block: keys and values of one LoRA serve no other."""
+    return b"" if lora is None else xxhash.xxh3_128_digest(b"lora:" + lora.encode())
 
 
 class BlockPool:
-    """Which blocks are free, who shares one, and which hold the keys and values of a known prefix.
+    """Counts the users of each KV block, and finds the blocks that hold a known prefix.
 
     A released block keeps its contents and its hash until it is needed again, oldest first. The hash names tokens, not
-    weights: after a weight change only `reset` makes the pool right again. Adapters are named: each has prefixes of its
-    own, and since an adapter's name is never used twice those of one that is gone are never found again.
+    weights: after a weight change only `reset` makes the pool right again. Each LoRA has prefixes of its own, by its
+    name; a LoRA's name is never used twice, so prefixes of one that was dropped are never found again.
     """
 
     def __init__(self, blocks: int, block_size: int) -> None:
@@ -83,14 +83,14 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody uses (they may still be cached)."""
+        """Number of blocks without a user (they may still be cached)."""
         return len(self._free)
 
-    def match(self, tokens: Sequence[int], adapter: str | None = None) -> list[int]:
-        """Blocks that hold the longest prefix of `tokens` known under this adapter, at least one token short of it.
+    def match(self, tokens: Sequence[int], lora: str | None = None) -> list[int]:
+        """Find the blocks of the longest prefix of `tokens` known under this LoRA, at least one token short of it.
         Takes no share."""
         found: list[int] = []
-        name = chain_start(adapter)
+        name = chain_start(lora)
         for end in range(self.block_size, len(tokens), self.block_size):
             name = block_hash(name, tokens[end - self.block_size : end])
             block = self._by_hash.get(name)
@@ -107,11 +107,11 @@ class BlockPool:
         self.hits += len(blocks)
 
     def idle(self, blocks: Sequence[int]) -> int:
-        """How many of these blocks are among the free ones."""
+        """Count those of these blocks that are free."""
         return sum(block in self._free for block in blocks)
 
     def take(self) -> int:
-        """A fresh block. The caller has checked `free`."""
+        """Take a fresh block. The caller has checked `free`."""
         block, _ = self._free.popitem(last=False)
         name = self._hash_of.pop(block, None)
         if name is not None:
@@ -127,7 +127,7 @@ class BlockPool:
                 self._free[block] = None
 
     def remember(self, block: int, name: bytes) -> None:
-        """A full block was computed. The first block of a name stays the known one."""
+        """Record the hash of a block that was computed. The first block of a hash stays the known one."""
         if name not in self._by_hash and block not in self._hash_of:
             self._by_hash[name] = block
             self._hash_of[block] = name

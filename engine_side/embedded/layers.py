@@ -1,39 +1,49 @@
 """Tensor-parallel layers, as vLLM has them: fused, sharded, each parameter with its loader.
 
-Shapes: `x` is [tokens, features of this rank]. Weights are [output, input] as in checkpoints until post-load says
-otherwise. Each layer owns its `quant_method`, which alone knows how the weight is stored after post-load.
+Shapes: `x` is [tokens, features of this rank]. Weights are [output, input] as in checkpoints until post-load changes
+their storage. Each layer owns its `quant_method`, which alone knows how the weight is stored after post-load.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from bridge.errors import ProtocolError
-from engine_side.embedded.layouts import Layout, LinearMethod
+from engine_side.embedded.layouts import CanonicalStorage, LinearMethod, PostLoadLayout
 from engine_side.embedded.parallel import Parallel, divide
 from engine_side.embedded.weights import (
     Cut,
-    block_of,
     default_weight_loader,
     expect_shape,
+    load_cuts,
     parameter,
+    sharded_parameter,
     write,
-    write_cuts,
 )
 
-Adapter = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
-"""Rows [k] that use an adapter (None: all), its A [rank, inputs here] and B [outputs here, rank]."""
+LoraFactors = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+"""Rows [k] that use a LoRA (None: all), its A [rank, inputs here] and B [outputs here, rank]."""
 VOCAB_ALIGN = 64
 """The vocabulary is padded to a multiple of this, and of the number of ranks."""
 
 
+@dataclass(frozen=True)
+class LayerContext:
+    """What all layers of one rank are built with: dtype of their products, tensor-parallel state, post-load layout."""
+
+    dtype: torch.dtype
+    tp: Parallel
+    layout: PostLoadLayout
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, in float32 as transformers does it."""
+    """Root-mean-square norm over the last dimension, computed in float32 as in transformers."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -47,56 +57,52 @@ class RMSNorm(nn.Module):
 
 
 class LinearBase(nn.Module):
-    """A linear layer of [outputs, inputs] elements on this rank; subclasses say how checkpoints are cut."""
+    """A linear layer. Subclasses say which part of a checkpoint's tensors this rank holds.
+
+    Args:
+        input_cut: this rank's inputs.
+        output_cuts: shard id -> where the outputs of a part, which checkpoints hold by itself, lie there and here; the
+            parts are stacked in this order. A layer that is not fused has one part, None.
+    """
 
     bias: nn.Parameter | None
     quantizable: ClassVar[bool] = True
-    """Whether a quantised checkpoint may hold this layer quantised."""
-    shard_ids: Sequence[object] = (None,)
-    """The parts that checkpoints hold one by one."""
+    """False for layers that a quantised checkpoint keeps as they are."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
+    def __init__(self, input_cut: Cut, output_cuts: Mapping[object, Cut], bias: bool, context: LayerContext) -> None:
         super().__init__()
-        self.input_size_per_partition = inputs
-        self.output_size_per_partition = outputs
-        self.params_dtype = dtype
-        self.tp = tp
-        self.quant_method: LinearMethod = layout.linear()
-        self.weight = parameter(
-            (outputs, inputs), dtype, self.weight_loader, input_dim=1, output_dim=0, tp_rank=tp.rank, tp_size=tp.size
-        )
-        self.register_parameter(
-            "bias",
-            parameter((outputs,), dtype, self.weight_loader, output_dim=0, tp_rank=tp.rank, tp_size=tp.size)
-            if bias
-            else None,
-        )
-
-    def output_cut(self, shard_id: object) -> Cut:
-        """Where the outputs of a part lie in the checkpoint and here. Raises ProtocolError for an unknown part."""
-        return Cut.all_of(self.output_size_per_partition)
-
-    def input_cut(self) -> Cut:
-        """Which of the inputs are this rank's."""
-        return Cut.all_of(self.input_size_per_partition)
+        self.input_cut, self.output_cuts = input_cut, output_cuts
+        self.input_size_per_partition = inputs = input_cut.size
+        self.output_size_per_partition = outputs = sum(cut.size for cut in output_cuts.values())
+        self.params_dtype = dtype = context.dtype
+        self.tp = tp = context.tp
+        self.quant_method: LinearMethod = context.layout.linear(context.layout.storage)
+        self.weight = sharded_parameter((outputs, inputs), dtype, self.weight_loader, tp)
+        own_bias = sharded_parameter((outputs,), dtype, self.weight_loader, tp) if bias else None
+        self.register_parameter("bias", own_bias)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
-        """Write this rank's part of a whole checkpoint tensor: weight, bias, or what stands for blocks of the weight.
+        """Write this rank's part of a whole checkpoint tensor: weight, bias, or scales of blocks of the weight.
         Raises ProtocolError, ShapeMismatch, DtypeMismatch."""
-        cuts = (self.output_cut(shard_id), self.input_cut())[: param.dim()]
-        write_cuts(param.data, loaded, [cut.blocks(n) for cut, n in zip(cuts, block_of(param), strict=False)])
+        outputs = self.output_cuts.get(shard_id)
+        if outputs is None:
+            expected = " | ".join(map(repr, self.output_cuts))
+            raise ProtocolError(
+                "unknown part of a fused layer", where="shard_id", expected=expected, got=repr(shard_id)
+            )
+        load_cuts(param, param.data, loaded, (outputs, self.input_cut)[: param.dim()])
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
-        """What this rank alone contributes, without collectives."""
+        """Compute this rank's contribution, without collectives."""
         return self.quant_method.apply(self, x, self.bias)
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
-        """What becomes of all ranks' contributions; linear in them. *(collective, where it is one)*"""
+        """Combine all ranks' contributions; linear in them. *(collective in some subclasses)*"""
         return out
 
-    def adapters(self, n: int) -> Iterable[Adapter]:
-        """The LoRA adapters that a call with n rows would add: none here, a LoRA wrapper has its own. For a module that
-        uses this layer's weight without calling the layer, such as an attention with absorbed projections."""
+    def lora_factors(self, n: int) -> Iterable[LoraFactors]:
+        """Return the LoRAs that a call with n rows would add: none here, a LoRA wrapper has its own. Called by modules
+        that use this layer's weight without calling the layer, such as an attention with absorbed projections."""
         return ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,36 +112,27 @@ class LinearBase(nn.Module):
 class ReplicatedLinear(LinearBase):
     """The same whole weight on every rank (MoE routers)."""
 
+    def __init__(self, inputs: int, outputs: int, bias: bool, context: LayerContext) -> None:
+        super().__init__(Cut.all_of(inputs), {None: Cut.all_of(outputs)}, bias, context)
+
 
 class ColumnParallelLinear(LinearBase):
-    """Outputs are divided over ranks."""
+    """A linear layer whose outputs are divided over ranks."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
-        super().__init__(inputs, divide(outputs, tp.size, "the output size"), bias, dtype, tp, layout)
-        self.output_size = outputs
-
-    def output_cut(self, shard_id: object) -> Cut:
-        size = self.output_size_per_partition
-        return Cut(0, self.tp.rank * size, size, self.output_size)
+    def __init__(self, inputs: int, outputs: int, bias: bool, context: LayerContext) -> None:
+        cut = Cut.of_rank(outputs, context.tp, "the output size")
+        super().__init__(Cut.all_of(inputs), {None: cut}, bias, context)
 
 
 class MergedColumnParallelLinear(LinearBase):
     """Several column-parallel weights stacked along the output; `shard_id` is the index of the part."""
 
-    def __init__(
-        self, inputs: int, outputs: Sequence[int], bias: bool, dtype: torch.dtype, tp: Parallel, layout: Layout
-    ) -> None:
-        self.output_sizes = tuple(outputs)
-        sizes = tuple(divide(size, tp.size, "the output size") for size in outputs)
-        self.partition_sizes = sizes
-        self.shard_ids = range(len(sizes))
-        super().__init__(inputs, sum(sizes), bias, dtype, tp, layout)
-
-    def output_cut(self, shard_id: object) -> Cut:
-        if not isinstance(shard_id, int) or not 0 <= shard_id < len(self.output_sizes):
-            raise ProtocolError("a merged layer was given no such part", got=repr(shard_id))
-        size = self.partition_sizes[shard_id]
-        return Cut(sum(self.partition_sizes[:shard_id]), self.tp.rank * size, size, self.output_sizes[shard_id])
+    def __init__(self, inputs: int, outputs: Sequence[int], bias: bool, context: LayerContext) -> None:
+        cuts: dict[object, Cut] = {}
+        for index, size in enumerate(outputs):
+            offset = sum(cut.size for cut in cuts.values())
+            cuts[index] = Cut.of_rank(size, context.tp, "the output size", offset)
+        super().__init__(Cut.all_of(inputs), cuts, bias, context)
 
 
 class QKVParallelLinear(LinearBase):
@@ -143,50 +140,31 @@ class QKVParallelLinear(LinearBase):
     fewer of them than ranks."""
 
     def __init__(
-        self,
-        inputs: int,
-        head_dim: int,
-        heads: int,
-        kv_heads: int,
-        bias: bool,
-        dtype: torch.dtype,
-        tp: Parallel,
-        layout: Layout,
+        self, inputs: int, head_dim: int, heads: int, kv_heads: int, bias: bool, context: LayerContext
     ) -> None:
+        tp = context.tp
         self.heads = divide(heads, tp.size, "the number of attention heads")
+        self.kv_heads, replicas = 1, 1
         if kv_heads >= tp.size:
-            self.kv_heads, self.kv_replicas = divide(kv_heads, tp.size, "the number of key-value heads"), 1
+            self.kv_heads = divide(kv_heads, tp.size, "the number of key-value heads")
         else:
-            self.kv_heads, self.kv_replicas = 1, divide(tp.size, kv_heads, "the number of ranks per key-value head")
-        q, kv = self.heads * head_dim, self.kv_heads * head_dim
-        whole_kv = kv_heads * head_dim
-        # shard id -> (offset here, size here, rank of the part here, size in the checkpoint)
-        self.parts = {
-            "q": (0, q, tp.rank, heads * head_dim),
-            "k": (q, kv, tp.rank // self.kv_replicas, whole_kv),
-            "v": (q + kv, kv, tp.rank // self.kv_replicas, whole_kv),
+            replicas = divide(tp.size, kv_heads, "the number of ranks per key-value head")
+        q, kv, whole_kv = self.heads * head_dim, self.kv_heads * head_dim, kv_heads * head_dim
+        cuts: dict[object, Cut] = {
+            "q": Cut(0, tp.rank * q, q, heads * head_dim),
+            "k": Cut(q, tp.rank // replicas * kv, kv, whole_kv),
+            "v": Cut(q + kv, tp.rank // replicas * kv, kv, whole_kv),
         }
-        self.split_sizes = [q, kv, kv]
-        self.shard_ids = tuple(self.parts)
-        super().__init__(inputs, q + 2 * kv, bias, dtype, tp, layout)
-
-    def output_cut(self, shard_id: object) -> Cut:
-        if not isinstance(shard_id, str) or shard_id not in self.parts:
-            raise ProtocolError("a qkv layer was given no such part", expected="q | k | v", got=repr(shard_id))
-        offset, size, index, whole = self.parts[shard_id]
-        return Cut(offset, index * size, size, whole)
+        super().__init__(Cut.all_of(inputs), cuts, bias, context)
 
 
 class RowParallelLinear(LinearBase):
-    """Inputs are divided over ranks, outputs are summed; the bias is whole everywhere and added on rank 0 only."""
+    """A linear layer whose inputs are divided over ranks and whose outputs are summed; the bias is whole everywhere and
+    added on rank 0 only."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
-        super().__init__(divide(inputs, tp.size, "the input size"), outputs, bias, dtype, tp, layout)
-        self.input_size = inputs
-
-    def input_cut(self) -> Cut:
-        size = self.input_size_per_partition
-        return Cut(0, self.tp.rank * size, size, self.input_size)
+    def __init__(self, inputs: int, outputs: int, bias: bool, context: LayerContext) -> None:
+        cut = Cut.of_rank(inputs, context.tp, "the input size")
+        super().__init__(cut, {None: Cut.all_of(outputs)}, bias, context)
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(self, x, self.bias if self.tp.rank == 0 else None)
@@ -196,35 +174,24 @@ class RowParallelLinear(LinearBase):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the vocabulary divided over ranks, padded with rows of zeros that its loader writes."""
+    """An embedding whose rows are divided over ranks, padded with rows of zeros that its loader writes."""
 
-    def __init__(self, vocab: int, size: int, dtype: torch.dtype, tp: Parallel, layout: Layout) -> None:
+    def __init__(self, vocab: int, size: int, context: LayerContext) -> None:
         super().__init__()
+        self.params_dtype = context.dtype
+        self.tp = tp = context.tp
         step = math.lcm(VOCAB_ALIGN, tp.size)
-        padded = math.ceil(vocab / step) * step
         self.num_embeddings = vocab
         self.embedding_dim = size
-        self.num_embeddings_padded = padded
-        self.num_embeddings_per_partition = padded // tp.size
-        self.params_dtype = dtype
-        self.tp = tp
-        self.quant_method = self._method(layout)
-        self.start = tp.rank * self.num_embeddings_per_partition
-        self.valid = max(0, min(vocab - self.start, self.num_embeddings_per_partition))
-        self.weight = parameter(
-            (self.num_embeddings_per_partition, size),
-            dtype,
-            self.weight_loader,
-            input_dim=1,
-            output_dim=0,
-            tp_rank=tp.rank,
-            tp_size=tp.size,
-        )
-
-    def _method(self, layout: Layout) -> LinearMethod:
-        return layout.embedding()
+        self.num_embeddings_padded = math.ceil(vocab / step) * step
+        self.num_embeddings_per_partition = rows = self.num_embeddings_padded // tp.size
+        self.quant_method = LinearMethod(CanonicalStorage())
+        self.start = tp.rank * rows
+        self.valid = max(0, min(vocab - self.start, rows))
+        self.weight = sharded_parameter((rows, size), context.dtype, self.weight_loader, tp)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
+        """Write this rank's rows of a whole checkpoint tensor, and zeros below. Raises ShapeMismatch."""
         expect_shape(loaded, (self.num_embeddings, self.embedding_dim))
         if self.valid:
             write(param.data[: self.valid], loaded.narrow(0, self.start, self.valid))
@@ -232,7 +199,7 @@ class VocabParallelEmbedding(nn.Module):
             param.data[self.valid :].fill_(0)
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of the ids [n] that lie on this rank, zeros for the others."""
+        """Look up the ids [n] that lie on this rank; rows of the others are zeros."""
         inside = (x >= self.start) & (x < self.start + self.num_embeddings_per_partition)
         rows = nn.functional.embedding(torch.where(inside, x - self.start, 0), self.weight)
         return rows * inside.unsqueeze(-1)
@@ -250,8 +217,9 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     tied = False
 
-    def _method(self, layout: Layout) -> LinearMethod:
-        return layout.head()
+    def __init__(self, vocab: int, size: int, context: LayerContext) -> None:
+        super().__init__(vocab, size, context)
+        self.quant_method = context.layout.head(context.layout.storage)
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> None:
         """Use the embedding's Parameter. Called once, while the model is built."""

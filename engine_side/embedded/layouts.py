@@ -1,20 +1,23 @@
-"""Post-load layouts: what `process_weights_after_loading` makes of a weight, and how `apply` then reads it.
+"""Post-load layouts: how `process_weights_after_loading` stores a weight, and how `apply` reads it afterwards.
 
-Every layer owns one method object. Post-load is the engine's step after loading; it is not idempotent: a second call on
-a shuffled or transposed layer shuffles again, as in the engines this one stands for.
+Every layer owns one method object. Post-load is the engine's step after loading. It is not idempotent: a second call on
+a shuffled or transposed layer shuffles again, as in vLLM and SGLang.
 
     canonical    as in the checkpoint
     transposed   the same Parameter holds its transpose, input_dim and output_dim change places (storage moves)
     shuffled     tiles are reordered inside the same storage, loader and attributes stay
-    packed       linear weights vanish into a closure `layer.cpu_linear`, what is left is an empty Parameter without a
-                 loader; heads keep their weight but read a packed copy; experts are packed once, behind a latch
+    packed       linear weights vanish into a closure `layer.cpu_linear`, leaving an empty Parameter without a loader;
+                 heads keep their weight but read a packed copy; experts are packed once, behind a latch
+
+Block-scaled fp8 layers (see `quant`) follow the same layouts: the codes are stored so, their scales stay canonical, and
+a packed layer is dequantised once. Fp8 experts stay as in the checkpoint in every layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,42 +25,17 @@ from torch.nn import functional
 
 from engine_side.embedded.weights import set_attributes
 
-
-class LinearMethod(Protocol):
-    """What a linear layer, an embedding or a head owns."""
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """The post-load step of this one layer. Called by the engine once, after all weights were loaded."""
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[n, inputs] -> [n, outputs], without collectives."""
-        ...
-
-
-class ExpertsMethod(Protocol):
-    """What a FusedMoE layer owns."""
-
-    def process_weights_after_loading(self, layer: Any) -> None: ...
-
-    def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[n, hidden], routing weights and expert ids [n, k] -> [n, hidden], without collectives."""
-        ...
-
-
-def swap_last(param: nn.Parameter) -> None:
-    """Store the transpose of the last two dimensions under the same Parameter, and let its attributes follow."""
-    param.data = param.data.transpose(-1, -2).contiguous()
-    inputs, outputs = getattr(param, "input_dim", None), getattr(param, "output_dim", None)
-    set_attributes(param, input_dim=outputs, output_dim=inputs)
+Block = tuple[int, int]
+"""Rows and columns of a weight that share one scale."""
 
 
 def tile_of(rows: int, columns: int) -> tuple[int, int]:
-    """The largest square tile that divides a matrix; (1, 1), where none does, leaves it as it is."""
+    """Return the largest square tile that divides a matrix; (1, 1), where none does, leaves the matrix as it is."""
     return next(((t, t) for t in (16, 8, 4) if rows % t == 0 and columns % t == 0), (1, 1))
 
 
 def shuffle(weight: torch.Tensor) -> torch.Tensor:
-    """Tiles of the last two dimensions laid out one after the other; same shape, new storage."""
+    """Lay the tiles of the last two dimensions out one after the other; same shape, new storage."""
     rows, columns = weight.shape[-2:]
     r, c = tile_of(rows, columns)
     tiles = weight.view(*weight.shape[:-2], rows // r, r, columns // c, c)
@@ -65,15 +43,23 @@ def shuffle(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unshuffle(weight: torch.Tensor) -> torch.Tensor:
-    """The inverse of `shuffle`."""
+    """Invert `shuffle`."""
     rows, columns = weight.shape[-2:]
     r, c = tile_of(rows, columns)
     tiles = weight.view(*weight.shape[:-2], rows // r, columns // c, r, c)
     return tiles.transpose(-3, -2).contiguous().view(weight.shape)
 
 
+def dequantise(weight: torch.Tensor, scales: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply codes [rows, columns] by the scales of their blocks; the values in `dtype`, rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    rows, columns = weight.shape
+    spread = scales.to(wide).repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return (weight.to(wide) * spread).to(dtype)
+
+
 def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:
-    """A function (x, bias) over private copies of weight and bias; the bias is held in float32."""
+    """Return a function (x, bias) over private copies of weight and bias; the bias is held in float32."""
     packed = weight.detach().t().contiguous()
     held = None if bias is None else bias.detach().to(torch.float32, copy=True)
 
@@ -84,133 +70,165 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[.
     return cpu_linear
 
 
-class UnquantizedLinearMethod:
-    """Canonical: nothing to do."""
+class CanonicalStorage:
+    """Stores the last two dimensions [outputs, inputs] of a weight as the checkpoint has them."""
+
+    def store(self, param: nn.Parameter) -> None:
+        """Bring a loaded, canonical Parameter into this storage, in place. Called once, by post-load."""
+
+    def read(self, stored: torch.Tensor) -> torch.Tensor:
+        """Return the canonical form of a stored weight, or of some of its leading entries."""
+        return stored
+
+
+class TransposedStorage(CanonicalStorage):
+    """Stores the transpose under the same Parameter, in new memory; `input_dim` and `output_dim` change places."""
+
+    def store(self, param: nn.Parameter) -> None:
+        param.data = param.data.transpose(-1, -2).contiguous()
+        inputs, outputs = getattr(param, "input_dim", None), getattr(param, "output_dim", None)
+        set_attributes(param, input_dim=outputs, output_dim=inputs)
+
+    def read(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored.transpose(-1, -2)
+
+
+class ShuffledStorage(CanonicalStorage):
+    """Stores tiles one after the other in the same memory."""
+
+    def store(self, param: nn.Parameter) -> None:
+        param.data.copy_(shuffle(param.data))
+
+    def read(self, stored: torch.Tensor) -> torch.Tensor:
+        return unshuffle(stored)
+
+
+class LinearMethod:
+    """Stores and applies the weight of a linear layer or an embedding."""
+
+    def __init__(self, storage: CanonicalStorage) -> None:
+        self.storage = storage
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing."""
+        """Run the post-load step of this one layer. Called by the engine once, after all weights were loaded."""
+        self.storage.store(layer.weight)
+
+    def values(self, layer: Any) -> torch.Tensor:
+        """Return the layer's weight [outputs, inputs] in the dtype of its products."""
+        return self.storage.read(layer.weight)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, layer.weight, bias)
+        """Compute [n, inputs] -> [n, outputs], without collectives."""
+        return functional.linear(x, self.values(layer), bias)
 
 
-class TransposedLinearMethod(UnquantizedLinearMethod):
+class HeadMethod(LinearMethod):
+    """Stores and applies an output projection. A tied one is left canonical: its Parameter is the embedding's."""
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        swap_last(layer.weight)
+        if not layer.tied:
+            super().process_weights_after_loading(layer)
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, layer.weight.t(), bias)
+    def values(self, layer: Any) -> torch.Tensor:
+        weight: torch.Tensor = layer.weight
+        return weight if layer.tied else super().values(layer)
 
 
-class ShuffledLinearMethod(UnquantizedLinearMethod):
+class PackedLinearMethod(LinearMethod):
+    """Packs weight and bias into a closure and leaves empty Parameters without a loader under `hidden`."""
+
+    hidden: tuple[str, ...] = ("weight",)
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.weight.data.copy_(shuffle(layer.weight.data))
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, unshuffle(layer.weight), bias)
-
-
-class PackedLinearMethod(UnquantizedLinearMethod):
-    def process_weights_after_loading(self, layer: Any) -> None:
-        layer.cpu_linear = packed_linear(layer.weight, layer.bias)
-        layer.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
+        layer.cpu_linear = packed_linear(self.values(layer), layer.bias)
+        for name in self.hidden:
+            held = getattr(layer, name)
+            empty = torch.empty(0, dtype=held.dtype, device=held.device)
+            setattr(layer, name, nn.Parameter(empty, requires_grad=False))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor = layer.cpu_linear(x, bias)
         return out
 
 
-class TransposedHeadMethod(TransposedLinearMethod):
-    """A tied head is left alone: its Parameter is the embedding's."""
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if not layer.tied:
-            super().process_weights_after_loading(layer)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, layer.weight if layer.tied else layer.weight.t(), bias)
-
-
-class ShuffledHeadMethod(ShuffledLinearMethod):
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if not layer.tied:
-            super().process_weights_after_loading(layer)
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, layer.weight if layer.tied else unshuffle(layer.weight), bias)
-
-
 class PackedHeadMethod(PackedLinearMethod):
-    """The weight stays where it is, tied or not, but nobody reads it any more."""
+    """Packs a copy of the weight, which stays where it is, tied or not, but is read no more."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.cpu_linear = packed_linear(layer.weight, None)
 
 
-class UnquantizedFusedMoEMethod:
-    """Canonical experts: w13 [E, 2I, H], w2 [E, H, I]."""
+class Fp8LinearMethod(LinearMethod):
+    """Stores fp8 codes; the layer's `weight_scale_inv` stays canonical."""
+
+    def __init__(self, storage: CanonicalStorage, block: Block) -> None:
+        super().__init__(storage)
+        self.block = block
+
+    def values(self, layer: Any) -> torch.Tensor:
+        return dequantise(super().values(layer), layer.weight_scale_inv, self.block, layer.params_dtype)
+
+
+class PackedFp8LinearMethod(Fp8LinearMethod, PackedLinearMethod):
+    """Packs the dequantised weight; of codes and scales nothing is left."""
+
+    hidden = ("weight", "weight_scale_inv")
+
+
+class FusedMoEMethod:
+    """Stores and applies the experts of a FusedMoE layer: w13 [E, 2I, H], w2 [E, H, I] in canonical storage."""
+
+    def __init__(self, storage: CanonicalStorage) -> None:
+        self.storage = storage
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing."""
+        """Run the post-load step of this one layer. Called by the engine once, after all weights were loaded."""
+        self.storage.store(layer.w13_weight)
+        self.storage.store(layer.w2_weight)
 
     def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Canonical [2I, H] and [H, I] of one expert."""
-        return layer.w13_weight[index], layer.w2_weight[index]
+        """Return the canonical [2I, H] and [H, I] of one expert."""
+        return self.storage.read(layer.w13_weight[index]), self.storage.read(layer.w2_weight[index])
 
     def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Compute [n, hidden], routing weights and expert ids [n, k] -> [n, hidden], without collectives."""
         out = torch.zeros_like(x)
         for index in sorted(set(ids.flatten().tolist())):
             rows, slot = torch.where(ids == index)
             w13, w2 = self.expert(layer, index)
-            routed, deltas = x[rows], layer.deltas
+            routed, lora = x[rows], layer.lora
             both = functional.linear(routed, w13)
-            if deltas is not None:
-                both = deltas.gate_up(both, routed, rows, index)
+            if lora is not None:
+                lora.add("w1", index, both, routed, rows)
+                lora.add("w3", index, both, routed, rows)
             gate, up = both.chunk(2, dim=-1)
             inner = layer.act(gate) * up
             y = functional.linear(inner, w2)
-            if deltas is not None:
-                y = deltas.down(y, inner, rows, index)
+            if lora is not None:
+                lora.add("w2", index, y, inner, rows)
             y = y * weights[rows, slot].unsqueeze(-1)
             out.index_add_(0, rows, y.to(out.dtype))
         return out
 
 
-class TransposedFusedMoEMethod(UnquantizedFusedMoEMethod):
-    def process_weights_after_loading(self, layer: Any) -> None:
-        swap_last(layer.w13_weight)
-        swap_last(layer.w2_weight)
-
-    def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return layer.w13_weight[index].t(), layer.w2_weight[index].t()
-
-
-class ShuffledFusedMoEMethod(UnquantizedFusedMoEMethod):
-    def process_weights_after_loading(self, layer: Any) -> None:
-        for weight in (layer.w13_weight, layer.w2_weight):
-            weight.data.copy_(shuffle(weight.data))
-
-    def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return unshuffle(layer.w13_weight[index]), unshuffle(layer.w2_weight[index])
-
-
-class PackedFusedMoEMethod(UnquantizedFusedMoEMethod):
+class PackedFusedMoEMethod(FusedMoEMethod):
     """Packs when the kernel is first built and never again: weights loaded later lie unpacked in packed storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: CanonicalStorage) -> None:
+        super().__init__(storage)
         self.moe_kernel: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if self.moe_kernel is not None:
             return
         for name in ("w13_weight", "w2_weight"):
-            self._replace(layer, name, _pack_experts(getattr(layer, name).data))
+            held = getattr(layer, name)
+            # [E, N, K] in the order of [E, K, N], under the same shape. As vLLM's replace_parameter: a new Parameter,
+            # the loader kept, every other attribute lost.
+            packed = held.data.transpose(1, 2).contiguous().view(held.shape)
+            setattr(layer, name, nn.Parameter(packed, requires_grad=False))
+            set_attributes(getattr(layer, name), weight_loader=held.weight_loader)
         self.moe_kernel = _unpack_expert
-
-    def _replace(self, layer: Any, name: str, value: torch.Tensor) -> None:
-        """As vLLM's replace_parameter: a new Parameter, the loader kept, every other attribute lost."""
-        param = nn.Parameter(value, requires_grad=False)
-        setattr(layer, name, set_attributes(param, weight_loader=getattr(layer, name).weight_loader))
 
     def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.moe_kernel is None:
@@ -218,45 +236,47 @@ class PackedFusedMoEMethod(UnquantizedFusedMoEMethod):
         return self.moe_kernel(layer.w13_weight, index), self.moe_kernel(layer.w2_weight, index)
 
 
-def _pack_experts(weight: torch.Tensor) -> torch.Tensor:
-    """[E, N, K] in the order of [E, K, N], under the same shape."""
-    return weight.transpose(1, 2).contiguous().view(weight.shape)
-
-
 def _unpack_expert(weight: torch.Tensor, index: int) -> torch.Tensor:
     _, rows, columns = weight.shape
     return weight[index].view(columns, rows).t()
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which method classes the layers of one engine are given; each layer makes its own object."""
+class Fp8FusedMoEMethod(FusedMoEMethod):
+    """Keeps codes and scales as in the checkpoint; an expert is dequantised when it is used."""
 
-    linear: Callable[[], LinearMethod]
-    embedding: Callable[[], LinearMethod]
-    head: Callable[[], LinearMethod]
-    experts: Callable[[], ExpertsMethod]
-    name: str
+    def __init__(self, block: Block) -> None:
+        super().__init__(CanonicalStorage())
+        self.block = block
+
+    def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = layer.params_dtype
+        return (
+            dequantise(layer.w13_weight[index], layer.w13_weight_scale_inv[index], self.block, dtype),
+            dequantise(layer.w2_weight[index], layer.w2_weight_scale_inv[index], self.block, dtype),
+        )
+
+
+@dataclass(frozen=True)
+class PostLoadLayout:
+    """The storage and the method classes of one engine; every layer makes a method object of its own."""
+
+    storage: CanonicalStorage
+    linear: type[LinearMethod] = LinearMethod
+    head: type[LinearMethod] = HeadMethod
+    experts: type[FusedMoEMethod] = FusedMoEMethod
+    fp8_linear: type[Fp8LinearMethod] = Fp8LinearMethod
 
 
 _LAYOUTS = {
-    "canonical": Layout(
-        UnquantizedLinearMethod,
-        UnquantizedLinearMethod,
-        UnquantizedLinearMethod,
-        UnquantizedFusedMoEMethod,
-        "canonical",
+    "canonical": PostLoadLayout(CanonicalStorage()),
+    "transposed": PostLoadLayout(TransposedStorage()),
+    "shuffled": PostLoadLayout(ShuffledStorage()),
+    "packed": PostLoadLayout(
+        CanonicalStorage(), PackedLinearMethod, PackedHeadMethod, PackedFusedMoEMethod, PackedFp8LinearMethod
     ),
-    "transposed": Layout(
-        TransposedLinearMethod, UnquantizedLinearMethod, TransposedHeadMethod, TransposedFusedMoEMethod, "transposed"
-    ),
-    "shuffled": Layout(
-        ShuffledLinearMethod, UnquantizedLinearMethod, ShuffledHeadMethod, ShuffledFusedMoEMethod, "shuffled"
-    ),
-    "packed": Layout(PackedLinearMethod, UnquantizedLinearMethod, PackedHeadMethod, PackedFusedMoEMethod, "packed"),
 }
 
 
-def layout_of(name: str) -> Layout:
-    """The layout of a name that `EngineConfig` has checked."""
+def layout_of(name: str) -> PostLoadLayout:
+    """Return the layout of a name that `EngineConfig` has checked."""
     return _LAYOUTS[name]

@@ -1,4 +1,4 @@
-"""Where an engine's first weights come from: a checkpoint folder, or reproducible noise."""
+"""The engine's first weights: read from a checkpoint folder, or reproducible noise."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, IntegrityError, MissingTensor, NotFound
-from engine_side.embedded.decoder import CausalLM, Weights
+from engine_side.embedded.decoder import EMBEDDING, HEAD, CausalLM, Weights
+from engine_side.embedded.weights import located
 
 _DUMMY_SCALE = 1e-3
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"""The two ends of a tie, as every supported family's checkpoints name them."""
 
 
 def checkpoint_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, CPU tensor) of every tensor in the folder's safetensors files, one at a time."""
+    """Yield (name, CPU tensor) of every tensor in the folder's safetensors files, one at a time. Raises NotFound, or
+    ConfigError without safetensors."""
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -34,15 +34,12 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def load_checkpoint(model: CausalLM, folder: Path) -> None:
-    """Fill `model` from `folder`. Raises MissingTensor, naming what the checkpoint lacks, or what load_weights raises
-    with the folder in front."""
+    """Fill `model` from `folder`. Raises MissingTensor, naming the tensors that the checkpoint lacks, and the errors of
+    `load_weights`, with the folder in front."""
     try:
         loaded = model.load_weights(with_both_ends(model, checkpoint_weights(folder)))
     except IntegrityError as error:
-        where = f"{folder}: {error.where}"
-        raise type(error)(
-            error.what, where=where, expected=error.expected, got=error.got, remedy=error.remedy, names=error.names
-        ) from error
+        raise located(error, f"{folder}: {error.where}") from error
     missing = tuple(name for name in model.checkpoint_names() if name not in loaded)
     if missing:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -51,14 +48,15 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
             where=str(folder),
             expected=some,
             got=f"{len(missing)} missing",
+            remedy="save the checkpoint again with save_pretrained, or download it anew",
             names=missing,
         )
 
 
 def with_both_ends(model: CausalLM, weights: Weights) -> Weights:
-    """`weights`, and for a model that was untied after it was built the embedding under the head's name as well: its
-    checkpoint is tied, and holds one tensor for both."""
-    both = not model.config.tied and bool(model.config.raw.get("tie_word_embeddings"))
+    """Yield `weights`, and for a model that was untied after it was built the embedding under the head's name as well:
+    its checkpoint is tied, and holds one tensor for both."""
+    both = not model.config.tie_word_embeddings and bool(model.config.raw.get("tie_word_embeddings"))
     for name, tensor in weights:
         if both and name == HEAD:
             continue
@@ -69,7 +67,7 @@ def with_both_ends(model: CausalLM, weights: Weights) -> Weights:
 
 @torch.no_grad()
 def load_dummy(model: nn.Module) -> None:
-    """Small uniform noise, the same for the same parameter path on every start."""
+    """Fill `model` with small uniform noise, the same for the same parameter path on every start."""
     for name, param in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.empty(param.shape, dtype=torch.float32).uniform_(-1.0, 1.0, generator=generator)

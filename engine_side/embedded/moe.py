@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -11,33 +12,28 @@ from torch import nn
 from torch.nn import functional
 
 from bridge.errors import ConfigError, ProtocolError
-from engine_side.embedded.layers import ReplicatedLinear
-from engine_side.embedded.layouts import ExpertsMethod, Layout
-from engine_side.embedded.parallel import Parallel, divide
-from engine_side.embedded.weights import Cut, block_of, parameter, write_cuts
+from engine_side.embedded.layers import LayerContext, ReplicatedLinear
+from engine_side.embedded.layouts import FusedMoEMethod
+from engine_side.embedded.weights import Cut, load_cuts, sharded_parameter
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(x, approximate="tanh")
 
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": functional.silu,
     "swish": functional.silu,
     "gelu": functional.gelu,
-    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
 
 
 def activation(name: str) -> Activation:
-    """The function of a config's `hidden_act`. Raises ConfigError."""
-    try:
-        return _ACTIVATIONS[name]
-    except KeyError:
-        raise ConfigError("unsupported activation", expected=" | ".join(_ACTIVATIONS), got=repr(name)) from None
+    """Return the function of a config's `hidden_act`. Raises ConfigError."""
+    if name not in _ACTIVATIONS:
+        where, expected = "config.json: hidden_act", " | ".join(_ACTIVATIONS)
+        raise ConfigError("unsupported activation", where=where, expected=expected, got=repr(name))
+    return _ACTIVATIONS[name]
 
 
 @dataclass(frozen=True)
@@ -69,15 +65,12 @@ class MoEConfig:
             raise ConfigError("a token cannot use so many experts", expected=expected, got=str(self.top_k))
 
 
-class ExpertDeltas(Protocol):
-    """What LoRA adapters add inside one expert, for the tokens [k] that are routed to it; both may work in place."""
+class ExpertLora(Protocol):
+    """The LoRAs of one forward through a layer's experts."""
 
-    def gate_up(self, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, expert: int) -> torch.Tensor:
-        """`out` [k, 2I] of x [k, hidden] -> the same with the adapters' part."""
-        ...
-
-    def down(self, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, expert: int) -> torch.Tensor:
-        """`out` [k, hidden] of x [k, I] -> the same with the adapters' part."""
+    def add(self, shard_id: str, expert: int, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Add, in place, what the LoRAs of these tokens [k] contribute to one matrix of an expert: to the layer's
+        outputs `out` [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
         ...
 
 
@@ -85,53 +78,41 @@ class FusedMoE(nn.Module):
     """All experts of a layer: `w13_weight` [E, 2I, H] (gate over up) and `w2_weight` [E, H, I]; I is divided
     over ranks."""
 
-    deltas: ExpertDeltas | None = None
+    lora: ExpertLora | None = None
     """Set by a LoRA wrapper for the time of one forward."""
 
-    def __init__(
-        self, config: MoEConfig, hidden: int, act: Activation, dtype: torch.dtype, tp: Parallel, layout: Layout
-    ) -> None:
+    def __init__(self, config: MoEConfig, hidden: int, act: Activation, context: LayerContext) -> None:
         super().__init__()
-        size = divide(config.intermediate_size, tp.size, "the experts' intermediate size")
-        self.num_experts = config.experts
+        tp, experts = context.tp, config.experts
+        inner = Cut.of_rank(config.intermediate_size, tp, "the experts' intermediate size")
+        above, whole = replace(inner, offset=inner.size), Cut.all_of(hidden)
+        self.cuts: Mapping[object, tuple[Cut, Cut]] = {"w1": (inner, whole), "w3": (above, whole), "w2": (whole, inner)}
+        self.num_experts = experts
         self.hidden_size = hidden
-        self.intermediate_size = config.intermediate_size
-        self.intermediate_size_per_partition = size
-        self.params_dtype = dtype
+        self.intermediate_size_per_partition = inner.size
+        self.params_dtype = dtype = context.dtype
         self.act = act
         self.tp = tp
-        self.quant_method: ExpertsMethod = layout.experts()
-        self.w13_weight = parameter(
-            (config.experts, 2 * size, hidden), dtype, self.weight_loader, input_dim=2, output_dim=1, tp_rank=tp.rank
-        )
-        self.w2_weight = parameter(
-            (config.experts, hidden, size), dtype, self.weight_loader, input_dim=2, output_dim=1, tp_rank=tp.rank
-        )
+        self.quant_method: FusedMoEMethod = context.layout.experts(context.layout.storage)
+        self.w13_weight = sharded_parameter((experts, 2 * inner.size, hidden), dtype, self.weight_loader, tp)
+        self.w2_weight = sharded_parameter((experts, hidden, inner.size), dtype, self.weight_loader, tp)
 
     def weight_loader(
         self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None, expert_id: int = -1
     ) -> None:
-        """One matrix of one expert: `shard_id` "w1" (gate), "w3" (up) or "w2" (down)."""
-        if not 0 <= expert_id < self.num_experts:
-            raise ProtocolError("no such expert", expected=f"0 .. {self.num_experts - 1}", got=str(expert_id))
+        """Write one matrix of one expert: `shard_id` "w1" (gate), "w3" (up) or "w2" (down). Raises ProtocolError,
+        ShapeMismatch, DtypeMismatch."""
         cuts = self.cuts.get(shard_id)
-        if cuts is None:
-            raise ProtocolError("experts were given no such part", expected="w1 | w2 | w3", got=repr(shard_id))
-        write_cuts(param.data[expert_id], loaded, [cut.blocks(n) for cut, n in zip(cuts, block_of(param))])
-
-    @property
-    def cuts(self) -> Mapping[object, tuple[Cut, Cut]]:
-        """Part -> which outputs and inputs of an expert's matrix lie where on this rank."""
-        size, whole, hidden = self.intermediate_size_per_partition, self.intermediate_size, Cut.all_of(self.hidden_size)
-        start = self.tp.rank * size
-        return {
-            "w1": (Cut(0, start, size, whole), hidden),
-            "w3": (Cut(size, start, size, whole), hidden),
-            "w2": (hidden, Cut(0, start, size, whole)),
-        }
+        if cuts is None or not 0 <= expert_id < self.num_experts:
+            raise ProtocolError(
+                "the experts have no such part",
+                expected=f"w1 | w2 | w3 of expert 0 to {self.num_experts - 1}",
+                got=f"{shard_id!r} of expert {expert_id}",
+            )
+        load_cuts(param, param.data[expert_id], loaded, cuts)
 
     def local(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the sum: [n, hidden], routing weights and ids [n, k] -> [n, hidden]."""
+        """Compute this rank's part of the sum: [n, hidden], routing weights and ids [n, k] -> [n, hidden]."""
         return self.quant_method.apply(self, x, weights, ids)
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -144,49 +125,47 @@ class Router(ReplicatedLinear):
     quantizable: ClassVar[bool] = False
 
 
-class SoftmaxTopK(nn.Module):
-    """Softmax over all experts in float32, then the best `top_k`. Weights in the hidden states' dtype, as transformers
-    has them in the Qwen families."""
+class TopKRouting(nn.Module):
+    """Base of the families' routings: logits [n, experts] -> weights and ids [n, top_k] of the chosen experts."""
 
-    router_dtype: torch.dtype | None = None
-    """What the logits are computed in, at least; None: in what everything else is."""
+    least_dtype: torch.dtype | None = None
+    """Lowest dtype of the logits; None: the dtype of the other layers."""
 
     def __init__(self, config: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
 
+
+class SoftmaxTopK(TopKRouting):
+    """Softmax over all experts in float32, then the best `top_k`. Weights in the hidden states' dtype, as transformers
+    has them in the Qwen families."""
+
     def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [n, experts] -> weights, ids [n, top_k]."""
         weights, ids = functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.config.top_k, dim=-1)
         if self.config.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights.to(dtype), ids
 
 
-class GroupedTopK(nn.Module):
+class GroupedTopK(TopKRouting):
     """DeepSeek-V2: softmax, the groups with the best single expert, of these the best `top_k`. All in float32."""
 
-    router_dtype: torch.dtype | None = torch.float32
-
-    def __init__(self, config: MoEConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.config = config
+    least_dtype = torch.float32
 
     def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [n, experts] -> weights, ids [n, top_k]."""
-        scores = logits.softmax(dim=-1)
-        weights, ids = self._among_groups(scores, scores, best=1).topk(self.config.top_k, dim=-1)
+        weights, ids = self._best(logits.softmax(dim=-1), experts_per_group=1)
         return self._scaled(weights), ids
 
-    def _among_groups(self, scores: torch.Tensor, choice: torch.Tensor, best: int) -> torch.Tensor:
-        """`scores` outside the groups whose `best` experts add up to most in `choice` become -inf."""
+    def _best(self, scores: torch.Tensor, experts_per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose `top_k` experts of the groups whose best `experts_per_group` add up to most."""
         groups = self.config.groups
-        if groups == 1:
-            return scores
-        ranked = choice.view(len(choice), groups, -1).topk(best, dim=-1).values.sum(dim=-1)
-        outside = torch.ones_like(ranked, dtype=torch.bool)
-        outside.scatter_(1, ranked.topk(self.config.top_groups, dim=-1).indices, False)
-        return scores.masked_fill(outside.repeat_interleave(scores.shape[1] // groups, dim=1), -torch.inf)
+        if groups > 1:
+            ranked = scores.view(len(scores), groups, -1).topk(experts_per_group, dim=-1).values.sum(dim=-1)
+            outside = torch.ones_like(ranked, dtype=torch.bool)
+            outside.scatter_(1, ranked.topk(self.config.top_groups, dim=-1).indices, False)
+            scores = scores.masked_fill(outside.repeat_interleave(scores.shape[1] // groups, dim=1), -torch.inf)
+        best = scores.topk(self.config.top_k, dim=-1)
+        return best.values, best.indices
 
     def _scaled(self, weights: torch.Tensor) -> torch.Tensor:
         if self.config.renormalize:
@@ -205,12 +184,9 @@ class CorrectedTopK(GroupedTopK):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.experts, dtype=dtype))
 
     def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [n, experts] -> weights, ids [n, top_k]."""
         scores = logits.sigmoid()
         choice = scores + self.e_score_correction_bias
-        ids = self._among_groups(choice, choice, best=min(2, self.config.experts // self.config.groups)).topk(
-            self.config.top_k, dim=-1
-        )[1]
+        _, ids = self._best(choice, experts_per_group=min(2, self.config.experts // self.config.groups))
         return self._scaled(scores.gather(1, ids)), ids
 
 
@@ -222,19 +198,15 @@ class SparseMoeBlock(nn.Module):
         config: MoEConfig,
         hidden: int,
         act: Activation,
-        dtype: torch.dtype,
-        tp: Parallel,
-        layout: Layout,
-        *,
-        routing: type[SoftmaxTopK] | type[GroupedTopK] = SoftmaxTopK,
+        context: LayerContext,
+        routing: type[TopKRouting],
         shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.router_dtype = dtype if routing.router_dtype is None else torch.promote_types(dtype, routing.router_dtype)
+        self.router_dtype = torch.promote_types(context.dtype, routing.least_dtype or context.dtype)
         self.routing = routing(config, self.router_dtype)
-        self.gate = Router(hidden, config.experts, False, self.router_dtype, tp, layout)
-        self.experts = FusedMoE(config, hidden, act, dtype, tp, layout)
+        self.gate = Router(hidden, config.experts, False, replace(context, dtype=self.router_dtype))
+        self.experts = FusedMoE(config, hidden, act, context)
         self.shared_experts = shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ class Parallel:
 
     @property
     def collectives(self) -> tuple[int, int]:
-        """How many this rank has begun and ended since it joined its group. Ranks are in step between two jobs when all
-        of these numbers are one."""
+        """How many collectives this rank has begun and ended since it joined its group. Ranks are in step between two
+        jobs when these numbers are equal in all of them."""
         return self._begun, self._ended
 
     def connect(self, store_path: str) -> None:
@@ -50,7 +50,11 @@ class Parallel:
             # The file is gone after this returns, so every rank has to have met every other one by then.
             self._group.barrier().wait(timeout)
         except RuntimeError as error:
-            raise PeerLost("the ranks could not form a group", where=f"rank {self.rank}", got=str(error)) from error
+            where, remedy = (
+                f"rank {self.rank}",
+                "see the log for the rank's own error; raise timeout_s if it is slow",
+            )
+            raise PeerLost("the ranks could not form a group", where=where, got=str(error), remedy=remedy) from error
 
     @contextmanager
     def until(self, deadline: Deadline) -> Iterator[None]:
@@ -86,13 +90,13 @@ class Parallel:
             work.wait(datetime.timedelta(seconds=max(limit, 0.001)))
         except RuntimeError as error:
             where = f"{what} on rank {self.rank} of {self.size}"
-            remedy = "a rank died or hung; restart the engine"
+            remedy = "restart the engine; a rank has ended or hangs"
             raise PeerLost("a collective failed", where=where, got=str(error)[:200], remedy=remedy) from error
         self._ended += 1
 
 
 def divide(total: int, parts: int, what: str) -> int:
-    """`total / parts`. Raises ConfigError, naming `what`, when it does not divide."""
+    """Return `total / parts`. Raises ConfigError, naming `what`, when it does not divide."""
     if total % parts:
         raise ConfigError(
             f"{what} cannot be divided over the tensor-parallel ranks",

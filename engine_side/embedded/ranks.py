@@ -1,9 +1,7 @@
-"""The processes of the other tensor-parallel ranks, seen from rank 0: start, tell, wait, end."""
+"""The processes of the other tensor-parallel ranks, seen from rank 0: start, calls, answers, end."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import shutil
 import socket
@@ -23,9 +21,8 @@ from bridge.protocol.deadline import Deadline
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.runner import Batch, ModelRunner
+from engine_side.embedded.runner import ModelRunner, SequenceBatch
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 _GRACE_S = 3.0
 _LOST_GRACE_S = 0.3
@@ -33,8 +30,9 @@ _START_S = 60.0
 """A process needs this long to import torch on a busy machine, however short the waits are meant to be later."""
 
 
-class Setup(Message, tag=True, frozen=True):
-    """First frame to a child: who it is. It answers `Done` when its weights are loaded, then joins the group."""
+class RankSetup(Message, tag=True, frozen=True):
+    """First frame to a child: its rank and configuration. It answers `CallDone` when its weights are loaded, then joins
+    the group. The end of the stream, at any time, ends the child."""
 
     config: EngineConfig
     rank: int
@@ -42,123 +40,91 @@ class Setup(Message, tag=True, frozen=True):
     store: str
 
 
-class Job(Message, tag=True, frozen=True):
-    """Run one opaque job of the bridge, whose collectives end `within_s`; answered by `Done` with the same number."""
+class JobCall(Message, tag=True, frozen=True):
+    """Run one opaque job of the bridge, whose collectives end `within_s`; answered by `CallDone` of this number."""
 
     number: Count
     job: bytes
     within_s: Annotated[float, msgspec.Meta(ge=0)]
 
 
-class Prompts(Message, tag=True, frozen=True):
+class LogprobsCall(Message, tag=True, frozen=True):
     """Take part in one `prompt_logprobs`; not answered."""
 
     prompts: tuple[tuple[Count, ...], ...]
-    adapter: str | None = None
+    lora: str | None = None
 
 
-class DropLora(Message, tag=True, frozen=True):
-    """Drop an adapter that no request uses any more; not answered."""
+class DropLoraCall(Message, tag=True, frozen=True):
+    """Drop a LoRA that no request uses any more; not answered."""
 
     name: str
 
 
-class Stop(Message, tag=True, frozen=True):
-    """End the process."""
+RankCall = JobCall | LogprobsCall | DropLoraCall | SequenceBatch
+"""Frames to a child after the setup; a `SequenceBatch` is one forward, not answered."""
 
 
-class Done(Message, tag=True, frozen=True):
-    """A child's answer, and how many collectives it has begun and ended so far. An `error` to number 0 outside the
-    start means that the child is ending."""
+class CallDone(Message, tag=True, frozen=True):
+    """A child's answer, and how many collectives it has begun and ended so far. An `error` to number 0
+    means that the child is ending."""
 
     number: Count
     error: ErrorInfo | None = None
     collectives: tuple[Count, Count] = (0, 0)
 
 
-Command = Setup | Job | Prompts | DropLora | Stop | Batch
-
-
-class Child:
-    """One process and its channel."""
+class RankProcess:
+    """One child process and its channel."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         ours, theirs = socket.socketpair()
-        os.set_inheritable(theirs.fileno(), True)
-        environment = dict(os.environ)
         root = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "engine_side.embedded.worker", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__ if sys.__stderr__ is not None else subprocess.DEVNULL,
-                env=environment,
+                env={**os.environ, "PYTHONPATH": path},
             )
         self.answered = 0
         self.collectives = (0, 0)
         self.channel = Channel(ours, f"rank {rank}, pid {self.process.pid}")
 
     def wait_done(self, number: int, deadline: Deadline) -> ErrorInfo | None:
-        """The answer to `number`; late answers to earlier jobs are dropped. Raises what a dying child said last."""
-        while True:
-            done: Done = self.channel.receive(Done, deadline)
-            self.answered, self.collectives = done.number, done.collectives
-            if done.number == number:
-                return done.error
-            if done.error is not None and done.number == 0:
-                raise done.error.rebuild()
+        """Wait for the answer to call `number`; late answers to earlier calls are dropped. Raises the last error of a
+        child that is ending, PeerLost, DeadlineExceeded."""
+        while (done := self._receive(deadline)).number != number:
+            pass
+        return done.error
 
-    def catch_up(self, number: int, deadline: Deadline) -> None:
-        """A job that outlasted its deadline may still run: wait, or the next collective would meet the wrong one."""
-        if self.answered < number:
-            self.wait_done(number, deadline)
-
-    def last_words(self) -> BridgeError | None:
-        """Why the child ended, if it did."""
+    def last_error(self) -> BridgeError | None:
+        """Return why the child ended, None while it runs."""
         try:
             while self.channel.ready():
-                done: Done = self.channel.receive(Done, Deadline.after(1.0))
-                self.answered, self.collectives = done.number, done.collectives
-                if done.number == 0 and done.error is not None:
-                    return done.error.rebuild()
+                self._receive(Deadline.after(1.0))
         except BridgeError as error:
             return error
         return None
 
-    def end(self, grace_s: float = _GRACE_S) -> None:
-        """Stop gracefully, then by force. Never raises for a process that is gone already."""
-        with contextlib.suppress(BridgeError):  # it is gone, or hangs: the wait below decides
-            self.channel.send(Stop(), Deadline.after(grace_s))
+    def _receive(self, deadline: Deadline) -> CallDone:
+        done: CallDone = self.channel.receive(CallDone, deadline)
+        self.answered, self.collectives = done.number, done.collectives
+        if done.error is not None and done.number == 0:
+            raise done.error.rebuild()
+        return done
+
+    def end(self, grace_s: float) -> None:
+        """End the process by the end of its stream, after `grace_s` by force. Never raises for one that is gone."""
         self.channel.close()
         try:
             self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-class Jobs:
-    """The bridge's half in one rank, made at the first job: an engine that nobody syncs needs none of it."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self._run: Callable[[bytes], None] | None = None
-
-    def attempt(self, job: bytes) -> ErrorInfo | None:
-        """Run one job; errors come back as data, for raising here would leave the other ranks out of step."""
-        try:
-            if self._run is None:
-                from engine_side.engines.embedded import rank_run
-
-                self._run = rank_run(self._runner)
-            self._run(job)
-        except Exception as error:
-            log.debug("a job failed in rank %d", self._runner.tp.rank, exc_info=True)
-            return ErrorInfo.of(error)
-        return None
 
 
 class Ranks:
@@ -174,73 +140,64 @@ class Ranks:
         self._number = 0
         self._collectives = (0, 0)  # rank 0's when its part of the last job was over
         self._lost: BridgeError | None = None
-        self._children: list[Child] = []
+        self._children: list[RankProcess] = []
         tp = Parallel(0, self.size, config.timeout_s)
-        folder = tempfile.mkdtemp(prefix="weighbridge-ranks-") if self.size > 1 else None
-        try:
-            if folder is not None:
-                self._start(config, f"{folder}/store")
+        if self.size == 1:
             self.runner = ModelRunner(config, tp)
-            self._jobs = Jobs(self.runner)
-            if folder is not None:
-                self._join(tp, f"{folder}/store")
+            return
+        folder = tempfile.mkdtemp(prefix="weighbridge-ranks-")
+        store = f"{folder}/store"
+        threads = config.threads or max(1, torch.get_num_threads() // self.size)
+        patience = max(config.timeout_s, _START_S)
+        try:
+            for rank in range(1, self.size):
+                self._children.append(RankProcess(rank))
+                setup = RankSetup(config, rank, threads, store)
+                self._children[-1].channel.send(setup, Deadline.after(patience))
+            self.runner = ModelRunner(config, tp)
+            deadline = Deadline.after(patience)
+            for child in self._children:
+                child.wait_done(0, deadline)
+            tp.connect(store)
         except BaseException:
             self.close()
             raise
         finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids of ranks 1 .. size-1."""
         return tuple(child.process.pid for child in self._children)
 
-    def _start(self, config: EngineConfig, store: str) -> None:
-        threads = config.threads or max(1, torch.get_num_threads() // self.size)
-        deadline = Deadline.after(max(self._timeout_s, _START_S))
-        for rank in range(1, self.size):
-            self._children.append(Child(rank))
-        for child in self._children:
-            child.channel.send(Setup(config, child.rank, threads, store), deadline)
-
-    def _join(self, tp: Parallel, store: str) -> None:
-        deadline = Deadline.after(max(self._timeout_s, _START_S))
-        for child in self._children:
-            error = child.wait_done(0, deadline)
-            if error is not None:
-                raise error.rebuild()
-        tp.connect(store)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """One step in all ranks; logits [sequences, vocabulary]."""
+    def forward(self, batch: SequenceBatch) -> torch.Tensor:
+        """Run one step in all ranks; logits [sequences, vocabulary]. Raises PeerLost."""
         return self._in_step(batch, lambda: self.runner.forward(batch))
 
-    def prompt_logprobs(self, prompts: list[list[int]], adapter: str | None = None) -> list[list[float]]:
-        """`ModelRunner.prompt_logprobs` in all ranks; rank 0's answer."""
-        # before the children are told: what rank 0 refuses must not leave them waiting
-        self.runner.check(prompts)
-        self.runner.check_lora(adapter)
-        message = Prompts(tuple(tuple(p) for p in prompts), adapter)
-        return self._in_step(message, lambda: self.runner.prompt_logprobs(prompts, adapter))
+    def prompt_logprobs(self, prompts: list[list[int]], lora: str | None = None) -> list[list[float]]:
+        """Run `ModelRunner.prompt_logprobs` in all ranks, over prompts that rank 0 has checked; rank 0's answer. Raises
+        NotFound, PeerLost."""
+        self.runner.check_lora(lora)  # before the children are told: a refusal of rank 0 must not leave them waiting
+        call = LogprobsCall(tuple(tuple(p) for p in prompts), lora)
+        return self._in_step(call, lambda: self.runner.prompt_logprobs(prompts, lora))
 
     def drop_lora(self, name: str) -> None:
-        """Drop an adapter in all ranks. Unknown names are ignored."""
-        self._in_step(DropLora(name), lambda: self.runner.drop_lora(name))
+        """Drop a LoRA in all ranks. Unknown names are ignored. Raises PeerLost."""
+        self._in_step(DropLoraCall(name), lambda: self.runner.drop_lora(name))
 
     def run_job(self, job: bytes, deadline: Deadline) -> None:
         """Have every rank run `job`, this one in the calling thread; returns when all have.
 
-        Raises PeerLost, now and from then on, when a rank has left a collective that another one is in: for what it
-        sent or waits for would be met by the next. A job that fails alike in all ranks, or without any collective,
-        costs nothing but itself.
+        Raises PeerLost, now and from then on, when a rank has left a collective that another one is in: its remains
+        would be met by the next one. A job that fails alike in all ranks, or without any collective, costs nothing but
+        itself: the first rank's error is raised, or DeadlineExceeded.
         """
-        self._tell(Job(self._number + 1, job, deadline.remaining_s), deadline)
+        self._tell(JobCall(self._number + 1, job, deadline.remaining_s), deadline)
         self._number += 1
         with self.runner.tp.until(deadline):
-            own = self._jobs.attempt(job)  # an error is held back until the children have answered too
+            own = self.runner.attempt(job)  # an error is held back until the children have answered too
         self._collectives = self.runner.tp.collectives
-        self._check_step(())  # one that rank 0 has left: nobody's answer can mend that
+        self._check_step(())  # one that rank 0 has left: no answer can mend that
         errors = [own] + [self._watch(child, lambda c: c.wait_done(self._number, deadline)) for child in self._children]
         self._check_step(self._children)
         for error in errors:
@@ -248,41 +205,43 @@ class Ranks:
                 raise error.rebuild()
         deadline.check("a job in the engine's ranks")
 
-    def _in_step(self, message: Command, local: Callable[[], T]) -> T:
+    def _in_step(self, call: RankCall, local: Callable[[], T]) -> T:
         """Tell the children and take part in their collectives."""
-        self._tell(message, Deadline.after(self._timeout_s))
+        self._tell(call, Deadline.after(self._timeout_s))
         try:
             return local()
         except Exception as error:
             # The children are in the middle of collectives that this rank has left, or the other way round.
             if self._children:
-                self._lost = self._cause(error)
+                own = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
+                self._lost = self._last_error() or own
                 raise self._lost from error
             raise
 
-    def _tell(self, message: Command, deadline: Deadline) -> None:
+    def _tell(self, call: RankCall, deadline: Deadline) -> None:
         if self._lost is not None:
             remedy = "restart the engine"
             raise PeerLost("this engine has lost its ranks before", got=self._lost.what, remedy=remedy)
         for child in self._children:
-            self._watch(child, lambda c: c.catch_up(self._number, deadline))
+            # A job that outlasted its deadline may still run: the next collective would meet the wrong one.
+            if child.answered < self._number:
+                self._watch(child, lambda c: c.wait_done(self._number, deadline))
         self._check_step(self._children)
         try:
             for child in self._children:
-                self._watch(child, lambda c: c.channel.send(message, deadline))
+                self._watch(child, lambda c: c.channel.send(call, deadline))
         except DeadlineExceeded as error:
             self._lost = error  # half a frame may lie there, and some children have been told
             raise
 
-    def _check_step(self, children: Sequence[Child]) -> None:
+    def _check_step(self, children: Sequence[RankProcess]) -> None:
         """Raises PeerLost unless rank 0 and these children have ended every collective that one of them has begun."""
         begun = max(self._collectives)
         if all(count == (begun, begun) for count in (self._collectives, *(child.collectives for child in children))):
             return
-        said = self._last_words()
         answered = [(c.rank, c.collectives) for c in self._children if c.answered == self._number]
         counts = ((0, self._collectives), *answered)
-        self._lost = said or PeerLost(
+        self._lost = self._last_error() or PeerLost(
             "the ranks of this engine are out of step",
             where=f"rank 0 and {', '.join(str(child.rank) for child in self._children)}",
             expected="as many collectives begun and ended in every rank",
@@ -291,21 +250,17 @@ class Ranks:
         )
         raise self._lost
 
-    def _watch(self, child: Child, action: Callable[[Child], T]) -> T:
+    def _watch(self, child: RankProcess, action: Callable[[RankProcess], T]) -> T:
         try:
             return action(child)
         except PeerLost as error:
             self._lost = error
             raise
 
-    def _cause(self, error: Exception) -> BridgeError:
-        """What a dying child said, rather than the broken collective that it left behind."""
-        own = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
-        return self._last_words() or own
-
-    def _last_words(self) -> BridgeError | None:
-        told = [words for child in self._children if (words := child.last_words()) is not None]
-        return min(told, key=lambda words: isinstance(words, PeerLost), default=None)
+    def _last_error(self) -> BridgeError | None:
+        """The last error of a child that is ending, rather than the broken collective that it left behind."""
+        told = [error for child in self._children if (error := child.last_error()) is not None]
+        return min(told, key=lambda error: isinstance(error, PeerLost), default=None)
 
     def close(self) -> None:
         """End the children. Idempotent."""

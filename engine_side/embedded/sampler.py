@@ -11,7 +11,7 @@ from bridge.protocol.codec import Sampling
 
 
 def stream(sampling: Sampling, index: int) -> random.Random:
-    """The random stream of prompt `index` of a call: repeatable with a seed, different for each prompt of the call."""
+    """Make the random stream of prompt `index` of a call: repeatable with a seed, different for each prompt."""
     return random.Random() if sampling.seed is None else random.Random(f"{sampling.seed}:{index}")
 
 
@@ -19,7 +19,8 @@ def stream(sampling: Sampling, index: int) -> random.Random:
 def sample(
     logits: torch.Tensor, settings: Sequence[Sampling], streams: Sequence[random.Random]
 ) -> tuple[list[int], list[float]]:
-    """One token per row of logits [n, vocabulary], and its log-probability at temperature 1 before top-p."""
+    """Sample one token per row of logits [n, vocabulary]; returns the tokens and their log-probabilities at temperature
+    1 before top-p."""
     logprobs = logits.float().log_softmax(dim=-1)
     tokens = logprobs.argmax(dim=-1)
     drawn = [i for i, s in enumerate(settings) if s.temperature > 0]

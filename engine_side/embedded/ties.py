@@ -11,15 +11,16 @@ from torch import nn
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.layers import ParallelLMHead
-from engine_side.embedded.weights import parameter
+from engine_side.embedded.weights import sharded_parameter
 from engine_side.embedded.wrappers import WrappedLayer, unwrap
 
 
+@torch.no_grad()
 def untie(model: CausalLM, names: Sequence[str]) -> ModelConfig | None:
-    """Make every one of these checkpoint names a tensor of its own in the live `model`, values and layout as they are.
+    """Give these checkpoint names tensors of their own in the live `model`, values and layout as they are.
 
-    The configuration of the untied model, from which skeletons are built; None, and nothing is touched, when a name is
-    neither an end of the tie nor a parameter that has its storage for itself.
+    Returns the configuration of the untied model, from which skeletons are built; None, and nothing is changed, when a
+    name is neither an end of the tie nor a parameter that has its storage for itself.
     """
     head, embedding = unwrap(model.lm_head), unwrap(model.model.embed_tokens)
     if not isinstance(head, ParallelLMHead):
@@ -30,35 +31,19 @@ def untie(model: CausalLM, names: Sequence[str]) -> ModelConfig | None:
         if param is None or (_shared(model, param) and param is not embedding.weight):
             return None
     if head.tied:
-        _give_own_weight(model.lm_head, head)
-        model.config = dataclasses.replace(model.config, tied=False)
+        shared = head.weight  # canonical in every layout
+        head.weight = sharded_parameter(tuple(shared.shape), shared.dtype, head.weight_loader, head.tp)
+        head.weight.data = shared.detach().clone()
+        head.tied = False
+        head.quant_method.process_weights_after_loading(head)
+        for module in model.lm_head.modules():  # the wrappers down to the layer
+            if isinstance(module, WrappedLayer):
+                module.mirror()
+        model.config = dataclasses.replace(model.config, tie_word_embeddings=False)
     return model.config
 
 
 def _shared(model: CausalLM, param: nn.Parameter) -> bool:
-    """Do layers other than the wrappers around one layer hold this Parameter?"""
+    """Tell if layers other than the wrappers around one layer hold this Parameter."""
     owners = {id(unwrap(module)) for module in model.modules() if any(p is param for p in module._parameters.values())}
     return len(owners) > 1
-
-
-@torch.no_grad()
-def _give_own_weight(outermost: nn.Module, head: ParallelLMHead) -> None:
-    """Clone the shared weight, which every layout leaves canonical, and bring it into the head's own layout."""
-    shared = head.weight
-    fresh = parameter(
-        tuple(shared.shape), shared.dtype, head.weight_loader,
-        input_dim=1, output_dim=0, tp_rank=head.tp.rank, tp_size=head.tp.size,
-    )  # fmt: skip
-    fresh.data = shared.detach().clone()
-    head.weight = fresh
-    head.tied = False
-    head.quant_method.process_weights_after_loading(head)
-    _mirror(outermost)
-
-
-def _mirror(module: nn.Module) -> None:
-    """Have every wrapper down to the layer show the layer's new Parameter."""
-    while isinstance(inner := module._modules.get("base_layer"), nn.Module):
-        if isinstance(module, WrappedLayer):
-            module.mirror()
-        module = inner

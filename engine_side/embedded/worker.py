@@ -1,7 +1,7 @@
 """The process of one further tensor-parallel rank: `python -m engine_side.embedded.worker FD`.
 
-Started by `ranks.Child` only. It obeys frames on the inherited socket until told to stop or until the socket ends,
-which it does when the engine's process ends for whatever reason.
+Started by `ranks.RankProcess` only. It runs the calls that arrive on the inherited socket until the socket ends: when
+the engine is closed, or when the engine's process ends for whatever reason.
 """
 
 from __future__ import annotations
@@ -13,54 +13,49 @@ import sys
 
 import torch
 
-from bridge.errors import BridgeError, PeerLost, ProtocolError
+from bridge.errors import BridgeError, PeerLost
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.deadline import Deadline
 from engine_side.embedded.channel import Channel
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.ranks import Command, Done, DropLora, Job, Jobs, Prompts, Setup, Stop
-from engine_side.embedded.runner import Batch, ModelRunner
+from engine_side.embedded.ranks import CallDone, DropLoraCall, JobCall, LogprobsCall, RankCall, RankSetup
+from engine_side.embedded.runner import ModelRunner
 
 _SEND_S = 30.0
 
 
 def serve(channel: Channel) -> None:
-    """Set up, then obey. Returns at `Stop`; raises PeerLost when the engine's process is gone."""
-    setup: Setup = channel.receive(Setup, Deadline.after(_SEND_S))
+    """Load the model, join the group, and run calls. Raises PeerLost at the end of the stream."""
+    setup: RankSetup = channel.receive(RankSetup, Deadline.after(_SEND_S))
     torch.set_num_threads(setup.threads)
     tp = Parallel(setup.rank, setup.config.tensor_parallel_size, setup.config.timeout_s)
     runner = ModelRunner(setup.config, tp)
-    channel.send(Done(0), Deadline.after(_SEND_S))
+    channel.send(CallDone(0), Deadline.after(_SEND_S))
     tp.connect(setup.store)
-    jobs = Jobs(runner)
     while True:
-        command: Command = channel.receive(Command, None)
-        if isinstance(command, Batch):
-            runner.forward(command)
-        elif isinstance(command, Prompts):
-            runner.prompt_logprobs(command.prompts, command.adapter)
-        elif isinstance(command, DropLora):
-            runner.drop_lora(command.name)
-        elif isinstance(command, Job):
-            with tp.until(Deadline.after(command.within_s)):
-                error = jobs.attempt(command.job)
-            channel.send(Done(command.number, error, tp.collectives), Deadline.after(_SEND_S))
-        elif isinstance(command, Stop):
-            return
+        call: RankCall = channel.receive(RankCall, None)
+        if isinstance(call, JobCall):
+            with tp.until(Deadline.after(call.within_s)):
+                error = runner.attempt(call.job)
+            channel.send(CallDone(call.number, error, tp.collectives), Deadline.after(_SEND_S))
+        elif isinstance(call, LogprobsCall):
+            runner.prompt_logprobs(call.prompts, call.lora)
+        elif isinstance(call, DropLoraCall):
+            runner.drop_lora(call.name)
         else:
-            raise ProtocolError("a second setup")
+            runner.forward(call)
 
 
 def main() -> int:
-    """Exit code 0 when told to stop or orphaned; otherwise the error is sent as the last frame."""
+    """Serve; exit code 0 at the end of the stream. Any other error is sent as the last frame."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it ends us
     channel = Channel(socket.socket(fileno=int(sys.argv[1])), f"the engine, pid {os.getppid()}")
     try:
         serve(channel)
     except Exception as error:
-        # Dying is the signal: rank 0's collective fails at once, then it reads why.
+        # Rank 0's collective fails as soon as this process ends; then it reads why.
         try:
-            channel.send(Done(0, ErrorInfo.of(error)), Deadline.after(1.0))
+            channel.send(CallDone(0, ErrorInfo.of(error)), Deadline.after(1.0))
         except PeerLost:
             return 0
         return error.exit_code if isinstance(error, BridgeError) else 1

@@ -1,4 +1,4 @@
-"""Wrappers that put a layer one level down, as LoRA layers do."""
+"""Wrappers that hold a layer as `base_layer`, one level down, as LoRA layers do."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class WrappedLayer(nn.Module):
     """A layer behind `base_layer`.
 
     It registers the same Parameter objects as the layer itself (`bias` also where it is None, a block-scaled weight's
-    scales too), so `named_parameters()` shows them under the wrapper's own path, and answers every other public name
-    (`num_embeddings`, `quant_method`, ...) with the layer's, through any number of levels. Writes do not reach the
-    layer: a Parameter object that is replaced there later leaves the alias here stale until `mirror`, as in the engines
-    this stands for; `forward` reads the layer.
+    scales too), so `named_parameters()` shows them under the wrapper's own path. Every other public name
+    (`num_embeddings`, `quant_method`, ...) is looked up in the layer, through any number of levels. Writes do not reach
+    the layer: a Parameter object that is replaced there later leaves the alias here stale until `mirror`, as in vLLM
+    and SGLang; `forward` reads the layer.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -26,12 +26,12 @@ class WrappedLayer(nn.Module):
         self.mirror()
 
     @property
-    def core(self) -> nn.Module:
-        """The layer itself, below all wrappers."""
+    def core(self) -> Any:
+        """The layer below all wrappers."""
         return unwrap(self.base_layer)
 
     def mirror(self) -> None:
-        """Take over the Parameter objects that the layer has now."""
+        """Register the Parameter objects that the layer has now."""
         # Not register_parameter: it refuses names that the delegation below already answers.
         self._parameters.clear()
         self._parameters.update(self.core._parameters)
@@ -65,13 +65,12 @@ def wrap_linears(model: nn.Module, levels: int = 1) -> int:
         wrapped: nn.Module = module
         for _ in range(levels):
             wrapped = WrappedLinear(wrapped)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, wrapped)
+        model.set_submodule(path, wrapped)
     return len(found)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Walk down any chain of `base_layer`."""
+    """Return the layer below any chain of `base_layer` wrappers."""
     while isinstance(inner := module._modules.get("base_layer"), nn.Module):
         module = inner
     return module

@@ -1,4 +1,4 @@
-"""The embedded engine behind the adapter protocol: `EmbeddedDriver` (driver) and `EmbeddedRankHost` (each rank)."""
+"""Connects the embedded engine: `EmbeddedDriver` beside its handle, `EmbeddedRankHost` in the process of each rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from engine_side.protocol import LoraView, Prompts
 
 
 class EmbeddedDriver:
-    """The driver half, over an Engine of this process. An `owned` engine ends with `close`, another one runs on."""
+    """Drives an Engine of this process. `close` also closes an `owned` engine, and leaves another one running."""
 
     kind = "embedded"
     can_generate = True
@@ -38,7 +38,7 @@ class EmbeddedDriver:
 
     @property
     def checkpoint(self) -> Path | None:
-        """None for an engine that was started without weights."""
+        """The checkpoint folder; None for an engine that was started without weights."""
         config = self.engine.config
         return Path(config.path) if config.load == "checkpoint" else None
 
@@ -83,7 +83,8 @@ class EmbeddedDriver:
 
     @property
     def lora(self) -> LoraLimits | None:
-        return self.engine.runner.lora_limits
+        manager = self.engine.runner.lora
+        return None if manager is None else manager.limits
 
     def adapters(self) -> tuple[str, ...]:
         return self.engine.adapters
@@ -99,7 +100,7 @@ class EmbeddedDriver:
         self.engine.refuse(reason)
 
     def reset_caches(self) -> bool:
-        """Kept requests are preempted and computed again under the new weights."""
+        """Forget KV and prefixes. Kept requests are preempted and computed again under the new weights."""
         return self.engine.reset_prefix_cache(reset_running_requests=True)
 
     def generate(
@@ -114,7 +115,8 @@ class EmbeddedDriver:
         return self.engine.generate(prompts, sampling, adapter, past_gate=past_gate, deadline=deadline)
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
-        """Only rank 0 lies in this process; storage that post-load has emptied has no address."""
+        """Raise ConfigError when a live weight lies in one of these storages. Only rank 0's lie in this process;
+        storage that post-load has emptied has no address."""
         for name, param in self.engine.runner.model.named_parameters():
             address = param.untyped_storage().data_ptr()
             if address and address in storages:
@@ -134,7 +136,7 @@ class EmbeddedDriver:
 
 
 class EmbeddedRankHost:
-    """The rank half, in the process of each rank."""
+    """Gives the bridge's rank the live model of the process that it runs in."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -158,9 +160,9 @@ class EmbeddedRankHost:
 
     @torch.no_grad()
     def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What this rank alone contributes: linear layers and heads take [n, features of this rank], embeddings ids
-        [n] (rows of other ranks are zeros), norms [n, features]; experts [n, hidden] with row i sent to expert i % E
-        at weight 1."""
+        """Call one module alone, without collectives. Linear layers and heads take [n, features of this rank],
+        embeddings ids [n] (rows of other ranks are zeros), norms [n, features]; experts take [n, hidden] and send row i
+        to expert i % E at weight 1. Raises NotImplementedError for any other module."""
         module = unwrap(module)
         if isinstance(module, FusedMoE):
             ids = torch.arange(len(x)).remainder(module.num_experts).unsqueeze(1)
@@ -185,13 +187,19 @@ class EmbeddedRankHost:
     @torch.no_grad()
     def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         if name in ("", BASE, CURRENT):
-            expected = f"a name other than {BASE!r} and {CURRENT!r}, which requests ask for by these words"
-            raise ConfigError("an adapter cannot have this name", where="adapter", expected=expected, got=repr(name))
+            raise ConfigError(
+                "a LoRA cannot have this name",
+                where="adapter",
+                expected=f"a name other than {BASE!r} and {CURRENT!r}, which have a meaning of their own in requests",
+                got=repr(name),
+                remedy="load it under another name",
+            )
         self._manager().load(name, tensors, spec)
 
     def lora_views(self, name: str) -> Sequence[LoraView]:
         if self._runner.lora is None:
-            raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name))
+            remedy = "start it with max_loras=2 (one serves while the next is loaded)"
+            raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name), remedy=remedy)
         return self._runner.lora.views(name)
 
     def remove_lora(self, name: str) -> None:
@@ -210,15 +218,16 @@ class EmbeddedRankHost:
 
 
 def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:
-    """`Rank.run` over this process's runner: what `dispatch` executes in every rank."""
+    """Return `Rank.run` over this process's runner, which executes the driver's jobs. The runner imports this factory
+    by name (`engine_side.embedded.runner.RANK_EXTENSION`) at the first job."""
     from engine_side.worker.rank import Rank
 
     return Rank(EmbeddedRankHost(runner)).run
 
 
 def attach(engine: object, canonical: object = None) -> EmbeddedDriver | None:
-    """The adapter of an Engine of this process; None for anything else. It has a loader of its own, so `canonical` is
-    not asked."""
+    """Return the driver of an Engine of this process; None for any other object. `canonical` is not used: the engine
+    has a loader of its own."""
     return EmbeddedDriver(engine) if isinstance(engine, Engine) else None
 
 
@@ -233,5 +242,6 @@ def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedDriver:
             where="embedded",
             expected=", ".join(name for name in EngineConfig.__struct_fields__ if name != "path"),
             got=str(error),
+            remedy="see EngineConfig for the arguments and their values",
         ) from error
     return EmbeddedDriver(Engine(config), owned=True)

@@ -1,7 +1,7 @@
 """Any `torch.nn.Module` as an engine: an evaluation copy, a reference model, a reward model.
 
-A module has no loader of its own, so its plan is the identity over its names, or what `canonical` says of a module
-whose names are not the checkpoint's. It has no post-load step and generates nothing.
+A module has no loader of its own, so its plan is the identity over its names or, where they are not the checkpoint's,
+the routes that `canonical` gives. It has no post-load step and generates nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ from engine_side.engines.common import claim
 from engine_side.live.inplace import reflect, twin_parameter
 from engine_side.protocol import LoraView, Prompts
 
-RunJob = Callable[[bytes], None]
-"""`engine_side.worker.rank.Rank.run` of this process."""
-
-
-Canonical = Callable[[nn.Module], Routes]
-"""Given the live module, says how checkpoint names map onto it."""
+CanonicalRoutes = Callable[[nn.Module], Routes]
+"""Maps checkpoint names onto the live module that it is given."""
 
 
 class ModuleDriver:
-    """The driver half: one rank, in this process. `module` is the live module; never moved, copied or replaced."""
+    """Drives one module of this process, its only rank. `module` is the live one: never moved, copied or replaced."""
 
     kind = "module"
     ranks = 1
@@ -43,15 +39,15 @@ class ModuleDriver:
     cache_grain = 0
     lora: LoraLimits | None = None
 
-    def __init__(self, module: nn.Module, canonical: Canonical | None = None) -> None:
+    def __init__(self, module: nn.Module, canonical: CanonicalRoutes | None = None) -> None:
         self.module = module
         self._canonical = canonical
-        self._run: RunJob | None = None
+        self._run: Callable[[bytes], None] | None = None
         self._bindings: _Bindings | None = None
         self._apart: frozenset[int] | None = None
 
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
-        """Run the job here, in the calling thread."""
+        """Run the job in the calling thread; blocks until it is done. Raises DeadlineExceeded only before it."""
         deadline.check("a job on a module")
         if self._run is None:
             from engine_side.worker.rank import Rank
@@ -60,22 +56,22 @@ class ModuleDriver:
         self._run(job)
 
     def pause(self, inflight: str, deadline: Deadline) -> None:
-        """Nothing to stop: a module is called by its owner, who does not call it during a push."""
+        """Do nothing: a module is called by its owner, who does not call it during a push."""
 
     def resume(self) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     def claim(self, owner: str) -> None:
         claim.take(self.module, self, owner)
 
     @property
     def refusal(self) -> str | None:
-        """The reason of the gate that hangs on the module itself, whichever adapter hung it there."""
+        """The reason of the gate on the module itself, whichever driver put it there."""
         hooks = self.module._forward_pre_hooks.values()
         return next((hook.reason for hook in hooks if isinstance(hook, _Gate)), None)
 
     def refuse(self, reason: str | None) -> None:
-        """Make every call of the module raise EngineQuarantined; None lifts it, also where another adapter did it."""
+        """Make every call of the module raise EngineQuarantined; None lifts it, also where another driver did it."""
         hooks = self.module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Gate)]:
             del hooks[key]
@@ -83,28 +79,28 @@ class ModuleDriver:
             self.module.register_forward_pre_hook(_Gate(reason), prepend=True)
 
     def reset_caches(self) -> bool:
-        """There are none."""
+        """Return True: a module has no caches."""
         return True
 
     def publish(self, version: int, adapter: str | None = None) -> None:
-        """A module keeps no label, and holds no adapter: raises NotFound for one."""
+        """Do nothing: a module keeps no version. Raises NotFound for a LoRA, of which it holds none."""
         if adapter is not None:
             raise _no_lora(adapter)
 
     @property
     def published(self) -> tuple[int, str | None]:
-        """A module keeps no label."""
+        """Version 0 and no LoRA: a module keeps neither."""
         return 0, None
 
     def end_users(self, names: Iterable[str]) -> None:
-        """Nobody uses an adapter here."""
+        """Do nothing: a module holds no LoRA."""
 
     def adapters(self) -> tuple[str, ...]:
-        """None: a module has no slots for any."""
+        """Return no names: a module has no LoRA slots."""
         return ()
 
     def retire(self, names: Iterable[str]) -> None:
-        """There are none to drop."""
+        """Do nothing: a module holds no LoRA."""
 
     def generate(
         self,
@@ -115,12 +111,12 @@ class ModuleDriver:
         past_gate: bool = False,
         deadline: Deadline | None = None,
     ) -> list[Completion]:
-        """Raises ConfigError: a module does not generate."""
+        """Raise ConfigError: a module does not generate."""
         raise ConfigError("a plain module does not generate", remedy="attach an inference engine for rollouts")
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
-        """Raises ConfigError when one of these storage addresses is the module's own. Looked up anew only when the
-        trainer's storages, or the module's tensors, are not those of last time."""
+        """Raise ConfigError when one of these storage addresses is the module's own. Looked up again only when the
+        trainer's storages, or the module's tensors, have changed since the last call."""
         if storages is self._apart and self._bindings is not None and self._bindings.unchanged():
             return
         shared = sorted(name for name, address in storages_of(self.module).items() if address in storages)
@@ -136,16 +132,16 @@ class ModuleDriver:
         self._apart, self._bindings = storages, _Bindings(self.module)
 
     def close(self) -> None:
-        """Give up the claim; the module stays its owner's, and gated if it holds weights that nobody verified."""
+        """Give up the claim. The module stays as it is, gated if it holds unverified weights."""
         claim.give_up(self.module, self)
 
 
 class ModuleRankHost:
-    """The rank half."""
+    """Gives the bridge's rank the live module of this process."""
 
     rank = 0
 
-    def __init__(self, module: nn.Module, canonical: Canonical | None = None) -> None:
+    def __init__(self, module: nn.Module, canonical: CanonicalRoutes | None = None) -> None:
         self._module = module
         self._canonical = canonical
         self._routes: Routes | None = None
@@ -156,11 +152,12 @@ class ModuleRankHost:
         return self._module
 
     def skeleton(self) -> nn.Module:
-        """The module tree with meta tensors: same classes, same attributes by reference, no hooks, no memory."""
+        """Copy the module tree with meta tensors: same classes, same attributes by reference, no hooks, no memory."""
         return _mirror(self._module, {}, {})
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Strict: an unknown name is UnexpectedTensor, another shape ShapeMismatch."""
+        """Copy checkpoint tensors into the skeleton. Strict: raises UnexpectedTensor for an unknown name, ShapeMismatch
+        for another shape."""
         tensors = _by_name(skeleton)
         routes = self._current_routes()
         by_name: dict[str, list[Move]] = {}
@@ -168,7 +165,10 @@ class ModuleRankHost:
             by_name.setdefault(move.tensor, []).append(move)
         for name, weight in weights:
             if routes is None:
-                _copy_whole(name, weight, tensors)
+                into = tensors.get(name)
+                _expect(name, weight, None if into is None else tuple(into.shape))
+                if into is not None:
+                    into.detach().copy_(weight)
                 continue
             _expect(name, weight, routes.shapes.get(name))
             for move in by_name.get(name, ()):
@@ -177,7 +177,7 @@ class ModuleRankHost:
                 into.copy_(weight.as_strided(move.source.shape, move.source.strides, move.source.offset))
 
     def _current_routes(self) -> Routes | None:
-        """Asked again only when the module has other tensors than last time (a resized embedding)."""
+        """Computed again only when the module's tensors have changed (a resized embedding)."""
         if self._canonical is None:
             return None
         shapes = {name: tensor.shape for name, tensor in _by_name(self._module).items()}
@@ -186,16 +186,17 @@ class ModuleRankHost:
         return self._routes
 
     def post_load(self, module: nn.Module) -> bool:
-        """A plain module has no such step."""
+        """Return False: a plain module has no such step."""
         return False
 
     def apply(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Only modules without children are sure to be callable on one batch of rows.
+        """Call one module alone, in eval mode, on copies of its buffers and with random numbers of its own: a probe
+        must not move a normalisation layer's statistics, nor the random state of the trainer in this process.
 
-        In eval mode, on copies of its buffers and with random numbers of its own: a look must not move the statistics
-        of a normalisation layer, nor the random state of the trainer that lives in this process. Modules of a skeleton
-        are in eval mode; for a live one that trains, a shallow copy is called, so that its owner, who may be using it
-        in another thread, never sees it in another mode.
+        For a live module that trains a shallow copy is called: its owner, who may be using it in another thread, never
+        sees it in another mode.
+
+        Raises NotImplementedError for a module with children: only one without is sure to take one batch of rows.
         """
         if module._modules:
             raise NotImplementedError(f"{type(module).__name__} has children")
@@ -222,31 +223,31 @@ class ModuleRankHost:
         return y
 
     def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
-        """Raises ConfigError: a plain module has no canary."""
+        """Raise ConfigError: a plain module has no canary."""
         raise ConfigError("a plain module computes no prompt log-probabilities", remedy="verify='weights'")
 
     def untie(self, names: Sequence[str]) -> bool:
-        """Never: the module is its owner's, who tied what is tied."""
+        """Return False: the module's owner tied its tensors, and may rely on it."""
         return False
 
     def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
-        """Raises UnsupportedLora: a plain module has no slots for adapters."""
+        """Raise UnsupportedLora: a plain module has no LoRA slots."""
         raise self._unsupported()
 
     def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
-        """Raises UnsupportedLora."""
+        """Raise UnsupportedLora."""
         raise self._unsupported()
 
     def lora_views(self, name: str) -> Sequence[LoraView]:
-        """Raises NotFound: there are none."""
+        """Raise NotFound: a plain module has no LoRA slots."""
         raise _no_lora(name)
 
     def remove_lora(self, name: str) -> None:
-        """There are none to drop."""
+        """Do nothing: there are none."""
 
     def _unsupported(self) -> UnsupportedLora:
         return UnsupportedLora(
-            "a plain module takes no LoRA adapters",
+            "a plain module takes no LoRA",
             where=type(self._module).__name__,
             expected="an engine with LoRA slots",
             got="torch.nn.Module",
@@ -255,22 +256,23 @@ class ModuleRankHost:
 
 
 def _no_lora(name: str) -> NotFound:
-    return NotFound("a plain module holds no adapters", where="adapter", got=repr(name))
+    remedy = "push merged weights (mode='merged')"
+    return NotFound("a plain module holds no LoRA", where="adapter", got=repr(name), remedy=remedy)
 
 
-def attach(engine: object, canonical: Canonical | None = None) -> ModuleDriver | None:
-    """The adapter of a module of this process; None for anything else."""
+def attach(engine: object, canonical: CanonicalRoutes | None = None) -> ModuleDriver | None:
+    """Return the driver of a module of this process; None for any other object."""
     return ModuleDriver(engine, canonical) if isinstance(engine, nn.Module) else None
 
 
 def storages_of(module: nn.Module) -> dict[str, int]:
-    """Name -> storage address of every parameter and buffer that has memory."""
-    found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {name: t.untyped_storage().data_ptr() for name, t in found if t.device.type != "meta" and t.numel()}
+    """Return name -> storage address of every parameter and buffer that has memory."""
+    tensors = _by_name(module).items()
+    return {name: t.untyped_storage().data_ptr() for name, t in tensors if t.device.type != "meta" and t.numel()}
 
 
 class _Bindings:
-    """Which tensors hang on a tree's modules and where they lie, to see cheaply whether that is still so."""
+    """The tensors of a tree's modules and their addresses, to notice changes cheaply."""
 
     def __init__(self, module: nn.Module) -> None:
         self._registries = [r for m in module.modules() for r in (m._parameters, m._buffers) if r]
@@ -292,7 +294,7 @@ class _Bindings:
 
 
 class _Gate:
-    """A forward pre-hook that lets nobody in. It is the whole state of a refusal, so a copy of a module that holds
+    """A forward pre-hook that refuses every call. It is the whole state of a refusal, so a copy of a module that holds
     torn weights refuses as well."""
 
     def __init__(self, reason: str) -> None:
@@ -301,9 +303,9 @@ class _Gate:
 
     def __call__(self, module: nn.Module, args: object) -> None:
         if self.guest == get_ident():
-            return  # a probe: what lifts the gate is that a version was verified behind it
+            return  # a probe: a version has to be verified behind the gate before it is lifted
         raise EngineQuarantined(
-            "this module holds weights that nobody verified",
+            "this module holds unverified weights",
             where=type(module).__name__,
             got=self.reason,
             remedy="push again, or call rollback()",
@@ -336,26 +338,15 @@ def _meta(tensor: torch.Tensor | None, tensors: dict[int, torch.Tensor]) -> torc
         return None
     if id(tensor) not in tensors:
         storage = tensor.untyped_storage()
-        base = tensors.setdefault(-storage._cdata, _flat_meta(tensor, storage.nbytes()))
+        flat = torch.empty(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype, device="meta")
+        base = tensors.setdefault(-storage._cdata, flat)
         view = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         tensors[id(tensor)] = twin_parameter(tensor, view)
     return tensors[id(tensor)]
 
 
-def _flat_meta(tensor: torch.Tensor, nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes // tensor.element_size(), dtype=tensor.dtype, device="meta")
-
-
 def _by_name(module: nn.Module) -> dict[str, torch.Tensor]:
-    found = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return dict(found)
-
-
-def _copy_whole(name: str, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-    into = tensors.get(name)
-    _expect(name, weight, None if into is None else tuple(into.shape))
-    if into is not None:
-        into.detach().copy_(weight)
+    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
 def _expect(name: str, weight: torch.Tensor, shape: tuple[int, ...] | None) -> None:

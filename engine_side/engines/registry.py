@@ -1,4 +1,4 @@
-"""The engine-adapter protocol (`base.py`) and who fills it. Entries are strings, imported on use."""
+"""The engines that can be hosted or attached, and their drivers. Entries are strings, imported on use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bridge.errors import ConfigError, NotFound
 from engine_side.engines.common.server_discovery import attach_server, is_url
 
 if TYPE_CHECKING:
-    from engine_side.engines.module import Canonical
+    from engine_side.engines.module import CanonicalRoutes
     from engine_side.protocol import EngineDriver
 
 HOSTED: Mapping[str, str] = {
@@ -30,19 +30,19 @@ ATTACHED: tuple[str, ...] = (
     "engine_side.engines.sglang.driver:attach",
     "engine_side.engines.module:attach",
 )
-"""Tried in order: each takes what `adapt` was given and answers an adapter, or None for an object not of its kind."""
+"""Factories, tried in order: (object, canonical) -> driver, or None for an object of another kind."""
 
 
 def host(spec: str, arguments: Mapping[str, Any]) -> EngineDriver:
     """Start the engine that a spec like "embedded:PATH" names, in this process. Blocks until it can serve. Raises
     ConfigError for an unknown scheme or argument, NotFound for a missing folder."""
     scheme, path = check_spec(spec)
-    adapter: EngineDriver = load(HOSTED[scheme])(path, dict(arguments))
-    return adapter
+    driver: EngineDriver = load(HOSTED[scheme])(path, dict(arguments))
+    return driver
 
 
 def check_spec(spec: str) -> tuple[str, str]:
-    """(scheme, folder) of a spec. Raises ConfigError for a scheme that nobody hosts, NotFound for a missing folder."""
+    """Split a spec into scheme and folder. Raises ConfigError for an unknown scheme, NotFound for a missing folder."""
     scheme, colon, path = spec.partition(":")
     if not colon or scheme not in HOSTED:
         raise ConfigError(
@@ -50,6 +50,7 @@ def check_spec(spec: str) -> tuple[str, str]:
             where="engine",
             expected=" | ".join(f"{name}:PATH" for name in HOSTED),
             got=repr(spec),
+            remedy="write the engine's kind in front of the folder",
         )
     if not Path(path).is_dir():
         raise NotFound("no such checkpoint folder", where=path, remedy="give the folder of a Hugging Face checkpoint")
@@ -57,29 +58,31 @@ def check_spec(spec: str) -> tuple[str, str]:
 
 
 def environment(spec: str) -> dict[str, str]:
-    """The variables of this process that a hosted engine of this kind reads: its actor may come from a Ray that was
-    started without them."""
+    """Return the variables of this process that a hosted engine of this kind reads: its actor may run in a Ray that
+    was started without them."""
     prefixes = VARIABLES.get(spec.partition(":")[0], ())
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)} if prefixes else {}
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
 
-def adapt(engine: object, canonical: Canonical | None = None) -> EngineDriver:
-    """The adapter for an object of this process, or for the server at an address. Raises ConfigError for an object that
-    nobody knows, and for an address where nobody answers that can be driven.
+def adapt(engine: object, canonical: CanonicalRoutes | None = None) -> EngineDriver:
+    """Find the driver for an object of this process, or for the server at an address. Raises ConfigError for an object
+    of an unknown kind, and for an address without a server that can be driven.
 
     Args:
-        canonical: how checkpoint names map onto a module that has no loader of its own; None: by its live names.
+        canonical: maps checkpoint names onto a module that has no loader of its own; None: by its live names.
     """
     if is_url(engine):
         return attach_server(str(engine))
     for target in ATTACHED:
-        adapter: EngineDriver | None = load(target)(engine, canonical)
-        if adapter is not None:
-            return adapter
+        driver: EngineDriver | None = load(target)(engine, canonical)
+        if driver is not None:
+            return driver
     raise ConfigError(
         "nobody knows how to push into this object",
         where="engine",
         expected="an embedded Engine, a vllm.LLM, a sglang.Engine, any torch.nn.Module, or a server's http://HOST:PORT",
         got=repr(engine) if isinstance(engine, str) else type(engine).__name__,
-        remedy="bridge.launch hosts an engine from a checkpoint folder" if isinstance(engine, str) else None,
+        remedy="bridge.launch hosts an engine from a checkpoint folder"
+        if isinstance(engine, str)
+        else "attach the engine itself, not a wrapper around it",
     )

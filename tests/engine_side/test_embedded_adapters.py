@@ -318,13 +318,13 @@ def test_base_rows_of_a_mixed_batch_keep_their_bits(start: Open, one: Lora, two:
     engine, line = start()
     line.load("one", one)
     line.load("two", two)
-    from engine_side.embedded.runner import Batch
+    from engine_side.embedded.runner import SequenceBatch
 
     def logits(adapters: tuple[str, ...]) -> torch.Tensor:
         prompts = [list(PROMPT), list(PROMPT), list(PROMPT), list(reversed(PROMPT))]
         tables = tuple(tuple(range(i * 3, i * 3 + 3)) for i in range(4))
         tokens = tuple(token for prompt in prompts for token in prompt)
-        return engine.runner.forward(Batch(tokens, (40,) * 4, (0,) * 4, tables, adapters))
+        return engine.runner.forward(SequenceBatch(tokens, (40,) * 4, (0,) * 4, tables, adapters))
 
     plain, mixed = logits(()), logits(("", "one", "two", ""))
     assert torch.equal(plain[0], mixed[0])

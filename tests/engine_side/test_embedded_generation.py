@@ -20,7 +20,7 @@ from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool
-from engine_side.embedded.scheduler import Request, Scheduler
+from engine_side.embedded.scheduler import GenerationRequest, Scheduler
 from engine_side.engines.embedded import EmbeddedDriver, attach, host
 from tests.engine_side import embedded_models as tiny
 
@@ -338,9 +338,9 @@ def test_a_request_that_cannot_be_taken_off_the_books_still_answers_its_caller(
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
 
 
-def request(first: int, tokens: int, privileged: bool = False) -> Request:
+def request(first: int, tokens: int, privileged: bool = False) -> GenerationRequest:
     ids = list(range(first, first + tokens))
-    return Request(ids, Sampling(max_tokens=9), random.Random(0), privileged)
+    return GenerationRequest(ids, Sampling(max_tokens=9), random.Random(0), privileged)
 
 
 def test_a_privileged_request_does_not_wait_behind_the_queue() -> None:

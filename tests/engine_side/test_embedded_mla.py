@@ -17,7 +17,7 @@ from bridge.errors import ConfigError, UnexpectedTensor
 from bridge.protocol.codec import Sampling
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
-from engine_side.embedded.layers import MergedColumnParallelLinear
+from engine_side.embedded.layers import LayerContext, MergedColumnParallelLinear
 from engine_side.embedded.layouts import layout_of
 from engine_side.embedded.mla import AbsorbedAttention, FusedQkvAProj, MLAConfig, MLAttention
 from engine_side.embedded.moe import CorrectedTopK, GroupedTopK, MoEConfig
@@ -94,7 +94,7 @@ def test_what_is_derived_is_no_parameter_and_follows_post_load(tmp_path: Path) -
 
 
 def test_the_fused_projection_is_a_merged_layer_with_a_forward_of_its_own() -> None:
-    layer = FusedQkvAProj(8, (5, 6), True, torch.float32, layout_of("canonical"))
+    layer = FusedQkvAProj(8, (5, 6), True, LayerContext(torch.float32, Parallel(), layout_of("canonical")))
     for param in (layer.weight, layer.bias):
         assert param is not None
         param.data.normal_(generator=torch.Generator().manual_seed(1))

@@ -174,7 +174,7 @@ def test_a_collective_that_a_child_never_joined_loses_the_engine(
         with pytest.raises(BridgeError):
             engine.run_job(b"not a job", Deadline.after(20))
     assert engine.prompt_logprobs([PROMPT])
-    runner, attempt = engine.runner, engine._ranks._jobs.attempt
+    runner, attempt = engine.runner, engine.runner.attempt
 
     def joins(job: bytes) -> Any:
         try:
@@ -183,7 +183,7 @@ def test_a_collective_that_a_child_never_joined_loses_the_engine(
             return ErrorInfo.of(error)
         return attempt(job)
 
-    monkeypatch.setattr(engine._ranks._jobs, "attempt", joins)
+    monkeypatch.setattr(runner, "attempt", joins)
     with pytest.raises(PeerLost, match=r"out of step.*rank 0: (\d+) begun, (?!\1)\d+ ended, rank 1: \d+ begun"):
         engine.run_job(b"not a job", Deadline.after(0.5))
     assert_lost(engine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from bridge.errors import ConfigError, ProtocolError
 from engine_side.embedded.config import LAYOUTS
 from engine_side.embedded.layers import (
     ColumnParallelLinear,
+    LayerContext,
     LinearBase,
     MergedColumnParallelLinear,
     ParallelLMHead,
@@ -23,7 +24,7 @@ from engine_side.embedded.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from engine_side.embedded.layouts import Layout, layout_of
+from engine_side.embedded.layouts import layout_of
 from engine_side.embedded.lora import BaseLayerWithLoRA, LoraContext, wrap, wrapper_of
 from engine_side.embedded.lora.slots import ONLY, slot_dtype
 from engine_side.embedded.moe import FusedMoE, MoEConfig, activation
@@ -38,11 +39,15 @@ ROWS = torch.tensor([0, -1, 2, 0, 2, -1, 2])
 RANKS = {0: 4, 2: 2}
 
 
+def context_of(layout: str = "canonical", tp: Parallel | None = None, dtype: torch.dtype = F64) -> LayerContext:
+    return LayerContext(dtype, tp or Parallel(), layout_of(layout))
+
+
 class Latents(MergedColumnParallelLinear):
     """A merged layer that every rank holds whole, with a forward of its own."""
 
-    def __init__(self, inputs: int, outputs: Any, bias: bool, dtype: Any, tp: Parallel, layout: Layout) -> None:
-        super().__init__(inputs, outputs, bias, dtype, Parallel(), layout)
+    def __init__(self, inputs: int, outputs: Any, bias: bool, context: LayerContext) -> None:
+        super().__init__(inputs, outputs, bias, replace(context, tp=Parallel()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.local(row) for row in x.split(2)]) * 1.5
@@ -52,25 +57,21 @@ class Latents(MergedColumnParallelLinear):
 class Case:
     """A layer, its parts as (outputs, inputs) in the checkpoint, and what its own forward scales the result by."""
 
-    make: Callable[[Parallel, Layout], Any]
+    make: Callable[[LayerContext], Any]
     parts: dict[Any, tuple[int, int]]
     bias: bool = True
     scale: float = 1.0
 
 
 CASES = {
-    "replicated": Case(lambda tp, lay: ReplicatedLinear(10, 6, True, F64, tp, lay), {None: (6, 10)}),
-    "column": Case(lambda tp, lay: ColumnParallelLinear(10, 12, True, F64, tp, lay), {None: (12, 10)}),
-    "merged": Case(
-        lambda tp, lay: MergedColumnParallelLinear(10, (8, 4), True, F64, tp, lay), {0: (8, 10), 1: (4, 10)}
-    ),
-    "latents": Case(lambda tp, lay: Latents(10, (6, 5), True, F64, tp, lay), {0: (6, 10), 1: (5, 10)}, scale=1.5),
-    "qkv": Case(
-        lambda tp, lay: QKVParallelLinear(10, 3, 4, 1, True, F64, tp, lay), {"q": (12, 10), "k": (3, 10), "v": (3, 10)}
-    ),
-    "row": Case(lambda tp, lay: RowParallelLinear(12, 6, True, F64, tp, lay), {None: (6, 12)}),
-    "head": Case(lambda tp, lay: ParallelLMHead(70, 10, F64, tp, lay), {None: (70, 10)}, bias=False),
-    "embedding": Case(lambda tp, lay: VocabParallelEmbedding(70, 10, F64, tp, lay), {None: (10, 70)}, bias=False),
+    "replicated": Case(lambda ctx: ReplicatedLinear(10, 6, True, ctx), {None: (6, 10)}),
+    "column": Case(lambda ctx: ColumnParallelLinear(10, 12, True, ctx), {None: (12, 10)}),
+    "merged": Case(lambda ctx: MergedColumnParallelLinear(10, (8, 4), True, ctx), {0: (8, 10), 1: (4, 10)}),
+    "latents": Case(lambda ctx: Latents(10, (6, 5), True, ctx), {0: (6, 10), 1: (5, 10)}, scale=1.5),
+    "qkv": Case(lambda ctx: QKVParallelLinear(10, 3, 4, 1, True, ctx), {"q": (12, 10), "k": (3, 10), "v": (3, 10)}),
+    "row": Case(lambda ctx: RowParallelLinear(12, 6, True, ctx), {None: (6, 12)}),
+    "head": Case(lambda ctx: ParallelLMHead(70, 10, ctx), {None: (70, 10)}, bias=False),
+    "embedding": Case(lambda ctx: VocabParallelEmbedding(70, 10, ctx), {None: (10, 70)}, bias=False),
 }
 
 
@@ -112,7 +113,7 @@ def values_of(case: Case, skip: Any = ()) -> Values:
 
 def loaded(case: Case, values: Values, tp: Parallel, layout: str) -> Any:
     """The layer after loading and post-load."""
-    layer = case.make(tp, layout_of(layout))
+    layer = case.make(context_of(layout, tp))
     for key, weight in values.weight.items():
         rows = weight.t() if isinstance(layer, VocabParallelEmbedding) and case.parts[None][1] == 70 else weight
         layer.weight_loader(layer.weight, rows, key)
@@ -222,8 +223,8 @@ def test_a_wrapper_shows_what_its_layer_is(name: str, levels: int) -> None:
 
 def test_bias_exists_also_where_it_is_none() -> None:
     for base in (
-        ReplicatedLinear(4, 4, False, F64, Parallel(), layout_of("canonical")),
-        ParallelLMHead(7, 4, F64, Parallel(), layout_of("canonical")),
+        ReplicatedLinear(4, 4, False, context_of()),
+        ParallelLMHead(7, 4, context_of()),
     ):
         layer = wrap(base, LoraContext(), 1, 1)
         assert layer.bias is None
@@ -232,7 +233,7 @@ def test_bias_exists_also_where_it_is_none() -> None:
 
 
 def test_every_parameter_of_the_layer_is_mirrored_and_a_new_one_on_request() -> None:
-    base = ReplicatedLinear(4, 4, True, F64, Parallel(), layout_of("canonical"))
+    base = ReplicatedLinear(4, 4, True, context_of())
     base.register_parameter("weight_scale_inv", nn.Parameter(torch.ones(1, 1), requires_grad=False))
     layer = wrap(WrappedLayer(base), LoraContext(), 1, 1)
     assert layer.weight_scale_inv is base.weight_scale_inv
@@ -252,7 +253,7 @@ class OwnRow(RowParallelLinear):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_row_layers_own_forward_is_kept(size: int) -> None:
-    case = Case(lambda tp, lay: OwnRow(12, 6, True, F64, tp, lay), {None: (6, 12)})
+    case = Case(lambda ctx: OwnRow(12, 6, True, ctx), {None: (6, 12)})
     values = values_of(case)
     x, _ = inputs_of(case, "row")
 
@@ -286,7 +287,7 @@ def test_a_row_layers_adapters_are_inside_its_one_sum() -> None:
 
 def test_an_effect_is_rounded_once() -> None:
     values = values_of(CASES["column"])
-    base = ColumnParallelLinear(10, 12, True, torch.bfloat16, Parallel(), layout_of("canonical"))
+    base = ColumnParallelLinear(10, 12, True, context_of(dtype=torch.bfloat16))
     base.weight_loader(base.weight, values.weight[None])
     base.weight_loader(base.bias, values.bias[None])
     layer, context = wrapped(base, values)
@@ -341,7 +342,7 @@ EXPERTS, HIDDEN, INNER = 4, 10, 6
 
 def experts_case(layout: str, tp: Parallel, cls: type[FusedMoE] = FusedMoE) -> FusedMoE:
     config = MoEConfig(experts=EXPERTS, top_k=2, intermediate_size=INNER, renormalize=True)
-    layer = cls(config, HIDDEN, activation("silu"), F64, tp, layout_of(layout))
+    layer = cls(config, HIDDEN, activation("silu"), context_of(layout, tp))
     for (shard, expert), weight in expert_weights().items():
         layer.weight_loader(layer.w2_weight if shard == "w2" else layer.w13_weight, weight, shard, expert)
     layer.quant_method.process_weights_after_loading(layer)
@@ -411,7 +412,6 @@ def test_experts_add_their_adapters_inside(cls: type[FusedMoE], size: int, layou
         assert torch.equal(layer(x, weights, ids), plain)
         with context.select(ROWS):
             got: torch.Tensor = layer(x, weights, ids)
-            assert tp.size > 1 or cls is OwnExperts or torch.equal(layer.local(x, weights, ids), got)
         assert torch.equal(got[ROWS == -1], plain[ROWS == -1])
         assert base.__dict__.keys() == before.keys(), "nothing stays on the layer itself"
         assert dict(layer.named_parameters()).keys() == {"w13_weight", "w2_weight"}
@@ -451,9 +451,6 @@ def test_a_choice_ends_with_its_block_also_after_an_error() -> None:
         with context.narrow(slice(0, 0)):
             assert context.groups(0) == ()
     assert context.groups(5) == ()
-    with context.force(2):
-        assert context.groups(5)[0].slot == 2
-    assert context.groups(5) == ()
     with context.narrow(torch.tensor([3])):
         assert context.groups(1) == ()
 
@@ -470,12 +467,12 @@ def test_one_adapter_for_all_rows_needs_no_index() -> None:
 
 
 def test_subclasses_are_found_and_others_are_not() -> None:
-    layout, tp = layout_of("canonical"), Parallel()
-    assert wrapper_of(Latents(4, (2, 2), False, F64, tp, layout)) is wrapper_of(
-        MergedColumnParallelLinear(4, (2, 2), False, F64, tp, layout)
+    context = context_of()
+    assert wrapper_of(Latents(4, (2, 2), False, context)) is wrapper_of(
+        MergedColumnParallelLinear(4, (2, 2), False, context)
     )
-    head = ParallelLMHead(7, 4, F64, tp, layout)
-    assert wrapper_of(head) is not wrapper_of(VocabParallelEmbedding(7, 4, F64, tp, layout))
+    head = ParallelLMHead(7, 4, context)
+    assert wrapper_of(head) is not wrapper_of(VocabParallelEmbedding(7, 4, context))
     norm = RMSNorm(4, 1e-6, F64)
     assert wrapper_of(norm) is None
     with pytest.raises(ConfigError, match="RMSNorm"):
@@ -484,7 +481,7 @@ def test_subclasses_are_found_and_others_are_not() -> None:
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_plain_wrappers_nest(levels: int) -> None:
-    model = nn.Sequential(ReplicatedLinear(4, 4, True, F64, Parallel(), layout_of("canonical")), nn.Identity())
+    model = nn.Sequential(ReplicatedLinear(4, 4, True, context_of()), nn.Identity())
     base = model[0]
     assert wrap_linears(model, levels) == 1
     depth, module = 0, model[0]
@@ -497,8 +494,8 @@ def test_plain_wrappers_nest(levels: int) -> None:
 
 
 def test_a_tied_head_and_its_embedding_have_adapters_of_their_own() -> None:
-    layout, tp = layout_of("packed"), Parallel()
-    embedding, head = VocabParallelEmbedding(70, 10, F64, tp, layout), ParallelLMHead(70, 10, F64, tp, layout)
+    built = context_of("packed")
+    embedding, head = VocabParallelEmbedding(70, 10, built), ParallelLMHead(70, 10, built)
     weight = noise(70, 10, seed=1)
     embedding.weight_loader(embedding.weight, weight)
     head.tie_weights(embedding)

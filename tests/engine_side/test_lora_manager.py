@@ -572,7 +572,7 @@ def test_the_warm_up_runs_an_adapter_through_every_layer(moe: Path, size: int) -
         layer = manager.layers["model.layers.0.mlp.experts"]
         (group,) = manager.context.groups(1)
         loaded.extend(layer._loaded[group.slot].values())
-        made._warm_up()
+        made.prompt_logprobs([[0]])
 
     manager.warm_up(run)
     assert set(loaded) == {size}
@@ -590,7 +590,7 @@ def test_layers_that_the_model_never_calls_take_no_adapter(qwen2: Path) -> None:
     manager = LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=None, tp=Parallel())
     tensors = adapter(state(qwen2), ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
     made.causal_lm.model.layers[1].mlp = nn.Identity()
-    manager.warm_up(made._warm_up)
+    manager.warm_up(lambda: made.prompt_logprobs([[0]]))
     with pytest.raises(UnexpectedTensor, match="never called") as caught:
         manager.load("v1", tensors, SPEC)
     assert caught.value.names == ("model.layers.1.mlp.down_proj",)

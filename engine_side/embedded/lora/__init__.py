@@ -1,4 +1,4 @@
-"""LoRA in the embedded engine: wrappers around its layers, slots for several adapters, one choice per token."""
+"""LoRA in the embedded engine: wrappers around its layers, slots for several LoRAs, one choice per token."""
 
 from engine_side.embedded.lora.context import NO_LORA, LoraContext
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrap, wrapper_of

@@ -1,70 +1,73 @@
-"""Layers with LoRA adapters: wrappers that add B A x for each token's adapter to what the layer itself computes.
+"""Layers with LoRA: wrappers that add B A x for each token's LoRA to the output of the layer itself.
 
     out = W x + b + B_s (A_s x)        s: the slot that the LoraContext selects for the token
 
 One class per kind of layer, found by `wrapper_of`. The layer's own `forward` is what runs: a subclass that brings its
 own keeps it. Over several ranks a column-parallel layer has B cut like W, a row-parallel one A, an embedding A along
-the vocabulary, a head B; what a layer sums or gathers over ranks includes the adapters' part.
+the vocabulary, a head B; sums and gathers of a layer over ranks include the LoRA's part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.embedded.layers import (
-    Adapter,
     ColumnParallelLinear,
     LinearBase,
+    LoraFactors,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from engine_side.embedded.lora.context import Group, LoraContext
-from engine_side.embedded.lora.slots import ONLY, Part, PartKey, slot_dtype
+from engine_side.embedded.lora.context import LoraContext, TokenGroup
+from engine_side.embedded.lora.slots import ONLY, LoraPart, PartKey, slot_dtype
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.weights import Cut
 from engine_side.embedded.wrappers import WrappedLayer, unwrap
 
 
 class BaseLayerWithLoRA(WrappedLayer):
-    """What all of them share: the slots of each part, and which adapter lies in which slot.
+    """Base of the wrappers: the slots of each part, and the LoRA that lies in each slot.
 
     Attributes:
         parts: part of the layer -> its slots on this rank.
-        reached: whether a forward has ever asked this layer for an adapter's part. An engine that uses a layer's weight
-            without calling the layer would leave its adapters without effect.
+        reached: True once a forward has asked this layer for a LoRA's part. An engine that uses a layer's weight
+            without calling the layer would leave its LoRAs without effect.
     """
 
     kind: ClassVar[type[nn.Module]] = LinearBase
     """The class whose `forward` is `finish(local(x))`."""
     embedding: ClassVar[bool] = False
-    """Adapters come as `lora_embedding_A` and `_B`."""
+    """LoRAs come as `lora_embedding_A` and `_B`."""
 
     def __init__(self, base_layer: nn.Module, context: LoraContext, slots: int, max_rank: int) -> None:
         super().__init__(base_layer)
         self.context = context
         self.reached = False
-        self._loaded: dict[int, dict[PartKey, int]] = {}
+        self._loaded: dict[int, dict[PartKey, int]] = {}  # slot -> part -> rank of the LoRA there
         self._max_rank = max_rank
-        self.parts: Mapping[PartKey, Part] = self._make_parts(slots)
+        self.parts: Mapping[PartKey, LoraPart] = self._make_parts(slots)
 
     # ---- slots ----
 
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
+    def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
         raise NotImplementedError
 
-    def _part(self, slots: int, inputs: Cut, outputs: Cut, **more: Any) -> Part:
-        core = cast(Any, self.core)
-        like = next(p for p in self.core._parameters.values() if p is not None)
-        return Part.allocate(slots, self._max_rank, inputs, outputs, like, slot_dtype(core.params_dtype), **more)
+    def _part(self, slots: int, inputs: Cut, outputs: Cut, size: tuple[int, int] | None = None) -> LoraPart:
+        """Allocate empty slots; `size` are this rank's (inputs, outputs) where padding makes them larger than cuts."""
+        width, height = size or (inputs.size, outputs.size)
+        dtype = slot_dtype(self.core.params_dtype)
+        device = next(p.device for p in self.core._parameters.values() if p is not None)
+        a = torch.zeros(slots, self._max_rank, width, dtype=dtype, device=device)
+        b = torch.zeros(slots, height, self._max_rank, dtype=dtype, device=device)
+        return LoraPart(a, b, inputs, outputs, by_id=self.embedding)
 
     def write(self, slot: int, key: PartKey, a: torch.Tensor, b: torch.Tensor) -> None:
         """Put whole A [rank, inputs] and B [outputs, rank] of one part into a slot and let tokens of it use them."""
@@ -77,54 +80,45 @@ class BaseLayerWithLoRA(WrappedLayer):
         for part in self.parts.values():
             part.clear(slot)
 
+    def loaded(self, slot: int) -> Mapping[PartKey, int]:
+        """Return the parts that the LoRA of a slot has here, and its rank."""
+        return self._loaded.get(slot, {})
+
     # ---- forward ----
 
-    def active(self, n: int) -> tuple[Group, ...]:
-        """What to add to a call with n rows."""
+    def active(self, n: int) -> tuple[TokenGroup, ...]:
+        """Return the groups of tokens for which a call with n rows has something to add."""
         groups = self.context.groups(n)
         if groups and not self.reached:
             self.reached = True
         return groups
 
-    def adapters(self, n: int) -> Iterator[Adapter]:
-        """See `LinearBase.adapters`."""
+    def lora_factors(self, n: int) -> Iterator[LoraFactors]:
+        """Yield the LoRAs that a call with n rows would add; see `LinearBase.lora_factors`."""
         for group in self.active(n):
-            for key, rank in self._loaded.get(group.slot, {}).items():
-                part = self.parts[key]
-                a = part.a[group.slot, :rank, : part.inputs.size]
-                yield group.rows, a, part.b[group.slot, : part.outputs.size, :rank]
+            for key, rank in self.loaded(group.slot).items():
+                yield group.rows, *self.parts[key].factors(group.slot, rank)
 
-    def _shrink(self, part: Part, slot: int, rank: int, x: torch.Tensor) -> torch.Tensor:
-        return part.shrink(slot, rank, x)
-
-    def _add(self, out: torch.Tensor, x: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:
-        """Add the adapters' part to this rank's outputs, in place."""
+    def _add(self, out: torch.Tensor, x: torch.Tensor, groups: tuple[TokenGroup, ...]) -> torch.Tensor:
+        """Add the LoRAs' part to this rank's outputs, in place."""
         for group in groups:
             rows = group.take(x)
-            for key, rank in self._loaded.get(group.slot, {}).items():
-                part = self.parts[key]
-                part.add(out, group.rows, part.expand(group.slot, self._shrink(part, group.slot, rank, rows)))
+            for key, rank in self.loaded(group.slot).items():
+                self.parts[key].add(group.slot, rank, out, rows, group.rows)
         return out
-
-    def local(self, x: torch.Tensor) -> torch.Tensor:
-        """What this rank alone contributes, adapters included."""
-        core = cast(Any, self.core)
-        return self._add(core.local(x), x, self.active(x.shape[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         groups = self.active(x.shape[0])
         if not groups:
             return super().forward(x)
-        core = cast(Any, self.core)
+        core = self.core
         if core.tp.size == 1 or type(core).finish is LinearBase.finish:
             return self._add(super().forward(x), x, groups)
         if type(core).forward is self.kind.forward:
-            return cast(torch.Tensor, core.finish(self._add(core.local(x), x, groups)))
-        return self._beside(core, x, groups)
-
-    def _beside(self, core: Any, x: torch.Tensor, groups: tuple[Group, ...]) -> torch.Tensor:
-        """A sharded layer with a forward of its own: nothing can be put in front of its collective, so the adapters'
-        part goes through one of its own."""
+            out: torch.Tensor = core.finish(self._add(core.local(x), x, groups))
+            return out
+        # A sharded layer with a forward of its own: nothing can be put in front of its collective, so the LoRAs' part
+        # goes through a second one.
         out = super().forward(x)
         width = max(part.outputs.offset + part.b.shape[1] for part in self.parts.values())
         wide = torch.promote_types(out.dtype, torch.float32)
@@ -138,10 +132,9 @@ class BaseLayerWithLoRA(WrappedLayer):
 class LinearLayerWithLoRA(BaseLayerWithLoRA):
     """Any linear layer: a part for each of those that checkpoints hold one by one, cut as the layer cuts its weight."""
 
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(LinearBase, self.core)
-        inputs = core.input_cut()
-        return {(part, None): self._part(slots, inputs, core.output_cut(part)) for part in core.shard_ids}
+    def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
+        core: LinearBase = self.core
+        return {(part, None): self._part(slots, core.input_cut, cut) for part, cut in core.output_cuts.items()}
 
 
 class ColumnParallelLinearWithLoRA(LinearLayerWithLoRA):
@@ -158,7 +151,7 @@ class QKVParallelLinearWithLoRA(ColumnParallelLinearWithLoRA):
 
 
 class RowParallelLinearWithLoRA(LinearLayerWithLoRA):
-    """A sees this rank's inputs only; what it lacks comes with the layer's own sum over ranks."""
+    """A takes this rank's inputs only; the layer's own sum over ranks adds the others' part."""
 
 
 class VocabParallelEmbeddingWithLoRA(BaseLayerWithLoRA):
@@ -167,104 +160,71 @@ class VocabParallelEmbeddingWithLoRA(BaseLayerWithLoRA):
     kind = VocabParallelEmbedding
     embedding = True
 
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(VocabParallelEmbedding, self.core)
-        here = (core.num_embeddings_per_partition, core.embedding_dim)
-        return {ONLY: self._part(slots, _vocabulary(core), Cut.all_of(core.embedding_dim), here=here)}
-
-    def _shrink(self, part: Part, slot: int, rank: int, x: torch.Tensor) -> torch.Tensor:
-        return part.pick(slot, rank, x)
+    def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
+        size = (self.core.num_embeddings_per_partition, self.core.embedding_dim)
+        return {ONLY: self._part(slots, _vocabulary(self.core), Cut.all_of(self.core.embedding_dim), size)}
 
 
 class ParallelLMHeadWithLoRA(BaseLayerWithLoRA):
-    """Tied or not: its adapters are its own, the embedding's are the embedding's."""
+    """An output projection. Its LoRAs are its own, also where it is tied to an embedding that has some."""
 
     kind = VocabParallelEmbedding
 
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(ParallelLMHead, self.core)
-        here = (core.embedding_dim, core.num_embeddings_per_partition)
-        return {ONLY: self._part(slots, Cut.all_of(core.embedding_dim), _vocabulary(core), here=here)}
+    def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
+        size = (self.core.embedding_dim, self.core.num_embeddings_per_partition)
+        return {ONLY: self._part(slots, Cut.all_of(self.core.embedding_dim), _vocabulary(self.core), size)}
 
 
 def _vocabulary(core: VocabParallelEmbedding) -> Cut:
-    """Without the padding, of which a rank may have nothing else."""
+    """This rank's tokens without the padding, of which a rank may have nothing else."""
     return Cut(0, min(core.start, core.num_embeddings), core.valid, core.num_embeddings)
 
 
 class FusedMoEWithLoRA(BaseLayerWithLoRA):
     """Gate ("w1"), up ("w3") and down ("w2") of every expert are parts of their own, stacked over experts. Their effect
-    lies inside the experts, in front of the activation, so the layer's method adds it (`FusedMoE.deltas`)."""
+    lies inside the experts, in front of the activation, so the layer's method adds it (`FusedMoE.lora`)."""
 
     kind = FusedMoE
 
-    def _make_parts(self, slots: int) -> dict[PartKey, Part]:
-        core = cast(FusedMoE, self.core)
-        parts: dict[PartKey, Part] = {}
-        for shard, (outputs, inputs) in core.cuts.items():
+    def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
+        experts: int = self.core.num_experts
+        parts: dict[PartKey, LoraPart] = {}
+        for shard, (outputs, inputs) in self.core.cuts.items():
             # one stack [slots * experts, ...] each, of which every expert's part is a view
-            stack = self._part(slots * core.num_experts, inputs, outputs)
-            a = stack.a.view(slots, core.num_experts, *stack.a.shape[1:])
-            b = stack.b.view(slots, core.num_experts, *stack.b.shape[1:])
-            for expert in range(core.num_experts):
-                parts[(shard, expert)] = Part(a[:, expert], b[:, expert], inputs, outputs)
+            stack = self._part(slots * experts, inputs, outputs)
+            a, b = (t.view(slots, experts, *t.shape[1:]) for t in (stack.a, stack.b))
+            for expert in range(experts):
+                parts[(shard, expert)] = LoraPart(a[:, expert], b[:, expert], inputs, outputs)
         return parts
 
-    def local(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        core = cast(FusedMoE, self.core)
-        with self._adding(core, x):
-            return core.local(x, weights, ids)
-
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        with self._adding(cast(FusedMoE, self.core), x):
-            return cast(torch.Tensor, self.base_layer(x, weights, ids))
-
-    @contextmanager
-    def _adding(self, core: FusedMoE, x: torch.Tensor) -> Iterator[None]:
-        groups = self.active(x.shape[0])
-        if not groups:
-            yield
-            return
-        core.deltas = _Deltas(self.parts, self._loaded, groups, x)
+        groups, core = self.active(x.shape[0]), self.core
+        if groups:
+            core.lora = _RoutedLora(self, groups, x)
         try:
-            yield
+            out: torch.Tensor = self.base_layer(x, weights, ids)
         finally:
-            # The class says None. The layer's own attributes stay what they were: the bridge compares them.
-            del core.deltas
+            # The class says None. The layer's own attributes stay as they were: the bridge compares them.
+            core.__dict__.pop("lora", None)
+        return out
 
 
-class _Deltas:
-    """`ExpertDeltas` of one forward."""
+class _RoutedLora:
+    """`ExpertLora` of one forward."""
 
-    def __init__(
-        self,
-        parts: Mapping[PartKey, Part],
-        loaded: Mapping[int, Mapping[PartKey, int]],
-        groups: tuple[Group, ...],
-        x: torch.Tensor,
-    ) -> None:
-        self._parts, self._loaded = parts, loaded
+    def __init__(self, layer: FusedMoEWithLoRA, groups: tuple[TokenGroup, ...], x: torch.Tensor) -> None:
+        self._layer = layer
         self._used = [group.slot for group in groups]
         self._slots = torch.full((x.shape[0],), -1, device=x.device)
         for group in groups:
             self._slots[slice(None) if group.rows is None else group.rows] = group.slot
 
-    def gate_up(self, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, expert: int) -> torch.Tensor:
-        return self._add(out, x, tokens, ("w1", expert), ("w3", expert))
-
-    def down(self, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, expert: int) -> torch.Tensor:
-        return self._add(out, x, tokens, ("w2", expert))
-
-    def _add(self, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, *keys: PartKey) -> torch.Tensor:
-        slots = self._slots[tokens]
+    def add(self, shard_id: str, expert: int, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
+        slots, key = self._slots[tokens], (shard_id, expert)
         for slot in self._used:
-            loaded = self._loaded.get(slot, {})
-            rows = (slots == slot).nonzero().squeeze(1)
-            for key in keys:
-                if key in loaded and len(rows):
-                    part = self._parts[key]
-                    part.add(out, rows, part.expand(slot, part.shrink(slot, loaded[key], x[rows])))
-        return out
+            rank, rows = self._layer.loaded(slot).get(key), (slots == slot).nonzero().squeeze(1)
+            if rank is not None and len(rows):
+                self._layer.parts[key].add(slot, rank, out, x[rows], rows)
 
 
 _WRAPPERS: tuple[tuple[type[nn.Module], type[BaseLayerWithLoRA]], ...] = (
@@ -281,7 +241,7 @@ _WRAPPERS: tuple[tuple[type[nn.Module], type[BaseLayerWithLoRA]], ...] = (
 
 
 def wrapper_of(layer: nn.Module) -> type[BaseLayerWithLoRA] | None:
-    """The class that wraps this layer (not a wrapper of it), or None for one that cannot carry adapters."""
+    """Return the class that wraps this layer (not a wrapper of it); None for one that cannot carry LoRA."""
     return next((wrapper for cls, wrapper in _WRAPPERS if isinstance(layer, cls)), None)
 
 
@@ -291,8 +251,9 @@ def wrap(layer: nn.Module, context: LoraContext, slots: int, max_rank: int) -> B
     wrapper = wrapper_of(core)
     if wrapper is None:
         raise ConfigError(
-            "this layer cannot carry LoRA adapters",
+            "this layer cannot carry LoRA",
             expected=" | ".join(cls.__name__ for cls, _ in _WRAPPERS),
             got=type(core).__name__,
+            remedy="take it out of lora_targets",
         )
     return wrapper(layer, context, slots, max_rank)

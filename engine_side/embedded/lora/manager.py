@@ -1,4 +1,4 @@
-"""Adapters of one rank: what can be loaded, into which slot, and what lies there."""
+"""The LoRAs of one rank: checks, slots, loading, views for the read-back, and the warm-up."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from bridge.model.dtypes import dtype_name
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
-from engine_side.embedded.lora import placing
 from engine_side.embedded.lora.context import LoraContext
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA, wrap
-from engine_side.embedded.lora.placing import Place
+from engine_side.embedded.lora.placing import LoraPlace, place_pairs
 from engine_side.embedded.lora.targets import to_wrap
 from engine_side.embedded.parallel import Parallel
 from engine_side.protocol import LoraView
@@ -25,21 +24,21 @@ _WARM_UP = "warm-up"
 
 
 @dataclass(frozen=True)
-class _Held:
-    """An adapter in its slot."""
+class _LoadedLora:
+    """A LoRA in its slot."""
 
     slot: int
     rank: int
-    places: tuple[Place, ...]
+    places: tuple[LoraPlace, ...]
 
 
 def warm_up_rank(needs: Iterable[int], max_rank: int) -> int:
-    """The rank of the adapter that a warm-up runs with: the smallest that every need divides (experts that are sharded
-    over n ranks need a multiple of n), at least 1. Raises ConfigError when that is above `max_rank`."""
+    """Return the rank of the LoRA that a warm-up runs with: the smallest that every need divides (experts that are
+    sharded over n ranks need a multiple of n), at least 1. Raises ConfigError when that is above `max_rank`."""
     rank = math.lcm(*needs)
     if rank > max_rank:
         raise ConfigError(
-            "the engine's sharded experts need adapters of a larger rank than it has room for",
+            "the engine's sharded experts need LoRAs of a larger rank than it has room for",
             where="max_lora_rank",
             expected=f"at least {rank}",
             got=str(max_rank),
@@ -49,14 +48,18 @@ def warm_up_rank(needs: Iterable[int], max_rank: int) -> int:
 
 
 class LoraManager:
-    """Wraps the layers of `model` in place, after its post-load, and keeps their adapters. Used by the thread that runs
-    the model; every rank has one and is told the same in the same order, so that all have the same slots.
+    """Wraps the layers of `model` in place, after its post-load, and keeps their LoRAs. Used by the thread that runs
+    the model. Every rank has one and makes the same calls in the same order, so that all have the same slots.
 
     Args:
-        max_loras: how many adapters are held at once.
-        max_rank: the largest rank of an adapter; every slot is that large.
+        max_loras: how many LoRAs are held at once.
+        max_rank: the largest rank of a LoRA; every slot is that large.
         targets: see `to_wrap`.
         tp: this rank's tensor-parallel state.
+
+    Attributes:
+        limits: the largest rank and the number of slots.
+        layers: path in the engine -> the wrapper that stands there.
 
     Raises ConfigError (see `to_wrap`, `warm_up_rank`); the model is then as it was.
     """
@@ -67,38 +70,33 @@ class LoraManager:
         self.limits = LoraLimits(max_rank, max_loras)
         self.context = LoraContext()
         self._model = model
-        self._held: dict[str, _Held] = {}
+        self._loaded: dict[str, _LoadedLora] = {}
         self._used: set[str] = set()
         self._warmed = False
         chosen = to_wrap(model, targets)
         needs = [tp.size for found in chosen if found.wrapper is FusedMoEWithLoRA]
         self._warm_up_rank = warm_up_rank(needs, max_rank)
-        made: dict[int, BaseLayerWithLoRA] = {}
-        self._layers: dict[str, BaseLayerWithLoRA] = {}
+        made: dict[int, BaseLayerWithLoRA] = {}  # a module that hangs in two places is wrapped once
+        self.layers: dict[str, BaseLayerWithLoRA] = {}
         for found in chosen:
             layer = made.get(id(found.module)) or wrap(found.module, self.context, max_loras, max_rank)
-            made[id(found.module)] = self._layers[found.path] = layer
-            setattr(found.parent, found.name, layer)
-
-    @property
-    def layers(self) -> Mapping[str, BaseLayerWithLoRA]:
-        """Path in the engine -> the layer that was wrapped there."""
-        return self._layers
+            made[id(found.module)] = self.layers[found.path] = layer
+            model.set_submodule(found.path, layer)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The loaded adapters, in the order in which they came."""
-        return tuple(self._held)
+        """Names of the loaded LoRAs, in the order in which they came."""
+        return tuple(self._loaded)
 
     def slot(self, name: str) -> int:
-        """What `context.select` calls this adapter. Raises NotFound."""
+        """Return the slot of a loaded LoRA, as `context.select` takes it. Raises NotFound."""
         return self._of(name).slot
 
     def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, str]:
-        """Tensor -> dtype that it has in the slots. Writes nothing.
+        """Return tensor -> dtype that it will have in the slots. Writes nothing.
 
-        Raises UnexpectedTensor (every module that the engine lacks, did not wrap or never calls), MissingTensor (an
-        adapter without a module), ShapeMismatch, DtypeMismatch, UnsupportedLora (a rank above the maximum).
+        Raises UnexpectedTensor (every module that the engine lacks, did not wrap or never calls), MissingTensor (a LoRA
+        without a module), DuplicateTensor, ShapeMismatch, DtypeMismatch, UnsupportedLora (a rank above the maximum).
         """
         return {
             info.name: dtype_name(place.part.a.dtype)
@@ -106,16 +104,16 @@ class LoraManager:
             for info in (place.pair.a, place.pair.b)
         }
 
-    def _places(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> tuple[Place, ...]:
-        silent = {path for path, layer in self._layers.items() if not layer.reached} if self._warmed else set()
-        return placing.places(self._model, self._layers, silent, tensors, spec, self.limits.max_rank)
+    def _places(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> tuple[LoraPlace, ...]:
+        uncalled = {path for path, layer in self.layers.items() if self._warmed and not layer.reached}
+        return place_pairs(self._model, self.layers, uncalled, tensors, spec, self.limits.max_rank)
 
     @torch.no_grad()
     def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
-        """Write an adapter into a free slot. The tensors are whole, in names of `lora_format`, and are not kept.
+        """Write a LoRA into a free slot. The tensors are whole, in names of `lora_format`, and are not kept.
 
-        Raises what `plan` raises, and ConfigError when no slot is free or the name was used before: what was cached
-        under a name must never serve another adapter. No other slot is touched.
+        Raises what `plan` raises, and ConfigError when no slot is free or the name was used before: keys and values
+        that were cached under a name must never serve another LoRA. No other slot is touched.
         """
         infos = [TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items()]
         places = self._places(infos, spec)
@@ -127,71 +125,70 @@ class LoraManager:
         except BaseException:
             self._clear(slot)
             raise
-        self._held[name] = _Held(slot, spec.rank, places)
+        self._loaded[name] = _LoadedLora(slot, spec.rank, places)
 
     def _free(self, name: str) -> int:
         if name in self._used:
             raise ConfigError(
-                "an adapter's name was used before",
+                "a LoRA's name was used before",
                 where=name,
                 expected="a new name for every version",
-                got=f"{name!r}, " + ("which is loaded" if name in self._held else "which was loaded once"),
+                got=f"{name!r}, " + ("which is loaded" if name in self._loaded else "which was loaded once"),
                 remedy="load it under another name",
             )
-        taken = {held.slot for held in self._held.values()}
+        taken = {lora.slot for lora in self._loaded.values()}
         slot = next((slot for slot in range(self.limits.slots) if slot not in taken), None)
         if slot is None:
             raise ConfigError(
-                "no free slot for another adapter",
+                "no free slot for another LoRA",
                 where=name,
-                expected=f"fewer than {self.limits.slots} loaded adapters (max_loras)",
-                got=", ".join(self._held),
+                expected=f"fewer than {self.limits.slots} loaded LoRAs (max_loras)",
+                got=", ".join(self._loaded),
                 remedy="retire one of them, or start the engine with a larger max_loras",
             )
         return slot
 
     def views(self, name: str) -> list[LoraView]:
-        """Where the tensors of a loaded adapter lie on this rank. Raises NotFound."""
-        held = self._of(name)
+        """Return where the tensors of a loaded LoRA lie on this rank. Raises NotFound."""
+        lora = self._of(name)
         return [
             view
-            for place in held.places
-            for view in place.part.views(held.slot, held.rank, (place.pair.a.name, place.pair.b.name))
+            for place in lora.places
+            for view in place.part.views(lora.slot, lora.rank, (place.pair.a.name, place.pair.b.name))
         ]
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
-        """Drop an adapter and zero its slot. Unknown names are ignored."""
-        held = self._held.pop(name, None)
-        if held is not None:
-            self._clear(held.slot)
+        """Drop a LoRA and zero its slot. Unknown names are ignored."""
+        lora = self._loaded.pop(name, None)
+        if lora is not None:
+            self._clear(lora.slot)
 
     def _clear(self, slot: int) -> None:
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.clear(slot)
 
-    def _of(self, name: str) -> _Held:
-        try:
-            return self._held[name]
-        except KeyError:
-            expected = ", ".join(self._held) or "none is loaded"
-            raise NotFound("no such adapter is loaded", where=name, expected=expected, got=repr(name)) from None
+    def _of(self, name: str) -> _LoadedLora:
+        if name not in self._loaded:
+            expected, remedy = ", ".join(self._loaded) or "none is loaded", "load it first, or use one that is loaded"
+            raise NotFound("no such LoRA is loaded", where=name, expected=expected, got=repr(name), remedy=remedy)
+        return self._loaded[name]
 
     @torch.no_grad()
-    def warm_up(self, run: Callable[[], None]) -> None:
-        """Load an adapter of zeros on every layer, have `run` do one tiny forward through the whole model with it, head
-        included, and remove it. Called once, at start, while no adapter is loaded.
+    def warm_up(self, run: Callable[[], object]) -> None:
+        """Load a LoRA of zeros on every layer, have `run` do one forward of one token through the whole model with it,
+        head included, and remove it. Called once, at start, while no LoRA is loaded.
 
-        Layers that this forward did not call are used by the model in some other way: adapters would lie in their slots
+        Layers that this forward did not call are used by the model in some other way: LoRAs would lie in their slots
         and do nothing, so `plan` refuses them from then on.
         """
         rank, slot = self._warm_up_rank, self._free(_WARM_UP)
         try:
-            for layer in self._layers.values():
+            for layer in self.layers.values():
                 for key, part in layer.parts.items():
                     a, b = part.shapes(rank)
                     layer.write(slot, key, part.a.new_zeros(a), part.b.new_zeros(b))
-            with self.context.force(slot):
+            with self.context.select(torch.tensor([slot])):
                 run()
         finally:
             self._clear(slot)

@@ -1,12 +1,12 @@
-"""Where the A and B of several adapters lie: stacked, zero-padded memory of one part of one layer.
+"""Memory for the A and B of several LoRAs: stacked, zero-padded slots of one part of one layer.
 
-A part is what one checkpoint module becomes in an engine layer: q, k and v of a fused `qkv_proj` are three parts, gate,
-up and down of every expert one each. Slots are plain tensors, not parameters: no weight sync sees them.
+A part is the piece of an engine layer that one checkpoint module becomes: q, k and v of a fused `qkv_proj` are three
+parts, gate, up and down of every expert one each. Slots are plain tensors, not parameters: no weight sync sees them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,97 +20,74 @@ ONLY: PartKey = (None, None)
 """The part of a layer that is not fused."""
 
 
-def key_of(arguments: Mapping[str, object]) -> PartKey:
-    """The part that a loader's further arguments mean."""
-    return arguments.get("shard_id"), arguments.get("expert_id")
-
-
 def slot_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What adapters of a layer are held in: the layer's own dtype, float32 where nobody computes in that."""
+    """Return the dtype that a layer's LoRAs are held in: the layer's own, float32 where nothing computes in that."""
     return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part's slots on this rank.
+class LoraPart:
+    """The slots of one part on this rank.
 
-    `a` [slots, max_rank, inputs here] and `b` [slots, outputs here, max_rank], zero where no adapter lies. `inputs` and
-    `outputs` say which columns of A and rows of B these are, and where the part's outputs begin in the layer's. The
-    slots may be larger than the cuts: a padded vocabulary.
+    Attributes:
+        a, b: [slots, max_rank, inputs here] and [slots, outputs here, max_rank], zero where no LoRA lies. They may be
+            larger than the cuts: a padded vocabulary.
+        inputs, outputs: the columns of A and rows of B that these are, and where the outputs begin in the layer's.
+        by_id: the layer's inputs are token ids [n], each of which picks a column of A.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     inputs: Cut
     outputs: Cut
-
-    @classmethod
-    def allocate(
-        cls, slots: int, max_rank: int, inputs: Cut, outputs: Cut, like: torch.Tensor, dtype: torch.dtype,
-        *, here: tuple[int, int] | None = None,
-    ) -> Part:  # fmt: skip
-        """Empty slots on the device of `like`; `here` are this rank's (inputs, outputs) where padding makes them more
-        than the cuts say."""
-        width, height = here or (inputs.size, outputs.size)
-        a = torch.zeros(slots, max_rank, width, dtype=dtype, device=like.device)
-        b = torch.zeros(slots, height, max_rank, dtype=dtype, device=like.device)
-        return cls(a, b, inputs, outputs)
+    by_id: bool = False
 
     def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The whole A and B, as they travel."""
+        """Return the shapes of the whole A and B, as they travel."""
         return (rank, self.inputs.whole), (self.outputs.whole, rank)
 
     def write(self, slot: int, a: torch.Tensor, b: torch.Tensor) -> None:
-        """This rank's piece of the whole A [rank, inputs] and B [outputs, rank]; the rest of the slot becomes zero."""
+        """Store this rank's piece of the whole A [rank, inputs] and B [outputs, rank]; the rest becomes zero."""
         self.clear(slot)
         rank = a.shape[0]
-        self.a[slot, :rank, : self.inputs.size].copy_(a[:, _run(self.inputs)])
-        self.b[slot, : self.outputs.size, :rank].copy_(b[_run(self.outputs)])
+        self.a[slot, :rank, : self.inputs.size].copy_(a[:, self.inputs.span])
+        self.b[slot, : self.outputs.size, :rank].copy_(b[self.outputs.span])
 
     def clear(self, slot: int) -> None:
+        """Zero a slot."""
         self.a[slot].zero_()
         self.b[slot].zero_()
 
+    def factors(self, slot: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the live A [rank, inputs here] and B [outputs here, rank] of a slot, without padding."""
+        return self.a[slot, :rank, : self.inputs.size], self.b[slot, : self.outputs.size, :rank]
+
     def views(self, slot: int, rank: int, names: tuple[str, str]) -> Iterator[LoraView]:
-        """The live A and B of a slot, and the padding around them."""
+        """Yield the live A and B of a slot, and the padding around them."""
         a, b, width, height = self.a[slot], self.b[slot], self.inputs.size, self.outputs.size
-        whole = slice(0, rank)
-        yield _view(names[0], a[:rank, :width], (whole, _run(self.inputs)), a[rank:], a[:rank, width:])
-        yield _view(names[1], b[:height, :rank], (_run(self.outputs), whole), b[:, rank:], b[height:, :rank])
+        whole, (live_a, live_b) = slice(0, rank), self.factors(slot, rank)
+        for name, live, index, padding in (
+            (names[0], live_a, (whole, self.inputs.span), (a[rank:], a[:rank, width:])),
+            (names[1], live_b, (self.outputs.span, whole), (b[:, rank:], b[height:, :rank])),
+        ):
+            yield LoraView(name, live, index, tuple(p for p in padding if p.numel()))
 
-    def shrink(self, slot: int, rank: int, x: torch.Tensor) -> torch.Tensor:
-        """x [n, inputs here] -> x A^T [n, rank], accumulated in float32 or better."""
-        return x.to(self.wide) @ self.a[slot, :rank, : self.inputs.size].to(self.wide).t()
+    def add(self, slot: int, rank: int, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Add B A x to rows (None: all) of the layer's output [n, outputs], in place; other rows keep their bits.
 
-    def pick(self, slot: int, rank: int, ids: torch.Tensor) -> torch.Tensor:
-        """An embedding's ids [n] -> columns of A [n, rank]; zeros for ids of other ranks."""
-        here = ids - self.inputs.start
-        inside = (here >= 0) & (here < self.inputs.size)
-        rows = self.a[slot, :rank].t()[torch.where(inside, here, 0)]
-        return rows.to(self.wide) * inside.unsqueeze(-1)
-
-    def expand(self, slot: int, shrunk: torch.Tensor) -> torch.Tensor:
-        """[n, rank] -> the effect on the outputs [n, outputs here], not yet rounded."""
-        return shrunk @ self.b[slot, : self.outputs.size, : shrunk.shape[1]].to(self.wide).t()
-
-    def add(self, out: torch.Tensor, rows: torch.Tensor | None, effect: torch.Tensor) -> None:
-        """Add `effect` to rows of the layer's output [n, outputs], in place, rounding once; other rows keep their
-        bits."""
+        `x` are the inputs of these rows: [k, inputs here] or ids [k]. Sums are in float32 or wider, rounded once.
+        """
+        a, b = self.factors(slot, rank)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        if self.by_id:  # columns of A; zeros for ids of other ranks
+            here = x - self.inputs.start
+            inside = (here >= 0) & (here < self.inputs.size)
+            shrunk = self.a[slot, :rank].t()[torch.where(inside, here, 0)].to(wide) * inside.unsqueeze(-1)
+        else:
+            shrunk = x.to(wide) @ a.to(wide).t()
+        effect = shrunk @ b.to(wide).t()
         dest = out.narrow(-1, self.outputs.offset, self.outputs.size)
         if rows is None:
-            dest.copy_(dest.to(self.wide) + effect)
+            dest.copy_(dest.to(wide) + effect)
         else:
-            dest[rows] = (dest[rows].to(self.wide) + effect).to(dest.dtype)
-
-    @property
-    def wide(self) -> torch.dtype:
-        """What effects are computed in."""
-        return torch.promote_types(self.a.dtype, torch.float32)
-
-
-def _run(cut: Cut) -> slice:
-    return slice(cut.start, cut.start + cut.size)
-
-
-def _view(name: str, live: torch.Tensor, index: tuple[slice, ...], *padding: torch.Tensor) -> LoraView:
-    return LoraView(name, live, index, tuple(p for p in padding if p.numel()))
+            dest[rows] = (dest[rows].to(wide) + effect).to(dest.dtype)

@@ -1,4 +1,4 @@
-"""Which layers of a model are wrapped: a decision over the whole tree, made before anything is changed."""
+"""Choice of the layers that are wrapped for LoRA: made over the whole tree, before anything is changed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import nn
 from bridge.errors import ConfigError
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrapper_of
+from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.wrappers import unwrap
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
-    """A module of the live tree: where it hangs, itself with the wrappers it has already, and without them."""
+class LoraCandidate:
+    """A module of the live tree: its path, itself with the wrappers that it has already, and without them; the class
+    that would wrap it."""
 
     path: str
-    parent: nn.Module
-    name: str
     module: nn.Module
     core: nn.Module
     wrapper: type[BaseLayerWithLoRA] | None
 
 
-def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[Found]:
-    """The layers that get adapters, in the order of the tree.
+def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[LoraCandidate]:
+    """Choose the layers that get LoRA slots, in the order of the tree.
 
     Args:
         targets: names of modules, in a checkpoint's words or the engine's, by their last dotted segments; None takes
@@ -38,63 +38,54 @@ def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[Found]:
     Raises ConfigError for a target that matches nothing, or matches something that cannot be wrapped. With no targets,
     layers that cannot be wrapped are warned of, once per class.
     """
+    candidates = list(_walk(model))
     if targets is None:
-        modules = list(walk(model))
-        _warn([found for found in modules if found.wrapper is None and _is_layer(found.core)])
-        return [found for found in modules if found.wrapper is not None]
-    chosen: list[Found] = []
-    matched: set[str] = set()
-    for found in walk(model):
-        names = checkpoint_modules(model, found.path)
+        _warn([found for found in candidates if found.wrapper is None and _is_layer(found.core)])
+        return [found for found in candidates if found.wrapper is not None]
+    chosen: list[LoraCandidate] = []
+    missing = set(targets)
+    for found in candidates:
+        names = _checkpoint_modules(model, found)
         hits = [target for target in targets if any(_ends_with(name, target) for name in names)]
-        matched.update(hits)
-        if not hits:
-            continue
-        if found.wrapper is None:
+        missing.difference_update(hits)
+        if hits and found.wrapper is None:
             raise ConfigError(
-                "a module that adapters were asked for cannot carry them",
+                "a module of lora_targets cannot carry LoRA",
                 where=f"{found.path} ({type(found.core).__name__})",
                 expected="a linear layer, an embedding, a head or a layer's experts",
                 got=f"matched by the target {hits[0]!r}",
                 remedy="take it out of lora_targets",
                 names=(found.path,),
             )
-        chosen.append(found)
-    missing = [target for target in targets if target not in matched]
+        if hits:
+            chosen.append(found)
     if missing:
+        wrong = tuple(target for target in targets if target in missing)
         raise ConfigError(
             "a LoRA target matches no module of this model",
             where="lora_targets",
-            expected=", ".join(sorted({found.path.rpartition(".")[2] for found in walk(model)})),
-            got=", ".join(map(repr, missing)),
-            names=tuple(missing),
+            expected=", ".join(sorted({found.path.rpartition(".")[2] for found in candidates})),
+            got=", ".join(map(repr, wrong)),
+            remedy="name modules by whole dotted segments, as in the checkpoint",
+            names=wrong,
         )
     return chosen
 
 
-def walk(model: nn.Module, prefix: str = "") -> Iterator[Found]:
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[LoraCandidate]:
     """Every module below `model` with its first path, not looking into layers that can be wrapped or into wrappers."""
     for name, child in model.named_children():
-        path = f"{prefix}{name}"
         core = unwrap(child)
         wrapper = wrapper_of(core)
-        yield Found(path, model, name, child, core, wrapper)
+        yield LoraCandidate(f"{prefix}{name}", child, core, wrapper)
         if wrapper is None:
-            yield from walk(core, f"{path}.")
+            yield from _walk(core, f"{prefix}{name}.")
 
 
-def checkpoint_modules(model: CausalLM, path: str) -> set[str]:
-    """What the engine's module at `path` is called in a checkpoint (each part of a fused one), besides its own path.
-    Experts are asked for with the number 0."""
-    parent = path.rpartition(".")[0]
-    siblings = (".".join(filter(None, (parent, part))) for part in model.stacked)
-    experts = (f"{path}.0.{part}" for part in model.experts)
-    return {path}.union(name for name in (*siblings, *experts) if module_of(model, name) == path)
-
-
-def module_of(model: CausalLM, name: str) -> str:
-    """Path of the engine's module that holds the weight of a checkpoint's module."""
-    return model.resolve(f"{name}.weight")[0].rpartition(".")[0]
+def _checkpoint_modules(model: CausalLM, found: LoraCandidate) -> list[str]:
+    """Names of a module in a checkpoint (each part of a fused one, expert 0 for experts), and its own path."""
+    experts = model.experts if isinstance(found.core, FusedMoE) else ()
+    return [found.path, *model.parts_of(found.path), *(f"{found.path}.0.{part}" for part in experts)]
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -104,14 +95,14 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _is_layer(core: nn.Module) -> bool:
-    """A layer with weights that a checkpoint has matrices for: something that adapters could have been meant for."""
+    """Tell if checkpoints have matrices for this module: somebody could have meant it to carry LoRA."""
     held = [param for param in core._parameters.values() if param is not None]
     return any(param.dim() > 1 for param in held) or (bool(held) and hasattr(core, "quant_method"))
 
 
-def _warn(unwrappable: Sequence[Found]) -> None:
+def _warn(unwrappable: Sequence[LoraCandidate]) -> None:
     classes: dict[type[nn.Module], list[str]] = {}
     for found in unwrappable:
         classes.setdefault(type(found.core), []).append(found.path)
     for cls, paths in classes.items():
-        log.warning("no LoRA on %s: %d layers cannot carry adapters, such as %s", cls.__name__, len(paths), paths[0])
+        log.warning("no LoRA on %s: %d layers cannot carry it, such as %s", cls.__name__, len(paths), paths[0])
