@@ -17,7 +17,7 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
-Opener = Callable[[Path], AbstractContextManager[Any]]
+OpenFile = Callable[[Path], AbstractContextManager[Any]]
 
 
 def named_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -54,14 +54,14 @@ def named_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     return _read(opener, held)
 
 
-def _read(opener: Opener, held: Mapping[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(opener: OpenFile, held: Mapping[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
     for file, names in held.items():
         with opener(file) as handle:
             for name in names:
                 yield name, handle.get_tensor(name)
 
 
-def _opener() -> Opener:
+def _opener() -> OpenFile:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -151,7 +151,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return dict(weights)
 
 
-def _names(opener: Opener, file: Path) -> list[str]:
+def _names(opener: OpenFile, file: Path) -> list[str]:
     with opener(file) as handle:
         return list(handle.keys())
 

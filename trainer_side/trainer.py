@@ -16,12 +16,12 @@ from bridge.ports import Choice, Snapshot, Written
 from bridge.protocol.coordinator_messages import Reference
 from bridge.shm.arena import Arena
 from trainer_side.lora.base_fingerprint import base_mark
-from trainer_side.lora.model import LoraModel, View
+from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
-from trainer_side.lora.without_lora import bare
+from trainer_side.lora.without_lora import copy_without_lora
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import Named, exhaust
-from trainer_side.names.tensor_layout import Collected, Layout, WeightSource
+from trainer_side.names.tensor_checks import NamedTensors, read_pairs
+from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
 from trainer_side.snapshot.snapshotter import Snapshotter
 
@@ -35,7 +35,7 @@ class TrainerSide:
         self._source = WeightSource()
         self._views: dict[str, tuple[CanonicalMap | None, WeightSource]] = {}
         """Mode -> names of the LoRA model in that mode, and the source that resolves them."""
-        self._complete: Layout | None = None
+        self._complete: TensorLayout | None = None
         self._snapshotters: dict[bool, Snapshotter] = {}
         """By whether they write adapters: each kind has an arena of its own."""
         self._storages: frozenset[int] = frozenset()
@@ -88,8 +88,8 @@ class TrainerSide:
             self._addresses = collected.addresses
         return collected
 
-    def _collect_lora(self, lora: LoraModel, named: Named, partial: bool, mode: str) -> Collected:
-        names, tensors = exhaust(named)
+    def _collect_lora(self, lora: LoraModel, named: NamedTensors, partial: bool, mode: str) -> Collected:
+        names, tensors = read_pairs(named)
         self._storages = frozenset(
             t.untyped_storage().data_ptr() for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
         )
@@ -151,7 +151,7 @@ class TrainerSide:
 
     def _changed_since(self, snapshot: Collected) -> bool:
         view = snapshot.state
-        return self._lora is not None and isinstance(view, View) and self._lora.changed_since(view)
+        return self._lora is not None and isinstance(view, ModeView) and self._lora.changed_since(view)
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
         """One no-grad forward of the bound model (and one without its adapters) over the canary's prompts, at most
@@ -164,10 +164,10 @@ class TrainerSide:
             return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows))))
 
         if mode == "base":
-            return answers(bare(self._model)), None
+            return answers(copy_without_lora(self._model)), None
         if self._lora is not None:
             require_still_forward(self._model)
-        return answers(self._model), answers(bare(self._model)) if mode == "adapter" else None
+        return answers(self._model), answers(copy_without_lora(self._model)) if mode == "adapter" else None
 
     def storages(self) -> frozenset[int]:
         """Storage addresses of the last snapshot's tensors."""

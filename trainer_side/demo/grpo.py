@@ -31,7 +31,7 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RolloutBatch:
     """Rollouts as tensors: `prompts` [B, P]; `completions`, `mask`, `behaviour` [B, L], padded; `advantages` [B]."""
 
     prompts: Tensor
@@ -43,8 +43,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def rows(self, index: slice) -> Batch:
-        return Batch(*(part[index] for part in (
+    def rows(self, index: slice) -> RolloutBatch:
+        return RolloutBatch(*(part[index] for part in (
             self.prompts, self.completions, self.mask, self.behaviour, self.advantages
         )))  # fmt: skip
 
@@ -69,13 +69,13 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 
 def make_batch(
     prompts: Sequence[Sequence[int]], completions: Sequence[Completion], rewards: Sequence[float], group_size: int
-) -> Batch:
+) -> RolloutBatch:
     """Rollouts and their rewards as one batch; completions may end at different lengths."""
     longest = max(len(completion.token_ids) for completion in completions)
     ids = [[*c.token_ids, *[0] * (longest - len(c.token_ids))] for c in completions]
     logprobs = [[*c.logprobs, *[0.0] * (longest - len(c.logprobs))] for c in completions]
     lengths = torch.tensor([len(c.token_ids) for c in completions])
-    return Batch(
+    return RolloutBatch(
         prompts=torch.tensor(prompts),
         completions=torch.tensor(ids),
         mask=torch.arange(longest) < lengths[:, None],
@@ -114,14 +114,14 @@ class Grpo:
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
 
-    def step(self, batch: Batch) -> StepStats:
+    def step(self, batch: RolloutBatch) -> StepStats:
         """Optimise on one batch, `epochs` times; the numbers are those of the last pass."""
         self.model.train()
         for _ in range(self.config.epochs):
             stats = self._epoch(batch)
         return stats
 
-    def _epoch(self, batch: Batch) -> StepStats:
+    def _epoch(self, batch: RolloutBatch) -> StepStats:
         self.optimizer.zero_grad(set_to_none=True)
         total = float(batch.mask.sum())
         sums = torch.zeros(4)
@@ -135,7 +135,7 @@ class Grpo:
         loss_value, clipped, ratio, kl = sums.tolist()
         return StepStats(loss_value, clipped, ratio, kl, float(norm))
 
-    def _loss(self, rows: Batch, total: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, rows: RolloutBatch, total: float) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the token mean, so that accumulated gradients equal those of the whole batch."""
         config = self.config
         logprobs = completion_logprobs(self.model, rows.prompts, rows.completions)

@@ -22,10 +22,10 @@ VERIFIED: dict[bool | str | None, str] = {True: "yes", False: "NO", "partial": "
 STEPS_FILE, RECEIPTS_FILE, PICTURE_FILE, RESULT_FILE = "steps.jsonl", "receipts.jsonl", "demo.png", "result.json"
 
 
-class View(Protocol):
+class ProgressView(Protocol):
     """Progress of a run for a person; entered for as long as the run lasts."""
 
-    def __enter__(self) -> View: ...
+    def __enter__(self) -> ProgressView: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -36,7 +36,7 @@ class View(Protocol):
     def row(self, row: StepRow) -> None: ...
 
 
-def view_for(options: DemoOptions) -> View:
+def open_view(options: DemoOptions) -> ProgressView:
     """A live table on a terminal, plain lines elsewhere, nothing when quiet. All on stderr: stdout is the result's."""
     from rich.console import Console
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.model.receipt import Receipt
-from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.codec import Sampling
 from trainer_side.demo import policy, report
 from trainer_side.demo.grpo import Grpo, GrpoConfig, make_batch
 from trainer_side.demo.task import Task, grouped_prompts, reward, task_for, uniform_reward
@@ -33,12 +33,6 @@ __all__ = ["DemoOptions", "DemoResult", "StepRow", "print_result", "run_demo"]
 COMPLETION_TOKENS = 12
 LARGE_MODEL = 20_000_000
 """Parameters above which rollouts are fewer and passed through the trainer in small pieces."""
-
-
-class Engine(Protocol):
-    """The part of a hosted engine that the demo uses."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Sequence[Completion]: ...
 
 
 class SyncBridge(Protocol):
@@ -52,7 +46,7 @@ class SyncBridge(Protocol):
     def health(self) -> Any: ...
 
 
-Opener = Callable[[DemoOptions, Path, nn.Module], AbstractContextManager[SyncBridge]]
+OpenBridge = Callable[[DemoOptions, Path, nn.Module], AbstractContextManager[SyncBridge]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Scale:
     micro_batch: int = 256
 
 
-def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoResult:
+def run_demo(options: DemoOptions, open_bridge: OpenBridge | None = None) -> DemoResult:
     """Run the demo as `options` says; progress on stderr, files in `options.out_dir`.
 
     Args:
@@ -75,7 +69,7 @@ def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoRes
     """
     began = time.monotonic()
     report.require_matplotlib()
-    with report.view_for(options) as view, _one_thread():
+    with report.open_view(options) as view, _one_thread():
         model, checkpoint = _prepare(options)
         task = task_for(policy.vocab_size(model), policy.special_ids(model))
         view.say(f"task: {task.description}")

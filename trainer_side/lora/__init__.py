@@ -2,11 +2,11 @@
 
 from trainer_side.lora.export import adapter_tensors, base_tensors, merged_tensors
 from trainer_side.lora.layers.read import lora_parameters
-from trainer_side.lora.model import LoraModel, View
+from trainer_side.lora.model import LoraModel, ModeView
 
 __all__ = [
     "LoraModel",
-    "View",
+    "ModeView",
     "adapter_tensors",
     "base_tensors",
     "lora_parameters",

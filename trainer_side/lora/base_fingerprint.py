@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable
 import torch
 
 from bridge.errors import BridgeError
-from trainer_side.names.tensor_checks import plain
+from trainer_side.names.tensor_checks import require_plain
 
 SAMPLES = 32
 """Elements of each tensor that are looked at, spread evenly over it."""
@@ -29,7 +29,7 @@ def base_mark(named: Iterable[tuple[str, torch.Tensor]]) -> Hashable:
     samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for name, tensor in named:
         try:
-            flat = plain(name, tensor).detach()
+            flat = require_plain(name, tensor).detach()
         except BridgeError:
             seen.append((name, tuple(tensor.shape), tensor.dtype))
             continue

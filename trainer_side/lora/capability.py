@@ -46,7 +46,7 @@ MODES = ("base", "merged", "adapter")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Capability:
     """Whether a mode carries a feature; `text` says how, or why not."""
 
     ok: bool
@@ -61,20 +61,20 @@ class Row:
     """One feature and what each mode does with it."""
 
     feature: Feature
-    base: Verdict
-    merged: Verdict
-    adapter: Verdict
+    base: Capability
+    merged: Capability
+    adapter: Capability
 
-    def verdict(self, mode: str) -> Verdict:
+    def verdict(self, mode: str) -> Capability:
         return {"base": self.base, "merged": self.merged, "adapter": self.adapter}[mode]
 
 
-def _yes(text: str = "") -> Verdict:
-    return Verdict(True, text)
+def _yes(text: str = "") -> Capability:
+    return Capability(True, text)
 
 
-def _no(text: str) -> Verdict:
-    return Verdict(False, text)
+def _no(text: str) -> Capability:
+    return Capability(False, text)
 
 
 TABLE: tuple[Row, ...] = (

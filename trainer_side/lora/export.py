@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from trainer_side.lora.model import LoraModel, View
+from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.names.naming import CanonicalTensor
 from trainer_side.names.tensor_layout import Computed
 
@@ -41,7 +41,7 @@ def _tensors(model: nn.Module, mode: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def _stream(view: View) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(view: ModeView) -> Iterator[tuple[str, torch.Tensor]]:
     if view.known is None:
         for one in view.computed:
             yield one.name, one.compute(one.stand_in.dtype).to(one.stand_in.dtype)

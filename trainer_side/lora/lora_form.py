@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bridge.model.lora_format import names_of
-from trainer_side.lora.layers.expert_slices import Grid, grid_of
+from trainer_side.lora.layers.expert_slices import ExpertSlice, find_slice
 from trainer_side.lora.layers.factors import expert_factors, low_rank, wide_dtype
 from trainer_side.lora.layers.read import parameters_of
 from trainer_side.lora.layers.values import ActiveLora, LoraParameters
@@ -25,11 +25,11 @@ from trainer_side.lora.state import Watch
 from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_layout import Computed
 
-Given = Callable[[torch.Tensor], torch.Tensor]
+SentValues = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class LoraPair:
     """One module of the checkpoint and the part of a live layer's delta that acts on it.
 
     Attributes:
@@ -55,10 +55,10 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PortableLora:
     """All pairs of a model and their one rank; `unfit`: paths of layers that have no such form."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[LoraPair, ...]
     rank: int
     unfit: tuple[str, ...]
 
@@ -73,7 +73,7 @@ class Acting:
     weight: str
 
 
-def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
+def plan(acting: Sequence[Acting], known: CanonicalMap) -> PortableLora:
     """Cut the acting adapters into pairs. `known` maps live names without ties to checkpoint tensors.
 
     Reads shapes only. Once per structure and set of active adapters.
@@ -83,7 +83,7 @@ def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
         for live in {piece.live for piece in tensor.pieces}:
             by_live.setdefault(live, []).append(tensor.name)
     rank = max((rank_of(one.parameters) for one in acting), default=0)
-    pairs: list[Pair] = []
+    pairs: list[LoraPair] = []
     unfit: list[str] = []
     for one in acting:
         found = [_pair(known, name, one, one.parameters, rank) for name in by_live.get(one.weight, ())]
@@ -91,7 +91,7 @@ def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
             unfit.append(one.path)
         else:
             pairs += [pair for pair in found if pair is not None]
-    return Plan(tuple(pairs), rank, tuple(unfit))
+    return PortableLora(tuple(pairs), rank, tuple(unfit))
 
 
 def rank_of(parameters: LoraParameters) -> int:
@@ -99,10 +99,10 @@ def rank_of(parameters: LoraParameters) -> int:
     return sum(adapter.a.shape[0] // int(adapter.extra.get("experts", 1)) for adapter in parameters.adapters)
 
 
-def _pair(known: CanonicalMap, name: str, one: Acting, parameters: LoraParameters, rank: int) -> Pair | None:
+def _pair(known: CanonicalMap, name: str, one: Acting, parameters: LoraParameters, rank: int) -> LoraPair | None:
     segments = name.split(".")
     shape = known.live[one.weight].shape
-    grid = grid_of(known.by_name[name], one.weight, shape)
+    grid = find_slice(known.by_name[name], one.weight, shape)
     if grid is None or len(segments) < 2 or segments[-1] != "weight":
         return None
     rows, columns, flipped = _logical(grid, parameters)
@@ -110,7 +110,7 @@ def _pair(known: CanonicalMap, name: str, one: Acting, parameters: LoraParameter
     outputs, inputs = len(range(*rows.indices(2**62))), len(range(*columns.indices(2**62)))
     if flipped:
         outputs, inputs = inputs, outputs
-    return Pair(
+    return LoraPair(
         ".".join(segments[:-1]),
         one.layer,
         parameters.kind == "embedding",
@@ -123,7 +123,7 @@ def _pair(known: CanonicalMap, name: str, one: Acting, parameters: LoraParameter
     )
 
 
-def _logical(grid: Grid, parameters: LoraParameters) -> tuple[slice, slice, bool]:
+def _logical(grid: ExpertSlice, parameters: LoraParameters) -> tuple[slice, slice, bool]:
     """Rows (outputs), columns (inputs) of B A, and whether the checkpoint's matrix is its transpose.
 
     A layer's own A and B say which way its inputs go, however it or the checkpoint stores the weight; of a parameter on
@@ -153,7 +153,7 @@ class Reader:
     """Reads each layer once per push, in the state that the push began in: neither a merge nor a switch moves A and B,
     so that one reading is all that has to be compared. Used by the copying threads; reading twice would do no harm."""
 
-    def __init__(self, given: Given | None, watch: Watch) -> None:
+    def __init__(self, given: SentValues | None, watch: Watch) -> None:
         self.given = given or _live
         self._watch = watch
         self._read: dict[int, LoraParameters] = {}
@@ -171,7 +171,7 @@ def _live(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def computed(plan: Plan, given: Given | None, watch: Watch) -> list[Computed]:
+def computed(plan: PortableLora, given: SentValues | None, watch: Watch) -> list[Computed]:
     """The tensors of the adapter, A and B of each module in turn."""
     reader = Reader(given, watch)
     found: list[Computed] = []
@@ -183,7 +183,7 @@ def computed(plan: Plan, given: Given | None, watch: Watch) -> list[Computed]:
 
 
 @torch.no_grad()
-def _half(pair: Pair, rank: int, reader: Reader, wanted_a: bool, dtype: torch.dtype) -> torch.Tensor:
+def _half(pair: LoraPair, rank: int, reader: Reader, wanted_a: bool, dtype: torch.dtype) -> torch.Tensor:
     """A or B of a module: (rank, inputs) or (outputs, rank), in the dtype that scaling is multiplied in. `dtype` is not
     needed: the copy rounds."""
     parameters = reader(pair.layer)

@@ -18,22 +18,22 @@ from trainer_side.lora import modes, state
 from trainer_side.lora.base_fingerprint import base_mark
 from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
 from trainer_side.lora.layers.findings import survey
-from trainer_side.lora.layers.module_tree import Item, Place, read_tree
-from trainer_side.lora.modes import Baked, Made
-from trainer_side.lora.select import Slot, assemble, items_of, refuse_plain_names, sent, slot_of
+from trainer_side.lora.layers.module_tree import BaseTensor, TreeTensor, read_tree
+from trainer_side.lora.modes import BakedMode, EffectiveTensor
+from trainer_side.lora.select import TensorSlot, assemble, items_of, refuse_plain_names, sent, slot_of
 from trainer_side.lora.state import LoraState, Watch
 from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_checks import nothing_sent
 from trainer_side.names.tensor_layout import Computed
 
 _T = TypeVar("_T")
-Limits = Sequence[LoraLimits | None] | None
+EngineLimits = Sequence[LoraLimits | None] | None
 _KEPT = 8
 """States that are remembered: a trainer goes back and forth between few (enabled, disabled, another adapter)."""
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class ModeView:
     """What one push sends.
 
     Attributes:
@@ -54,7 +54,7 @@ class View:
     state: LoraState
     notes: tuple[str, ...] = ()
     mark: Hashable = None
-    watched: tuple[tuple[str, Slot], ...] = field(default=(), repr=False)
+    watched: tuple[tuple[str, TensorSlot], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,12 @@ class _Last:
     partial: bool
     state: Hashable
     names: list[str]
-    slots: list[Slot]
-    baked: Baked
+    slots: list[TensorSlot]
+    baked: BakedMode
     cleans: list[str]
-    direct: list[Slot]
-    made: tuple[Made, ...]
-    watched: tuple[tuple[str, Slot], ...]
+    direct: list[TensorSlot]
+    made: tuple[EffectiveTensor, ...]
+    watched: tuple[tuple[str, TensorSlot], ...]
     notes: tuple[str, ...]
 
 
@@ -110,7 +110,7 @@ class LoraModel:
         wrappers = self._tree.wrappers
         return LoraState(self._structure, tuple(map(state.read, wrappers)), tuple(map(state.scaling_of, wrappers)))
 
-    def choose(self, mode: str, limits: Limits) -> Choice:
+    def choose(self, mode: str, limits: EngineLimits) -> Choice:
         """The mode of a push in the state that the model is in now.
 
         Args:
@@ -137,7 +137,7 @@ class LoraModel:
             raise refuse(found, mode, lambda other: self._found(other, now, limits))
         return Choice(mode, f"{mode} was asked for", self._notes(mode, now))
 
-    def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> View:
+    def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> ModeView:
         """What a push of these pairs sends in a mode that `choose` gave.
 
         The values given count wherever a name came. What the model shares under a second name and the iterable left
@@ -161,7 +161,7 @@ class LoraModel:
                 return self._repeat(last, now)
         return self._resolve(mode, now, names, tensors, partial)
 
-    def changed_since(self, view: View) -> bool:
+    def changed_since(self, view: ModeView) -> bool:
         """Whether the model is set to something else than when this view was made, or stored tensors under its adapters
         are not what they were. To be asked after the snapshot.
 
@@ -175,7 +175,7 @@ class LoraModel:
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Every tensor that the model holds, named as `named_parameters` names it, shared ones under each name."""
         self.state()
-        items: list[Item] = [*self._tree.places, *self._tree.extras]
+        items: list[TreeTensor] = [*self._tree.places, *self._tree.extras]
         return [(item.raw, tensor) for item in items if (tensor := item.tensor()) is not None]
 
     # ---- inside ----
@@ -183,12 +183,12 @@ class LoraModel:
     def _forget(self) -> None:
         self._tree = read_tree(self.model)
         self._findings: OrderedDict[Hashable, _Findings] = OrderedDict()
-        self._baked: OrderedDict[Hashable, Baked] = OrderedDict()
+        self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
         self._ends: CanonicalMap | None = None
-        self._items: tuple[list[str], list[Item]] = ([], [])
+        self._items: tuple[list[str], list[TreeTensor]] = ([], [])
         self._last: _Last | None = None
 
-    def _automatic(self, now: LoraState, limits: Limits) -> Choice:
+    def _automatic(self, now: LoraState, limits: EngineLimits) -> Choice:
         adapter = self._found("adapter", now, limits)
         bad = refusals(adapter, "adapter")
         if not bad:
@@ -201,7 +201,7 @@ class LoraModel:
             raise refuse(merged, "merged", lambda other: self._found(other, now, limits), also=against)
         return Choice("merged", f"merged: {against}", self._notes("merged", now))
 
-    def _found(self, mode: str, now: LoraState, limits: Limits) -> list[Finding]:
+    def _found(self, mode: str, now: LoraState, limits: EngineLimits) -> list[Finding]:
         """Everything that the capability table has to say about a mode."""
         survey = self._findings_of(now)
         found = [*survey.common, *survey.merged] if mode == "merged" else list(survey.common)
@@ -233,7 +233,7 @@ class LoraModel:
     def _notes(self, mode: str, now: LoraState) -> tuple[str, ...]:
         return self._findings_of(now).notes if mode == "merged" else ()
 
-    def _bake(self, mode: str, now: LoraState) -> Baked:
+    def _bake(self, mode: str, now: LoraState) -> BakedMode:
         """What the mode sends in this state; baked again when shapes or dtypes changed."""
         key: Hashable = mode if mode == "base" else (mode, now.unscaled)
         found = self._baked.get(key)
@@ -248,7 +248,9 @@ class LoraModel:
         _keep(self._baked, key, found)
         return found
 
-    def _resolve(self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool) -> View:
+    def _resolve(
+        self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool
+    ) -> ModeView:
         watch = self._watch(now)
         if self._items[0] != names:
             self._items = names, items_of(self._tree, names)
@@ -271,35 +273,37 @@ class LoraModel:
             self._forget()
             raise state.changed_meanwhile()
         notes = self._notes(mode, now)
-        return View(baked.known, chosen.named, computed, _spec(baked), now, notes, _mark(watched), watched)
+        return ModeView(baked.known, chosen.named, computed, _spec(baked), now, notes, _mark(watched), watched)
 
-    def _repeat(self, last: _Last, now: LoraState) -> View:
+    def _repeat(self, last: _Last, now: LoraState) -> ModeView:
         tensors = [held[key] for held, key in last.direct]
         named = [(name, tensor) for name, tensor in zip(last.cleans, tensors, strict=True) if tensor is not None]
         computed = modes.computed(last.baked, None, self._watch(now), last.made)
         mark = _mark(last.watched)
-        return View(last.baked.known, named, computed, _spec(last.baked), now, last.notes, mark, last.watched)
+        return ModeView(last.baked.known, named, computed, _spec(last.baked), now, last.notes, mark, last.watched)
 
     def _watch(self, now: LoraState) -> Watch:
         return Watch(self._tree.wrappers, now)
 
 
-def _watched(mode: str, places: Sequence[Place], made: Sequence[Made]) -> tuple[tuple[str, Slot], ...]:
+def _watched(
+    mode: str, places: Sequence[BaseTensor], made: Sequence[EffectiveTensor]
+) -> tuple[tuple[str, TensorSlot], ...]:
     """The tensors of the base that a merge writes to, among those that are read for a push."""
     read = [*places, *(one.place for one in made)] if mode != "adapter" else []
     return tuple((place.clean, slot_of(place)) for place in read if place.wrappers)
 
 
-def _mark(watched: Sequence[tuple[str, Slot]]) -> Hashable:
+def _mark(watched: Sequence[tuple[str, TensorSlot]]) -> Hashable:
     live = [(name, held.get(key)) for name, (held, key) in watched]
     return base_mark((name, tensor) for name, tensor in live if tensor is not None)
 
 
-def _rank(baked: Baked) -> int:
+def _rank(baked: BakedMode) -> int:
     return 0 if baked.plan is None else baked.plan.rank
 
 
-def _spec(baked: Baked) -> LoraSpec | None:
+def _spec(baked: BakedMode) -> LoraSpec | None:
     return None if baked.plan is None else LoraSpec(baked.plan.rank)
 
 

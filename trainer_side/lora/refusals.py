@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.layers.dequant import FP8, is_quantized, readable
-from trainer_side.lora.layers.factors import misfit
+from trainer_side.lora.layers.dequant import FP8, can_dequantize, is_quantized
+from trainer_side.lora.layers.factors import explain_misfit
 from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
-from trainer_side.lora.layers.values import ActiveLora, State
+from trainer_side.lora.layers.values import ActiveLora, LayerState
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
 
 PLAIN_VARIANTS = frozenset(
@@ -117,12 +117,12 @@ def _of_layer(
     if is_parametrized(base, name):
         reason = "the parameter is already computed by a parametrization"
         yield ("LoRA on a parametrized weight", reason, type(base).__name__, "Remove the parametrization first")
-    if not readable(base, weight):
+    if not can_dequantize(base, weight):
         got = f"{type(base).__name__}, {type(weight).__name__} of {weight.dtype}"
         yield ("LoRA on a quantised base", "there is no dequantiser for it", got, _ADAPTER_OR_16_BIT)
     if weight.dtype in FP8 and not is_quantized(base, weight):
         yield ("LoRA on an fp8 parameter", "the forward adds in high precision and clamps", str(weight.dtype), _ADAPTER)
-    if any(level.state is State.MERGED_DISABLED for level in levels) and is_quantized(base, weight):
+    if any(level.state is LayerState.MERGED_DISABLED for level in levels) and is_quantized(base, weight):
         reason = "taking the merged adapters out of packed weights would round them again"
         yield ("a quantised base that is merged and disabled", reason, str(weight.dtype), "Unmerge it first")
     if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear) and copies is None:
@@ -147,13 +147,13 @@ def _of_levels(
     for level in levels:
         for adapter in level.adapters():
             yield from _of_lora(chain, level, adapter, kind, name)
-            if level.state is State.MERGED_DISABLED and adapter.magnitude is not None:
+            if level.state is LayerState.MERGED_DISABLED and adapter.magnitude is not None:
                 reason = "what the merge replaced is not there any more"
                 yield (f"DoRA adapter {adapter.name}, merged and disabled", reason, adapter.variant, "Unmerge it first")
             if (copies or 1) > 1 and (adapter.variant or adapter.magnitude is not None):
                 reason = "how often its effect is added is not known"
                 yield (f"a variant in an attention layer ({adapter.variant})", reason, adapter.variant, _ELSEWHERE)
-            shapes = misfit(adapter, weight, kind, transposed) if is_plain_tensor(weight, chain) else None
+            shapes = explain_misfit(adapter, weight, kind, transposed) if is_plain_tensor(weight, chain) else None
             if shapes is not None:
                 yield (f"adapter {adapter.name}", "its factors do not fit the weight", shapes, "Check the adapter")
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
-from trainer_side.lora.layers.module_tree import Extra, Item, Place, Tree
-from trainer_side.lora.modes import Baked, Made
-from trainer_side.names.tensor_checks import not_pairs, plain
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor, WrapperTensor
+from trainer_side.lora.modes import BakedMode, EffectiveTensor
+from trainer_side.names.tensor_checks import not_pairs, require_plain
 from trainer_side.names.ties import same_bits
 
 
@@ -35,15 +35,15 @@ class Sent:
         """The values that count for a live tensor."""
         return self.changed.get(id(live), live)
 
-    def came(self, item: Item) -> bool:
+    def came(self, item: TreeTensor) -> bool:
         """Whether the tensor came, under this name or that of a tied one."""
         return id(item.tensor()) in self.given
 
 
-def items_of(tree: Tree, names: Sequence[str]) -> list[Item]:
+def items_of(tree: LoraTree, names: Sequence[str]) -> list[TreeTensor]:
     """What each name means. Raises ConfigError (no text), UnexpectedTensor, DuplicateTensor."""
-    found: list[Item] = []
-    seen: dict[Item, str] = {}
+    found: list[TreeTensor] = []
+    seen: dict[TreeTensor, str] = {}
     for name in names:
         if not isinstance(name, str):
             raise not_pairs(f"item {len(found)}", f"a name of type {type(name).__name__}")
@@ -64,10 +64,10 @@ def items_of(tree: Tree, names: Sequence[str]) -> list[Item]:
     return found
 
 
-def sent(items: Sequence[Item], names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Sent:
+def sent(items: Sequence[TreeTensor], names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Sent:
     """Sort what came by live tensor.
 
-    Raises ShapeMismatch, DuplicateTensor (one live tensor, two names, different values), and what `tensors.plain` does.
+    Raises ShapeMismatch, DuplicateTensor (one live tensor, two names, different values), and what `tensors.require_plain` does.
     """
     given: dict[int, torch.Tensor] = {}
     changed: dict[int, torch.Tensor] = {}
@@ -82,13 +82,13 @@ def sent(items: Sequence[Item], names: Sequence[str], tensors: Sequence[torch.Te
                 changed[key] = tensor
         earlier = given.get(key)
         if earlier is not None and earlier is not tensor and not _same_memory(earlier, tensor):
-            _require_equal(item, name, plain(name, earlier), plain(name, tensor))
+            _require_equal(item, name, require_plain(name, earlier), require_plain(name, tensor))
         given[key] = tensor
     return Sent(given, changed, tuple(names))
 
 
-def _checked(item: Item, name: str, tensor: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    tensor = plain(name, tensor)
+def _checked(item: TreeTensor, name: str, tensor: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    tensor = require_plain(name, tensor)
     if tensor.shape != live.shape:
         raise ShapeMismatch(
             "a tensor does not have the bound model's shape",
@@ -107,7 +107,7 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() > 0
 
 
-def _require_equal(item: Item, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+def _require_equal(item: TreeTensor, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     if not same_bits(a, b):
         raise DuplicateTensor(
             "one tensor of the bound model came under two names with different values",
@@ -119,8 +119,8 @@ def _require_equal(item: Item, name: str, a: torch.Tensor, b: torch.Tensor) -> N
         )
 
 
-def _unknown(tree: Tree, name: str) -> UnexpectedTensor:
-    count = len(tree.places) + sum(isinstance(e, Extra) for e in tree.extras)
+def _unknown(tree: LoraTree, name: str) -> UnexpectedTensor:
+    count = len(tree.places) + sum(isinstance(e, WrapperTensor) for e in tree.extras)
     return UnexpectedTensor(
         "the bound model has no tensor of this name",
         where=name,
@@ -131,11 +131,11 @@ def _unknown(tree: Tree, name: str) -> UnexpectedTensor:
     )
 
 
-Slot = tuple[Mapping[str, torch.Tensor | None], str]
+TensorSlot = tuple[Mapping[str, torch.Tensor | None], str]
 """Where the live tree holds a tensor: one look-up away."""
 
 
-def slot_of(item: Item) -> Slot:
+def slot_of(item: TreeTensor) -> TensorSlot:
     """The dictionary and key under which a tensor lies now."""
     if item.buffer:
         return item.owner._buffers, item.attribute
@@ -148,16 +148,16 @@ def slot_of(item: Item) -> Slot:
 class Chosen:
     """What travels: the places of `named`, its pairs, and the computed ones."""
 
-    places: tuple[Place, ...]
+    places: tuple[BaseTensor, ...]
     named: list[tuple[str, torch.Tensor]]
-    made: tuple[Made, ...]
+    made: tuple[EffectiveTensor, ...]
 
 
-def assemble(mode: str, baked: Baked, came: Sent, *, partial: bool) -> Chosen:
+def assemble(mode: str, baked: BakedMode, came: Sent, *, partial: bool) -> Chosen:
     """Raises MissingTensor, with every name, when something of the mode did not come; when `partial`, if all of it
     did not."""
     missing: list[str] = []
-    places: list[Place] = []
+    places: list[BaseTensor] = []
     named: list[tuple[str, torch.Tensor]] = []
     for place in baked.direct:
         live = place.tensor()
@@ -188,7 +188,7 @@ def assemble(mode: str, baked: Baked, came: Sent, *, partial: bool) -> Chosen:
     return Chosen(tuple(places), named, tuple(one for one in baked.made if one.place.clean in standing))
 
 
-def refuse_plain_names(tree: Tree, baked: Baked, items: Sequence[Item], names: Sequence[str]) -> None:
+def refuse_plain_names(tree: LoraTree, baked: BakedMode, items: Sequence[TreeTensor], names: Sequence[str]) -> None:
     """Under the base model's name of a computed tensor both its base and its effective values could be meant."""
     computed = {one.place for one in baked.made}
     for item, name in zip(items, names, strict=True):
@@ -203,8 +203,10 @@ def refuse_plain_names(tree: Tree, baked: Baked, items: Sequence[Item], names: S
             )
 
 
-def _absent(items: Iterable[Place | Extra], came: Callable[[Item], bool]) -> list[str]:
-    return [i.raw for i in items if not i.buffer and not came(i) and not (isinstance(i, Place) and not i.registered)]
+def _absent(items: Iterable[BaseTensor | WrapperTensor], came: Callable[[TreeTensor], bool]) -> list[str]:
+    return [
+        i.raw for i in items if not i.buffer and not came(i) and not (isinstance(i, BaseTensor) and not i.registered)
+    ]
 
 
 def _beside(mode: str, names: tuple[str, ...]) -> MissingTensor:

@@ -18,17 +18,17 @@ from typing import NamedTuple
 from torch import nn
 
 from bridge.errors import ConfigError, IntegrityError, UnsupportedLora
-from trainer_side.lora.layers.module_tree import Kind, Wrapper
+from trainer_side.lora.layers.module_tree import Wrapper, WrapperKind
 from trainer_side.lora.layers.read import lora_parameters
-from trainer_side.lora.layers.values import ActiveLora, State
+from trainer_side.lora.layers.values import ActiveLora, LayerState
 from trainer_side.lora.layers.wrapper_chain import Chain, Setting, acting_copy, setting_of
 from trainer_side.names.naming import BASE_HOP
 
 _KEYED = {
-    Kind.LORA: ("lora_A", "lora_embedding_A"),
-    Kind.SAVED: ("modules_to_save",),
-    Kind.TOKENS: ("trainable_tokens_delta",),
-    Kind.UNKNOWN: (),
+    WrapperKind.LORA: ("lora_A", "lora_embedding_A"),
+    WrapperKind.SAVED: ("modules_to_save",),
+    WrapperKind.TOKENS: ("trainable_tokens_delta",),
+    WrapperKind.UNKNOWN: (),
 }
 
 
@@ -74,7 +74,7 @@ def read(wrapper: Wrapper) -> WrapperState:
 
 def scaling_of(wrapper: Wrapper) -> tuple[tuple[str, float], ...]:
     """The factor of each adapter of a LoRA layer now."""
-    if wrapper.kind is not Kind.LORA:
+    if wrapper.kind is not WrapperKind.LORA:
         return ()
     scaling = getattr(wrapper.module, "scaling", None)
     if isinstance(scaling, dict):
@@ -159,7 +159,7 @@ def _moves(module: nn.Module) -> str | None:
         found = lora_parameters(module)
     except (ConfigError, UnsupportedLora):
         return None  # no LoRA layer; what it is has been refused or found harmless when the mode was chosen
-    if found.state is State.MERGED_DISABLED:
+    if found.state is LayerState.MERGED_DISABLED:
         return "adapters merged and disabled: PEFT unmerges them in the next forward"
     if found.kind == "attention":
         return "PEFT's attention wrapper merges and unmerges in every forward"

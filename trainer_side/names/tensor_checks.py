@@ -11,12 +11,12 @@ from torch.nn.parameter import is_lazy
 
 from bridge.errors import ConfigError, DtypeMismatch, IntegrityError, MissingTensor
 
-Named = Iterable[tuple[str, torch.Tensor]]
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def plain(name: str, tensor: object) -> torch.Tensor:
+def require_plain(name: str, tensor: object) -> torch.Tensor:
     """The tensor itself, checked to have values that can be copied.
 
     A replicated DTensor becomes its local tensor, a subclass the plain tensor that shares its memory, and a view that
@@ -73,7 +73,7 @@ def addresses(sources: Sequence[torch.Tensor]) -> list[int] | None:
         return None
 
 
-def exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
+def read_pairs(named: NamedTensors) -> tuple[list[str], list[torch.Tensor]]:
     """Names and tensors of the iterable. Raises ConfigError for what is no iterable of pairs."""
     if isinstance(named, Mapping):
         named = named.items()

@@ -1,6 +1,6 @@
 """From an iterable of (live name, tensor) to canonical tensors: references, names and ties, no bytes moved yet.
 
-The first push of a layout resolves every name; the result is kept as a `Layout`. Later pushes only check, with a few
+The first push of a layout resolves every name; the result is kept as a `TensorLayout`. Later pushes only check, with a few
 list comparisons, that names, shapes, dtypes and ties are those of the last one. No tensor is kept between pushes: a
 trainer that offloads its weights gets its memory back.
 """
@@ -28,9 +28,9 @@ from trainer_side.names.naming import (
     is_lora_name,
     walk,
 )
-from trainer_side.names.tensor_checks import Named, exhaust, not_pairs, nothing_sent, plain
+from trainer_side.names.tensor_checks import NamedTensors, not_pairs, nothing_sent, read_pairs, require_plain
 from trainer_side.names.tensor_checks import addresses as addresses_of
-from trainer_side.names.ties import NO_ADDRESS, TiesSent, check_ties, tie_pattern, ties_of, ties_sent
+from trainer_side.names.ties import NO_ADDRESS, TiesSent, check_ties, list_ties, sort_ties, tie_pattern
 
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
@@ -38,7 +38,7 @@ _NEGATED = torch.Tensor.is_neg
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """Elements `source` of the collected tensor at `index` become elements `dest` of a canonical tensor.
 
     Both count row-major; None for both says the whole tensor, as it is.
@@ -66,14 +66,14 @@ class Computed:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class TensorLayout:
     """What stays the same from push to push: the canonical tensors and which collected tensors they are made of.
 
     Compared by identity: the same object means that nothing about names, shapes, dtypes and ties has changed.
     """
 
     tensors: tuple[TensorInfo, ...]
-    parts: tuple[tuple[Part, ...], ...]
+    parts: tuple[tuple[TensorPart, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Collected:
 
     Attributes:
         layout: names and geometry.
-        sources: the collected tensors, in the order that `Part.index` counts; plain, their memory holds their values.
+        sources: the collected tensors, in the order that `TensorPart.index` counts; plain, their memory holds their values.
         addresses: where the first element of each lies; 0 where there is none.
         computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
         adapter: set when the tensors are an adapter's.
@@ -90,7 +90,7 @@ class Collected:
         state: of the model's LoRA layers when this was collected.
     """
 
-    layout: Layout
+    layout: TensorLayout
     sources: list[torch.Tensor]
     addresses: list[int]
     computed: Mapping[int, Computed] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class _Seen:
     added: tuple[_Buffer, ...]
     computed: list[str]
     ties: TiesSent
-    layout: Layout
+    layout: TensorLayout
 
 
 class WeightSource:
@@ -142,7 +142,7 @@ class WeightSource:
         self.model = model
         self.map: CanonicalMap | None = bake_names(model) if model is not None and known is None else known
         self._buffers = [] if model is None or self.map is None else _buffers(model, self.map)
-        self._ties = () if self.map is None else ties_of(self.map)
+        self._ties = () if self.map is None else list_ties(self.map)
         self._seen: _Seen | None = None
 
     @property
@@ -150,7 +150,7 @@ class WeightSource:
         """What a full push of the bound model announces; None when no model is bound."""
         return None if self.map is None else self.map.infos
 
-    def collect(self, named: Named, *, partial: bool = False, computed: Sequence[Computed] = ()) -> Collected:
+    def collect(self, named: NamedTensors, *, partial: bool = False, computed: Sequence[Computed] = ()) -> Collected:
         """Exhaust the iterable and resolve it; moves no bytes, about a microsecond per tensor when nothing changed.
 
         With a bound model its persistent buffers are added, unless `partial`; `computed` are tensors that come besides,
@@ -163,7 +163,7 @@ class WeightSource:
         IntegrityError (no values: meta, lazy, a wrapper without storage), ConfigError (not (name, tensor) pairs, or a
         sharded DTensor).
         """
-        names, tensors = exhaust(named)
+        names, tensors = read_pairs(named)
         if not names and not computed:
             raise nothing_sent()
         extra = [c.name for c in computed]
@@ -186,7 +186,7 @@ class WeightSource:
         for buffer in added:
             clean.add(buffer.clean)
         sources = [
-            plain(name, tensor)
+            require_plain(name, tensor)
             for name, tensor in zip(
                 [*names, *(b.clean for b in added)], [*tensors, *(_current(b) for b in added)], strict=True
             )
@@ -202,7 +202,7 @@ class WeightSource:
         else:
             came = clean.came
             _check_shapes(self.map, clean.index, sources)
-            ties = ties_sent(self._ties, clean.index, came, pattern)
+            ties = sort_ties(self._ties, clean.index, came, pattern)
             self._check_ties(ties, sources)
             layout = _bound_layout(self.map, came, sources, pattern)
         last = self._seen
@@ -305,7 +305,7 @@ def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:
     return addresses if addresses is not None and tie_pattern(sources, addresses) == seen.pattern else None
 
 
-def _unbound_layout(names: _Names, sources: Sequence[torch.Tensor], pattern: Sequence[int]) -> Layout:
+def _unbound_layout(names: _Names, sources: Sequence[torch.Tensor], pattern: Sequence[int]) -> TensorLayout:
     aliases: dict[int, list[str]] = {}
     for name, k in names.index.items():
         if pattern[k] not in (k, NO_ADDRESS):
@@ -315,20 +315,20 @@ def _unbound_layout(names: _Names, sources: Sequence[torch.Tensor], pattern: Seq
         if pattern[k] in (k, NO_ADDRESS):
             t = sources[k]
             tensors.append(TensorInfo(name, dtype_name(t.dtype, name), tuple(t.shape), tuple(aliases.get(k, ()))))
-            parts.append((Part(k),))
-    return Layout(tuple(tensors), tuple(parts))
+            parts.append((TensorPart(k),))
+    return TensorLayout(tuple(tensors), tuple(parts))
 
 
-def _alike(a: Layout, b: Layout) -> bool:
+def _alike(a: TensorLayout, b: TensorLayout) -> bool:
     return a.tensors == b.tensors and a.parts == b.parts
 
 
 def _bound_layout(
     known: CanonicalMap, came: Mapping[str, int], sources: Sequence[torch.Tensor], pattern: Sequence[int]
-) -> Layout:
+) -> TensorLayout:
     """The canonical tensors whose live tensors came, in the model's order."""
     infos: dict[object, TensorInfo] = {}
-    parts: dict[object, tuple[Part, ...]] = {}
+    parts: dict[object, tuple[TensorPart, ...]] = {}
     for tensor in known.tensors:
         made_of = _parts_of(known, tensor, came)
         if made_of is None:
@@ -344,10 +344,10 @@ def _bound_layout(
         else:
             aliases = (*earlier.aliases, tensor.name, *tensor.aliases)
             infos[identity] = TensorInfo(earlier.name, earlier.dtype, earlier.shape, aliases)
-    return Layout(tuple(infos.values()), tuple(parts.values()))
+    return TensorLayout(tuple(infos.values()), tuple(parts.values()))
 
 
-def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[Part, ...] | None:
+def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[TensorPart, ...] | None:
     """What a canonical tensor is made of in this push; None when nothing of it came."""
     live = [piece.live for piece in tensor.pieces]
     absent = sorted({name for name in live if name not in came})
@@ -362,13 +362,13 @@ def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, i
                 remedy="push model.named_parameters(), or checkpoint tensors, not both",
                 names=(tensor.name,),
             )
-        return (Part(direct),)
+        return (TensorPart(direct),)
     if not absent:
         whole = dense(tensor.shape)
         alike = known.live[live[0]].shape == tensor.shape
         if alike and tensor.pieces == (Piece(live[0], whole, whole),):
-            return (Part(came[live[0]]),)
-        return tuple(Part(came[p.live], p.source, p.dest) for p in tensor.pieces)
+            return (TensorPart(came[live[0]]),)
+        return tuple(TensorPart(came[p.live], p.source, p.dest) for p in tensor.pieces)
     if len(absent) == len(set(live)):
         return None
     raise MissingTensor(

@@ -15,7 +15,7 @@ from torch import nn
 
 from bridge.errors import BridgeError, DuplicateTensor
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import plain
+from trainer_side.names.tensor_checks import require_plain
 
 NO_ADDRESS = -1
 """In a tie pattern: nothing to compare (no elements), or no values (meta), which the slow path tells apart."""
@@ -62,13 +62,13 @@ class TiesSent:
     silent: tuple[Tie, ...] = ()
 
 
-def ties_of(known: CanonicalMap) -> tuple[Tie, ...]:
+def list_ties(known: CanonicalMap) -> tuple[Tie, ...]:
     """The ties of a bound model."""
     raw = {clean: tuple(given.split(".")) for given, clean in known.raw.items()}
     return tuple(Tie(kept, alias, raw[kept], raw[alias]) for alias, kept in known.ties.items())
 
 
-def ties_sent(
+def sort_ties(
     ties: Sequence[Tie], index: Mapping[str, int], came: Mapping[str, int], pattern: Sequence[int]
 ) -> TiesSent:
     """Sort the ties by how they came. `index`: of every clean name that was sent; `came`: of the tensor that travels
@@ -114,7 +114,7 @@ def _differ(kept: torch.Tensor, alias: torch.Tensor) -> bool:
     """Whether two of the model's own tensors are known to have different values: not where one has none to show (ZeRO
     takes them away between steps, FSDP shards them)."""
     try:
-        a, b = plain("", kept), plain("", alias)
+        a, b = require_plain("", kept), require_plain("", alias)
     except BridgeError:
         return False
     return bool(a.numel() and b.numel()) and not same_bits(a, b)

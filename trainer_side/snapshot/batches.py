@@ -16,8 +16,8 @@ import torch
 from bridge.model.dtypes import dtype_of
 from bridge.model.manifest import TensorSpec
 from bridge.model.regions import Region, dense, follow
-from trainer_side.names.tensor_layout import Part
-from trainer_side.snapshot.finite import checked
+from trainer_side.names.tensor_layout import TensorPart
+from trainer_side.snapshot.finite import can_be_nonfinite
 
 SMALL = 256 << 10
 """Bytes; tensors up to this are copied and checked many at a time."""
@@ -25,38 +25,38 @@ _BATCH = 4 << 20
 """Bytes of small tensors in one unit of work."""
 _BATCH_TENSORS = 2048
 
-Bytes = npt.NDArray[np.uint8]
+ByteArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class TensorCopy:
     """One tensor of the manifest that this layout writes."""
 
     index: int
     spec: TensorSpec
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class RunSplit:
     """One source cut into consecutive runs of `sizes` elements; run `picks[i]` goes to `parts[i]`."""
 
     index: int
     sizes: list[int]
     picks: list[int]
-    parts: list[tuple[Item, Part]]
+    parts: list[tuple[TensorCopy, TensorPart]]
 
 
 @dataclass(slots=True)
-class Batch:
+class CopyBatch:
     """Small tensors that are copied by one call. `spans`: stretches of the arena of one dtype: its name, bytes from
     and to, manifest indices from and to (exclusive)."""
 
-    items: list[Item]
+    items: list[TensorCopy]
     spans: list[tuple[str, int, int, int, int]]
     whole: list[int] | None
     """Source index per item when every one is one whole tensor, the usual case."""
-    splits: list[Split] | None
+    splits: list[RunSplit] | None
     """How to cut the sources when every part is a run of consecutive elements, the usual case for fused experts."""
     into: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """Slot -> views of what is written there, made once, in the order of `whole` or `splits`."""
@@ -68,7 +68,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.indices = np.array([item.index for item in self.items], dtype=np.int64)
 
-    def views(self, place: Slot) -> list[memoryview]:
+    def views(self, place: SlotViews) -> list[memoryview]:
         """The bytes of each item in a slot, made once."""
         found = self.seen.get(place.slot)
         if found is None:
@@ -77,17 +77,17 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Slot:
+class SlotViews:
     """Views of one slot, made once."""
 
     slot: int
     views: list[memoryview]
-    flat: Bytes
+    flat: ByteArray
     dests: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
-def batches(items: Sequence[Item]) -> Iterator[Batch]:
-    group: list[Item] = []
+def make_batches(items: Sequence[TensorCopy]) -> Iterator[CopyBatch]:
+    group: list[TensorCopy] = []
     nbytes = 0
     for item in items:
         group.append(item)
@@ -99,16 +99,16 @@ def batches(items: Sequence[Item]) -> Iterator[Batch]:
         yield _batch(group)
 
 
-def _batch(items: list[Item]) -> Batch:
+def _batch(items: list[TensorCopy]) -> CopyBatch:
     whole = [item.parts[0].index for item in items if len(item.parts) == 1 and item.parts[0].source is None]
     if len(whole) == len(items):
-        return Batch(items, list(_spans(items)), whole, None)
-    return Batch(items, list(_spans(items)), None, _splits(items))
+        return CopyBatch(items, list(_spans(items)), whole, None)
+    return CopyBatch(items, list(_spans(items)), None, _splits(items))
 
 
-def _splits(items: Sequence[Item]) -> list[Split] | None:
+def _splits(items: Sequence[TensorCopy]) -> list[RunSplit] | None:
     """The parts by source and in its order, when they are disjoint runs of consecutive elements on both sides."""
-    by_source: dict[int, list[tuple[int, int, Item, Part]]] = {}
+    by_source: dict[int, list[tuple[int, int, TensorCopy, TensorPart]]] = {}
     for item in items:
         for part in item.parts:
             source, dest = part.source or dense(item.spec.shape), part.dest or dense(item.spec.shape)
@@ -117,7 +117,7 @@ def _splits(items: Sequence[Item]) -> list[Split] | None:
             by_source.setdefault(part.index, []).append((source.offset, source.numel, item, part))
     splits = []
     for index, runs in by_source.items():
-        split, at = Split(index, [], [], []), 0
+        split, at = RunSplit(index, [], [], []), 0
         for offset, numel, item, part in sorted(runs, key=lambda run: run[0]):
             if offset < at:
                 return None
@@ -136,7 +136,7 @@ def _is_run(region: Region) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(region.shape, region.strides, plain, strict=True))
 
 
-def _cut(splits: Sequence[Split], sources: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+def _cut(splits: Sequence[RunSplit], sources: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """The runs of every split, as flat views; None when a source has strides of its own."""
     out_of: list[torch.Tensor] = []
     for split in splits:
@@ -148,9 +148,9 @@ def _cut(splits: Sequence[Split], sources: Sequence[torch.Tensor]) -> list[torch
     return out_of
 
 
-def _spans(items: Sequence[Item]) -> Iterator[tuple[str, int, int, int, int]]:
+def _spans(items: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:
     """Neighbours in the arena of the same floating dtype. Padding between them is never written and reads as zero."""
-    run: list[Item] = []
+    run: list[TensorCopy] = []
     for item in items:
         if run and (item.index != run[-1].index + 1 or item.spec.dtype != run[-1].spec.dtype):
             yield from _span(run)
@@ -159,13 +159,15 @@ def _spans(items: Sequence[Item]) -> Iterator[tuple[str, int, int, int, int]]:
     yield from _span(run)
 
 
-def _span(run: Sequence[Item]) -> Iterator[tuple[str, int, int, int, int]]:
-    if run and checked(run[0].spec.dtype):
+def _span(run: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:
+    if run and can_be_nonfinite(run[0].spec.dtype):
         last = run[-1].spec
         yield run[0].spec.dtype, run[0].spec.offset, last.offset + last.nbytes, run[0].index, run[-1].index + 1
 
 
-def pairs(batch: Batch, place: Slot, sources: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def batch_views(
+    batch: CopyBatch, place: SlotViews, sources: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Where a batch goes and where it comes from, equal shapes side by side."""
     if batch.whole is not None:
         if place.slot not in batch.into:
@@ -173,15 +175,15 @@ def pairs(batch: Batch, place: Slot, sources: list[torch.Tensor]) -> tuple[list[
         return batch.into[place.slot], [sources[k] for k in batch.whole]
     out_of = None if batch.splits is None else _cut(batch.splits, sources)
     if out_of is None or batch.splits is None:
-        return copies(batch.items, place, sources)
+        return copy_views(batch.items, place, sources)
     if place.slot not in batch.into:
         parts = [pair for split in batch.splits for pair in split.parts]
         batch.into[place.slot] = [_dest(item, part, place).view(-1) for item, part in parts]
     return batch.into[place.slot], out_of
 
 
-def copies(
-    items: Sequence[Item], place: Slot, sources: list[torch.Tensor]
+def copy_views(
+    items: Sequence[TensorCopy], place: SlotViews, sources: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     into: list[torch.Tensor] = []
     out_of: list[torch.Tensor] = []
@@ -202,7 +204,7 @@ def copies(
     return into, out_of
 
 
-def _dest(item: Item, part: Part, place: Slot) -> torch.Tensor:
+def _dest(item: TensorCopy, part: TensorPart, place: SlotViews) -> torch.Tensor:
     """The part's place in the arena, in the shape that it has in the source."""
     whole = torch.from_numpy(bytes_of(item.spec, place)).view(dtype_of(item.spec.dtype)).view(item.spec.shape)
     if part.dest is None:
@@ -213,7 +215,7 @@ def _dest(item: Item, part: Part, place: Slot) -> torch.Tensor:
 Where = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
-def _shown(source: torch.Tensor, part: Part, spec: TensorSpec) -> Iterator[tuple[torch.Tensor, Where | None]]:
+def _shown(source: torch.Tensor, part: TensorPart, spec: TensorSpec) -> Iterator[tuple[torch.Tensor, Where | None]]:
     """Views of a live tensor that show a part's region, and where each goes when the part had to be split.
 
     Regions count row-major; a live tensor with strides of its own may need several views.
@@ -234,5 +236,5 @@ def _shown(source: torch.Tensor, part: Part, spec: TensorSpec) -> Iterator[tuple
             yield source.as_strided(at.shape, at.strides, at.offset), (to.shape, to.strides, to.offset)
 
 
-def bytes_of(spec: TensorSpec, place: Slot) -> Bytes:
+def bytes_of(spec: TensorSpec, place: SlotViews) -> ByteArray:
     return place.flat[spec.offset : spec.offset + spec.nbytes]

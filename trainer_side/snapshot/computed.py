@@ -19,31 +19,31 @@ from bridge.model.dtypes import dtype_of
 from bridge.model.regions import cut
 from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Computed
-from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
+from trainer_side.snapshot.batches import SlotViews, TensorCopy, bytes_of, copy_views
 from trainer_side.snapshot.finite import is_finite
 
 
 @dataclass(frozen=True)
-class Group:
+class ComputedGroup:
     """Items that are made of the same computed tensors (`indices` into the collected sources)."""
 
     indices: frozenset[int]
-    items: tuple[Item, ...]
+    items: tuple[TensorCopy, ...]
 
 
-def groups(items: Iterable[Item], computed: Mapping[int, Computed]) -> list[Group]:
+def group_computed(items: Iterable[TensorCopy], computed: Mapping[int, Computed]) -> list[ComputedGroup]:
     """The items that need a computed tensor, by which ones they need."""
-    found: dict[frozenset[int], list[Item]] = {}
+    found: dict[frozenset[int], list[TensorCopy]] = {}
     for item in items:
         needs = frozenset(part.index for part in item.parts if part.index in computed)
         if needs:
             found.setdefault(needs, []).append(item)
-    return [Group(needs, tuple(made_of)) for needs, made_of in found.items()]
+    return [ComputedGroup(needs, tuple(made_of)) for needs, made_of in found.items()]
 
 
 def jobs(
-    found: Iterable[Group],
-    place: Slot,
+    found: Iterable[ComputedGroup],
+    place: SlotViews,
     sources: list[torch.Tensor],
     computed: Mapping[int, Computed],
     digests: npt.NDArray[np.uint64],
@@ -55,12 +55,12 @@ def jobs(
     A unit raises ShapeMismatch or DtypeMismatch for values that are not what was announced.
     """
 
-    def job(group: Group) -> Callable[[], None]:
+    def job(group: ComputedGroup) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
                 made = {index: _values(computed[index], group.items) for index in group.indices}
                 shown = _Overlay(sources, made)
-                into, out_of = copies(group.items, place, shown)
+                into, out_of = copy_views(group.items, place, shown)
                 for dest, source in zip(into, out_of, strict=True):
                     dest.copy_(source)
             for item in group.items:
@@ -88,7 +88,7 @@ class _Overlay(list[torch.Tensor]):
         return self._sources[index] if made is None else made
 
 
-def _values(computed: Computed, items: Iterable[Item]) -> torch.Tensor:
+def _values(computed: Computed, items: Iterable[TensorCopy]) -> torch.Tensor:
     """Run one computation, for the dtype that its items travel in: the widest where they differ."""
     dtypes = {item.spec.dtype for item in items}
     wire = max((dtype_of(name) for name in dtypes), key=lambda dtype: dtype.itemsize)

@@ -16,7 +16,7 @@ import torch
 from bridge.errors import NonFinite
 from bridge.model.manifest import Manifest
 
-Bytes = npt.NDArray[np.uint8]
+ByteArray = npt.NDArray[np.uint8]
 
 _BLOCK = 1 << 20
 """Elements that the exact scan widens at a time."""
@@ -32,7 +32,7 @@ _LIMITS: dict[str, tuple[type[np.signedinteger[Any]], type[np.unsignedinteger[An
 """Wire dtype -> signed and unsigned integer of its size, and the smallest pattern that is not finite, sign bit off."""
 
 
-def is_finite(raw: Bytes, dtype: str) -> bool:
+def is_finite(raw: ByteArray, dtype: str) -> bool:
     """Whether all elements are finite, exactly, from their bit patterns; True for dtypes that cannot be otherwise."""
     limits = _LIMITS.get(dtype)
     if limits is None or not len(raw):
@@ -72,6 +72,6 @@ def _scan(flat: torch.Tensor) -> tuple[int, int, float]:
     return count, index, value
 
 
-def checked(dtype: str) -> bool:
+def can_be_nonfinite(dtype: str) -> bool:
     """Whether a wire dtype has values that are not finite."""
     return dtype in _LIMITS

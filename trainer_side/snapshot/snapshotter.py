@@ -25,33 +25,42 @@ from bridge.ports import Written
 from bridge.shm.arena import Arena
 from bridge.shm.memcpy import memcmp, memcmp_held, memmove
 from bridge.shm.seal import CHUNK, fold
-from trainer_side.names.tensor_layout import Collected, Layout
-from trainer_side.snapshot.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
-from trainer_side.snapshot.computed import Group, groups
+from trainer_side.names.tensor_layout import Collected, TensorLayout
+from trainer_side.snapshot.batches import (
+    SMALL,
+    CopyBatch,
+    SlotViews,
+    TensorCopy,
+    batch_views,
+    bytes_of,
+    copy_views,
+    make_batches,
+)
+from trainer_side.snapshot.computed import ComputedGroup, group_computed
 from trainer_side.snapshot.computed import jobs as computed_jobs
 from trainer_side.snapshot.finite import is_finite, nonfinite_error
-from trainer_side.snapshot.value_checks import doubtful, require_fit
+from trainer_side.snapshot.value_checks import find_inexact_casts, require_fit
 
 _HELD = 64 << 10
 """Bytes below which a comparison keeps the interpreter lock."""
 BLOCK = 1 << 20
 """Bytes that are copied, digested and checked before the next ones: they fit a core's cache."""
 
-Bytes = npt.NDArray[np.uint8]
-Job = Callable[[], None]
+ByteArray = npt.NDArray[np.uint8]
+CopyJob = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
 class _Program:
     """What a layout means for a manifest; made once for both."""
 
-    layout: Layout
-    big: list[Item]
-    batches: list[Batch]
+    layout: TensorLayout
+    big: list[TensorCopy]
+    batches: list[CopyBatch]
     carried: list[int]
-    doubtful: list[Item]
+    find_inexact_casts: list[TensorCopy]
     """Items with a cast that may change a value otherwise than by rounding."""
-    computed: list[Group]
+    computed: list[ComputedGroup]
     computes: frozenset[int]
     """Which collected tensors are computed while the snapshot is written."""
 
@@ -87,7 +96,7 @@ class Snapshotter:
         self.arena = arena
         self.manifest: Manifest = arena.manifest
         self._pool = _single_threaded_pool(threads)
-        self._slots: dict[int, Slot] = {}
+        self._slots: dict[int, SlotViews] = {}
         self._program: _Program | None = None
         self._known: dict[int, dict[int, list[int]]] = {}
         """Slot -> manifest index -> chunk digests of what this object wrote there last and found finite."""
@@ -121,7 +130,7 @@ class Snapshotter:
             later = self._run(program, place, collected, digests, tally, known)
         for index, pieces in later:
             digests[index] = fold(pieces)
-        for item in program.doubtful:
+        for item in program.find_inexact_casts:
             require_fit(item, place, collected.sources)
         if tally.indices and not allow_nonfinite:
             raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(tally.indices))
@@ -132,7 +141,7 @@ class Snapshotter:
     def _run(
         self,
         program: _Program,
-        place: Slot,
+        place: SlotViews,
         collected: Collected,
         digests: npt.NDArray[np.uint64],
         tally: _Tally,
@@ -140,7 +149,7 @@ class Snapshotter:
     ) -> list[tuple[int, list[int]]]:
         """Run all units of work; (manifest index, chunk digests) of the tensors that were cut come back."""
         sources, computed = collected.sources, collected.computed
-        jobs: list[Job] = list(
+        jobs: list[CopyJob] = list(
             computed_jobs(program.computed, place, sources, computed, digests, tally.suspect, tally.add_bytes)
         )
         later: list[tuple[int, list[int]]] = []
@@ -188,9 +197,9 @@ class Snapshotter:
             digests[index] = known[index]
         return nbytes
 
-    def _slot(self, slot: int) -> Slot:
+    def _slot(self, slot: int) -> SlotViews:
         if slot not in self._slots:
-            self._slots[slot] = Slot(slot, self.arena.views(slot), self.arena.flat(slot))
+            self._slots[slot] = SlotViews(slot, self.arena.views(slot), self.arena.flat(slot))
         return self._slots[slot]
 
     def _compiled(self, collected: Collected) -> _Program:
@@ -219,34 +228,34 @@ def _compile(manifest: Manifest, collected: Collected) -> _Program:
                 remedy="plan again before the snapshot",
                 names=(info.name,),
             )
-        items.append(Item(index, spec, parts))
+        items.append(TensorCopy(index, spec, parts))
     items.sort(key=lambda item: item.index)
     written = {item.index for item in items}
-    computed = groups(items, collected.computed)
+    computed = group_computed(items, collected.computed)
     apart = {item.index for group in computed for item in group.items}
     copied = [item for item in items if item.index not in apart]
     return _Program(
         layout,
         [item for item in copied if item.spec.nbytes > SMALL],
-        list(batches([item for item in copied if item.spec.nbytes <= SMALL])),
+        list(make_batches([item for item in copied if item.spec.nbytes <= SMALL])),
         [k for k in range(len(manifest.tensors)) if k not in written],
-        doubtful(copied, collected.sources),
+        find_inexact_casts(copied, collected.sources),
         computed,
         frozenset(collected.computed),
     )
 
 
 def _small_job(
-    batch: Batch,
-    place: Slot,
+    batch: CopyBatch,
+    place: SlotViews,
     sources: list[torch.Tensor],
     digests: npt.NDArray[np.uint64],
     tally: _Tally,
-) -> Job:
+) -> CopyJob:
     def job() -> None:
         with torch.no_grad():
-            into, out_of = pairs(batch, place, sources)
-            if not all(map(holds, into, out_of)):
+            into, out_of = batch_views(batch, place, sources)
+            if not all(map(already_holds, into, out_of)):
                 torch._foreach_copy_(into, out_of)
                 tally.add_bytes(sum(item.spec.nbytes for item in batch.items))
         indices = batch.indices
@@ -263,19 +272,19 @@ def _small_job(
 
 
 def _big_jobs(
-    item: Item,
-    place: Slot,
+    item: TensorCopy,
+    place: SlotViews,
     sources: list[torch.Tensor],
     pieces: list[int],
     tally: _Tally,
     known: list[int] | None,
-) -> Iterator[Job]:
+) -> Iterator[CopyJob]:
     """Units of work of one big tensor: its chunks when its elements lie in order, else the tensor as a whole. `known`
     are the digests of the chunks that the slot holds now."""
     raw, dtype = bytes_of(item.spec, place), dtype_of(item.spec.dtype)
     source = _in_order(item, sources)
     if source is None:
-        into, out_of = copies([item], place, sources)
+        into, out_of = copy_views([item], place, sources)
         yield lambda: _scattered(item, into, out_of, raw, pieces, tally)
         return
     size = itemsize(item.spec.dtype)
@@ -284,7 +293,7 @@ def _big_jobs(
     for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
         piece = source[start // size : end // size]
         if flat is None:
-            given: Bytes = piece.view(torch.uint8).numpy()
+            given: ByteArray = piece.view(torch.uint8).numpy()
             job = _chunk_job(item, _moved(given, raw[start:end]), given, pieces, number, tally)
             yield job if known is None else _unless_held(given, raw[start:end], known, pieces, number, job)
         else:
@@ -292,7 +301,7 @@ def _big_jobs(
             yield _chunk_job(item, write, raw[start:end], pieces, number, tally)
 
 
-def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
+def _in_order(item: TensorCopy, sources: list[torch.Tensor]) -> torch.Tensor | None:
     """The tensor's elements as one flat view of the live tensor, when they lie so."""
     if len(item.parts) != 1:
         return None
@@ -306,11 +315,11 @@ def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
     return source.detach().view(-1) if source.is_contiguous() else None
 
 
-Write = Callable[[int, int], int]
+WriteBlock = Callable[[int, int], int]
 """(first byte, nbytes) of a block of a chunk: bring it into the arena; how many bytes had to be written."""
 
 
-def _moved(source: Bytes, into: Bytes) -> Write:
+def _moved(source: ByteArray, into: ByteArray) -> WriteBlock:
     """Bytes as they stand. What lies there from two versions ago and is the same needs no write; where it is not, the
     comparison ends at once."""
 
@@ -324,7 +333,7 @@ def _moved(source: Bytes, into: Bytes) -> Write:
     return write
 
 
-def _cast(source: torch.Tensor, into: torch.Tensor, step: int) -> Write:
+def _cast(source: torch.Tensor, into: torch.Tensor, step: int) -> WriteBlock:
     """Another dtype, or memory of a device; `step` elements are one block."""
     size = into.itemsize
 
@@ -336,7 +345,9 @@ def _cast(source: torch.Tensor, into: torch.Tensor, step: int) -> Write:
     return write
 
 
-def _chunk_job(item: Item, write: Write, shown: Bytes, pieces: list[int], number: int, tally: _Tally) -> Job:
+def _chunk_job(
+    item: TensorCopy, write: WriteBlock, shown: ByteArray, pieces: list[int], number: int, tally: _Tally
+) -> CopyJob:
     """`shown` is what is digested and checked: the trainer's own bytes where they travel as they are (the arena's may
     not be in cache, and a tensor that changes meanwhile is found out), else what the cast has written."""
     dtype = item.spec.dtype
@@ -356,7 +367,9 @@ def _chunk_job(item: Item, write: Write, shown: Bytes, pieces: list[int], number
     return job
 
 
-def _unless_held(source: Bytes, raw: Bytes, known: list[int], pieces: list[int], number: int, job: Job) -> Job:
+def _unless_held(
+    source: ByteArray, raw: ByteArray, known: list[int], pieces: list[int], number: int, job: CopyJob
+) -> CopyJob:
     """Where the slot still has all of a chunk, its digest is known: a comparison is all that is left to do."""
 
     def run() -> None:
@@ -368,7 +381,7 @@ def _unless_held(source: Bytes, raw: Bytes, known: list[int], pieces: list[int],
     return run
 
 
-def holds(into: torch.Tensor, source: torch.Tensor) -> bool:
+def already_holds(into: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether a view of the arena already has a tensor's bits, where that is cheap to tell. `source` is a collected
     tensor or a view of one: its memory holds its values."""
     if source.dtype != into.dtype or not source.is_contiguous() or source.device.type != "cpu":
@@ -379,10 +392,10 @@ def holds(into: torch.Tensor, source: torch.Tensor) -> bool:
 
 
 def _scattered(
-    item: Item,
+    item: TensorCopy,
     into: list[torch.Tensor],
     out_of: list[torch.Tensor],
-    raw: Bytes,
+    raw: ByteArray,
     pieces: list[int],
     tally: _Tally,
 ) -> None:

@@ -11,14 +11,14 @@ import torch
 from bridge.errors import DtypeMismatch
 from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.tracing.provenance import exact
-from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
+from trainer_side.snapshot.batches import SlotViews, TensorCopy, bytes_of, copy_views
 
 _BLOCK = 1 << 20
 """Elements that are widened at a time."""
 _LIMIT = 2.0**63
 
 
-def doubtful(items: Iterable[Item], sources: Sequence[torch.Tensor]) -> list[Item]:
+def find_inexact_casts(items: Iterable[TensorCopy], sources: Sequence[torch.Tensor]) -> list[TensorCopy]:
     """The items with a cast that may change a value otherwise than by rounding; none in the usual case."""
     return [
         item
@@ -33,10 +33,10 @@ def _may_change(dtype: torch.dtype, wire: torch.dtype) -> bool:
     return not exact(dtype, wire)
 
 
-def require_fit(item: Item, place: Slot, sources: list[torch.Tensor]) -> None:
+def require_fit(item: TensorCopy, place: SlotViews, sources: list[torch.Tensor]) -> None:
     """Compare what was written of an item with what it was cast from. Raises DtypeMismatch, exact about the first value
     that the wire dtype does not hold."""
-    for into, out_of in zip(*copies([item], place, sources), strict=True):
+    for into, out_of in zip(*copy_views([item], place, sources), strict=True):
         written, given = into.detach().reshape(-1), out_of.detach().reshape(-1)
         for start in range(0, len(given), _BLOCK):
             a, b = written[start : start + _BLOCK], given[start : start + _BLOCK].cpu()
@@ -62,7 +62,7 @@ def _integers(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(whole, wide, 0.0).to(torch.int64), whole
 
 
-def _index(item: Item, into: torch.Tensor, at: int) -> list[int]:
+def _index(item: TensorCopy, into: torch.Tensor, at: int) -> list[int]:
     """Element `at` of a view of the item's place in the arena, as an index of the item's tensor."""
     if not item.spec.shape:
         return []
@@ -71,7 +71,7 @@ def _index(item: Item, into: torch.Tensor, at: int) -> list[int]:
     return [int(k) for k in np.unravel_index(linear, item.spec.shape)]
 
 
-def _misfit(item: Item, place: Slot, index: list[int], value: torch.Tensor) -> DtypeMismatch:
+def _misfit(item: TensorCopy, place: SlotViews, index: list[int], value: torch.Tensor) -> DtypeMismatch:
     spec = item.spec
     whole = torch.from_numpy(bytes_of(spec, place)).view(dtype_of(spec.dtype)).view(spec.shape)
     return DtypeMismatch(

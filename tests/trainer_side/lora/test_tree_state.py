@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import tiny_qwen2
 from trainer_side.lora import LoraModel, adapter_tensors, merged_tensors
-from trainer_side.lora.layers.module_tree import Extra, Place, read_tree
+from trainer_side.lora.layers.module_tree import BaseTensor, WrapperTensor, read_tree
 
 
 class Odd(nn.Module):
@@ -73,14 +73,14 @@ def test_raw_live_and_clean_names_of_a_wrapped_model() -> None:
     tree = read_tree(model)
     raw = "module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     place = tree.find(raw)
-    assert isinstance(place, Place)
+    assert isinstance(place, BaseTensor)
     assert place.live == "model.layers.0.self_attn.q_proj.base_layer.weight"
     assert place.clean == "model.layers.0.self_attn.q_proj.weight"
     extra = tree.find("model.layers.0.self_attn.q_proj.lora_B.policy.weight")
-    assert isinstance(extra, Extra)
+    assert isinstance(extra, WrapperTensor)
     assert (extra.container, extra.adapter) == ("lora_B", "policy")
     copy = tree.find("base_model.model.lm_head.modules_to_save.policy.weight")
-    assert isinstance(copy, Place)
+    assert isinstance(copy, BaseTensor)
     assert copy.clean == "lm_head.weight"
     assert not copy.original
     assert [name for name, p in model.named_parameters() if tree.find(name) is None] == []

@@ -18,7 +18,7 @@ from bridge.errors import UnsupportedLora
 
 FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 _SCALES = ("weight_scale_inv", "weight_scale")
-Given = Callable[[torch.Tensor], torch.Tensor]
+SentValues = Callable[[torch.Tensor], torch.Tensor]
 
 
 def quant_state(base: Any, weight: torch.Tensor) -> Any:
@@ -42,12 +42,12 @@ def is_quantized(base: Any, weight: torch.Tensor) -> bool:
     return quant_state(base, weight) is not None or not weight.dtype.is_floating_point
 
 
-def readable(base: Any, weight: torch.Tensor) -> bool:
+def can_dequantize(base: Any, weight: torch.Tensor) -> bool:
     """Whether `dequantized` can read this weight."""
     return not is_quantized(base, weight) or _reader(base, weight) is not None
 
 
-def dequantized(base: Any, weight: torch.Tensor, given: Given) -> torch.Tensor:
+def dequantize(base: Any, weight: torch.Tensor, given: SentValues) -> torch.Tensor:
     """The values of a base layer's weight, in a floating dtype; a plain weight as it is.
 
     Raises UnsupportedLora where nobody can read it.
@@ -66,7 +66,7 @@ def dequantized(base: Any, weight: torch.Tensor, given: Given) -> torch.Tensor:
     return reader(given)
 
 
-def _reader(base: Any, weight: torch.Tensor) -> Callable[[Given], torch.Tensor] | None:
+def _reader(base: Any, weight: torch.Tensor) -> Callable[[SentValues], torch.Tensor] | None:
     state = quant_state(base, weight)
     if weight.dtype == torch.int8 and isinstance(state, torch.Tensor):
         return lambda given: _int8(given(weight), given(state))

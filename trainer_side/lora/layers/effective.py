@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedLora
-from trainer_side.lora.layers.dequant import Given, dequantized
+from trainer_side.lora.layers.dequant import SentValues, dequantize
 from trainer_side.lora.layers.factors import expert_factors, expert_rows, low_rank, product, rows_of, wide_dtype
 from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
-from trainer_side.lora.layers.values import ActiveLora, State
+from trainer_side.lora.layers.values import ActiveLora, LayerState
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, is_attention, read_chain, unwrapped
 from trainer_side.lora.refusals import refusal, refused
 
@@ -38,7 +38,7 @@ BLOCK = 1 << 24
 def effective_weight(
     module: nn.Module,
     dtype: torch.dtype,
-    given: Given | None = None,
+    given: SentValues | None = None,
     *,
     attribute: str | None = None,
     copies: int | None = None,
@@ -73,7 +73,7 @@ def effective_weight(
 def effective_bias(
     module: nn.Module,
     dtype: torch.dtype,
-    given: Given | None = None,
+    given: SentValues | None = None,
     *,
     copies: int | None = None,
     chain: Chain | None = None,
@@ -98,7 +98,7 @@ def effective_bias(
 def is_inexact(module: nn.Module) -> bool:
     """Whether the effective weight is what is left when merged adapters are taken out of the tensors again: rounding
     errors of the merge stay in it, as they do in PEFT's own next forward."""
-    return any(level.state is State.MERGED_DISABLED and not level.tokens for level in read_chain(module).levels)
+    return any(level.state is LayerState.MERGED_DISABLED and not level.tokens for level in read_chain(module).levels)
 
 
 def attention_output(module: nn.Module) -> nn.Module | None:
@@ -140,7 +140,7 @@ def effective_identity(module: nn.Module, attribute: str = "weight", *, copies: 
 class _Weight:
     """One computation of an effective weight."""
 
-    def __init__(self, chain: Chain, name: str, weight: torch.Tensor, given: Given, copies: int | None) -> None:
+    def __init__(self, chain: Chain, name: str, weight: torch.Tensor, given: SentValues, copies: int | None) -> None:
         self.chain = chain
         self.given = given
         self.copies = 1 if copies is None else copies
@@ -150,7 +150,7 @@ class _Weight:
         self.levels = [level for level in chain.on(name) if level.names]
 
     def compute(self, dtype: torch.dtype) -> torch.Tensor:
-        base = dequantized(self.chain.base, self.stored, self.given).detach()
+        base = dequantize(self.chain.base, self.stored, self.given).detach()
         # Signed: what was merged is taken out of the base first, as PEFT does before it computes.
         under, over = self._terms()
         read = [base, *(t for _, a in (*under, *over) for t in _tensors(a))]
@@ -172,7 +172,7 @@ class _Weight:
         under: list[_Term] = []
         over: list[_Term] = []
         for level in self.levels:
-            sign = -1.0 if level.state is State.MERGED_DISABLED else 1.0
+            sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
             terms = [(sign * self.copies, self._sent(adapter)) for adapter in level.adapters()]
             (under if sign < 0 or self.kind == "parameter" else over).extend(terms)
         return under, over
@@ -259,10 +259,10 @@ def _rows(
 
 
 def _bias(
-    chain: Chain, name: str, bias: torch.Tensor, dtype: torch.dtype, given: Given, copies: int | None
+    chain: Chain, name: str, bias: torch.Tensor, dtype: torch.dtype, given: SentValues, copies: int | None
 ) -> torch.Tensor:
     levels = [level for level in chain.on(name) if level.names]
-    if any(level.tokens and level.state is State.ACTIVE for level in levels) and _is_linear(chain):
+    if any(level.tokens and level.state is LayerState.ACTIVE for level in levels) and _is_linear(chain):
         # PEFT's token layer around a linear one calls the matrix product without the bias.
         return torch.zeros_like(bias, dtype=dtype)
     acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.adapters()]
@@ -272,7 +272,7 @@ def _bias(
     scales = _dora_scales(chain, name, given, copies)
     base, extra = given(bias).detach().to(wide, copy=True), torch.zeros_like(bias, dtype=wide)
     for level, adapter in acting:
-        sign = -1.0 if level.state is State.MERGED_DISABLED else 1.0
+        sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
         if adapter.bias is not None:
             extra += given(adapter.bias).to(extra) * (sign * adapter.scaling)
         scale = scales.get(id(adapter.a)) if scales else None
@@ -281,13 +281,13 @@ def _bias(
     return _rounded(base + extra, dtype, wide)
 
 
-def _dora_scales(chain: Chain, name: str, given: Given, copies: int | None) -> dict[int, torch.Tensor]:
+def _dora_scales(chain: Chain, name: str, given: SentValues, copies: int | None) -> dict[int, torch.Tensor]:
     """Of each acting DoRA adapter, by its A: what it multiplies everything before it but the base's bias with."""
     weight = stored(chain.base, name)
     if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.adapters()):
         return {}
     one = _Weight(chain, name, weight, given, copies)
-    base = dequantized(chain.base, weight, given).detach()
+    base = dequantize(chain.base, weight, given).detach()
     under, over = one._terms()
     wide = wide_dtype([base, *(t for _, a in (*under, *over) for t in _tensors(a))])
     (source, _, factors), *_ = one._parts(base, base, wide, under + over)
@@ -317,7 +317,7 @@ def _level_identity(level: Level, kind: str, transposed: bool, biased: bool) -> 
     for row in level.rows():
         yield ("rows", row.indices, _address(row.values))
     for adapter in level.adapters():
-        effect: Any = (adapter.scaling, level.state is State.MERGED_DISABLED, _extra(adapter))
+        effect: Any = (adapter.scaling, level.state is LayerState.MERGED_DISABLED, _extra(adapter))
         if biased:
             if adapter.bias is not None:
                 yield (*effect, _address(adapter.bias))

@@ -11,7 +11,7 @@ from trainer_side.names.naming import CanonicalTensor
 
 
 @dataclass(frozen=True)
-class Grid:
+class ExpertSlice:
     """Part of one matrix of a live weight, as the layer stores it.
 
     Attributes:
@@ -26,7 +26,7 @@ class Grid:
     transposed: bool
 
 
-def grid_of(tensor: CanonicalTensor, live: str, shape: tuple[int, ...]) -> Grid | None:
+def find_slice(tensor: CanonicalTensor, live: str, shape: tuple[int, ...]) -> ExpertSlice | None:
     """The part of the live weight of this shape that a checkpoint tensor is; None when it is no such part."""
     if len(tensor.pieces) != 1 or len(tensor.shape) != 2 or len(shape) not in (2, 3):
         return None
@@ -56,7 +56,7 @@ def grid_of(tensor: CanonicalTensor, live: str, shape: tuple[int, ...]) -> Grid 
         if begin + (n - 1) * step >= limit:
             return None
         spans[is_row] = slice(begin, begin + (n - 1) * step + 1, step)
-    return Grid(expert, spans[True], spans[False], transposed=axes[0] is not None and not axes[0][0])
+    return ExpertSlice(expert, spans[True], spans[False], transposed=axes[0] is not None and not axes[0][0])
 
 
 def _whole(region: Region, shape: tuple[int, ...]) -> bool:

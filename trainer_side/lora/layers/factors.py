@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.layers.dequant import Given
+from trainer_side.lora.layers.dequant import SentValues
 from trainer_side.lora.layers.values import ActiveLora
 from trainer_side.lora.layers.wrapper_chain import BY_EXPERT, RANK_MAJOR
 
@@ -28,7 +28,7 @@ def wide_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return wide
 
 
-def low_rank(adapter: ActiveLora, wide: torch.dtype, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(adapter: ActiveLora, wide: torch.dtype, given: SentValues) -> tuple[torch.Tensor, torch.Tensor]:
     """(A [r, inputs], B [outputs, r]) as matrices in the dtype `wide`, block diagonals expanded, a diagonal between
     them multiplied into B, scaling not; convolutions flattened; of expert parameters as PEFT holds them.
     """
@@ -42,7 +42,7 @@ def low_rank(adapter: ActiveLora, wide: torch.dtype, given: Given) -> tuple[torc
 
 
 def expert_factors(
-    adapter: ActiveLora, expert: int, wide: torch.dtype, given: Given
+    adapter: ActiveLora, expert: int, wide: torch.dtype, given: SentValues
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A [r, inputs], B [outputs, r]) of one expert: `A` counts the experts slowest, `B` fastest or as its marker says
     (lora.md 7)."""
@@ -88,7 +88,7 @@ def expert_rows(weight: torch.Tensor, expert: int, adapter: ActiveLora | None) -
     return one if swapped else one.t()
 
 
-def misfit(adapter: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
+def explain_misfit(adapter: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
     """Why an adapter's factors do not fit a weight; None when they do. Shapes only."""
     blocks = (int(adapter.extra.get("blocks_a", 1)), int(adapter.extra.get("blocks_b", 1)))
     a, b = list(adapter.a.shape), list(adapter.b.shape)

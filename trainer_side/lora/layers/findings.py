@@ -13,9 +13,9 @@ from trainer_side.lora import state as states
 from trainer_side.lora.capability import Feature, Finding
 from trainer_side.lora.layers.dequant import FP8, quant_state
 from trainer_side.lora.layers.effective import is_inexact
-from trainer_side.lora.layers.module_tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
+from trainer_side.lora.layers.module_tree import CONTAINERS, BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.values import ActiveLora, LoraParameters, State
+from trainer_side.lora.layers.values import ActiveLora, LayerState, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
 from trainer_side.names.naming import identity_of
@@ -37,7 +37,7 @@ class Layer:
     parameters: LoraParameters | None
     acts: bool
     adapters: tuple[str, ...]
-    extras: tuple[Extra, ...]
+    extras: tuple[WrapperTensor, ...]
     chain: Chain | None = None
 
     @property
@@ -63,10 +63,10 @@ class Survey:
     notes: tuple[str, ...] = field(default=())
 
 
-def survey(tree: Tree, watch: states.Watch) -> Survey:
+def survey(tree: LoraTree, watch: states.Watch) -> Survey:
     """Read every wrapper, in the state that `watch` knows. Tens of microseconds per layer; runs no forward and changes
     nothing. Raises IntegrityError where `Watch.require` does."""
-    extras: dict[int, list[Extra]] = {}
+    extras: dict[int, list[WrapperTensor]] = {}
     for extra in tree.extras:
         if extra.wrapper is not None:
             extras.setdefault(id(extra.wrapper), []).append(extra)
@@ -92,12 +92,12 @@ def survey(tree: Tree, watch: states.Watch) -> Survey:
     )
 
 
-def _layer(wrapper: Wrapper, extras: tuple[Extra, ...], watch: states.Watch) -> tuple[Layer, Finding | None]:
-    if wrapper.kind is Kind.SAVED:
+def _layer(wrapper: Wrapper, extras: tuple[WrapperTensor, ...], watch: states.Watch) -> tuple[Layer, Finding | None]:
+    if wrapper.kind is WrapperKind.SAVED:
         copy = states.copy_in_use(wrapper)
         watch.require_now(wrapper)
         return Layer(wrapper, None, copy is not None, () if copy is None else (copy,), extras), None
-    if wrapper.kind is Kind.UNKNOWN:
+    if wrapper.kind is WrapperKind.UNKNOWN:
         kind = type(wrapper.module).__name__
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, subject=f"a tuner's {kind} that is not LoRA")
@@ -108,30 +108,30 @@ def _layer(wrapper: Wrapper, extras: tuple[Extra, ...], watch: states.Watch) -> 
     except (UnsupportedLora, ConfigError) as error:
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what)
-    undone = parameters.state is State.MERGED_DISABLED
-    acting = parameters.rows if wrapper.kind is Kind.TOKENS else parameters.adapters
+    undone = parameters.state is LayerState.MERGED_DISABLED
+    acting = parameters.rows if wrapper.kind is WrapperKind.TOKENS else parameters.adapters
     adapters = tuple(dict.fromkeys(one.name for one in acting))
     acts = bool(adapters) or undone
     return Layer(wrapper, parameters, acts, parameters.merged if undone else adapters, extras, chain), None
 
 
-def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
+def _found(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
     wrapper, parameters = layer.wrapper, layer.parameters
-    if wrapper.kind is Kind.SAVED:
+    if wrapper.kind is WrapperKind.SAVED:
         yield from _saved(layer, tree)
     if parameters is None:
         return
     merged = ", ".join(parameters.merged)
-    if parameters.state is State.MERGED:
+    if parameters.state is LayerState.MERGED:
         yield Finding(Feature.MERGED, wrapper.path, layer.names, merged)
-    elif parameters.state is State.MERGED_DISABLED:
+    elif parameters.state is LayerState.MERGED_DISABLED:
         yield Finding(Feature.MERGED_DISABLED, wrapper.path, layer.names, merged)
-        if wrapper.kind is Kind.LORA and _shared(parameters.weight, tree):
+        if wrapper.kind is WrapperKind.LORA and _shared(parameters.weight, tree):
             reason = "its weight is tied: what other layers compute with changes when PEFT's next forward unmerges it"
             yield Finding(Feature.UNREADABLE, wrapper.path, layer.names, reason)
     if packed(parameters):
         yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,))
-    if wrapper.kind is Kind.TOKENS:
+    if wrapper.kind is WrapperKind.TOKENS:
         trained = tuple(extra.raw for extra in layer.extras if _trains(extra))
         if layer.adapters or trained:
             yield Finding(Feature.TOKENS, wrapper.path, trained or layer.names)
@@ -141,14 +141,14 @@ def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
         yield from _acting(layer, parameters)
 
 
-def _shared(weight: torch.Tensor, tree: Tree) -> bool:
+def _shared(weight: torch.Tensor, tree: LoraTree) -> bool:
     """Whether these elements stand at several places of the model."""
     own = identity_of("", weight)
     same = {p.clean for p in tree.places if (t := p.tensor()) is not None and identity_of("", t) == own}
     return len(same) > 1
 
 
-def _saved(layer: Layer, tree: Tree) -> Iterator[Finding]:
+def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
     wrapper = layer.wrapper
     copies = [p for p in tree.places if any(w is wrapper and adapter is not None for w, adapter in p.copies)]
     acting = [p for p in copies if any(w is wrapper and adapter in layer.adapters for w, adapter in p.copies)]
@@ -211,7 +211,7 @@ def _unreadable(layer: Layer, reason: Reason) -> Finding:
     return Finding(feature, layer.wrapper.path, layer.names, found, reason.subject, way_out)
 
 
-def _strays(tree: Tree) -> Iterator[Finding]:
+def _strays(tree: LoraTree) -> Iterator[Finding]:
     """What hangs on the PEFT model itself: prompts that the forward puts before the input."""
     base = {id(place.tensor()) for place in tree.places}
     names = tuple(e.raw for e in tree.extras if e.wrapper is None and not e.buffer and id(e.tensor()) not in base)
@@ -220,7 +220,7 @@ def _strays(tree: Tree) -> Iterator[Finding]:
         yield Finding(Feature.UNKNOWN, "", names, subject=found)
 
 
-def _trained(tree: Tree) -> Iterator[Finding]:
+def _trained(tree: LoraTree) -> Iterator[Finding]:
     names = tuple(place.raw for place in tree.places if not place.copies and _trains(place))
     if names:
         yield Finding(Feature.BASE_TRAINED, "", names)
@@ -228,10 +228,10 @@ def _trained(tree: Tree) -> Iterator[Finding]:
 
 def _asleep(layers: Sequence[Layer]) -> Iterator[Finding]:
     """Nothing acts anywhere: there is no adapter to send."""
-    lora = [layer for layer in layers if layer.wrapper.kind is Kind.LORA and layer.parameters is not None]
+    lora = [layer for layer in layers if layer.wrapper.kind is WrapperKind.LORA and layer.parameters is not None]
     if any(layer.parameters and layer.parameters.adapters and layer.acts for layer in lora):
         return
-    if any(layer.parameters and layer.parameters.state is State.DISABLED for layer in lora):
+    if any(layer.parameters and layer.parameters.state is LayerState.DISABLED for layer in lora):
         yield Finding(Feature.DISABLED)
     elif not any(layer.parameters and layer.parameters.merged for layer in lora):
         yield Finding(Feature.INACTIVE)
@@ -239,21 +239,21 @@ def _asleep(layers: Sequence[Layer]) -> Iterator[Finding]:
 
 def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
     counts: dict[str, list[str]] = {}
-    awake = any(layer.acts for layer in layers if layer.wrapper.kind is Kind.LORA)
+    awake = any(layer.acts for layer in layers if layer.wrapper.kind is WrapperKind.LORA)
     for layer in layers:
         p = layer.parameters
-        if p is None or layer.wrapper.kind is not Kind.LORA:
+        if p is None or layer.wrapper.kind is not WrapperKind.LORA:
             continue
-        if p.state is State.MERGED_DISABLED and is_inexact(layer.wrapper.module):
+        if p.state is LayerState.MERGED_DISABLED and is_inexact(layer.wrapper.module):
             counts.setdefault(
                 "adapters were merged, then disabled: the delta is taken off again, which is inexact", []
             ).append(layer.wrapper.path)
-        elif p.state is State.MERGED:
+        elif p.state is LayerState.MERGED:
             merged = ", ".join(p.merged)
             counts.setdefault(f"the base holds the merged adapters [{merged}]: sent as it is", []).append(
                 layer.wrapper.path
             )
-        elif p.state is State.DISABLED:
+        elif p.state is LayerState.DISABLED:
             counts.setdefault("adapters are disabled: base values are sent", []).append(layer.wrapper.path)
         elif not awake and p.owned:
             counts.setdefault("no active adapter: base values are sent", []).append(layer.wrapper.path)
@@ -263,12 +263,12 @@ def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
     )
 
 
-def _trains(item: Place | Extra) -> bool:
+def _trains(item: BaseTensor | WrapperTensor) -> bool:
     tensor = item.tensor()
     return tensor is not None and tensor.requires_grad
 
 
-def _without_values(item: Extra) -> bool:
+def _without_values(item: WrapperTensor) -> bool:
     tensor = item.tensor()
     return tensor is None or tensor.is_meta or tensor.numel() == 0
 
@@ -299,7 +299,7 @@ def packed(parameters: LoraParameters) -> bool:
     return parameters.quant_state is not None and parameters.weight.dtype not in FP8
 
 
-def quantised(place: Place) -> nn.Module | None:
+def quantised(place: BaseTensor) -> nn.Module | None:
     """The ordinary module whose packed weight this is; None for any tensor that is what it looks like."""
     tensor = place.tensor()
     if place.wrappers or place.buffer or place.attribute != "weight" or tensor is None:

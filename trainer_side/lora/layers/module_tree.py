@@ -35,7 +35,7 @@ _PREFIXES: tuple[tuple[str, ...], ...] = ((), ("base_model", "model"), ("model",
 _T = TypeVar("_T")
 
 
-class Kind(Enum):
+class WrapperKind(Enum):
     """What a wrapper is."""
 
     LORA = "LoRA"
@@ -57,7 +57,7 @@ class Wrapper:
 
     path: str
     module: nn.Module
-    kind: Kind
+    kind: WrapperKind
     attribute: str | None = None
     copies: int | None = None
 
@@ -68,7 +68,7 @@ class Wrapper:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class BaseTensor:
     """Where one tensor of the base model lives, or of a copy that `modules_to_save` trains in its stead.
 
     Attributes:
@@ -104,7 +104,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Extra:
+class WrapperTensor:
     """A tensor that a wrapper adds: of an adapter, or of something that is no LoRA.
 
     Attributes:
@@ -127,7 +127,7 @@ class Extra:
         return (self.owner._buffers if self.buffer else self.owner._parameters).get(self.attribute)
 
 
-Item = Place | Extra
+TreeTensor = BaseTensor | WrapperTensor
 
 
 _Shape = tuple[nn.Module, dict[str, nn.Module | None], frozenset[str], tuple[str, ...]]
@@ -135,18 +135,18 @@ _Shape = tuple[nn.Module, dict[str, nn.Module | None], frozenset[str], tuple[str
 
 
 @dataclass(frozen=True, eq=False)
-class Tree:
+class LoraTree:
     """One reading of a model. Compared by identity; `unchanged` says whether it still holds."""
 
     model: nn.Module
     inner: nn.Module
-    places: tuple[Place, ...]
-    extras: tuple[Extra, ...]
+    places: tuple[BaseTensor, ...]
+    extras: tuple[WrapperTensor, ...]
     wrappers: tuple[Wrapper, ...]
     shapes: tuple[_Shape, ...]
     peft_root: bool
-    names: Mapping[str, Item] = field(default_factory=dict)
-    clean: Mapping[str, Place] = field(default_factory=dict)
+    names: Mapping[str, TreeTensor] = field(default_factory=dict)
+    clean: Mapping[str, BaseTensor] = field(default_factory=dict)
 
     def unchanged(self) -> bool:
         """Whether the same modules hold the same parameters as when this was read. Half a microsecond per module."""
@@ -158,11 +158,11 @@ class Tree:
                 return False
         return True
 
-    def find(self, name: str) -> Item | None:
+    def find(self, name: str) -> TreeTensor | None:
         """The tensor that an iterable over the model, from outside or inside its wrappers, calls so."""
         return _look_up(self.names, name)
 
-    def find_plain(self, name: str) -> Place | None:
+    def find_plain(self, name: str) -> BaseTensor | None:
         """The tensor that the base model, as if there were no wrappers, calls so."""
         return _look_up(self.clean, name)
 
@@ -183,22 +183,22 @@ def _look_up(names: Mapping[str, _T], name: str) -> _T | None:
         segments = segments[1:]
 
 
-def read_tree(model: nn.Module) -> Tree:
+def read_tree(model: nn.Module) -> LoraTree:
     """Walk a model. Reads no values and changes nothing; milliseconds."""
     walker = _Walker()
     walker.visit(model, "", "", "", root=True)
     inner = inner_model(model)
-    names: dict[str, Item] = {}
-    items: list[Item] = [*walker.places, *walker.extras]
+    names: dict[str, TreeTensor] = {}
+    items: list[TreeTensor] = [*walker.places, *walker.extras]
     for item in items:
         names.setdefault(item.live, item)
     # A raw name is exact, so it wins over what another tensor is called from further inside.
     names.update({item.raw: item for item in items})
-    clean: dict[str, Place] = {}
+    clean: dict[str, BaseTensor] = {}
     for place in walker.places:
         if place.original:
             clean.setdefault(place.clean, place)
-    return Tree(
+    return LoraTree(
         model,
         inner,
         tuple(walker.places),
@@ -211,15 +211,15 @@ def read_tree(model: nn.Module) -> Tree:
     )
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def kind_of(module: nn.Module) -> WrapperKind | None:
     """What kind of wrapper a module is, by what it holds; None for an ordinary module."""
     if is_saved(module):
-        return Kind.SAVED
+        return WrapperKind.SAVED
     if is_token_wrapper(module) or is_tokens(module):
-        return Kind.TOKENS
+        return WrapperKind.TOKENS
     if is_lora(module):
-        return Kind.LORA
-    return Kind.UNKNOWN if is_tuner(module) else None
+        return WrapperKind.LORA
+    return WrapperKind.UNKNOWN if is_tuner(module) else None
 
 
 def peft_child(module: nn.Module) -> str | None:
@@ -251,8 +251,8 @@ class _Walker:
     """Collects while it goes down the tree."""
 
     def __init__(self) -> None:
-        self.places: list[Place] = []
-        self.extras: list[Extra] = []
+        self.places: list[BaseTensor] = []
+        self.extras: list[WrapperTensor] = []
         self.wrappers: list[Wrapper] = []
         self.shapes: list[_Shape] = []
         self.peft_root = False
@@ -313,12 +313,14 @@ class _Walker:
         ]
         for names, buffer in ((parameters + loose, False), (buffers, True)):
             for name in names:
-                self.places.append(Place(raw + name, live + name, clean + name, module, name, buffer, around, copies))
+                self.places.append(
+                    BaseTensor(raw + name, live + name, clean + name, module, name, buffer, around, copies)
+                )
 
     def _wrapper(
         self,
         module: nn.Module,
-        kind: Kind,
+        kind: WrapperKind,
         at: tuple[str, str, str],
         around: tuple[Wrapper, ...],
         copies: tuple[tuple[Wrapper, str | None], ...],
@@ -330,7 +332,7 @@ class _Walker:
         wrapper = Wrapper(clean.removesuffix("."), module, kind, attribute, copies_of)
         self.wrappers.append(wrapper)
         children = module._modules
-        if kind is Kind.SAVED:
+        if kind is WrapperKind.SAVED:
             self._saved(module, wrapper, at, around, copies)
             return
         tokens = children.get("token_adapter")
@@ -342,7 +344,7 @@ class _Walker:
             self._flat(module, at, (*around, wrapper), copies)
             return
         self._rest(module, raw, live, wrapper, "base_layer")
-        output = attention_output(module) if kind is Kind.LORA else None
+        output = attention_output(module) if kind is WrapperKind.LORA else None
         if output is not None:
             self._twice.add(id(output))
         base = module.get_submodule("base_layer")
@@ -389,7 +391,7 @@ class _Walker:
     def _rest(self, module: nn.Module, raw: str, live: str, wrapper: Wrapper | None, *but: str) -> None:
         """Everything of a wrapper that is not the model inside."""
         for name, buffer in _tensors(module):
-            self.extras.append(Extra(raw + name, live + name, module, name, buffer, wrapper, name, None))
+            self.extras.append(WrapperTensor(raw + name, live + name, module, name, buffer, wrapper, name, None))
         for name, child in module._modules.items():
             if child is None or name in but:
                 continue
@@ -403,7 +405,7 @@ class _Walker:
         self._remember(module)
         for name, buffer in _tensors(module):
             key = name if keyed else adapter
-            self.extras.append(Extra(raw + name, live + name, module, name, buffer, wrapper, container, key))
+            self.extras.append(WrapperTensor(raw + name, live + name, module, name, buffer, wrapper, container, key))
         for name, child in module._modules.items():
             if child is not None:
                 below = live if name in RESERVED else f"{live}{name}."
@@ -424,5 +426,5 @@ def _loose(module: nn.Module, around: tuple[Wrapper, ...]) -> Iterator[str]:
     """Weights that stand in for a Parameter that was taken out: PEFT's attention, while merged."""
     loose = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
     if loose:
-        weights = [lora_parameters(wrapper.module).weight for wrapper in around if wrapper.kind is Kind.LORA]
+        weights = [lora_parameters(wrapper.module).weight for wrapper in around if wrapper.kind is WrapperKind.LORA]
         yield from (name for name, value in loose.items() if any(value is weight for weight in weights))

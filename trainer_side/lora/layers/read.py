@@ -9,12 +9,12 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from trainer_side.lora.layers.dequant import quant_state
-from trainer_side.lora.layers.values import ActiveLora, LoraParameters, State
+from trainer_side.lora.layers.values import ActiveLora, LayerState, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
 
 _PACKED = ("qweight", "W_q", "codes")
 """Where layers keep a packed weight that have no `weight`."""
-_SEVERITY = (State.MERGED_DISABLED, State.ACTIVE, State.MERGED, State.DISABLED)
+_SEVERITY = (LayerState.MERGED_DISABLED, LayerState.ACTIVE, LayerState.MERGED, LayerState.DISABLED)
 
 
 def lora_parameters(module: nn.Module) -> LoraParameters:
@@ -42,7 +42,7 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
             got=type(chain.base).__name__,
             remedy="ask for the layers inside it",
         )
-    acting = tuple(a for level in levels if level.state is State.ACTIVE for a in level.adapters())
+    acting = tuple(a for level in levels if level.state is LayerState.ACTIVE for a in level.adapters())
     first = acting[0] if acting else None
     kind = kind_of(chain, attribute, weight)
     return LoraParameters(
@@ -58,7 +58,7 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
         transposed=kind == "linear" and is_transposed(chain, weight),
         merged=tuple(dict.fromkeys(name for level in levels for name in level.merged)),
         owned=tuple(dict.fromkeys((*(name for level in levels for name in level.owned), *chain.copies))),
-        rows=tuple(row for level in levels if level.state is State.ACTIVE for row in level.rows()),
+        rows=tuple(row for level in levels if level.state is LayerState.ACTIVE for row in level.rows()),
     )
 
 
@@ -104,13 +104,13 @@ def is_transposed(chain: Chain, weight: torch.Tensor) -> bool:
     return getattr(chain.base, "nf", None) == weight.shape[-1] and not hasattr(chain.base, "out_features")
 
 
-def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveLora, ...]) -> State:
+def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveLora, ...]) -> LayerState:
     if not levels:
-        return chain.saved or State.PLAIN
+        return chain.saved or LayerState.PLAIN
     states = {level.state for level in levels}
     if len(states) == 1:
         return states.pop()
     # Wrappers of one parameter in different states: what acts counts before what does not.
-    if State.MERGED_DISABLED in states:
-        return State.MERGED_DISABLED
-    return State.ACTIVE if acting else next(state for state in _SEVERITY if state in states)
+    if LayerState.MERGED_DISABLED in states:
+        return LayerState.MERGED_DISABLED
+    return LayerState.ACTIVE if acting else next(state for state in _SEVERITY if state in states)

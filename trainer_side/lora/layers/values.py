@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-class State(Enum):
+class LayerState(Enum):
     """What the next forward of a layer computes with (lora.md 1.1)."""
 
     PLAIN = "plain"
@@ -78,7 +78,7 @@ class LoraParameters:
         A, B, scaling: of the first acting adapter; None when disabled, merged or without LoRA.
         bias: of the base layer, in every state; None where it has none.
         adapters: all that act now, in the order of the forward.
-        state: see `State`.
+        state: see `LayerState`.
         kind: "linear", "embedding", "conv", "parameter" (a `target_parameters` wrapper), "attention", "other".
         transposed: the weight is stored (in, out): fan_in_fan_out.
         merged: names of the adapters that lie in the weight now.
@@ -93,7 +93,7 @@ class LoraParameters:
     scaling: float | None
     bias: torch.Tensor | None
     adapters: tuple[ActiveLora, ...] = ()
-    state: State = State.PLAIN
+    state: LayerState = LayerState.PLAIN
     kind: str = "other"
     transposed: bool = False
     merged: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.layers.values import ActiveLora, State, TokenRows
+from trainer_side.lora.layers.values import ActiveLora, LayerState, TokenRows
 from trainer_side.names.naming import RESERVED
 
 _CHILDREN = frozenset(
@@ -61,7 +61,7 @@ class Level:
     wrapper: Any
     setting: Setting
     attribute: str
-    state: State
+    state: LayerState
     owned: tuple[str, ...]
     merged: tuple[str, ...]
     names: tuple[str, ...]
@@ -85,10 +85,10 @@ class Level:
         """The rows that stand in the weight's place in the forward; when unmerging, the original ones."""
         if not self.tokens:
             return ()
-        source = "trainable_tokens_delta" if self.state is State.ACTIVE else "trainable_tokens_original"
+        source = "trainable_tokens_delta" if self.state is LayerState.ACTIVE else "trainable_tokens_original"
         values, indices = getattr(self.wrapper, source), self.wrapper.token_indices
         # The last one merged is the first one that PEFT puts back.
-        names = self.names if self.state is State.ACTIVE else tuple(reversed(self.names))
+        names = self.names if self.state is LayerState.ACTIVE else tuple(reversed(self.names))
         return tuple(TokenRows(n, tuple(int(i) for i in indices[n]), values[n]) for n in names)
 
 
@@ -105,7 +105,7 @@ class Chain:
 
     base: Any
     levels: tuple[Level, ...]
-    saved: State | None = None
+    saved: LayerState | None = None
     copies: tuple[str, ...] = ()
 
     @property
@@ -124,7 +124,7 @@ def read_chain(module: Any) -> Chain:
     Raises UnsupportedLora for a wrapper that changes its layer in a way other than LoRA's.
     """
     wrappers: list[Any] = []
-    saved: State | None = None
+    saved: LayerState | None = None
     copies: tuple[str, ...] = ()
     current = unwrapped(module)
     while True:
@@ -196,7 +196,7 @@ def acting_copy(module: Any) -> nn.Module:
     """What the forward of a `modules_to_save` wrapper calls: the active copy, or the original."""
     active = _names(module)
     owned = tuple(module.modules_to_save.keys())
-    if _saved_state(module) is not State.ACTIVE or not active or any(name not in owned for name in active):
+    if _saved_state(module) is not LayerState.ACTIVE or not active or any(name not in owned for name in active):
         original: nn.Module = module._modules["original_module"]
         return original
     chosen: nn.Module = module.modules_to_save[active[0]]
@@ -218,12 +218,12 @@ def _own(module: Any, name: str) -> Any:
         return getattr(module, name, None)
 
 
-def _saved_state(module: Any) -> State:
+def _saved_state(module: Any) -> LayerState:
     if module.disable_adapters:
-        return State.DISABLED
+        return LayerState.DISABLED
     active = _names(module)
     owned = module.modules_to_save.keys()
-    return State.ACTIVE if active and all(name in owned for name in active) else State.PLAIN
+    return LayerState.ACTIVE if active and all(name in owned for name in active) else LayerState.PLAIN
 
 
 def _names(module: Any) -> tuple[str, ...]:
@@ -257,10 +257,10 @@ def _level(wrapper: Any, base: Any) -> Level:
     if tokens and not setting.active:
         disabled = True
     if merged:
-        state = State.MERGED_DISABLED if disabled else State.MERGED
+        state = LayerState.MERGED_DISABLED if disabled else LayerState.MERGED
     else:
-        state = State.DISABLED if disabled else State.ACTIVE
-    acting = {State.ACTIVE: setting.active, State.MERGED_DISABLED: merged}.get(state, ())
+        state = LayerState.DISABLED if disabled else LayerState.ACTIVE
+    acting = {LayerState.ACTIVE: setting.active, LayerState.MERGED_DISABLED: merged}.get(state, ())
     names = tuple(name for name in acting if name in owned)
     return Level(wrapper, setting, _attribute(wrapper, base), state, owned, merged, names, tokens)
 
