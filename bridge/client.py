@@ -195,7 +195,7 @@ class Bridge:
             kv: "reset" or "keep" the engines' KV and prefix caches.
             allow_nonfinite: let NaN and infinity pass.
             wait: False returns a PendingPush as soon as the snapshot is sealed.
-            timeout_s: deadline of everything after the snapshot.
+            timeout_s: deadline of the snapshot, and again of everything after it.
 
         Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
 
@@ -254,7 +254,7 @@ class Bridge:
         slot, doubt = self._begin(agreed, asked.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
         try:
-            written = self._write(snapshot, agreed, slot, asked.allow_nonfinite)
+            written = self._write(snapshot, agreed, slot, asked.allow_nonfinite, options.timeout_s)
             references, options, notes = self._reference(options, asked.reference)
             seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             phases = {"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at}
@@ -279,7 +279,9 @@ class Bridge:
             self._base.brought(slot.version, snapshot)
         return PendingPush(self._coordinator, slot.version, options.timeout_s)
 
-    def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool) -> Written:
+    def _write(
+        self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool, timeout_s: float
+    ) -> Written:
         agreed.arena.begin(slot.index)
         return self._trainer.write(
             snapshot,
@@ -288,6 +290,7 @@ class Bridge:
             slot.base,
             allow_nonfinite=allow_nonfinite,
             threads=self.config.copy_threads,
+            timeout_s=timeout_s,
         )
 
     def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
@@ -334,7 +337,7 @@ class Bridge:
         if slot is None:
             raise ProtocolError("no slot to compare in", where=self.name)
         try:
-            written = self._write(snapshot, agreed, slot, allow_nonfinite=True)
+            written = self._write(snapshot, agreed, slot, True, self.config.plan_timeout_s)
             seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             return self._call(CompareRequest(seal.root), Compared, self.config.plan_timeout_s)
         except BaseException:

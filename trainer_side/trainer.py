@@ -23,7 +23,7 @@ from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
-from trainer_side.snapshot.snapshotter import Snapshotter
+from trainer_side.snapshot.snapshotter import WRITE_TIMEOUT_S, Snapshotter
 
 
 class TrainerSide:
@@ -127,11 +127,28 @@ class TrainerSide:
     # ---- the snapshot ------------------------------------------------------------------------------------------------
 
     def write(
-        self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
+        self,
+        snapshot: Snapshot,
+        arena: Arena,
+        slot: int,
+        base: int | None,
+        *,
+        allow_nonfinite: bool,
+        threads: int,
+        timeout_s: float = WRITE_TIMEOUT_S,
     ) -> Written:
-        """Blocks for one pass over the tensors. Raises NonFinite, ProtocolError, IntegrityError."""
+        """Copy the collected tensors into the unsealed slot; blocks for one pass over them, at most `timeout_s`.
+
+        Raises as `Snapshotter.write`, and IntegrityError when the LoRA layers changed since the tensors were collected.
+        """
         if not isinstance(snapshot, Collected):
-            raise ConfigError("a snapshot of another trainer side", got=type(snapshot).__name__)
+            raise ConfigError(
+                "only what this trainer side collected can be written",
+                where="snapshot",
+                expected="the value that collect() returned",
+                got=type(snapshot).__name__,
+                remedy="call collect() of the same TrainerSide",
+            )
         kind = snapshot.adapter is not None
         writer = self._snapshotters.get(kind)
         if writer is None or writer.arena is not arena:
@@ -139,7 +156,7 @@ class TrainerSide:
                 writer.close()
             writer = self._snapshotters[kind] = Snapshotter(arena, threads)
         try:
-            written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite)
+            written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite, timeout_s=timeout_s)
         except (BridgeError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             # what another thread takes away while it is read fails anywhere, in words that help nobody
             if self._changed_since(snapshot):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
+from bridge.model.same_bits import same_bits
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor, WrapperTensor
 from trainer_side.lora.modes import BakedMode, EffectiveTensor
 from trainer_side.names.tensor_checks import not_pairs, require_plain
-from trainer_side.names.ties import same_bits
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Small tensors, copied many at a time: which go together, and the views that one copy call takes.
+"""Group small tensors into batches, and make the views that one copy call takes.
 
 Views of the arena are made once per slot. Views of the trainer's tensors are made anew for each push, since none may be
 kept: fused experts are cut into runs by one call per live tensor, which is far cheaper than a view at a time.
@@ -6,7 +6,8 @@ kept: fused experts are cut into runs by one call per live tensor, which is far 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ from bridge.model.dtypes import dtype_of
 from bridge.model.manifest import TensorSpec
 from bridge.model.regions import Region, dense, follow
 from trainer_side.names.tensor_layout import TensorPart
-from trainer_side.snapshot.finite import can_be_nonfinite
+from trainer_side.snapshot.finite import ByteArray, can_be_nonfinite
 
 SMALL = 256 << 10
 """Bytes; tensors up to this are copied and checked many at a time."""
@@ -25,12 +26,27 @@ _BATCH = 4 << 20
 """Bytes of small tensors in one unit of work."""
 _BATCH_TENSORS = 2048
 
-ByteArray = npt.NDArray[np.uint8]
+
+class WriteTally:
+    """Collects what the copying threads found: tensors that are not finite, and the bytes that had to be written."""
+
+    def __init__(self) -> None:
+        self.nonfinite: set[int] = set()
+        self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def add_nonfinite(self, indices: Iterable[int]) -> None:
+        with self._lock:
+            self.nonfinite.update(indices)
+
+    def add_bytes(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes += nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class TensorCopy:
-    """One tensor of the manifest that this layout writes."""
+    """One tensor of the manifest that a push writes, and the parts of live tensors that it is made of."""
 
     index: int
     spec: TensorSpec
@@ -39,7 +55,7 @@ class TensorCopy:
 
 @dataclass(frozen=True, slots=True)
 class RunSplit:
-    """One source cut into consecutive runs of `sizes` elements; run `picks[i]` goes to `parts[i]`."""
+    """One live tensor cut into consecutive runs of `sizes` elements; run `picks[i]` goes to `parts[i]`."""
 
     index: int
     sizes: list[int]
@@ -49,44 +65,50 @@ class RunSplit:
 
 @dataclass(slots=True)
 class CopyBatch:
-    """Small tensors that are copied by one call. `spans`: stretches of the arena of one dtype: its name, bytes from
-    and to, manifest indices from and to (exclusive)."""
+    """Small tensors that are copied by one call.
+
+    Attributes:
+        spans: stretches of the arena of one floating dtype: its name, bytes from and to, manifest indices from and to
+            (exclusive).
+        whole: source index per item when every one is one whole tensor, the usual case.
+        splits: how to cut the sources when every part is a run of consecutive elements, the usual case for fused
+            experts.
+        into: slot -> views of what is written there, made once, in the order of `whole` or `splits`.
+        seen: slot -> the bytes of each item there, made once.
+        indices: manifest index per item.
+        nbytes: of all items.
+    """
 
     items: list[TensorCopy]
     spans: list[tuple[str, int, int, int, int]]
     whole: list[int] | None
-    """Source index per item when every one is one whole tensor, the usual case."""
     splits: list[RunSplit] | None
-    """How to cut the sources when every part is a run of consecutive elements, the usual case for fused experts."""
     into: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    """Slot -> views of what is written there, made once, in the order of `whole` or `splits`."""
     seen: dict[int, list[memoryview]] = field(default_factory=dict)
-    """Slot -> the bytes of each item there."""
     indices: npt.NDArray[np.int64] = field(init=False)
-    """Manifest index per item."""
+    nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.indices = np.array([item.index for item in self.items], dtype=np.int64)
-
-    def views(self, place: SlotViews) -> list[memoryview]:
-        """The bytes of each item in a slot, made once."""
-        found = self.seen.get(place.slot)
-        if found is None:
-            found = self.seen[place.slot] = [place.views[item.index] for item in self.items]
-        return found
+        self.nbytes = sum(item.spec.nbytes for item in self.items)
 
 
 @dataclass(slots=True)
 class SlotViews:
-    """Views of one slot, made once."""
+    """Views of one slot of the arena, made once."""
 
     slot: int
     views: list[memoryview]
     flat: ByteArray
     dests: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
+    def bytes_of(self, spec: TensorSpec) -> ByteArray:
+        """View the bytes of one tensor."""
+        return self.flat[spec.offset : spec.offset + spec.nbytes]
+
 
 def make_batches(items: Sequence[TensorCopy]) -> Iterator[CopyBatch]:
+    """Cut small tensors, in manifest order, into units of work."""
     group: list[TensorCopy] = []
     nbytes = 0
     for item in items:
@@ -106,8 +128,20 @@ def _batch(items: list[TensorCopy]) -> CopyBatch:
     return CopyBatch(items, list(_spans(items)), None, _splits(items))
 
 
+def _spans(items: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:
+    """Join neighbours in the arena of one floating dtype. Padding between them is never written and reads as zero."""
+    first = 0
+    for k in range(1, len(items) + 1):
+        one, last = items[first].spec, items[k - 1]
+        if k < len(items) and items[k].index == last.index + 1 and items[k].spec.dtype == one.dtype:
+            continue
+        if can_be_nonfinite(one.dtype):
+            yield one.dtype, one.offset, last.spec.offset + last.spec.nbytes, items[first].index, last.index + 1
+        first = k
+
+
 def _splits(items: Sequence[TensorCopy]) -> list[RunSplit] | None:
-    """The parts by source and in its order, when they are disjoint runs of consecutive elements on both sides."""
+    """Cut the parts out of their sources in order; None unless they are disjoint runs on both sides."""
     by_source: dict[int, list[tuple[int, int, TensorCopy, TensorPart]]] = {}
     for item in items:
         for part in item.parts:
@@ -137,7 +171,7 @@ def _is_run(region: Region) -> bool:
 
 
 def _cut(splits: Sequence[RunSplit], sources: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The runs of every split, as flat views; None when a source has strides of its own."""
+    """View the runs of every split, flat; None when a source has strides of its own."""
     out_of: list[torch.Tensor] = []
     for split in splits:
         source = sources[split.index]
@@ -148,27 +182,10 @@ def _cut(splits: Sequence[RunSplit], sources: Sequence[torch.Tensor]) -> list[to
     return out_of
 
 
-def _spans(items: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:
-    """Neighbours in the arena of the same floating dtype. Padding between them is never written and reads as zero."""
-    run: list[TensorCopy] = []
-    for item in items:
-        if run and (item.index != run[-1].index + 1 or item.spec.dtype != run[-1].spec.dtype):
-            yield from _span(run)
-            run = []
-        run.append(item)
-    yield from _span(run)
-
-
-def _span(run: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:
-    if run and can_be_nonfinite(run[0].spec.dtype):
-        last = run[-1].spec
-        yield run[0].spec.dtype, run[0].spec.offset, last.offset + last.nbytes, run[0].index, run[-1].index + 1
-
-
 def batch_views(
     batch: CopyBatch, place: SlotViews, sources: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Where a batch goes and where it comes from, equal shapes side by side."""
+    """View where a batch goes and where it comes from, equal shapes side by side."""
     if batch.whole is not None:
         if place.slot not in batch.into:
             batch.into[place.slot] = [_dest(item, item.parts[0], place) for item in batch.items]
@@ -183,8 +200,9 @@ def batch_views(
 
 
 def copy_views(
-    items: Sequence[TensorCopy], place: SlotViews, sources: list[torch.Tensor]
+    items: Sequence[TensorCopy], place: SlotViews, sources: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """View where tensors go and where they come from, one part at a time, whatever their strides."""
     into: list[torch.Tensor] = []
     out_of: list[torch.Tensor] = []
     dests = place.dests
@@ -205,8 +223,8 @@ def copy_views(
 
 
 def _dest(item: TensorCopy, part: TensorPart, place: SlotViews) -> torch.Tensor:
-    """The part's place in the arena, in the shape that it has in the source."""
-    whole = torch.from_numpy(bytes_of(item.spec, place)).view(dtype_of(item.spec.dtype)).view(item.spec.shape)
+    """View a part's place in the arena, in the shape that it has in the source."""
+    whole = torch.from_numpy(place.bytes_of(item.spec)).view(dtype_of(item.spec.dtype)).view(item.spec.shape)
     if part.dest is None:
         return whole
     return whole.as_strided(part.dest.shape, part.dest.strides, part.dest.offset)
@@ -216,7 +234,7 @@ Where = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 def _shown(source: torch.Tensor, part: TensorPart, spec: TensorSpec) -> Iterator[tuple[torch.Tensor, Where | None]]:
-    """Views of a live tensor that show a part's region, and where each goes when the part had to be split.
+    """View a part's region of a live tensor, and say where each view goes when the part had to be split.
 
     Regions count row-major; a live tensor with strides of its own may need several views.
     """
@@ -234,7 +252,3 @@ def _shown(source: torch.Tensor, part: TensorPart, spec: TensorSpec) -> Iterator
             return
         for at, to in found.inside:
             yield source.as_strided(at.shape, at.strides, at.offset), (to.shape, to.strides, to.offset)
-
-
-def bytes_of(spec: TensorSpec, place: SlotViews) -> ByteArray:
-    return place.flat[spec.offset : spec.offset + spec.nbytes]
