@@ -1,4 +1,4 @@
-"""`TrainerSide`: everything one Bridge needs from the trainer's process, behind `bridge.ports.TrainerPort`."""
+"""The trainer's model and tensors for one Bridge, behind `bridge.ports.TrainerPort`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bridge.model.manifest import TensorInfo
 from bridge.ports import Choice, Snapshot, Written
 from bridge.protocol.coordinator_messages import Reference
 from bridge.shm.arena import Arena
-from trainer_side.lora.base_fingerprint import base_mark
+from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import copy_without_lora
@@ -122,7 +122,7 @@ class TrainerSide:
         live = [tensor for _, tensor in view.named]
         if isinstance(sent, Collected) and not {t.data_ptr() for t in live} >= set(sent.addresses) - {0}:
             return None
-        return base_mark(view.named)
+        return base_fingerprint(view.named)
 
     # ---- the snapshot ------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from tests.trainer_side.lora.peft_rows import (
     one,
 )
 from tests.trainer_side.lora.test_reader import stacked
-from trainer_side.lora.layers.effective import effective_bias, effective_weight, refusal
+from trainer_side.lora.layers.effective import effective_bias, effective_weight
+from trainer_side.lora.layers.refusals import refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PATH = "model.layers.0.mlp.up_proj"

@@ -125,7 +125,7 @@ def test_state_is_equal_until_something_is_set() -> None:
     assert scaled.unscaled == before.unscaled
     model.merge_adapter()
     assert lora.state() != scaled
-    assert all(w.merged == ("default",) for w in lora.state().wrappers)
+    assert all(w.setting.merged == ("default",) for w in lora.state().wrappers)
 
 
 def test_a_changed_structure_is_noticed_and_baked_again() -> None:
@@ -165,7 +165,7 @@ def test_state_of_saved_modules_and_tokens() -> None:
     before = lora.state()
     with model.disable_adapter():
         off = {w.path: w for w in lora.state().wrappers}
-        assert off["model.norm"].disabled
-        assert off["model.embed_tokens"].disabled
+        assert off["model.norm"].setting.disabled
+        assert off["model.embed_tokens"].setting.disabled
         assert not lora.view("merged", list(model.named_parameters())).computed
     assert lora.state() == before

@@ -42,7 +42,7 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
             got=type(chain.base).__name__,
             remedy="ask for the layers inside it",
         )
-    acting = tuple(a for level in levels if level.state is LayerState.ACTIVE for a in level.adapters())
+    acting = tuple(a for level in levels if level.state is LayerState.ACTIVE for a in level.adapters)
     first = acting[0] if acting else None
     kind = kind_of(chain, attribute, weight)
     return LoraParameters(

@@ -1,8 +1,8 @@
-"""A layer and the wrappers around it, found by what they hold: no class of PEFT's is imported or named here.
+"""Follow the wrappers around a layer, found by what they hold: no class of PEFT's is imported or named here.
 
 A wrapper is a module with a `base_layer` and adapters keyed by name. Wrappers nest: PEFT wraps one layer once for each
 targeted parameter, and a model may be wrapped twice. `read_chain` follows them from the outside to the layer inside and
-says of each what the next forward does with it (lora.md 1.1).
+tells of each what the next forward does with it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -36,20 +37,27 @@ slowest, as in older Unsloth."""
 
 
 class Setting(NamedTuple):
-    """What a wrapper is set to: what is merged into its base and what is active, whether it has that or not."""
+    """A wrapper's switches, as they were read.
+
+    Attributes:
+        merged: adapters that lie in the base's tensors now.
+        active: whether the wrapper owns them or not.
+        scaling: each adapter's factor; "" where one factor serves all.
+    """
 
     disabled: bool
     merged: tuple[str, ...]
     active: tuple[str, ...]
+    scaling: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One wrapper around the layer, read once: its adapters stay what they were when they were first asked for.
+    """One wrapper around the layer, read once: its adapters stay what they were when they were first read.
 
     Attributes:
         wrapper: the live module.
-        setting: what it was set to; all the others follow from it.
+        setting: its switches; the other fields follow from them.
         attribute: of the base layer, the parameter that it acts on.
         state: of this wrapper alone.
         owned: names of all adapters it has.
@@ -72,17 +80,14 @@ class Level:
         """Whether it targets a parameter by name, and not the layer."""
         return _own(self.wrapper, "parameter_name") is not None
 
-    def adapters(self) -> tuple[ActiveLora, ...]:
-        """Those of `names`. Raises UnsupportedLora for what has no A and B."""
-        return self._adapters
-
     @cached_property
-    def _adapters(self) -> tuple[ActiveLora, ...]:
-        # Another thread may rescale: everybody who computes with this reading has to see one factor.
-        return () if self.tokens else tuple(_adapter(self.wrapper, name) for name in self.names)
+    def adapters(self) -> tuple[ActiveLora, ...]:
+        """The adapters of `names`. Raises UnsupportedLora for a factor without a weight."""
+        scaling = dict(self.setting.scaling)
+        return () if self.tokens else tuple(_adapter(self.wrapper, name, scaling) for name in self.names)
 
     def rows(self) -> tuple[TokenRows, ...]:
-        """The rows that stand in the weight's place in the forward; when unmerging, the original ones."""
+        """List the rows that stand in the weight's place in the forward; when unmerging, the original ones."""
         if not self.tokens:
             return ()
         source = "trainable_tokens_delta" if self.state is LayerState.ACTIVE else "trainable_tokens_original"
@@ -114,7 +119,7 @@ class Chain:
         return self.levels[-1].attribute if self.levels else "weight"
 
     def on(self, attribute: str) -> tuple[Level, ...]:
-        """The wrappers that act on one parameter."""
+        """List the wrappers that act on one parameter."""
         return tuple(level for level in self.levels if level.attribute == attribute)
 
 
@@ -150,7 +155,7 @@ def read_chain(module: Any) -> Chain:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside torch.compile, FSDP or activation checkpointing."""
+    """Return the module inside torch.compile, FSDP or activation checkpointing."""
     while True:
         children = getattr(module, "_modules", None) or {}
         inside = next((child for name, child in children.items() if name in RESERVED and child is not None), None)
@@ -160,7 +165,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def is_saved(module: Any) -> bool:
-    """Whether it is a wrapper that holds whole copies of a module: `modules_to_save`."""
+    """Tell whether a module is a wrapper that holds whole copies of another: `modules_to_save`."""
     children = getattr(module, "_modules", None) or {}
     return (
         isinstance(children.get("modules_to_save"), nn.ModuleDict)
@@ -170,30 +175,30 @@ def is_saved(module: Any) -> bool:
 
 
 def is_token_wrapper(module: Any) -> bool:
-    """Whether it is the outer one of the two wrappers of trainable tokens."""
+    """Tell whether a module is the outer one of the two wrappers of trainable tokens."""
     inside = (getattr(module, "_modules", None) or {}).get("token_adapter")
     return inside is not None and is_tokens(inside)
 
 
 def is_tokens(module: Any) -> bool:
-    """Whether it replaces rows of its base layer's weight."""
+    """Tell whether a wrapper replaces rows of its base layer's weight."""
     return _own(module, "base_layer") is not None and isinstance(_own(module, "trainable_tokens_delta"), _MAPPINGS)
 
 
 def is_lora(module: Any) -> bool:
-    """Whether it adds low-rank products to a layer: both factors by adapter, and what they are multiplied with."""
+    """Tell whether a wrapper adds low-rank products to a layer: it has both factors by adapter, and their scaling."""
     pairs = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
     both = any(all(isinstance(_own(module, name), _MAPPINGS) for name in pair) for pair in pairs)
     return both and hasattr(module, "scaling")
 
 
 def is_tuner(module: Any) -> bool:
-    """Whether it is a tuner's wrapper that is no LoRA: it has a base layer and keeps a list of what it merged."""
+    """Tell whether a module is a tuner's wrapper: it has a base layer and keeps a list of what it merged."""
     return _own(module, "base_layer") is not None and hasattr(module, "merged_adapters")
 
 
 def acting_copy(module: Any) -> nn.Module:
-    """What the forward of a `modules_to_save` wrapper calls: the active copy, or the original."""
+    """Return the module that the forward of a `modules_to_save` wrapper calls: the active copy, or the original."""
     active = _names(module)
     owned = tuple(module.modules_to_save.keys())
     if _saved_state(module) is not LayerState.ACTIVE or not active or any(name not in owned for name in active):
@@ -207,7 +212,7 @@ _MAPPINGS = (Mapping, nn.ModuleDict, nn.ParameterDict)
 
 
 def _own(module: Any, name: str) -> Any:
-    """An attribute of the module itself. Wrappers answer for what they wrap, and must not be asked."""
+    """Read an attribute of the module itself: a wrapper's `getattr` answers for the layer that it wraps."""
     for place in ("_modules", "_parameters"):
         found = (getattr(module, place, None) or {}).get(name)
         if found is not None:
@@ -227,7 +232,7 @@ def _saved_state(module: Any) -> LayerState:
 
 
 def _names(module: Any) -> tuple[str, ...]:
-    """The active adapters' names. PEFT may answer with its own list: it is copied."""
+    """List the active adapters' names. PEFT may return its own live list: it is copied."""
     active = getattr(module, "active_adapters", None)
     if active is None or callable(active):
         active = getattr(module, "active_adapter", None)
@@ -236,24 +241,29 @@ def _names(module: Any) -> tuple[str, ...]:
     return (active,) if isinstance(active, str) else tuple(active)
 
 
-def setting_of(wrapper: Any) -> Setting:
-    """What a wrapper is set to now, each of it read once. A few microseconds."""
+def setting_of(wrapper: Any, *, scaled: bool) -> Setting:
+    """Read a wrapper's switches, each of them once; `scaled` for a LoRA layer. A few microseconds."""
     disabled = getattr(wrapper, "disable_adapters", None)
     if disabled is None or callable(disabled):
         disabled = getattr(wrapper, "_disable_adapters", False)
     active = _names(wrapper)
     merged = getattr(wrapper, "merged_adapters", None)
     if merged is None:
-        # Unsloth's shapes say only whether.
+        # Unsloth's shapes only tell whether something is merged.
         merged = (active or ("merged",)) if getattr(wrapper, "merged", False) is True else ()
-    return Setting(bool(disabled), tuple(merged), active)
+    scaling = wrapper.scaling if scaled else {}
+    if not isinstance(scaling, Mapping):
+        scaling = {"": scaling}
+    # One object for all that is not a number: it has to be equal to itself.
+    factors = tuple([(n, value if (value := float(s)) == value else nan) for n, s in scaling.items()])
+    return Setting(bool(disabled), tuple(merged), active, factors)
 
 
 def _level(wrapper: Any, base: Any) -> Level:
     tokens = is_tokens(wrapper)
     owned = tuple(dict.fromkeys(_keys(wrapper, ("token_indices",) if tokens else ("lora_A", "lora_embedding_A"))))
-    setting = setting_of(wrapper)
-    disabled, merged, _ = setting
+    setting = setting_of(wrapper, scaled=not tokens)
+    disabled, merged = setting.disabled, setting.merged
     if tokens and not setting.active:
         disabled = True
     if merged:
@@ -280,11 +290,11 @@ def _attribute(wrapper: Any, base: Any) -> str:
 
 
 def is_attention(base: Any) -> bool:
-    """Whether it is an attention layer whose three input projections lie in one parameter."""
+    """Tell whether a layer is an attention layer whose three input projections lie in one parameter."""
     return isinstance(getattr(base, "in_proj_weight", None), torch.Tensor) and hasattr(base, "out_proj")
 
 
-def _adapter(wrapper: Any, name: str) -> ActiveLora:
+def _adapter(wrapper: Any, name: str, scaling: Mapping[str, float]) -> ActiveLora:
     embedding = getattr(wrapper, "lora_embedding_A", None)
     if embedding is not None and name in embedding:
         a, b, bias, extra = embedding[name], wrapper.lora_embedding_B[name], None, {}
@@ -292,7 +302,6 @@ def _adapter(wrapper: Any, name: str) -> ActiveLora:
         left, right = unwrapped(wrapper.lora_A[name]), unwrapped(wrapper.lora_B[name])
         a, b, bias = _weight(left), _weight(right), getattr(right, "bias", None)
         extra = {**_blocks(left, "blocks_a"), **_blocks(right, "blocks_b"), **_experts(wrapper)}
-    scaling = wrapper.scaling
     magnitude = _entry(wrapper, "lora_magnitude_vector", name)
     diagonal = _entry(wrapper, "lora_diag", name)
     if diagonal is not None:
@@ -305,7 +314,7 @@ def _adapter(wrapper: Any, name: str) -> ActiveLora:
         name=name,
         a=a,
         b=b,
-        scaling=float(scaling[name] if isinstance(scaling, Mapping) else scaling),
+        scaling=scaling[name] if name in scaling else scaling[""],
         bias=bias,
         magnitude=None if magnitude is None else _weight(magnitude),
         variant="" if variant is None else type(variant).__name__,
@@ -329,6 +338,7 @@ def _weight(holder: Any) -> torch.Tensor:
         where=type(holder).__name__,
         expected="a tensor, or a module with a weight",
         got=type(weight).__name__,
+        remedy="delete this adapter and add it again, or push mode='base'",
     )
 
 
