@@ -101,9 +101,8 @@ def match_sent(items: Sequence[TreeTensor], names: Sequence[str], tensors: Seque
             if not _same_memory(tensor, live):
                 changed[key] = tensor
         earlier = given.get(key)
-        if earlier is None or earlier is tensor or _same_memory(earlier, tensor) or same_bits(require_plain(name, earlier), require_plain(name, tensor)):
-            given[key] = tensor
-        else:
+        same = earlier is None or earlier is tensor or _same_memory(earlier, tensor)
+        if not same and not same_bits(require_plain(name, earlier), require_plain(name, tensor)):
             raise DuplicateTensor(
                 "one tensor of the bound model came under two names with different values",
                 where=f"{name} ({item.live})",
@@ -112,6 +111,7 @@ def match_sent(items: Sequence[TreeTensor], names: Sequence[str], tensors: Seque
                 remedy="push model.named_parameters()",
                 names=(name,),
             )
+        given[key] = tensor
     return SentTensors(given, changed, tuple(names))
 
 

@@ -35,13 +35,11 @@ class WriteTally:
         self.nbytes = 0
         self._lock = threading.Lock()
 
-    def add_nonfinite(self, indices: Iterable[int]) -> None:
-        with self._lock:
-            self.nonfinite.update(indices)
-
-    def add_bytes(self, nbytes: int) -> None:
+    def add(self, nbytes: int, nonfinite: Iterable[int]) -> None:
+        """Count what one unit of work wrote, and the manifest indices that it found not to be finite."""
         with self._lock:
             self.nbytes += nbytes
+            self.nonfinite.update(nonfinite)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,17 +184,18 @@ def batch_views(
     batch: CopyBatch, place: SlotViews, sources: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """View where a batch goes and where it comes from, equal shapes side by side."""
+    into = batch.into.get(place.slot)
     if batch.whole is not None:
-        if place.slot not in batch.into:
-            batch.into[place.slot] = [_dest(item, item.parts[0], place) for item in batch.items]
-        return batch.into[place.slot], [sources[k] for k in batch.whole]
+        if into is None:
+            into = batch.into[place.slot] = [_dest(item, item.parts[0], place) for item in batch.items]
+        return into, [sources[k] for k in batch.whole]
     out_of = None if batch.splits is None else _cut(batch.splits, sources)
     if out_of is None or batch.splits is None:
         return copy_views(batch.items, place, sources)
-    if place.slot not in batch.into:
+    if into is None:
         parts = [pair for split in batch.splits for pair in split.parts]
-        batch.into[place.slot] = [_dest(item, part, place).view(-1) for item, part in parts]
-    return batch.into[place.slot], out_of
+        into = batch.into[place.slot] = [_dest(item, part, place).view(-1) for item, part in parts]
+    return into, out_of
 
 
 def copy_views(

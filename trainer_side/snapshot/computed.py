@@ -58,12 +58,13 @@ def write_group(
         into, out_of = copy_views(group.items, place, sources)
         for dest, source in zip(into, out_of, strict=True):
             dest.copy_(source)
+    bad = []
     for item in group.items:
         raw = place.bytes_of(item.spec)
         digests[item.index] = fold(xxhash.xxh3_64_intdigest(raw[a:b].data) for a, b in cut(len(raw), CHUNK))
         if not is_finite(raw, item.spec.dtype):
-            tally.add_nonfinite((item.index,))
-        tally.add_bytes(item.spec.nbytes)
+            bad.append(item.index)
+    tally.add(sum(item.spec.nbytes for item in group.items), bad)
 
 
 def _compute(computed: Computed, items: Iterable[TensorCopy]) -> torch.Tensor:

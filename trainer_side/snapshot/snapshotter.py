@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -142,8 +142,9 @@ class Snapshotter:
         pieces: dict[int, list[int]] = {}
         jobs: list[CopyJob] = [partial(write_group, one, place, collected, digests, tally) for one in program.computed]
         for item in program.big:
-            pieces[item.index] = [0] * -(-item.spec.nbytes // CHUNK)
-            jobs += _big_jobs(item, place, sources, pieces[item.index], tally, known.get(item.index))
+            chunks = pieces[item.index] = [0] * -(-item.spec.nbytes // CHUNK)
+            big = _BigTensor(item, place.bytes_of(item.spec), chunks, known.get(item.index), tally)
+            jobs += big.jobs(place, sources)
         jobs += [partial(_write_batch, batch, place, sources, digests, tally) for batch in program.batches]
         self._run(jobs, Deadline.after(timeout_s))
         for index, found in pieces.items():
@@ -267,53 +268,81 @@ def _write_batch(
     """Copy, digest and check one batch of small tensors. One unit of work of a copying thread."""
     with torch.no_grad():
         into, out_of = batch_views(batch, place, sources)
-        if not all(map(already_holds, into, out_of)):
+        copied = 0 if all(map(already_holds, into, out_of)) else batch.nbytes
+        if copied:
             torch._foreach_copy_(into, out_of)
-            tally.add_bytes(batch.nbytes)
     views = batch.seen.get(place.slot)
     if views is None:
         views = batch.seen[place.slot] = [place.views[item.index] for item in batch.items]
     digests[batch.indices] = np.fromiter(map(xxhash.xxh3_64_intdigest, views), "<u8", len(views))
+    bad: list[int] = []
     for dtype, start, end, first, stop in batch.spans:
         if not is_finite(place.flat[start:end], dtype):
-            tally.add_nonfinite(
-                item.index
-                for item in batch.items
-                if first <= item.index < stop and not is_finite(place.bytes_of(item.spec), dtype)
-            )
+            inside = [item for item in batch.items if first <= item.index < stop]
+            bad += [item.index for item in inside if not is_finite(place.bytes_of(item.spec), dtype)]
+    tally.add(copied, bad)
 
 
-def _big_jobs(
-    item: TensorCopy,
-    place: SlotViews,
-    sources: list[torch.Tensor],
-    pieces: list[int],
-    tally: WriteTally,
-    known: list[int] | None,
-) -> Iterator[CopyJob]:
-    """Cut one big tensor into units of work: its chunks when its elements lie in order, else the tensor as a whole.
+@dataclass(frozen=True, eq=False)
+class _BigTensor:
+    """One big tensor of one push. Its chunks are units of work, or the whole tensor when its elements lie in no order.
 
-    `pieces` receives the digests of its chunks; `known` are those of what the slot holds now.
+    Attributes:
+        raw: its bytes in the arena.
+        digests: of its chunks, filled in by the units of work.
+        known: digests of the chunks that the slot holds now.
     """
-    raw, dtype = place.bytes_of(item.spec), dtype_of(item.spec.dtype)
-    source = _in_order(item, sources)
-    if source is None:
-        yield partial(_write_scattered, item, copy_views([item], place, sources), raw, pieces, tally)
-        return
-    size = itemsize(item.spec.dtype)
-    plain = source.dtype == dtype and source.device.type == "cpu"
-    flat = None if plain else torch.from_numpy(raw).view(dtype)
-    for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
-        piece = source[start // size : end // size]
-        if flat is None:
-            digest = None if known is None else known[number]
-            yield partial(
-                _write_chunk, item, piece.view(torch.uint8).numpy(), raw[start:end], digest, pieces, number, tally
-            )
-        else:
-            yield partial(
-                _cast_chunk, item, piece, flat[start // size : end // size], raw[start:end], pieces, number, tally
-            )
+
+    item: TensorCopy
+    raw: ByteArray
+    digests: list[int]
+    known: list[int] | None
+    tally: WriteTally
+
+    def jobs(self, place: SlotViews, sources: list[torch.Tensor]) -> list[CopyJob]:
+        """List the units of work."""
+        source, step = _in_order(self.item, sources), CHUNK // itemsize(self.item.spec.dtype)
+        if source is None:
+            return [partial(self._write_scattered, *copy_views([self.item], place, sources))]
+        return [partial(self._write_chunk, k, source[k * step : (k + 1) * step]) for k in range(len(self.digests))]
+
+    def _write_chunk(self, number: int, source: torch.Tensor) -> None:
+        """Bring one chunk into the arena, digest and check it.
+
+        Where bytes travel as they are, the digest is of the trainer's own: the arena's may not be in cache, and a tensor
+        that changes meanwhile is found out. What lies in the slot from two versions ago and is the same needs no write.
+        """
+        raw, wire = self.raw[number * CHUNK : (number + 1) * CHUNK], dtype_of(self.item.spec.dtype)
+        plain = source.dtype == wire and source.device.type == "cpu"
+        shown = source.view(torch.uint8).numpy() if plain else raw
+        into, to, out_of = torch.from_numpy(raw).view(wire), raw.ctypes.data, shown.ctypes.data
+        if plain and self.known is not None and not memcmp(to, out_of, len(raw)):
+            self.digests[number] = self.known[number]
+            return
+        hasher, finite, copied = xxhash.xxh3_64(), True, 0
+        for start in range(0, len(raw), BLOCK):
+            block = shown[start : start + BLOCK]
+            if not plain:
+                part = slice(start // wire.itemsize, (start + BLOCK) // wire.itemsize)
+                into[part].copy_(source[part])
+                copied += len(block)
+            elif memcmp(to + start, out_of + start, len(block)):
+                memmove(to + start, out_of + start, len(block))
+                copied += len(block)
+            hasher.update(block.data)
+            finite = finite and is_finite(block, self.item.spec.dtype)
+        self.digests[number] = hasher.intdigest()
+        self.tally.add(copied, () if finite else (self.item.index,))
+
+    def _write_scattered(self, into: list[torch.Tensor], out_of: list[torch.Tensor]) -> None:
+        """Write, digest and check a tensor whose elements lie in some other order in the trainer."""
+        with torch.no_grad():
+            torch._foreach_copy_(into, out_of)
+        finite = True
+        for number, (start, end) in enumerate(cut(len(self.raw), CHUNK)):
+            self.digests[number] = xxhash.xxh3_64_intdigest(self.raw[start:end].data)
+            finite = finite and is_finite(self.raw[start:end], self.item.spec.dtype)
+        self.tally.add(len(self.raw), () if finite else (self.item.index,))
 
 
 def _in_order(item: TensorCopy, sources: list[torch.Tensor]) -> torch.Tensor | None:
@@ -328,80 +357,6 @@ def _in_order(item: TensorCopy, sources: list[torch.Tensor]) -> torch.Tensor | N
         region = part.source
         source = source.as_strided(region.shape, region.strides, source.storage_offset() + region.offset)
     return source.detach().view(-1) if source.is_contiguous() else None
-
-
-def _write_chunk(
-    item: TensorCopy,
-    source: ByteArray,
-    into: ByteArray,
-    known: int | None,
-    pieces: list[int],
-    number: int,
-    tally: WriteTally,
-) -> None:
-    """Bring one chunk's bytes into the arena as they are, digest and check them. One unit of work.
-
-    Where the slot still holds all of the chunk, the digest `known` stays and nothing is written. The digest is of the
-    trainer's own bytes: the arena's may not be in cache, and a tensor that changes meanwhile is found out.
-    """
-    out_of, to = source.ctypes.data, into.ctypes.data
-    if known is not None and not memcmp(to, out_of, len(into)):
-        pieces[number] = known
-        return
-    hasher, finite, copied = xxhash.xxh3_64(), True, 0
-    for start in range(0, len(source), BLOCK):
-        block = source[start : start + BLOCK]
-        # What lies there from two versions ago and is the same needs no write; else the comparison ends at once.
-        if memcmp(to + start, out_of + start, len(block)):
-            memmove(to + start, out_of + start, len(block))
-            copied += len(block)
-        hasher.update(block.data)
-        finite = finite and is_finite(block, item.spec.dtype)
-    pieces[number] = hasher.intdigest()
-    tally.add_bytes(copied)
-    if not finite:
-        tally.add_nonfinite((item.index,))
-
-
-def _cast_chunk(
-    item: TensorCopy,
-    source: torch.Tensor,
-    into: torch.Tensor,
-    raw: ByteArray,
-    pieces: list[int],
-    number: int,
-    tally: WriteTally,
-) -> None:
-    """Copy one chunk out of another dtype or a device's memory, digest and check what was written. One unit of work."""
-    hasher, finite, step = xxhash.xxh3_64(), True, BLOCK // into.itemsize
-    for first in range(0, len(into), step):
-        into[first : first + step].copy_(source[first : first + step])
-        block = raw[first * into.itemsize : (first + step) * into.itemsize]
-        hasher.update(block.data)
-        finite = finite and is_finite(block, item.spec.dtype)
-    pieces[number] = hasher.intdigest()
-    tally.add_bytes(len(raw))
-    if not finite:
-        tally.add_nonfinite((item.index,))
-
-
-def _write_scattered(
-    item: TensorCopy,
-    views: tuple[list[torch.Tensor], list[torch.Tensor]],
-    raw: ByteArray,
-    pieces: list[int],
-    tally: WriteTally,
-) -> None:
-    """Write a big tensor whose elements lie in some other order in the trainer. One unit of work."""
-    with torch.no_grad():
-        torch._foreach_copy_(*views)
-    finite = True
-    for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
-        pieces[number] = xxhash.xxh3_64_intdigest(raw[start:end].data)
-        finite = finite and is_finite(raw[start:end], item.spec.dtype)
-    if not finite:
-        tally.add_nonfinite((item.index,))
-    tally.add_bytes(item.spec.nbytes)
 
 
 def already_holds(into: torch.Tensor, source: torch.Tensor) -> bool:
@@ -454,7 +409,8 @@ def _single_threaded_pool(threads: int, deadline: Deadline) -> ThreadPoolExecuto
 
 def _not_started(threads: int, error: Exception) -> BridgeError:
     hung = isinstance(error, threading.BrokenBarrierError)
-    return (DeadlineExceeded if hung else ConfigError)(
+    kind = DeadlineExceeded if hung else ConfigError
+    return kind(
         "the snapshot's copying threads did not start",
         where="the trainer's process",
         expected=f"{threads} threads within the push's timeout",
