@@ -14,8 +14,10 @@ from bridge.protocol.coordinator_messages import ToCoordinator
 
 
 class TrainerActor:
-    """Made by `bridge.daemon.ray_cluster.start` with `ray.remote`; several threads call it, so a wait does
-    not block a question."""
+    """Hosts the coordinator; `bridge.daemon.ray_cluster.start` makes it with `ray.remote`.
+
+    Several threads call it, so that a request which waits does not block the others.
+    """
 
     def __init__(self, name: str, engines: list[str], threads: int) -> None:
         import ray
@@ -29,8 +31,9 @@ class TrainerActor:
         self._coordinator = Coordinator(name, ports, Ledger.open(name), node=node)
 
     def call(self, frame: bytes) -> bytes:
-        """One request, one reply. Never raises for an error of ours: it comes back as Refused."""
+        """Handle one packed request and return the packed reply; an error of ours comes back as Refused."""
         return pack(self._coordinator.handle(unpack(frame, ToCoordinator)))
 
     def pid(self) -> int:
+        """Return the actor's process id."""
         return os.getpid()

@@ -1,13 +1,13 @@
 """Group relative policy optimisation: group-normalised advantages, clipped importance ratio, optional KL term.
 
 The behaviour policy is the *engine*: the ratio is taken against the log-probabilities it sampled with, not against a
-recomputation by the trainer, so a rollout from older or slightly different weights is corrected for what it was.
+recomputation by the trainer, so a rollout from older or slightly different weights is weighed correctly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ LogprobFn = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """One optimiser's settings. `epochs`: passes over each batch of rollouts; `micro_batch`: rows per forward."""
+    """The settings of one optimiser. `epochs`: passes over each batch of rollouts; `micro_batch`: rows per forward."""
 
     learning_rate: float = 3e-3
     clip: float = 0.2
@@ -44,9 +44,8 @@ class RolloutBatch:
         return len(self.prompts)
 
     def rows(self, index: slice) -> RolloutBatch:
-        return RolloutBatch(*(part[index] for part in (
-            self.prompts, self.completions, self.mask, self.behaviour, self.advantages
-        )))  # fmt: skip
+        """Return some of the rows."""
+        return RolloutBatch(*(getattr(self, part.name)[index] for part in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class StepStats:
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
-    """(reward - mean) / std within each group of consecutive rows; a group of equal rewards teaches nothing (zeros)."""
+    """Compute (reward - mean) / std within each group of consecutive rows; zeros for a group of equal rewards."""
     grouped = torch.tensor(rewards, dtype=torch.float32).view(-1, group_size)
     centred = grouped - grouped.mean(1, keepdim=True)
     return (centred / (grouped.std(1, keepdim=True, correction=0) + 1e-4)).flatten()
@@ -70,7 +69,7 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 def make_batch(
     prompts: Sequence[Sequence[int]], completions: Sequence[Completion], rewards: Sequence[float], group_size: int
 ) -> RolloutBatch:
-    """Rollouts and their rewards as one batch; completions may end at different lengths."""
+    """Pad rollouts of different lengths into one batch with their advantages."""
     longest = max(len(completion.token_ids) for completion in completions)
     ids = [[*c.token_ids, *[0] * (longest - len(c.token_ids))] for c in completions]
     logprobs = [[*c.logprobs, *[0.0] * (longest - len(c.logprobs))] for c in completions]
@@ -85,13 +84,13 @@ def make_batch(
 
 
 def clipped_objective(logprobs: Tensor, behaviour: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate per token, and the importance ratio it used."""
+    """Compute PPO's clipped surrogate per token, and the importance ratio that it used."""
     ratio = (logprobs - behaviour).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), ratio
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) per token: unbiased and never negative."""
+    """Estimate KL(policy || reference) per token by Schulman's k3: unbiased and never negative."""
     delta = reference - logprobs
     return delta.exp() - 1 - delta
 
@@ -136,7 +135,7 @@ class Grpo:
         return StepStats(loss_value, clipped, ratio, kl, float(norm))
 
     def _loss(self, rows: RolloutBatch, total: float) -> tuple[Tensor, Tensor]:
-        """This micro-batch's share of the token mean, so that accumulated gradients equal those of the whole batch."""
+        """Compute this micro-batch's share of the token mean: gradients then add up to those of the whole batch."""
         config = self.config
         logprobs = completion_logprobs(self.model, rows.prompts, rows.completions)
         objective, ratio = clipped_objective(logprobs, rows.behaviour, rows.advantages[:, None], config.clip)

@@ -309,8 +309,8 @@ class _BigTensor:
     def _write_chunk(self, number: int, source: torch.Tensor) -> None:
         """Bring one chunk into the arena, digest and check it.
 
-        Where bytes travel as they are, the digest is of the trainer's own: the arena's may not be in cache, and a tensor
-        that changes meanwhile is found out. What lies in the slot from two versions ago and is the same needs no write.
+        Where bytes travel as they are, the digest is of the trainer's own: the arena's may not be in cache, and changes
+        meanwhile are found out. What lies in the slot from two versions ago and is the same needs no write.
         """
         raw, wire = self.raw[number * CHUNK : (number + 1) * CHUNK], dtype_of(self.item.spec.dtype)
         plain = source.dtype == wire and source.device.type == "cpu"
