@@ -48,7 +48,7 @@ class Layer:
 
     @property
     def has_bias(self) -> bool:
-        """Whether some lora_B has a bias."""
+        """True when some lora_B has a bias."""
         return any(extra.container == "lora_B" and extra.attribute == "bias" for extra in self.extras)
 
 

@@ -96,7 +96,7 @@ class LiveEntry:
 
 @dataclass(frozen=True)
 class CanonicalMap:
-    """How one model's live tensors make up its checkpoint. Made once per bound model by `bake_names`.
+    """The live tensors of one model and the checkpoint that they make up; baked once per bound model by `bake_names`.
 
     Attributes:
         tensors: in the order of the live tensors.

@@ -75,7 +75,7 @@ class Computed:
 
 @dataclass(frozen=True, eq=False)
 class TensorLayout:
-    """What stays the same from push to push: the canonical tensors and which collected tensors they are made of.
+    """The canonical tensors of a push and the collected tensors that they are made of, kept from push to push.
 
     Compared by identity: the same object means that nothing about names, shapes, dtypes and ties has changed.
     """

@@ -1,4 +1,4 @@
-"""`lora_parameters`: one shape of answer in every state, for every kind of wrapper; Unsloth's contract (lora.md 9)."""
+"""`lora_parameters`: the same fields in every state, for every kind of wrapper, as Unsloth has them."""
 
 from __future__ import annotations
 

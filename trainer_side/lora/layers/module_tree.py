@@ -87,12 +87,12 @@ class BaseTensor:
 
     @property
     def original(self) -> bool:
-        """Whether it is the base model's own, and no copy's."""
+        """True for the base model's own tensor, and not a copy's."""
         return all(adapter is None for _, adapter in self.copies)
 
     @property
     def registered(self) -> bool:
-        """Whether `named_parameters` shows it: PEFT's attention keeps a merged weight as a plain attribute."""
+        """True when `named_parameters` yields it: PEFT's attention keeps a merged weight as a plain attribute."""
         return self.attribute in self.owner._parameters
 
     def tensor(self) -> torch.Tensor | None:
@@ -246,7 +246,13 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Position:
-    """Where the walk stands: what names begin with here, the wrappers around the next module, the copies on the way."""
+    """A position of the walk.
+
+    Attributes:
+        raw, live, clean: prefixes of the names here.
+        around: the wrappers directly around the next module; `copies`: those of `modules_to_save` on the way.
+        root: only wrappers were passed.
+    """
 
     raw: str = ""
     live: str = ""

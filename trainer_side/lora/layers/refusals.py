@@ -65,7 +65,7 @@ class Reason(NamedTuple):
 
     @property
     def by_mode(self) -> bool:
-        """Whether the way out is another mode, and nothing about the layer."""
+        """True when the way out is another mode, and no change of the layer."""
         return self.way_out in (_ELSEWHERE, _ADAPTER, _ADAPTER_OR_16_BIT)
 
     def error(self, path: str) -> UnsupportedLora:

@@ -7,9 +7,10 @@ tells of each what the next forward does with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import nan
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ class Level:
 
     @property
     def of_parameter(self) -> bool:
-        """Whether it targets a parameter by name, and not the layer."""
+        """True when it targets a parameter by name, and not the layer."""
         return _own(self.wrapper, "parameter_name") is not None
 
     @cached_property
@@ -146,7 +147,13 @@ def read_chain(module: Any) -> Chain:
                 break
             current = base
         elif is_tuner(current):
-            raise _no_lora(current)
+            raise UnsupportedLora(
+                "a tuner that is not LoRA changes this layer in a way that cannot be read",
+                where=type(current).__name__,
+                expected="a LoRA layer (lora_A and lora_B, or lora_embedding_A and lora_embedding_B), or a plain layer",
+                got=type(current).__name__,
+                remedy="merge the adapter into the model (merge_and_unload) before binding it",
+            )
         else:
             break
         current = unwrapped(current)
@@ -199,12 +206,8 @@ def is_tuner(module: Any) -> bool:
 
 def acting_copy(module: Any) -> nn.Module:
     """Return the module that the forward of a `modules_to_save` wrapper calls: the active copy, or the original."""
-    active = _names(module)
-    owned = tuple(module.modules_to_save.keys())
-    if _saved_state(module) is not LayerState.ACTIVE or not active or any(name not in owned for name in active):
-        original: nn.Module = module._modules["original_module"]
-        return original
-    chosen: nn.Module = module.modules_to_save[active[0]]
+    acts = _saved_state(module) is LayerState.ACTIVE
+    chosen: nn.Module = module.modules_to_save[_names(module)[0]] if acts else module._modules["original_module"]
     return chosen
 
 
@@ -261,32 +264,21 @@ def setting_of(wrapper: Any, *, scaled: bool) -> Setting:
 
 def _level(wrapper: Any, base: Any) -> Level:
     tokens = is_tokens(wrapper)
-    owned = tuple(dict.fromkeys(_keys(wrapper, ("token_indices",) if tokens else ("lora_A", "lora_embedding_A"))))
+    containers = ("token_indices",) if tokens else ("lora_A", "lora_embedding_A")
+    keyed = [found for name in containers if (found := getattr(wrapper, name, None)) is not None]
+    owned = tuple(dict.fromkeys(chain.from_iterable(found.keys() for found in keyed)))
     setting = setting_of(wrapper, scaled=not tokens)
-    disabled, merged = setting.disabled, setting.merged
-    if tokens and not setting.active:
-        disabled = True
+    disabled, merged = setting.disabled or (tokens and not setting.active), setting.merged
     if merged:
         state = LayerState.MERGED_DISABLED if disabled else LayerState.MERGED
     else:
         state = LayerState.DISABLED if disabled else LayerState.ACTIVE
     acting = {LayerState.ACTIVE: setting.active, LayerState.MERGED_DISABLED: merged}.get(state, ())
     names = tuple(name for name in acting if name in owned)
-    return Level(wrapper, setting, _attribute(wrapper, base), state, owned, merged, names, tokens)
-
-
-def _keys(wrapper: Any, attributes: tuple[str, ...]) -> Iterator[str]:
-    for attribute in attributes:
-        found = getattr(wrapper, attribute, None)
-        if found is not None:
-            yield from found.keys()
-
-
-def _attribute(wrapper: Any, base: Any) -> str:
-    name = _own(wrapper, "parameter_name")
-    if isinstance(name, str):
-        return name
-    return "in_proj_weight" if is_attention(base) else "weight"
+    attribute = _own(wrapper, "parameter_name")
+    if not isinstance(attribute, str):
+        attribute = "in_proj_weight" if is_attention(base) else "weight"
+    return Level(wrapper, setting, attribute, state, owned, merged, names, tokens)
 
 
 def is_attention(base: Any) -> bool:
@@ -295,20 +287,24 @@ def is_attention(base: Any) -> bool:
 
 
 def _adapter(wrapper: Any, name: str, scaling: Mapping[str, float]) -> ActiveLora:
-    embedding = getattr(wrapper, "lora_embedding_A", None)
+    embedding, extra, bias = getattr(wrapper, "lora_embedding_A", None), dict[str, Any](), None
     if embedding is not None and name in embedding:
-        a, b, bias, extra = embedding[name], wrapper.lora_embedding_B[name], None, {}
+        a, b = embedding[name], wrapper.lora_embedding_B[name]
     else:
         left, right = unwrapped(wrapper.lora_A[name]), unwrapped(wrapper.lora_B[name])
         a, b, bias = _weight(left), _weight(right), getattr(right, "bias", None)
-        extra = {**_blocks(left, "blocks_a"), **_blocks(right, "blocks_b"), **_experts(wrapper)}
+        for key, factor in (("blocks_a", left), ("blocks_b", right)):
+            if isinstance(getattr(factor, "nblocks", None), int):
+                extra[key] = int(factor.nblocks)
+        if _own(wrapper, "parameter_name") is not None:
+            marker = getattr(wrapper, "lora_B_layout", None)
+            extra["experts"] = int(getattr(wrapper, "num_experts", 1))
+            extra["swapped"] = bool(getattr(wrapper, "_did_swap_in_out_features", False))
+            extra["layout"] = RANK_MAJOR if marker is None else str(marker)
     magnitude = _entry(wrapper, "lora_magnitude_vector", name)
-    diagonal = _entry(wrapper, "lora_diag", name)
-    if diagonal is not None:
-        extra["diagonal"] = diagonal
-    unknown = _unknown(wrapper, name)
-    if unknown:
-        extra["unknown"] = unknown
+    for key, value in (("diagonal", _entry(wrapper, "lora_diag", name)), ("unknown", _unknown(wrapper, name) or None)):
+        if value is not None:
+            extra[key] = value
     variant = (getattr(wrapper, "lora_variant", None) or {}).get(name)
     return ActiveLora(
         name=name,
@@ -342,24 +338,8 @@ def _weight(holder: Any) -> torch.Tensor:
     )
 
 
-def _blocks(factor: Any, key: str) -> dict[str, Any]:
-    blocks = getattr(factor, "nblocks", None)
-    return {key: int(blocks)} if isinstance(blocks, int) else {}
-
-
-def _experts(wrapper: Any) -> dict[str, Any]:
-    if _own(wrapper, "parameter_name") is None:
-        return {}
-    marker = getattr(wrapper, "lora_B_layout", None)
-    return {
-        "experts": int(getattr(wrapper, "num_experts", 1)),
-        "swapped": bool(getattr(wrapper, "_did_swap_in_out_features", False)),
-        "layout": RANK_MAJOR if marker is None else str(marker),
-    }
-
-
 def _unknown(wrapper: Any, name: str) -> tuple[str, ...]:
-    """Names of what may change an adapter's effect and is not understood here."""
+    """Name everything that may change an adapter's effect and cannot be read here."""
     found: list[str] = []
     holders = {**(getattr(wrapper, "_modules", None) or {}), **(getattr(wrapper, "_parameters", None) or {})}
     for attribute, held in holders.items():
@@ -377,39 +357,16 @@ def _unknown(wrapper: Any, name: str) -> tuple[str, ...]:
         found.extend(f"{attribute}.{child}" for child in inside or {})
     if name in (getattr(wrapper, _PENDING, None) or ()):
         found.append("a truncation of the base weight that the next forward makes")
-    if _routed(wrapper):
+    # Mixtures of adapters replace a layer's forward by their own method, and weigh the adapters per token.
+    owner = getattr(vars(wrapper).get("forward"), "__self__", None) if hasattr(wrapper, "__dict__") else None
+    if owner is not None and owner is not wrapper and getattr(owner, "target", None) is wrapper:
         found.append("a forward that another object replaced")
     if (getattr(wrapper, "use_dora", None) or {}).get(name) and _entry(wrapper, "lora_magnitude_vector", name) is None:
         found.append("DoRA without a magnitude")
     if _own(wrapper, "parameter_name") is not None and getattr(wrapper, "lora_B_layout", None) is None:
-        found.extend(_patched(wrapper))
+        # A replaced forward of expert wrappers reads lora_B in an order that only the replacing library knows.
+        cls = next((cls for cls in type(wrapper).__mro__ if "forward" in vars(cls)), type(wrapper))
+        origin = getattr(vars(cls).get("forward"), "__module__", cls.__module__)
+        if origin != cls.__module__:
+            found.append(f"a forward from {origin} without a lora_B_layout marker")
     return tuple(found)
-
-
-def _routed(wrapper: Any) -> bool:
-    """Whether the forward is a method of another object that has this layer as its target: mixtures of adapters do so,
-    and weigh them per token."""
-    owner = getattr(vars(wrapper).get("forward"), "__self__", None) if hasattr(wrapper, "__dict__") else None
-    return owner is not None and owner is not wrapper and getattr(owner, "target", None) is wrapper
-
-
-def _patched(wrapper: Any) -> Iterator[str]:
-    """Expert wrappers whose class had its forward replaced read lora_B in an order of their own, which only the
-    replacing library knows."""
-    for cls in type(wrapper).__mro__:
-        forward = vars(cls).get("forward")
-        if forward is not None:
-            if getattr(forward, "__module__", cls.__module__) != cls.__module__:
-                yield f"a forward from {forward.__module__} without a lora_B_layout marker"
-            return
-
-
-def _no_lora(module: Any) -> UnsupportedLora:
-    kind = type(module).__name__
-    return UnsupportedLora(
-        "a tuner that is not LoRA changes this layer in a way that cannot be read",
-        where=kind,
-        expected="a LoRA layer (lora_A and lora_B, or lora_embedding_A and lora_embedding_B), or a plain layer",
-        got=kind,
-        remedy="merge the adapter into the model (merge_and_unload) before binding it",
-    )
