@@ -182,7 +182,7 @@ class Bridge:
             kv: "reset" or "keep" the engines' KV and prefix caches.
             allow_nonfinite: let NaN and infinity pass.
             wait: False returns a PendingPush as soon as the snapshot is sealed.
-            timeout_s: deadline of everything after the snapshot.
+            timeout_s: deadline of the snapshot, and again of everything after it.
 
         Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
 
@@ -242,7 +242,7 @@ class Bridge:
         slot, doubt = self._begin(agreed, settings.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
         try:
-            written = self._write(snapshot, agreed, slot, settings.allow_nonfinite)
+            written = self._write(snapshot, agreed, slot, settings)
             reference, base, settings, notes = self._reference(settings)
             seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             submit = SubmitRequest(
@@ -266,15 +266,16 @@ class Bridge:
             self._base.note_pushed(slot.version, snapshot)
         return PendingPush(self._session, slot.version, settings.timeout_s)
 
-    def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, allow_nonfinite: bool) -> Written:
+    def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, settings: PushSettings) -> Written:
         agreed.arena.begin(slot.index)
         return self._trainer.write(
             snapshot,
             agreed.arena,
             slot.index,
             slot.base,
-            allow_nonfinite=allow_nonfinite,
+            allow_nonfinite=settings.allow_nonfinite,
             threads=self.config.copy_threads,
+            timeout_s=settings.timeout_s,
         )
 
     def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
@@ -320,7 +321,9 @@ class Bridge:
         if slot is None:
             raise ProtocolError("no slot to compare in", where=self.name)
         try:
-            written = self._write(snapshot, agreed, slot, allow_nonfinite=True)
+            written = self._write(
+                snapshot, agreed, slot, PushSettings(allow_nonfinite=True, timeout_s=self.config.push_timeout_s)
+            )
             seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             return self._call(CompareRequest(seal.root), Compared, self.config.plan_timeout_s)
         except BaseException:

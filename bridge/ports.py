@@ -153,11 +153,19 @@ class TrainerPort(Protocol):
         ...
 
     def write(
-        self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
+        self,
+        snapshot: Snapshot,
+        arena: Arena,
+        slot: int,
+        base: int | None,
+        *,
+        allow_nonfinite: bool,
+        threads: int,
+        timeout_s: float,
     ) -> Written:
         """Cast every tensor into the unsealed slot; tensors that are not in the snapshot are carried over from slot
         `base`. Blocks for one pass over the bytes. Raises IntegrityError when the model's LoRA state has changed since
-        it was collected."""
+        it was collected, DeadlineExceeded when the copying threads outlast `timeout_s`."""
         ...
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:

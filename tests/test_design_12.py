@@ -36,7 +36,7 @@ from tests.push.lora_rig import LoraRig, apart, stir, wrap
 from tests.push.rig import Rig, refused, same_bits
 from tests.trainer_side.lora.oracle import TOLERANCE, live_linear
 from trainer_side.lora import lora_parameters
-from trainer_side.lora.layers.values import State
+from trainer_side.lora.layers.values import LayerState
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -410,18 +410,18 @@ def fake(*, bias: bool = True, quant: Any = "nf4", **state: Any) -> Any:
 @pytest.mark.parametrize(
     ("state", "acts", "means"),
     [
-        ({}, True, State.ACTIVE),
-        ({"disable_adapters": True}, False, State.DISABLED),
-        ({"merged": True}, False, State.MERGED),
-        ({"merged": True, "disable_adapters": True}, False, State.MERGED_DISABLED),
-        ({"active_adapters": ["absent here"]}, False, State.ACTIVE),
-        ({"active_adapters": ["absent here", "x"]}, True, State.ACTIVE),
-        ({"active_adapters": []}, False, State.ACTIVE),
+        ({}, True, LayerState.ACTIVE),
+        ({"disable_adapters": True}, False, LayerState.DISABLED),
+        ({"merged": True}, False, LayerState.MERGED),
+        ({"merged": True, "disable_adapters": True}, False, LayerState.MERGED_DISABLED),
+        ({"active_adapters": ["absent here"]}, False, LayerState.ACTIVE),
+        ({"active_adapters": ["absent here", "x"]}, True, LayerState.ACTIVE),
+        ({"active_adapters": []}, False, LayerState.ACTIVE),
     ],
     ids=["active", "disabled", "merged", "merged disabled", "absent", "absent first", "none"],
 )
 def test_unsloth_get_lora_parameters_bias_every_branch(
-    state: dict[str, Any], acts: bool, means: State, quant: Any, bias: bool
+    state: dict[str, Any], acts: bool, means: LayerState, quant: Any, bias: bool
 ) -> None:
     """Base bias and quant state in every branch, and always six things."""
     layer = fake(bias=bias, quant=quant, **state)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder as `(canonical name, tensor)` pairs: what `weighbridge push NAME FOLDER` sends."""
+"""Read a Hugging Face checkpoint folder as `(canonical name, tensor)` pairs; `weighbridge push NAME FOLDER` uses it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
-Opener = Callable[[Path], AbstractContextManager[Any]]
+OpenFile = Callable[[Path], AbstractContextManager[Any]]
 
 
 def named_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint folder, file by file, memory-mapped where safetensors can.
+    """Yield every tensor of a checkpoint folder, file by file, memory-mapped where safetensors can.
 
-    Read is what `from_pretrained` would read: `model.safetensors`, else the files that `model.safetensors.index.json`
-    names, else the only safetensors file (or the only index) of another name. The folder and every file's header are
-    checked before this returns; tensors are read as the iterator advances, and each lives on its own.
+    The files are those that `from_pretrained` would read: `model.safetensors`, else the ones that
+    `model.safetensors.index.json` names, else the only safetensors file (or the only index) of another name. The folder
+    and every file's header are checked before this returns; each tensor is read as the iterator advances.
 
     Raises:
         NotFound: no such folder, no safetensors in it, or a file that the index names is not there.
@@ -37,41 +37,55 @@ def named_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     root = Path(folder)
     if not root.is_dir():
         raise NotFound(
-            "no such checkpoint folder", where=str(root), remedy="give the folder of a Hugging Face checkpoint"
+            "no such checkpoint folder",
+            where=str(root),
+            expected="a folder with safetensors",
+            got="a file" if root.exists() else "nothing",
+            remedy="give the folder of a Hugging Face checkpoint",
         )
-    opener = _opener()
-    index = _index_file(root)
-    if index is not None:
-        expected = _read_index(index)
-        files = [root / name for name in sorted(set(expected.values()))]
-    else:
-        expected = None
-        files = [_only_file(root)]
-    held = {file: _names(opener, file) for file in files}
+    open_file, first = _opener(), _first_file(root)
+    expected = _read_index(first) if first.suffix == ".json" else None
+    files = [first] if expected is None else [root / name for name in sorted(set(expected.values()))]
+    held: dict[Path, list[str]] = {}
+    for file in files:
+        with open_file(file) as handle:
+            held[file] = list(handle.keys())
     _check_unique(held)
     if expected is not None:
-        _check_index(index or root, expected, held)
-    return _read(opener, held)
+        _check_index(first, expected, {name: file.name for file, names in held.items() for name in names})
+    return _read(open_file, held)
 
 
-def _read(opener: Opener, held: Mapping[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(open_file: OpenFile, held: Mapping[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
     for file, names in held.items():
-        with opener(file) as handle:
+        with open_file(file) as handle:
             for name in names:
                 yield name, handle.get_tensor(name)
 
 
-def _opener() -> Opener:
+def _opener() -> OpenFile:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise ConfigError("reading checkpoints needs safetensors", remedy="pip install 'weighbridge[hf]'") from error
+        raise ConfigError(
+            "reading checkpoints needs safetensors",
+            where="this environment",
+            expected="the extra `hf`",
+            got=str(error),
+            remedy="pip install 'weighbridge[hf]'",
+        ) from error
 
     def open_file(file: Path) -> AbstractContextManager[Any]:
         try:
             handle: AbstractContextManager[Any] = safe_open(file, framework="pt")
         except FileNotFoundError:
-            raise NotFound("a file of the checkpoint is not there", where=str(file)) from None
+            raise NotFound(
+                "a file of the checkpoint is not there",
+                where=str(file),
+                expected="every file that the index names",
+                got="no such file",
+                remedy="fetch the checkpoint again: the download may have been cut off",
+            ) from None
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 "a checkpoint file cannot be read",
@@ -85,109 +99,90 @@ def _opener() -> Opener:
     return open_file
 
 
-def _index_file(root: Path) -> Path | None:
-    """The index to follow, or None when one file holds everything."""
-    if (root / WHOLE).is_file():
-        return None
-    if (root / INDEX).is_file():
-        return root / INDEX
-    return _only(root, sorted(root.glob("*.safetensors.index.json")))
-
-
-def _only_file(root: Path) -> Path:
-    if (root / WHOLE).is_file():
-        return root / WHOLE
-    if (root / ADAPTER).is_file():
-        raise ConfigError(
-            "this folder holds a LoRA adapter, not a checkpoint",
-            where=str(root / ADAPTER),
-            expected=f"{WHOLE} or {INDEX}",
-            remedy="push from the trainer that has the base model bound, or save the merged model",
-        )
-    file = _only(root, sorted(root.glob("*.safetensors")))
-    if file is None:
-        others = sorted(path.name for path in root.iterdir())[:5]
-        raise NotFound(
-            "no safetensors in the checkpoint folder",
-            where=str(root),
-            expected=f"{WHOLE} or {INDEX}",
-            got=", ".join(others) or "an empty folder",
-            remedy="save it with save_pretrained(...); pickled .bin files are not read",
-        )
-    return file
-
-
-def _only(root: Path, found: list[Path]) -> Path | None:
-    if len(found) > 1:
-        raise ConfigError(
-            "several checkpoints in one folder",
-            where=str(root),
-            expected=f"{WHOLE}, {INDEX} or one file",
-            got=", ".join(path.name for path in found[:5]),
-            remedy="keep one, or write the index that names its files",
-        )
-    return found[0] if found else None
+def _first_file(root: Path) -> Path:
+    """Return the file that holds everything, or the index that names the files."""
+    for name in (WHOLE, INDEX):
+        if (root / name).is_file():
+            return root / name
+    for pattern in ("*.safetensors.index.json", "*.safetensors"):
+        if pattern == "*.safetensors" and (root / ADAPTER).is_file():
+            raise ConfigError(
+                "this folder holds a LoRA adapter, not a checkpoint",
+                where=str(root / ADAPTER),
+                expected=f"{WHOLE} or {INDEX}",
+                got=ADAPTER,
+                remedy="push from the trainer that has the base model bound, or save the merged model",
+            )
+        found = sorted(root.glob(pattern))
+        if len(found) > 1:
+            raise ConfigError(
+                "several checkpoints in one folder",
+                where=str(root),
+                expected=f"{WHOLE}, {INDEX} or one file",
+                got=", ".join(path.name for path in found[:5]),
+                remedy="keep one, or write the index that names its files",
+            )
+        if found:
+            return found[0]
+    others = sorted(path.name for path in root.iterdir())[:5]
+    raise NotFound(
+        "no safetensors in the checkpoint folder",
+        where=str(root),
+        expected=f"{WHOLE} or {INDEX}",
+        got=", ".join(others) or "an empty folder",
+        remedy="save it with save_pretrained(...); pickled .bin files are not read",
+    )
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, plain names of files beside the index."""
+    """Return tensor name -> name of the file beside the index that holds it."""
     try:
-        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weights = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         wrong = [name for name in weights.values() if not isinstance(name, str) or Path(name).name != name]
+        got = repr(wrong[0]) if wrong else "" if weights else "an empty weight_map"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        got = f"{type(error).__name__}: {error}"
+    if got:
         raise ConfigError(
             "the checkpoint's index cannot be read",
             where=str(index),
-            expected='JSON with a "weight_map" of tensor names to file names',
-            got=f"{type(error).__name__}: {error}",
-        ) from error
-    if wrong or not weights:
-        raise ConfigError(
-            "the checkpoint's index does not name files of its folder",
-            where=str(index),
-            expected="plain file names beside the index",
-            got=repr(wrong[0]) if wrong else "an empty weight_map",
+            expected='JSON with a "weight_map" of tensor names to plain names of files beside the index',
+            got=got,
+            remedy="fetch or save the checkpoint again",
         )
-    return dict(weights)
-
-
-def _names(opener: Opener, file: Path) -> list[str]:
-    with opener(file) as handle:
-        return list(handle.keys())
+    return weights
 
 
 def _check_unique(held: Mapping[Path, list[str]]) -> None:
     counts = Counter(name for names in held.values() for name in names)
     twice = tuple(name for name, count in counts.items() if count > 1)
     if twice:
-        files = [file.name for file, names in held.items() if twice[0] in names]
         raise DuplicateTensor(
-            "two files of the checkpoint hold the same tensor", where=twice[0], got=" and ".join(files), names=twice
+            "two files of the checkpoint hold the same tensor",
+            where=twice[0],
+            expected="each tensor in one file",
+            got=" and ".join(file.name for file, names in held.items() if twice[0] in names),
+            remedy="remove files that belong to another checkpoint, or save it again",
+            names=twice,
         )
 
 
-def _check_index(index: Path, expected: Mapping[str, str], held: Mapping[Path, list[str]]) -> None:
-    there = {name: file.name for file, names in held.items() for name in names}
-    _refuse(
-        MissingTensor,
-        "the checkpoint's index names a tensor that its file does not hold",
-        [(name, file, there.get(name, "nowhere")) for name, file in expected.items() if there.get(name) != file],
-        index,
-    )
-    _refuse(
-        UnexpectedTensor,
-        "a file of the checkpoint holds a tensor that the index does not name",
-        [(name, "in the index", file) for name, file in there.items() if name not in expected],
-        index,
-    )
-
-
-def _refuse(kind: type[BridgeError], what: str, found: list[tuple[str, str, str]], index: Path) -> None:
-    if not found:
-        return
-    name, expected, got = found[0]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    raise kind(
-        what, where=f"{name}{more}, {index}", expected=expected, got=got, remedy="save the checkpoint again",
-        names=tuple(entry[0] for entry in found),
-    )  # fmt: skip
+def _check_index(index: Path, expected: Mapping[str, str], there: Mapping[str, str]) -> None:
+    """Raise MissingTensor or UnexpectedTensor unless every tensor is in the file that the index names for it."""
+    absent = [(name, file, there.get(name, "nowhere")) for name, file in expected.items() if there.get(name) != file]
+    strange = [(name, "in the index", file) for name, file in there.items() if name not in expected]
+    kind: type[BridgeError] = MissingTensor if absent else UnexpectedTensor
+    found = absent or strange
+    if found:
+        name, wanted, got = found[0]
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise kind(
+            "the checkpoint's index names a tensor that its file does not hold"
+            if absent
+            else "a file of the checkpoint holds a tensor that the index does not name",
+            where=f"{name}{more}, {index}",
+            expected=wanted,
+            got=got,
+            remedy="save the checkpoint again",
+            names=tuple(entry[0] for entry in found),
+        )

@@ -1,16 +1,18 @@
-"""The trainer's own canary: log-probabilities of fixed prompts under the bound model, which is left as it was."""
+"""Compute the canary's reference: log-probabilities of fixed prompts under the bound model, which stays as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from bridge.errors import ConfigError
+from bridge.model.same_bits import same_bits
 
 _ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
 _TRANSPARENT = ("_orig_mod", "module")
@@ -19,10 +21,12 @@ An FSDP wrapper cannot be left out, since it gathers the weights."""
 
 
 def reference_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probability (nats, from float32 logits) of token i+1 given tokens 0..i: len(prompt) - 1 numbers per prompt.
+    """Compute the log-probability (nats, from float32 logits) of token i+1 given tokens 0..i of each prompt.
 
     One no-grad forward per prompt length, in eval mode, outside autocast. *(all ranks when the model is sharded)*
     Training flags, random states and buffers are put back before it returns or raises. Blocks for the forward.
+
+    Returns len(prompt) - 1 numbers per prompt.
 
     Raises ConfigError for a model that is not a causal language model (no `logits` of shape [batch, tokens, vocabulary]
     from `model(input_ids=...)`), or whose vocabulary is smaller than a token id.
@@ -44,7 +48,7 @@ def reference_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> li
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """How many token ids the model's input embedding knows. Raises ConfigError for a model that has none."""
+    """Return the number of token ids that the model's input embedding has. Raises ConfigError without an embedding."""
     size = _embedding_rows(_core(model))
     if size is None:
         raise ConfigError(
@@ -58,7 +62,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def _core(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that add nothing to its forward."""
+    """Return the model inside wrappers that add nothing to its forward."""
     while True:
         inner = next((model._modules[n] for n in _TRANSPARENT if n in model._modules), None)
         if inner is None or len(model._modules) != 1 or model._parameters:
@@ -66,20 +70,18 @@ def _core(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _embedding_rows(model: nn.Module) -> int | None:
+def _embedding(model: nn.Module) -> Any:
     find = getattr(model, "get_input_embeddings", None)
-    if callable(find):
-        try:
-            embedding = find()
-        except (NotImplementedError, AttributeError):
-            embedding = None
-        rows = getattr(embedding, "num_embeddings", None)
-        if isinstance(rows, int):
-            return rows
-        weight = getattr(embedding, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
-            return int(weight.shape[0])
-    return None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return find() if callable(find) else None
+
+
+def _embedding_rows(model: nn.Module) -> int | None:
+    embedding = _embedding(model)
+    rows, weight = getattr(embedding, "num_embeddings", None), getattr(embedding, "weight", None)
+    if isinstance(rows, int):
+        return rows
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 
 
 def _check_ids(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
@@ -97,22 +99,18 @@ def _check_ids(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    """Where token ids have to lie: with the input embedding, else with the first parameter."""
-    find = getattr(model, "get_input_embeddings", None)
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        weight = getattr(find() if callable(find) else None, "weight", None)
-        if isinstance(weight, torch.Tensor):
-            return weight.device
-    first = next(model.parameters(), None)
+    """Return the device of the input embedding, else of the first parameter: token ids have to lie there."""
+    weight = getattr(_embedding(model), "weight", None)
+    first = weight if isinstance(weight, torch.Tensor) else next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """[rows, tokens, vocabulary] from one forward."""
+    """Run one forward; returns logits [rows, tokens, vocabulary]."""
     try:
         logits = getattr(model(input_ids=ids), "logits", None)
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError) as error:
-        # the model's own code runs here, and so may its hooks
+        # The model's own code runs here, and so may its hooks.
         raise _not_a_language_model(model, f"{type(error).__name__}: {error}") from error
     if not isinstance(logits, torch.Tensor):
         raise _not_a_language_model(model, "an output without logits")
@@ -133,7 +131,7 @@ def _not_a_language_model(model: nn.Module, got: str) -> ConfigError:
 
 @contextlib.contextmanager
 def _no_autocast(model: nn.Module) -> Iterator[None]:
-    """Weights are compared, so the forward runs in their own dtype, not in one the caller happens to be in."""
+    """Leave autocast: weights are compared, so the forward runs in their own dtype."""
     with contextlib.ExitStack() as stack:
         for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -142,7 +140,7 @@ def _no_autocast(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; flags, buffers and random states are put back after."""
+    """Set eval mode inside; put flags, buffers and random states back after."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (buffer, None if buffer is None else buffer.detach().clone())
@@ -166,14 +164,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                     module._buffers.clear()
                     module._buffers.update(before)
             for buffer, value in buffers:
-                if buffer is not None and value is not None and not _same_bits(buffer, value):
+                if buffer is not None and value is not None and not same_bits(buffer, value):
                     buffer.copy_(value)
             np.random.set_state(legacy)
             random.setstate(plain)
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal values, NaN equal to itself."""
-    if a.shape != b.shape:
-        return False
-    return torch.equal(a, b) or bool(torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))

@@ -1,4 +1,4 @@
-"""`TrainerSide`: everything one Bridge needs from the trainer's process, behind `bridge.ports.TrainerPort`."""
+"""The trainer's model and tensors for one Bridge, behind `bridge.ports.TrainerPort`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from bridge.model.manifest import TensorInfo
 from bridge.ports import ModeChoice, Snapshot, Written
 from bridge.protocol.coordinator_messages import Reference
 from bridge.shm.arena import Arena
-from trainer_side.lora.base_fingerprint import base_mark
-from trainer_side.lora.model import LoraModel, View
+from trainer_side.lora.base_fingerprint import base_fingerprint
+from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
-from trainer_side.lora.without_lora import bare
+from trainer_side.lora.without_lora import copy_without_lora
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import Named, exhaust
-from trainer_side.names.tensor_layout import Collected, Layout, WeightSource
+from trainer_side.names.tensor_checks import NamedTensors, read_pairs
+from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
-from trainer_side.snapshot.snapshotter import Snapshotter
+from trainer_side.snapshot.snapshotter import WRITE_TIMEOUT_S, Snapshotter
 
 
 class TrainerSide:
@@ -34,19 +34,20 @@ class TrainerSide:
         self._lora: LoraModel | None = None
         self._source = WeightSource()
         self._views: dict[str, tuple[CanonicalMap | None, WeightSource]] = {}
-        """Mode -> names of the LoRA model in that mode, and the source that resolves them."""
-        self._complete: Layout | None = None
+        """Mode -> the names of the LoRA model in that mode, and the source that resolves them."""
+        self._complete: TensorLayout | None = None
         self._snapshotters: dict[bool, Snapshotter] = {}
-        """By whether they write adapters: each kind has an arena of its own."""
+        """By whether they write a LoRA alone: each kind has an arena of its own."""
         self._storages: frozenset[int] = frozenset()
         self._addresses: list[int] = []
 
     @property
     def bound(self) -> bool:
+        """Whether a model is bound."""
         return self._model is not None
 
     def bind(self, model: nn.Module) -> None:
-        """Bake the model's checkpoint names. Raises ConfigError or IntegrityError where `bake_names` does."""
+        """Read the model's names, ties and buffers. Raises ConfigError or IntegrityError as `bake_names`."""
         lora = LoraModel(model) if isinstance(model, nn.Module) and LoraModel.present(model) else None
         self._source = WeightSource() if lora is not None else WeightSource(model)
         self._lora, self._model = lora, model
@@ -55,7 +56,7 @@ class TrainerSide:
     # ---- names and tensors -------------------------------------------------------------------------------------------
 
     def choose(self, mode: str, limits: Sequence[LoraLimits | None]) -> ModeChoice:
-        """As `TrainerPort.choose`."""
+        """Choose the mode in which the bound model travels to engines with these limits; see `LoraModel.choose`."""
         if self._lora is not None:
             return self._lora.choose(mode, limits)
         if mode == "auto":
@@ -71,7 +72,11 @@ class TrainerSide:
         )
 
     def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool, mode: str = "full") -> Collected:
-        """What travels in a mode, checked to be the whole bound model unless `partial`. Moves no bytes."""
+        """Resolve the pairs given to `push` into what travels in a mode. Moves no bytes.
+
+        Raises as `WeightSource.collect` and `LoraModel.view`; MissingTensor unless they are the whole bound model or
+        `partial`.
+        """
         if self._lora is not None:
             return self._collect_lora(self._lora, named, partial, mode)
         try:
@@ -81,22 +86,29 @@ class TrainerSide:
                 self._complete = collected.layout
         except (UnexpectedTensor, MissingTensor) as error:
             if self._model is not None and LoraModel.present(self._model):
-                raise _wrapped_since(error) from error
+                raise ConfigError(
+                    "the bound model was wrapped with LoRA after it was bound",
+                    where=error.where,
+                    expected="the model as it was bound",
+                    got="LoRA layers in it",
+                    remedy="bind the wrapped model: b.bind(peft_model)",
+                    names=error.names,
+                ) from error
             raise
         if collected.addresses != self._addresses:  # the same tensors as last time lie in the same storages
             self._storages = frozenset(t.untyped_storage().data_ptr() for t in collected.sources if t.numel())
             self._addresses = collected.addresses
         return collected
 
-    def _collect_lora(self, lora: LoraModel, named: Named, partial: bool, mode: str) -> Collected:
-        names, tensors = exhaust(named)
+    def _collect_lora(self, lora: LoraModel, named: NamedTensors, partial: bool, mode: str) -> Collected:
+        names, tensors = read_pairs(named)
         self._storages = frozenset(
             t.untyped_storage().data_ptr() for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
         )
         view = lora.view(mode, list(zip(names, tensors, strict=True)), partial=partial)
         known, source = self._views.get(mode, (None, None))
         if source is None or known is not view.known:
-            # an adapter's names are those of `lora_format`, made by us: there is no model's name to resolve
+            # The names of a LoRA alone are those of `lora_format`: there is no model's name to resolve.
             source = WeightSource(None if view.known is None else lora.model, view.known)
             self._views[mode] = (view.known, source)
         collected = source.collect(view.named, partial=partial, computed=view.computed)
@@ -105,9 +117,18 @@ class TrainerSide:
         return dataclasses.replace(collected, adapter=view.adapter, notes=tuple(view.notes), state=view)
 
     def collect_base(self) -> Collected:
-        """As `TrainerPort.collect_base`."""
+        """Collect the bound model's base weights as they stand, whatever was pushed last.
+
+        Raises ConfigError without a bound model with LoRA, UnsupportedLora for packed weights.
+        """
         if self._lora is None or self._model is None:
-            raise ConfigError("only a bound model with LoRA has a base", remedy="b.bind(peft_model)")
+            raise ConfigError(
+                "only a bound model with LoRA has base weights",
+                where="the bound model",
+                expected="a model with LoRA layers",
+                got="no model" if self._model is None else type(self._model).__name__,
+                remedy="bind it: b.bind(peft_model)",
+            )
         self._lora.choose("base", None)
         kept = self._storages
         collected = self._collect_lora(self._lora, self._model.named_parameters(), False, "base")
@@ -115,23 +136,40 @@ class TrainerSide:
         return collected
 
     def base_mark(self, sent: Snapshot | None = None) -> Hashable | None:
-        """As `TrainerPort.base_mark`."""
+        """Fingerprint the bound model's base weights; None without any, or when `sent` holds other values than them."""
         if self._lora is None or self._model is None:
             return None
         view = self._lora.view("base", self._lora.tensors(), partial=False)
         live = [tensor for _, tensor in view.named]
         if isinstance(sent, Collected) and not {t.data_ptr() for t in live} >= set(sent.addresses) - {0}:
             return None
-        return base_mark(view.named)
+        return base_fingerprint(view.named)
 
     # ---- the snapshot ------------------------------------------------------------------------------------------------
 
     def write(
-        self, snapshot: Snapshot, arena: Arena, slot: int, base: int | None, *, allow_nonfinite: bool, threads: int
+        self,
+        snapshot: Snapshot,
+        arena: Arena,
+        slot: int,
+        base: int | None,
+        *,
+        allow_nonfinite: bool,
+        threads: int,
+        timeout_s: float = WRITE_TIMEOUT_S,
     ) -> Written:
-        """Blocks for one pass over the tensors. Raises NonFinite, ProtocolError, IntegrityError."""
+        """Copy the collected tensors into the unsealed slot; blocks for one pass over them, at most `timeout_s`.
+
+        Raises as `Snapshotter.write`, and IntegrityError when the LoRA layers changed since the tensors were collected.
+        """
         if not isinstance(snapshot, Collected):
-            raise ConfigError("a snapshot of another trainer side", got=type(snapshot).__name__)
+            raise ConfigError(
+                "only what this trainer side collected can be written",
+                where="snapshot",
+                expected="the value that collect() returned",
+                got=type(snapshot).__name__,
+                remedy="call collect() of the same TrainerSide",
+            )
         kind = snapshot.adapter is not None
         writer = self._snapshotters.get(kind)
         if writer is None or writer.arena is not arena:
@@ -139,38 +177,47 @@ class TrainerSide:
                 writer.close()
             writer = self._snapshotters[kind] = Snapshotter(arena, threads)
         try:
-            written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite)
+            written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite, timeout_s=timeout_s)
         except (BridgeError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
-            # what another thread takes away while it is read fails anywhere, in words that help nobody
-            if self._changed_since(snapshot):
-                raise changed_meanwhile() from error
+            # A layer that another thread takes away while it is read fails anywhere, with errors that help nobody.
+            self._require_unchanged(snapshot, error)
             raise
-        if self._changed_since(snapshot):
-            raise changed_meanwhile()
+        if snapshot.state is not None:
+            self._require_unchanged(snapshot)
         return written
 
-    def _changed_since(self, snapshot: Collected) -> bool:
+    def _require_unchanged(self, snapshot: Collected, cause: BaseException | None = None) -> None:
         view = snapshot.state
-        return self._lora is not None and isinstance(view, View) and self._lora.changed_since(view)
+        if self._lora is not None and isinstance(view, ModeView) and self._lora.changed_since(view):
+            raise changed_meanwhile() from cause
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
-        """One no-grad forward of the bound model (and one without its adapters) over the canary's prompts, at most
-        `max_tokens` long."""
+        """Compute the canary's reference: one no-grad forward of the bound model over its prompts, cut to `max_tokens`.
+
+        Of mode "adapter" also one without LoRA; of mode "base" that one alone. Raises ConfigError when the model has no
+        reference.
+        """
         if self._model is None:
-            raise ConfigError("the canary needs the live model", remedy="b.bind(model)")
+            raise ConfigError(
+                "the canary needs the live model",
+                where='verify="outputs"',
+                expected="a bound model",
+                got="none",
+                remedy='bind it (b.bind(model)), or push with verify="weights"',
+            )
         rows = canary.prompts(vocabulary_size(self._model), max_tokens)
 
         def answers(model: nn.Module) -> Reference:
             return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows))))
 
         if mode == "base":
-            return answers(bare(self._model)), None
+            return answers(copy_without_lora(self._model)), None
         if self._lora is not None:
             require_still_forward(self._model)
-        return answers(self._model), answers(bare(self._model)) if mode == "adapter" else None
+        return answers(self._model), answers(copy_without_lora(self._model)) if mode == "adapter" else None
 
     def storages(self) -> frozenset[int]:
-        """Storage addresses of the last snapshot's tensors."""
+        """Return the storage addresses of the last collected tensors."""
         return self._storages
 
     def close(self) -> None:
@@ -181,28 +228,16 @@ class TrainerSide:
 
 
 def _require_all(source: WeightSource, tensors: tuple[TensorInfo, ...]) -> None:
-    expected = source.expected
-    if expected is None:
+    if source.expected is None:
         return
     came = {name for info in tensors for name in (info.name, *info.aliases)}
-    missing = tuple(info.name for info in expected if info.name not in came)
+    missing = tuple(info.name for info in source.expected if info.name not in came)
     if missing:
         raise MissingTensor(
             "tensors of the bound model were not sent",
             where=f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
-            expected=f"{len(expected)} tensors",
-            got=f"{len(expected) - len(missing)}",
+            expected=f"{len(source.expected)} tensors",
+            got=f"{len(source.expected) - len(missing)}",
             remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
             names=missing,
         )
-
-
-def _wrapped_since(error: UnexpectedTensor | MissingTensor) -> ConfigError:
-    return ConfigError(
-        "the bound model was wrapped with LoRA after it was bound",
-        where=error.where,
-        expected="the model as it was bound",
-        got="LoRA layers in it",
-        remedy="bind the wrapped model: b.bind(peft_model)",
-        names=error.names,
-    )

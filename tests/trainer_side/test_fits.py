@@ -22,11 +22,11 @@ from trainer_side.snapshot.batches import SMALL
 from trainer_side.snapshot.snapshotter import Snapshotter
 from trainer_side.snapshot.value_checks import _same_values
 
-Write = Callable[..., list[torch.Tensor]]
+WriteBlock = Callable[..., list[torch.Tensor]]
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Iterator[Write]:
+def write(tmp_path: Path) -> Iterator[WriteBlock]:
     """Snapshot what was collected into an arena of one wire dtype."""
     made: list[Arena] = []
 
@@ -82,7 +82,9 @@ KEPT = [
 
 @pytest.mark.parametrize("nonfinite", [False, True])
 @pytest.mark.parametrize(("tensor", "wire"), CHANGED)
-def test_a_value_that_does_not_fit_is_refused(write: Write, tensor: torch.Tensor, wire: str, nonfinite: bool) -> None:
+def test_a_value_that_does_not_fit_is_refused(
+    write: WriteBlock, tensor: torch.Tensor, wire: str, nonfinite: bool
+) -> None:
     value = tensor[1].item()
     for sent, index in ((tensor, "[1]"), (tensor.expand(3, 2).t(), "[1, 0]"), (tensor[1], "[]")):
         collected = WeightSource().collect([("fine", torch.ones(2)), ("w", sent)])
@@ -94,19 +96,19 @@ def test_a_value_that_does_not_fit_is_refused(write: Write, tensor: torch.Tensor
 
 
 @pytest.mark.parametrize(("tensor", "wire"), KEPT)
-def test_a_value_that_fits_or_rounds_passes(write: Write, tensor: torch.Tensor, wire: str) -> None:
+def test_a_value_that_fits_or_rounds_passes(write: WriteBlock, tensor: torch.Tensor, wire: str) -> None:
     (written,) = write(WeightSource().collect([("w", tensor)]), wire)
     assert torch.equal(written.double(), tensor.to(DTYPES[wire]).double())
 
 
-def test_the_first_bad_value_of_a_big_tensor(write: Write) -> None:
+def test_the_first_bad_value_of_a_big_tensor(write: WriteBlock) -> None:
     big = torch.zeros(3, SMALL * 2)
     big[2, 7], big[2, 9] = 0.5, 0.25
     with pytest.raises(DtypeMismatch, match=r"where: w\[2, 7\];.*got: 0.5 of fp32, which int32 makes 0"):
         write(WeightSource().collect([("w", big)]), "int32")
 
 
-def test_the_index_is_that_of_the_checkpoint_tensor(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_that_of_the_checkpoint_tensor(write: WriteBlock, monkeypatch: pytest.MonkeyPatch) -> None:
     def revert(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         gate, up = state["both"].chunk(2)
         return {"joined": torch.cat([gate.t(), up.t()], dim=1)}

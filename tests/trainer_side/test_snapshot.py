@@ -16,6 +16,7 @@ from torch import nn
 from bridge.errors import ConfigError, NonFinite, ProtocolError
 from bridge.model.dtypes import DTYPES, dtype_of
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.seal import CHUNK, digest_slot, seal_slot
 from trainer_side.names import naming
@@ -314,7 +315,7 @@ def test_workers_run_torch_on_one_thread_each() -> None:
     kept = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        pool = snapshotter._single_threaded_pool(2)
+        pool = snapshotter._single_threaded_pool(2, Deadline.after(60))
         found = [pool.submit(torch.get_num_threads).result() for _ in range(8)]
         pool.shutdown()
         assert set(found) == {1}

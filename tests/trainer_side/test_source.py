@@ -23,7 +23,7 @@ from bridge.errors import (
 )
 from bridge.model.regions import dense
 from trainer_side.names import naming
-from trainer_side.names.tensor_layout import Collected, Part, WeightSource
+from trainer_side.names.tensor_layout import Collected, TensorPart, WeightSource
 
 
 class Tied(nn.Module):
@@ -75,7 +75,7 @@ def test_unbound_takes_any_iterable_and_every_form_of_tensor() -> None:
         ("scalar", "bool", ()),
         ("wide", "fp32", (2, 3)),
     ]
-    assert collected.layout.parts == tuple((Part(k),) for k in range(5))
+    assert collected.layout.parts == tuple((TensorPart(k),) for k in range(5))
 
 
 def test_bound_adds_persistent_buffers_and_knows_ties() -> None:
@@ -143,9 +143,9 @@ def test_converted_tensors_are_regions_of_live_ones(fused: Fused) -> None:
     collected = WeightSource(fused).collect(fused.named_parameters())
     assert [(i.name, i.shape) for i in collected.tensors] == [("gate", (2, 3)), ("up", (3, 2)), ("plain", (2,))]
     gate, up, plain = collected.layout.parts
-    assert gate == (Part(0, dense((2, 3)), dense((2, 3))),)
+    assert gate == (TensorPart(0, dense((2, 3)), dense((2, 3))),)
     assert (up[0].source.offset, up[0].source.strides) == (6, (1, 3))  # type: ignore[union-attr]
-    assert plain == (Part(1),)
+    assert plain == (TensorPart(1),)
 
 
 def test_checkpoint_names_are_taken_too_but_not_beside_live_ones(fused: Fused) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bridge.errors import DuplicateTensor, ShapeMismatch
+from bridge.model.same_bits import same_bits
 from trainer_side.names.tensor_layout import WeightSource
-from trainer_side.names.ties import same_bits
 
 Pairs = list[tuple[str, torch.Tensor]]
 Listed = Callable[[nn.Module], Pairs]

@@ -1,13 +1,13 @@
 """Group relative policy optimisation: group-normalised advantages, clipped importance ratio, optional KL term.
 
 The behaviour policy is the *engine*: the ratio is taken against the log-probabilities it sampled with, not against a
-recomputation by the trainer, so a rollout from older or slightly different weights is corrected for what it was.
+recomputation by the trainer, so a rollout from older or slightly different weights is weighed correctly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ LogprobFn = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """One optimiser's settings. `epochs`: passes over each batch of rollouts; `micro_batch`: rows per forward."""
+    """The settings of one optimiser. `epochs`: passes over each batch of rollouts; `micro_batch`: rows per forward."""
 
     learning_rate: float = 3e-3
     clip: float = 0.2
@@ -31,7 +31,7 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
-class Batch:
+class RolloutBatch:
     """Rollouts as tensors: `prompts` [B, P]; `completions`, `mask`, `behaviour` [B, L], padded; `advantages` [B]."""
 
     prompts: Tensor
@@ -43,10 +43,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def rows(self, index: slice) -> Batch:
-        return Batch(*(part[index] for part in (
-            self.prompts, self.completions, self.mask, self.behaviour, self.advantages
-        )))  # fmt: skip
+    def rows(self, index: slice) -> RolloutBatch:
+        """Return some of the rows."""
+        return RolloutBatch(*(getattr(self, part.name)[index] for part in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class StepStats:
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
-    """(reward - mean) / std within each group of consecutive rows; a group of equal rewards teaches nothing (zeros)."""
+    """Compute (reward - mean) / std within each group of consecutive rows; zeros for a group of equal rewards."""
     grouped = torch.tensor(rewards, dtype=torch.float32).view(-1, group_size)
     centred = grouped - grouped.mean(1, keepdim=True)
     return (centred / (grouped.std(1, keepdim=True, correction=0) + 1e-4)).flatten()
@@ -69,13 +68,13 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 
 def make_batch(
     prompts: Sequence[Sequence[int]], completions: Sequence[Completion], rewards: Sequence[float], group_size: int
-) -> Batch:
-    """Rollouts and their rewards as one batch; completions may end at different lengths."""
+) -> RolloutBatch:
+    """Pad rollouts of different lengths into one batch with their advantages."""
     longest = max(len(completion.token_ids) for completion in completions)
     ids = [[*c.token_ids, *[0] * (longest - len(c.token_ids))] for c in completions]
     logprobs = [[*c.logprobs, *[0.0] * (longest - len(c.logprobs))] for c in completions]
     lengths = torch.tensor([len(c.token_ids) for c in completions])
-    return Batch(
+    return RolloutBatch(
         prompts=torch.tensor(prompts),
         completions=torch.tensor(ids),
         mask=torch.arange(longest) < lengths[:, None],
@@ -85,13 +84,13 @@ def make_batch(
 
 
 def clipped_objective(logprobs: Tensor, behaviour: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate per token, and the importance ratio it used."""
+    """Compute PPO's clipped surrogate per token, and the importance ratio that it used."""
     ratio = (logprobs - behaviour).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), ratio
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) per token: unbiased and never negative."""
+    """Estimate KL(policy || reference) per token by Schulman's k3: unbiased and never negative."""
     delta = reference - logprobs
     return delta.exp() - 1 - delta
 
@@ -114,14 +113,14 @@ class Grpo:
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
 
-    def step(self, batch: Batch) -> StepStats:
+    def step(self, batch: RolloutBatch) -> StepStats:
         """Optimise on one batch, `epochs` times; the numbers are those of the last pass."""
         self.model.train()
         for _ in range(self.config.epochs):
             stats = self._epoch(batch)
         return stats
 
-    def _epoch(self, batch: Batch) -> StepStats:
+    def _epoch(self, batch: RolloutBatch) -> StepStats:
         self.optimizer.zero_grad(set_to_none=True)
         total = float(batch.mask.sum())
         sums = torch.zeros(4)
@@ -135,8 +134,8 @@ class Grpo:
         loss_value, clipped, ratio, kl = sums.tolist()
         return StepStats(loss_value, clipped, ratio, kl, float(norm))
 
-    def _loss(self, rows: Batch, total: float) -> tuple[Tensor, Tensor]:
-        """This micro-batch's share of the token mean, so that accumulated gradients equal those of the whole batch."""
+    def _loss(self, rows: RolloutBatch, total: float) -> tuple[Tensor, Tensor]:
+        """Compute this micro-batch's share of the token mean: gradients then add up to those of the whole batch."""
         config = self.config
         logprobs = completion_logprobs(self.model, rows.prompts, rows.completions)
         objective, ratio = clipped_objective(logprobs, rows.behaviour, rows.advantages[:, None], config.clip)

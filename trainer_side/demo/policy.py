@@ -25,18 +25,22 @@ TINY = {
 
 
 def require_transformers() -> Any:
-    """The transformers module; ConfigError with what to type when it is not installed."""
+    """Import transformers. Raises ConfigError when it is not installed."""
     try:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "the demo trains a transformers model", got=str(error), remedy="pip install 'weighbridge[demo]'"
+            "the demo trains a transformers model",
+            where="this environment",
+            expected="the extra `demo`",
+            got=str(error),
+            remedy="pip install 'weighbridge[demo]'",
         ) from error
     return transformers
 
 
 def tiny_qwen2(*, seed: int = 0, tied: bool = False, **shape: int) -> nn.Module:
-    """A random fp32 Qwen2. `shape` overrides `TINY`; the caller's random state is left as it was."""
+    """Make a random fp32 Qwen2. `shape` overrides `TINY`; the caller's random state stays as it was."""
     transformers = require_transformers()
     config = transformers.Qwen2Config(**{**TINY, **shape}, tie_word_embeddings=tied, dtype="float32")
     with torch.random.fork_rng(devices=[]):
@@ -50,12 +54,12 @@ def tiny_qwen2(*, seed: int = 0, tied: bool = False, **shape: int) -> nn.Module:
 
 
 def load_policy(path: Path) -> nn.Module:
-    """The checkpoint in `path` with fp32 master weights, whatever dtype it is stored and served in."""
+    """Load the checkpoint in `path` with fp32 master weights, whatever dtype it is stored and served in."""
     transformers = require_transformers()
     if not (path / "config.json").is_file():
         raise NotFound(
             "no checkpoint there", where=str(path), expected="a folder with config.json and safetensors",
-            remedy="pass --model the folder that save_pretrained wrote",
+            got="no config.json", remedy="pass --model the folder that save_pretrained wrote",
         )  # fmt: skip
     with _without_bars():
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
@@ -73,7 +77,7 @@ def save_policy(model: nn.Module, path: Path | str) -> None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """No progress bars of transformers while inside: they would tear the demo's own table."""
+    """Switch transformers' progress bars off inside: they would tear the demo's own table."""
     logs = require_transformers().utils.logging
     shown = logs.is_progress_bar_enabled()
     logs.disable_progress_bar()
@@ -85,13 +89,13 @@ def _without_bars() -> Iterator[None]:
 
 
 def vocab_size(model: nn.Module) -> int:
-    """The size of the model's vocabulary as its configuration states it."""
+    """Return the size of the model's vocabulary as its configuration states it."""
     config: Any = model.config
     return int(config.get_text_config().vocab_size)
 
 
 def special_ids(model: nn.Module) -> frozenset[int]:
-    """Ids with a meaning of their own (start, end, padding), as far as the configuration names them."""
+    """Return the ids with a meaning of their own (start, end, padding) that the configuration names."""
     config: Any = model.config
     found: set[int] = set()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -101,7 +105,7 @@ def special_ids(model: nn.Module) -> frozenset[int]:
 
 
 def completion_logprobs(model: nn.Module, prompts: Tensor, completions: Tensor) -> Tensor:
-    """Log-probabilities (nats) of `completions` [B, L] after `prompts` [B, P] of one common length; differentiable.
+    """Compute log-probabilities (nats) of `completions` [B, L] after `prompts` [B, P] of one length; differentiable.
 
     Completions may be padded on the right: attention is causal, so the padding touches only its own positions.
     """
@@ -113,7 +117,7 @@ def completion_logprobs(model: nn.Module, prompts: Tensor, completions: Tensor) 
 
 @torch.no_grad()
 def sample(model: nn.Module, prompts: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
-    """Sample completions [B, tokens] from the trainer's own copy of the policy: what it *could* serve right now."""
+    """Sample completions [B, tokens] from the trainer's own copy of the policy."""
     inputs, cache, out = prompts, None, []
     for _ in range(tokens):
         answer = model(inputs, past_key_values=cache, use_cache=True)

@@ -1,12 +1,12 @@
-"""How a demo run is shown and kept: the live table, plain lines, JSON lines, the picture, the closing text."""
+"""Show and keep a demo run: the live table, plain lines, JSON lines, the picture, the closing text."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from bridge.errors import ConfigError
 from bridge.model.receipt import Receipt
@@ -14,7 +14,6 @@ from trainer_side.demo.values import DemoOptions, DemoResult, StepRow
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 COLUMNS = ("step", "reward", "version", "sync ms", "GB/s", "drift", "verified")
 TABLE_ROWS = 16
@@ -22,55 +21,31 @@ VERIFIED: dict[bool | str | None, str] = {True: "yes", False: "NO", "partial": "
 STEPS_FILE, RECEIPTS_FILE, PICTURE_FILE, RESULT_FILE = "steps.jsonl", "receipts.jsonl", "demo.png", "result.json"
 
 
-class View(Protocol):
-    """Progress of a run for a person; entered for as long as the run lasts."""
-
-    def __enter__(self) -> View: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def row(self, row: StepRow) -> None: ...
-
-
-def view_for(options: DemoOptions) -> View:
-    """A live table on a terminal, plain lines elsewhere, nothing when quiet. All on stderr: stdout is the result's."""
-    from rich.console import Console
-
-    console = Console(stderr=True, quiet=options.quiet)
-    return LiveTable(console) if console.is_terminal and not options.quiet else PlainLines(console)
-
-
-class PlainLines:
-    """One line per step."""
+class ProgressView(contextlib.AbstractContextManager["ProgressView"]):
+    """Shows one line per step; entered for as long as the run lasts."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def __enter__(self) -> PlainLines:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
     def say(self, text: str) -> None:
+        """Show one line of text."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def row(self, row: StepRow) -> None:
+        """Show one step."""
         self.say("  ".join(f"{name} {value}" for name, value in zip(COLUMNS, cells(row), strict=True)))
 
 
-class LiveTable:
-    """A table of the most recent steps, redrawn in place."""
+class LiveTable(ProgressView):
+    """Redraws a table of the most recent steps in place."""
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
 
+        super().__init__(console)
         self._rows: list[StepRow] = []
         self._live = Live(console=console, auto_refresh=False)
 
@@ -78,49 +53,42 @@ class LiveTable:
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
 
-    def say(self, text: str) -> None:
-        self._live.console.print(text, highlight=False, markup=False)
-
     def row(self, row: StepRow) -> None:
-        self._rows.append(row)
-        self._live.update(self._table(), refresh=True)
-
-    def _table(self) -> Table:
+        """Add one step and redraw."""
         from rich.table import Table
 
+        self._rows.append(row)
         table = Table()
         for name in COLUMNS:
             table.add_column(name, justify="right")
-        for row in self._rows[-TABLE_ROWS:]:
-            style = "bold red" if row.verified is False else None
-            table.add_row(*cells(row), style=style)
-        return table
+        for shown in self._rows[-TABLE_ROWS:]:
+            table.add_row(*cells(shown), style="bold red" if shown.verified is False else None)
+        self._live.update(table, refresh=True)
+
+
+def open_view(options: DemoOptions) -> ProgressView:
+    """Choose how progress is shown: a live table on a terminal, plain lines elsewhere, nothing when quiet.
+
+    All on stderr: stdout is the result's.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=options.quiet)
+    return LiveTable(console) if console.is_terminal and not options.quiet else ProgressView(console)
 
 
 def cells(row: StepRow) -> tuple[str, ...]:
-    """A row as text, in the order of `COLUMNS`; what was not measured is a dash."""
-    return (
-        str(row.step),
-        f"{row.reward:.3f}",
-        str(row.version),
-        _number(row.sync_ms, "{:.1f}"),
-        _number(row.gb_per_s, "{:.3f}"),
-        _number(row.drift, "{:.1e}"),
-        VERIFIED[row.verified],
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+    """Format a row in the order of `COLUMNS`; a value that was not measured is a dash."""
+    measured = ((row.sync_ms, ".1f"), (row.gb_per_s, ".3f"), (row.drift, ".1e"))
+    numbers = ["-" if value is None else format(value, form) for value, form in measured]
+    return (str(row.step), f"{row.reward:.3f}", str(row.version), *numbers, VERIFIED[row.verified])
 
 
 class Record:
-    """The files of one run, each line written as soon as it is known: what a crash leaves is what had happened."""
+    """Writes the files of one run, each line as soon as it is known, so that a crash leaves all steps before it."""
 
     def __init__(self, out_dir: Path) -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -131,16 +99,19 @@ class Record:
         self._receipts: IO[str] = (out_dir / RECEIPTS_FILE).open("w", encoding="utf-8")
 
     def step(self, row: StepRow, receipt: Receipt | None) -> None:
+        """Append one step, and its receipt when it pushed."""
         _line(self._steps, row.to_dict())
         if receipt is not None:
             _line(self._receipts, receipt.to_dict())
 
     def result(self, result: DemoResult) -> None:
+        """Write the closing figures."""
         plain = result.to_dict()
         del plain["rows"]  # steps.jsonl has them
         (self.out_dir / RESULT_FILE).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
     def close(self) -> None:
+        """Close the files."""
         self._steps.close()
         self._receipts.close()
 
@@ -151,17 +122,21 @@ def _line(file: IO[str], value: dict[str, Any]) -> None:
 
 
 def require_matplotlib() -> None:
-    """ConfigError with what to type when the picture could not be drawn; asked before the run, not after it."""
+    """Raise ConfigError when matplotlib, which draws the picture, is not installed; called before the run."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "the demo draws a picture", got=str(error), remedy="pip install 'weighbridge[demo]'"
+            "the demo draws a picture with matplotlib",
+            where="this environment",
+            expected="the extra `demo`",
+            got=str(error),
+            remedy="pip install 'weighbridge[demo]'",
         ) from error
 
 
 def draw(rows: Sequence[StepRow], result: DemoResult, path: Path) -> None:
-    """Reward, canary drift and sync time by step, as a PNG."""
+    """Draw reward, canary drift and sync time by step, as a PNG."""
     from matplotlib.figure import Figure
 
     # the object interface: pyplot would choose a backend and keep state for the whole process
@@ -170,11 +145,8 @@ def draw(rows: Sequence[StepRow], result: DemoResult, path: Path) -> None:
     steps = [row.step for row in rows]
     reward.plot(steps, [row.reward for row in rows], color="tab:blue")
     reward.axhline(result.random, color="grey", linestyle="--", label=f"uniform tokens {result.random:.3f}")
-    reward.set(
-        ylabel="mean reward",
-        ylim=(0, 1.02),
-        title=f"{'with pushes' if result.push else 'without pushes'}: {result.task}",
-    )
+    title = f"{'with pushes' if result.push else 'without pushes'}: {result.task}"
+    reward.set(ylabel="mean reward", ylim=(0, 1.02), title=title)
     reward.legend(loc="upper left")
     _series(drift, rows, [row.drift for row in rows], "canary drift (nats)", log=True)
     _series(sync, rows, [row.sync_ms for row in rows], "sync (ms)", log=False)
@@ -194,17 +166,16 @@ def _series(axes: Any, rows: Sequence[StepRow], values: Sequence[float | None], 
 
 
 def closing_text(result: DemoResult) -> str:
-    """The result for a person, as it goes to stdout."""
-    pushed = [row.sync_ms for row in result.rows if row.sync_ms is not None]
+    """Format the result for a person, as it goes to stdout."""
+    times = sorted(row.sync_ms for row in result.rows if row.sync_ms is not None)
     verified = sum(row.verified is True for row in result.rows)
+    pushes = f"{len(times)}, {verified} verified, median {times[len(times) // 2]:.1f} ms" if times else "none"
     lines = [
         f"task      {result.task}",
         f"reward    {result.start:.3f} -> {result.end:.3f}   engine's rollouts, first and last {result.window} steps",
         f"          {result.random:.3f} uniform tokens, {result.untrained:.3f} untrained policy, "
         f"{result.trainer:.3f} the trainer's own copy at the end",
-        f"pushes    {len(pushed)}, {verified} verified, median {_median(pushed):.1f} ms"
-        if pushed
-        else "pushes    none",
+        f"pushes    {pushes}",
         f"health    {'healthy' if result.healthy else 'UNHEALTHY'}",
     ]
     lines += [
@@ -213,7 +184,3 @@ def closing_text(result: DemoResult) -> str:
         if not check.ok
     ]
     return "\n".join([*lines, f"written   {result.out_dir} in {result.wall_s:.0f} s"])
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]

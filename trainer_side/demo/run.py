@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.model.receipt import Receipt
-from bridge.protocol.codec import Completion, Sampling
+from bridge.protocol.codec import Sampling
 from trainer_side.demo import policy, report
 from trainer_side.demo.grpo import Grpo, GrpoConfig, make_batch
 from trainer_side.demo.task import Task, grouped_prompts, reward, task_for, uniform_reward
@@ -33,12 +33,6 @@ __all__ = ["DemoOptions", "DemoResult", "StepRow", "print_result", "run_demo"]
 COMPLETION_TOKENS = 12
 LARGE_MODEL = 20_000_000
 """Parameters above which rollouts are fewer and passed through the trainer in small pieces."""
-
-
-class Engine(Protocol):
-    """The part of a hosted engine that the demo uses."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Sequence[Completion]: ...
 
 
 class SyncBridge(Protocol):
@@ -52,20 +46,20 @@ class SyncBridge(Protocol):
     def health(self) -> Any: ...
 
 
-Opener = Callable[[DemoOptions, Path, nn.Module], AbstractContextManager[SyncBridge]]
+OpenBridge = Callable[[DemoOptions, Path, nn.Module], AbstractContextManager[SyncBridge]]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many rollouts a step takes: `groups` prompts, `group_size` completions of each."""
+    """The rollouts of one step: `groups` prompts, `group_size` completions of each; `micro_batch` rows per forward."""
 
     groups: int = 16
     group_size: int = 16
     micro_batch: int = 256
 
 
-def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoResult:
-    """Run the demo as `options` says; progress on stderr, files in `options.out_dir`.
+def run_demo(options: DemoOptions, open_bridge: OpenBridge | None = None) -> DemoResult:
+    """Run the demo; progress on stderr, files in `options.out_dir`. Blocks until the last step and health check.
 
     Args:
         open_bridge: starts engines, connects, and stops both again on exit; None launches them on Ray.
@@ -75,7 +69,7 @@ def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoRes
     """
     began = time.monotonic()
     report.require_matplotlib()
-    with report.view_for(options) as view, _one_thread():
+    with report.open_view(options) as view, _one_thread():
         model, checkpoint = _prepare(options)
         task = task_for(policy.vocab_size(model), policy.special_ids(model))
         view.say(f"task: {task.description}")
@@ -92,7 +86,7 @@ def run_demo(options: DemoOptions, open_bridge: Opener | None = None) -> DemoRes
 
 
 def print_result(result: DemoResult, *, as_json: bool = False) -> None:
-    """The result on stdout, for a person or as one JSON object."""
+    """Print the result on stdout, for a person or as one JSON object."""
     text = json.dumps(result.to_dict()) if as_json else report.closing_text(result)
     sys.stdout.write(text + "\n")
 
@@ -106,12 +100,13 @@ class _Run:
         self.task = task
         self.bridge = bridge
         self.rng = random.Random(options.seed)
-        self.scale = _scale_for(model)
+        self.scale = Scale(groups=8, group_size=8, micro_batch=8) if _is_large(model) else Scale()
         rate = options.learning_rate if options.learning_rate is not None else _learning_rate(model)
         self.grpo = Grpo(model, GrpoConfig(learning_rate=rate, micro_batch=self.scale.micro_batch))
         self.rows: list[StepRow] = []
 
     def steps(self) -> Iterator[tuple[StepRow, Receipt | None]]:
+        """Run the steps one by one; yields each row and its receipt."""
         for step in range(1, self.options.steps + 1):
             row, receipt = self._step(step)
             self.rows.append(row)
@@ -135,7 +130,7 @@ class _Run:
         return row, receipt
 
     def result(self, began: float) -> DemoResult:
-        """The closing figures; runs the health check against the live engines."""
+        """Compute the closing figures; runs the health check against the live engines."""
         rewards = [row.reward for row in self.rows]
         window = max(1, min(5, len(rewards) // 4))
         health = self.bridge.health()
@@ -149,7 +144,7 @@ class _Run:
         )  # fmt: skip
 
     def _trainer_reward(self) -> float:
-        """What the trainer's own copy of the policy earns: the engine's last figure should not be far from it."""
+        """Measure the reward of the trainer's own copy: the engine's last figure should not be far from it."""
         prompts = grouped_prompts(self.task, self.rng, self.scale.groups * self.scale.group_size, 1)
         self.model.eval()
         generator = torch.Generator().manual_seed(self.options.seed)
@@ -158,7 +153,7 @@ class _Run:
 
 
 def _prepare(options: DemoOptions) -> tuple[nn.Module, Path]:
-    """The policy, and the checkpoint folder from which the engines start: the user's, or the random policy's."""
+    """Load or make the policy; returns it and the checkpoint folder from which the engines start."""
     if options.model is not None:
         return policy.load_policy(options.model), options.model
     model = policy.tiny_qwen2(seed=options.seed, tied=options.tied)
@@ -169,25 +164,25 @@ def _prepare(options: DemoOptions) -> tuple[nn.Module, Path]:
 
 @contextmanager
 def _launched(options: DemoOptions, checkpoint: Path, model: nn.Module) -> Iterator[SyncBridge]:
-    """An embedded engine in a Ray actor of its own, and a daemon that ends with the run instead of outliving it."""
+    """Launch an embedded engine in a Ray actor of its own, and a daemon that ends with the run."""
     import bridge
     from bridge.journal.state_dir import state_dir
 
     name = options.name or f"demo-{os.getpid()}-{secrets.token_hex(2)}"
     spec = f"embedded:{checkpoint.resolve()}"
-    # two threads on matrices this small gain nothing, and wait long for each other where somebody else needs a core
+    # Two threads on matrices this small gain nothing, and wait for each other where another process needs a core.
     few = {} if _is_large(model) else {"threads": 1}
     opened = bridge.launch(spec, name=name, engines=1, model=model, layout=options.layout, **few)
     try:
         yield opened
     finally:
         opened.shutdown()
-        if options.name is None:  # a name of its own, which nobody will come back to: its journal goes with it
+        if options.name is None:  # a name that no later run uses: its journal goes with it
             shutil.rmtree(state_dir(name), ignore_errors=True)
 
 
 def _sync_columns(receipt: Receipt, seconds: float) -> dict[str, Any]:
-    """A receipt as a row's columns; `seconds` is what the training loop waited, Ray calls included."""
+    """Turn a receipt into a row's columns; `seconds` is how long the training loop waited, Ray calls included."""
     drifts = [engine.canary.mean_abs for engine in receipt.engines if engine.canary is not None]
     return {
         "sync_ms": seconds * 1e3,
@@ -198,23 +193,19 @@ def _sync_columns(receipt: Receipt, seconds: float) -> dict[str, Any]:
     }
 
 
-def _scale_for(model: nn.Module) -> Scale:
-    return Scale(groups=8, group_size=8, micro_batch=8) if _is_large(model) else Scale()
-
-
 def _is_large(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) > LARGE_MODEL
 
 
 def _learning_rate(model: nn.Module) -> float:
-    """3e-3 at the tiny policy's width, less in proportion for wider ones: AdamW's step on a logit grows with width."""
+    """Choose 3e-3 at the tiny policy's width, less for wider ones: AdamW's step on a logit grows with the width."""
     config: Any = model.config
     return min(3e-3, 3e-3 * 64 / int(config.get_text_config().hidden_size))
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One torch thread for the trainer: on two cores the engine's actor needs the other one."""
+    """Limit the trainer to one torch thread: on two cores the engine's actor needs the other one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What goes into a demo run and what comes out of it."""
+"""Options and results of a demo run."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class StepRow:
     verified: bool | str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain data, ready for JSON."""
         return asdict(self)
 
 
@@ -74,11 +75,13 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run showed.
+    """The closing figures of a run, mean rewards.
 
-    `start` and `end` are mean rewards of the engine's rollouts over the first and last `window` steps; `random` is what
-    tokens drawn uniformly earn; `untrained` the policy's first rollouts; `trainer` what the trainer's own copy earns at
-    the end, which the engine should match when pushes are on.
+    Attributes:
+        start, end: of the engine's rollouts over the first and last `window` steps.
+        random: of tokens drawn uniformly.
+        untrained: of the policy's first rollouts.
+        trainer: of the trainer's own copy at the end, which the engine should match when pushes are on.
     """
 
     task: str
@@ -102,5 +105,5 @@ class DemoResult:
         return 0 if self.healthy else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}

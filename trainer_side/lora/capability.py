@@ -1,4 +1,4 @@
-"""What each mode can carry, as a table: read by `choose`, printed in the README. Every refusal comes from a row."""
+"""The capability table: which features each mode can carry. Every refusal comes from a row; the README prints it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bridge.errors import UnsupportedLora
 
 
 class Feature(Enum):
-    """Something that a layer, or the model, has now."""
+    """A property of a layer, or of the model, that decides which modes can carry it."""
 
     PLAIN = "Linear, Conv1D, rsLoRA, patterns, `set_scale`"
     SEVERAL = "several active adapters, plain"
@@ -46,8 +46,8 @@ MODES = ("base", "merged", "adapter")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a mode carries a feature; `text` says how, or why not."""
+class Capability:
+    """One cell of the table: a mode carries a feature, or does not; `text` tells how, or why not."""
 
     ok: bool
     text: str = ""
@@ -58,23 +58,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Row:
-    """One feature and what each mode does with it."""
+    """One row of the table."""
 
     feature: Feature
-    base: Verdict
-    merged: Verdict
-    adapter: Verdict
+    base: Capability
+    merged: Capability
+    adapter: Capability
 
-    def verdict(self, mode: str) -> Verdict:
+    def of_mode(self, mode: str) -> Capability:
+        """Return the cell of one of MODES."""
         return {"base": self.base, "merged": self.merged, "adapter": self.adapter}[mode]
 
 
-def _yes(text: str = "") -> Verdict:
-    return Verdict(True, text)
+def _yes(text: str = "") -> Capability:
+    return Capability(True, text)
 
 
-def _no(text: str) -> Verdict:
-    return Verdict(False, text)
+def _no(text: str) -> Capability:
+    return Capability(False, text)
 
 
 TABLE: tuple[Row, ...] = (
@@ -162,9 +163,9 @@ class Finding:
     Attributes:
         where: the module's path in the base model; "" for the model.
         names: the tensors concerned, as `named_parameters` gives them.
-        reason: what the row's reason means here.
-        subject: what of the layer it is, where the row speaks of several things.
-        way_out: what to do about it, besides using another mode.
+        reason: details of this place, for the row's reason.
+        subject: the part of the layer concerned, where the row names several.
+        way_out: a remedy besides another mode.
     """
 
     feature: Feature
@@ -174,19 +175,16 @@ class Finding:
     subject: str = ""
     way_out: str = ""
 
-    def says(self, mode: str) -> str:
-        """What cannot be pushed in a mode that refuses it, and why; a clause without the place."""
-        return f"{self.name} cannot be pushed in {mode} mode: {self.refuses(mode)}"
-
-    def refuses(self, mode: str) -> str | None:
-        """Why this mode cannot carry it; None when it can."""
-        verdict = _ROWS[self.feature].verdict(mode)
-        if verdict.ok:
+    def reason_against(self, mode: str) -> str | None:
+        """Explain why this mode cannot carry it; None when it can."""
+        cell = _ROWS[self.feature].of_mode(mode)
+        if cell.ok:
             return None
-        return f"{verdict.text} ({self.reason})" if self.reason else verdict.text
+        return f"{cell.text} ({self.reason})" if self.reason else cell.text
 
     @property
     def name(self) -> str:
+        """The subject of a sentence about it."""
         return self.subject or _SUBJECTS.get(self.feature) or self.feature.value.replace("`", "")
 
 
@@ -198,7 +196,7 @@ _SUBJECTS: Mapping[Feature, str] = {
     Feature.SHARDED: "an adapter whose tensors are sharded, empty or on the meta device",
     Feature.AMBIGUOUS: "an adapter of expert parameters",
     Feature.NO_ROWS: "an adapter of this weight",
-    Feature.UNKNOWN: "what is not known here",
+    Feature.UNKNOWN: "something that is not known here",
     Feature.UNREADABLE: "this layer",
     Feature.NO_SINGLE_WEIGHT: "LoRA on a convolution",
     Feature.MERGED: "a layer with merged adapters",
@@ -208,51 +206,48 @@ _SUBJECTS: Mapping[Feature, str] = {
     Feature.QUANTISED: "a quantised base",
     Feature.RANK: "this adapter",
 }
-"""What a sentence says of one thing, where the table's row names several."""
+"""Subjects of sentences about one thing, where the table's row names several."""
 
 
-def refusals(findings: Sequence[Finding], mode: str) -> list[Finding]:
-    """The findings that a mode cannot carry."""
-    return [finding for finding in findings if finding.refuses(mode) is not None]
+def refused_by(mode: str, findings: Sequence[Finding]) -> list[Finding]:
+    """List the findings that a mode cannot carry."""
+    return [finding for finding in findings if finding.reason_against(mode) is not None]
 
 
-def refuse(
+def refusal_error(
     findings: Sequence[Finding], mode: str, other: Callable[[str], Sequence[Finding]], also: str = ""
 ) -> UnsupportedLora:
-    """The error for what `mode` cannot carry, with all names and the mode that can.
+    """Build the error for what `mode` cannot carry, with all names and the mode that can.
 
-    `findings` must hold a refused one; `other(mode)` gives what was found for another mode; `also`: what else failed.
+    Args:
+        findings: at least one of them refused by `mode`.
+        other: returns what was found for another mode.
+        also: another failure to report.
     """
-    bad = refusals(findings, mode)
+    bad = refused_by(mode, findings)
     first = bad[0]
+    places = list(dict.fromkeys(f.where or "the model" for f in bad))
+    reasons = dict.fromkeys(f"{f.name}: {f.reason_against(mode)}" for f in bad)
+    ways = list(dict.fromkeys(finding.way_out for finding in bad if finding.way_out))
+    able = [m for m in ("merged", "base", "adapter") if m != mode and not refused_by(m, other(m))]
+    if able:
+        ways.append("use " + " or ".join(f'mode="{m}"' for m in able))
+    elif not ways:
+        ways.append("no mode can carry this: remove the module from the adapter, or unload it")
     where = first.where or (first.names[0] if first.names else "the model")
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     return UnsupportedLora(
-        f"{where}: {first.says(mode)}{more}",
-        where=_some(tuple(dict.fromkeys(f.where or "the model" for f in bad))),
+        f"{where}: {first.name} cannot be pushed in {mode} mode: {first.reason_against(mode)}{more}",
+        where=", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else ""),
         expected=f"what the {mode} column of the capability table allows",
-        got="; ".join(filter(None, (*dict.fromkeys(f"{f.name}: {f.refuses(mode)}" for f in bad), also))),
-        remedy=_remedy(mode, bad, other),
+        got="; ".join(filter(None, (*reasons, also))),
+        remedy=", or ".join(ways),
         names=tuple(dict.fromkeys(name for finding in bad for name in (finding.names or (finding.where,)))),
     )
 
 
-def _remedy(mode: str, bad: Sequence[Finding], other: Callable[[str], Sequence[Finding]]) -> str:
-    able = [m for m in ("merged", "base", "adapter") if m != mode and not refusals(other(m), m)]
-    ways = list(dict.fromkeys(finding.way_out for finding in bad if finding.way_out))
-    if able:
-        ways.append("use " + " or ".join(f'mode="{m}"' for m in able))
-    elif not ways:
-        return "no mode can carry this: remove the module from the adapter, or unload it"
-    return ", or ".join(ways)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def capability_table() -> str:
-    """The table as Markdown, for the README."""
+    """Format the table as Markdown, for the README."""
     lines = ["| feature | " + " | ".join(MODES) + " |", "|---|---|---|---|"]
-    lines += [f"| {row.feature.value} | " + " | ".join(str(row.verdict(m)) for m in MODES) + " |" for row in TABLE]
+    lines += [f"| {row.feature.value} | " + " | ".join(str(row.of_mode(m)) for m in MODES) + " |" for row in TABLE]
     return "\n".join(lines) + "\n"

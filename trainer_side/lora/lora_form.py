@@ -1,4 +1,4 @@
-"""The adapters that act now, as one adapter in portable form: a pair of plain tensors per module of the checkpoint.
+"""Write the adapters that act now as one LoRA in portable form: a pair of plain tensors per module of the checkpoint.
 
 scaling     folded into B, in fp32 or wider, before any cast
 several     one pair: A stacked, B side by side
@@ -8,28 +8,26 @@ experts     a pair each; a checkpoint tensor that is a block of rows (gate, up) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import nn
 
 from bridge.model.lora_format import names_of
-from trainer_side.lora.layers.expert_slices import Grid, grid_of
+from trainer_side.lora.layers.expert_slices import find_slice
 from trainer_side.lora.layers.factors import expert_factors, low_rank, wide_dtype
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.values import ActiveLora, LoraParameters
+from trainer_side.lora.layers.values import LoraParameters, SentValues, as_stored
 from trainer_side.lora.layers.wrapper_chain import read_chain
-from trainer_side.lora.state import Watch
+from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_layout import Computed
 
-Given = Callable[[torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class LoraPair:
     """One module of the checkpoint and the part of a live layer's delta that acts on it.
 
     Attributes:
@@ -37,6 +35,7 @@ class Pair:
         layer: the live wrapper.
         rows, columns: which of the logical matrix B A (outputs x inputs).
         flipped: the checkpoint stores the logical matrix the other way round, so A and B change places.
+        a, b: shapes and dtypes, on meta: (rank, inputs) and (outputs, rank).
     """
 
     module: str
@@ -49,23 +48,19 @@ class Pair:
     a: torch.Tensor
     b: torch.Tensor
 
-    @property
-    def names(self) -> tuple[str, str]:
-        return names_of(self.module, embedding=self.embedding)
-
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PortableLora:
     """All pairs of a model and their one rank; `unfit`: paths of layers that have no such form."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[LoraPair, ...]
     rank: int
     unfit: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Acting:
-    """A wrapper whose adapters act now: where it stands, what was read there, the name of its weight's live tensor."""
+class ActingLayer:
+    """A wrapper whose adapters act now: where it stands, its reading, the name of its weight's live tensor."""
 
     path: str
     layer: nn.Module
@@ -73,124 +68,96 @@ class Acting:
     weight: str
 
 
-def plan(acting: Sequence[Acting], known: CanonicalMap) -> Plan:
-    """Cut the acting adapters into pairs. `known` maps live names without ties to checkpoint tensors.
+def plan_pairs(acting: Sequence[ActingLayer], known: CanonicalMap) -> PortableLora:
+    """Cut the acting adapters into pairs. Reads shapes only; once per structure and set of active adapters.
 
-    Reads shapes only. Once per structure and set of active adapters.
+    `known` maps live names without ties to checkpoint tensors.
     """
     by_live: dict[str, list[str]] = {}
     for tensor in known.tensors:
         for live in {piece.live for piece in tensor.pieces}:
             by_live.setdefault(live, []).append(tensor.name)
-    rank = max((rank_of(one.parameters) for one in acting), default=0)
-    pairs: list[Pair] = []
+    # All adapters of a layer together; of expert parameters, per expert.
+    ranks = [
+        sum(adapter.a.shape[0] // int(adapter.extra.get("experts", 1)) for adapter in one.parameters.adapters)
+        for one in acting
+    ]
+    rank = max(ranks, default=0)
+    pairs: list[LoraPair] = []
     unfit: list[str] = []
     for one in acting:
-        found = [_pair(known, name, one, one.parameters, rank) for name in by_live.get(one.weight, ())]
-        if not found or any(pair is None for pair in found):
-            unfit.append(one.path)
+        found = [_pair(known, name, one, rank) for name in by_live.get(one.weight, ())]
+        fits = [pair for pair in found if pair is not None]
+        if fits and len(fits) == len(found):
+            pairs += fits
         else:
-            pairs += [pair for pair in found if pair is not None]
-    return Plan(tuple(pairs), rank, tuple(unfit))
+            unfit.append(one.path)
+    return PortableLora(tuple(pairs), rank, tuple(unfit))
 
 
-def rank_of(parameters: LoraParameters) -> int:
-    """The rank of all adapters of a layer together; of expert parameters, per expert."""
-    return sum(adapter.a.shape[0] // int(adapter.extra.get("experts", 1)) for adapter in parameters.adapters)
-
-
-def _pair(known: CanonicalMap, name: str, one: Acting, parameters: LoraParameters, rank: int) -> Pair | None:
-    segments = name.split(".")
-    shape = known.live[one.weight].shape
-    grid = grid_of(known.by_name[name], one.weight, shape)
-    if grid is None or len(segments) < 2 or segments[-1] != "weight":
+def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> LoraPair | None:
+    module, _, last = name.rpartition(".")
+    part = find_slice(known.by_name[name], one.weight, known.live[one.weight].shape)
+    if part is None or not module or last != "weight":
         return None
-    rows, columns, flipped = _logical(grid, parameters)
-    dtype = acting_dtype(parameters.adapters)
+    parameters = one.parameters
+    first = parameters.adapters[0].extra
+    # A layer's own A and B tell which way its inputs go, however it or the checkpoint stores the weight; of a parameter
+    # on its own only the checkpoint's orientation is known. PEFT adds B A to a lone expert as it is.
+    unswapped = parameters.weight.dim() == 3 and not first.get("swapped") and int(first.get("experts", 1)) > 1
+    inputs_first = parameters.transposed or parameters.kind == "embedding" or unswapped
+    rows, columns = (part.columns, part.rows) if inputs_first else (part.rows, part.columns)
+    flipped = parameters.kind == "parameter" and part.transposed != inputs_first
     outputs, inputs = len(range(*rows.indices(2**62))), len(range(*columns.indices(2**62)))
     if flipped:
         outputs, inputs = inputs, outputs
-    return Pair(
-        ".".join(segments[:-1]),
-        one.layer,
-        parameters.kind == "embedding",
-        grid.expert,
-        rows,
-        columns,
-        flipped,
-        torch.empty((rank, inputs), dtype=dtype, device="meta"),
-        torch.empty((outputs, rank), dtype=dtype, device="meta"),
-    )
+    dtype = reduce(torch.promote_types, [t.dtype for adapter in parameters.adapters for t in (adapter.a, adapter.b)])
+    a = torch.empty((rank, inputs), dtype=dtype, device="meta")
+    b = torch.empty((outputs, rank), dtype=dtype, device="meta")
+    embedding = parameters.kind == "embedding"
+    return LoraPair(module, one.layer, embedding, part.expert, rows, columns, flipped, a, b)
 
 
-def _logical(grid: Grid, parameters: LoraParameters) -> tuple[slice, slice, bool]:
-    """Rows (outputs), columns (inputs) of B A, and whether the checkpoint's matrix is its transpose.
-
-    A layer's own A and B say which way its inputs go, however it or the checkpoint stores the weight; of a parameter on
-    its own only the checkpoint's orientation is known.
-    """
-    stored_inputs_first = parameters.transposed or parameters.kind == "embedding" or _unswapped(parameters)
-    rows, columns = (grid.columns, grid.rows) if stored_inputs_first else (grid.rows, grid.columns)
-    flipped = parameters.kind == "parameter" and grid.transposed != stored_inputs_first
-    return rows, columns, flipped
-
-
-def _unswapped(parameters: LoraParameters) -> bool:
-    """Whether each expert's matrix is stored (in, out). PEFT adds B A to a lone one as it is."""
-    first = parameters.adapters[0].extra
-    return parameters.weight.dim() == 3 and not first.get("swapped") and int(first.get("experts", 1)) > 1
+def list_computed(portable: PortableLora, given: SentValues | None, began: LoraState) -> list[Computed]:
+    """List the tensors of the LoRA, A and B of each module in turn; computed in the state `began`."""
+    reader = _Reader(given or as_stored, began)
+    found: list[Computed] = []
+    for pair in portable.pairs:
+        name_a, name_b = names_of(pair.module, embedding=pair.embedding)
+        found.append(Computed(name_a, pair.a, partial(_compute_half, pair, portable.rank, reader, True)))
+        found.append(Computed(name_b, pair.b, partial(_compute_half, pair, portable.rank, reader, False)))
+    return found
 
 
-def acting_dtype(adapters: Sequence[ActiveLora]) -> torch.dtype:
-    """The dtype that holds every one of these adapters' tensors."""
-    dtype = adapters[0].a.dtype
-    for adapter in adapters:
-        dtype = torch.promote_types(dtype, torch.promote_types(adapter.a.dtype, adapter.b.dtype))
-    return dtype
+class _Reader:
+    """Reads each layer once per push, for all copying threads: reading twice would do no harm."""
 
-
-class Reader:
-    """Reads each layer once per push, in the state that the push began in: neither a merge nor a switch moves A and B,
-    so that one reading is all that has to be compared. Used by the copying threads; reading twice would do no harm."""
-
-    def __init__(self, given: Given | None, watch: Watch) -> None:
-        self.given = given or _live
-        self._watch = watch
+    def __init__(self, given: SentValues, began: LoraState) -> None:
+        self.given = given
+        self._began = began
         self._read: dict[int, LoraParameters] = {}
 
-    def __call__(self, layer: nn.Module) -> LoraParameters:
+    def read(self, layer: nn.Module) -> LoraParameters:
+        """Read a layer. Raises IntegrityError as `LoraState.require`."""
         found = self._read.get(id(layer))
         if found is None:
             chain = read_chain(layer)
-            self._watch.require(chain)
+            self._began.require(chain)
             found = self._read[id(layer)] = parameters_of(chain, type(layer).__name__)
         return found
 
 
-def _live(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def computed(plan: Plan, given: Given | None, watch: Watch) -> list[Computed]:
-    """The tensors of the adapter, A and B of each module in turn."""
-    reader = Reader(given, watch)
-    found: list[Computed] = []
-    for pair in plan.pairs:
-        name_a, name_b = pair.names
-        found.append(Computed(name_a, pair.a, partial(_half, pair, plan.rank, reader, True)))
-        found.append(Computed(name_b, pair.b, partial(_half, pair, plan.rank, reader, False)))
-    return found
-
-
 @torch.no_grad()
-def _half(pair: Pair, rank: int, reader: Reader, wanted_a: bool, dtype: torch.dtype) -> torch.Tensor:
-    """A or B of a module: (rank, inputs) or (outputs, rank), in the dtype that scaling is multiplied in. `dtype` is not
-    needed: the copy rounds."""
-    parameters = reader(pair.layer)
-    wide = wide_dtype([tensor for one in parameters.adapters for tensor in (one.a, one.b)])
+def _compute_half(pair: LoraPair, rank: int, reader: _Reader, wanted_a: bool, _dtype: torch.dtype) -> torch.Tensor:
+    """Compute A or B of a module, (rank, inputs) or (outputs, rank), in the dtype that scaling is multiplied in.
+
+    The copy into the arena rounds, so the dtype that travels is not needed.
+    """
+    adapters = reader.read(pair.layer).adapters
+    wide = wide_dtype([tensor for one in adapters for tensor in (one.a, one.b)])
     of_a = wanted_a != pair.flipped  # of a flipped pair A is the transpose of what PEFT calls B
     stacked = []
-    for one in parameters.adapters:
+    for one in adapters:
         if "experts" in one.extra:
             a, b = expert_factors(one, pair.expert, wide, reader.given)
         else:

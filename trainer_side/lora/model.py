@@ -1,4 +1,4 @@
-"""A bound model with LoRA inside: its state, which mode can carry it, and what each mode sends."""
+"""A bound model with LoRA inside: its state, the mode that can carry it, and the tensors of each mode."""
 
 from __future__ import annotations
 
@@ -14,37 +14,44 @@ from torch import nn
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.ports import ModeChoice
-from trainer_side.lora import modes, state
-from trainer_side.lora.base_fingerprint import base_mark
-from trainer_side.lora.capability import MODES, Feature, Finding, refusals, refuse
-from trainer_side.lora.layers.findings import survey
-from trainer_side.lora.layers.module_tree import Item, Place, read_tree
-from trainer_side.lora.modes import Baked, Made
-from trainer_side.lora.select import Slot, assemble, items_of, refuse_plain_names, sent, slot_of
-from trainer_side.lora.state import LoraState, Watch
+from trainer_side.lora import modes
+from trainer_side.lora.base_fingerprint import base_fingerprint
+from trainer_side.lora.capability import MODES, Feature, Finding, refusal_error, refused_by
+from trainer_side.lora.findings import survey
+from trainer_side.lora.layers.module_tree import BaseTensor, TreeTensor, read_tree
+from trainer_side.lora.modes import BakedMode
+from trainer_side.lora.select import (
+    SelectedTensors,
+    SentTensors,
+    match_sent,
+    refuse_base_names,
+    resolve_names,
+    select_tensors,
+)
+from trainer_side.lora.state import LoraState, changed_meanwhile
 from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_checks import nothing_sent
 from trainer_side.names.tensor_layout import Computed
 
 _T = TypeVar("_T")
-Limits = Sequence[LoraLimits | None] | None
+EngineLimits = Sequence[LoraLimits | None] | None
 _KEPT = 8
 """States that are remembered: a trainer goes back and forth between few (enabled, disabled, another adapter)."""
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """What one push sends.
+class ModeView:
+    """The tensors of one push, by the model's own names.
 
     Attributes:
         known: how the live names make up the checkpoint; the same object as long as nothing about them changed. None
-            of an adapter: its names are canonical.
+            for a LoRA alone: its names are canonical.
         named: tensors that travel as they stand, by clean live name.
         computed: tensors that are computed while the snapshot is written; their stand-ins stay the same objects.
-        adapter: of an adapter push.
-        state: what the model was set to.
-        mark: of the stored tensors that a merge would move; see `LoraModel.changed_since`.
+        adapter: rank of a LoRA that travels alone.
+        state: of the LoRA layers when the push began.
         notes: for the receipt.
+        fingerprint: of the stored tensors that a merge would move; see `LoraModel.changed_since`.
     """
 
     known: CanonicalMap | None
@@ -53,13 +60,13 @@ class View:
     adapter: LoraSpec | None
     state: LoraState
     notes: tuple[str, ...] = ()
-    mark: Hashable = None
-    watched: tuple[tuple[str, Slot], ...] = field(default=(), repr=False)
+    fingerprint: Hashable = None
+    watched: tuple[BaseTensor, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class _Findings:
-    """What a survey said about one state."""
+    """The features of the model in one state; `merged`: those that count in merged mode alone."""
 
     common: tuple[Finding, ...]
     merged: tuple[Finding, ...]
@@ -67,55 +74,57 @@ class _Findings:
 
 
 @dataclass(frozen=True, eq=False)
-class _Last:
-    """The last view; while the next ones are alike, nothing is resolved again. Holds no tensor."""
+class _LastView:
+    """The resolution of the last push, for the next ones that are alike. Holds no live tensor."""
 
     mode: str
     partial: bool
     state: Hashable
     names: list[str]
-    slots: list[Slot]
-    baked: Baked
-    cleans: list[str]
-    direct: list[Slot]
-    made: tuple[Made, ...]
-    watched: tuple[tuple[str, Slot], ...]
+    items: list[TreeTensor]
+    baked: BakedMode
+    selected: SelectedTensors
     notes: tuple[str, ...]
 
 
 class LoraModel:
     """Made once when a model is bound. Not thread safe; never writes to the model and runs none of its forwards.
 
-    Raises ConfigError for what is no module.
+    Raises ConfigError for an object that is no module.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigError("only a module can be bound", got=type(model).__name__, remedy="bind the trained model")
+            raise ConfigError(
+                "only a module can be bound",
+                where="the model given to bind",
+                expected="a torch.nn.Module",
+                got=type(model).__name__,
+                remedy="bind the trained model",
+            )
         self.model = model
         self._structure = 0
         self._forget()
 
     @staticmethod
     def present(model: nn.Module) -> bool:
-        """Whether a model has PEFT-style wrappers inside, or is a PEFT model. By structure, without importing peft."""
+        """Tell by structure, without importing peft, whether a model has PEFT-style wrappers or is a PEFT model."""
         tree = read_tree(model)
         return bool(tree.wrappers) or tree.peft_root
 
     def state(self) -> LoraState:
-        """What the wrappers are set to now. Compare with `==`; microseconds per wrapper, about one per module."""
+        """Read the wrappers' switches. Compare with `==`; microseconds per wrapper, about one per module."""
         if not self._tree.unchanged():
             self._structure += 1
             self._forget()
-        wrappers = self._tree.wrappers
-        return LoraState(self._structure, tuple(map(state.read, wrappers)), tuple(map(state.scaling_of, wrappers)))
+        return LoraState.read(self._structure, self._tree.wrappers)
 
-    def choose(self, mode: str, limits: Limits) -> ModeChoice:
-        """The mode of a push in the state that the model is in now.
+    def choose(self, mode: str, limits: EngineLimits) -> ModeChoice:
+        """Choose the mode of a push in the state that the model is in now.
 
         Args:
             mode: "auto", "merged", "base" or "adapter".
-            limits: of each attached engine, None for one that was started without LoRA; None for all: do not ask.
+            limits: of each attached engine, None for one that was started without LoRA; None for all skips the check.
 
         Raises ConfigError ("full", or no mode at all), UnsupportedLora (what the mode cannot carry, by name, and the
         mode that can).
@@ -131,23 +140,24 @@ class LoraModel:
             )
         now = self.state()
         if mode == "auto":
-            return self._automatic(now, limits)
-        found = self._found(mode, now, limits)
-        if refusals(found, mode):
-            raise refuse(found, mode, lambda other: self._found(other, now, limits))
+            return self._choose_automatically(now, limits)
+        found = self._find(mode, now, limits)
+        if refused_by(mode, found):
+            raise refusal_error(found, mode, lambda other: self._find(other, now, limits))
         return ModeChoice(mode, f"{mode} was asked for", self._notes(mode, now))
 
-    def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> View:
-        """What a push of these pairs sends in a mode that `choose` gave.
+    def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> ModeView:
+        """Resolve the pairs of a push into the tensors that travel in a mode that `choose` gave.
 
-        The values given count wherever a name came. What the model shares under a second name and the iterable left
-        out is the same tensor; a persistent buffer that did not come is added, unless `partial`; an adapter always
-        travels whole.
+        The values given count wherever a name came. A second name of a tensor that the iterable left out is the same
+        tensor; a persistent buffer that did not come is added, unless `partial`; a LoRA always travels whole.
 
-        Raises UnexpectedTensor (no name of the model), DuplicateTensor, MissingTensor (nothing at all, nothing that
-        this mode sends, or not all of it unless `partial`), ShapeMismatch, ConfigError (a name that is no text), what
-        `trainer_side.names.tensor_checks.plain` raises where a tensor has no values to copy, and IntegrityError when
-        another thread switches the layers meanwhile; so may the view's `compute`s.
+        Raises:
+            UnexpectedTensor: no name of the model.
+            DuplicateTensor, ShapeMismatch: as `resolve_names` and `match_sent`.
+            MissingTensor: nothing at all, nothing that this mode sends, or not all of it unless `partial`.
+            ConfigError: a name that is no str; also what `require_plain` raises for a tensor without values.
+            IntegrityError: another thread switches the layers meanwhile; the view's `compute`s raise it too.
         """
         names = [name for name, _ in pairs]
         tensors = [tensor for _, tensor in pairs]
@@ -156,26 +166,25 @@ class LoraModel:
         now = self.state()
         last = self._last
         if last is not None and last.mode == mode and last.partial == partial and last.state == now.unscaled:
-            lives = (held.get(key) for held, key in last.slots)
+            lives = (item.tensor() for item in last.items)
             if last.names == names and all(map(operator.is_, lives, tensors)) and last.baked.current():
-                return self._repeat(last, now)
+                return self._view(last.baked, last.selected, None, now, last.notes)
         return self._resolve(mode, now, names, tensors, partial)
 
-    def changed_since(self, view: View) -> bool:
-        """Whether the model is set to something else than when this view was made, or stored tensors under its adapters
-        are not what they were. To be asked after the snapshot.
+    def changed_since(self, view: ModeView) -> bool:
+        """Compare the LoRA layers, and the stored tensors under them, with what they were when this view was made.
 
-        What was computed for the view has been compared one by one (`Watch`). What travels as it stands (the base in
-        base mode, a layer that is merged) is covered by this alone: a merge or unmerge that was taken back in between
-        is seen by the rounding errors it left in some elements of every weight, so a small one in a small model may go
-        unseen.
+        Called after the snapshot. Tensors that were computed for the view were compared one by one with
+        `LoraState.require`. Those that travel as they stand (the base in base mode, a layer that is merged) are covered
+        by this alone: a merge or unmerge that was taken back in between is seen by the rounding errors it left in some
+        elements of every weight, so a small one in a small model may go unseen.
         """
-        return self.state() != view.state or _mark(view.watched) != view.mark
+        return self.state() != view.state or _fingerprint(view.watched) != view.fingerprint
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """Every tensor that the model holds, named as `named_parameters` names it, shared ones under each name."""
+        """List every tensor that the model holds, named as `named_parameters` names it, shared ones under each name."""
         self.state()
-        items: list[Item] = [*self._tree.places, *self._tree.extras]
+        items: list[TreeTensor] = [*self._tree.places, *self._tree.extras]
         return [(item.raw, tensor) for item in items if (tensor := item.tensor()) is not None]
 
     # ---- inside ----
@@ -183,127 +192,112 @@ class LoraModel:
     def _forget(self) -> None:
         self._tree = read_tree(self.model)
         self._findings: OrderedDict[Hashable, _Findings] = OrderedDict()
-        self._baked: OrderedDict[Hashable, Baked] = OrderedDict()
+        self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
         self._ends: CanonicalMap | None = None
-        self._items: tuple[list[str], list[Item]] = ([], [])
-        self._last: _Last | None = None
+        self._items: tuple[list[str], list[TreeTensor]] = ([], [])
+        self._last: _LastView | None = None
 
-    def _automatic(self, now: LoraState, limits: Limits) -> ModeChoice:
-        adapter = self._found("adapter", now, limits)
-        bad = refusals(adapter, "adapter")
+    def _choose_automatically(self, now: LoraState, limits: EngineLimits) -> ModeChoice:
+        bad = refused_by("adapter", self._find("adapter", now, limits))
         if not bad:
-            rank = _rank(self._bake("adapter", now))
+            portable = self._bake("adapter", now).portable
+            rank = portable.rank if portable else 0
             reason = f"adapter: every engine can hold it (rank {rank}) and the capability table carries all of it"
-            return ModeChoice("adapter", reason, self._notes("adapter", now))
-        against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].refuses('adapter')}"
-        merged = self._found("merged", now, limits)
-        if refusals(merged, "merged"):
-            raise refuse(merged, "merged", lambda other: self._found(other, now, limits), also=against)
+            return ModeChoice("adapter", reason)
+        against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].reason_against('adapter')}"
+        merged = self._find("merged", now, limits)
+        if refused_by("merged", merged):
+            raise refusal_error(merged, "merged", lambda other: self._find(other, now, limits), also=against)
         return ModeChoice("merged", f"merged: {against}", self._notes("merged", now))
 
-    def _found(self, mode: str, now: LoraState, limits: Limits) -> list[Finding]:
-        """Everything that the capability table has to say about a mode."""
-        survey = self._findings_of(now)
-        found = [*survey.common, *survey.merged] if mode == "merged" else list(survey.common)
-        if mode != "adapter" or refusals(found, mode):
+    def _find(self, mode: str, now: LoraState, limits: EngineLimits) -> list[Finding]:
+        """List every feature that matters to a mode."""
+        features = self._features(now)
+        found = [*features.common, *features.merged] if mode == "merged" else list(features.common)
+        if mode != "adapter" or refused_by(mode, found):
             return found
-        plan = self._bake("adapter", now).plan
-        found += [Finding(Feature.NO_ROWS, path, (path,)) for path in (plan.unfit if plan else ())]
+        portable = self._bake("adapter", now).portable
+        found += [Finding(Feature.NO_ROWS, path, (path,)) for path in (portable.unfit if portable else ())]
         if limits is None:
             return found
         ranks = [limit.max_rank for limit in limits if limit is not None]
         if not limits or len(ranks) < len(limits):
             found.append(Finding(Feature.RANK, reason="started without LoRA" if limits else "no engine is attached"))
-        elif plan and plan.rank > min(ranks):
-            found.append(Finding(Feature.RANK, reason=f"rank {plan.rank} where {min(ranks)} is the most"))
+        elif portable and portable.rank > min(ranks):
+            found.append(Finding(Feature.RANK, reason=f"rank {portable.rank} where {min(ranks)} is the most"))
         return found
 
-    def _findings_of(self, now: LoraState) -> _Findings:
+    def _features(self, now: LoraState) -> _Findings:
         trained = tuple([tensor.requires_grad for p in self._tree.places if (tensor := p.tensor()) is not None])
         # factors that somebody resized in place may no longer fit
         shapes = tuple([tensor.shape for e in self._tree.extras if (tensor := e.tensor()) is not None])
         key = now.unscaled, trained, shapes
         found = self._findings.get(key)
         if found is None:
-            read = survey(self._tree, self._watch(now))
+            read = survey(self._tree, now)
             found = _Findings(read.findings, read.merged, read.notes)
-        _keep(self._findings, key, found)
+        _remember(self._findings, key, found)
         return found
 
     def _notes(self, mode: str, now: LoraState) -> tuple[str, ...]:
-        return self._findings_of(now).notes if mode == "merged" else ()
+        return self._features(now).notes if mode == "merged" else ()
 
-    def _bake(self, mode: str, now: LoraState) -> Baked:
-        """What the mode sends in this state; baked again when shapes or dtypes changed."""
+    def _bake(self, mode: str, now: LoraState) -> BakedMode:
+        """Bake what the mode sends in this state; again when shapes or dtypes changed."""
         key: Hashable = mode if mode == "base" else (mode, now.unscaled)
         found = self._baked.get(key)
         if found is None or not found.current():
             if mode == "base":
                 found = modes.bake_base(self._tree)
             elif mode == "merged":
-                found = modes.bake_merged(self._tree, survey(self._tree, self._watch(now)))
+                found = modes.bake_merged(self._tree, survey(self._tree, now), now)
             else:
                 self._ends = self._ends or modes.bake_ends(self._tree)
-                found = modes.bake_lora(self._tree, survey(self._tree, self._watch(now)), self._ends)
-        _keep(self._baked, key, found)
+                found = modes.bake_lora(self._tree, survey(self._tree, now), self._ends)
+        _remember(self._baked, key, found)
         return found
 
-    def _resolve(self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool) -> View:
-        watch = self._watch(now)
+    def _resolve(
+        self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool
+    ) -> ModeView:
         if self._items[0] != names:
-            self._items = names, items_of(self._tree, names)
+            self._items = names, resolve_names(self._tree, names)
         items = self._items[1]
-        came = sent(items, names, tensors)
+        sent = match_sent(items, names, tensors)
         baked = self._bake(mode, now)
-        refuse_plain_names(self._tree, baked, items, names)
-        chosen = assemble(mode, baked, came, partial=partial)
-        as_it_lives = all(item.tensor() is tensor for item, tensor in zip(items, tensors, strict=True))
+        refuse_base_names(self._tree, baked, items, names)
+        selected = select_tensors(mode, baked, sent, partial=partial)
+        notes = self._notes(mode, now)
         self._last = None
-        watched = _watched(mode, chosen.places, chosen.made)
-        if as_it_lives:
-            slots, direct = list(map(slot_of, items)), list(map(slot_of, chosen.places))
-            cleans = [place.clean for place in chosen.places]
-            made, notes = chosen.made, self._notes(mode, now)
-            self._last = _Last(mode, partial, now.unscaled, names, slots, baked, cleans, direct, made, watched, notes)
-        given = came if came.changed else None
-        computed = modes.computed(baked, given, watch, chosen.made)
+        if all(item.tensor() is tensor for item, tensor in zip(items, tensors, strict=True)):
+            kept = SelectedTensors(selected.places, [], selected.computed)
+            self._last = _LastView(mode, partial, now.unscaled, names, items, baked, kept, notes)
+        view = self._view(baked, selected, sent if sent.changed else None, now, notes)
         if self.state() != now:  # ties and copies were resolved in between
             self._forget()
-            raise state.changed_meanwhile()
-        notes = self._notes(mode, now)
-        return View(baked.known, chosen.named, computed, _spec(baked), now, notes, _mark(watched), watched)
+            raise changed_meanwhile()
+        return view
 
-    def _repeat(self, last: _Last, now: LoraState) -> View:
-        tensors = [held[key] for held, key in last.direct]
-        named = [(name, tensor) for name, tensor in zip(last.cleans, tensors, strict=True) if tensor is not None]
-        computed = modes.computed(last.baked, None, self._watch(now), last.made)
-        mark = _mark(last.watched)
-        return View(last.baked.known, named, computed, _spec(last.baked), now, last.notes, mark, last.watched)
-
-    def _watch(self, now: LoraState) -> Watch:
-        return Watch(self._tree.wrappers, now)
-
-
-def _watched(mode: str, places: Sequence[Place], made: Sequence[Made]) -> tuple[tuple[str, Slot], ...]:
-    """The tensors of the base that a merge writes to, among those that are read for a push."""
-    read = [*places, *(one.place for one in made)] if mode != "adapter" else []
-    return tuple((place.clean, slot_of(place)) for place in read if place.wrappers)
+    def _view(
+        self,
+        baked: BakedMode,
+        selected: SelectedTensors,
+        sent: SentTensors | None,
+        now: LoraState,
+        notes: tuple[str, ...],
+    ) -> ModeView:
+        named = selected.named or [(p.clean, tensor) for p in selected.places if (tensor := p.tensor()) is not None]
+        computed = baked.list_computed(sent, now, selected.computed)
+        adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
+        watched = selected.under_wrappers
+        return ModeView(baked.known, named, computed, adapter, now, notes, _fingerprint(watched), watched)
 
 
-def _mark(watched: Sequence[tuple[str, Slot]]) -> Hashable:
-    live = [(name, held.get(key)) for name, (held, key) in watched]
-    return base_mark((name, tensor) for name, tensor in live if tensor is not None)
+def _fingerprint(watched: Sequence[BaseTensor]) -> Hashable:
+    return base_fingerprint((place.clean, tensor) for place in watched if (tensor := place.tensor()) is not None)
 
 
-def _rank(baked: Baked) -> int:
-    return 0 if baked.plan is None else baked.plan.rank
-
-
-def _spec(baked: Baked) -> LoraSpec | None:
-    return None if baked.plan is None else LoraSpec(baked.plan.rank)
-
-
-def _keep(kept: OrderedDict[Hashable, _T], key: Hashable, value: _T) -> None:
+def _remember(kept: OrderedDict[Hashable, _T], key: Hashable, value: _T) -> None:
     kept[key] = value
     kept.move_to_end(key)
     while len(kept) > _KEPT:

@@ -1,9 +1,11 @@
-"""Which tensors each mode sends, as they stand or computed, and under which names: baked once per structure and set of
-acting adapters. Reads shapes, dtypes and addresses; no values."""
+"""Bake the tensors that each mode sends, as they stand or computed, and their names.
+
+Done once per structure and set of acting adapters; reads shapes, dtypes and addresses, no values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,194 +13,195 @@ import torch
 from torch import nn
 
 from bridge.errors import MissingTensor
-from trainer_side.lora import lora_form, state
+from trainer_side.lora import lora_form
+from trainer_side.lora.findings import Layer, Survey, plain_dtype, quantised
+from trainer_side.lora.findings import packed as is_packed
 from trainer_side.lora.layers.dequant import FP8
 from trainer_side.lora.layers.effective import effective_bias, effective_identity, effective_weight
-from trainer_side.lora.layers.findings import Layer, Survey, plain_dtype, quantised
-from trainer_side.lora.layers.findings import packed as is_packed
-from trainer_side.lora.layers.module_tree import Extra, Kind, Place, Tree
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import lora_parameters
+from trainer_side.lora.layers.values import SentValues
 from trainer_side.lora.layers.wrapper_chain import read_chain
-from trainer_side.lora.state import Watch
+from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import CanonicalMap, LiveEntry, bake_entries, identity_of
 from trainer_side.names.tensor_layout import Computed
 
-Given = Callable[[torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """A tensor of the base model whose effective value is not what lies there.
+class EffectiveTensor:
+    """A tensor of the base model whose effective value is computed from it and its layer's adapters.
 
     Attributes:
-        module: the outermost module that has a say in it.
+        module: the outermost wrapper that acts on it.
         stand_in: shape and announced dtype, on meta.
-        live: shape and dtype of what lies there; when these change, so must the stand-in.
-        needs: what it is computed from, besides `place`.
+        live: shape and dtype of the stored tensor; when these change, so must the stand-in.
+        needs: the adapters' tensors that it is computed from.
         copies: how often adapters are added; see `effective_weight`.
         bias: it is the layer's bias, not its weight.
     """
 
-    place: Place
+    place: BaseTensor
     module: nn.Module
     stand_in: torch.Tensor
     live: tuple[torch.Size, torch.dtype]
-    needs: tuple[Extra, ...] = ()
+    needs: tuple[WrapperTensor, ...] = ()
     copies: int | None = None
     bias: bool = False
 
     @property
-    def items(self) -> tuple[Place | Extra, ...]:
-        """Everything that it is computed from."""
+    def items(self) -> tuple[TreeTensor, ...]:
+        """List everything that it is computed from."""
         return (self.place, *self.needs)
 
-    def compute(self, given: Given | None, watch: Watch, dtype: torch.dtype) -> torch.Tensor:
-        """The effective value; see `effective_weight` for its dtype. Raises IntegrityError as `Watch.require`."""
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two tensors that are equal by construction."""
+        return effective_identity(self.module, self.place.attribute, copies=self.copies)
+
+    def compute(self, given: SentValues | None, began: LoraState, dtype: torch.dtype) -> torch.Tensor:
+        """Compute the effective value, in the dtype that `effective_weight` gives.
+
+        Raises IntegrityError when the layer is set to something else than in the state `began`.
+        """
         chain = read_chain(self.module)
-        watch.require(chain)
+        began.require(chain)
         if self.bias:
             found = effective_bias(self.module, dtype, given, copies=self.copies, chain=chain)
         else:
             at, copies = _attribute(self.place), self.copies
             found = effective_weight(self.module, dtype, given, attribute=at, copies=copies, chain=chain)
-        # A merge moves the stored values while they are read.
-        watch.require(read_chain(self.module))
         if found is None:
-            raise MissingTensor("a bias of the bound model is gone", where=self.place.clean, names=(self.place.raw,))
+            raise MissingTensor(
+                "a bias of the bound model is gone",
+                where=self.place.clean,
+                expected="the layer as it was when the push began",
+                got="a layer without bias",
+                remedy="bind the model again after changing its layers",
+                names=(self.place.raw,),
+            )
         return found
 
 
 @dataclass(frozen=True, eq=False)
-class Baked:
-    """What a mode sends of one model in one state.
+class BakedMode:
+    """The tensors that a mode sends of one model in one state.
 
     Attributes:
-        known: the names; None for an adapter, whose names are canonical.
+        known: the names; None for a LoRA alone, whose names are canonical.
         direct: tensors that travel as they stand.
-        made: tensors that are computed.
+        computed: tensors that are computed.
         needs: further tensors that have to come; `forms` are their dtypes and shapes.
-        plan: of an adapter.
-        rivals: computed tensors over one stored tensor, and which of them are equal: scalings decide it.
+        portable: of a LoRA alone.
+        shared: computed tensors over one stored tensor, and which of them are equal: scalings decide it.
     """
 
     known: CanonicalMap | None
-    direct: tuple[Place, ...]
-    made: tuple[Made, ...] = ()
-    needs: tuple[Extra, ...] = ()
-    forms: tuple[tuple[torch.dtype, torch.Size] | None, ...] = ()
-    plan: lora_form.Plan | None = None
-    rivals: tuple[tuple[tuple[Made, ...], tuple[int, ...]], ...] = ()
+    direct: tuple[BaseTensor, ...]
+    computed: tuple[EffectiveTensor, ...] = ()
+    needs: tuple[WrapperTensor, ...] = ()
+    forms: tuple[object, ...] = ()
+    portable: lora_form.PortableLora | None = None
+    shared: tuple[tuple[tuple[EffectiveTensor, ...], tuple[int, ...]], ...] = ()
 
     def current(self) -> bool:
-        """Whether what was baked from shapes, dtypes and ties of computed tensors still holds."""
-        for made in self.made:
-            live = made.place.tensor()
-            if live is None or live.dtype is not made.live[1] or live.shape != made.live[0]:
+        """Tell whether what was baked from shapes, dtypes and ties of computed tensors still holds."""
+        for one in self.computed:
+            live = one.place.tensor()
+            if live is None or live.dtype is not one.live[1] or live.shape != one.live[0]:
                 return False
-        if any(_pattern(group) != pattern for group, pattern in self.rivals):
-            return False
-        return tuple(map(_form, self.needs)) == self.forms
+        return all(_pattern(group) == pattern for group, pattern in self.shared) and _forms(self.needs) == self.forms
+
+    def list_computed(
+        self, given: SentValues | None, began: LoraState, only: Iterable[EffectiveTensor]
+    ) -> list[Computed]:
+        """List the computed tensors of one push, from the values that were given, in the state in which it began."""
+        if self.portable is not None:
+            return lora_form.list_computed(self.portable, given, began)
+        return [Computed(one.place.clean, one.stand_in, partial(one.compute, given, began)) for one in only]
 
 
-def bake_base(tree: Tree) -> Baked:
-    """The base model's own tensors under its own names. Raises IntegrityError where `bake_entries` does."""
+def bake_base(tree: LoraTree) -> BakedMode:
+    """Bake the base model's own tensors under its own names. Raises IntegrityError as `bake_entries`."""
     places = tuple(place for place in tree.places if place.original)
-    return Baked(_names(tree, places, {}), places)
+    return BakedMode(_names(tree, places, _stored_identity), places)
 
 
-def bake_merged(tree: Tree, survey: Survey) -> Baked:
-    """What the live forward computes with. Raises IntegrityError where `bake_entries` does."""
-    in_use = {id(w): state.copy_in_use(w) for w in tree.wrappers if w.kind is Kind.SAVED}
+def bake_merged(tree: LoraTree, survey: Survey, state: LoraState) -> BakedMode:
+    """Bake the tensors that the live forward computes with. Raises IntegrityError as `bake_entries`."""
+    in_use = {id(w): state.copy_in_use(w) for w in tree.wrappers if w.kind is WrapperKind.SAVED}
     places = [p for p in tree.places if all(in_use[id(w)] == name for w, name in p.copies)]
-    made = [one for one in (_made(place, survey) for place in places) if one is not None]
-    scales = _scales_of(made)
+    computed = [one for one in (_effective(place, survey) for place in places) if one is not None]
+    # The scales of fp8 weights that travel as their values stay here.
+    states = [lora_parameters(one.module).quant_state for one in computed if one.live[1] in FP8]
+    scales = {id(scale) for scale in states if isinstance(scale, torch.Tensor)}
     places = [place for place in places if id(place.tensor()) not in scales]
-    by_place = {one.place: one for one in made}
-    identities = {place: _identity(place, by_place.get(place)) for place in places}
-    stand_ins = {place: one.stand_in for place, one in by_place.items()}
-    direct = tuple(place for place in places if place not in by_place)
-    return Baked(_names(tree, places, stand_ins, identities), direct, tuple(made), rivals=_rivals(made))
+    by_place = {one.place: one for one in computed}
+    stored: dict[Hashable, list[EffectiveTensor]] = {}
+    for one in computed:
+        stored.setdefault(_stored_identity(one.place), []).append(one)
+    return BakedMode(
+        _names(tree, places, lambda p: by_place[p].identity if p in by_place else _stored_identity(p), by_place),
+        tuple(place for place in places if place not in by_place),
+        tuple(computed),
+        shared=tuple((tuple(group), _pattern(group)) for group in stored.values() if len(group) > 1),
+    )
 
 
-def _rivals(made: Sequence[Made]) -> tuple[tuple[tuple[Made, ...], tuple[int, ...]], ...]:
-    stored: dict[Hashable, list[Made]] = {}
-    for one in made:
-        stored.setdefault(_identity(one.place, None), []).append(one)
-    groups = [tuple(group) for group in stored.values() if len(group) > 1]
-    return tuple((group, _pattern(group)) for group in groups)
+def bake_ends(tree: LoraTree) -> CanonicalMap:
+    """Bake the base model's names, each tied end with its own: an adapter belongs to one of them."""
+    return _names(tree, [place for place in tree.places if place.original], lambda place: place.clean)
 
 
-def _pattern(group: Sequence[Made]) -> tuple[int, ...]:
-    """Of each, the first one that is equal to it."""
-    first: dict[Hashable, int] = {}
-    return tuple(first.setdefault(_identity(one.place, one), k) for k, one in enumerate(group))
-
-
-def bake_ends(tree: Tree) -> CanonicalMap:
-    """The base model's names, each tied end with its own: an adapter belongs to one of them. Raises IntegrityError."""
-    places = tuple(place for place in tree.places if place.original)
-    return _names(tree, places, {}, {place: place.clean for place in places})
-
-
-def bake_lora(tree: Tree, survey: Survey, ends: CanonicalMap) -> Baked:
-    """The acting adapters alone; `ends` of `bake_ends`."""
-    weights: dict[Place, list[Layer]] = {}
+def bake_lora(tree: LoraTree, survey: Survey, ends: CanonicalMap) -> BakedMode:
+    """Bake the acting adapters alone; `ends` of `bake_ends`."""
+    acting: list[lora_form.ActingLayer] = []
+    needs: list[WrapperTensor] = []
     for place in tree.places:
-        if place.original and place.wrappers:
-            layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers]
-            weights[place] = [layer for layer in layers if _role(place, layer) == "weight"]
-    acting: list[lora_form.Acting] = []
-    needs: list[Extra] = []
-    for place, layers in weights.items():
-        # The outermost one answers for all that act on this weight.
-        wrapper, parameters = (layers[0].wrapper, layers[0].parameters) if layers else (None, None)
-        if wrapper is not None and parameters is not None and parameters.adapters:
-            acting.append(lora_form.Acting(wrapper.path, wrapper.module, parameters, place.clean))
+        if not place.original:
+            continue
+        layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers]
+        layers = [layer for layer in layers if _role(place, layer) == "weight"]
+        # The outermost wrapper's reading holds all that act on this weight.
+        parameters = layers[0].parameters if layers else None
+        if parameters is not None and parameters.adapters:
+            wrapper = layers[0].wrapper
+            acting.append(lora_form.ActingLayer(wrapper.path, wrapper.module, parameters, place.clean))
             needs += [e for layer in layers for e in layer.extras if e.adapter in layer.adapters]
-    return Baked(None, (), (), tuple(needs), tuple(map(_form, needs)), lora_form.plan(acting, ends))
+    return BakedMode(None, (), (), tuple(needs), _forms(needs), lora_form.plan_pairs(acting, ends))
 
 
-def computed(baked: Baked, given: Given | None, watch: Watch, only: Iterable[Made] | None = None) -> list[Computed]:
-    """The computed tensors of one push, from the values that were given, in the state that `watch` knows."""
-    if baked.plan is not None:
-        return lora_form.computed(baked.plan, given, watch)
-    return [
-        Computed(one.place.clean, one.stand_in, partial(one.compute, given, watch))
-        for one in (baked.made if only is None else only)
-    ]
+def _forms(needs: Sequence[WrapperTensor]) -> tuple[object, ...]:
+    return tuple(None if (t := item.tensor()) is None else (t.dtype, t.shape) for item in needs)
 
 
-def _form(item: Extra) -> tuple[torch.dtype, torch.Size] | None:
-    tensor = item.tensor()
-    return None if tensor is None else (tensor.dtype, tensor.shape)
+def _pattern(group: Sequence[EffectiveTensor]) -> tuple[int, ...]:
+    """Return for each tensor the first one that is equal to it."""
+    first: dict[Hashable, int] = {}
+    return tuple(first.setdefault(one.identity, k) for k, one in enumerate(group))
 
 
 def _names(
-    tree: Tree,
-    places: Sequence[Place],
-    stand_ins: Mapping[Place, torch.Tensor],
-    identities: Mapping[Place, Hashable] | None = None,
+    tree: LoraTree,
+    places: Sequence[BaseTensor],
+    identity: Callable[[BaseTensor], Hashable],
+    computed: dict[BaseTensor, EffectiveTensor] | None = None,
 ) -> CanonicalMap:
     entries = []
     for place in places:
-        tensor = stand_ins.get(place)
-        live = place.tensor() if tensor is None else tensor
-        if live is None:
-            continue
-        identity = identity_of(place.clean, live) if identities is None else identities[place]
-        entries.append(LiveEntry(place.raw, place.clean, live, place.buffer, identity))
+        one = (computed or {}).get(place)
+        live = place.tensor() if one is None else one.stand_in
+        if live is not None:
+            entries.append(LiveEntry(place.raw, place.clean, live, place.buffer, identity(place)))
     return bake_entries(tree.inner, entries)
 
 
-def _identity(place: Place, made: Made | None) -> Hashable:
-    if made is not None:
-        return effective_identity(made.module, place.attribute, copies=made.copies)
+def _stored_identity(place: BaseTensor) -> Hashable:
     tensor = place.tensor()
     return place.clean if tensor is None else identity_of(place.clean, tensor)
 
 
-def _made(place: Place, survey: Survey) -> Made | None:
-    """How a tensor's effective value is computed; None when it is what lies there."""
+def _effective(place: BaseTensor, survey: Survey) -> EffectiveTensor | None:
+    """Find how a tensor's effective value is computed; None when it is the stored one."""
     tensor = place.tensor()
     if place.buffer or tensor is None:
         return None
@@ -211,54 +214,45 @@ def _made(place: Place, survey: Survey) -> Made | None:
         return None
     (outer, role), acting = claims[0], [layer for layer, _ in claims if layer.acts]
     needs = tuple(e for layer in acting for e in layer.extras if e.adapter in layer.adapters)
+    module, copies = outer.wrapper.module, outer.wrapper.copies
     if role == "bias":
         # PEFT's token layer around a linear one loses the bias.
-        if not any(layer.has_bias or layer.wrapper.kind is Kind.TOKENS for layer in acting):
+        if not any(layer.has_bias or layer.wrapper.kind is WrapperKind.TOKENS for layer in acting):
             return None
-        return _of(place, tensor, outer.wrapper.module, needs, outer.wrapper.copies, bias=True)
-    stays = outer.parameters is None or not is_packed(outer.parameters)
-    if not acting and stays:
+        return _of(place, tensor, module, needs, copies, bias=True)
+    packs = outer.parameters is not None and is_packed(outer.parameters)
+    if not acting and not packs:
         return None
-    scaled = tensor.dtype in FP8
-    return _of(place, tensor, outer.wrapper.module, needs, outer.wrapper.copies, packed=scaled or not stays)
+    return _of(place, tensor, module, needs, copies, packed=packs or tensor.dtype in FP8)
 
 
 def _of(
-    place: Place,
+    place: BaseTensor,
     tensor: torch.Tensor,
     module: nn.Module,
-    needs: tuple[Extra, ...] = (),
+    needs: tuple[WrapperTensor, ...] = (),
     copies: int | None = None,
     *,
     packed: bool = False,
     bias: bool = False,
-) -> Made:
+) -> EffectiveTensor:
     shape, dtype = tensor.shape, tensor.dtype
     if packed:
         dtype = plain_dtype(lora_parameters(module))
         shape = effective_weight(module, dtype, attribute=_attribute(place), copies=copies).shape
-    return Made(
-        place, module, torch.empty(shape, dtype=dtype, device="meta"), (tensor.shape, tensor.dtype), needs, copies, bias
-    )
+    stand_in = torch.empty(shape, dtype=dtype, device="meta")
+    return EffectiveTensor(place, module, stand_in, (tensor.shape, tensor.dtype), needs, copies, bias)
 
 
-def _attribute(place: Place) -> str | None:
-    """Which parameter is meant where wrappers act on several; a packed weight goes by another name than its own."""
+def _attribute(place: BaseTensor) -> str | None:
+    """Name the parameter that is meant where wrappers act on several; a packed weight has another name than its own."""
     return place.attribute if any(wrapper.attribute == place.attribute for wrapper in place.wrappers) else None
 
 
-def _scales_of(made: Iterable[Made]) -> set[int]:
-    """The scales of fp8 weights that travel as their values."""
-    found = (lora_parameters(one.module).quant_state for one in made if one.live[1] in FP8)
-    return {id(scale) for scale in found if isinstance(scale, torch.Tensor)}
-
-
-def _role(place: Place, layer: Layer) -> str | None:
-    """What a tensor is to a wrapper around its module: the weight that it changes, the bias, or nothing."""
+def _role(place: BaseTensor, layer: Layer) -> str | None:
+    """Tell what a tensor is to a wrapper around its module: the "weight" that it changes, the "bias", or None."""
     wrapper, parameters = layer.wrapper, layer.parameters
-    if wrapper.kind is Kind.SAVED:
-        return None
-    if place.buffer or parameters is None or wrapper not in place.wrappers:
+    if wrapper.kind is WrapperKind.SAVED or place.buffer or parameters is None or wrapper not in place.wrappers:
         return None
     if wrapper.attribute is not None:
         return "weight" if place.attribute == wrapper.attribute else None

@@ -1,24 +1,22 @@
-"""What the caller of `push` gave: which tensor of the live model each name means, and whose values count.
-
-From what came and what a mode sends to what travels in this push.
-"""
+"""Select the tensors that travel in one push, from the pairs given to `push` and from what the mode sends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
-from trainer_side.lora.layers.module_tree import Extra, Item, Place, Tree
-from trainer_side.lora.modes import Baked, Made
-from trainer_side.names.tensor_checks import not_pairs, plain
-from trainer_side.names.ties import same_bits
+from bridge.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
+from bridge.model.same_bits import same_bits
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor
+from trainer_side.lora.modes import BakedMode, EffectiveTensor
+from trainer_side.names.tensor_checks import NameIndex, check_shape, require_plain, unknown_name
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
+class SentTensors:
     """The tensors of one push, by the live tensor that each stands for (its `id`: one push long, the model holds it).
 
     Attributes:
@@ -32,73 +30,89 @@ class Sent:
     names: tuple[str, ...]
 
     def __call__(self, live: torch.Tensor) -> torch.Tensor:
-        """The values that count for a live tensor."""
+        """Return the values that were sent for a live tensor, or the tensor itself."""
         return self.changed.get(id(live), live)
 
-    def came(self, item: Item) -> bool:
-        """Whether the tensor came, under this name or that of a tied one."""
+    def has(self, item: TreeTensor) -> bool:
+        """Tell whether the tensor came, under this name or that of a tied one."""
         return id(item.tensor()) in self.given
 
 
-def items_of(tree: Tree, names: Sequence[str]) -> list[Item]:
-    """What each name means. Raises ConfigError (no text), UnexpectedTensor, DuplicateTensor."""
-    found: list[Item] = []
-    seen: dict[Item, str] = {}
+@dataclass(frozen=True, eq=False)
+class SelectedTensors:
+    """The tensors of one push.
+
+    Attributes:
+        places: of those that travel as they stand; `named`: their (clean name, tensor) pairs.
+        computed: those that are computed while the snapshot is written.
+    """
+
+    places: tuple[BaseTensor, ...]
+    named: list[tuple[str, torch.Tensor]]
+    computed: tuple[EffectiveTensor, ...]
+
+    @cached_property
+    def under_wrappers(self) -> tuple[BaseTensor, ...]:
+        """The stored tensors to which a merge writes, among those that are read for this push."""
+        read = (*self.places, *(one.place for one in self.computed))
+        return tuple(place for place in read if place.wrappers)
+
+
+def resolve_names(tree: LoraTree, names: Sequence[str]) -> list[TreeTensor]:
+    """Find the live tensor of each name. Raises ConfigError (no str), UnexpectedTensor, DuplicateTensor."""
+    found: list[TreeTensor] = []
+    index = NameIndex()
     for name in names:
-        if not isinstance(name, str):
-            raise not_pairs(f"item {len(found)}", f"a name of type {type(name).__name__}")
+        index.require_text(name)
         item = tree.find(name) or tree.find_plain(name)
         if item is None:
-            raise _unknown(tree, name)
-        if item in seen:
-            raise DuplicateTensor(
-                "the same tensor was sent twice",
-                where=item.live,
-                expected="each name once",
-                got=f"{seen[item]!r} and {name!r}",
-                remedy="push one iterable over one model",
-                names=(item.live,),
+            count = len(tree.places) + len(tree.extras)
+            raise unknown_name(
+                name, f"a parameter or persistent buffer of the model ({count} tensors, adapters included)"
             )
-        seen[item] = name
+        index.add(item.raw, name)
         found.append(item)
     return found
 
 
-def sent(items: Sequence[Item], names: Sequence[str], tensors: Sequence[torch.Tensor]) -> Sent:
-    """Sort what came by live tensor.
+def match_sent(items: Sequence[TreeTensor], names: Sequence[str], tensors: Sequence[torch.Tensor]) -> SentTensors:
+    """Sort what was sent by the live tensor that it stands for.
 
-    Raises ShapeMismatch, DuplicateTensor (one live tensor, two names, different values), and what `tensors.plain` does.
+    Raises ShapeMismatch, UnexpectedTensor (the live tensor is gone), DuplicateTensor (two names of one live tensor with
+    different values), and what `require_plain` raises.
     """
     given: dict[int, torch.Tensor] = {}
     changed: dict[int, torch.Tensor] = {}
     for item, name, tensor in zip(items, names, tensors, strict=True):
         live = item.tensor()
         if live is None:
-            raise UnexpectedTensor("the live model no longer has this tensor", where=name, names=(name,))
+            raise UnexpectedTensor(
+                "the live model no longer has this tensor",
+                where=name,
+                expected="the tensors that the bound model has now",
+                got=repr(name),
+                remedy="push model.named_parameters() as it is now, or bind the model again",
+                names=(name,),
+            )
         key = id(live)
         if tensor is not live:
-            tensor = _checked(item, name, tensor, live)
+            tensor = require_plain(name, tensor)
+            check_shape(name, tensor, tuple(live.shape))
             if not _same_memory(tensor, live):
                 changed[key] = tensor
         earlier = given.get(key)
-        if earlier is not None and earlier is not tensor and not _same_memory(earlier, tensor):
-            _require_equal(item, name, plain(name, earlier), plain(name, tensor))
+        same = earlier is None or earlier is tensor or _same_memory(earlier, tensor)
+        if not same and not same_bits(require_plain(name, earlier), require_plain(name, tensor)):
+            raise DuplicateTensor(
+                "one tensor of the bound model came under two names with different values",
+                where=f"{name} ({item.live})",
+                expected="one value",
+                got="two",
+                remedy="push model.named_parameters()",
+                names=(name,),
+            )
         given[key] = tensor
-    return Sent(given, changed, tuple(names))
-
-
-def _checked(item: Item, name: str, tensor: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    tensor = plain(name, tensor)
-    if tensor.shape != live.shape:
-        raise ShapeMismatch(
-            "a tensor does not have the bound model's shape",
-            where=name,
-            expected=str(list(live.shape)),
-            got=str(list(tensor.shape)),
-            remedy="push the tensors of the bound model",
-            names=(name,),
-        )
-    return tensor
+    return SentTensors(given, changed, tuple(names))
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -107,90 +121,55 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() > 0
 
 
-def _require_equal(item: Item, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    if not same_bits(a, b):
-        raise DuplicateTensor(
-            "one tensor of the bound model came under two names with different values",
-            where=f"{name} ({item.live})",
-            expected="one value",
-            got="two",
-            remedy="push model.named_parameters()",
-            names=(name,),
-        )
+def select_tensors(mode: str, baked: BakedMode, sent: SentTensors, *, partial: bool) -> SelectedTensors:
+    """Select what travels in this push of what the mode sends.
 
-
-def _unknown(tree: Tree, name: str) -> UnexpectedTensor:
-    count = len(tree.places) + sum(isinstance(e, Extra) for e in tree.extras)
-    return UnexpectedTensor(
-        "the bound model has no tensor of this name",
-        where=name,
-        expected=f"a parameter or persistent buffer of the model ({count} tensors, adapters included)",
-        got=repr(name),
-        remedy="push the tensors of the bound model, or bind the model that these belong to",
-        names=(name,),
-    )
-
-
-Slot = tuple[Mapping[str, torch.Tensor | None], str]
-"""Where the live tree holds a tensor: one look-up away."""
-
-
-def slot_of(item: Item) -> Slot:
-    """The dictionary and key under which a tensor lies now."""
-    if item.buffer:
-        return item.owner._buffers, item.attribute
-    if item.attribute in item.owner._parameters:
-        return item.owner._parameters, item.attribute
-    return vars(item.owner), item.attribute
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """What travels: the places of `named`, its pairs, and the computed ones."""
-
-    places: tuple[Place, ...]
-    named: list[tuple[str, torch.Tensor]]
-    made: tuple[Made, ...]
-
-
-def assemble(mode: str, baked: Baked, came: Sent, *, partial: bool) -> Chosen:
-    """Raises MissingTensor, with every name, when something of the mode did not come; when `partial`, if all of it
-    did not."""
+    Raises MissingTensor, with every name, when something of the mode did not come; when `partial`, only if all of it
+    did not.
+    """
     missing: list[str] = []
-    places: list[Place] = []
+    places: list[BaseTensor] = []
     named: list[tuple[str, torch.Tensor]] = []
     for place in baked.direct:
         live = place.tensor()
         if live is None:
             missing.append(place.raw)
             continue
-        tensor = came.given.get(id(live))
+        tensor = sent.given.get(id(live))
         if tensor is None:
             if partial:
                 continue
-            # `named_parameters()` leaves these out, so nobody can be asked for them.
-            if not place.buffer and place.registered:
+            if _can_be_sent(place):
                 missing.append(place.raw)
             tensor = live
         places.append(place)
         named.append((place.clean, tensor))
-    made = tuple(one for one in baked.made if not partial or any(map(came.came, one.items)))
+    computed = [one for one in baked.computed if not partial or any(map(sent.has, one.items))]
     if not partial:
-        missing += _absent([item for one in made for item in one.items], came.came)
-        missing += _absent(baked.needs, came.came)
-    elif not places and not made and not any(map(came.came, baked.needs)):
-        raise _beside(mode, came.names)
+        needed = [*(item for one in computed for item in one.items), *baked.needs]
+        missing += [item.raw for item in needed if _can_be_sent(item) and not sent.has(item)]
+    elif not places and not computed and not any(map(sent.has, baked.needs)):
+        raise _nothing_of_mode(mode, sent.names)
     if missing:
-        raise _missing(mode, tuple(dict.fromkeys(missing)))
+        names = tuple(dict.fromkeys(missing))
+        raise MissingTensor(
+            f"tensors that {mode} mode sends did not come",
+            where=_some(names),
+            expected=_contents(mode),
+            got=f"without {len(names)} of them",
+            remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
+            names=names,
+        )
     # Ends that are equal by construction are computed once, under the name that stands for both.
     ties = {} if baked.known is None else baked.known.ties
-    standing = {ties.get(one.place.clean, one.place.clean) for one in made}
-    return Chosen(tuple(places), named, tuple(one for one in baked.made if one.place.clean in standing))
+    standing = {ties.get(one.place.clean, one.place.clean) for one in computed}
+    return SelectedTensors(tuple(places), named, tuple(one for one in baked.computed if one.place.clean in standing))
 
 
-def refuse_plain_names(tree: Tree, baked: Baked, items: Sequence[Item], names: Sequence[str]) -> None:
-    """Under the base model's name of a computed tensor both its base and its effective values could be meant."""
-    computed = {one.place for one in baked.made}
+def refuse_base_names(tree: LoraTree, baked: BakedMode, items: Sequence[TreeTensor], names: Sequence[str]) -> None:
+    """Raise UnexpectedTensor for a computed tensor that came under the base model's name: both its base value and its
+    effective value could be meant."""
+    computed = {one.place for one in baked.computed}
     for item, name in zip(items, names, strict=True):
         if item in computed and tree.find(name) is None:
             raise UnexpectedTensor(
@@ -203,17 +182,17 @@ def refuse_plain_names(tree: Tree, baked: Baked, items: Sequence[Item], names: S
             )
 
 
-def _absent(items: Iterable[Place | Extra], came: Callable[[Item], bool]) -> list[str]:
-    return [i.raw for i in items if not i.buffer and not came(i) and not (isinstance(i, Place) and not i.registered)]
+def _can_be_sent(item: TreeTensor) -> bool:
+    """Tell whether `named_parameters()` yields this tensor: no buffer, and no weight that is a plain attribute."""
+    return not item.buffer and not (isinstance(item, BaseTensor) and not item.registered)
 
 
-def _beside(mode: str, names: tuple[str, ...]) -> MissingTensor:
+def _nothing_of_mode(mode: str, names: tuple[str, ...]) -> MissingTensor:
     others = " or ".join(f'mode="{other}"' for other in ("merged", "base", "adapter") if other != mode)
-    what = "the adapter" if mode == "adapter" else f"what {mode} mode sends"
     return MissingTensor(
-        f"nothing that was sent belongs to {what}",
+        f"nothing that was sent belongs to {'the adapter' if mode == 'adapter' else f'what {mode} mode sends'}",
         where=_some(names),
-        expected=_sends(mode),
+        expected=_contents(mode),
         got=f"{len(names)} other tensor{'s' if len(names) > 1 else ''} of the model",
         remedy=f"push some of these, or use {others}",
         names=names,
@@ -224,19 +203,8 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
-def _sends(mode: str) -> str:
+def _contents(mode: str) -> str:
     if mode == "base":
         return "every base tensor"
     acting = "every tensor of the active adapters"
     return acting if mode == "adapter" else f"every base tensor and {acting}"
-
-
-def _missing(mode: str, names: tuple[str, ...]) -> MissingTensor:
-    return MissingTensor(
-        f"tensors that {mode} mode sends did not come",
-        where=_some(names),
-        expected=_sends(mode),
-        got=f"without {len(names)} of them",
-        remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
-        names=names,
-    )

@@ -1,4 +1,4 @@
-"""A second module tree over the same parameters, without adapters: `bare`."""
+"""A second module tree over the same parameters, without adapters: `copy_without_lora`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", 
 """What a module keeps in containers of its own: the copy gets its own ones."""
 
 
-def bare(model: nn.Module) -> nn.Module:
+def copy_without_lora(model: nn.Module) -> nn.Module:
     """The base model as it is without adapters: new module objects over the very same Parameters and buffers.
 
     Every LoRA wrapper (any chain of `base_layer`), `modules_to_save` and token wrapper is replaced by the layer or

@@ -1,4 +1,4 @@
-"""Live name -> canonical name: what a trainer's module tree calls a tensor, and what its checkpoint calls it.
+"""Map live names (a tensor's name in the trainer's module tree) to canonical names (its name in the checkpoint).
 
 Wrappers (torch.compile, data parallel, FSDP, activation checkpointing) only add segments to names. transformers >= 5
 also *stores* some weights otherwise than the checkpoint does: experts fused into 3-D tensors, renamed prefixes,
@@ -13,7 +13,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -96,7 +96,7 @@ class LiveEntry:
 
 @dataclass(frozen=True)
 class CanonicalMap:
-    """How one model's live tensors make up its checkpoint. Made once per bound model by `bake_names`.
+    """The live tensors of one model and the checkpoint that they make up; baked once per bound model by `bake_names`.
 
     Attributes:
         tensors: in the order of the live tensors.
@@ -119,23 +119,26 @@ class CanonicalMap:
 
     @cached_property
     def infos(self) -> tuple[TensorInfo, ...]:
-        """What a full push of the model is expected to announce."""
+        """List the tensors of a full push of the model."""
         return tuple(tensor.info for tensor in self.tensors)
 
     def resolve(self, name: str) -> str | None:
-        """The clean name of a live tensor under any name that an iterable over the model, wrapped or not, may give it;
-        None for a name that is not the model's. Ties are not resolved."""
+        """Return the clean name of a live tensor, under whatever wrappers it was named; ties are not resolved.
+
+        None for a name that is not the model's.
+        """
         clean = self.raw.get(name)
         if clean is None and (name in self.live or name in self.ties or name in self.ignored):
             return name
         if clean is None:
-            bare = canonical_unbound(name)
-            clean = bare if bare != name and (bare in self.live or bare in self.ties or bare in self.ignored) else None
+            short = canonical_unbound(name)
+            if short != name and (short in self.live or short in self.ties or short in self.ignored):
+                clean = short
         return clean
 
 
 def canonical_unbound(name: str) -> str:
-    """A name without its wrappers' segments, when no model is bound to look at.
+    """Strip the segments that wrappers put into a name, when no model is bound to look at.
 
     Reserved segments go wherever they stand, and so does the hop of a LoRA layer; `module` and PEFT's prefix go only
     where they lead, since deeper down they may be submodules' own names.
@@ -149,19 +152,19 @@ def canonical_unbound(name: str) -> str:
 
 
 def is_lora_name(name: str) -> bool:
-    """Whether a name is that of a LoRA layer's own parameter, by whole segments."""
+    """Tell by whole segments whether a name is that of a LoRA layer's own parameter."""
     return not LORA_SEGMENTS.isdisjoint(name.split("."))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside any chain of wrappers around it."""
+    """Return the model inside any chain of wrappers."""
     while (inner := wrapped_child(model, root=True)) is not None:
         model = model.get_submodule(inner)
     return model
 
 
 def wrapped_child(module: nn.Module, *, root: bool) -> str | None:
-    """The name of the one child that a wrapper wraps; None for a module that is no wrapper."""
+    """Return the name of the child that a wrapper wraps; None for a module that is no wrapper."""
     for name in module._modules:
         if name in RESERVED:
             return name
@@ -180,8 +183,10 @@ def bake_names(model: nn.Module) -> CanonicalMap:
     Called once when a model is bound; reads no values, copies nothing, takes milliseconds to a second. Works for any
     module; for a transformers >= 5 model the checkpoint form is the one its `save_pretrained` writes.
 
-    Raises ConfigError for what is no module or has no tensors; IntegrityError, naming the tensor, for a lazy module
-    before its first forward and when transformers computes a checkpoint tensor in a way that is not copying.
+    Raises:
+        ConfigError: `model` is no module, or has no tensors.
+        IntegrityError, naming the tensor: a lazy module before its first forward; transformers computes a checkpoint
+            tensor instead of copying it.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -193,17 +198,28 @@ def bake_names(model: nn.Module) -> CanonicalMap:
         )
     entries = list(_live_tensors(model))
     if not entries:
-        raise ConfigError("the model has no parameters", got=type(model).__name__, remedy="bind the model itself")
+        raise ConfigError(
+            "the model has no parameters",
+            where="the model given to bind",
+            expected="a model with parameters or persistent buffers",
+            got=type(model).__name__,
+            remedy="bind the model itself",
+        )
     return bake_entries(unwrapped(model), entries)
 
 
 def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap:
-    """`bake_names` over tensors that were listed by somebody who knows the tree better than its names tell (LoRA).
+    """Bake the names of tensors that the caller listed; `bake_names` and the LoRA modes call it.
 
-    `inner` is the model without wrappers whose conversion to checkpoint form counts. Raises IntegrityError as there.
+    `inner` is the model without wrappers whose conversion to checkpoint form counts. Raises IntegrityError as
+    `bake_names`.
     """
     tensors = {entry.clean: entry for entry in entries}
-    dropped = _never_saved(inner) & tensors.keys()
+    # Names that a transformers model leaves out of its checkpoint.
+    never_saved: Iterable[str] = (
+        getattr(inner, "_keys_to_ignore_on_save", None) or () if _is_transformers(inner) else ()
+    )
+    dropped = set(never_saved) & tensors.keys()
     ties = _ties({n: e for n, e in tensors.items() if n not in dropped}, _declared_ties(inner))
     buffers = {entry.clean for entry in entries if entry.buffer}
     kept = {n: e.tensor for n, e in tensors.items() if n not in ties and n not in dropped}
@@ -221,29 +237,27 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
 
 
 def _live_tensors(model: nn.Module) -> Iterator[LiveEntry]:
-    """Every parameter and persistent buffer, ties included.
-
-    Raises IntegrityError for a lazy module's, which has no shape yet.
-    """
-    for prefix, clean_prefix, module in walk(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                require_initialised(prefix + name, parameter)
-                yield _entry(prefix + name, clean_prefix + name, parameter, False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                require_initialised(prefix + name, buffer)
-                yield _entry(prefix + name, clean_prefix + name, buffer, True)
+    """List every parameter and persistent buffer, ties included. Raises IntegrityError for a lazy module's."""
+    for prefix, clean, module in walk(model):
+        for name, tensor, buffer in own_tensors(module):
+            require_initialised(prefix + name, tensor)
+            yield LiveEntry(prefix + name, clean + name, tensor, buffer, identity_of(clean + name, tensor))
 
 
-def _entry(raw: str, clean: str, tensor: torch.Tensor, buffer: bool) -> LiveEntry:
-    return LiveEntry(raw, clean, tensor, buffer, identity_of(clean, tensor))
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """List a module's own parameters and persistent buffers: (name, tensor, is it a buffer)."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter, False
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer, True
 
 
 def walk(
     module: nn.Module, prefix: str = "", clean: str = "", *, root: bool = True
 ) -> Iterator[tuple[str, str, nn.Module]]:
-    """(prefix with wrappers, prefix without, module) of every module, shared ones under each of their names.
+    """List (prefix with wrappers, prefix without, module) of every module, shared ones under each of their names.
 
     A wrapper's own hop adds nothing to the clean prefix.
     """
@@ -256,7 +270,7 @@ def walk(
 
 
 def _ties(entries: Mapping[str, LiveEntry], declared: frozenset[str]) -> dict[str, str]:
-    """Tied name -> the name that stands for it: the first that the model does not declare as tied to another."""
+    """Map each tied name to the name that stands for it: the first that the model does not declare as tied."""
     groups: dict[Hashable, list[str]] = {}
     for name, entry in entries.items():
         groups.setdefault(entry.identity, []).append(name)
@@ -268,7 +282,7 @@ def _ties(entries: Mapping[str, LiveEntry], declared: frozenset[str]) -> dict[st
 
 
 def identity_of(name: str, tensor: torch.Tensor) -> Hashable:
-    """Equal for two tensors that are the same elements of one storage."""
+    """Return a key that is equal for two tensors that are the same elements of one storage."""
     if tensor.numel() == 0:
         return name
     storage = tensor.untyped_storage()._cdata
@@ -281,14 +295,8 @@ def _declared_ties(model: nn.Module) -> frozenset[str]:
     return frozenset(map(str, declared)) if isinstance(declared, Mapping) else frozenset()
 
 
-def _never_saved(model: nn.Module) -> set[str]:
-    """Names that a transformers model leaves out of its checkpoint."""
-    keys: Iterable[str] | None = getattr(model, "_keys_to_ignore_on_save", None) if _is_transformers(model) else None
-    return set(keys or ())
-
-
 def _is_transformers(model: nn.Module) -> bool:
-    """Whether a model is transformers' own; without importing transformers for one that is not."""
+    """Tell whether a model is transformers' own, without importing transformers for one that is not."""
     library = sys.modules.get("transformers.modeling_utils")
     return library is not None and isinstance(model, library.PreTrainedModel)
 
@@ -312,29 +320,24 @@ def _bake(model: nn.Module, kept: Mapping[str, torch.Tensor], ties: Mapping[str,
     if revert is None:
         for alias, name in ties.items():
             aliases.setdefault(name, []).append(alias)
-        return [_whole(name, t, tuple(aliases.get(name, ()))) for name, t in stand_ins.items()]
-    plain = _traced(revert, model, stand_ins, stand_ins)
-    if ties:
-        known = {tensor.name for tensor in plain}
-        by_pieces = {_content(tensor): tensor.name for tensor in plain}
-        for tensor in _traced(revert, model, stand_ins, stand_ins | {a: stand_ins[n] for a, n in ties.items()}):
-            same = by_pieces.get(_content(tensor))
-            if tensor.name not in known and same is not None:
-                aliases.setdefault(same, []).append(tensor.name)
-    return [CanonicalTensor(t.name, t.dtype, t.shape, t.pieces, tuple(aliases.get(t.name, ()))) for t in plain]
-
-
-def _content(tensor: CanonicalTensor) -> object:
-    return tensor.shape, tensor.dtype, frozenset(tensor.pieces)
-
-
-def _whole(name: str, tensor: torch.Tensor, aliases: tuple[str, ...]) -> CanonicalTensor:
-    shape = tuple(tensor.shape)
-    return CanonicalTensor(name, tensor.dtype, shape, (Piece(name, dense(shape), dense(shape)),), aliases)
+        baked = []
+        for name, tensor in stand_ins.items():
+            whole = dense(tuple(tensor.shape))
+            baked.append(CanonicalTensor(name, tensor.dtype, whole.shape, (Piece(name, whole, whole),)))
+    else:
+        baked = _traced(revert, model, stand_ins, stand_ins)
+        by_content = {(t.shape, t.dtype, frozenset(t.pieces)): t.name for t in baked}
+        known = {t.name for t in baked}
+        tied = {alias: stand_ins[name] for alias, name in ties.items()}
+        for other in _traced(revert, model, stand_ins, stand_ins | tied) if ties else ():
+            same = by_content.get((other.shape, other.dtype, frozenset(other.pieces)))
+            if other.name not in known and same is not None:
+                aliases.setdefault(same, []).append(other.name)
+    return [replace(tensor, aliases=tuple(aliases.get(tensor.name, ()))) for tensor in baked]
 
 
 def _traced(revert: Revert, model: nn.Module, sources: StateDict, state: StateDict) -> list[CanonicalTensor]:
-    """Run the conversion on stand-ins and ask of each result where it comes from."""
+    """Run the conversion on stand-ins and trace where each result comes from."""
     with Recorder(sources) as recorder:
         results = revert(model, dict(state))
     baked = []
@@ -359,7 +362,14 @@ def _traced(revert: Revert, model: nn.Module, sources: StateDict, state: StateDi
 def _empty_piece(name: str, tensor: torch.Tensor, state: StateDict) -> tuple[Piece, ...]:
     """A tensor without elements has no provenance; it stands for the live tensor of its name."""
     if name not in state:
-        raise MissingTensor("an empty tensor whose live name is unknown", where=name, names=(name,))
+        raise MissingTensor(
+            "an empty checkpoint tensor has no live tensor of its name",
+            where=name,
+            expected="a live tensor of this name, since an empty tensor cannot be traced",
+            got="none",
+            remedy="push without binding this model, giving checkpoint names and tensors",
+            names=(name,),
+        )
     return (Piece(name, dense(tuple(state[name].shape)), dense(tuple(tensor.shape))),)
 
 
@@ -367,7 +377,7 @@ def _empty_piece(name: str, tensor: torch.Tensor, state: StateDict) -> tuple[Pie
 
 
 def routes_into(module: nn.Module) -> Routes:
-    """How a module that is attached as an engine takes checkpoint tensors: its own name conversion, inverted.
+    """Find where checkpoint tensors go in a module that is attached as an engine: its name conversion, inverted.
 
     Called on the engine's behalf (`bridge.attach`), once per shape of the module. Besides checkpoint names it takes
     live names, with wrappers and without, which is what an unbound trainer sends; where a name means both, the

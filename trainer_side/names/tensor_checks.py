@@ -1,4 +1,4 @@
-"""What of the things that a trainer calls tensors can be copied: plain, dense, with values in memory of their own."""
+"""Check what is given to `push`: (name, tensor) pairs, and tensors that are plain, dense and have values in memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bridge.errors import ConfigError, DtypeMismatch, IntegrityError, MissingTensor
+from bridge.errors import (
+    ConfigError,
+    DtypeMismatch,
+    DuplicateTensor,
+    IntegrityError,
+    MissingTensor,
+    ShapeMismatch,
+    UnexpectedTensor,
+)
 
-Named = Iterable[tuple[str, torch.Tensor]]
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def plain(name: str, tensor: object) -> torch.Tensor:
-    """The tensor itself, checked to have values that can be copied.
+def require_plain(name: str, tensor: object) -> torch.Tensor:
+    """Return the plain tensor whose memory holds this tensor's values.
 
     A replicated DTensor becomes its local tensor, a subclass the plain tensor that shares its memory, and a view that
     is negated only when read (`is_neg()`) a tensor whose memory holds its values.
 
-    Raises ConfigError (no tensor, sharded), IntegrityError (no values), DtypeMismatch (values that are not laid out as
-    a strided tensor), naming it.
+    Raises, naming the tensor:
+        ConfigError: not a tensor, or a sharded one.
+        IntegrityError: it has no values here (lazy, meta, freed).
+        DtypeMismatch: it is sparse or quantised.
     """
     if not isinstance(tensor, torch.Tensor):
         raise not_pairs(name, type(tensor).__name__)
@@ -53,7 +63,7 @@ def plain(name: str, tensor: object) -> torch.Tensor:
 
 
 def require_initialised(name: str, tensor: torch.Tensor) -> None:
-    """Raises IntegrityError for a lazy module's parameter or buffer, which has no shape before the first forward."""
+    """Raise IntegrityError for a lazy module's parameter or buffer, which has no shape before the first forward."""
     if is_lazy(tensor):
         raise IntegrityError(
             "a lazy module's tensor has neither shape nor values yet",
@@ -65,16 +75,16 @@ def require_initialised(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def addresses(sources: Sequence[torch.Tensor]) -> list[int] | None:
-    """Where the first element of each lies, 0 where nothing does; None when some tensor cannot have an address."""
+def addresses_of(sources: Sequence[torch.Tensor]) -> list[int] | None:
+    """Return each tensor's address (0 without memory); None when some tensor cannot have one (meta, sparse)."""
     try:
         return [t.data_ptr() for t in sources]
     except RuntimeError:
         return None
 
 
-def exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
-    """Names and tensors of the iterable. Raises ConfigError for what is no iterable of pairs."""
+def read_pairs(named: NamedTensors) -> tuple[list[str], list[torch.Tensor]]:
+    """Exhaust the iterable given to `push` into names and tensors. Raises ConfigError when it holds no pairs."""
     if isinstance(named, Mapping):
         named = named.items()
     names: list[str] = []
@@ -94,7 +104,65 @@ def exhaust(named: Named) -> tuple[list[str], list[torch.Tensor]]:
     return names, tensors
 
 
+class NameIndex:
+    """The names of one push in the order they came, each tensor once; shared by both name resolvers.
+
+    Attributes:
+        index: the model's own name of a tensor -> its position in the push.
+    """
+
+    def __init__(self) -> None:
+        self.index: dict[str, int] = {}
+        self._given: list[str] = []
+
+    def require_text(self, given: str) -> None:
+        """Raise ConfigError when the next name is not a str."""
+        if not isinstance(given, str):
+            raise not_pairs(f"item {len(self._given)}", f"a name of type {type(given).__name__}")
+
+    def add(self, clean: str, given: str) -> None:
+        """Note that the tensor `clean` came under the name `given`. Raises DuplicateTensor the second time."""
+        if clean in self.index:
+            earlier = self._given[self.index[clean]]
+            raise DuplicateTensor(
+                "the same tensor was sent twice",
+                where=clean,
+                expected="each name once",
+                got=repr(given) if given == earlier else f"{earlier!r} and {given!r}",
+                remedy="push one iterable over one model",
+                names=(clean,),
+            )
+        self.index[clean] = len(self._given)
+        self._given.append(given)
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ShapeMismatch when a tensor that was sent does not have the bound model's shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ShapeMismatch(
+            "a tensor does not have the bound model's shape",
+            where=name,
+            expected=str(list(shape)),
+            got=str(list(tensor.shape)),
+            remedy="bind the model whose tensors are pushed, again if its layers were resized",
+            names=(name,),
+        )
+
+
+def unknown_name(name: str, expected: str) -> UnexpectedTensor:
+    """Build the error for a name that the bound model does not have; `expected` lists the kinds of names it has."""
+    return UnexpectedTensor(
+        "the bound model has no tensor of this name",
+        where=name,
+        expected=expected,
+        got=repr(name),
+        remedy="push the tensors of the bound model, or bind the model that these belong to",
+        names=(name,),
+    )
+
+
 def nothing_sent() -> MissingTensor:
+    """Build the error for an empty push."""
     return MissingTensor(
         "nothing was sent: the iterable is empty",
         where="the iterable given to push",
@@ -105,6 +173,7 @@ def nothing_sent() -> MissingTensor:
 
 
 def not_pairs(where: str, got: str) -> ConfigError:
+    """Build the error for an argument of `push` that is no iterable of (name, tensor) pairs."""
     return ConfigError(
         "push takes an iterable of (name, tensor) pairs",
         where=where,
@@ -124,7 +193,7 @@ def _without_class(tensor: torch.Tensor) -> torch.Tensor:
 
 def _require_memory(name: str, tensor: torch.Tensor, given: str) -> None:
     """A wrapper around other tensors, or a tensor whose storage was freed, has elements but none of them in memory."""
-    if not tensor.numel() or addresses([tensor]) not in (None, [0]):
+    if not tensor.numel() or addresses_of([tensor]) not in (None, [0]):
         return
     freed = type(tensor) in _PLAIN
     dense = "send the dense values (tensor.dequantize(), tensor.full_tensor())"

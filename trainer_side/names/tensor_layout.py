@@ -1,7 +1,7 @@
-"""From an iterable of (live name, tensor) to canonical tensors: references, names and ties, no bytes moved yet.
+"""Turn an iterable of (live name, tensor) into canonical tensors: names and ties are resolved, no bytes are moved.
 
-The first push of a layout resolves every name; the result is kept as a `Layout`. Later pushes only check, with a few
-list comparisons, that names, shapes, dtypes and ties are those of the last one. No tensor is kept between pushes: a
+The first push of a layout resolves every name; the result is kept as a `TensorLayout`. Later pushes only check, with a
+few list comparisons, that names, shapes, dtypes and ties are those of the last one. No tensor is kept between pushes: a
 trainer that offloads its weights gets its memory back.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.errors import DuplicateTensor, MissingTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
@@ -28,9 +28,17 @@ from trainer_side.names.naming import (
     is_lora_name,
     walk,
 )
-from trainer_side.names.tensor_checks import Named, exhaust, not_pairs, nothing_sent, plain
-from trainer_side.names.tensor_checks import addresses as addresses_of
-from trainer_side.names.ties import NO_ADDRESS, TiesSent, check_ties, tie_pattern, ties_of, ties_sent
+from trainer_side.names.tensor_checks import (
+    NamedTensors,
+    NameIndex,
+    addresses_of,
+    check_shape,
+    nothing_sent,
+    read_pairs,
+    require_plain,
+    unknown_name,
+)
+from trainer_side.names.ties import NO_ADDRESS, TiesSent, check_ties, list_ties, sort_ties, tie_pattern
 
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
@@ -38,7 +46,7 @@ _NEGATED = torch.Tensor.is_neg
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """Elements `source` of the collected tensor at `index` become elements `dest` of a canonical tensor.
 
     Both count row-major; None for both says the whole tensor, as it is.
@@ -51,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """A tensor that is not there but computed while the snapshot is written (merged weights, folded adapters).
+    """A tensor that is computed while the snapshot is written (merged weights, LoRA factors with the scaling folded).
 
     Attributes:
         name: its clean live name, as `CanonicalMap.live` has it.
@@ -66,14 +74,14 @@ class Computed:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """What stays the same from push to push: the canonical tensors and which collected tensors they are made of.
+class TensorLayout:
+    """The canonical tensors of a push and the collected tensors that they are made of, kept from push to push.
 
     Compared by identity: the same object means that nothing about names, shapes, dtypes and ties has changed.
     """
 
     tensors: tuple[TensorInfo, ...]
-    parts: tuple[tuple[Part, ...], ...]
+    parts: tuple[tuple[TensorPart, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +90,15 @@ class Collected:
 
     Attributes:
         layout: names and geometry.
-        sources: the collected tensors, in the order that `Part.index` counts; plain, their memory holds their values.
+        sources: the collected tensors, plain, in the order that `TensorPart.index` counts.
         addresses: where the first element of each lies; 0 where there is none.
         computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
-        adapter: set when the tensors are an adapter's.
+        adapter: set when the tensors are those of a LoRA alone.
         notes: for the receipt.
-        state: of the model's LoRA layers when this was collected.
+        state: of the model's LoRA layers when this was collected; see `LoraModel.changed_since`.
     """
 
-    layout: Layout
+    layout: TensorLayout
     sources: list[torch.Tensor]
     addresses: list[int]
     computed: Mapping[int, Computed] = field(default_factory=dict)
@@ -100,7 +108,7 @@ class Collected:
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Name, trainer dtype, shape, aliases; the same object as last time when nothing about the layout changed."""
+        """Return name, trainer dtype, shape and aliases; the same object as last time while the layout is the same."""
         return self.layout.tensors
 
 
@@ -125,7 +133,7 @@ class _Seen:
     added: tuple[_Buffer, ...]
     computed: list[str]
     ties: TiesSent
-    layout: Layout
+    layout: TensorLayout
 
 
 class WeightSource:
@@ -142,28 +150,32 @@ class WeightSource:
         self.model = model
         self.map: CanonicalMap | None = bake_names(model) if model is not None and known is None else known
         self._buffers = [] if model is None or self.map is None else _buffers(model, self.map)
-        self._ties = () if self.map is None else ties_of(self.map)
+        self._ties = () if self.map is None else list_ties(self.map)
         self._seen: _Seen | None = None
 
     @property
     def expected(self) -> tuple[TensorInfo, ...] | None:
-        """What a full push of the bound model announces; None when no model is bound."""
+        """List what a full push of the bound model announces; None when no model is bound."""
         return None if self.map is None else self.map.infos
 
-    def collect(self, named: Named, *, partial: bool = False, computed: Sequence[Computed] = ()) -> Collected:
-        """Exhaust the iterable and resolve it; moves no bytes, about a microsecond per tensor when nothing changed.
+    def collect(self, named: NamedTensors, *, partial: bool = False, computed: Sequence[Computed] = ()) -> Collected:
+        """Exhaust the iterable and resolve its names. Moves no bytes; about a microsecond per tensor when the names,
+        shapes, dtypes and ties are those of the last push.
 
-        With a bound model its persistent buffers are added, unless `partial`; `computed` are tensors that come besides,
-        under clean names. Names of the model that do not come are
-        not missed here: compare `Collected.tensors` with `expected`.
+        Args:
+            named: (name, tensor) pairs; persistent buffers of the bound model are added unless `partial`.
+            partial: a subset is meant.
+            computed: tensors that come besides, under clean names.
 
-        Raises MissingTensor (nothing came, or only some of the live tensors that a checkpoint tensor is made of),
-        DuplicateTensor (also two different tensors under names that the bound model tied), UnexpectedTensor (a name
-        that is not the bound model's), ShapeMismatch (not the bound model's shape), DtypeMismatch (cannot travel),
-        IntegrityError (no values: meta, lazy, a wrapper without storage), ConfigError (not (name, tensor) pairs, or a
-        sharded DTensor).
+        Names of the bound model that did not come are not missed here: compare `Collected.tensors` with `expected`.
+
+        Raises:
+            MissingTensor: nothing came, or only some of the live tensors that a checkpoint tensor is made of.
+            DuplicateTensor: a name came twice, or two different tensors under names that the bound model tied.
+            UnexpectedTensor, ShapeMismatch: not a name, or not the shape, of the bound model.
+            DtypeMismatch, IntegrityError, ConfigError: as `require_plain`; ConfigError also for what is no pair.
         """
-        names, tensors = exhaust(named)
+        names, tensors = read_pairs(named)
         if not names and not computed:
             raise nothing_sent()
         extra = [c.name for c in computed]
@@ -172,128 +184,89 @@ class WeightSource:
             sources = tensors + [_current(buffer) for buffer in seen.added] + [c.stand_in for c in computed]
             addresses = _unchanged(seen, sources)
             if addresses is not None:
-                self._check_ties(seen.ties, sources)
-                return Collected(seen.layout, sources, addresses, _indexed(computed, len(sources)))
+                if self.model is not None:
+                    check_ties(self.model, seen.ties, sources)
+                first = len(sources) - len(computed)
+                return Collected(seen.layout, sources, addresses, dict(enumerate(computed, first)))
         return self._resolve(names, tensors, partial, computed)
 
     def _resolve(
         self, names: list[str], tensors: list[torch.Tensor], partial: bool, computed: Sequence[Computed]
     ) -> Collected:
-        clean = _Names(self.map)
+        clean = NameIndex()
         for name in names:
-            clean.add(name)
+            clean.require_text(name)
+            clean.add(_resolve_name(self.map, name), name)
         added = () if partial else tuple(b for b in self._buffers if b.clean not in clean.index)
+        sources = [require_plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
         for buffer in added:
-            clean.add(buffer.clean)
-        sources = [
-            plain(name, tensor)
-            for name, tensor in zip(
-                [*names, *(b.clean for b in added)], [*tensors, *(_current(b) for b in added)], strict=True
-            )
-        ]
+            clean.add(buffer.clean, buffer.clean)
+            sources.append(require_plain(buffer.clean, _current(buffer)))
         for item in computed:
-            clean.keep(item.name, item.name)
+            clean.add(item.name, item.name)
             sources.append(item.stand_in)
         addresses = addresses_of(sources) or []
         pattern = tie_pattern(sources, addresses)
-        shapes, dtypes = [t.shape for t in sources], [t.dtype for t in sources]
-        if self.map is None:
-            layout, ties = _unbound_layout(clean, sources, pattern), TiesSent()
+        dtypes = [t.dtype for t in sources]
+        if self.map is None or self.model is None:
+            layout, ties = _unbound_layout(clean.index, sources, pattern), TiesSent()
         else:
-            came = clean.came
-            _check_shapes(self.map, clean.index, sources)
-            ties = ties_sent(self._ties, clean.index, came, pattern)
-            self._check_ties(ties, sources)
+            for name, k in clean.index.items():
+                live = self.map.live.get(self.map.ties.get(name, name)) or self.map.by_name.get(name)
+                if live is not None:
+                    check_shape(name, sources[k], live.shape)
+            came = _travelling(self.map, clean.index)
+            ties = sort_ties(self._ties, clean.index, came, pattern)
+            check_ties(self.model, ties, sources)
             layout = _bound_layout(self.map, came, sources, pattern)
         last = self._seen
-        if last is not None and last.dtypes == dtypes and _alike(last.layout, layout):
-            layout = last.layout
+        if last is not None and last.dtypes == dtypes:
+            same = last.layout.tensors == layout.tensors and last.layout.parts == layout.parts
+            layout = last.layout if same else layout
         extra = [item.name for item in computed]
-        self._seen = _Seen(names, shapes, dtypes, pattern, partial, added, extra, ties, layout)
-        return Collected(layout, sources, addresses, _indexed(computed, len(sources)))
-
-    def _check_ties(self, ties: TiesSent, sources: list[torch.Tensor]) -> None:
-        if self.model is not None:
-            check_ties(self.model, ties, sources)
+        self._seen = _Seen(names, [t.shape for t in sources], dtypes, pattern, partial, added, extra, ties, layout)
+        return Collected(layout, sources, addresses, dict(enumerate(computed, len(sources) - len(computed))))
 
 
-class _Names:
-    """Clean names in the order they came, each once."""
+def _resolve_name(known: CanonicalMap | None, given: str) -> str:
+    """Return the clean live name, or the checkpoint name, of a tensor that was pushed as `given`.
 
-    def __init__(self, known: CanonicalMap | None) -> None:
-        self.known = known
-        self.index: dict[str, int] = {}
-        self._given: list[str] = []
-
-    def add(self, given: str) -> None:
-        if not isinstance(given, str):
-            raise not_pairs(f"item {len(self._given)}", f"a name of type {type(given).__name__}")
-        self.keep(_unbound(given) if self.known is None else self._live(self.known, given), given)
-
-    def keep(self, clean: str, given: str) -> None:
-        """Note a clean name. Raises DuplicateTensor."""
-        if clean in self.index:
-            earlier = self._given[self.index[clean]]
-            raise DuplicateTensor(
-                "the same tensor was sent twice",
-                where=clean,
-                expected="each name once",
-                got=repr(given) if given == earlier else f"{earlier!r} and {given!r}",
-                remedy="push one iterable over one model",
-                names=(clean,),
+    Raises UnexpectedTensor for a name that is not the bound model's, UnsupportedLora for a LoRA parameter when no model
+    is bound.
+    """
+    if known is None:
+        if is_lora_name(given):
+            raise UnsupportedLora(
+                "LoRA parameters cannot be pushed without their model",
+                where=given,
+                expected="a bound model: scaling, active adapters and merge state are not in the tensors",
+                got="a name of a LoRA layer, and no model bound",
+                remedy="bind the model once (b.bind(peft_model), or model=peft_model) and push again",
+                names=(given,),
             )
-        self.index[clean] = len(self._given)
-        self._given.append(given)
-
-    @property
-    def came(self) -> dict[str, int]:
-        """Name -> index of what travels for it: of tied names, the kept one's if it came."""
-        ties = {} if self.known is None else self.known.ties
-        found: dict[str, int] = {}
-        for clean, k in self.index.items():
-            live = ties.get(clean, clean)
-            if live not in found or live == clean:
-                found[live] = k
-        return found
-
-    @staticmethod
-    def _live(known: CanonicalMap, given: str) -> str:
-        clean = known.resolve(given)
-        if clean is not None:
-            return clean
-        if given in known.by_name:
-            return known.by_name[given].name
-        raise UnexpectedTensor(
-            "the bound model has no tensor of this name",
-            where=given,
-            expected=f"a parameter, persistent buffer or checkpoint name of the model ({len(known.live)} tensors)",
-            got=repr(given),
-            remedy="push the tensors of the bound model, or bind the model that these belong to",
-            names=(given,),
-        )
+        return canonical_unbound(given)
+    clean = known.resolve(given)
+    if clean is not None:
+        return clean
+    if given in known.by_name:
+        return known.by_name[given].name
+    raise unknown_name(
+        given, f"a parameter, persistent buffer or checkpoint name of the model ({len(known.live)} tensors)"
+    )
 
 
-def _indexed(computed: Sequence[Computed], total: int) -> dict[int, Computed]:
-    """By place in `sources`, where they come last."""
-    return dict(enumerate(computed, total - len(computed)))
-
-
-def _unbound(given: str) -> str:
-    """The canonical name of a tensor whose model is not bound. Raises UnsupportedLora for a LoRA parameter."""
-    if is_lora_name(given):
-        raise UnsupportedLora(
-            "LoRA parameters cannot be pushed without their model",
-            where=given,
-            expected="a bound model: scaling, active adapters and merge state are not in the tensors",
-            got="a name of a LoRA layer, and no model bound",
-            remedy="bind the model once (b.bind(peft_model), or model=peft_model) and push again",
-            names=(given,),
-        )
-    return canonical_unbound(given)
+def _travelling(known: CanonicalMap, index: Mapping[str, int]) -> dict[str, int]:
+    """Live name -> position of the tensor that travels for it: of tied names the kept one's if it came."""
+    found: dict[str, int] = {}
+    for clean, k in index.items():
+        live = known.ties.get(clean, clean)
+        if live not in found or live == clean:
+            found[live] = k
+    return found
 
 
 def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:
-    """The cheap check: plain tensors of the same shapes, dtypes and ties as last time. Returns their addresses."""
+    """Return the addresses of plain tensors that have the shapes, dtypes and ties of last time; else None."""
     if not set(map(type, sources)) <= {torch.Tensor, nn.Parameter} or any(map(_NEGATED, sources)):
         return None
     if not all(map(operator.is_, map(_DTYPE, sources), seen.dtypes)):
@@ -305,35 +278,32 @@ def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:
     return addresses if addresses is not None and tie_pattern(sources, addresses) == seen.pattern else None
 
 
-def _unbound_layout(names: _Names, sources: Sequence[torch.Tensor], pattern: Sequence[int]) -> Layout:
+def _unbound_layout(index: Mapping[str, int], sources: Sequence[torch.Tensor], pattern: Sequence[int]) -> TensorLayout:
     aliases: dict[int, list[str]] = {}
-    for name, k in names.index.items():
+    for name, k in index.items():
         if pattern[k] not in (k, NO_ADDRESS):
             aliases.setdefault(pattern[k], []).append(name)
     tensors, parts = [], []
-    for name, k in names.index.items():
+    for name, k in index.items():
         if pattern[k] in (k, NO_ADDRESS):
             t = sources[k]
             tensors.append(TensorInfo(name, dtype_name(t.dtype, name), tuple(t.shape), tuple(aliases.get(k, ()))))
-            parts.append((Part(k),))
-    return Layout(tuple(tensors), tuple(parts))
-
-
-def _alike(a: Layout, b: Layout) -> bool:
-    return a.tensors == b.tensors and a.parts == b.parts
+            parts.append((TensorPart(k),))
+    return TensorLayout(tuple(tensors), tuple(parts))
 
 
 def _bound_layout(
     known: CanonicalMap, came: Mapping[str, int], sources: Sequence[torch.Tensor], pattern: Sequence[int]
-) -> Layout:
+) -> TensorLayout:
     """The canonical tensors whose live tensors came, in the model's order."""
     infos: dict[object, TensorInfo] = {}
-    parts: dict[object, tuple[Part, ...]] = {}
+    parts: dict[object, tuple[TensorPart, ...]] = {}
     for tensor in known.tensors:
         made_of = _parts_of(known, tensor, came)
         if made_of is None:
             continue
-        dtype = _common_dtype(tensor, [sources[p.index] for p in made_of])
+        dtypes = {sources[p.index].dtype for p in made_of}
+        dtype = dtypes.pop() if len(dtypes) == 1 else tensor.dtype
         # The iterable may tie what the model does not: the same elements under a second name travel once.
         key = tuple((pattern[p.index] if pattern[p.index] >= 0 else p.index, p.source, p.dest) for p in made_of)
         identity: object = (key, tensor.shape) if all(pattern[p.index] >= 0 for p in made_of) else tensor.name
@@ -344,11 +314,11 @@ def _bound_layout(
         else:
             aliases = (*earlier.aliases, tensor.name, *tensor.aliases)
             infos[identity] = TensorInfo(earlier.name, earlier.dtype, earlier.shape, aliases)
-    return Layout(tuple(infos.values()), tuple(parts.values()))
+    return TensorLayout(tuple(infos.values()), tuple(parts.values()))
 
 
-def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[Part, ...] | None:
-    """What a canonical tensor is made of in this push; None when nothing of it came."""
+def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[TensorPart, ...] | None:
+    """List the parts of a canonical tensor in this push; None when nothing of it came."""
     live = [piece.live for piece in tensor.pieces]
     absent = sorted({name for name in live if name not in came})
     direct = came.get(tensor.name) if tensor.name not in live else None
@@ -362,13 +332,13 @@ def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, i
                 remedy="push model.named_parameters(), or checkpoint tensors, not both",
                 names=(tensor.name,),
             )
-        return (Part(direct),)
+        return (TensorPart(direct),)
     if not absent:
         whole = dense(tensor.shape)
         alike = known.live[live[0]].shape == tensor.shape
         if alike and tensor.pieces == (Piece(live[0], whole, whole),):
-            return (Part(came[live[0]]),)
-        return tuple(Part(came[p.live], p.source, p.dest) for p in tensor.pieces)
+            return (TensorPart(came[live[0]]),)
+        return tuple(TensorPart(came[p.live], p.source, p.dest) for p in tensor.pieces)
     if len(absent) == len(set(live)):
         return None
     raise MissingTensor(
@@ -379,27 +349,6 @@ def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, i
         remedy="push all of them together",
         names=tuple(absent),
     )
-
-
-def _common_dtype(tensor: CanonicalTensor, sources: Sequence[torch.Tensor]) -> torch.dtype:
-    dtypes = {t.dtype for t in sources}
-    if len(dtypes) == 1:
-        return dtypes.pop()
-    return tensor.dtype
-
-
-def _check_shapes(known: CanonicalMap, index: Mapping[str, int], sources: Sequence[torch.Tensor]) -> None:
-    for name, k in index.items():
-        place = known.live.get(known.ties.get(name, name)) or known.by_name.get(name)
-        if place is not None and tuple(sources[k].shape) != place.shape:
-            raise ShapeMismatch(
-                "a tensor does not have the bound model's shape",
-                where=name,
-                expected=str(list(place.shape)),
-                got=str(list(sources[k].shape)),
-                remedy="bind the model whose tensors are pushed, again if its layers were resized",
-                names=(name,),
-            )
 
 
 def _buffers(model: nn.Module, known: CanonicalMap) -> list[_Buffer]:
@@ -419,6 +368,8 @@ def _current(buffer: _Buffer) -> torch.Tensor:
         raise MissingTensor(
             "a persistent buffer of the bound model is gone",
             where=buffer.clean,
+            expected="the buffers that the model had when it was bound",
+            got="None in its place",
             remedy="bind the model again after changing its buffers",
             names=(buffer.clean,),
         )

@@ -1,4 +1,4 @@
-"""Ties: which tensors are the same elements, and whether what the bound model tied is still one tensor.
+"""Find ties (names of one tensor) and check at each push that names which the bound model tied still are one tensor.
 
 A tied tensor travels once, under one of its names. That is right only as long as the others are the same: a model that
 was untied after it was bound has two tensors where one travels.
@@ -14,17 +14,16 @@ import torch
 from torch import nn
 
 from bridge.errors import BridgeError, DuplicateTensor
+from bridge.model.same_bits import same_bits
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import plain
+from trainer_side.names.tensor_checks import require_plain
 
 NO_ADDRESS = -1
 """In a tie pattern: nothing to compare (no elements), or no values (meta), which the slow path tells apart."""
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes per element -> the integer that shows its bits."""
 
 
 def tie_pattern(sources: Sequence[torch.Tensor], addresses: Sequence[int]) -> list[int]:
-    """Per tensor, the index of the first one that is the same elements of the same storage."""
+    """Return for each tensor the index of the first one that is the same elements of the same storage."""
     first: dict[Any, int] = {}
     keep = first.setdefault
     pattern = [keep(address, k) if address else NO_ADDRESS for k, address in enumerate(addresses)]
@@ -54,67 +53,63 @@ class TiesSent:
     """The bound model's ties that one layout relies on.
 
     Attributes:
-        twins: both names came, as different storages: (tie, index of one, index of the other).
-        silent: some name did not come: what came stands for it.
+        pairs: ties of which both names were pushed, as different storages: (tie, index of one, index of the other).
+        unsent: ties of which one name was pushed; its value is used for both.
     """
 
-    twins: tuple[tuple[Tie, int, int], ...] = ()
-    silent: tuple[Tie, ...] = ()
+    pairs: tuple[tuple[Tie, int, int], ...] = ()
+    unsent: tuple[Tie, ...] = ()
 
 
-def ties_of(known: CanonicalMap) -> tuple[Tie, ...]:
-    """The ties of a bound model."""
+def list_ties(known: CanonicalMap) -> tuple[Tie, ...]:
+    """List the ties of a bound model."""
     raw = {clean: tuple(given.split(".")) for given, clean in known.raw.items()}
     return tuple(Tie(kept, alias, raw[kept], raw[alias]) for alias, kept in known.ties.items())
 
 
-def ties_sent(
+def sort_ties(
     ties: Sequence[Tie], index: Mapping[str, int], came: Mapping[str, int], pattern: Sequence[int]
 ) -> TiesSent:
-    """Sort the ties by how they came. `index`: of every clean name that was sent; `came`: of the tensor that travels
-    for a kept name."""
-    twins, silent = [], []
+    """Sort the bound model's ties by which of their names were pushed.
+
+    Args:
+        index: clean name -> position, of every name that was pushed.
+        came: kept name -> position of the tensor that travels for it.
+        pattern: of `tie_pattern`.
+    """
+    pairs, unsent = [], []
     for tie in ties:
         travels = came.get(tie.kept)
         if travels is None:
             continue
         if not {tie.kept, tie.alias} <= index.keys():
-            silent.append(tie)
+            unsent.append(tie)
         for name in (tie.kept, tie.alias):
             other = index.get(name, travels)
             if other != travels and (pattern[other] != pattern[travels] or pattern[other] == NO_ADDRESS):
-                twins.append((tie, travels, other))
-    return TiesSent(tuple(twins), tuple(silent))
+                pairs.append((tie, travels, other))
+    return TiesSent(tuple(pairs), tuple(unsent))
 
 
 def check_ties(model: nn.Module, sent: TiesSent, sources: Sequence[torch.Tensor]) -> None:
-    """Raises DuplicateTensor, naming both, when one of two different tensors would travel for both.
+    """Raise DuplicateTensor, naming both, when a tie of the bound model is two different tensors by now.
 
-    Costs a few look-ups per tie of a model that still ties; values are compared only where storages differ.
+    Called at every push; a few look-ups per tie. Values are compared only where storages differ.
     """
-    for tie, travels, other in sent.twins:
+    for tie, travels, other in sent.pairs:
         if not same_bits(sources[travels], sources[other]):
             raise _untied(tie, "the bound model ties two names, but they came as two different tensors")
-    for tie in sent.silent:
+    for tie in sent.unsent:
         kept, alias = _at(model, tie.kept_path), _at(model, tie.alias_path)
         if kept is not alias and kept is not None and alias is not None and _differ(kept, alias):
             raise _untied(tie, "the bound model no longer ties two names, and only one of them came")
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two plain tensors have the same dtype, shape and bits; NaN equals itself."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    kind = _BITS.get(a.itemsize)
-    a, b = a.detach().contiguous(), b.detach().to(a.device).contiguous()
-    return torch.equal(a, b) if kind is None else torch.equal(a.view(kind), b.view(kind))
-
-
 def _differ(kept: torch.Tensor, alias: torch.Tensor) -> bool:
-    """Whether two of the model's own tensors are known to have different values: not where one has none to show (ZeRO
-    takes them away between steps, FSDP shards them)."""
+    """Compare two of the model's own tensors; False where one has no values here (ZeRO frees them between steps, FSDP
+    shards them)."""
     try:
-        a, b = plain("", kept), plain("", alias)
+        a, b = require_plain("", kept), require_plain("", alias)
     except BridgeError:
         return False
     return bool(a.numel() and b.numel()) and not same_bits(a, b)

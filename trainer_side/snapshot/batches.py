@@ -1,4 +1,4 @@
-"""Small tensors, copied many at a time: which go together, and the views that one copy call takes.
+"""Group small tensors into batches, and make the views that one copy call takes.
 
 Views of the arena are made once per slot. Views of the trainer's tensors are made anew for each push, since none may be
 kept: fused experts are cut into runs by one call per live tensor, which is far cheaper than a view at a time.
@@ -6,7 +6,8 @@ kept: fused experts are cut into runs by one call per live tensor, which is far 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from bridge.model.dtypes import dtype_of
 from bridge.model.manifest import TensorSpec
 from bridge.model.regions import Region, dense, follow
-from trainer_side.names.tensor_layout import Part
-from trainer_side.snapshot.finite import checked
+from trainer_side.names.tensor_layout import TensorPart
+from trainer_side.snapshot.finite import ByteArray, can_be_nonfinite
 
 SMALL = 256 << 10
 """Bytes; tensors up to this are copied and checked many at a time."""
@@ -25,69 +26,88 @@ _BATCH = 4 << 20
 """Bytes of small tensors in one unit of work."""
 _BATCH_TENSORS = 2048
 
-Bytes = npt.NDArray[np.uint8]
+
+class WriteTally:
+    """Collects what the copying threads found: tensors that are not finite, and the bytes that had to be written."""
+
+    def __init__(self) -> None:
+        self.nonfinite: set[int] = set()
+        self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int, nonfinite: Iterable[int]) -> None:
+        """Count what one unit of work wrote, and the manifest indices that it found not to be finite."""
+        with self._lock:
+            self.nbytes += nbytes
+            self.nonfinite.update(nonfinite)
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One tensor of the manifest that this layout writes."""
+class TensorCopy:
+    """One tensor of the manifest that a push writes, and the parts of live tensors that it is made of."""
 
     index: int
     spec: TensorSpec
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """One source cut into consecutive runs of `sizes` elements; run `picks[i]` goes to `parts[i]`."""
+class RunSplit:
+    """One live tensor cut into consecutive runs of `sizes` elements; run `picks[i]` goes to `parts[i]`."""
 
     index: int
     sizes: list[int]
     picks: list[int]
-    parts: list[tuple[Item, Part]]
+    parts: list[tuple[TensorCopy, TensorPart]]
 
 
 @dataclass(slots=True)
-class Batch:
-    """Small tensors that are copied by one call. `spans`: stretches of the arena of one dtype: its name, bytes from
-    and to, manifest indices from and to (exclusive)."""
+class CopyBatch:
+    """Small tensors that are copied by one call.
 
-    items: list[Item]
+    Attributes:
+        spans: stretches of the arena of one floating dtype: its name, bytes from and to, manifest indices from and to
+            (exclusive).
+        whole: source index per item when every one is one whole tensor, the usual case.
+        splits: how to cut the sources when every part is a run of consecutive elements, the usual case for fused
+            experts.
+        into: slot -> views of what is written there, made once, in the order of `whole` or `splits`.
+        seen: slot -> the bytes of each item there, made once.
+        indices: manifest index per item.
+        nbytes: of all items.
+    """
+
+    items: list[TensorCopy]
     spans: list[tuple[str, int, int, int, int]]
     whole: list[int] | None
-    """Source index per item when every one is one whole tensor, the usual case."""
-    splits: list[Split] | None
-    """How to cut the sources when every part is a run of consecutive elements, the usual case for fused experts."""
+    splits: list[RunSplit] | None
     into: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    """Slot -> views of what is written there, made once, in the order of `whole` or `splits`."""
     seen: dict[int, list[memoryview]] = field(default_factory=dict)
-    """Slot -> the bytes of each item there."""
     indices: npt.NDArray[np.int64] = field(init=False)
-    """Manifest index per item."""
+    nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.indices = np.array([item.index for item in self.items], dtype=np.int64)
-
-    def views(self, place: Slot) -> list[memoryview]:
-        """The bytes of each item in a slot, made once."""
-        found = self.seen.get(place.slot)
-        if found is None:
-            found = self.seen[place.slot] = [place.views[item.index] for item in self.items]
-        return found
+        self.nbytes = sum(item.spec.nbytes for item in self.items)
 
 
 @dataclass(slots=True)
-class Slot:
-    """Views of one slot, made once."""
+class SlotViews:
+    """Views of one slot of the arena, made once."""
 
     slot: int
     views: list[memoryview]
-    flat: Bytes
+    flat: ByteArray
     dests: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
+    def bytes_of(self, spec: TensorSpec) -> ByteArray:
+        """View the bytes of one tensor."""
+        return self.flat[spec.offset : spec.offset + spec.nbytes]
 
-def batches(items: Sequence[Item]) -> Iterator[Batch]:
-    group: list[Item] = []
+
+def make_batches(items: Sequence[TensorCopy]) -> Iterator[CopyBatch]:
+    """Cut small tensors, in manifest order, into units of work."""
+    group: list[TensorCopy] = []
     nbytes = 0
     for item in items:
         group.append(item)
@@ -99,16 +119,28 @@ def batches(items: Sequence[Item]) -> Iterator[Batch]:
         yield _batch(group)
 
 
-def _batch(items: list[Item]) -> Batch:
+def _batch(items: list[TensorCopy]) -> CopyBatch:
     whole = [item.parts[0].index for item in items if len(item.parts) == 1 and item.parts[0].source is None]
     if len(whole) == len(items):
-        return Batch(items, list(_spans(items)), whole, None)
-    return Batch(items, list(_spans(items)), None, _splits(items))
+        return CopyBatch(items, list(_spans(items)), whole, None)
+    return CopyBatch(items, list(_spans(items)), None, _splits(items))
 
 
-def _splits(items: Sequence[Item]) -> list[Split] | None:
-    """The parts by source and in its order, when they are disjoint runs of consecutive elements on both sides."""
-    by_source: dict[int, list[tuple[int, int, Item, Part]]] = {}
+def _spans(items: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:
+    """Join neighbours in the arena of one floating dtype. Padding between them is never written and reads as zero."""
+    first = 0
+    for k in range(1, len(items) + 1):
+        one, last = items[first].spec, items[k - 1]
+        if k < len(items) and items[k].index == last.index + 1 and items[k].spec.dtype == one.dtype:
+            continue
+        if can_be_nonfinite(one.dtype):
+            yield one.dtype, one.offset, last.spec.offset + last.spec.nbytes, items[first].index, last.index + 1
+        first = k
+
+
+def _splits(items: Sequence[TensorCopy]) -> list[RunSplit] | None:
+    """Cut the parts out of their sources in order; None unless they are disjoint runs on both sides."""
+    by_source: dict[int, list[tuple[int, int, TensorCopy, TensorPart]]] = {}
     for item in items:
         for part in item.parts:
             source, dest = part.source or dense(item.spec.shape), part.dest or dense(item.spec.shape)
@@ -117,7 +149,7 @@ def _splits(items: Sequence[Item]) -> list[Split] | None:
             by_source.setdefault(part.index, []).append((source.offset, source.numel, item, part))
     splits = []
     for index, runs in by_source.items():
-        split, at = Split(index, [], [], []), 0
+        split, at = RunSplit(index, [], [], []), 0
         for offset, numel, item, part in sorted(runs, key=lambda run: run[0]):
             if offset < at:
                 return None
@@ -136,8 +168,8 @@ def _is_run(region: Region) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(region.shape, region.strides, plain, strict=True))
 
 
-def _cut(splits: Sequence[Split], sources: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The runs of every split, as flat views; None when a source has strides of its own."""
+def _cut(splits: Sequence[RunSplit], sources: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """View the runs of every split, flat; None when a source has strides of its own."""
     out_of: list[torch.Tensor] = []
     for split in splits:
         source = sources[split.index]
@@ -148,41 +180,28 @@ def _cut(splits: Sequence[Split], sources: Sequence[torch.Tensor]) -> list[torch
     return out_of
 
 
-def _spans(items: Sequence[Item]) -> Iterator[tuple[str, int, int, int, int]]:
-    """Neighbours in the arena of the same floating dtype. Padding between them is never written and reads as zero."""
-    run: list[Item] = []
-    for item in items:
-        if run and (item.index != run[-1].index + 1 or item.spec.dtype != run[-1].spec.dtype):
-            yield from _span(run)
-            run = []
-        run.append(item)
-    yield from _span(run)
-
-
-def _span(run: Sequence[Item]) -> Iterator[tuple[str, int, int, int, int]]:
-    if run and checked(run[0].spec.dtype):
-        last = run[-1].spec
-        yield run[0].spec.dtype, run[0].spec.offset, last.offset + last.nbytes, run[0].index, run[-1].index + 1
-
-
-def pairs(batch: Batch, place: Slot, sources: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Where a batch goes and where it comes from, equal shapes side by side."""
+def batch_views(
+    batch: CopyBatch, place: SlotViews, sources: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """View where a batch goes and where it comes from, equal shapes side by side."""
+    into = batch.into.get(place.slot)
     if batch.whole is not None:
-        if place.slot not in batch.into:
-            batch.into[place.slot] = [_dest(item, item.parts[0], place) for item in batch.items]
-        return batch.into[place.slot], [sources[k] for k in batch.whole]
+        if into is None:
+            into = batch.into[place.slot] = [_dest(item, item.parts[0], place) for item in batch.items]
+        return into, [sources[k] for k in batch.whole]
     out_of = None if batch.splits is None else _cut(batch.splits, sources)
     if out_of is None or batch.splits is None:
-        return copies(batch.items, place, sources)
-    if place.slot not in batch.into:
+        return copy_views(batch.items, place, sources)
+    if into is None:
         parts = [pair for split in batch.splits for pair in split.parts]
-        batch.into[place.slot] = [_dest(item, part, place).view(-1) for item, part in parts]
-    return batch.into[place.slot], out_of
+        into = batch.into[place.slot] = [_dest(item, part, place).view(-1) for item, part in parts]
+    return into, out_of
 
 
-def copies(
-    items: Sequence[Item], place: Slot, sources: list[torch.Tensor]
+def copy_views(
+    items: Sequence[TensorCopy], place: SlotViews, sources: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """View where tensors go and where they come from, one part at a time, whatever their strides."""
     into: list[torch.Tensor] = []
     out_of: list[torch.Tensor] = []
     dests = place.dests
@@ -202,9 +221,9 @@ def copies(
     return into, out_of
 
 
-def _dest(item: Item, part: Part, place: Slot) -> torch.Tensor:
-    """The part's place in the arena, in the shape that it has in the source."""
-    whole = torch.from_numpy(bytes_of(item.spec, place)).view(dtype_of(item.spec.dtype)).view(item.spec.shape)
+def _dest(item: TensorCopy, part: TensorPart, place: SlotViews) -> torch.Tensor:
+    """View a part's place in the arena, in the shape that it has in the source."""
+    whole = torch.from_numpy(place.bytes_of(item.spec)).view(dtype_of(item.spec.dtype)).view(item.spec.shape)
     if part.dest is None:
         return whole
     return whole.as_strided(part.dest.shape, part.dest.strides, part.dest.offset)
@@ -213,8 +232,8 @@ def _dest(item: Item, part: Part, place: Slot) -> torch.Tensor:
 Where = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
-def _shown(source: torch.Tensor, part: Part, spec: TensorSpec) -> Iterator[tuple[torch.Tensor, Where | None]]:
-    """Views of a live tensor that show a part's region, and where each goes when the part had to be split.
+def _shown(source: torch.Tensor, part: TensorPart, spec: TensorSpec) -> Iterator[tuple[torch.Tensor, Where | None]]:
+    """View a part's region of a live tensor, and say where each view goes when the part had to be split.
 
     Regions count row-major; a live tensor with strides of its own may need several views.
     """
@@ -232,7 +251,3 @@ def _shown(source: torch.Tensor, part: Part, spec: TensorSpec) -> Iterator[tuple
             return
         for at, to in found.inside:
             yield source.as_strided(at.shape, at.strides, at.offset), (to.shape, to.strides, to.offset)
-
-
-def bytes_of(spec: TensorSpec, place: Slot) -> Bytes:
-    return place.flat[spec.offset : spec.offset + spec.nbytes]

@@ -1,4 +1,4 @@
-"""Tensors that are computed while the snapshot is written: one live tensor at a time, all that is made of it at once.
+"""Write tensors that are computed while the snapshot is written: one live tensor at a time, and all that is made of it.
 
 Merged weights would double the trainer's memory if they were all there at the same time; so each is computed, copied
 into the arena with its one rounding, digested, and dropped.
@@ -6,7 +6,7 @@ into the arena with its one rounding, digested, and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,77 +18,56 @@ from bridge.errors import DtypeMismatch, ShapeMismatch
 from bridge.model.dtypes import dtype_of
 from bridge.model.regions import cut
 from bridge.shm.seal import CHUNK, fold
-from trainer_side.names.tensor_layout import Computed
-from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
+from trainer_side.names.tensor_layout import Collected, Computed
+from trainer_side.snapshot.batches import SlotViews, TensorCopy, WriteTally, copy_views
 from trainer_side.snapshot.finite import is_finite
 
 
 @dataclass(frozen=True)
-class Group:
-    """Items that are made of the same computed tensors (`indices` into the collected sources)."""
+class ComputedGroup:
+    """Tensors of the manifest that are made of the same computed tensors (`indices` into the collected sources)."""
 
     indices: frozenset[int]
-    items: tuple[Item, ...]
+    items: tuple[TensorCopy, ...]
 
 
-def groups(items: Iterable[Item], computed: Mapping[int, Computed]) -> list[Group]:
-    """The items that need a computed tensor, by which ones they need."""
-    found: dict[frozenset[int], list[Item]] = {}
+def group_computed(items: Iterable[TensorCopy], computed: Mapping[int, Computed]) -> list[ComputedGroup]:
+    """Group the items that need a computed tensor by which ones they need."""
+    found: dict[frozenset[int], list[TensorCopy]] = {}
     for item in items:
         needs = frozenset(part.index for part in item.parts if part.index in computed)
         if needs:
             found.setdefault(needs, []).append(item)
-    return [Group(needs, tuple(made_of)) for needs, made_of in found.items()]
+    return [ComputedGroup(needs, tuple(made_of)) for needs, made_of in found.items()]
 
 
-def jobs(
-    found: Iterable[Group],
-    place: Slot,
-    sources: list[torch.Tensor],
-    computed: Mapping[int, Computed],
+def write_group(
+    group: ComputedGroup,
+    place: SlotViews,
+    collected: Collected,
     digests: npt.NDArray[np.uint64],
-    suspect: Callable[[Iterable[int]], None],
-    count: Callable[[int], None],
-) -> Iterator[Callable[[], None]]:
-    """Units of work, one per group; each writes its items, fills in their digests and tells what is not finite.
+    tally: WriteTally,
+) -> None:
+    """Compute one group, write its items and fill in their digests. One unit of work of a copying thread.
 
-    A unit raises ShapeMismatch or DtypeMismatch for values that are not what was announced.
+    Raises ShapeMismatch or DtypeMismatch for values that are not what was announced.
     """
-
-    def job(group: Group) -> Callable[[], None]:
-        def run() -> None:
-            with torch.no_grad():
-                made = {index: _values(computed[index], group.items) for index in group.indices}
-                shown = _Overlay(sources, made)
-                into, out_of = copies(group.items, place, shown)
-                for dest, source in zip(into, out_of, strict=True):
-                    dest.copy_(source)
-            for item in group.items:
-                raw = bytes_of(item.spec, place)
-                digests[item.index] = fold(xxhash.xxh3_64_intdigest(raw[a:b].data) for a, b in cut(len(raw), CHUNK))
-                if not is_finite(raw, item.spec.dtype):
-                    suspect((item.index,))
-                count(item.spec.nbytes)
-
-        return run
-
-    for group in found:
-        yield job(group)
+    with torch.no_grad():
+        values = {index: _compute(collected.computed[index], group.items) for index in group.indices}
+        sources = {p.index: collected.sources[p.index] for item in group.items for p in item.parts} | values
+        into, out_of = copy_views(group.items, place, sources)
+        for dest, source in zip(into, out_of, strict=True):
+            dest.copy_(source)
+    bad = []
+    for item in group.items:
+        raw = place.bytes_of(item.spec)
+        digests[item.index] = fold(xxhash.xxh3_64_intdigest(raw[a:b].data) for a, b in cut(len(raw), CHUNK))
+        if not is_finite(raw, item.spec.dtype):
+            bad.append(item.index)
+    tally.add(sum(item.spec.nbytes for item in group.items), bad)
 
 
-class _Overlay(list[torch.Tensor]):
-    """The collected sources with computed tensors in place of their stand-ins; looks up, copies nothing."""
-
-    def __init__(self, sources: list[torch.Tensor], made: Mapping[int, torch.Tensor]) -> None:
-        super().__init__()
-        self._sources, self._made = sources, made
-
-    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
-        made = self._made.get(index)
-        return self._sources[index] if made is None else made
-
-
-def _values(computed: Computed, items: Iterable[Item]) -> torch.Tensor:
+def _compute(computed: Computed, items: Iterable[TensorCopy]) -> torch.Tensor:
     """Run one computation, for the dtype that its items travel in: the widest where they differ."""
     dtypes = {item.spec.dtype for item in items}
     wire = max((dtype_of(name) for name in dtypes), key=lambda dtype: dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Are all values finite? Decided exactly, at memory speed, from bit patterns.
+"""Check that all values are finite: exactly, at memory speed, from bit patterns.
 
 In any of the floating formats the patterns that are not finite are, per sign, the largest when read as an integer. So
 two maxima, one signed and one unsigned, decide it.
@@ -16,7 +16,7 @@ import torch
 from bridge.errors import NonFinite
 from bridge.model.manifest import Manifest
 
-Bytes = npt.NDArray[np.uint8]
+ByteArray = npt.NDArray[np.uint8]
 
 _BLOCK = 1 << 20
 """Elements that the exact scan widens at a time."""
@@ -32,8 +32,8 @@ _LIMITS: dict[str, tuple[type[np.signedinteger[Any]], type[np.unsignedinteger[An
 """Wire dtype -> signed and unsigned integer of its size, and the smallest pattern that is not finite, sign bit off."""
 
 
-def is_finite(raw: Bytes, dtype: str) -> bool:
-    """Whether all elements are finite, exactly, from their bit patterns; True for dtypes that cannot be otherwise."""
+def is_finite(raw: ByteArray, dtype: str) -> bool:
+    """Tell whether all elements are finite, from their bit patterns; True for dtypes that cannot be otherwise."""
     limits = _LIMITS.get(dtype)
     if limits is None or not len(raw):
         return True
@@ -44,9 +44,15 @@ def is_finite(raw: Bytes, dtype: str) -> bool:
 
 
 def nonfinite_error(manifest: Manifest, tensors: Sequence[torch.Tensor], indices: list[int]) -> NonFinite:
-    """The error for tensors that are known not to be finite, exact about the first one."""
-    first = manifest.tensors[indices[0]]
-    count, index, value = _scan(tensors[indices[0]].view(-1))
+    """Build the error for tensors that are known not to be finite: how many elements of the first one, and where."""
+    first, flat = manifest.tensors[indices[0]], tensors[indices[0]].view(-1)
+    count, index, value = 0, 0, float("nan")
+    for start in range(0, len(flat), _BLOCK):
+        block = flat[start : start + _BLOCK].to(torch.float64)
+        bad = torch.nonzero(~torch.isfinite(block)).flatten()
+        if len(bad) and not count:
+            index, value = start + int(bad[0]), float(block[bad[0]])
+        count += len(bad)
     at = [int(k) for k in np.unravel_index(index, first.shape)] if first.shape else []
     names = tuple(manifest.tensors[k].name for k in indices)
     more = f", and {len(names) - 1} more tensors" if len(names) > 1 else ""
@@ -60,18 +66,6 @@ def nonfinite_error(manifest: Manifest, tensors: Sequence[torch.Tensor], indices
     )
 
 
-def _scan(flat: torch.Tensor) -> tuple[int, int, float]:
-    """(how many elements are not finite, index of the first, its value), by blocks."""
-    count, index, value = 0, 0, float("nan")
-    for start in range(0, len(flat), _BLOCK):
-        block = flat[start : start + _BLOCK].to(torch.float64)
-        bad = torch.nonzero(~torch.isfinite(block)).flatten()
-        if len(bad) and not count:
-            index, value = start + int(bad[0]), float(block[bad[0]])
-        count += len(bad)
-    return count, index, value
-
-
-def checked(dtype: str) -> bool:
-    """Whether a wire dtype has values that are not finite."""
+def can_be_nonfinite(dtype: str) -> bool:
+    """Tell whether a wire dtype has values that are not finite."""
     return dtype in _LIMITS

@@ -1,4 +1,4 @@
-"""Collected tensors -> an arena slot, in one pass: cast, digest and finite check while the bytes are warm.
+"""Write collected tensors into an arena slot, in one pass: cast, digest and finite check while the bytes are warm.
 
 A big tensor is cut at the digest's CHUNK; each chunk is a unit of work, copied, digested and checked in blocks that
 stay in cache. Small tensors are copied many at a time into views made once per slot, then digested, and checked with
@@ -7,70 +7,68 @@ one pass over the stretch of the arena where they lie side by side.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
 
-from bridge.errors import ConfigError, ProtocolError
+from bridge.errors import BridgeError, Busy, ConfigError, DeadlineExceeded, ProtocolError
 from bridge.model.dtypes import dtype_of, itemsize
 from bridge.model.manifest import Manifest
 from bridge.model.regions import cut, dense
 from bridge.ports import Written
+from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.memcpy import memcmp, memcmp_held, memmove
 from bridge.shm.seal import CHUNK, fold
-from trainer_side.names.tensor_layout import Collected, Layout
-from trainer_side.snapshot.batches import SMALL, Batch, Item, Slot, batches, bytes_of, copies, pairs
-from trainer_side.snapshot.computed import Group, groups
-from trainer_side.snapshot.computed import jobs as computed_jobs
-from trainer_side.snapshot.finite import is_finite, nonfinite_error
-from trainer_side.snapshot.value_checks import doubtful, require_fit
+from trainer_side.names.tensor_layout import Collected, TensorLayout
+from trainer_side.snapshot.batches import (
+    SMALL,
+    CopyBatch,
+    SlotViews,
+    TensorCopy,
+    WriteTally,
+    batch_views,
+    copy_views,
+    make_batches,
+)
+from trainer_side.snapshot.computed import ComputedGroup, group_computed, write_group
+from trainer_side.snapshot.finite import ByteArray, is_finite, nonfinite_error
+from trainer_side.snapshot.value_checks import find_inexact_casts, require_fit
 
 _HELD = 64 << 10
 """Bytes below which a comparison keeps the interpreter lock."""
 BLOCK = 1 << 20
 """Bytes that are copied, digested and checked before the next ones: they fit a core's cache."""
+WRITE_TIMEOUT_S = 300.0
 
-Bytes = npt.NDArray[np.uint8]
-Job = Callable[[], None]
+CopyJob = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
 class _Program:
-    """What a layout means for a manifest; made once for both."""
+    """The units of work of one layout into one manifest; made once for both.
 
-    layout: Layout
-    big: list[Item]
-    batches: list[Batch]
+    Attributes:
+        carried: manifest indices of the tensors that were not sent.
+        inexact: items with a cast that may change a value otherwise than by rounding.
+        computes: which collected tensors are computed while the snapshot is written.
+    """
+
+    layout: TensorLayout
+    big: list[TensorCopy]
+    batches: list[CopyBatch]
     carried: list[int]
-    doubtful: list[Item]
-    """Items with a cast that may change a value otherwise than by rounding."""
-    computed: list[Group]
+    inexact: list[TensorCopy]
+    computed: list[ComputedGroup]
     computes: frozenset[int]
-    """Which collected tensors are computed while the snapshot is written."""
-
-
-class _Tally:
-    """What worker threads found: tensors that are not finite, bytes that had to be written."""
-
-    def __init__(self) -> None:
-        self.indices: set[int] = set()
-        self.nbytes = 0
-        self._lock = threading.Lock()
-
-    def suspect(self, indices: Iterable[int]) -> None:
-        with self._lock:
-            self.indices.update(indices)
-
-    def add_bytes(self, nbytes: int) -> None:
-        with self._lock:
-            self.nbytes += nbytes
 
 
 class Snapshotter:
@@ -78,27 +76,44 @@ class Snapshotter:
 
     Args:
         arena: open for writing.
-        threads: workers that copy; each runs torch single-threaded.
+        threads: workers that copy; each runs torch single-threaded. They start with the first `write`.
     """
 
     def __init__(self, arena: Arena, threads: int = 1) -> None:
         if threads < 1:
-            raise ConfigError("a snapshot needs at least one thread", got=str(threads))
+            raise ConfigError(
+                "a snapshot needs at least one thread",
+                where="copy_threads",
+                expected="1 or more",
+                got=str(threads),
+                remedy="leave copy_threads out, or give the number of cores that may copy",
+            )
         self.arena = arena
         self.manifest: Manifest = arena.manifest
-        self._pool = _single_threaded_pool(threads)
-        self._slots: dict[int, Slot] = {}
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._stuck: list[Future[None]] = []
+        """Units of an earlier write that had not ended at its deadline."""
+        self._slots: dict[int, SlotViews] = {}
         self._program: _Program | None = None
         self._known: dict[int, dict[int, list[int]]] = {}
         """Slot -> manifest index -> chunk digests of what this object wrote there last and found finite."""
 
     def close(self) -> None:
-        """Stop the workers and drop every view of the arena. Idempotent."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stop the workers and drop every view of the arena; waits for no thread that hangs. Idempotent."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
         self._slots.clear()
 
     def write(
-        self, slot: int, collected: Collected, *, base: int | None = None, allow_nonfinite: bool = False
+        self,
+        slot: int,
+        collected: Collected,
+        *,
+        base: int | None = None,
+        allow_nonfinite: bool = False,
+        timeout_s: float = WRITE_TIMEOUT_S,
     ) -> Written:
         """Write every tensor, cast to its wire dtype (`tensor.to(dtype)`), into an unsealed slot; blocks for one pass.
 
@@ -106,66 +121,78 @@ class Snapshotter:
         the slot; when this raises, the slot's contents are undefined and nothing else has changed. When it returns, the
         trainer's tensors may change.
 
-        Raises NonFinite (names of all tensors with NaN or infinity after the cast, where the first one is),
-        DtypeMismatch (a value that the wire dtype does not hold, where that dtype or the trainer's is not floating),
-        ProtocolError (a collected tensor that the manifest lacks or holds with another shape; tensors to carry over but
-        no base).
+        Raises:
+            NonFinite: the tensors with NaN or infinity after the cast, and where in the first one.
+            DtypeMismatch: a value that the wire dtype does not hold, unless both dtypes are floating.
+            ProtocolError: a collected tensor that the manifest lacks or holds with another shape; tensors to carry over
+                but no base.
+            DeadlineExceeded: the copying threads did not start, or did not end, within `timeout_s` seconds.
+            Busy: a copying thread that outlasted an earlier call's deadline still runs, and may still write.
         """
-        program = self._compiled(collected)
-        place = self._slot(slot)
+        if slot not in self._slots:
+            self._slots[slot] = SlotViews(slot, self.arena.views(slot), self.arena.flat(slot))
+        program, place, sources = self._compiled(collected), self._slots[slot], collected.sources
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            # Workers copy on their own streams: what the trainer's stream still computes has to be there first.
+            for device in {tensor.device for tensor in sources if tensor.is_cuda}:
+                torch.cuda.current_stream(device).synchronize()
         digests = np.zeros(len(self.manifest.tensors), dtype="<u8")
-        _wait_for_devices(collected.sources)
-        tally = _Tally()
+        tally = WriteTally()
         known = self._known.pop(slot, {})  # gone for good when this write fails
-        with torch.no_grad():
-            later = self._run(program, place, collected, digests, tally, known)
-        for index, pieces in later:
-            digests[index] = fold(pieces)
-        for item in program.doubtful:
-            require_fit(item, place, collected.sources)
-        if tally.indices and not allow_nonfinite:
-            raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(tally.indices))
-        self._known[slot] = {index: pieces for index, pieces in later if index not in tally.indices}
-        carried = self._carry(program.carried, slot, base, digests)
+        pieces: dict[int, list[int]] = {}
+        jobs: list[CopyJob] = [partial(write_group, one, place, collected, digests, tally) for one in program.computed]
+        for item in program.big:
+            chunks = pieces[item.index] = [0] * -(-item.spec.nbytes // CHUNK)
+            big = _BigTensor(item, place.bytes_of(item.spec), chunks, known.get(item.index), tally)
+            jobs += big.jobs(place, sources)
+        jobs += [partial(_write_batch, batch, place, sources, digests, tally) for batch in program.batches]
+        self._run(jobs, Deadline.after(timeout_s))
+        for index, found in pieces.items():
+            digests[index] = fold(found)
+        for item in program.inexact:
+            require_fit(item, place, sources)
+        if tally.nonfinite and not allow_nonfinite:
+            raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(tally.nonfinite))
+        self._known[slot] = {index: found for index, found in pieces.items() if index not in tally.nonfinite}
+        carried = self._carry(program.carried, slot, base, digests) if program.carried else 0
         return Written(digests.tobytes(), tally.nbytes + carried)
 
-    def _run(
-        self,
-        program: _Program,
-        place: Slot,
-        collected: Collected,
-        digests: npt.NDArray[np.uint64],
-        tally: _Tally,
-        known: dict[int, list[int]],
-    ) -> list[tuple[int, list[int]]]:
-        """Run all units of work; (manifest index, chunk digests) of the tensors that were cut come back."""
-        sources, computed = collected.sources, collected.computed
-        jobs: list[Job] = list(
-            computed_jobs(program.computed, place, sources, computed, digests, tally.suspect, tally.add_bytes)
-        )
-        later: list[tuple[int, list[int]]] = []
-        for item in program.big:
-            pieces = [0] * -(-item.spec.nbytes // CHUNK)
-            later.append((item.index, pieces))
-            jobs += _big_jobs(item, place, sources, pieces, tally, known.get(item.index))
-        jobs += [_small_job(batch, place, sources, digests, tally) for batch in program.batches]
-        futures = [self._pool.submit(job) for job in jobs]
+    def _run(self, jobs: list[CopyJob], deadline: Deadline) -> None:
+        """Run all units of work on the copying threads. A failed unit, or the deadline, ends the others."""
+        if not all(unit.done() for unit in self._stuck):
+            raise Busy(
+                "a copying thread of an earlier push still runs and may still write",
+                where="the snapshot",
+                expected="copying threads that end within a push's timeout_s",
+                got=f"{sum(not unit.done() for unit in self._stuck)} that did not",
+                remedy="push again when it has ended (its device or memory hangs), or restart the trainer",
+            )
+        pool = self._pool = self._pool or _single_threaded_pool(self._threads, deadline)
+        units = [pool.submit(job) for job in jobs]
         try:
-            for future in futures:
-                future.result()
+            wait(units, deadline.remaining_s, FIRST_EXCEPTION)
         finally:
-            # A failed unit ends the snapshot: nobody may still write when the caller reuses the slot.
-            for future in futures:
-                future.cancel()
-            for future in futures:
-                if not future.cancelled():
-                    future.exception()
-        return later
+            # Nobody may still write when the caller reuses the slot.
+            running = [unit for unit in units if not unit.cancel() and not unit.done()]
+            self._stuck = list(wait(running, deadline.remaining_s).not_done)
+            if self._stuck:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._pool = None
+        ended = [unit for unit in units if unit.done() and not unit.cancelled()]
+        failed = next((error for unit in ended if (error := unit.exception()) is not None), None)
+        if len(ended) < len(units) and (self._stuck or failed is None):
+            raise DeadlineExceeded(
+                "the snapshot's copying threads did not end within the push's timeout",
+                where=f"{len(self._stuck)} of {self._threads} threads still run",
+                expected="every tensor copied into the arena",
+                got=f"{len(ended)} of {len(units)} units of work done",
+                remedy="raise timeout_s if the model is large; else look for a device or memory that hangs",
+            ) from failed
+        if failed is not None:
+            raise failed
 
     def _carry(self, carried: list[int], slot: int, base: int | None, digests: npt.NDArray[np.uint64]) -> int:
         """Copy the tensors that were not sent from the base slot, with the digests it was sealed with."""
-        if not carried:
-            return 0
         seal = None if base is None else self.arena.seal_of(base)
         if base is None or seal is None:
             name = self.manifest.tensors[carried[0]].name
@@ -187,11 +214,6 @@ class Snapshotter:
                 nbytes += spec.nbytes
             digests[index] = known[index]
         return nbytes
-
-    def _slot(self, slot: int) -> Slot:
-        if slot not in self._slots:
-            self._slots[slot] = Slot(slot, self.arena.views(slot), self.arena.flat(slot))
-        return self._slots[slot]
 
     def _compiled(self, collected: Collected) -> _Program:
         last = self._program
@@ -219,81 +241,112 @@ def _compile(manifest: Manifest, collected: Collected) -> _Program:
                 remedy="plan again before the snapshot",
                 names=(info.name,),
             )
-        items.append(Item(index, spec, parts))
+        items.append(TensorCopy(index, spec, parts))
     items.sort(key=lambda item: item.index)
     written = {item.index for item in items}
-    computed = groups(items, collected.computed)
+    computed = group_computed(items, collected.computed)
     apart = {item.index for group in computed for item in group.items}
     copied = [item for item in items if item.index not in apart]
     return _Program(
         layout,
         [item for item in copied if item.spec.nbytes > SMALL],
-        list(batches([item for item in copied if item.spec.nbytes <= SMALL])),
+        list(make_batches([item for item in copied if item.spec.nbytes <= SMALL])),
         [k for k in range(len(manifest.tensors)) if k not in written],
-        doubtful(copied, collected.sources),
+        find_inexact_casts(copied, collected.sources),
         computed,
         frozenset(collected.computed),
     )
 
 
-def _small_job(
-    batch: Batch,
-    place: Slot,
+def _write_batch(
+    batch: CopyBatch,
+    place: SlotViews,
     sources: list[torch.Tensor],
     digests: npt.NDArray[np.uint64],
-    tally: _Tally,
-) -> Job:
-    def job() -> None:
+    tally: WriteTally,
+) -> None:
+    """Copy, digest and check one batch of small tensors. One unit of work of a copying thread."""
+    with torch.no_grad():
+        into, out_of = batch_views(batch, place, sources)
+        copied = 0 if all(map(already_holds, into, out_of)) else batch.nbytes
+        if copied:
+            torch._foreach_copy_(into, out_of)
+    views = batch.seen.get(place.slot)
+    if views is None:
+        views = batch.seen[place.slot] = [place.views[item.index] for item in batch.items]
+    digests[batch.indices] = np.fromiter(map(xxhash.xxh3_64_intdigest, views), "<u8", len(views))
+    bad: list[int] = []
+    for dtype, start, end, first, stop in batch.spans:
+        if not is_finite(place.flat[start:end], dtype):
+            inside = [item for item in batch.items if first <= item.index < stop]
+            bad += [item.index for item in inside if not is_finite(place.bytes_of(item.spec), dtype)]
+    tally.add(copied, bad)
+
+
+@dataclass(frozen=True, eq=False)
+class _BigTensor:
+    """One big tensor of one push. Its chunks are units of work, or the whole tensor when its elements lie in no order.
+
+    Attributes:
+        raw: its bytes in the arena.
+        digests: of its chunks, filled in by the units of work.
+        known: digests of the chunks that the slot holds now.
+    """
+
+    item: TensorCopy
+    raw: ByteArray
+    digests: list[int]
+    known: list[int] | None
+    tally: WriteTally
+
+    def jobs(self, place: SlotViews, sources: list[torch.Tensor]) -> list[CopyJob]:
+        """List the units of work."""
+        source, step = _in_order(self.item, sources), CHUNK // itemsize(self.item.spec.dtype)
+        if source is None:
+            return [partial(self._write_scattered, *copy_views([self.item], place, sources))]
+        return [partial(self._write_chunk, k, source[k * step : (k + 1) * step]) for k in range(len(self.digests))]
+
+    def _write_chunk(self, number: int, source: torch.Tensor) -> None:
+        """Bring one chunk into the arena, digest and check it.
+
+        Where bytes travel as they are, the digest is of the trainer's own: the arena's may not be in cache, and changes
+        meanwhile are found out. What lies in the slot from two versions ago and is the same needs no write.
+        """
+        raw, wire = self.raw[number * CHUNK : (number + 1) * CHUNK], dtype_of(self.item.spec.dtype)
+        plain = source.dtype == wire and source.device.type == "cpu"
+        shown = source.view(torch.uint8).numpy() if plain else raw
+        into, to, out_of = torch.from_numpy(raw).view(wire), raw.ctypes.data, shown.ctypes.data
+        if plain and self.known is not None and not memcmp(to, out_of, len(raw)):
+            self.digests[number] = self.known[number]
+            return
+        hasher, finite, copied = xxhash.xxh3_64(), True, 0
+        for start in range(0, len(raw), BLOCK):
+            block = shown[start : start + BLOCK]
+            if not plain:
+                part = slice(start // wire.itemsize, (start + BLOCK) // wire.itemsize)
+                into[part].copy_(source[part])
+                copied += len(block)
+            elif memcmp(to + start, out_of + start, len(block)):
+                memmove(to + start, out_of + start, len(block))
+                copied += len(block)
+            hasher.update(block.data)
+            finite = finite and is_finite(block, self.item.spec.dtype)
+        self.digests[number] = hasher.intdigest()
+        self.tally.add(copied, () if finite else (self.item.index,))
+
+    def _write_scattered(self, into: list[torch.Tensor], out_of: list[torch.Tensor]) -> None:
+        """Write, digest and check a tensor whose elements lie in some other order in the trainer."""
         with torch.no_grad():
-            into, out_of = pairs(batch, place, sources)
-            if not all(map(holds, into, out_of)):
-                torch._foreach_copy_(into, out_of)
-                tally.add_bytes(sum(item.spec.nbytes for item in batch.items))
-        indices = batch.indices
-        digests[indices] = np.fromiter(map(xxhash.xxh3_64_intdigest, batch.views(place)), "<u8", len(indices))
-        for dtype, start, end, first, stop in batch.spans:
-            if not is_finite(place.flat[start:end], dtype):
-                tally.suspect(
-                    item.index
-                    for item in batch.items
-                    if first <= item.index < stop and not is_finite(bytes_of(item.spec, place), dtype)
-                )
-
-    return job
+            torch._foreach_copy_(into, out_of)
+        finite = True
+        for number, (start, end) in enumerate(cut(len(self.raw), CHUNK)):
+            self.digests[number] = xxhash.xxh3_64_intdigest(self.raw[start:end].data)
+            finite = finite and is_finite(self.raw[start:end], self.item.spec.dtype)
+        self.tally.add(len(self.raw), () if finite else (self.item.index,))
 
 
-def _big_jobs(
-    item: Item,
-    place: Slot,
-    sources: list[torch.Tensor],
-    pieces: list[int],
-    tally: _Tally,
-    known: list[int] | None,
-) -> Iterator[Job]:
-    """Units of work of one big tensor: its chunks when its elements lie in order, else the tensor as a whole. `known`
-    are the digests of the chunks that the slot holds now."""
-    raw, dtype = bytes_of(item.spec, place), dtype_of(item.spec.dtype)
-    source = _in_order(item, sources)
-    if source is None:
-        into, out_of = copies([item], place, sources)
-        yield lambda: _scattered(item, into, out_of, raw, pieces, tally)
-        return
-    size = itemsize(item.spec.dtype)
-    plain = source.dtype == dtype and source.device.type == "cpu"
-    flat = None if plain else torch.from_numpy(raw).view(dtype)
-    for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
-        piece = source[start // size : end // size]
-        if flat is None:
-            given: Bytes = piece.view(torch.uint8).numpy()
-            job = _chunk_job(item, _moved(given, raw[start:end]), given, pieces, number, tally)
-            yield job if known is None else _unless_held(given, raw[start:end], known, pieces, number, job)
-        else:
-            write = _cast(piece, flat[start // size : end // size], BLOCK // size)
-            yield _chunk_job(item, write, raw[start:end], pieces, number, tally)
-
-
-def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor's elements as one flat view of the live tensor, when they lie so."""
+def _in_order(item: TensorCopy, sources: list[torch.Tensor]) -> torch.Tensor | None:
+    """View the tensor's elements as one flat part of the live tensor; None when they do not lie so."""
     if len(item.parts) != 1:
         return None
     part = item.parts[0]
@@ -306,71 +359,11 @@ def _in_order(item: Item, sources: list[torch.Tensor]) -> torch.Tensor | None:
     return source.detach().view(-1) if source.is_contiguous() else None
 
 
-Write = Callable[[int, int], int]
-"""(first byte, nbytes) of a block of a chunk: bring it into the arena; how many bytes had to be written."""
+def already_holds(into: torch.Tensor, source: torch.Tensor) -> bool:
+    """Tell whether a view of the arena already has a tensor's bits, where that is cheap to tell.
 
-
-def _moved(source: Bytes, into: Bytes) -> Write:
-    """Bytes as they stand. What lies there from two versions ago and is the same needs no write; where it is not, the
-    comparison ends at once."""
-
-    def write(at: int, nbytes: int) -> int:
-        out_of, to = source.ctypes.data, into.ctypes.data  # asked for here, so that both live as long as this function
-        if not memcmp(to + at, out_of + at, nbytes):
-            return 0
-        memmove(to + at, out_of + at, nbytes)
-        return nbytes
-
-    return write
-
-
-def _cast(source: torch.Tensor, into: torch.Tensor, step: int) -> Write:
-    """Another dtype, or memory of a device; `step` elements are one block."""
-    size = into.itemsize
-
-    def write(at: int, nbytes: int) -> int:
-        first = at // size
-        into[first : first + step].copy_(source[first : first + step])
-        return nbytes
-
-    return write
-
-
-def _chunk_job(item: Item, write: Write, shown: Bytes, pieces: list[int], number: int, tally: _Tally) -> Job:
-    """`shown` is what is digested and checked: the trainer's own bytes where they travel as they are (the arena's may
-    not be in cache, and a tensor that changes meanwhile is found out), else what the cast has written."""
-    dtype = item.spec.dtype
-
-    def job() -> None:
-        hasher, finite, copied = xxhash.xxh3_64(), True, 0
-        for start in range(0, len(shown), BLOCK):
-            block = shown[start : start + BLOCK]
-            copied += write(start, len(block))
-            hasher.update(block.data)
-            finite = finite and is_finite(block, dtype)
-        pieces[number] = hasher.intdigest()
-        tally.add_bytes(copied)
-        if not finite:
-            tally.suspect((item.index,))
-
-    return job
-
-
-def _unless_held(source: Bytes, raw: Bytes, known: list[int], pieces: list[int], number: int, job: Job) -> Job:
-    """Where the slot still has all of a chunk, its digest is known: a comparison is all that is left to do."""
-
-    def run() -> None:
-        if memcmp(raw.ctypes.data, source.ctypes.data, len(raw)):
-            job()
-        else:
-            pieces[number] = known[number]
-
-    return run
-
-
-def holds(into: torch.Tensor, source: torch.Tensor) -> bool:
-    """Whether a view of the arena already has a tensor's bits, where that is cheap to tell. `source` is a collected
-    tensor or a view of one: its memory holds its values."""
+    `source` is a collected tensor or a view of one: its memory holds its values.
+    """
     if source.dtype != into.dtype or not source.is_contiguous() or source.device.type != "cpu":
         return False
     nbytes = into.numel() * into.itemsize
@@ -378,50 +371,49 @@ def holds(into: torch.Tensor, source: torch.Tensor) -> bool:
     return compare(into.data_ptr(), source.data_ptr(), nbytes) == 0
 
 
-def _scattered(
-    item: Item,
-    into: list[torch.Tensor],
-    out_of: list[torch.Tensor],
-    raw: Bytes,
-    pieces: list[int],
-    tally: _Tally,
-) -> None:
-    """A big tensor whose elements lie in some other order in the trainer."""
-    with torch.no_grad():
-        torch._foreach_copy_(into, out_of)
-    finite = True
-    for number, (start, end) in enumerate(cut(len(raw), CHUNK)):
-        pieces[number] = xxhash.xxh3_64_intdigest(raw[start:end].data)
-        finite = finite and is_finite(raw[start:end], item.spec.dtype)
-    if not finite:
-        tally.suspect((item.index,))
-    tally.add_bytes(item.spec.nbytes)
-
-
-def _wait_for_devices(sources: Sequence[torch.Tensor]) -> None:
-    """Workers copy on their own streams: what the trainer's stream still computes has to be there first."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for device in {tensor.device for tensor in sources if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-
-
-def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """A pool whose workers run torch on one thread each, leaving the trainer's own setting as it is.
+def _single_threaded_pool(threads: int, deadline: Deadline) -> ThreadPoolExecutor:
+    """Start a pool whose workers run torch on one thread each; the trainer's own setting stays as it is.
 
     torch keeps the number per thread, but a thread takes the last one set anywhere when it first asks: so each worker
     asks, then sets its own, and then the trainer's is put back from here.
+
+    Raises DeadlineExceeded when a worker does not start in time, ConfigError when it cannot; the others are released.
     """
     kept = torch.get_num_threads()
     started = threading.Barrier(threads + 1)
+    errors: list[Exception] = []
 
     def start() -> None:
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        started.wait()
+        try:
+            torch.get_num_threads()
+            torch.set_num_threads(1)
+        except Exception as error:  # a thread's outermost frame: raised again where the pool was asked for
+            errors.append(error)
+            started.abort()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            started.wait(deadline.remaining_s)
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="weighbridge-snapshot", initializer=start)
-    for _ in range(threads):
-        pool.submit(lambda: None)
-    started.wait()
-    torch.set_num_threads(kept)
+    try:
+        for _ in range(threads):
+            pool.submit(int)
+        started.wait(deadline.remaining_s)
+    except (threading.BrokenBarrierError, RuntimeError) as error:  # RuntimeError: the system starts no more threads
+        started.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise _not_started(threads, errors[0] if errors else error) from error
+    finally:
+        torch.set_num_threads(kept)
     return pool
+
+
+def _not_started(threads: int, error: Exception) -> BridgeError:
+    hung = isinstance(error, threading.BrokenBarrierError)
+    kind = DeadlineExceeded if hung else ConfigError
+    return kind(
+        "the snapshot's copying threads did not start",
+        where="the trainer's process",
+        expected=f"{threads} threads within the push's timeout",
+        got="a thread that hangs" if hung else f"{type(error).__name__}: {error}",
+        remedy="lower copy_threads, or look at the limits of this process (ulimit -u, cgroup pids.max)",
+    )

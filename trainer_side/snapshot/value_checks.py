@@ -1,5 +1,8 @@
-"""Do the values survive a cast that is not a rounding? Floating to floating rounds, as agreed; every other cast keeps
-the value or is refused: 0.7 must not become the integer 0, nor 300 the byte 44."""
+"""Check the casts that are not roundings.
+
+Floating to floating rounds, as agreed; every other cast keeps the value or is refused: 0.7 must not become the integer
+0, nor 300 the byte 44.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,31 @@ import torch
 from bridge.errors import DtypeMismatch
 from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.tracing.provenance import exact
-from trainer_side.snapshot.batches import Item, Slot, bytes_of, copies
+from trainer_side.snapshot.batches import SlotViews, TensorCopy, copy_views
 
 _BLOCK = 1 << 20
 """Elements that are widened at a time."""
 _LIMIT = 2.0**63
 
 
-def doubtful(items: Iterable[Item], sources: Sequence[torch.Tensor]) -> list[Item]:
-    """The items with a cast that may change a value otherwise than by rounding; none in the usual case."""
-    return [
-        item
-        for item in items
-        if any(_may_change(sources[part.index].dtype, dtype_of(item.spec.dtype)) for part in item.parts)
-    ]
+def find_inexact_casts(items: Iterable[TensorCopy], sources: Sequence[torch.Tensor]) -> list[TensorCopy]:
+    """List the items with a cast that may change a value otherwise than by rounding; none in the usual case."""
+    found = []
+    for item in items:
+        wire = dtype_of(item.spec.dtype)
+        for dtype in {sources[part.index].dtype for part in item.parts} - {wire}:
+            rounds = dtype.is_floating_point and wire.is_floating_point
+            if not rounds and not exact(dtype, wire):
+                found.append(item)
+                break
+    return found
 
 
-def _may_change(dtype: torch.dtype, wire: torch.dtype) -> bool:
-    if dtype == wire or (dtype.is_floating_point and wire.is_floating_point):
-        return False
-    return not exact(dtype, wire)
+def require_fit(item: TensorCopy, place: SlotViews, sources: list[torch.Tensor]) -> None:
+    """Compare an item as it was written with the tensor that it was cast from.
 
-
-def require_fit(item: Item, place: Slot, sources: list[torch.Tensor]) -> None:
-    """Compare what was written of an item with what it was cast from. Raises DtypeMismatch, exact about the first value
-    that the wire dtype does not hold."""
-    for into, out_of in zip(*copies([item], place, sources), strict=True):
+    Raises DtypeMismatch, exact about the first value that the wire dtype does not hold."""
+    for into, out_of in zip(*copy_views([item], place, sources), strict=True):
         written, given = into.detach().reshape(-1), out_of.detach().reshape(-1)
         for start in range(0, len(given), _BLOCK):
             a, b = written[start : start + _BLOCK], given[start : start + _BLOCK].cpu()
@@ -47,8 +49,10 @@ def require_fit(item: Item, place: Slot, sources: list[torch.Tensor]) -> None:
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Element by element, exactly. Casting back and comparing would not do: an int8 holds 200 as -56, and gives it back
-    as 200."""
+    """Compare values element by element, exactly.
+
+    Casting back would not do: an int8 holds 200 as -56, and gives it back as 200.
+    """
     (x, x_whole), (y, y_whole) = _integers(a), _integers(b)
     return (x == y) & x_whole & y_whole
 
@@ -62,7 +66,7 @@ def _integers(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(whole, wide, 0.0).to(torch.int64), whole
 
 
-def _index(item: Item, into: torch.Tensor, at: int) -> list[int]:
+def _index(item: TensorCopy, into: torch.Tensor, at: int) -> list[int]:
     """Element `at` of a view of the item's place in the arena, as an index of the item's tensor."""
     if not item.spec.shape:
         return []
@@ -71,9 +75,9 @@ def _index(item: Item, into: torch.Tensor, at: int) -> list[int]:
     return [int(k) for k in np.unravel_index(linear, item.spec.shape)]
 
 
-def _misfit(item: Item, place: Slot, index: list[int], value: torch.Tensor) -> DtypeMismatch:
+def _misfit(item: TensorCopy, place: SlotViews, index: list[int], value: torch.Tensor) -> DtypeMismatch:
     spec = item.spec
-    whole = torch.from_numpy(bytes_of(spec, place)).view(dtype_of(spec.dtype)).view(spec.shape)
+    whole = torch.from_numpy(place.bytes_of(spec)).view(dtype_of(spec.dtype)).view(spec.shape)
     return DtypeMismatch(
         f"{spec.name} holds a value that its wire dtype does not",
         where=f"{spec.name}{index}",

@@ -1,5 +1,7 @@
-"""Small real PEFT models, one builder per row of lora.md 13. Every trainable value is moved away from its initial one,
-and alpha (32) differs from r (3) everywhere: alpha == r has hidden bugs before.
+"""Small real PEFT models, one builder per kind of layer that PEFT wraps.
+
+Every trainable value is moved away from its initial one, and alpha (32) differs from r (3) everywhere: alpha == r has
+hidden bugs before.
 
 `ROWS` are layers of a toy model: each row says which of its modules have LoRA. `CAUSAL` are whole language models for
 end-to-end tests. `build(row, dtype)` gives the model in eval mode, active, unmerged.

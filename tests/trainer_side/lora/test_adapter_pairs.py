@@ -13,7 +13,7 @@ from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Region, dense
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, build
 from trainer_side.lora import LoraModel, adapter_tensors, base_tensors, merged_tensors
-from trainer_side.lora.layers.expert_slices import Grid, grid_of
+from trainer_side.lora.layers.expert_slices import ExpertSlice, find_slice
 from trainer_side.names.naming import CanonicalTensor, Piece
 
 CARRIED = (
@@ -135,20 +135,20 @@ def canonical(shape: tuple[int, ...], source: Region) -> CanonicalTensor:
 @pytest.mark.parametrize(
     ("shape", "source", "live", "wanted"),
     [
-        ((6, 4), dense((6, 4)), (6, 4), Grid(0, slice(0, 6, 1), slice(0, 4, 1), False)),
-        ((6, 4), Region(0, (24,), (1,)), (6, 4), Grid(0, slice(0, 6, 1), slice(0, 4, 1), False)),
-        ((3, 4), Region(36, (3, 4), (4, 1)), (2, 6, 4), Grid(1, slice(3, 6, 1), slice(0, 4, 1), False)),
-        ((4, 6), Region(24, (4, 6), (1, 4)), (2, 6, 4), Grid(1, slice(0, 6, 1), slice(0, 4, 1), True)),
-        ((2, 6), Region(26, (2, 6), (1, 4)), (2, 6, 4), Grid(1, slice(0, 6, 1), slice(2, 4, 1), True)),
-        ((3, 4), Region(4, (3, 4), (8, 1)), (6, 4), Grid(0, slice(1, 6, 2), slice(0, 4, 1), False)),
-        ((1, 4), Region(8, (1, 4), (4, 1)), (6, 4), Grid(0, slice(2, 3, 1), slice(0, 4, 1), False)),
-        ((6, 1), Region(2, (6, 1), (4, 1)), (6, 4), Grid(0, slice(0, 6, 1), slice(2, 3, 1), False)),
+        ((6, 4), dense((6, 4)), (6, 4), ExpertSlice(0, slice(0, 6, 1), slice(0, 4, 1), False)),
+        ((6, 4), Region(0, (24,), (1,)), (6, 4), ExpertSlice(0, slice(0, 6, 1), slice(0, 4, 1), False)),
+        ((3, 4), Region(36, (3, 4), (4, 1)), (2, 6, 4), ExpertSlice(1, slice(3, 6, 1), slice(0, 4, 1), False)),
+        ((4, 6), Region(24, (4, 6), (1, 4)), (2, 6, 4), ExpertSlice(1, slice(0, 6, 1), slice(0, 4, 1), True)),
+        ((2, 6), Region(26, (2, 6), (1, 4)), (2, 6, 4), ExpertSlice(1, slice(0, 6, 1), slice(2, 4, 1), True)),
+        ((3, 4), Region(4, (3, 4), (8, 1)), (6, 4), ExpertSlice(0, slice(1, 6, 2), slice(0, 4, 1), False)),
+        ((1, 4), Region(8, (1, 4), (4, 1)), (6, 4), ExpertSlice(0, slice(2, 3, 1), slice(0, 4, 1), False)),
+        ((6, 1), Region(2, (6, 1), (4, 1)), (6, 4), ExpertSlice(0, slice(0, 6, 1), slice(2, 3, 1), False)),
     ],
 )
 def test_where_a_checkpoint_tensor_lies_in_a_live_weight(
-    shape: tuple[int, ...], source: Region, live: tuple[int, ...], wanted: Grid
+    shape: tuple[int, ...], source: Region, live: tuple[int, ...], wanted: ExpertSlice
 ) -> None:
-    grid = grid_of(canonical(shape, source), "live", live)
+    grid = find_slice(canonical(shape, source), "live", live)
     assert grid == wanted
     weight = torch.arange(torch.Size(live).numel()).reshape(live)
     matrix = (weight[grid.expert] if len(live) == 3 else weight)[grid.rows, grid.columns]
@@ -166,4 +166,4 @@ def test_where_a_checkpoint_tensor_lies_in_a_live_weight(
     ],
 )
 def test_what_is_no_block_of_one_matrix(shape: tuple[int, ...], source: Region, live: tuple[int, ...]) -> None:
-    assert grid_of(canonical(shape, source), "live", live) is None
+    assert find_slice(canonical(shape, source), "live", live) is None

@@ -26,9 +26,9 @@ from trainer_side.lora.layers.effective import (
     effective_bias,
     effective_weight,
     is_inexact,
-    refusal,
 )
 from trainer_side.lora.layers.factors import product
+from trainer_side.lora.layers.refusals import refusal
 from trainer_side.lora.layers.wrapper_chain import acting_copy, is_saved
 
 WIDE = torch.float64

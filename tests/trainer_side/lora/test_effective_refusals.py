@@ -23,7 +23,8 @@ from tests.trainer_side.lora.peft_rows import (
     one,
 )
 from tests.trainer_side.lora.test_reader import stacked
-from trainer_side.lora.layers.effective import effective_bias, effective_weight, refusal
+from trainer_side.lora.layers.effective import effective_bias, effective_weight
+from trainer_side.lora.layers.refusals import refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PATH = "model.layers.0.mlp.up_proj"
@@ -292,7 +293,7 @@ def test_row_wise_int8() -> None:
     layer = quantised(base)
     scale = weight.abs().amax(1)
     base.weight = nn.Parameter((weight / scale[:, None] * 127).round().to(torch.int8), requires_grad=False)
-    base.state = type("State", (), {"SCB": scale})()  # type: ignore[assignment]
+    base.state = type("LayerState", (), {"SCB": scale})()  # type: ignore[assignment]
     effective = effective_weight(layer, torch.float32)
     assert_close(effective, sum_of(layer, base.weight.float() * scale[:, None] / 127), rtol=1e-6, atol=1e-6)
     with torch.no_grad():
@@ -328,7 +329,7 @@ def test_packed_weights_without_a_dequantiser(form: str) -> None:
     layer = quantised(base)
     packed = torch.zeros(48, 1, dtype=torch.uint8)
     if form == "4 bit without its library":
-        packed.quant_state = type("State", (), {"absmax": torch.ones(1), "quant_type": "nf4"})()  # type: ignore[attr-defined]
+        packed.quant_state = type("LayerState", (), {"absmax": torch.ones(1), "quant_type": "nf4"})()  # type: ignore[attr-defined]
         from importlib.util import find_spec
 
         if find_spec("bitsandbytes") is not None:

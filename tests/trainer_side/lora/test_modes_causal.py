@@ -14,7 +14,7 @@ import torch
 from bridge.errors import DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.lora_format import LoraLimits
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, Row, build
-from trainer_side.lora import LoraModel, View, adapter_tensors, base_tensors, merged_tensors
+from trainer_side.lora import LoraModel, ModeView, adapter_tensors, base_tensors, merged_tensors
 from trainer_side.names.naming import bake_names
 from trainer_side.names.tensor_layout import WeightSource
 
@@ -208,7 +208,7 @@ def test_an_inner_model_takes_the_names_of_the_peft_model() -> None:
     assert len(lora.view("merged", list(model.named_parameters())).computed) == 14
 
 
-def same_values(a: View, b: View) -> bool:
+def same_values(a: ModeView, b: ModeView) -> bool:
     return same(values(a), values(b))
 
 
@@ -216,7 +216,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
-def values(view: View) -> dict[str, torch.Tensor]:
+def values(view: ModeView) -> dict[str, torch.Tensor]:
     found = dict(view.named)
     with torch.no_grad():
         found.update({c.name: c.compute(c.stand_in.dtype) for c in view.computed})

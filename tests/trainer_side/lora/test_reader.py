@@ -1,4 +1,4 @@
-"""`lora_parameters`: one shape of answer in every state, for every kind of wrapper; Unsloth's contract (lora.md 9)."""
+"""`lora_parameters`: the same fields in every state, for every kind of wrapper, as Unsloth has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridge.errors import ConfigError, UnsupportedLora
 from tests.trainer_side.lora.oracle import innermost, untouched
 from tests.trainer_side.lora.peft_rows import ALPHA, DEFAULT, HIDDEN, RANK, ROWS, WIDE, Toy, build, layer_of
 from trainer_side.lora.layers.read import lora_parameters
-from trainer_side.lora.layers.values import LoraParameters, State
+from trainer_side.lora.layers.values import LayerState, LoraParameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -34,8 +34,8 @@ def put(model: Any, state: str) -> None:
 
 
 STATES = {
-    "active": State.ACTIVE, "disabled": State.DISABLED, "merged": State.MERGED,
-    "merged disabled": State.MERGED_DISABLED, "absent": State.ACTIVE,
+    "active": LayerState.ACTIVE, "disabled": LayerState.DISABLED, "merged": LayerState.MERGED,
+    "merged disabled": LayerState.MERGED_DISABLED, "absent": LayerState.ACTIVE,
 }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_kinds(name: str, layer: str, kind: str, transposed: bool) -> None:
 def test_plain_layers(layer: str, kind: str, transposed: bool) -> None:
     plain = getattr(Toy(), layer)
     found = lora_parameters(plain)
-    assert (found.state, found.kind, found.transposed) == (State.PLAIN, kind, transposed)
+    assert (found.state, found.kind, found.transposed) == (LayerState.PLAIN, kind, transposed)
     assert tuple(found)[:2] == (plain.weight, None)
     assert tuple(found)[2:5] == (None, None, None)
     assert found.bias is getattr(plain, "bias", None)
@@ -197,7 +197,7 @@ def test_modules_to_save(state: str) -> None:
     assert found.bias is acting.bias
     assert found.adapters == ()
     assert found.owned == (DEFAULT,)
-    expected = {"active": State.ACTIVE, "disabled": State.DISABLED, "none active": State.PLAIN}
+    expected = {"active": LayerState.ACTIVE, "disabled": LayerState.DISABLED, "none active": LayerState.PLAIN}
     assert found.state is expected[state]
 
 

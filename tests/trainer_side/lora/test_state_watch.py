@@ -13,11 +13,10 @@ from bridge.errors import IntegrityError
 from tests.trainer_side.lora.peft_rows import ROWS, build
 from trainer_side.lora import model as models
 from trainer_side.lora.layers.module_tree import read_tree
+from trainer_side.lora.layers.refusals import reason_of
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, read_chain
 from trainer_side.lora.model import LoraModel
-from trainer_side.lora.refusals import reason_of
-from trainer_side.lora.state import Watch
-from trainer_side.lora.without_lora import bare
+from trainer_side.lora.without_lora import copy_without_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ROW = next(row for row in ROWS if row.name == "linear")
@@ -50,25 +49,24 @@ def test_a_survey_of_another_state_is_not_remembered(monkeypatch: pytest.MonkeyP
 def test_a_reading_is_compared_not_the_layer() -> None:
     """The layer went back to what it was, but it was read in between."""
     model: Any = build(ROW)
-    lora, wrappers = LoraModel(model), read_tree(model).wrappers
-    watch = Watch(wrappers, lora.state())
+    began = LoraModel(model).state()
     layer = next(module for module in model.modules() if is_lora(module))
-    watch.require(read_chain(layer))
+    began.require(read_chain(layer))
     layer.scale_layer(2.0)
     read = read_chain(layer)
-    read.levels[-1].adapters()
+    assert read.levels[-1].adapters
     layer.scale_layer(0.5)
     with pytest.raises(IntegrityError):
-        watch.require(read)
-    watch.require(read_chain(layer))
+        began.require(read)
+    began.require(read_chain(layer))
 
 
 def test_one_reading_has_one_scaling() -> None:
     layer: Any = next(module for module in build(ROW).modules() if is_lora(module))
     (level,) = read_chain(layer).levels
-    first = level.adapters()
+    first = level.adapters
     layer.scale_layer(3.0)
-    assert level.adapters() is first
+    assert level.adapters is first
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -132,7 +130,7 @@ def test_the_names_of_pefts_mixed_model() -> None:
     inner = nn.Sequential(nn.Linear(3, 3))
     model = get_peft_model(inner, LoraConfig(target_modules=["0"]), mixed=True)  # type: ignore[arg-type]
     assert {place.clean for place in read_tree(model).places} == {"0.weight", "0.bias"}
-    assert type(bare(model)) is nn.Sequential
+    assert type(copy_without_lora(model)) is nn.Sequential
 
 
 def test_the_first_reason_of_a_layer() -> None:

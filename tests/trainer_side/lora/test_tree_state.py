@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import tiny_qwen2
 from trainer_side.lora import LoraModel, adapter_tensors, merged_tensors
-from trainer_side.lora.layers.module_tree import Extra, Place, read_tree
+from trainer_side.lora.layers.module_tree import BaseTensor, WrapperTensor, read_tree
 
 
 class Odd(nn.Module):
@@ -73,14 +73,14 @@ def test_raw_live_and_clean_names_of_a_wrapped_model() -> None:
     tree = read_tree(model)
     raw = "module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     place = tree.find(raw)
-    assert isinstance(place, Place)
+    assert isinstance(place, BaseTensor)
     assert place.live == "model.layers.0.self_attn.q_proj.base_layer.weight"
     assert place.clean == "model.layers.0.self_attn.q_proj.weight"
     extra = tree.find("model.layers.0.self_attn.q_proj.lora_B.policy.weight")
-    assert isinstance(extra, Extra)
+    assert isinstance(extra, WrapperTensor)
     assert (extra.container, extra.adapter) == ("lora_B", "policy")
     copy = tree.find("base_model.model.lm_head.modules_to_save.policy.weight")
-    assert isinstance(copy, Place)
+    assert isinstance(copy, BaseTensor)
     assert copy.clean == "lm_head.weight"
     assert not copy.original
     assert [name for name, p in model.named_parameters() if tree.find(name) is None] == []
@@ -125,7 +125,7 @@ def test_state_is_equal_until_something_is_set() -> None:
     assert scaled.unscaled == before.unscaled
     model.merge_adapter()
     assert lora.state() != scaled
-    assert all(w.merged == ("default",) for w in lora.state().wrappers)
+    assert all(w.setting.merged == ("default",) for w in lora.state().wrappers)
 
 
 def test_a_changed_structure_is_noticed_and_baked_again() -> None:
@@ -165,7 +165,7 @@ def test_state_of_saved_modules_and_tokens() -> None:
     before = lora.state()
     with model.disable_adapter():
         off = {w.path: w for w in lora.state().wrappers}
-        assert off["model.norm"].disabled
-        assert off["model.embed_tokens"].disabled
+        assert off["model.norm"].setting.disabled
+        assert off["model.embed_tokens"].setting.disabled
         assert not lora.view("merged", list(model.named_parameters())).computed
     assert lora.state() == before

@@ -1,6 +1,6 @@
-"""Values of a weight that is stored in another form than numbers: bitsandbytes, torchao, scaled fp8, HQQ-like layers.
+"""Dequantise a weight that is stored in another form than numbers: bitsandbytes, torchao, scaled fp8, HQQ-like layers.
 
-Everything is computed out of place. A form that nobody here can read is refused, never sent as it lies there.
+Everything is computed out of place. A form that cannot be read here is refused, never sent as it lies there.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from bridge.errors import UnsupportedLora
+from trainer_side.lora.layers.values import SentValues
 
 FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 _SCALES = ("weight_scale_inv", "weight_scale")
-Given = Callable[[torch.Tensor], torch.Tensor]
 
 
 def quant_state(base: Any, weight: torch.Tensor) -> Any:
-    """What is needed besides a weight to read it; None for a plain one."""
+    """Return the scale or state that is needed to read a packed weight; None for a plain one."""
     state = _first(getattr(weight, "quant_state", None), getattr(base, "quant_state", None))
     if state is not None:
         return state
@@ -38,19 +38,19 @@ def quant_state(base: Any, weight: torch.Tensor) -> Any:
 
 
 def is_quantized(base: Any, weight: torch.Tensor) -> bool:
-    """Whether the stored numbers are not the weight's values."""
+    """Tell whether the stored numbers are not the weight's values."""
     return quant_state(base, weight) is not None or not weight.dtype.is_floating_point
 
 
-def readable(base: Any, weight: torch.Tensor) -> bool:
-    """Whether `dequantized` can read this weight."""
+def can_dequantize(base: Any, weight: torch.Tensor) -> bool:
+    """Tell whether `dequantize` can read this weight."""
     return not is_quantized(base, weight) or _reader(base, weight) is not None
 
 
-def dequantized(base: Any, weight: torch.Tensor, given: Given) -> torch.Tensor:
-    """The values of a base layer's weight, in a floating dtype; a plain weight as it is.
+def dequantize(base: Any, weight: torch.Tensor, given: SentValues) -> torch.Tensor:
+    """Compute the values of a base layer's weight, in a floating dtype; a plain weight is returned as it is.
 
-    Raises UnsupportedLora where nobody can read it.
+    Raises UnsupportedLora for a form that has no dequantiser here.
     """
     if not is_quantized(base, weight):
         return given(weight)
@@ -66,7 +66,7 @@ def dequantized(base: Any, weight: torch.Tensor, given: Given) -> torch.Tensor:
     return reader(given)
 
 
-def _reader(base: Any, weight: torch.Tensor) -> Callable[[Given], torch.Tensor] | None:
+def _reader(base: Any, weight: torch.Tensor) -> Callable[[SentValues], torch.Tensor] | None:
     state = quant_state(base, weight)
     if weight.dtype == torch.int8 and isinstance(state, torch.Tensor):
         return lambda given: _int8(given(weight), given(state))
@@ -103,6 +103,7 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor, blocks: Any) -> torch.Ten
             "the scales of a block-scaled fp8 weight do not cover it",
             expected=f"blocks of {high} x {wide} over {list(values.shape)}",
             got=f"scales {list(factor.shape)}",
+            remedy="check the layer's block_size, or load the base model in 16 bit",
         )
     return values * spread
 

@@ -1,8 +1,8 @@
-"""What a layer computes with: its effective weight and bias, out of place, in every state of its adapters.
+"""Compute the effective weight and bias of a layer, out of place, in every state of its adapters.
 
-The truth is the layer's eval-mode forward, not PEFT's `merge()`; where the two differ, the forward is followed. Nothing
-of the live model is written, merged, unmerged or called. Sums are made in fp32, or in the parameter's dtype where that
-is wider, and rounded once.
+Effective is what the layer's eval-mode forward computes with, not PEFT's `merge()`; where the two differ, the forward
+is followed. Nothing of the live model is written, merged, unmerged or called. Sums are made in fp32, or in the
+parameter's dtype where that is wider, and rounded once.
 """
 
 from __future__ import annotations
@@ -14,22 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, UnsupportedLora
-from trainer_side.lora.layers.dequant import Given, dequantized
+from bridge.errors import ConfigError
+from trainer_side.lora.layers.dequant import dequantize
 from trainer_side.lora.layers.factors import expert_factors, expert_rows, low_rank, product, rows_of, wide_dtype
 from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
-from trainer_side.lora.layers.values import ActiveLora, State
+from trainer_side.lora.layers.refusals import reason_of
+from trainer_side.lora.layers.values import ActiveLora, LayerState, SentValues, as_stored
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, is_attention, read_chain, unwrapped
-from trainer_side.lora.refusals import refusal, refused
-
-__all__ = [
-    "attention_output",
-    "effective_bias",
-    "effective_identity",
-    "effective_weight",
-    "is_inexact",
-    "refusal",
-]
 
 BLOCK = 1 << 24
 """Elements whose sum is in memory at a time, besides the result."""
@@ -38,47 +29,57 @@ BLOCK = 1 << 24
 def effective_weight(
     module: nn.Module,
     dtype: torch.dtype,
-    given: Given | None = None,
+    given: SentValues | None = None,
     *,
     attribute: str | None = None,
     copies: int | None = None,
     chain: Chain | None = None,
 ) -> torch.Tensor:
-    """The weight that a layer's eval-mode forward computes with, in the shape and orientation it is stored in.
+    """Compute the weight that a layer's eval-mode forward uses, in the shape and orientation it is stored in.
 
-    `module` is a layer with its wrappers (the outermost one), or a plain layer. `given` maps a live tensor to the
-    values that the caller sent for it. `attribute` says which parameter of the layer inside is meant where wrappers
-    act on several (expert parameters); by default the one that the outermost wrapper acts on. `copies` says how often
-    the forward adds each adapter: 1, but for an attention layer's output projection, see `attention_output`. `chain` is
-    an earlier reading of the module, for a caller who has to know what was read.
+    Called once per push and layer, from any thread; the time grows with the layer's size.
 
-    Returns a tensor of `dtype`, rounded once, or of the dtype the sum was made in where `dtype` is wider. Where no
-    adapter acts it may share memory with the live parameter: do not write to it. Computes for as long as the layer is
-    large; meant to be called once per push and layer, from any thread.
+    Args:
+        module: the outermost wrapper of a layer, or a plain layer.
+        dtype: of the result, rounded once; where it is wider than the dtype of the sum, the result has the latter.
+        given: maps a live tensor to the values that the caller of `push` sent for it.
+        attribute: the parameter of the layer inside, where wrappers act on several (expert parameters); default the
+            one that the outermost wrapper acts on.
+        copies: how often the forward adds each adapter: 1, but for an attention layer's output projection, see
+            `attention_output`.
+        chain: an earlier reading of the module, for a caller who compared it with the state of the push.
 
-    Raises UnsupportedLora where `refusal` answers, ConfigError for a module without that weight.
+    Where no adapter acts the result may share memory with the live parameter: do not write to it.
+
+    Raises UnsupportedLora as `refusal` explains, ConfigError for a module without that weight.
     """
     chain = chain or read_chain(module)
     name = attribute or chain.attribute
-    error = refused(chain, name, type(module).__name__, copies)
-    if error is not None:
-        raise error
+    reason = reason_of(chain, copies, name)
+    if reason is not None:
+        raise reason.error(type(module).__name__)
     weight = stored(chain.base, name)
     if weight is None:
-        raise _no_parameter(module, chain, name)
+        raise ConfigError(
+            f"the layer has no parameter {name}",
+            where=type(module).__name__,
+            expected=f"a tensor `{name}`",
+            got=type(unwrapped(chain.base)).__name__,
+            remedy="ask for the layers inside it",
+        )
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        return _Weight(chain, name, weight, given or _live, copies).compute(dtype)
+        return _Weight(chain, name, weight, given or as_stored, copies).compute(dtype)
 
 
 def effective_bias(
     module: nn.Module,
     dtype: torch.dtype,
-    given: Given | None = None,
+    given: SentValues | None = None,
     *,
     copies: int | None = None,
     chain: Chain | None = None,
 ) -> torch.Tensor | None:
-    """The bias that a layer's eval-mode forward adds; None for a layer without one.
+    """Compute the bias that a layer's eval-mode forward adds; None for a layer without one.
 
     Arguments, returned dtype and errors as of `effective_weight`. `lora_bias` is scaled like its adapter, and by the
     DoRA adapters that come after it; PEFT's attention never adds the one of its input projection.
@@ -87,25 +88,27 @@ def effective_bias(
     name = chain.attribute
     bias = stored_bias(chain.base, name)
     if bias is None or kind_of(chain, name, bias) == "parameter":
-        return None if bias is None else _rounded((given or _live)(bias), dtype, wide_dtype([bias]))
-    error = refused(chain, name, type(module).__name__, copies)
-    if error is not None:
-        raise error
+        return None if bias is None else _rounded((given or as_stored)(bias), dtype, wide_dtype([bias]))
+    reason = reason_of(chain, copies, name)
+    if reason is not None:
+        raise reason.error(type(module).__name__)
     with torch.no_grad(), torch.autocast(bias.device.type, enabled=False):
-        return _bias(chain, name, bias, dtype, given or _live, copies)
+        return _bias(chain, name, bias, dtype, given or as_stored, copies)
 
 
 def is_inexact(module: nn.Module) -> bool:
-    """Whether the effective weight is what is left when merged adapters are taken out of the tensors again: rounding
-    errors of the merge stay in it, as they do in PEFT's own next forward."""
-    return any(level.state is State.MERGED_DISABLED and not level.tokens for level in read_chain(module).levels)
+    """Tell whether merged adapters have to be taken out of the stored weight again.
+
+    The rounding errors of the merge then stay in the effective weight, as they do in PEFT's own next forward.
+    """
+    return any(level.state is LayerState.MERGED_DISABLED and not level.tokens for level in read_chain(module).levels)
 
 
 def attention_output(module: nn.Module) -> nn.Module | None:
-    """Of a LoRA wrapper around an attention layer, the LoRA layer that is its output projection; None for others.
+    """Return the LoRA layer that is the output projection of a wrapped attention layer; None for other wrappers.
 
-    Its forward is never called: the wrapper merges its adapters into it twice (PEFT #3774), so `copies=2` is what the
-    attention computes with.
+    Its forward is never called: the wrapper merges its adapters into it twice
+    (https://github.com/huggingface/peft/pull/3774), so the attention computes with `copies=2`.
     """
     chain = read_chain(module)
     if not chain.levels or not is_attention(chain.base):
@@ -115,8 +118,10 @@ def attention_output(module: nn.Module) -> nn.Module | None:
 
 
 def effective_identity(module: nn.Module, attribute: str = "weight", *, copies: int | None = None) -> Hashable:
-    """Equal for two places whose effective tensors are the same by construction: the same stored tensor, and the same
-    factors added in the same order. Compares addresses, not values; valid until the model changes.
+    """Return a key that is equal for two layers whose effective tensors are the same by construction.
+
+    That is the same stored tensor with the same factors added in the same order. Compares addresses, not values; valid
+    until the model changes.
 
     A tied embedding and head with the same LoRA (`ensure_weight_tying`) are equal, though one holds the transposes of
     the other's factors.
@@ -140,7 +145,7 @@ def effective_identity(module: nn.Module, attribute: str = "weight", *, copies: 
 class _Weight:
     """One computation of an effective weight."""
 
-    def __init__(self, chain: Chain, name: str, weight: torch.Tensor, given: Given, copies: int | None) -> None:
+    def __init__(self, chain: Chain, name: str, weight: torch.Tensor, given: SentValues, copies: int | None) -> None:
         self.chain = chain
         self.given = given
         self.copies = 1 if copies is None else copies
@@ -150,7 +155,7 @@ class _Weight:
         self.levels = [level for level in chain.on(name) if level.names]
 
     def compute(self, dtype: torch.dtype) -> torch.Tensor:
-        base = dequantized(self.chain.base, self.stored, self.given).detach()
+        base = dequantize(self.chain.base, self.stored, self.given).detach()
         # Signed: what was merged is taken out of the base first, as PEFT does before it computes.
         under, over = self._terms()
         read = [base, *(t for _, a in (*under, *over) for t in _tensors(a))]
@@ -165,27 +170,27 @@ class _Weight:
         return _rounded(base, dtype, wide)
 
     def _terms(self) -> tuple[list[_Term], list[_Term]]:
-        """(what changes the base as all wrappers see it, what the wrappers add to their layer's output), in order.
+        """List the adapters that change the base under all wrappers, and those added to a layer's output, in order.
 
         Adapters on the parameter itself act before those on the layer: DoRA's norm sees them.
         """
         under: list[_Term] = []
         over: list[_Term] = []
         for level in self.levels:
-            sign = -1.0 if level.state is State.MERGED_DISABLED else 1.0
-            terms = [(sign * self.copies, self._sent(adapter)) for adapter in level.adapters()]
+            sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
+            terms = [(sign * self.copies, self._sent(adapter)) for adapter in level.adapters]
             (under if sign < 0 or self.kind == "parameter" else over).extend(terms)
         return under, over
 
     def _sent(self, adapter: ActiveLora) -> ActiveLora:
-        """With the magnitude that was given; the factors are mapped where they are expanded."""
+        """Replace the magnitude by the one that was sent; the factors are replaced where they are expanded."""
         return adapter if adapter.magnitude is None else replace(adapter, magnitude=self.given(adapter.magnitude))
 
     def _parts(
         self, base: torch.Tensor, out: torch.Tensor, wide: torch.dtype, terms: list[_Term]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[_Factors]]]:
-        """(rows of the base, rows of the result, each adapter's factors) of every matrix in the weight: one, or one
-        for each expert."""
+        """Yield (rows of the base, rows of the result, each adapter's factors) of every matrix in the weight: one, or
+        one per expert."""
         if self.kind == "parameter" and base.dim() == 3:
             for expert in range(base.shape[0]):
                 factors = [self._on(base, expert_factors(a, expert, wide, self.given)) for _, a in terms]
@@ -200,7 +205,7 @@ class _Weight:
         return factors[0].to(base.device), factors[1].to(base.device)
 
     def _replaced(self, weight: torch.Tensor) -> torch.Tensor:
-        """With the rows that trainable tokens stand in for. They have the weight's dtype in the forward too."""
+        """Replace the rows of trainable tokens, which have the weight's dtype in the forward too."""
         for level in self.levels:
             for row in level.rows():
                 index = torch.tensor(row.indices, dtype=torch.long, device=weight.device)
@@ -235,7 +240,7 @@ def _rows(
     over: list[_Term],
     wide: torch.dtype,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Effective rows of one block, and what each adapter of `over` multiplies the output before it with (DoRA)."""
+    """Compute the effective rows of one block, and the factor of the output before each adapter of `over` (DoRA)."""
     base = source.to(wide, copy=True)
     deltas = [
         product(b[block], a, factor * adapter.scaling)
@@ -259,20 +264,20 @@ def _rows(
 
 
 def _bias(
-    chain: Chain, name: str, bias: torch.Tensor, dtype: torch.dtype, given: Given, copies: int | None
+    chain: Chain, name: str, bias: torch.Tensor, dtype: torch.dtype, given: SentValues, copies: int | None
 ) -> torch.Tensor:
     levels = [level for level in chain.on(name) if level.names]
-    if any(level.tokens and level.state is State.ACTIVE for level in levels) and _is_linear(chain):
+    if any(level.tokens and level.state is LayerState.ACTIVE for level in levels) and _is_linear(chain):
         # PEFT's token layer around a linear one calls the matrix product without the bias.
         return torch.zeros_like(bias, dtype=dtype)
-    acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.adapters()]
+    acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.adapters]
     wide = wide_dtype([bias, *(t for _, a in acting for t in _tensors(a))])
     if not any(a.bias is not None for _, a in acting):
         return _rounded(given(bias).detach(), dtype, wide)
     scales = _dora_scales(chain, name, given, copies)
     base, extra = given(bias).detach().to(wide, copy=True), torch.zeros_like(bias, dtype=wide)
     for level, adapter in acting:
-        sign = -1.0 if level.state is State.MERGED_DISABLED else 1.0
+        sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
         if adapter.bias is not None:
             extra += given(adapter.bias).to(extra) * (sign * adapter.scaling)
         scale = scales.get(id(adapter.a)) if scales else None
@@ -281,13 +286,13 @@ def _bias(
     return _rounded(base + extra, dtype, wide)
 
 
-def _dora_scales(chain: Chain, name: str, given: Given, copies: int | None) -> dict[int, torch.Tensor]:
-    """Of each acting DoRA adapter, by its A: what it multiplies everything before it but the base's bias with."""
+def _dora_scales(chain: Chain, name: str, given: SentValues, copies: int | None) -> dict[int, torch.Tensor]:
+    """Compute each acting DoRA adapter's factor, by its A: it multiplies everything before it but the base's bias."""
     weight = stored(chain.base, name)
-    if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.adapters()):
+    if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.adapters):
         return {}
     one = _Weight(chain, name, weight, given, copies)
-    base = dequantized(chain.base, weight, given).detach()
+    base = dequantize(chain.base, weight, given).detach()
     under, over = one._terms()
     wide = wide_dtype([base, *(t for _, a in (*under, *over) for t in _tensors(a))])
     (source, _, factors), *_ = one._parts(base, base, wide, under + over)
@@ -297,10 +302,6 @@ def _dora_scales(chain: Chain, name: str, given: Given, copies: int | None) -> d
 
 def _is_linear(chain: Chain) -> bool:
     return not isinstance(getattr(chain.base, "num_embeddings", None), int)
-
-
-def _live(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> torch.Tensor:
@@ -316,8 +317,8 @@ def _tensors(adapter: ActiveLora) -> list[torch.Tensor]:
 def _level_identity(level: Level, kind: str, transposed: bool, biased: bool) -> Iterator[Hashable]:
     for row in level.rows():
         yield ("rows", row.indices, _address(row.values))
-    for adapter in level.adapters():
-        effect: Any = (adapter.scaling, level.state is State.MERGED_DISABLED, _extra(adapter))
+    for adapter in level.adapters:
+        effect: Any = (adapter.scaling, level.state is LayerState.MERGED_DISABLED, _extra(adapter))
         if biased:
             if adapter.bias is not None:
                 yield (*effect, _address(adapter.bias))
@@ -336,7 +337,7 @@ def _extra(adapter: ActiveLora) -> Hashable:
 
 
 def _address(tensor: torch.Tensor) -> Hashable:
-    """Equal for two tensors that are the same elements in the same order."""
+    """Return a key that is equal for two tensors that are the same elements in the same order."""
     if tensor.numel() == 0 or tensor.is_meta:
         return ("empty", id(tensor))
     try:
@@ -348,13 +349,3 @@ def _address(tensor: torch.Tensor) -> Hashable:
     # The stride of a dimension with one element says nothing.
     strides = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (str(tensor.device), pointer, tuple(tensor.shape), strides, tensor.dtype)
-
-
-def _no_parameter(module: nn.Module, chain: Chain, name: str) -> ConfigError | UnsupportedLora:
-    return ConfigError(
-        f"the layer has no parameter {name}",
-        where=type(module).__name__,
-        expected=f"a tensor `{name}`",
-        got=type(unwrapped(chain.base)).__name__,
-        remedy="ask for the layers inside it",
-    )

@@ -1,4 +1,4 @@
-"""Which rows and columns of which expert of a live weight a checkpoint tensor is. Pure geometry on baked regions."""
+"""Find the rows and columns of the expert of a live weight that a checkpoint tensor is. Pure geometry on regions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer_side.names.naming import CanonicalTensor
 
 
 @dataclass(frozen=True)
-class Grid:
+class ExpertSlice:
     """Part of one matrix of a live weight, as the layer stores it.
 
     Attributes:
@@ -26,12 +26,13 @@ class Grid:
     transposed: bool
 
 
-def grid_of(tensor: CanonicalTensor, live: str, shape: tuple[int, ...]) -> Grid | None:
-    """The part of the live weight of this shape that a checkpoint tensor is; None when it is no such part."""
+def find_slice(tensor: CanonicalTensor, live: str, shape: tuple[int, ...]) -> ExpertSlice | None:
+    """Find the part of the live weight of this shape that a checkpoint tensor is; None when it is no such part."""
     if len(tensor.pieces) != 1 or len(tensor.shape) != 2 or len(shape) not in (2, 3):
         return None
     piece = tensor.pieces[0]
-    if piece.live != live or not _whole(piece.dest, tensor.shape):
+    whole = piece.dest.offset == 0 and _strides(piece.dest, tensor.shape) == dense(tensor.shape).strides
+    if piece.live != live or not whole:
         return None
     strides = _strides(piece.source, tensor.shape)
     if strides is None:
@@ -39,44 +40,29 @@ def grid_of(tensor: CanonicalTensor, live: str, shape: tuple[int, ...]) -> Grid 
     height, width = shape[-2:]
     expert, start = divmod(piece.source.offset, height * width)
     row, column = divmod(start, width)
-    axes = [_axis(n, stride, width) for n, stride in zip(tensor.shape, strides, strict=True)]
-    first, second = axes
-    if first is None and second is None:
-        axes = [(True, 1), (False, 1)]
-    elif first is None and second is not None:
-        axes = [(not second[0], 1), second]
-    elif second is None and first is not None:
-        axes = [first, (not first[0], 1)]
+    # (along the rows, step) of each dimension; one with a single element goes along whatever the other does not
+    first, second = (
+        None if n == 1 else (stride % width == 0, stride // width if stride % width == 0 else stride)
+        for n, stride in zip(tensor.shape, strides, strict=True)
+    )
+    first = first or ((not second[0], 1) if second else (True, 1))
+    second = second or (not first[0], 1)
     spans: dict[bool, slice] = {}
-    for n, axis in zip(tensor.shape, axes, strict=True):
-        if axis is None or axis[0] in spans:
+    for n, (is_row, step) in zip(tensor.shape, (first, second), strict=True):
+        if is_row in spans:
             return None
-        is_row, step = axis
         begin, limit = (row, height) if is_row else (column, width)
         if begin + (n - 1) * step >= limit:
             return None
         spans[is_row] = slice(begin, begin + (n - 1) * step + 1, step)
-    return Grid(expert, spans[True], spans[False], transposed=axes[0] is not None and not axes[0][0])
-
-
-def _whole(region: Region, shape: tuple[int, ...]) -> bool:
-    return region.offset == 0 and _strides(region, shape) == dense(shape).strides
+    return ExpertSlice(expert, spans[True], spans[False], transposed=not first[0])
 
 
 def _strides(region: Region, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The strides of a region seen in another shape, row-major; None where there are none."""
+    """Compute the strides of a region seen in another shape, row-major; None where there are none."""
     if region.numel != torch.Size(shape).numel() or not region.numel:
         return None
     try:
         return torch.empty_strided(region.shape, region.strides, device="meta").view(shape).stride()
     except RuntimeError:  # torch's way to say that no view has this shape
         return None
-
-
-def _axis(n: int, stride: int, width: int) -> tuple[bool, int] | None:
-    """(along the rows, step) of a dimension; None of one that has a single element."""
-    if n == 1:
-        return None
-    if stride % width == 0:
-        return True, stride // width
-    return False, stride

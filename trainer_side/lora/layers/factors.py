@@ -1,4 +1,4 @@
-"""An adapter's two factors as plain matrices, and the views in which a layer's weight is a matrix of rows.
+"""Read an adapter's two factors as plain matrices, and view a layer's weight as a matrix of rows.
 
 In every layer the effect of an adapter is `rows += scaling * left @ right` with one row per output, so that DoRA's norm
 is a norm of rows everywhere. What differs between layers is only which view of the weight has those rows.
@@ -7,12 +7,12 @@ is a norm of rows everywhere. What differs between layers is only which view of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.layers.dequant import Given
-from trainer_side.lora.layers.values import ActiveLora
+from trainer_side.lora.layers.values import ActiveLora, SentValues
 from trainer_side.lora.layers.wrapper_chain import BY_EXPERT, RANK_MAJOR
 
 EXACT = torch.float32
@@ -20,7 +20,7 @@ EXACT = torch.float32
 
 
 def wide_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
-    """The dtype that sums over these are made in: at least fp32."""
+    """Choose the dtype in which sums over these tensors are made: at least fp32."""
     wide = EXACT
     for tensor in tensors:
         if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
@@ -28,13 +28,16 @@ def wide_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return wide
 
 
-def low_rank(adapter: ActiveLora, wide: torch.dtype, given: Given) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A [r, inputs], B [outputs, r]) as matrices in the dtype `wide`, block diagonals expanded, a diagonal between
-    them multiplied into B, scaling not; convolutions flattened; of expert parameters as PEFT holds them.
+def low_rank(adapter: ActiveLora, wide: torch.dtype, given: SentValues) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [r, inputs] and B [outputs, r] as matrices in the dtype `wide`, without the scaling.
+
+    Block diagonals are expanded, a diagonal between them is multiplied into B, convolutions are flattened; the factors
+    of expert parameters stay as PEFT holds them.
     """
-    a, b = given(adapter.a).to(wide), given(adapter.b).to(wide)
-    a = _expanded(a, adapter.extra.get("blocks_a"))
-    b = _expanded(b, adapter.extra.get("blocks_b"))
+    a, b = (
+        _block_diagonal(factor.chunk(adapter.extra[key], 0)) if adapter.extra.get(key) else factor
+        for factor, key in ((given(adapter.a).to(wide), "blocks_a"), (given(adapter.b).to(wide), "blocks_b"))
+    )
     diagonal = adapter.extra.get("diagonal")
     if diagonal is not None:
         b = b * given(diagonal).to(b.device, wide)
@@ -42,10 +45,13 @@ def low_rank(adapter: ActiveLora, wide: torch.dtype, given: Given) -> tuple[torc
 
 
 def expert_factors(
-    adapter: ActiveLora, expert: int, wide: torch.dtype, given: Given
+    adapter: ActiveLora, expert: int, wide: torch.dtype, given: SentValues
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A [r, inputs], B [outputs, r]) of one expert: `A` counts the experts slowest, `B` fastest or as its marker says
-    (lora.md 7)."""
+    """Return A [r, inputs] and B [outputs, r] of one expert.
+
+    The expert is A's slowest index, and B's fastest one unless the layer's `lora_B_layout` marker tells otherwise (as
+    Unsloth before 2026-09-17).
+    """
     experts = adapter.extra["experts"]
     a, b = given(adapter.a), given(adapter.b)
     rank = a.shape[0] // experts
@@ -58,15 +64,14 @@ def expert_factors(
 
 
 def product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`scaling * left @ right`, in full precision whatever the trainer allows its own matrix products."""
+    """Compute `scaling * left @ right` in full precision, whatever the trainer allows its own matrix products."""
     if left.dtype == torch.float32 and _coarse():
         return ((left.double() @ right.double()) * scaling).to(left.dtype)
     return (left @ right).mul_(scaling)
 
 
 def rows_of(weight: torch.Tensor, kind: str, transposed: bool) -> torch.Tensor:
-    """The view of a layer's weight that has one row per output, as a matrix. Raises UnsupportedLora for a weight that
-    has no such view."""
+    """View a layer's weight as a matrix with one row per output. Raises UnsupportedLora when it has no such view."""
     if kind == "embedding" or transposed:
         return weight.t()
     if weight.dim() == 2:
@@ -77,26 +82,27 @@ def rows_of(weight: torch.Tensor, kind: str, transposed: bool) -> torch.Tensor:
         "a weight of this shape has no rows that a product could be added to",
         expected="a matrix, an embedding or a convolution's kernel",
         got=f"{kind} of shape {list(weight.shape)}",
+        remedy="push mode='base', or remove the adapter from this layer",
     )
 
 
 def expert_rows(weight: torch.Tensor, expert: int, adapter: ActiveLora | None) -> torch.Tensor:
-    """The view of one expert's matrix that has one row per output."""
+    """View one expert's matrix with one row per output."""
     one = weight[expert]
     swapped = adapter is None or adapter.extra["swapped"] or adapter.extra["experts"] == 1
     # PEFT adds B A to a lone expert as it is, whatever the orientation.
     return one if swapped else one.t()
 
 
-def misfit(adapter: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
-    """Why an adapter's factors do not fit a weight; None when they do. Shapes only."""
+def explain_misfit(adapter: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
+    """Explain why an adapter's factors do not fit a weight; None when they do. Reads shapes only."""
     blocks = (int(adapter.extra.get("blocks_a", 1)), int(adapter.extra.get("blocks_b", 1)))
     a, b = list(adapter.a.shape), list(adapter.b.shape)
     shown = f"A {a}, B {b} for a weight of shape {list(weight.shape)}"
     if len(a) < 2 or len(b) < 2:
         return shown
-    inputs, outputs = _numel(a[1:]) * blocks[0], b[0]
-    rank_a, rank_b = a[0], _numel(b[1:]) * blocks[1]
+    inputs, outputs = prod(a[1:]) * blocks[0], b[0]
+    rank_a, rank_b = a[0], prod(b[1:]) * blocks[1]
     if weight.dim() == 3 and kind == "parameter":
         experts = adapter.extra["experts"]
         if adapter.extra["layout"] not in (RANK_MAJOR, BY_EXPERT):
@@ -104,31 +110,20 @@ def misfit(adapter: ActiveLora, weight: torch.Tensor, kind: str, transposed: boo
         wanted = list(expert_rows(weight, 0, adapter).shape) if weight.shape[0] == experts else None
         fits = rank_a % experts == 0
     else:
-        wanted = [_numel(weight.shape[1:]), weight.shape[0]][::-1]
+        wanted = [prod(weight.shape[1:]), weight.shape[0]][::-1]
         if kind == "embedding" or transposed:
             wanted = wanted[::-1]
         fits = True
     return None if fits and rank_a == rank_b and wanted == [outputs, inputs] else shown
 
 
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _expanded(weight: torch.Tensor, blocks: int | None) -> torch.Tensor:
-    return weight if not blocks else _block_diagonal(weight.chunk(blocks, 0))
-
-
 def _block_diagonal(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    rows, columns = parts[0].shape
-    whole = parts[0].new_zeros(rows * len(parts), columns * len(parts))
-    for k, part in enumerate(parts):
-        whole[k * rows : (k + 1) * rows, k * columns : (k + 1) * columns] = part
+    whole: torch.Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
     return whole
 
 
 def _coarse() -> bool:
-    """Whether the trainer lets fp32 products be made in tf32 or bf16. Its setting is read, never changed."""
+    """Tell whether the trainer lets fp32 products be made in tf32 or bf16. Its setting is read, never changed."""
     settings = [
         getattr(backend.matmul, "fp32_precision", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)
     ]

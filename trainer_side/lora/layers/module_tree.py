@@ -1,6 +1,7 @@
-"""Where a model with PEFT-style wrappers keeps what: its base tensors by their plain names, its adapters' tensors, its
-wrappers. Found by structure alone: no name is searched for a pattern, so modules called `lora_gate` or `default` and
-adapters called `lora_x` are what they are.
+"""Walk a model with PEFT-style wrappers: its base tensors by their plain names, its adapters' tensors, its wrappers.
+
+Found by structure alone: no name is searched for a pattern, so modules called `lora_gate` or `default` and adapters
+called `lora_x` are told from PEFT's own.
 
 Three names of one tensor, by the example of a compiled PEFT model:
 
@@ -11,8 +12,8 @@ Three names of one tensor, by the example of a compiled PEFT model:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TypeVar
 
@@ -22,21 +23,20 @@ from torch import nn
 from trainer_side.lora.layers.effective import attention_output
 from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
-from trainer_side.names.naming import RESERVED, ROOT_WRAPPER, wrapped_child
+from trainer_side.names.naming import RESERVED, ROOT_WRAPPER, own_tensors, wrapped_child
 
 CONTAINERS = frozenset(
     {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}
 )
 """Attributes of a LoRA layer whose tensors, keyed by adapter, the reader knows."""
 _PREFIXES: tuple[tuple[str, ...], ...] = ((), ("base_model", "model"), ("model",))
-"""What names begin with when they come from a PEFT model, or its tuner, around the model that was bound."""
-
+"""Beginnings of names that come from a PEFT model, or its tuner, around the model that was bound."""
 
 _T = TypeVar("_T")
 
 
-class Kind(Enum):
-    """What a wrapper is."""
+class WrapperKind(Enum):
+    """The kinds of wrappers."""
 
     LORA = "LoRA"
     SAVED = "modules_to_save"
@@ -57,19 +57,19 @@ class Wrapper:
 
     path: str
     module: nn.Module
-    kind: Kind
+    kind: WrapperKind
     attribute: str | None = None
     copies: int | None = None
 
     @property
     def holder(self) -> nn.Module:
-        """The module that has the adapters and their state: of trainable tokens the one inside."""
+        """Return the module that has the adapters and their switches: of trainable tokens the one inside."""
         return self.module._modules.get("token_adapter") or self.module
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where one tensor of the base model lives, or of a copy that `modules_to_save` trains in its stead.
+class BaseTensor:
+    """One tensor of the base model, or of a copy that `modules_to_save` trains in its stead, by where it lies.
 
     Attributes:
         wrappers: those directly around its module, the outermost first.
@@ -87,15 +87,16 @@ class Place:
 
     @property
     def original(self) -> bool:
+        """True for the base model's own tensor, and not a copy's."""
         return all(adapter is None for _, adapter in self.copies)
 
     @property
     def registered(self) -> bool:
-        """Whether `named_parameters` shows it: PEFT's attention keeps a merged weight as a plain attribute."""
+        """True when `named_parameters` yields it: PEFT's attention keeps a merged weight as a plain attribute."""
         return self.attribute in self.owner._parameters
 
     def tensor(self) -> torch.Tensor | None:
-        """What lies there now."""
+        """Return the live tensor; None when it is gone."""
         found = self.owner._buffers.get(self.attribute) if self.buffer else self.owner._parameters.get(self.attribute)
         if found is None and not self.buffer:
             loose = vars(self.owner).get(self.attribute)
@@ -104,11 +105,11 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Extra:
-    """A tensor that a wrapper adds: of an adapter, or of something that is no LoRA.
+class WrapperTensor:
+    """A tensor that a wrapper adds: an adapter's, or one that is no LoRA's.
 
     Attributes:
-        wrapper: None for what hangs on the PEFT model itself (prompt tuning).
+        wrapper: None for a tensor of the PEFT model itself (prompt tuning).
         container: the wrapper's attribute that leads to it.
         adapter: the key below it; None where the container is no dictionary.
     """
@@ -123,33 +124,39 @@ class Extra:
     adapter: str | None
 
     def tensor(self) -> torch.Tensor | None:
-        """What lies there now."""
+        """Return the live tensor; None when it is gone."""
         return (self.owner._buffers if self.buffer else self.owner._parameters).get(self.attribute)
 
 
-Item = Place | Extra
-
-
+TreeTensor = BaseTensor | WrapperTensor
 _Shape = tuple[nn.Module, dict[str, nn.Module | None], frozenset[str], tuple[str, ...]]
-"""What one module held when the tree was read: its children, its parameters' names, those that were None."""
+"""One module as the tree was read: the module, its children, its parameters' names, those that were None."""
 
 
 @dataclass(frozen=True, eq=False)
-class Tree:
-    """One reading of a model. Compared by identity; `unchanged` says whether it still holds."""
+class LoraTree:
+    """One reading of a model; `unchanged` tells whether it still holds.
 
-    model: nn.Module
+    Attributes:
+        inner: the model inside all wrappers around it.
+        places: tensors of the base model, and of copies that `modules_to_save` trains.
+        extras: tensors that wrappers add.
+        peft_root: the model is a PEFT model, or holds one.
+        names: raw and live names -> tensor.
+        clean: the base model's own names -> tensor.
+    """
+
     inner: nn.Module
-    places: tuple[Place, ...]
-    extras: tuple[Extra, ...]
+    places: tuple[BaseTensor, ...]
+    extras: tuple[WrapperTensor, ...]
     wrappers: tuple[Wrapper, ...]
     shapes: tuple[_Shape, ...]
     peft_root: bool
-    names: Mapping[str, Item] = field(default_factory=dict)
-    clean: Mapping[str, Place] = field(default_factory=dict)
+    names: Mapping[str, TreeTensor] = field(default_factory=dict)
+    clean: Mapping[str, BaseTensor] = field(default_factory=dict)
 
     def unchanged(self) -> bool:
-        """Whether the same modules hold the same parameters as when this was read. Half a microsecond per module."""
+        """Tell whether the same modules hold the same parameters as when this was read. Half a microsecond each."""
         for module, children, names, absent in self.shapes:
             now = module._parameters
             if module._modules != children or now.keys() != names:
@@ -158,12 +165,12 @@ class Tree:
                 return False
         return True
 
-    def find(self, name: str) -> Item | None:
-        """The tensor that an iterable over the model, from outside or inside its wrappers, calls so."""
+    def find(self, name: str) -> TreeTensor | None:
+        """Find the tensor of a name that an iterable over the model, from outside or inside its wrappers, gives."""
         return _look_up(self.names, name)
 
-    def find_plain(self, name: str) -> Place | None:
-        """The tensor that the base model, as if there were no wrappers, calls so."""
+    def find_plain(self, name: str) -> BaseTensor | None:
+        """Find the tensor of a name that the base model without any wrapper would give."""
         return _look_up(self.clean, name)
 
 
@@ -183,47 +190,37 @@ def _look_up(names: Mapping[str, _T], name: str) -> _T | None:
         segments = segments[1:]
 
 
-def read_tree(model: nn.Module) -> Tree:
+def read_tree(model: nn.Module) -> LoraTree:
     """Walk a model. Reads no values and changes nothing; milliseconds."""
     walker = _Walker()
-    walker.visit(model, "", "", "", root=True)
-    inner = inner_model(model)
-    names: dict[str, Item] = {}
-    items: list[Item] = [*walker.places, *walker.extras]
+    walker.visit(model, _Position(root=True))
+    names: dict[str, TreeTensor] = {}
+    items: list[TreeTensor] = [*walker.places, *walker.extras]
     for item in items:
         names.setdefault(item.live, item)
     # A raw name is exact, so it wins over what another tensor is called from further inside.
     names.update({item.raw: item for item in items})
-    clean: dict[str, Place] = {}
+    clean: dict[str, BaseTensor] = {}
     for place in walker.places:
         if place.original:
             clean.setdefault(place.clean, place)
-    return Tree(
-        model,
-        inner,
-        tuple(walker.places),
-        tuple(walker.extras),
-        tuple(walker.wrappers),
-        tuple(walker.shapes),
-        walker.peft_root,
-        names,
-        clean,
-    )
+    places, extras, wrappers = tuple(walker.places), tuple(walker.extras), tuple(walker.wrappers)
+    return LoraTree(inner_model(model), places, extras, wrappers, tuple(walker.shapes), walker.peft_root, names, clean)
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """What kind of wrapper a module is, by what it holds; None for an ordinary module."""
+def kind_of(module: nn.Module) -> WrapperKind | None:
+    """Return the kind of wrapper that a module is, by what it holds; None for an ordinary module."""
     if is_saved(module):
-        return Kind.SAVED
+        return WrapperKind.SAVED
     if is_token_wrapper(module) or is_tokens(module):
-        return Kind.TOKENS
+        return WrapperKind.TOKENS
     if is_lora(module):
-        return Kind.LORA
-    return Kind.UNKNOWN if is_tuner(module) else None
+        return WrapperKind.LORA
+    return WrapperKind.UNKNOWN if is_tuner(module) else None
 
 
 def peft_child(module: nn.Module) -> str | None:
-    """The name of the model inside a PEFT model or its tuner; None for other modules."""
+    """Return the name of the model inside a PEFT model or its tuner; None for other modules."""
     # Adapters may be injected into any model, which then carries a `peft_config` too, and models have children of these
     # names: what only PEFT's own classes do decides. Its mixed model has no `get_base_model`, but a tuner inside.
     children = module._modules
@@ -238,7 +235,7 @@ def _is_tuner_model(module: nn.Module) -> bool:
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside any chain of wrappers and PEFT models around it."""
+    """Return the model inside any chain of wrappers and PEFT models around it."""
     while True:
         name = peft_child(model) or wrapped_child(model, root=True)
         child = None if name is None else model._modules.get(name)
@@ -247,182 +244,145 @@ def inner_model(model: nn.Module) -> nn.Module:
         model = child
 
 
+@dataclass(frozen=True)
+class _Position:
+    """A position of the walk.
+
+    Attributes:
+        raw, live, clean: prefixes of the names here.
+        around: the wrappers directly around the next module; `copies`: those of `modules_to_save` on the way.
+        root: only wrappers were passed.
+    """
+
+    raw: str = ""
+    live: str = ""
+    clean: str = ""
+    around: tuple[Wrapper, ...] = ()
+    copies: tuple[tuple[Wrapper, str | None], ...] = ()
+    root: bool = False
+
+    def child(self, name: str) -> _Position:
+        """Step into an ordinary child."""
+        return _Position(f"{self.raw}{name}.", f"{self.live}{name}.", f"{self.clean}{name}.", copies=self.copies)
+
+    def hop(self, name: str, *, live: bool) -> _Position:
+        """Step into the module that a wrapper wraps: its clean name is the wrapper's own."""
+        return replace(self, raw=f"{self.raw}{name}.", live=f"{self.live}{name}." if live else self.live)
+
+
 class _Walker:
     """Collects while it goes down the tree."""
 
     def __init__(self) -> None:
-        self.places: list[Place] = []
-        self.extras: list[Extra] = []
+        self.places: list[BaseTensor] = []
+        self.extras: list[WrapperTensor] = []
         self.wrappers: list[Wrapper] = []
         self.shapes: list[_Shape] = []
         self.peft_root = False
         self._twice: set[int] = set()
 
-    def visit(
-        self,
-        module: nn.Module,
-        raw: str,
-        live: str,
-        clean: str,
-        *,
-        around: tuple[Wrapper, ...] = (),
-        copies: tuple[tuple[Wrapper, str | None], ...] = (),
-        root: bool = False,
-    ) -> None:
+    def visit(self, module: nn.Module, at: _Position) -> None:
         self._remember(module)
-        inside = peft_child(module)
+        inside, kind = peft_child(module), kind_of(module)
         if inside is not None:
             self.peft_root = True
-            self._rest(module, raw, live, None, inside)
-            model = module.get_submodule(inside)
-            self.visit(model, f"{raw}{inside}.", live, clean, around=around, copies=copies, root=root)
-            return
-        kind = kind_of(module)
-        if kind is not None:
-            self._wrapper(module, kind, (raw, live, clean), around, copies)
-            return
-        self._own(module, (raw, live, clean), around, copies)
-        hop = wrapped_child(module, root=root)
-        for name, child in module._modules.items():
-            if child is None:
-                continue
-            if name == hop:
-                self.visit(child, f"{raw}{name}.", live, clean, around=around, copies=copies, root=root)
-            else:
-                self.visit(child, f"{raw}{name}.", f"{live}{name}.", f"{clean}{name}.", copies=copies)
+            self._add_extras(module, at, None, skip=(inside,))
+            self.visit(module.get_submodule(inside), at.hop(inside, live=False))
+        elif kind is not None:
+            self._visit_wrapper(module, kind, at)
+        else:
+            self._add_places(module, at)
+            hop = wrapped_child(module, root=at.root)
+            for name, child in module._modules.items():
+                if child is not None:
+                    self.visit(child, at.hop(name, live=False) if name == hop else at.child(name))
 
     def _remember(self, module: nn.Module) -> None:
         held = module._parameters
         absent = tuple(name for name, parameter in held.items() if parameter is None)
         self.shapes.append((module, dict(module._modules), frozenset(held), absent))
 
-    def _own(
-        self,
-        module: nn.Module,
-        at: tuple[str, str, str],
-        around: tuple[Wrapper, ...],
-        copies: tuple[tuple[Wrapper, str | None], ...],
-    ) -> None:
-        raw, live, clean = at
-        parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
-        loose = list(_loose(module, around)) if around else []
-        buffers = [
-            name
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        ]
-        for names, buffer in ((parameters + loose, False), (buffers, True)):
-            for name in names:
-                self.places.append(Place(raw + name, live + name, clean + name, module, name, buffer, around, copies))
+    def _add_places(self, module: nn.Module, at: _Position) -> None:
+        own = [(name, buffer) for name, _, buffer in own_tensors(module)]
+        if at.around:
+            # Weights that stand in for a Parameter that was taken out: PEFT's attention, while merged.
+            loose = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+            lora = [wrapper for wrapper in at.around if wrapper.kind is WrapperKind.LORA] if loose else []
+            weights = [lora_parameters(wrapper.module).weight for wrapper in lora]
+            own += [(name, False) for name, value in loose.items() if any(value is weight for weight in weights)]
+            own.sort(key=lambda found: found[1])
+        for name, buffer in own:
+            names = at.raw + name, at.live + name, at.clean + name
+            self.places.append(BaseTensor(*names, module, name, buffer, at.around, at.copies))
 
-    def _wrapper(
-        self,
-        module: nn.Module,
-        kind: Kind,
-        at: tuple[str, str, str],
-        around: tuple[Wrapper, ...],
-        copies: tuple[tuple[Wrapper, str | None], ...],
-    ) -> None:
-        raw, live, clean = at
+    def _visit_wrapper(self, module: nn.Module, kind: WrapperKind, at: _Position) -> None:
         attribute = vars(module).get("parameter_name")
         attribute = attribute if isinstance(attribute, str) else None
-        copies_of = 2 if id(module) in self._twice else None
-        wrapper = Wrapper(clean.removesuffix("."), module, kind, attribute, copies_of)
+        times = 2 if id(module) in self._twice else None
+        wrapper = Wrapper(at.clean.removesuffix("."), module, kind, attribute, times)
         self.wrappers.append(wrapper)
-        children = module._modules
-        if kind is Kind.SAVED:
-            self._saved(module, wrapper, at, around, copies)
+        if kind is WrapperKind.SAVED:
+            self._visit_saved(module, wrapper, at)
             return
-        tokens = children.get("token_adapter")
+        at = replace(at, around=(*at.around, wrapper), root=False)
+        tokens = module._modules.get("token_adapter")
         if tokens is not None:
-            self._rest(module, raw, live, wrapper, "token_adapter")
+            self._add_extras(module, at, wrapper, skip=("token_adapter",))
             self._remember(tokens)
-            module, raw, live = tokens, f"{raw}token_adapter.", f"{live}token_adapter."
-        if module._modules.get("base_layer") is None:
-            self._flat(module, at, (*around, wrapper), copies)
+            module, at = tokens, at.hop("token_adapter", live=True)
+        base = module._modules.get("base_layer")
+        if base is None:
+            # A flat layer holds its weight and its adapters side by side.
+            self._add_places(module, at)
+            self._add_extras(module, at, wrapper, own=False)
             return
-        self._rest(module, raw, live, wrapper, "base_layer")
-        output = attention_output(module) if kind is Kind.LORA else None
+        self._add_extras(module, at, wrapper, skip=("base_layer",))
+        output = attention_output(module) if kind is WrapperKind.LORA else None
         if output is not None:
             self._twice.add(id(output))
-        base = module.get_submodule("base_layer")
-        inner = (f"{raw}base_layer.", f"{live}base_layer.", clean)
-        self.visit(base, *inner, around=(*around, wrapper), copies=copies)
+        self.visit(base, at.hop("base_layer", live=True))
 
-    def _flat(
-        self,
-        module: nn.Module,
-        at: tuple[str, str, str],
-        around: tuple[Wrapper, ...],
-        copies: tuple[tuple[Wrapper, str | None], ...],
-    ) -> None:
-        """A layer that holds its weight and its adapters side by side."""
-        raw, live, _ = at
-        self._own(module, at, around, copies)
-        for name, child in module._modules.items():
-            if child is not None:
-                keyed = isinstance(child, (nn.ModuleDict, nn.ParameterDict))
-                self._below(child, f"{raw}{name}.", f"{live}{name}.", around[-1], name, None, keyed)
-
-    def _saved(
-        self,
-        module: nn.Module,
-        wrapper: Wrapper,
-        at: tuple[str, str, str],
-        around: tuple[Wrapper, ...],
-        copies: tuple[tuple[Wrapper, str | None], ...],
-    ) -> None:
-        raw, live, clean = at
-        self._rest(module, raw, live, wrapper, "original_module", "modules_to_save")
+    def _visit_saved(self, module: nn.Module, wrapper: Wrapper, at: _Position) -> None:
+        self._add_extras(module, at, wrapper, skip=("original_module", "modules_to_save"))
         original, saved = module._modules["original_module"], module._modules["modules_to_save"]
+        at = replace(at, root=False)
         if original is not None:
-            step = "original_module."
-            self.visit(original, raw + step, live + step, clean, around=around, copies=(*copies, (wrapper, None)))
-        if saved is None:
-            return
-        self._remember(saved)
-        for adapter, copy in saved._modules.items():
-            if copy is not None:
-                step = f"modules_to_save.{adapter}."
-                self.visit(copy, raw + step, live + step, clean, around=around, copies=(*copies, (wrapper, adapter)))
+            inside = at.hop("original_module", live=True)
+            self.visit(original, replace(inside, copies=(*at.copies, (wrapper, None))))
+        if saved is not None:
+            self._remember(saved)
+            for adapter, copy in saved._modules.items():
+                if copy is not None:
+                    inside = at.hop("modules_to_save", live=True).hop(adapter, live=True)
+                    self.visit(copy, replace(inside, copies=(*at.copies, (wrapper, adapter))))
 
-    def _rest(self, module: nn.Module, raw: str, live: str, wrapper: Wrapper | None, *but: str) -> None:
-        """Everything of a wrapper that is not the model inside."""
-        for name, buffer in _tensors(module):
-            self.extras.append(Extra(raw + name, live + name, module, name, buffer, wrapper, name, None))
+    def _add_extras(
+        self, module: nn.Module, at: _Position, wrapper: Wrapper | None, *, skip: tuple[str, ...] = (), own: bool = True
+    ) -> None:
+        """Add everything of a wrapper that is not the model inside."""
+        for name, _, buffer in own_tensors(module) if own else ():
+            names = at.raw + name, at.live + name
+            self.extras.append(WrapperTensor(*names, module, name, buffer, wrapper, name, None))
         for name, child in module._modules.items():
-            if child is None or name in but:
-                continue
-            keyed = isinstance(child, (nn.ModuleDict, nn.ParameterDict))
-            self._below(child, f"{raw}{name}.", f"{live}{name}.", wrapper, name, None, keyed)
+            if child is not None and name not in skip:
+                keyed = isinstance(child, (nn.ModuleDict, nn.ParameterDict))
+                self._add_below(child, at.child(name), wrapper, name, None, keyed)
 
-    def _below(
-        self, module: nn.Module, raw: str, live: str, wrapper: Wrapper | None, container: str, adapter: str | None,
+    def _add_below(
+        self,
+        module: nn.Module,
+        at: _Position,
+        wrapper: Wrapper | None,
+        container: str,
+        adapter: str | None,
         keyed: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._remember(module)
-        for name, buffer in _tensors(module):
+        for name, _, buffer in own_tensors(module):
             key = name if keyed else adapter
-            self.extras.append(Extra(raw + name, live + name, module, name, buffer, wrapper, container, key))
+            names = at.raw + name, at.live + name
+            self.extras.append(WrapperTensor(*names, module, name, buffer, wrapper, container, key))
         for name, child in module._modules.items():
             if child is not None:
-                below = live if name in RESERVED else f"{live}{name}."
-                key = name if keyed else adapter
-                self._below(child, f"{raw}{name}.", below, wrapper, container, key, False)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, bool]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield name, False
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name, True
-
-
-def _loose(module: nn.Module, around: tuple[Wrapper, ...]) -> Iterator[str]:
-    """Weights that stand in for a Parameter that was taken out: PEFT's attention, while merged."""
-    loose = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
-    if loose:
-        weights = [lora_parameters(wrapper.module).weight for wrapper in around if wrapper.kind is Kind.LORA]
-        yield from (name for name, value in loose.items() if any(value is weight for weight in weights))
+                below = at.hop(name, live=name not in RESERVED)
+                self._add_below(child, below, wrapper, container, name if keyed else adapter, False)

@@ -1,4 +1,4 @@
-"""The one place that reads a LoRA layer: `lora_parameters`."""
+"""Read a LoRA layer: its tensors, adapters and state."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from trainer_side.lora.layers.dequant import quant_state
-from trainer_side.lora.layers.values import ActiveLora, LoraParameters, State
+from trainer_side.lora.layers.values import ActiveLora, LayerState, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
 
 _PACKED = ("qweight", "W_q", "codes")
 """Where layers keep a packed weight that have no `weight`."""
-_SEVERITY = (State.MERGED_DISABLED, State.ACTIVE, State.MERGED, State.DISABLED)
+_SEVERITY = (LayerState.MERGED_DISABLED, LayerState.ACTIVE, LayerState.MERGED, LayerState.DISABLED)
 
 
 def lora_parameters(module: nn.Module) -> LoraParameters:
-    """What a layer holds and computes with now: the same shape of answer in every state, always with the bias.
+    """Read the tensors, adapters and state of a layer: the same fields in every state, always with the bias.
 
     Takes any wrapper of a layer (LoRA of one to several levels, expert parameters, `modules_to_save`, trainable
     tokens, also inside torch.compile or checkpointing), Unsloth's fake layers, and plain layers. The tensors are the
@@ -30,7 +30,7 @@ def lora_parameters(module: nn.Module) -> LoraParameters:
 
 
 def parameters_of(chain: Chain, where: str) -> LoraParameters:
-    """The same of a layer whose wrappers were read; `where` names it in messages."""
+    """Build the `LoraParameters` of a layer whose wrappers were read; `where` names it in messages."""
     attribute = chain.attribute
     levels = chain.on(attribute)
     weight = stored(chain.base, attribute)
@@ -42,7 +42,7 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
             got=type(chain.base).__name__,
             remedy="ask for the layers inside it",
         )
-    acting = tuple(a for level in levels if level.state is State.ACTIVE for a in level.adapters())
+    acting = tuple(a for level in levels if level.state is LayerState.ACTIVE for a in level.adapters)
     first = acting[0] if acting else None
     kind = kind_of(chain, attribute, weight)
     return LoraParameters(
@@ -58,12 +58,12 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
         transposed=kind == "linear" and is_transposed(chain, weight),
         merged=tuple(dict.fromkeys(name for level in levels for name in level.merged)),
         owned=tuple(dict.fromkeys((*(name for level in levels for name in level.owned), *chain.copies))),
-        rows=tuple(row for level in levels if level.state is State.ACTIVE for row in level.rows()),
+        rows=tuple(row for level in levels if level.state is LayerState.ACTIVE for row in level.rows()),
     )
 
 
 def stored(base: Any, attribute: str) -> torch.Tensor | None:
-    """A parameter of a base layer as it lies there, packed or not; None where there is none."""
+    """Return a parameter of a base layer as it is stored, packed or not; None where there is none."""
     for name in (attribute, *(_PACKED if attribute == "weight" else ())):
         found = getattr(base, name, None)
         if isinstance(found, torch.Tensor):
@@ -72,13 +72,13 @@ def stored(base: Any, attribute: str) -> torch.Tensor | None:
 
 
 def stored_bias(base: Any, attribute: str = "weight") -> torch.Tensor | None:
-    """The bias that belongs to a parameter of a base layer."""
+    """Return the bias that belongs to a parameter of a base layer."""
     found = getattr(base, "in_proj_bias" if attribute == "in_proj_weight" else "bias", None)
     return found if isinstance(found, torch.Tensor) else None
 
 
 def kind_of(chain: Chain, attribute: str, weight: torch.Tensor) -> str:
-    """The kind of layer, as `LoraParameters.kind` has it: by what its adapters look like, else by the layer itself."""
+    """Return the kind of a layer (see `LoraParameters.kind`) by the shape of its adapters, else by the layer itself."""
     if any(getattr(level.wrapper, "parameter_name", None) == attribute for level in chain.levels):
         return "parameter"
     if attribute == "in_proj_weight":
@@ -96,21 +96,21 @@ def kind_of(chain: Chain, attribute: str, weight: torch.Tensor) -> str:
 
 
 def is_transposed(chain: Chain, weight: torch.Tensor) -> bool:
-    """Whether a linear layer's weight is stored (in, out)."""
+    """Tell whether a linear layer's weight is stored (in, out)."""
     for level in chain.levels:
         if not level.tokens and getattr(level.wrapper, "parameter_name", None) is None:
             return bool(getattr(level.wrapper, "fan_in_fan_out", False))
-    # transformers' Conv1D says how many outputs it has, and keeps them last.
+    # transformers' Conv1D has the number of outputs in `nf`, and keeps them last.
     return getattr(chain.base, "nf", None) == weight.shape[-1] and not hasattr(chain.base, "out_features")
 
 
-def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveLora, ...]) -> State:
+def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveLora, ...]) -> LayerState:
     if not levels:
-        return chain.saved or State.PLAIN
+        return chain.saved or LayerState.PLAIN
     states = {level.state for level in levels}
     if len(states) == 1:
         return states.pop()
     # Wrappers of one parameter in different states: what acts counts before what does not.
-    if State.MERGED_DISABLED in states:
-        return State.MERGED_DISABLED
-    return State.ACTIVE if acting else next(state for state in _SEVERITY if state in states)
+    if LayerState.MERGED_DISABLED in states:
+        return LayerState.MERGED_DISABLED
+    return LayerState.ACTIVE if acting else next(state for state in _SEVERITY if state in states)

@@ -1,17 +1,25 @@
-"""What a LoRA layer holds and what it does now, read once. Values; the tensors in them are the live ones."""
+"""Values that describe one LoRA layer, read once. The tensors in them are the live ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 
+SentValues = Callable[[torch.Tensor], torch.Tensor]
+"""Maps a live tensor to the values that the caller of `push` sent for it."""
 
-class State(Enum):
-    """What the next forward of a layer computes with (lora.md 1.1)."""
+
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Stand for every live tensor's own values: the `SentValues` of a caller who sent none."""
+    return tensor
+
+
+class LayerState(Enum):
+    """The tensors that the next forward of a layer computes with."""
 
     PLAIN = "plain"
     """No LoRA here: an ordinary layer."""
@@ -22,7 +30,7 @@ class State(Enum):
     MERGED = "merged"
     """The base's tensors as they are: adapters were merged into them in place."""
     MERGED_DISABLED = "merged and disabled"
-    """PEFT's next forward unmerges by itself: no forward may be run, and the tensors are not what it computes with."""
+    """PEFT's next forward unmerges by itself, so none may be run; the stored tensors are not what it computes with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +46,8 @@ class ActiveLora:
         magnitude: DoRA's; None without.
         variant: class name of PEFT's variant, "" for plain LoRA.
         extra: what is needed besides to read `a` and `b`: "diagonal" (KaSA's), "blocks_a"/"blocks_b" (BD-LoRA: the
-            number of diagonal blocks), "experts", "swapped" and "layout" (expert parameters), "unknown" (names of what
-            nobody here can read: such an adapter is refused).
+            number of diagonal blocks), "experts", "swapped" and "layout" (expert parameters), "unknown" (names of
+            tensors and settings that cannot be read here: such an adapter is refused).
     """
 
     name: str
@@ -69,8 +77,9 @@ class TokenRows:
 
 @dataclass(frozen=True, eq=False)
 class LoraParameters:
-    """One layer, in every state the same shape of answer: the first six fields, and in this order on iteration, are
-    what Unsloth's `get_lora_parameters_bias` gives.
+    """One layer's tensors and state; the same fields in every state.
+
+    The first six fields, in this order on iteration, are those of Unsloth's `get_lora_parameters_bias`.
 
     Attributes:
         weight: of the innermost base layer, as stored.
@@ -78,7 +87,7 @@ class LoraParameters:
         A, B, scaling: of the first acting adapter; None when disabled, merged or without LoRA.
         bias: of the base layer, in every state; None where it has none.
         adapters: all that act now, in the order of the forward.
-        state: see `State`.
+        state: see `LayerState`.
         kind: "linear", "embedding", "conv", "parameter" (a `target_parameters` wrapper), "attention", "other".
         transposed: the weight is stored (in, out): fan_in_fan_out.
         merged: names of the adapters that lie in the weight now.
@@ -93,7 +102,7 @@ class LoraParameters:
     scaling: float | None
     bias: torch.Tensor | None
     adapters: tuple[ActiveLora, ...] = ()
-    state: State = State.PLAIN
+    state: LayerState = LayerState.PLAIN
     kind: str = "other"
     transposed: bool = False
     merged: tuple[str, ...] = ()

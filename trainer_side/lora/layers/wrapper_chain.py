@@ -1,22 +1,24 @@
-"""A layer and the wrappers around it, found by what they hold: no class of PEFT's is imported or named here.
+"""Follow the wrappers around a layer, found by what they hold: no class of PEFT's is imported or named here.
 
 A wrapper is a module with a `base_layer` and adapters keyed by name. Wrappers nest: PEFT wraps one layer once for each
 targeted parameter, and a model may be wrapped twice. `read_chain` follows them from the outside to the layer inside and
-says of each what the next forward does with it (lora.md 1.1).
+tells of each what the next forward does with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.layers.values import ActiveLora, State, TokenRows
+from trainer_side.lora.layers.values import ActiveLora, LayerState, TokenRows
 from trainer_side.names.naming import RESERVED
 
 _CHILDREN = frozenset(
@@ -36,20 +38,27 @@ slowest, as in older Unsloth."""
 
 
 class Setting(NamedTuple):
-    """What a wrapper is set to: what is merged into its base and what is active, whether it has that or not."""
+    """A wrapper's switches, as they were read.
+
+    Attributes:
+        merged: adapters that lie in the base's tensors now.
+        active: whether the wrapper owns them or not.
+        scaling: each adapter's factor; "" where one factor serves all.
+    """
 
     disabled: bool
     merged: tuple[str, ...]
     active: tuple[str, ...]
+    scaling: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One wrapper around the layer, read once: its adapters stay what they were when they were first asked for.
+    """One wrapper around the layer, read once: its adapters stay what they were when they were first read.
 
     Attributes:
         wrapper: the live module.
-        setting: what it was set to; all the others follow from it.
+        setting: its switches; the other fields follow from them.
         attribute: of the base layer, the parameter that it acts on.
         state: of this wrapper alone.
         owned: names of all adapters it has.
@@ -61,7 +70,7 @@ class Level:
     wrapper: Any
     setting: Setting
     attribute: str
-    state: State
+    state: LayerState
     owned: tuple[str, ...]
     merged: tuple[str, ...]
     names: tuple[str, ...]
@@ -69,26 +78,23 @@ class Level:
 
     @property
     def of_parameter(self) -> bool:
-        """Whether it targets a parameter by name, and not the layer."""
+        """True when it targets a parameter by name, and not the layer."""
         return _own(self.wrapper, "parameter_name") is not None
 
-    def adapters(self) -> tuple[ActiveLora, ...]:
-        """Those of `names`. Raises UnsupportedLora for what has no A and B."""
-        return self._adapters
-
     @cached_property
-    def _adapters(self) -> tuple[ActiveLora, ...]:
-        # Another thread may rescale: everybody who computes with this reading has to see one factor.
-        return () if self.tokens else tuple(_adapter(self.wrapper, name) for name in self.names)
+    def adapters(self) -> tuple[ActiveLora, ...]:
+        """The adapters of `names`. Raises UnsupportedLora for a factor without a weight."""
+        scaling = dict(self.setting.scaling)
+        return () if self.tokens else tuple(_adapter(self.wrapper, name, scaling) for name in self.names)
 
     def rows(self) -> tuple[TokenRows, ...]:
-        """The rows that stand in the weight's place in the forward; when unmerging, the original ones."""
+        """List the rows that stand in the weight's place in the forward; when unmerging, the original ones."""
         if not self.tokens:
             return ()
-        source = "trainable_tokens_delta" if self.state is State.ACTIVE else "trainable_tokens_original"
+        source = "trainable_tokens_delta" if self.state is LayerState.ACTIVE else "trainable_tokens_original"
         values, indices = getattr(self.wrapper, source), self.wrapper.token_indices
         # The last one merged is the first one that PEFT puts back.
-        names = self.names if self.state is State.ACTIVE else tuple(reversed(self.names))
+        names = self.names if self.state is LayerState.ACTIVE else tuple(reversed(self.names))
         return tuple(TokenRows(n, tuple(int(i) for i in indices[n]), values[n]) for n in names)
 
 
@@ -105,7 +111,7 @@ class Chain:
 
     base: Any
     levels: tuple[Level, ...]
-    saved: State | None = None
+    saved: LayerState | None = None
     copies: tuple[str, ...] = ()
 
     @property
@@ -114,7 +120,7 @@ class Chain:
         return self.levels[-1].attribute if self.levels else "weight"
 
     def on(self, attribute: str) -> tuple[Level, ...]:
-        """The wrappers that act on one parameter."""
+        """List the wrappers that act on one parameter."""
         return tuple(level for level in self.levels if level.attribute == attribute)
 
 
@@ -124,7 +130,7 @@ def read_chain(module: Any) -> Chain:
     Raises UnsupportedLora for a wrapper that changes its layer in a way other than LoRA's.
     """
     wrappers: list[Any] = []
-    saved: State | None = None
+    saved: LayerState | None = None
     copies: tuple[str, ...] = ()
     current = unwrapped(module)
     while True:
@@ -141,7 +147,13 @@ def read_chain(module: Any) -> Chain:
                 break
             current = base
         elif is_tuner(current):
-            raise _no_lora(current)
+            raise UnsupportedLora(
+                "a tuner that is not LoRA changes this layer in a way that cannot be read",
+                where=type(current).__name__,
+                expected="a LoRA layer (lora_A and lora_B, or lora_embedding_A and lora_embedding_B), or a plain layer",
+                got=type(current).__name__,
+                remedy="merge the adapter into the model (merge_and_unload) before binding it",
+            )
         else:
             break
         current = unwrapped(current)
@@ -150,7 +162,7 @@ def read_chain(module: Any) -> Chain:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside torch.compile, FSDP or activation checkpointing."""
+    """Return the module inside torch.compile, FSDP or activation checkpointing."""
     while True:
         children = getattr(module, "_modules", None) or {}
         inside = next((child for name, child in children.items() if name in RESERVED and child is not None), None)
@@ -160,7 +172,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def is_saved(module: Any) -> bool:
-    """Whether it is a wrapper that holds whole copies of a module: `modules_to_save`."""
+    """Tell whether a module is a wrapper that holds whole copies of another: `modules_to_save`."""
     children = getattr(module, "_modules", None) or {}
     return (
         isinstance(children.get("modules_to_save"), nn.ModuleDict)
@@ -170,36 +182,32 @@ def is_saved(module: Any) -> bool:
 
 
 def is_token_wrapper(module: Any) -> bool:
-    """Whether it is the outer one of the two wrappers of trainable tokens."""
+    """Tell whether a module is the outer one of the two wrappers of trainable tokens."""
     inside = (getattr(module, "_modules", None) or {}).get("token_adapter")
     return inside is not None and is_tokens(inside)
 
 
 def is_tokens(module: Any) -> bool:
-    """Whether it replaces rows of its base layer's weight."""
+    """Tell whether a wrapper replaces rows of its base layer's weight."""
     return _own(module, "base_layer") is not None and isinstance(_own(module, "trainable_tokens_delta"), _MAPPINGS)
 
 
 def is_lora(module: Any) -> bool:
-    """Whether it adds low-rank products to a layer: both factors by adapter, and what they are multiplied with."""
+    """Tell whether a wrapper adds low-rank products to a layer: it has both factors by adapter, and their scaling."""
     pairs = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
     both = any(all(isinstance(_own(module, name), _MAPPINGS) for name in pair) for pair in pairs)
     return both and hasattr(module, "scaling")
 
 
 def is_tuner(module: Any) -> bool:
-    """Whether it is a tuner's wrapper that is no LoRA: it has a base layer and keeps a list of what it merged."""
+    """Tell whether a module is a tuner's wrapper: it has a base layer and keeps a list of what it merged."""
     return _own(module, "base_layer") is not None and hasattr(module, "merged_adapters")
 
 
 def acting_copy(module: Any) -> nn.Module:
-    """What the forward of a `modules_to_save` wrapper calls: the active copy, or the original."""
-    active = _names(module)
-    owned = tuple(module.modules_to_save.keys())
-    if _saved_state(module) is not State.ACTIVE or not active or any(name not in owned for name in active):
-        original: nn.Module = module._modules["original_module"]
-        return original
-    chosen: nn.Module = module.modules_to_save[active[0]]
+    """Return the module that the forward of a `modules_to_save` wrapper calls: the active copy, or the original."""
+    acts = _saved_state(module) is LayerState.ACTIVE
+    chosen: nn.Module = module.modules_to_save[_names(module)[0]] if acts else module._modules["original_module"]
     return chosen
 
 
@@ -207,7 +215,7 @@ _MAPPINGS = (Mapping, nn.ModuleDict, nn.ParameterDict)
 
 
 def _own(module: Any, name: str) -> Any:
-    """An attribute of the module itself. Wrappers answer for what they wrap, and must not be asked."""
+    """Read an attribute of the module itself: a wrapper's `getattr` answers for the layer that it wraps."""
     for place in ("_modules", "_parameters"):
         found = (getattr(module, place, None) or {}).get(name)
         if found is not None:
@@ -218,16 +226,16 @@ def _own(module: Any, name: str) -> Any:
         return getattr(module, name, None)
 
 
-def _saved_state(module: Any) -> State:
+def _saved_state(module: Any) -> LayerState:
     if module.disable_adapters:
-        return State.DISABLED
+        return LayerState.DISABLED
     active = _names(module)
     owned = module.modules_to_save.keys()
-    return State.ACTIVE if active and all(name in owned for name in active) else State.PLAIN
+    return LayerState.ACTIVE if active and all(name in owned for name in active) else LayerState.PLAIN
 
 
 def _names(module: Any) -> tuple[str, ...]:
-    """The active adapters' names. PEFT may answer with its own list: it is copied."""
+    """List the active adapters' names. PEFT may return its own live list: it is copied."""
     active = getattr(module, "active_adapters", None)
     if active is None or callable(active):
         active = getattr(module, "active_adapter", None)
@@ -236,76 +244,73 @@ def _names(module: Any) -> tuple[str, ...]:
     return (active,) if isinstance(active, str) else tuple(active)
 
 
-def setting_of(wrapper: Any) -> Setting:
-    """What a wrapper is set to now, each of it read once. A few microseconds."""
+def setting_of(wrapper: Any, *, scaled: bool) -> Setting:
+    """Read a wrapper's switches, each of them once; `scaled` for a LoRA layer. A few microseconds."""
     disabled = getattr(wrapper, "disable_adapters", None)
     if disabled is None or callable(disabled):
         disabled = getattr(wrapper, "_disable_adapters", False)
     active = _names(wrapper)
     merged = getattr(wrapper, "merged_adapters", None)
     if merged is None:
-        # Unsloth's shapes say only whether.
+        # Unsloth's shapes only tell whether something is merged.
         merged = (active or ("merged",)) if getattr(wrapper, "merged", False) is True else ()
-    return Setting(bool(disabled), tuple(merged), active)
+    scaling = wrapper.scaling if scaled else {}
+    if not isinstance(scaling, Mapping):
+        scaling = {"": scaling}
+    # One object for all that is not a number: it has to be equal to itself.
+    factors = tuple([(n, value if (value := float(s)) == value else nan) for n, s in scaling.items()])
+    return Setting(bool(disabled), tuple(merged), active, factors)
 
 
 def _level(wrapper: Any, base: Any) -> Level:
     tokens = is_tokens(wrapper)
-    owned = tuple(dict.fromkeys(_keys(wrapper, ("token_indices",) if tokens else ("lora_A", "lora_embedding_A"))))
-    setting = setting_of(wrapper)
-    disabled, merged, _ = setting
-    if tokens and not setting.active:
-        disabled = True
+    containers = ("token_indices",) if tokens else ("lora_A", "lora_embedding_A")
+    keyed = [found for name in containers if (found := getattr(wrapper, name, None)) is not None]
+    owned = tuple(dict.fromkeys(chain.from_iterable(found.keys() for found in keyed)))
+    setting = setting_of(wrapper, scaled=not tokens)
+    disabled, merged = setting.disabled or (tokens and not setting.active), setting.merged
     if merged:
-        state = State.MERGED_DISABLED if disabled else State.MERGED
+        state = LayerState.MERGED_DISABLED if disabled else LayerState.MERGED
     else:
-        state = State.DISABLED if disabled else State.ACTIVE
-    acting = {State.ACTIVE: setting.active, State.MERGED_DISABLED: merged}.get(state, ())
+        state = LayerState.DISABLED if disabled else LayerState.ACTIVE
+    acting = {LayerState.ACTIVE: setting.active, LayerState.MERGED_DISABLED: merged}.get(state, ())
     names = tuple(name for name in acting if name in owned)
-    return Level(wrapper, setting, _attribute(wrapper, base), state, owned, merged, names, tokens)
-
-
-def _keys(wrapper: Any, attributes: tuple[str, ...]) -> Iterator[str]:
-    for attribute in attributes:
-        found = getattr(wrapper, attribute, None)
-        if found is not None:
-            yield from found.keys()
-
-
-def _attribute(wrapper: Any, base: Any) -> str:
-    name = _own(wrapper, "parameter_name")
-    if isinstance(name, str):
-        return name
-    return "in_proj_weight" if is_attention(base) else "weight"
+    attribute = _own(wrapper, "parameter_name")
+    if not isinstance(attribute, str):
+        attribute = "in_proj_weight" if is_attention(base) else "weight"
+    return Level(wrapper, setting, attribute, state, owned, merged, names, tokens)
 
 
 def is_attention(base: Any) -> bool:
-    """Whether it is an attention layer whose three input projections lie in one parameter."""
+    """Tell whether a layer is an attention layer whose three input projections lie in one parameter."""
     return isinstance(getattr(base, "in_proj_weight", None), torch.Tensor) and hasattr(base, "out_proj")
 
 
-def _adapter(wrapper: Any, name: str) -> ActiveLora:
-    embedding = getattr(wrapper, "lora_embedding_A", None)
+def _adapter(wrapper: Any, name: str, scaling: Mapping[str, float]) -> ActiveLora:
+    embedding, extra, bias = getattr(wrapper, "lora_embedding_A", None), dict[str, Any](), None
     if embedding is not None and name in embedding:
-        a, b, bias, extra = embedding[name], wrapper.lora_embedding_B[name], None, {}
+        a, b = embedding[name], wrapper.lora_embedding_B[name]
     else:
         left, right = unwrapped(wrapper.lora_A[name]), unwrapped(wrapper.lora_B[name])
         a, b, bias = _weight(left), _weight(right), getattr(right, "bias", None)
-        extra = {**_blocks(left, "blocks_a"), **_blocks(right, "blocks_b"), **_experts(wrapper)}
-    scaling = wrapper.scaling
+        for key, factor in (("blocks_a", left), ("blocks_b", right)):
+            if isinstance(getattr(factor, "nblocks", None), int):
+                extra[key] = int(factor.nblocks)
+        if _own(wrapper, "parameter_name") is not None:
+            marker = getattr(wrapper, "lora_B_layout", None)
+            extra["experts"] = int(getattr(wrapper, "num_experts", 1))
+            extra["swapped"] = bool(getattr(wrapper, "_did_swap_in_out_features", False))
+            extra["layout"] = RANK_MAJOR if marker is None else str(marker)
     magnitude = _entry(wrapper, "lora_magnitude_vector", name)
-    diagonal = _entry(wrapper, "lora_diag", name)
-    if diagonal is not None:
-        extra["diagonal"] = diagonal
-    unknown = _unknown(wrapper, name)
-    if unknown:
-        extra["unknown"] = unknown
+    for key, value in (("diagonal", _entry(wrapper, "lora_diag", name)), ("unknown", _unknown(wrapper, name) or None)):
+        if value is not None:
+            extra[key] = value
     variant = (getattr(wrapper, "lora_variant", None) or {}).get(name)
     return ActiveLora(
         name=name,
         a=a,
         b=b,
-        scaling=float(scaling[name] if isinstance(scaling, Mapping) else scaling),
+        scaling=scaling[name] if name in scaling else scaling[""],
         bias=bias,
         magnitude=None if magnitude is None else _weight(magnitude),
         variant="" if variant is None else type(variant).__name__,
@@ -329,27 +334,12 @@ def _weight(holder: Any) -> torch.Tensor:
         where=type(holder).__name__,
         expected="a tensor, or a module with a weight",
         got=type(weight).__name__,
+        remedy="delete this adapter and add it again, or push mode='base'",
     )
 
 
-def _blocks(factor: Any, key: str) -> dict[str, Any]:
-    blocks = getattr(factor, "nblocks", None)
-    return {key: int(blocks)} if isinstance(blocks, int) else {}
-
-
-def _experts(wrapper: Any) -> dict[str, Any]:
-    if _own(wrapper, "parameter_name") is None:
-        return {}
-    marker = getattr(wrapper, "lora_B_layout", None)
-    return {
-        "experts": int(getattr(wrapper, "num_experts", 1)),
-        "swapped": bool(getattr(wrapper, "_did_swap_in_out_features", False)),
-        "layout": RANK_MAJOR if marker is None else str(marker),
-    }
-
-
 def _unknown(wrapper: Any, name: str) -> tuple[str, ...]:
-    """Names of what may change an adapter's effect and is not understood here."""
+    """Name everything that may change an adapter's effect and cannot be read here."""
     found: list[str] = []
     holders = {**(getattr(wrapper, "_modules", None) or {}), **(getattr(wrapper, "_parameters", None) or {})}
     for attribute, held in holders.items():
@@ -367,39 +357,16 @@ def _unknown(wrapper: Any, name: str) -> tuple[str, ...]:
         found.extend(f"{attribute}.{child}" for child in inside or {})
     if name in (getattr(wrapper, _PENDING, None) or ()):
         found.append("a truncation of the base weight that the next forward makes")
-    if _routed(wrapper):
+    # Mixtures of adapters replace a layer's forward by their own method, and weigh the adapters per token.
+    owner = getattr(vars(wrapper).get("forward"), "__self__", None) if hasattr(wrapper, "__dict__") else None
+    if owner is not None and owner is not wrapper and getattr(owner, "target", None) is wrapper:
         found.append("a forward that another object replaced")
     if (getattr(wrapper, "use_dora", None) or {}).get(name) and _entry(wrapper, "lora_magnitude_vector", name) is None:
         found.append("DoRA without a magnitude")
     if _own(wrapper, "parameter_name") is not None and getattr(wrapper, "lora_B_layout", None) is None:
-        found.extend(_patched(wrapper))
+        # A replaced forward of expert wrappers reads lora_B in an order that only the replacing library knows.
+        cls = next((cls for cls in type(wrapper).__mro__ if "forward" in vars(cls)), type(wrapper))
+        origin = getattr(vars(cls).get("forward"), "__module__", cls.__module__)
+        if origin != cls.__module__:
+            found.append(f"a forward from {origin} without a lora_B_layout marker")
     return tuple(found)
-
-
-def _routed(wrapper: Any) -> bool:
-    """Whether the forward is a method of another object that has this layer as its target: mixtures of adapters do so,
-    and weigh them per token."""
-    owner = getattr(vars(wrapper).get("forward"), "__self__", None) if hasattr(wrapper, "__dict__") else None
-    return owner is not None and owner is not wrapper and getattr(owner, "target", None) is wrapper
-
-
-def _patched(wrapper: Any) -> Iterator[str]:
-    """Expert wrappers whose class had its forward replaced read lora_B in an order of their own, which only the
-    replacing library knows."""
-    for cls in type(wrapper).__mro__:
-        forward = vars(cls).get("forward")
-        if forward is not None:
-            if getattr(forward, "__module__", cls.__module__) != cls.__module__:
-                yield f"a forward from {forward.__module__} without a lora_B_layout marker"
-            return
-
-
-def _no_lora(module: Any) -> UnsupportedLora:
-    kind = type(module).__name__
-    return UnsupportedLora(
-        "a tuner that is not LoRA changes this layer in a way that cannot be read",
-        where=kind,
-        expected="a LoRA layer (lora_A and lora_B, or lora_embedding_A and lora_embedding_B), or a plain layer",
-        got=kind,
-        remedy="merge the adapter into the model (merge_and_unload) before binding it",
-    )

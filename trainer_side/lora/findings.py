@@ -1,34 +1,34 @@
-"""What a model has that the capability table speaks of: read from the live layers, once per state."""
+"""Read the live layers for the features that the capability table names; once per state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedLora
-from trainer_side.lora import state as states
 from trainer_side.lora.capability import Feature, Finding
 from trainer_side.lora.layers.dequant import FP8, quant_state
 from trainer_side.lora.layers.effective import is_inexact
-from trainer_side.lora.layers.module_tree import CONTAINERS, Extra, Kind, Place, Tree, Wrapper
+from trainer_side.lora.layers.module_tree import CONTAINERS, BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.values import ActiveLora, LoraParameters, State
+from trainer_side.lora.layers.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
+from trainer_side.lora.layers.values import LayerState, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
-from trainer_side.lora.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
+from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import identity_of
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A wrapper and what acts in it now.
+    """A wrapper and the adapters that act in it now.
 
     Attributes:
-        parameters: None of `modules_to_save`, and of what cannot be read.
+        parameters: None for `modules_to_save`, and for a layer that cannot be read.
         acts: its effective weight is not the base's.
-        adapters: those that act, and whose tensors have to come.
+        adapters: names of those that act; their tensors have to be sent.
         extras: all tensors that it adds.
         chain: the reading that all of this comes from; None where `parameters` is.
     """
@@ -37,36 +37,42 @@ class Layer:
     parameters: LoraParameters | None
     acts: bool
     adapters: tuple[str, ...]
-    extras: tuple[Extra, ...]
+    extras: tuple[WrapperTensor, ...]
     chain: Chain | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its acting adapters' tensors; of all where none acts."""
+        """List the names of its acting adapters' tensors; of all its adapters' where none acts."""
         some = tuple(extra.raw for extra in self.extras if extra.adapter in self.adapters)
         return some or tuple(extra.raw for extra in self.extras)
 
     @property
     def has_bias(self) -> bool:
-        """Whether some lora_B has a bias."""
+        """True when some lora_B has a bias."""
         return any(extra.container == "lora_B" and extra.attribute == "bias" for extra in self.extras)
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What was found, what of it counts in merged mode alone, and what to tell people about it."""
+    """All layers with wrappers, read once.
 
-    layers: tuple[Layer, ...]
+    Attributes:
+        findings: features of the model; `merged`: those that count in merged mode alone.
+        notes: for the receipt of a push in merged mode.
+    """
+
     by_wrapper: Mapping[Wrapper, Layer]
     findings: tuple[Finding, ...]
     merged: tuple[Finding, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
 
 
-def survey(tree: Tree, watch: states.Watch) -> Survey:
-    """Read every wrapper, in the state that `watch` knows. Tens of microseconds per layer; runs no forward and changes
-    nothing. Raises IntegrityError where `Watch.require` does."""
-    extras: dict[int, list[Extra]] = {}
+def survey(tree: LoraTree, state: LoraState) -> Survey:
+    """Read every wrapper, tens of microseconds each; runs no forward and changes nothing.
+
+    Raises IntegrityError when a layer is set to something else than in `state`.
+    """
+    extras: dict[int, list[WrapperTensor]] = {}
     for extra in tree.extras:
         if extra.wrapper is not None:
             extras.setdefault(id(extra.wrapper), []).append(extra)
@@ -74,64 +80,60 @@ def survey(tree: Tree, watch: states.Watch) -> Survey:
     merged: list[Finding] = []
     layers = []
     for wrapper in tree.wrappers:
-        layer, problem = _layer(wrapper, tuple(extras.get(id(wrapper), ())), watch)
+        layer, problem = _layer(wrapper, tuple(extras.get(id(wrapper), ())), state)
         layers.append(layer)
         found = [problem] if problem is not None else list(_found(layer, tree))
         findings += found
         if layer.acts and layer.parameters is not None and layer.chain is not None:
             reason = reason_of(layer.chain, wrapper.copies)
-            if reason is not None and not any(f.refuses("merged") for f in found):
+            if reason is not None and not any(f.reason_against("merged") for f in found):
                 # What only merged needs is the values of the base: an adapter does without.
                 packs = packed(layer.parameters) or layer.parameters.weight.dtype in FP8
                 (merged if packs else findings).append(_unreadable(layer, reason))
-    findings += _strays(tree)
-    findings += _trained(tree)
-    findings += _asleep(layers)
-    return Survey(
-        tuple(layers), {layer.wrapper: layer for layer in layers}, tuple(findings), tuple(merged), _notes(layers)
-    )
+    findings += _of_model(tree, layers)
+    by_wrapper = {layer.wrapper: layer for layer in layers}
+    return Survey(by_wrapper, tuple(findings), tuple(merged), _notes(layers))
 
 
-def _layer(wrapper: Wrapper, extras: tuple[Extra, ...], watch: states.Watch) -> tuple[Layer, Finding | None]:
-    if wrapper.kind is Kind.SAVED:
-        copy = states.copy_in_use(wrapper)
-        watch.require_now(wrapper)
+def _layer(wrapper: Wrapper, extras: tuple[WrapperTensor, ...], state: LoraState) -> tuple[Layer, Finding | None]:
+    if wrapper.kind is WrapperKind.SAVED:
+        copy = state.copy_in_use(wrapper)
         return Layer(wrapper, None, copy is not None, () if copy is None else (copy,), extras), None
-    if wrapper.kind is Kind.UNKNOWN:
+    if wrapper.kind is WrapperKind.UNKNOWN:
         kind = type(wrapper.module).__name__
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, subject=f"a tuner's {kind} that is not LoRA")
     try:
         chain = read_chain(wrapper.module)
-        watch.require(chain)
+        state.require(chain)
         parameters = parameters_of(chain, type(wrapper.module).__name__)
     except (UnsupportedLora, ConfigError) as error:
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what)
-    undone = parameters.state is State.MERGED_DISABLED
-    acting = parameters.rows if wrapper.kind is Kind.TOKENS else parameters.adapters
+    undone = parameters.state is LayerState.MERGED_DISABLED
+    acting = parameters.rows if wrapper.kind is WrapperKind.TOKENS else parameters.adapters
     adapters = tuple(dict.fromkeys(one.name for one in acting))
     acts = bool(adapters) or undone
     return Layer(wrapper, parameters, acts, parameters.merged if undone else adapters, extras, chain), None
 
 
-def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
+def _found(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
     wrapper, parameters = layer.wrapper, layer.parameters
-    if wrapper.kind is Kind.SAVED:
+    if wrapper.kind is WrapperKind.SAVED:
         yield from _saved(layer, tree)
     if parameters is None:
         return
     merged = ", ".join(parameters.merged)
-    if parameters.state is State.MERGED:
+    if parameters.state is LayerState.MERGED:
         yield Finding(Feature.MERGED, wrapper.path, layer.names, merged)
-    elif parameters.state is State.MERGED_DISABLED:
+    elif parameters.state is LayerState.MERGED_DISABLED:
         yield Finding(Feature.MERGED_DISABLED, wrapper.path, layer.names, merged)
-        if wrapper.kind is Kind.LORA and _shared(parameters.weight, tree):
+        if wrapper.kind is WrapperKind.LORA and _shared(parameters.weight, tree):
             reason = "its weight is tied: what other layers compute with changes when PEFT's next forward unmerges it"
             yield Finding(Feature.UNREADABLE, wrapper.path, layer.names, reason)
     if packed(parameters):
         yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,))
-    if wrapper.kind is Kind.TOKENS:
+    if wrapper.kind is WrapperKind.TOKENS:
         trained = tuple(extra.raw for extra in layer.extras if _trains(extra))
         if layer.adapters or trained:
             yield Finding(Feature.TOKENS, wrapper.path, trained or layer.names)
@@ -141,14 +143,14 @@ def _found(layer: Layer, tree: Tree) -> Iterator[Finding]:
         yield from _acting(layer, parameters)
 
 
-def _shared(weight: torch.Tensor, tree: Tree) -> bool:
-    """Whether these elements stand at several places of the model."""
+def _shared(weight: torch.Tensor, tree: LoraTree) -> bool:
+    """Tell whether a weight is tied: its elements stand at several places of the model."""
     own = identity_of("", weight)
     same = {p.clean for p in tree.places if (t := p.tensor()) is not None and identity_of("", t) == own}
     return len(same) > 1
 
 
-def _saved(layer: Layer, tree: Tree) -> Iterator[Finding]:
+def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
     wrapper = layer.wrapper
     copies = [p for p in tree.places if any(w is wrapper and adapter is not None for w, adapter in p.copies)]
     acting = [p for p in copies if any(w is wrapper and adapter in layer.adapters for w, adapter in p.copies)]
@@ -161,7 +163,7 @@ def _saved(layer: Layer, tree: Tree) -> Iterator[Finding]:
 
 
 def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
-    """Tensors of a LoRA layer that the reader knows nothing of, unless a variant stands for them."""
+    """Find tensors of a LoRA layer that cannot be read here, unless a known variant stands for them."""
     known = {adapter.name for adapter in parameters.adapters if adapter.variant}
     strange = tuple(
         extra.raw
@@ -177,7 +179,7 @@ def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
 
 def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     path, names = layer.wrapper.path, layer.names
-    empty = tuple(e.raw for e in layer.extras if e.adapter in layer.adapters and _without_values(e))
+    empty = tuple(e.raw for e in layer.extras if e.adapter in layer.adapters and _is_empty(e.tensor()))
     if empty:
         yield Finding(Feature.SHARDED, path, empty, way_out="gather it first")
     if len(parameters.adapters) > 1:
@@ -192,9 +194,16 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     if experts:
         yield Finding(Feature.EXPERTS, path, names)
     for one in parameters.adapters:
-        feature = _variant(one, experts)
-        if feature is not None:
-            yield Finding(feature, path, names, *_known_as(one))
+        unknown, subject = one.extra.get("unknown"), f"adapter {one.name}"
+        if one.variant in PER_TOKEN_VARIANTS:
+            yield Finding(Feature.PER_TOKEN, path, names, subject=PER_TOKEN_VARIANTS[one.variant])
+        elif unknown:
+            feature = Feature.AMBIGUOUS if experts else Feature.UNKNOWN
+            yield Finding(feature, path, names, f"the layer holds {', '.join(unknown)}", subject)
+        elif one.variant not in PLAIN_VARIANTS | DORA_VARIANTS:
+            yield Finding(Feature.UNKNOWN, path, names, one.variant, subject)
+        elif one.extra.keys() & {"diagonal", "blocks_a", "blocks_b"}:
+            yield Finding(Feature.EXPANDED, path, names, one.variant, subject)
     biased = tuple(e.raw for e in layer.extras if e.container == "lora_B" and e.attribute == "bias")
     if any(adapter.bias is not None for adapter in parameters.adapters):
         yield Finding(Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE, path, biased)
@@ -211,96 +220,65 @@ def _unreadable(layer: Layer, reason: Reason) -> Finding:
     return Finding(feature, layer.wrapper.path, layer.names, found, reason.subject, way_out)
 
 
-def _strays(tree: Tree) -> Iterator[Finding]:
-    """What hangs on the PEFT model itself: prompts that the forward puts before the input."""
+def _of_model(tree: LoraTree, layers: Sequence[Layer]) -> Iterator[Finding]:
+    """List the features that no single layer has."""
     base = {id(place.tensor()) for place in tree.places}
     names = tuple(e.raw for e in tree.extras if e.wrapper is None and not e.buffer and id(e.tensor()) not in base)
     if names:
         found = "a trained prompt, or another parameter of the PEFT model itself"
         yield Finding(Feature.UNKNOWN, "", names, subject=found)
-
-
-def _trained(tree: Tree) -> Iterator[Finding]:
     names = tuple(place.raw for place in tree.places if not place.copies and _trains(place))
     if names:
         yield Finding(Feature.BASE_TRAINED, "", names)
-
-
-def _asleep(layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Nothing acts anywhere: there is no adapter to send."""
-    lora = [layer for layer in layers if layer.wrapper.kind is Kind.LORA and layer.parameters is not None]
-    if any(layer.parameters and layer.parameters.adapters and layer.acts for layer in lora):
+    lora = [one.parameters for one in layers if one.wrapper.kind is WrapperKind.LORA and one.parameters is not None]
+    if any(one.adapters for one in lora):
         return
-    if any(layer.parameters and layer.parameters.state is State.DISABLED for layer in lora):
+    if any(one.state is LayerState.DISABLED for one in lora):
         yield Finding(Feature.DISABLED)
-    elif not any(layer.parameters and layer.parameters.merged for layer in lora):
+    elif not any(one.merged for one in lora):
         yield Finding(Feature.INACTIVE)
 
 
 def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
-    counts: dict[str, list[str]] = {}
-    awake = any(layer.acts for layer in layers if layer.wrapper.kind is Kind.LORA)
+    paths: dict[str, list[str]] = {}
+    awake = any(layer.acts for layer in layers if layer.wrapper.kind is WrapperKind.LORA)
     for layer in layers:
         p = layer.parameters
-        if p is None or layer.wrapper.kind is not Kind.LORA:
+        if p is None or layer.wrapper.kind is not WrapperKind.LORA:
             continue
-        if p.state is State.MERGED_DISABLED and is_inexact(layer.wrapper.module):
-            counts.setdefault(
-                "adapters were merged, then disabled: the delta is taken off again, which is inexact", []
-            ).append(layer.wrapper.path)
-        elif p.state is State.MERGED:
-            merged = ", ".join(p.merged)
-            counts.setdefault(f"the base holds the merged adapters [{merged}]: sent as it is", []).append(
-                layer.wrapper.path
-            )
-        elif p.state is State.DISABLED:
-            counts.setdefault("adapters are disabled: base values are sent", []).append(layer.wrapper.path)
+        if p.state is LayerState.MERGED_DISABLED and is_inexact(layer.wrapper.module):
+            text = "adapters were merged, then disabled: the delta is taken off again, which is inexact"
+        elif p.state is LayerState.MERGED:
+            text = f"the base holds the merged adapters [{', '.join(p.merged)}]: sent as it is"
+        elif p.state is LayerState.DISABLED:
+            text = "adapters are disabled: base values are sent"
         elif not awake and p.owned:
-            counts.setdefault("no active adapter: base values are sent", []).append(layer.wrapper.path)
+            text = "no active adapter: base values are sent"
+        else:
+            continue
+        paths.setdefault(text, []).append(layer.wrapper.path)
     return tuple(
-        f"{text} ({len(paths)} layer{'s' if len(paths) > 1 else ''}, {paths[0]}{' ...' if len(paths) > 1 else ''})"
-        for text, paths in counts.items()
+        f"{text} ({len(found)} layer{'s' if len(found) > 1 else ''}, {found[0]}{' ...' if len(found) > 1 else ''})"
+        for text, found in paths.items()
     )
 
 
-def _trains(item: Place | Extra) -> bool:
+def _trains(item: BaseTensor | WrapperTensor) -> bool:
     tensor = item.tensor()
     return tensor is not None and tensor.requires_grad
 
 
-def _without_values(item: Extra) -> bool:
-    tensor = item.tensor()
+def _is_empty(tensor: torch.Tensor | None) -> bool:
     return tensor is None or tensor.is_meta or tensor.numel() == 0
 
 
-def _variant(adapter: ActiveLora, experts: bool) -> Feature | None:
-    """What is special about an adapter's product; None of a plain one."""
-    if adapter.variant in PER_TOKEN_VARIANTS:
-        return Feature.PER_TOKEN
-    if adapter.extra.get("unknown"):
-        return Feature.AMBIGUOUS if experts else Feature.UNKNOWN
-    if adapter.variant not in PLAIN_VARIANTS | DORA_VARIANTS:
-        return Feature.UNKNOWN
-    return Feature.EXPANDED if adapter.extra.keys() & {"diagonal", "blocks_a", "blocks_b"} else None
-
-
-def _known_as(adapter: ActiveLora) -> tuple[str, str]:
-    """(reason, subject) of an adapter that is more than plain LoRA."""
-    if adapter.variant in PER_TOKEN_VARIANTS:
-        return "", PER_TOKEN_VARIANTS[adapter.variant]
-    unknown = adapter.extra.get("unknown")
-    if unknown:
-        return f"the layer holds {', '.join(unknown)}", f"adapter {adapter.name}"
-    return adapter.variant, f"adapter {adapter.name}"
-
-
 def packed(parameters: LoraParameters) -> bool:
-    """Whether a weight lies there in a form that is no checkpoint tensor's. Scaled fp8 is one, beside its scales."""
+    """Tell whether a weight is stored in a form that no checkpoint tensor has. Scaled fp8 is one, beside its scales."""
     return parameters.quant_state is not None and parameters.weight.dtype not in FP8
 
 
-def quantised(place: Place) -> nn.Module | None:
-    """The ordinary module whose packed weight this is; None for any tensor that is what it looks like."""
+def quantised(place: BaseTensor) -> nn.Module | None:
+    """Return the module without adapters whose packed weight this is; None for a tensor stored as its values."""
     tensor = place.tensor()
     if place.wrappers or place.buffer or place.attribute != "weight" or tensor is None:
         return None
@@ -309,7 +287,7 @@ def quantised(place: Place) -> nn.Module | None:
 
 
 def plain_dtype(parameters: LoraParameters) -> torch.dtype:
-    """The dtype in which a packed weight is announced once it is dequantised."""
+    """Choose the dtype in which a packed weight is announced once it is dequantised."""
     for dtype in (getattr(parameters.quant_state, "dtype", None), parameters.weight.dtype):
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
             return dtype
