@@ -20,7 +20,8 @@ from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
 from engine_side.engines.common.published_state import CURRENT, PublishedState, lora_not_loaded
-from engine_side.engines.sglang.gate import QuarantinedRequest, SglangGate, paused_by_user
+from engine_side.engines.sglang.gate import QuarantinedRequest, SglangGate
+from engine_side.engines.sglang.remote import paused_by_user
 from engine_side.engines.sglang.requests import call_manager, completion, generate_request
 from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, JOB, LORAS, check_weights, read_answer
 

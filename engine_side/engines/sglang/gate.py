@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from fastapi import HTTPException
 
-from bridge.errors import ConfigError, EngineQuarantined
+from bridge.errors import EngineQuarantined
 from engine_side.engines.common.frontend import quarantine_error
 
 
@@ -48,14 +48,3 @@ class QuarantinedRequest(EngineQuarantined, HTTPException):  # type: ignore[misc
 
     def __str__(self) -> str:
         return self._message()
-
-
-def paused_by_user(where: str) -> ConfigError:
-    """Make the error for an engine that somebody else has paused: requests of the bridge would wait for them."""
-    return ConfigError(
-        "the engine is paused",
-        where=where,
-        expected="a running engine",
-        got="somebody else called pause_generation",
-        remedy="call continue_generation, then try again",
-    )

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from bridge.errors import DeadlineExceeded, ProtocolError
+from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
 from engine_side.engines.common.published_state import BASE, check_mode
 from engine_side.engines.sglang.arguments import SglangArguments
-from engine_side.engines.sglang.gate import paused_by_user
 from engine_side.engines.sglang.scheduler_messages import (
     FACTS,
     JOB,
@@ -239,3 +238,14 @@ class SglangDriver(FrontendClient):
 
     def _close_scheduling(self) -> None:
         self.ask(SHUT)
+
+
+def paused_by_user(where: str) -> ConfigError:
+    """Make the error for an engine that somebody else has paused: requests of the bridge would wait for them."""
+    return ConfigError(
+        "the engine is paused",
+        where=where,
+        expected="a running engine",
+        got="somebody else called pause_generation",
+        remedy="call continue_generation, then try again",
+    )
