@@ -12,12 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, OutOfMemory, PeerLost
+from bridge.model.levels import RANK_LEVELS
 from engine_side.driver.quantised_trial import require_strategies
 from engine_side.load.loader import Loader
 from engine_side.plan.bake import bake
 from engine_side.plan.experiment_errors import is_out_of_memory
 from engine_side.plan.strategies import decide
-from engine_side.verify.verify import RANK_LEVELS, Verifier
+from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
 
 
