@@ -111,6 +111,7 @@ class Bridge:
         self.engines = [EngineHandle(port) for port in session.engines]
         self.config = config
         self._session = session
+        self._threads = config.copy_threads
         self._coordinator = session.coordinator
         self._trainer = trainer
         self._pushing = threading.Lock()
@@ -190,7 +191,6 @@ class Bridge:
         StaleVersion before any engine was written; PushAborted *from* the cause after that, every engine put back;
         EngineQuarantined or PeerLost when an engine was lost between the commit and its serving (the others serve).
         """
-        self._require_open()
         given = PushArguments(
             version=version, mode=mode, verify=verify, partial=partial, inflight=inflight, kv=kv,
             allow_nonfinite=allow_nonfinite, timeout_s=timeout_s,
@@ -202,7 +202,9 @@ class Bridge:
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
-            self._session.hold_lease()
+            if self._closed:
+                raise _closed_error(self.name)
+            self._session.begin_push()
             pending = self._push(named, settings)
         finally:
             self._pushing.release()
@@ -274,7 +276,7 @@ class Bridge:
             slot.index,
             slot.base,
             allow_nonfinite=settings.allow_nonfinite,
-            threads=self.config.copy_threads,
+            threads=self._threads,
             timeout_s=settings.timeout_s,
         )
 
@@ -418,8 +420,12 @@ class Bridge:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise Closed("this Bridge was closed", where=self.name, remedy="bridge.connect(name) opens a new one")
+            raise _closed_error(self.name)
         self._session.require_usable()
+
+
+def _closed_error(name: str) -> Closed:
+    return Closed("this Bridge was closed", where=name, remedy="bridge.connect(name) or bridge.attach opens a new one")
 
 
 def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:

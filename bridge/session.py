@@ -60,8 +60,18 @@ class Session:
     def require_usable(self) -> None:
         """Raise Closed in a forked child, ConfigError in the thread that runs the engine's event loop, which would wait
         for itself. Called before every call of a Bridge. Does not block."""
-        require_own_process(self._pid, self.name)
+        if self.forked:
+            require_own_process(self._pid, self.name)
         self.refuse_caller()
+
+    def begin_push(self) -> None:
+        """Check that this process and thread may push, and take the lease. Raises as `require_usable` and
+        `hold_lease`. Does not block."""
+        if self.forked:
+            require_own_process(self._pid, self.name)
+        self.refuse_caller()
+        if self._lease is None:
+            self.hold_lease()
 
     def hold_lease(self) -> None:
         """Take the right to push, unless this session has it. Raises LeaseHeld, naming the holder. Does not block."""

@@ -23,7 +23,7 @@ from bridge.coordinator.examination import examine, facts_of
 from bridge.coordinator.layouts import Layouts
 from bridge.coordinator.owner_thread import OwnerThread
 from bridge.coordinator.push_run import PushRunner
-from bridge.coordinator.receipts import scope_of
+from bridge.coordinator.reports import scope_of
 from bridge.coordinator.rollback import find_rollback
 from bridge.coordinator.versions import AgreedPlan, OpenPush, Served, Versions
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, NotFound, ProtocolError
@@ -306,7 +306,8 @@ class Coordinator:
         """Run a submitted push on the owner thread. It always leaves a result, and the coordinator free."""
         result: Finished | None = None
         try:
-            self._layouts.drop_unheld(self._versions)
+            if self._layouts.outdated:
+                self._layouts.drop_unheld(self._versions)
             result = self._runner.push(push, request)
         except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
             result = self._runner.give_up(push.version, error)

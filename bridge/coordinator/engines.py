@@ -87,6 +87,9 @@ class Fleet:
         if not asked:
             return answers
         first, *others = asked
+        if not others:
+            _ask(first, requests[first.id], reply, deadline, answers)
+            return answers
         threads = [
             threading.Thread(target=_ask, args=(port, requests[port.id], reply, deadline, answers), daemon=True)
             for port in others

@@ -36,6 +36,7 @@ class Layouts:
         self._plans: dict[int, AgreedPlan] = {}
         self.weights: AgreedPlan | None = None
         self.lora: AgreedPlan | None = None
+        self.outdated = False  # some plan is no current one any more, and is kept for the version that lies in it
         # ids that no other coordinator uses: an engine may remember a plan of the one before
         self._next = int.from_bytes(os.urandom(4), "little") << 16
 
@@ -109,6 +110,7 @@ class Layouts:
         old = [plan for plan in self._plans.values() if plan.id not in needed]
         for plan in old:
             _discard(self._plans.pop(plan.id).arena)
+        self.outdated = len(self._plans) > (self.weights is not None) + (self.lora is not None)
         if old:
             self._fleet.forget(tuple(self._plans), Deadline.after(30))
 

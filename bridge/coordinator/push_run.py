@@ -9,8 +9,7 @@ import time
 import msgspec
 
 from bridge.coordinator.engines import Fleet
-from bridge.coordinator.receipts import receipt_of
-from bridge.coordinator.reports import unserved, verified
+from bridge.coordinator.reports import receipt_of, unserved, verified
 from bridge.coordinator.rollback import Rollback
 from bridge.coordinator.two_phase_commit import PushTarget, TwoPhaseCommit, Verdict, restore
 from bridge.coordinator.versions import Held, OpenPush, References, Served, Versions
@@ -48,9 +47,9 @@ class PushRunner:
         if request.reference is not None:
             self._versions.references[push.version] = References(request.reference, request.base)
         references = self._versions.references.get(push.version, References()).for_load_of(plan)
+        kept = now.held_in(plan) if now is not None else None
         lora = self._lora_of(push, now, keeps=settings.mode == "base")
         held = Held(push.version, plan, push.slot)
-        kept = now.held_in(plan) if now is not None else None
         target = PushTarget(
             version=push.version,
             held=held,

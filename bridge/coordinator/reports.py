@@ -1,13 +1,16 @@
-"""Reports of engines: how they add up, whether a version is verified, which engines were lost. Pure."""
+"""Reports of engines, and the receipt that they add up to: is a version verified, which engines were lost? Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 
+from bridge.coordinator.two_phase_commit import PushTarget, Verdict
+from bridge.coordinator.versions import AgreedPlan
 from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.model.engine_state import EngineState
 from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
-from bridge.model.receipt import EngineReport, Verified
+from bridge.model.receipt import EngineReport, Receipt, Verified
 from bridge.protocol.engine_messages import EngineChecked
 
 
@@ -59,3 +62,40 @@ def _shown(report: EngineReport, version: int) -> Verified:
     if weighed and whole and not alone:
         return True
     return "partial" if report.canary is not None or (weighed and not alone) else False
+
+
+def scope_of(plan: AgreedPlan) -> tuple[str, ...]:
+    """Say what a version of this plan leaves unwatched; nothing for a plan of the whole model."""
+    if not plan.partial:
+        return ()
+    return (
+        f"only the {len(plan.tensors)} tensors that were sent are watched; nothing is known of the engine's others",
+    )
+
+
+def receipt_of(
+    target: PushTarget,
+    verdict: Verdict,
+    phases: Mapping[str, float] | None = None,
+    wire_nbytes: int = 0,
+    notes: tuple[str, ...] = (),
+) -> Receipt:
+    """Build the receipt of `target`'s push. `phases`, `wire_nbytes` and `notes` are the trainer's part."""
+    manifest, settings = target.held.plan.arena.manifest, target.settings
+    return Receipt(
+        version=target.version,
+        previous=target.base,
+        mode=settings.mode,
+        reason=settings.reason,
+        tensors=len(manifest.tensors),
+        nbytes=manifest.payload_nbytes,
+        wire_nbytes=wire_nbytes,
+        phases={**(phases or {}), **verdict.phases},
+        pause_s=max((report.pause_s for report in verdict.reports), default=0.0),
+        engines=verdict.reports,
+        verify=settings.verify,
+        verified=verdict.verified,
+        at=time.time(),
+        error=None if verdict.error is None else str(verdict.error),
+        notes=(*notes, *scope_of(target.held.plan), *verdict.notes),
+    )

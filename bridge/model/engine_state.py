@@ -6,8 +6,6 @@ import enum
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from bridge.errors import ProtocolError
-
 
 class EngineState(enum.Enum):
     """The state of one engine; it generates in SERVING only."""
@@ -40,34 +38,3 @@ TRANSITIONS: Mapping[EngineState, tuple[EngineState, ...]] = MappingProxyType(
     }
 )
 """State -> states that may follow it."""
-
-
-class Standing:
-    """Keeps the state of one engine and the version that it serves; owned by the engine's service."""
-
-    def __init__(self, engine: str, state: EngineState = EngineState.STALE, serving: int | None = None) -> None:
-        self.engine = engine
-        self.state = state
-        self.serving = serving
-        """The version that it serves; None: no verified one."""
-
-    def move(self, to: EngineState, serving: int | None = None) -> None:
-        """Go to another state.
-
-        Args:
-            serving: the version served from now on; None keeps the present one. A quarantined engine serves none.
-
-        Raises ProtocolError for a step that is not in TRANSITIONS, or for SERVING without a version; then nothing has
-        changed.
-        """
-        if to not in TRANSITIONS[self.state]:
-            raise ProtocolError(
-                "an engine cannot go from this state to that one", where=self.engine,
-                expected=f"{self.state.name} -> {', '.join(state.name for state in TRANSITIONS[self.state])}",
-                got=to.name,
-            )  # fmt: skip
-        version = self.serving if serving is None else serving
-        if to is EngineState.SERVING and version is None:
-            raise ProtocolError("an engine cannot serve without a version", where=self.engine)
-        self.state = to
-        self.serving = None if to is EngineState.QUARANTINED else version

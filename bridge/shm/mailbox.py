@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -34,13 +34,18 @@ _POLL_MAX_S = 2e-3
 
 
 class Mailbox(files.SharedFile):
-    """One open mailbox. A rank posts to its own page only; every process may read every page."""
+    """One open mailbox. A rank posts to its own page only; every process may read every page.
+
+    Attributes:
+        capacity: largest payload in bytes.
+    """
 
     def __init__(self, path: Path, fd: int, ranks: int, page_nbytes: int) -> None:
         """Use `create` or `open`. Takes over `fd`, which holds the file's shared lock."""
         super().__init__(path, fd)
         self.ranks = ranks
         self.page_nbytes = page_nbytes
+        self.capacity = page_nbytes - _PAYLOAD_AT
 
     @classmethod
     def create(
@@ -65,7 +70,7 @@ class Mailbox(files.SharedFile):
         fd = files.create_file(path, nbytes)
         mailbox = cls(path, fd, ranks, unit)
         try:
-            mailbox._write(0, page)
+            mailbox._write(0, [(0, page)])
         except BaseException:
             mailbox.close()
             mailbox.unlink()
@@ -85,11 +90,6 @@ class Mailbox(files.SharedFile):
             )  # fmt: skip
         return cls(path, fd, header.count, header.unit_nbytes)
 
-    @property
-    def capacity(self) -> int:
-        """Largest payload in bytes."""
-        return self.page_nbytes - _PAYLOAD_AT
-
     def post(self, rank: int, nonce: int, payload: bytes) -> None:
         """Replace the content of a rank's page. Called by that rank only; does not block.
 
@@ -106,11 +106,9 @@ class Mailbox(files.SharedFile):
             raise ProtocolError("a nonce is 64 bits", got=str(nonce))
         meta = _META.pack(len(payload), nonce)
         # The state word goes to empty first and to ready last, so that no reader takes half a message for damage.
-        self._write(at, _STATE.pack(0))
-        self._write(at + _PAYLOAD_AT, payload)
-        self._write(at + _META_AT, meta)
-        self._write(at + _SUM_AT, _sum(meta, payload))
-        self._write(at, _STATE.pack(_READY))
+        head = _STATE.pack(0)
+        parts = ((0, head), (_PAYLOAD_AT, payload), (_META_AT, meta), (_SUM_AT, _sum(meta, payload)))
+        self._write(at, (*parts, (0, _STATE.pack(_READY))))
 
     def read(self, rank: int, nonce: int) -> bytes | None:
         """Return the payload that a rank posted under `nonce`, or None while another (or none) is there.
@@ -118,7 +116,8 @@ class Mailbox(files.SharedFile):
         Raises ProtocolError when its length or digest is wrong.
         """
         at = self._start(rank)
-        head = self._read(at, _PAYLOAD_AT)
+        fd = self._descriptor()
+        head = self._read(fd, at, _PAYLOAD_AT)
         if _STATE.unpack_from(head)[0] != _READY:
             return None
         length, posted = _META.unpack_from(head, _META_AT)
@@ -129,10 +128,10 @@ class Mailbox(files.SharedFile):
             raise ProtocolError(
                 "a mailbox page claims too much", where=where, expected=f"at most {self.capacity}", got=str(length)
             )
-        payload = self._read(at + _PAYLOAD_AT, length)
+        payload = self._read(fd, at + _PAYLOAD_AT, length)
         if _sum(head[_META_AT:], payload) == head[_SUM_AT:_META_AT]:
             return payload
-        if self._read(at, _PAYLOAD_AT) != head:
+        if self._read(fd, at, _PAYLOAD_AT) != head:
             return None  # the rank posted again while this was read
         raise ProtocolError("an answer in the mailbox is damaged", where=where, remedy="look for a second writer")
 
@@ -144,7 +143,7 @@ class Mailbox(files.SharedFile):
         answers: dict[int, bytes] = {}
         pause = _POLL_MIN_S
         while True:
-            late = deadline.expired
+            late = time.monotonic() >= deadline.at
             for rank in ranks:
                 if rank not in answers and (payload := self.read(rank, nonce)) is not None:
                     answers[rank] = payload
@@ -168,20 +167,23 @@ class Mailbox(files.SharedFile):
             )
         return files.HEADER_NBYTES + rank * self.page_nbytes
 
-    def _write(self, at: int, data: bytes) -> None:
-        fd, rest = self._descriptor(), memoryview(data)
-        while rest:
-            try:
-                done = os.pwrite(fd, rest, at)
-            except OSError as error:
-                raise ArenaFull(
-                    "a mailbox page cannot be written", where=str(self.path), got=str(error),
-                    remedy="free shared memory (orphaned arenas are removed when a bridge starts)",
-                ) from error  # fmt: skip
-            at, rest = at + done, rest[done:]
+    def _write(self, start: int, parts: Iterable[tuple[int, bytes]]) -> None:
+        """Write each (offset from `start`, data), in order."""
+        fd = self._descriptor()
+        for offset, data in parts:
+            at, rest = start + offset, memoryview(data)
+            while rest:
+                try:
+                    done = os.pwrite(fd, rest, at)
+                except OSError as error:
+                    raise ArenaFull(
+                        "a mailbox page cannot be written", where=str(self.path), got=str(error),
+                        remedy="free shared memory (orphaned arenas are removed when a bridge starts)",
+                    ) from error  # fmt: skip
+                at, rest = at + done, rest[done:]
 
-    def _read(self, at: int, nbytes: int) -> bytes:
-        data = os.pread(self._descriptor(), nbytes, at)
+    def _read(self, fd: int, at: int, nbytes: int) -> bytes:
+        data = os.pread(fd, nbytes, at)
         if len(data) != nbytes:
             raise ProtocolError(
                 "a mailbox was cut short", where=str(self.path), got=f"{len(data)} of {nbytes} bytes",

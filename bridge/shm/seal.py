@@ -106,13 +106,13 @@ def seal_slot(arena: Arena, slot: int, version: int, digests: bytes) -> Seal:
     return seal
 
 
-def check_slot(arena: Arena, slot: int, threads: int = 1) -> Seal:
+def check_slot(arena: Arena, slot: int, threads: int = 1, seal: Seal | None = None) -> Seal:
     """Compare the bytes of a slot with its seal; returns the seal.
 
     Raises DigestMismatch: the slot is not sealed, its digests are not those of its root, or tensors differ (all of them
     in `names`, the first one's digests as expected and got). Blocks for one pass over the slot.
     """
-    seal = arena.seal_of(slot)
+    seal = seal or arena.seal_of(slot)
     where = f"slot {slot} of {arena.path.name}"
     if seal is None:
         raise DigestMismatch("the slot is not sealed", where=where, remedy="push again; no engine loaded from it")

@@ -46,8 +46,12 @@ class Arenas:
         for plan in [p for p in self._arenas if p not in keep]:
             self.close(plan)
 
-    def require_sealed(self, request: EngineLoad) -> Arena:
-        """Find the arena of a load. Raises ProtocolError unless its slot holds the announced version."""
+    def stage(self, request: EngineLoad) -> Arena:
+        """Find the arena of a load, and digest the slot again if the request says so. Blocks for that pass.
+
+        Raises ProtocolError unless the slot holds the announced version, DigestMismatch unless its bytes are what was
+        sealed.
+        """
         arena, slot = self[request.job.plan], request.job.slot
         seal = arena.seal_of(slot)
         if seal is None or seal.root != request.root or seal.version != request.sealed:
@@ -58,17 +62,15 @@ class Arenas:
                 got="unsealed" if seal is None else f"version {seal.version}, root {seal.root.hex()}",
                 remedy="push again",
             )
+        if request.check:
+            check_slot(arena, slot, self._threads, seal)
         return arena
 
-    def check(self, plan: int, slot: int) -> None:
-        """Digest a slot again. Raises DigestMismatch unless its bytes are what was sealed."""
-        check_slot(self[plan], slot, self._threads)
-
     def check_level(self, plan: int, slot: int) -> LevelResult:
-        """Run `check` as the transfer level."""
+        """Digest a slot again, as the transfer level."""
         total = len(self[plan].manifest.tensors)
         try:
-            self.check(plan, slot)
+            check_slot(self[plan], slot, self._threads)
         except DigestMismatch as error:
             failures = tuple(Failure(name, "the sealed digest", "other bytes") for name in error.names)
             return LevelResult("transfer", False, total, failures)

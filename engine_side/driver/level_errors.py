@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from bridge.errors import CanaryMismatch, DigestMismatch, IntegrityError, MissingTensor
-from bridge.model.receipt import CanaryResult, Failure, LevelResult, RankReport
+from bridge.model.receipt import CanaryResult, Failure, LevelResult
 
 ERROR_OF_LEVEL: Mapping[str, type[IntegrityError]] = {
     "transfer": DigestMismatch,
@@ -31,14 +31,6 @@ def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
         remedy="weighbridge explain NAME TENSOR shows where a tensor goes and by which strategy",
         names=tuple(dict.fromkeys(failure.tensor or failure.name for failure in level.failures)),
     )
-
-
-def raise_first_failure(engine: str, ranks: Iterable[RankReport]) -> None:
-    """Raise the error of the first failed level, in rank order."""
-    for report in ranks:
-        for level in report.levels:
-            if not level.ok:
-                raise level_error(engine, report.rank, level)
 
 
 def canary_error(engine: str, drift: CanaryResult) -> CanaryMismatch:

@@ -19,6 +19,7 @@ class LoraVersions:
     Attributes:
         current: the adapter that "current" means; None is the base model. At the start it is the one that a bridge
             before this one left behind, which is then this one's to keep or to drop.
+        ours: adapters that this bridge has loaded, whether or not the engine still holds them.
         staged: the adapter that the push under way has loaded, and that no request uses yet.
     """
 
@@ -27,18 +28,24 @@ class LoraVersions:
         self._ranks = ranks
         self._label, self.current = driver.published
         self.staged: str | None = None
-        self._ours = set() if self.current is None else {self.current}
+        self.ours = set() if self.current is None else {self.current}
 
     @property
     def loaded(self) -> frozenset[str]:
         """Adapters of this bridge that the engine still holds, including those that wait for their last request."""
-        return frozenset(self._ours.intersection(self._driver.adapters())) if self._ours else frozenset()
+        return frozenset(self.ours.intersection(self._driver.adapters())) if self.ours else frozenset()
 
     @property
     def lost(self) -> bool:
         """True when somebody else has unloaded the adapter that is served: requests for it fail, those of the base do
         not."""
         return self.current is not None and self.current not in self._driver.adapters()
+
+    def begin_load(self, keep: str | None) -> None:
+        """Begin a load over which the adapter `keep` will be served. A staged adapter that others have committed, and
+        with which this engine never resumed, counts among this bridge's own. Raises NotFound as `require`."""
+        self.settle()
+        self.require(keep)
 
     def require(self, name: str | None) -> None:
         """Raise NotFound when the adapter that is to be served is not loaded."""
@@ -60,7 +67,7 @@ class LoraVersions:
     def settle(self) -> None:
         """Count the staged adapter, which was committed, among this bridge's own."""
         if self.staged is not None:
-            self._ours.add(self.staged)
+            self.ours.add(self.staged)
             self.staged = None
 
     def drop(self, deadline: Deadline, keep: str | None = None) -> None:
@@ -70,9 +77,9 @@ class LoraVersions:
             self.settle()
         staged, self.staged = self.staged, None
         if staged is not None:
-            self._ours.add(staged)  # should the drop fail, it is tried again when something is published
+            self.ours.add(staged)  # should the drop fail, it is tried again when something is published
             self._ranks.ask(DropLoraJob(staged), RankDone, deadline)
-            self._ours.discard(staged)
+            self.ours.discard(staged)
 
     def publish(self, version: int, name: str | None) -> None:
         """Serve `version` (0: what the engine called its own before this bridge) with this adapter. An adapter that
@@ -89,4 +96,4 @@ class LoraVersions:
             self._driver.retire(sorted(old))
         except BridgeError as error:
             log.warning("adapters could not be retired yet: %s", error)
-        self._ours &= self.loaded
+        self.ours &= self.loaded

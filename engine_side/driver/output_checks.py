@@ -167,9 +167,9 @@ class OutputChecks:
             return self._fresh[1]
         return self.scores(((*self._cached, token),), deadline, lora)[0][-1]
 
-    def published(self) -> None:
-        """The loaded version serves now."""
-        self._served = self._loaded
+    def note_served(self, version: int) -> None:
+        """Note that the loaded version serves now."""
+        self._served = self._loaded if self._loaded is not None and self._loaded.version == version else None
 
     def require_former(self, version: int, deadline: Deadline) -> None:
         """After the way back: the engine answers as it did when `version` served. Raises CanaryMismatch."""

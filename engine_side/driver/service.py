@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from bridge.errors import (
     ProtocolError,
     TransportError,
 )
-from bridge.model.engine_state import EngineState, Standing
+from bridge.model.engine_state import TRANSITIONS, EngineState
 from bridge.model.receipt import CanaryResult, EngineReport, LevelResult, RankReport
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import EngineInfo
@@ -55,7 +55,7 @@ from bridge.protocol.engine_messages import (
 )
 from bridge.protocol.rank_jobs import AnyJob, BakeJob, ForgetJob, MapJob, RankBake, RankLoaded, RankReply, Scores
 from engine_side.driver.arenas import Arenas
-from engine_side.driver.level_errors import canary_error, level_error, raise_first_failure
+from engine_side.driver.level_errors import canary_error, level_error
 from engine_side.driver.lora_versions import LoraVersions
 from engine_side.driver.output_checks import OutputChecks
 from engine_side.driver.prompt_checks import require_fit
@@ -67,6 +67,37 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
 """How long ranks are waited for when a service closes."""
+
+
+class Standing:
+    """Keeps the state of one engine and the version that it serves; owned by the engine's service."""
+
+    def __init__(self, engine: str, state: EngineState = EngineState.STALE, serving: int | None = None) -> None:
+        self.engine = engine
+        self.state = state
+        self.serving = serving
+        """The version that it serves; None: no verified one."""
+
+    def move(self, to: EngineState, serving: int | None = None) -> None:
+        """Go to another state.
+
+        Args:
+            serving: the version served from now on; None keeps the present one. A quarantined engine serves none.
+
+        Raises ProtocolError for a step that is not in TRANSITIONS, or for SERVING without a version; then nothing has
+        changed.
+        """
+        if to not in TRANSITIONS[self.state]:
+            raise ProtocolError(
+                "an engine cannot go from this state to that one", where=self.engine,
+                expected=f"{self.state.name} -> {', '.join(state.name for state in TRANSITIONS[self.state])}",
+                got=to.name,
+            )  # fmt: skip
+        version = self.serving if serving is None else serving
+        if to is EngineState.SERVING and version is None:
+            raise ProtocolError("an engine cannot serve without a version", where=self.engine)
+        self.state = to
+        self.serving = None if to is EngineState.QUARANTINED else version
 
 
 class EngineService:
@@ -213,26 +244,27 @@ class EngineService:
             self._require_weights()
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
-        self._loras.settle()  # committed, but this engine never resumed with it: one of ours all the same
+        outputs = bool({"canary", "cache"} & set(settings.levels))
         try:
+            self._loras.begin_load(request.keeps)
             ranks = self._stage(request, phases)
-            raise_first_failure(self.id, ranks)
-            if lora is None:
-                self._loras.require(request.keeps)
+            self._require_passed(ranks)
             serving = self._standing.serving
-            if lora is None or not self._loras.lost:
+            if outputs and (lora is None or not self._loras.lost):
                 self._outputs.warm_cache(request, serving, deadline)
             self._pause(settings.inflight, deadline)
-            if lora is None:
+            if lora is None and self._loras.ours:
                 self._loras.end_others(request.keeps)
-            self._outputs.remember(request, serving, deadline)
+            if outputs:
+                self._outputs.remember(request, serving, deadline)
             written = True
             ranks, notes = self._write(request, ranks, phases, deadline)
             self._standing.move(EngineState.LOADED)
-            raise_first_failure(self.id, ranks)
-            started = time.perf_counter()
-            drift = self._outputs.canary(request, deadline)
-            phases["verify"] += time.perf_counter() - started
+            self._require_passed(ranks)
+            if outputs:
+                started = time.perf_counter()
+                drift = self._outputs.canary(request, deadline)
+                phases["verify"] += time.perf_counter() - started
             if drift is not None and not drift.ok:
                 raise canary_error(self.id, drift)
             self._standing.move(EngineState.VERIFIED)
@@ -256,11 +288,9 @@ class EngineService:
         """Before anything is written: the announced version is sealed, its bytes are what was sealed, and the plan
         covers this engine (as its ranks proved when they baked it)."""
         job, wanted = request.job, request.job.settings.levels
-        arena = self._arenas.require_sealed(request)
         started = time.perf_counter()
+        arena = self._arenas.stage(request)
         levels: tuple[LevelResult, ...] = ()
-        if request.check:
-            self._arenas.check(job.plan, job.slot)
         if "transfer" in wanted:
             note = "" if request.check else "digests were checked by another engine of this node"
             levels = (LevelResult("transfer", True, len(arena.manifest.tensors), note=note),)
@@ -268,6 +298,13 @@ class EngineService:
         if "coverage" not in wanted:
             return tuple(RankReport(rank, levels) for rank in range(self.driver.ranks))
         return tuple(RankReport(rank, (*levels, found)) for rank, found in enumerate(self._coverage[job.plan]))
+
+    def _require_passed(self, ranks: Iterable[RankReport]) -> None:
+        """Raise the error of the first failed level, by rank."""
+        for report in ranks:
+            for level in report.levels:
+                if not level.ok:
+                    raise level_error(self.id, report.rank, level)
 
     def _write(
         self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
@@ -326,7 +363,7 @@ class EngineService:
             raise ProtocolError(
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
-        self._outputs.published()
+        self._outputs.note_served(request.version)
         try:
             self._serve(request.version, request.lora, deadline)
         except TransportError as error:  # nobody may wait at the gate of an engine that does not answer
@@ -395,7 +432,7 @@ class EngineService:
         self._pause("abort", deadline)
         ranks = tuple(answer.report for answer in self._ranks.ask(request.job, RankLoaded, deadline))
         self._standing.move(EngineState.LOADED)
-        raise_first_failure(self.id, ranks)
+        self._require_passed(ranks)
         self._outputs.require_former(request.version, deadline)
         self._standing.move(EngineState.VERIFIED)
         if self.driver.can_generate and not self.driver.reset_caches():

@@ -30,6 +30,7 @@ from bridge.protocol.rank_jobs import (
     LogprobsJob,
     MapJob,
     RankAnswer,
+    RankBake,
     RankDone,
     RankExplanation,
     RankFailed,
@@ -58,10 +59,18 @@ class RankPlan:
     """A baked plan of this rank and, once mapped, its arena."""
 
     loader: Loader | LoraLoader
+    bake: RankBake
     arena: Arena | None = None
     verifier: Verifier | None = None
 
+    def mapped(self) -> Verifier:
+        """The verifier of a mapped plan. Raises ProtocolError before the plan is mapped onto an arena."""
+        if self.verifier is None:
+            raise ProtocolError("this plan is not mapped onto an arena yet")
+        return self.verifier
+
     def close(self) -> None:
+        """Let go of loader and arena."""
         self.verifier = None
         self.loader.close()
         if self.arena is not None:
@@ -141,27 +150,20 @@ class Rank:
         except KeyError:
             raise ProtocolError("this rank does not know that plan", got=str(plan)) from None
 
-    def _verifier(self, plan: int) -> Verifier:
-        verifier = self._planned(plan).verifier
-        if verifier is None:
-            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(plan))
-        return verifier
-
-    def _bake(self, job: BakeJob) -> AnyAnswer:
+    def _bake(self, job: BakeJob) -> RankBake:
         loader = self._loader(job)
         try:
-            answer = loader.rank_bake()
             # the plan is proven to cover this rank once, here: no push changes it
-            (coverage,) = (
-                loader.verify(0, None, ("coverage",))
-                if isinstance(loader, LoraLoader)
-                else (Verifier(loader).coverage(),)
-            )
+            if isinstance(loader, LoraLoader):
+                (coverage,) = loader.verify(0, None, ("coverage",))
+            else:
+                coverage = Verifier(loader.check()).coverage()
+            bake = msgspec.structs.replace(loader.rank_bake(), coverage=coverage)
         except BaseException:
             loader.close()
             raise
-        self._plans[job.plan] = RankPlan(loader)
-        return msgspec.structs.replace(answer, coverage=coverage)
+        self._plans[job.plan] = RankPlan(loader, bake)
+        return bake
 
     def _loader(self, job: BakeJob) -> Loader | LoraLoader:
         if job.lora is not None:
@@ -193,14 +195,12 @@ class Rank:
 
     def _load(self, job: LoadJob) -> RankReport:
         planned = self._planned(job.plan)
-        if isinstance(planned.loader, LoraLoader):
+        loader = planned.loader
+        if isinstance(loader, LoraLoader):
             if job.lora is None:
                 raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
-            return planned.loader.load(job.slot, job.lora, job.settings.levels, job.previous)
-        return self._load_weights(job, planned.loader)
-
-    def _load_weights(self, job: LoadJob, loader: Loader) -> RankReport:
-        verifier = self._verifier(job.plan)
+            return loader.load(job.slot, job.lora, job.settings.levels, job.previous)
+        verifier = planned.mapped()
         loader.require_bound()
         self._touched = True
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
@@ -217,7 +217,7 @@ class Rank:
         return RankReport(
             rank=self.host.rank,
             levels=levels,
-            strategies=loader.rank_bake().strategies,
+            strategies=planned.bake.strategies,
             rebound=(*outcome.rebound, *outcome.created, *outcome.dropped),
             canary_only=verifier.canary_only(),
             written=outcome.written,
@@ -249,7 +249,7 @@ class Rank:
         if isinstance(loader, LoraLoader):
             levels = loader.verify(job.slot, job.lora, job.levels)
         else:
-            levels = self._verifier(job.plan).run(job.levels, job.slot)
+            levels = self._planned(job.plan).mapped().run(job.levels, job.slot)
         return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
 
     def _examine(self, job: ExamineJob) -> RankReport:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.errors import ProtocolError
-from bridge.model.engine_state import TRANSITIONS, EngineState, Standing
+from bridge.model.engine_state import TRANSITIONS, EngineState
+from engine_side.driver.service import Standing
 
 S = EngineState
 
