@@ -28,7 +28,7 @@ class Layer:
     Attributes:
         parameters: None for `modules_to_save`, and for a layer that cannot be read.
         acts: its effective weight is not the base's.
-        adapters: names of those that act; their tensors have to be sent.
+        loras: names of those that act; their tensors have to be sent.
         extras: all tensors that it adds.
         chain: the reading that all of this comes from; None where `parameters` is.
     """
@@ -36,14 +36,14 @@ class Layer:
     wrapper: Wrapper
     parameters: LoraParameters | None
     acts: bool
-    adapters: tuple[str, ...]
+    loras: tuple[str, ...]
     extras: tuple[WrapperTensor, ...]
     chain: Chain | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """List the names of its acting adapters' tensors; of all its adapters' where none acts."""
-        some = tuple(extra.raw for extra in self.extras if extra.adapter in self.adapters)
+        some = tuple(extra.raw for extra in self.extras if extra.lora in self.loras)
         return some or tuple(extra.raw for extra in self.extras)
 
     @property
@@ -111,10 +111,10 @@ def _layer(wrapper: Wrapper, extras: tuple[WrapperTensor, ...], state: LoraState
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what)
     undone = parameters.state is LayerState.MERGED_DISABLED
-    acting = parameters.rows if wrapper.kind is WrapperKind.TOKENS else parameters.adapters
-    adapters = tuple(dict.fromkeys(one.name for one in acting))
-    acts = bool(adapters) or undone
-    return Layer(wrapper, parameters, acts, parameters.merged if undone else adapters, extras, chain), None
+    acting = parameters.rows if wrapper.kind is WrapperKind.TOKENS else parameters.loras
+    loras = tuple(dict.fromkeys(one.name for one in acting))
+    acts = bool(loras) or undone
+    return Layer(wrapper, parameters, acts, parameters.merged if undone else loras, extras, chain), None
 
 
 def _found(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
@@ -135,7 +135,7 @@ def _found(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
         yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,))
     if wrapper.kind is WrapperKind.TOKENS:
         trained = tuple(extra.raw for extra in layer.extras if _trains(extra))
-        if layer.adapters or trained:
+        if layer.loras or trained:
             yield Finding(Feature.TOKENS, wrapper.path, trained or layer.names)
         return
     yield from _uncovered(layer, parameters)
@@ -152,8 +152,8 @@ def _shared(weight: torch.Tensor, tree: LoraTree) -> bool:
 
 def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
     wrapper = layer.wrapper
-    copies = [p for p in tree.places if any(w is wrapper and adapter is not None for w, adapter in p.copies)]
-    acting = [p for p in copies if any(w is wrapper and adapter in layer.adapters for w, adapter in p.copies)]
+    copies = [p for p in tree.places if any(w is wrapper and lora is not None for w, lora in p.copies)]
+    acting = [p for p in copies if any(w is wrapper and lora in layer.loras for w, lora in p.copies)]
     trained = [p for p in copies if _trains(p)]
     if acting or trained:
         yield Finding(Feature.SAVED, wrapper.path, tuple(p.raw for p in acting or trained))
@@ -164,11 +164,11 @@ def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
 
 def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     """Find tensors of a LoRA layer that cannot be read here, unless a known variant stands for them."""
-    known = {adapter.name for adapter in parameters.adapters if adapter.variant}
+    known = {lora.name for lora in parameters.loras if lora.variant}
     strange = tuple(
         extra.raw
         for extra in layer.extras
-        if extra.container not in CONTAINERS and not extra.buffer and extra.adapter not in known
+        if extra.container not in CONTAINERS and not extra.buffer and extra.lora not in known
         and (_trains(extra) or layer.acts)
     )  # fmt: skip
     if strange:
@@ -179,10 +179,10 @@ def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
 
 def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     path, names = layer.wrapper.path, layer.names
-    empty = tuple(e.raw for e in layer.extras if e.adapter in layer.adapters and _is_empty(e.tensor()))
+    empty = tuple(e.raw for e in layer.extras if e.lora in layer.loras and _is_empty(e.tensor()))
     if empty:
         yield Finding(Feature.SHARDED, path, empty, way_out="gather it first")
-    if len(parameters.adapters) > 1:
+    if len(parameters.loras) > 1:
         yield Finding(Feature.SEVERAL, path, names)
     if parameters.kind == "embedding":
         yield Finding(Feature.EMBEDDING, path, names)
@@ -193,7 +193,7 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     experts = parameters.kind == "parameter" and parameters.weight.dim() == 3
     if experts:
         yield Finding(Feature.EXPERTS, path, names)
-    for one in parameters.adapters:
+    for one in parameters.loras:
         unknown, subject = one.extra.get("unknown"), f"adapter {one.name}"
         if one.variant in PER_TOKEN_VARIANTS:
             yield Finding(Feature.PER_TOKEN, path, names, subject=PER_TOKEN_VARIANTS[one.variant])
@@ -205,9 +205,9 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
         elif one.extra.keys() & {"diagonal", "blocks_a", "blocks_b"}:
             yield Finding(Feature.EXPANDED, path, names, one.variant, subject)
     biased = tuple(e.raw for e in layer.extras if e.container == "lora_B" and e.attribute == "bias")
-    if any(adapter.bias is not None for adapter in parameters.adapters):
+    if any(lora.bias is not None for lora in parameters.loras):
         yield Finding(Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE, path, biased)
-    if any(adapter.magnitude is not None for adapter in parameters.adapters):
+    if any(lora.magnitude is not None for lora in parameters.loras):
         of = tuple(e.raw for e in layer.extras if e.container == "lora_magnitude_vector")
         yield Finding(Feature.DORA, path, of)
 
@@ -231,7 +231,7 @@ def _of_model(tree: LoraTree, layers: Sequence[Layer]) -> Iterator[Finding]:
     if names:
         yield Finding(Feature.BASE_TRAINED, "", names)
     lora = [one.parameters for one in layers if one.wrapper.kind is WrapperKind.LORA and one.parameters is not None]
-    if any(one.adapters for one in lora):
+    if any(one.loras for one in lora):
         return
     if any(one.state is LayerState.DISABLED for one in lora):
         yield Finding(Feature.DISABLED)

@@ -163,10 +163,10 @@ def bake_lora(tree: LoraTree, survey: Survey, ends: CanonicalMap) -> BakedMode:
         layers = [layer for layer in layers if _role(place, layer) == "weight"]
         # The outermost wrapper's reading holds all that act on this weight.
         parameters = layers[0].parameters if layers else None
-        if parameters is not None and parameters.adapters:
+        if parameters is not None and parameters.loras:
             wrapper = layers[0].wrapper
             acting.append(lora_form.ActingLayer(wrapper.path, wrapper.module, parameters, place.clean))
-            needs += [e for layer in layers for e in layer.extras if e.adapter in layer.adapters]
+            needs += [e for layer in layers for e in layer.extras if e.lora in layer.loras]
     return BakedMode(None, (), (), tuple(needs), _forms(needs), lora_form.plan_pairs(acting, ends))
 
 
@@ -213,7 +213,7 @@ def _effective(place: BaseTensor, survey: Survey) -> EffectiveTensor | None:
     if not claims:
         return None
     (outer, role), acting = claims[0], [layer for layer, _ in claims if layer.acts]
-    needs = tuple(e for layer in acting for e in layer.extras if e.adapter in layer.adapters)
+    needs = tuple(e for layer in acting for e in layer.extras if e.lora in layer.loras)
     module, copies = outer.wrapper.module, outer.wrapper.copies
     if role == "bias":
         # PEFT's token layer around a linear one loses the bias.

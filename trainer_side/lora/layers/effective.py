@@ -178,13 +178,13 @@ class _Weight:
         over: list[_Term] = []
         for level in self.levels:
             sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
-            terms = [(sign * self.copies, self._sent(adapter)) for adapter in level.adapters]
+            terms = [(sign * self.copies, self._sent(lora)) for lora in level.loras]
             (under if sign < 0 or self.kind == "parameter" else over).extend(terms)
         return under, over
 
-    def _sent(self, adapter: ActiveLora) -> ActiveLora:
+    def _sent(self, lora: ActiveLora) -> ActiveLora:
         """Replace the magnitude by the one that was sent; the factors are replaced where they are expanded."""
-        return adapter if adapter.magnitude is None else replace(adapter, magnitude=self.given(adapter.magnitude))
+        return lora if lora.magnitude is None else replace(lora, magnitude=self.given(lora.magnitude))
 
     def _parts(
         self, base: torch.Tensor, out: torch.Tensor, wide: torch.dtype, terms: list[_Term]
@@ -243,21 +243,21 @@ def _rows(
     """Compute the effective rows of one block, and the factor of the output before each adapter of `over` (DoRA)."""
     base = source.to(wide, copy=True)
     deltas = [
-        product(b[block], a, factor * adapter.scaling)
-        for (a, b), (factor, adapter) in zip(factors, under + over, strict=True)
+        product(b[block], a, factor * lora.scaling)
+        for (a, b), (factor, lora) in zip(factors, under + over, strict=True)
     ]
     for delta in deltas[: len(under)]:
         base += delta
     # Every norm is of the base and one adapter, never of the running sum.
-    running = base.clone() if any(adapter.magnitude is not None for _, adapter in over) else base
+    running = base.clone() if any(lora.magnitude is not None for _, lora in over) else base
     scales: list[torch.Tensor | None] = []
-    for (_, adapter), delta in zip(over, deltas[len(under) :], strict=True):
+    for (_, lora), delta in zip(over, deltas[len(under) :], strict=True):
         running += delta
-        if adapter.magnitude is None:
+        if lora.magnitude is None:
             scales.append(None)
             continue
         norm = torch.linalg.vector_norm(base + delta, dim=1)
-        scale = adapter.magnitude.detach().flatten()[block].to(base.device, wide) / norm
+        scale = lora.magnitude.detach().flatten()[block].to(base.device, wide) / norm
         running *= scale[:, None]
         scales.append(scale)
     return running, scales
@@ -270,17 +270,17 @@ def _bias(
     if any(level.tokens and level.state is LayerState.ACTIVE for level in levels) and _is_linear(chain):
         # PEFT's token layer around a linear one calls the matrix product without the bias.
         return torch.zeros_like(bias, dtype=dtype)
-    acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.adapters]
+    acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.loras]
     wide = wide_dtype([bias, *(t for _, a in acting for t in _tensors(a))])
     if not any(a.bias is not None for _, a in acting):
         return _rounded(given(bias).detach(), dtype, wide)
     scales = _dora_scales(chain, name, given, copies)
     base, extra = given(bias).detach().to(wide, copy=True), torch.zeros_like(bias, dtype=wide)
-    for level, adapter in acting:
+    for level, lora in acting:
         sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
-        if adapter.bias is not None:
-            extra += given(adapter.bias).to(extra) * (sign * adapter.scaling)
-        scale = scales.get(id(adapter.a)) if scales else None
+        if lora.bias is not None:
+            extra += given(lora.bias).to(extra) * (sign * lora.scaling)
+        scale = scales.get(id(lora.a)) if scales else None
         if scale is not None:
             extra *= scale
     return _rounded(base + extra, dtype, wide)
@@ -289,7 +289,7 @@ def _bias(
 def _dora_scales(chain: Chain, name: str, given: SentValues, copies: int | None) -> dict[int, torch.Tensor]:
     """Compute each acting DoRA adapter's factor, by its A: it multiplies everything before it but the base's bias."""
     weight = stored(chain.base, name)
-    if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.adapters):
+    if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.loras):
         return {}
     one = _Weight(chain, name, weight, given, copies)
     base = dequantize(chain.base, weight, given).detach()
@@ -309,30 +309,30 @@ def _rounded(tensor: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> tor
     return tensor.to(dtype) if dtype.itemsize <= wide.itemsize else tensor.to(wide)
 
 
-def _tensors(adapter: ActiveLora) -> list[torch.Tensor]:
-    held = (adapter.a, adapter.b, adapter.bias, adapter.magnitude, adapter.extra.get("diagonal"))
+def _tensors(lora: ActiveLora) -> list[torch.Tensor]:
+    held = (lora.a, lora.b, lora.bias, lora.magnitude, lora.extra.get("diagonal"))
     return [tensor for tensor in held if tensor is not None]
 
 
 def _level_identity(level: Level, kind: str, transposed: bool, biased: bool) -> Iterator[Hashable]:
     for row in level.rows():
         yield ("rows", row.indices, _address(row.values))
-    for adapter in level.adapters:
-        effect: Any = (adapter.scaling, level.state is LayerState.MERGED_DISABLED, _extra(adapter))
+    for lora in level.loras:
+        effect: Any = (lora.scaling, level.state is LayerState.MERGED_DISABLED, _extra(lora))
         if biased:
-            if adapter.bias is not None:
-                yield (*effect, _address(adapter.bias))
-            if adapter.magnitude is None:
+            if lora.bias is not None:
+                yield (*effect, _address(lora.bias))
+            if lora.magnitude is None:
                 continue
-        left, right = (adapter.a.t(), adapter.b.t()) if transposed and adapter.a.dim() == 2 else (adapter.b, adapter.a)
-        norm = None if adapter.magnitude is None else (_address(adapter.magnitude), kind == "embedding", transposed)
+        left, right = (lora.a.t(), lora.b.t()) if transposed and lora.a.dim() == 2 else (lora.b, lora.a)
+        norm = None if lora.magnitude is None else (_address(lora.magnitude), kind == "embedding", transposed)
         yield (*effect, _address(left), _address(right), norm)
 
 
-def _extra(adapter: ActiveLora) -> Hashable:
+def _extra(lora: ActiveLora) -> Hashable:
     return tuple(
         (key, _address(value) if isinstance(value, torch.Tensor) else value)
-        for key, value in sorted(adapter.extra.items())
+        for key, value in sorted(lora.extra.items())
     )
 
 

@@ -82,7 +82,7 @@ class Level:
         return _own(self.wrapper, "parameter_name") is not None
 
     @cached_property
-    def adapters(self) -> tuple[ActiveLora, ...]:
+    def loras(self) -> tuple[ActiveLora, ...]:
         """The adapters of `names`. Raises UnsupportedLora for a factor without a weight."""
         scaling = dict(self.setting.scaling)
         return () if self.tokens else tuple(_adapter(self.wrapper, name, scaling) for name in self.names)
