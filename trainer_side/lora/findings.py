@@ -12,13 +12,13 @@ from bridge.errors import ConfigError, UnsupportedLora
 from trainer_side.lora.capability import Feature, Finding
 from trainer_side.lora.layers.dequant import FP8, quant_state
 from trainer_side.lora.layers.effective import is_inexact
-from trainer_side.lora.layers.module_tree import CONTAINERS, BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import parameters_of
 from trainer_side.lora.layers.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
 from trainer_side.lora.layers.values import LayerState, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 from trainer_side.lora.state import LoraState
-from trainer_side.names.naming import identity_of
+from trainer_side.names.naming import LORA_SEGMENTS, identity_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +53,25 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
-    """All layers with wrappers, read once.
+class Features:
+    """The features of a model in one state; holds no tensor.
 
     Attributes:
-        findings: features of the model; `merged`: those that count in merged mode alone.
+        merged: those that count in merged mode alone; `common`: the others.
         notes: for the receipt of a push in merged mode.
     """
 
-    by_wrapper: Mapping[Wrapper, Layer]
-    findings: tuple[Finding, ...]
+    common: tuple[Finding, ...]
     merged: tuple[Finding, ...]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """All layers with wrappers, read once, and the features found in them."""
+
+    by_wrapper: Mapping[Wrapper, Layer]
+    features: Features
 
 
 def survey(tree: LoraTree, state: LoraState) -> Survey:
@@ -92,7 +99,7 @@ def survey(tree: LoraTree, state: LoraState) -> Survey:
                 (merged if packs else findings).append(_unreadable(layer, reason))
     findings += _of_model(tree, layers)
     by_wrapper = {layer.wrapper: layer for layer in layers}
-    return Survey(by_wrapper, tuple(findings), tuple(merged), _notes(layers))
+    return Survey(by_wrapper, Features(tuple(findings), tuple(merged), _notes(layers)))
 
 
 def _layer(wrapper: Wrapper, extras: tuple[WrapperTensor, ...], state: LoraState) -> tuple[Layer, Finding | None]:
@@ -168,7 +175,7 @@ def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     strange = tuple(
         extra.raw
         for extra in layer.extras
-        if extra.container not in CONTAINERS and not extra.buffer and extra.lora not in known
+        if extra.container not in LORA_SEGMENTS and not extra.buffer and extra.lora not in known
         and (_trains(extra) or layer.acts)
     )  # fmt: skip
     if strange:

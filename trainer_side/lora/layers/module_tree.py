@@ -25,10 +25,6 @@ from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
 from trainer_side.names.naming import RESERVED, ROOT_WRAPPER, own_tensors, wrapped_child
 
-CONTAINERS = frozenset(
-    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}
-)
-"""Attributes of a LoRA layer whose tensors, keyed by adapter, the reader knows."""
 _PREFIXES: tuple[tuple[str, ...], ...] = ((), ("base_model", "model"), ("model",))
 """Beginnings of names that come from a PEFT model, or its tuner, around the model that was bound."""
 
