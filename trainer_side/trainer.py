@@ -20,7 +20,7 @@ from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import copy_without_lora
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import NamedTensors, read_pairs
+from trainer_side.names.tensor_checks import NamedTensors, read_pairs, some_names
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
 from trainer_side.snapshot.snapshotter import WRITE_TIMEOUT_S, Snapshotter
@@ -43,7 +43,7 @@ class TrainerSide:
 
     @property
     def bound(self) -> bool:
-        """Whether a model is bound."""
+        """True when a model is bound."""
         return self._model is not None
 
     def bind(self, model: nn.Module) -> None:
@@ -235,7 +235,7 @@ def _require_all(source: WeightSource, tensors: tuple[TensorInfo, ...]) -> None:
     if missing:
         raise MissingTensor(
             "tensors of the bound model were not sent",
-            where=f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            where=some_names(missing),
             expected=f"{len(source.expected)} tensors",
             got=f"{len(source.expected) - len(missing)}",
             remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
