@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
 
 from bridge.cli import commands
-from bridge.errors import BridgeError, ConfigError, PeerLost, ProtocolError
+from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost, ProtocolError
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.http import HttpClient
 
@@ -82,3 +83,27 @@ def test_the_command_says_so_too(server: Server, capsys: pytest.CaptureFixture[s
     assert commands.main(["health", "--server", "http://127.0.0.1:abc"]) == 2
     assert commands.main(["health", "--server", server(BABBLE[0][0])]) == 2
     assert "bug of weighbridge" not in capsys.readouterr().err
+
+
+def test_a_server_that_drips_is_late() -> None:
+    """Each read returns in time; the answer as a whole does not."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            peer, _ = listening.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while True:
+                    peer.sendall(b" ")
+                    time.sleep(0.02)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    started = time.monotonic()
+    with listening, pytest.raises(DeadlineExceeded):
+        HttpClient(f"http://127.0.0.1:{listening.getsockname()[1]}").get("/version", Deadline.after(0.5))
+    assert time.monotonic() - started < 5
+    thread.join(10)
+    assert not thread.is_alive()

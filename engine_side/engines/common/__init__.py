@@ -1,1 +1,1 @@
-"""Parts that the connectors of several engines share."""
+"""Parts that the drivers and rank hosts of several engines share."""

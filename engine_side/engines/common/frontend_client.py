@@ -101,6 +101,7 @@ class FrontendClient:
 
     @property
     def refusal(self) -> str | None:
+        """The reason why the engine refuses requests; None when it does not."""
         return self.state().refusal
 
     def refuse(self, reason: str | None) -> None:
@@ -109,6 +110,7 @@ class FrontendClient:
 
     @property
     def published(self) -> tuple[int, str | None]:
+        """The version and LoRA that were published last, by whatever bridge."""
         state = self.state()
         return state.version, state.lora
 
@@ -120,6 +122,7 @@ class FrontendClient:
         self._tell(msg.Publish(version, adapter))
 
     def end_users(self, names: Iterable[str]) -> None:
+        """End, as aborted, every request that uses one of these LoRAs."""
         self._tell(msg.EndRequests(tuple(names)))
 
     def retire(self, names: Iterable[str]) -> None:

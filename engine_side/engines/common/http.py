@@ -32,7 +32,7 @@ class HttpStatus(Exception):
         return f"{self.route} answered {self.status}: {self.text[:500]}"
 
     def as_error(self) -> PeerLost | ProtocolError:
-        """The same as an error of `bridge.errors`: 5xx says that the engine behind the server is gone."""
+        """Convert it into an error of `bridge.errors`; 5xx says that the engine behind the server is gone."""
         kind = PeerLost if self.status >= 500 else ProtocolError
         return kind(
             "the server could not do what was asked",

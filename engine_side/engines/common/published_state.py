@@ -1,4 +1,4 @@
-"""What an engine's frontend remembers for the next bridge, and how requests name a LoRA."""
+"""State that an engine's frontend keeps for the next bridge, and how requests name a LoRA."""
 
 from __future__ import annotations
 

@@ -107,15 +107,19 @@ class EngineRankHost(RankHost, Generic[L]):
     # ---- LoRA ----------------------------------------------------------------------------------------------------
 
     def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
+        """Find a place for every tensor of a LoRA; writes nothing. Raises UnsupportedLora without slots."""
         return self._slots().plan(tensors, spec)
 
     def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
+        """Write a LoRA into a free slot, under a name that was never used."""
         self._slots().load(name, tensors, spec)
 
     def lora_views(self, name: str) -> Sequence[LoraView]:
+        """Views of the slot of a loaded LoRA, for the read-back. Raises NotFound."""
         return self._slots(name).views(name)
 
     def remove_lora(self, name: str) -> None:
+        """Drop a LoRA that no request uses. Unknown names are ignored."""
         if self.loras is not None:
             self.loras.remove(name)
 

@@ -1,4 +1,4 @@
-"""Which versions of an engine's package a driver was tried with."""
+"""Check of the version of an engine's package: a driver takes only versions that it was tried with."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""vLLM behind the adapter protocol. Nothing here is imported before vLLM itself is, and vLLM imports only `plugin`.
+"""The vLLM engine. Nothing here is imported before vLLM itself is, and vLLM imports only `plugin`.
 
 `plugin` registers the weight-transfer backend "bridge" (`transfer`) and the worker methods (`extension`) in each of
-vLLM's processes. In each worker `host` is the rank half; `logprobs` and `loras` hold what needs vLLM's model runner.
+vLLM's processes. In each worker `host` is the rank host; `logprobs` and `lora_slots` hold what needs vLLM's model
+runner.
 
-Three doors, with what they share in `facts` and `common`:
-- `driver` speaks for a `vllm.LLM` of this process; `gate` stands in front of its engine;
+Three ways to an engine, with what they share in `facts` and `common`:
+- `driver` drives a `vllm.LLM` of this process; `gate` hangs on its engine; `liveness` ends calls of a dead core;
 - `hosted` starts an AsyncLLM of our own, on an event loop of its own;
 - `server` recognises a `vllm serve` at an address.
-The last two are one adapter (`remote`) over two `lines`: the event loop, or the server's endpoints. In front of an
-AsyncLLM, in its process, stands `front`, which `plugin` puts there; `front_messages` is what they say to each other.
+The last two are one driver (`remote`) over two `channels`: the event loop, or the server's endpoints. An AsyncLLM has a
+`frontend` in its own process, which `plugin` puts there.
 """

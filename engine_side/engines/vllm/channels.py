@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from bridge.errors import ConfigError, PeerLost, ProtocolError
 from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.http import HttpClient, HttpStatus
-from engine_side.engines.vllm.liveness import LOOK_S, died_error, has_died, late_error
+from engine_side.engines.vllm.liveness import died_error, wait_for
 from engine_side.engines.vllm.plugin import FRONT
 
 T = TypeVar("T")
-GRACE_S = 1.0
-"""Time for vLLM to fail a call itself, once its engine core has ended."""
 END_S = 10.0
 """Time for the tasks of an event loop to end."""
 
@@ -34,11 +34,8 @@ class VllmChannel(Protocol):
         ...
 
     def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
-        """Call a method of AsyncLLM by name."""
-        ...
-
-    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        """Call a method of the workers with one frame. Returns what each answered."""
+        """Call a method of AsyncLLM by name. `collective_rpc` returns what each worker answered; bytes among its `args`
+        reach the workers as bytes, or in base64 over HTTP."""
         ...
 
 
@@ -65,17 +62,9 @@ class VllmLoopChannel:
             DeadlineExceeded: the coroutine was cancelled at the deadline.
             PeerLost: the engine core has ended, or the loop was stopped.
         """
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            while not wait((future,), LOOK_S if deadline is None else min(LOOK_S, deadline.remaining_s)).done:
-                if deadline is not None and deadline.expired:
-                    future.cancel()
-                    raise late_error("AsyncLLM")
-                engine = self.engine
-                if engine is not None and has_died(engine.engine_core) and not wait((future,), GRACE_S).done:
-                    future.cancel()
-                    raise died_error("AsyncLLM")
-            return future.result()
+            return wait_for(future, getattr(self.engine, "engine_core", None), deadline, "AsyncLLM")
         except CancelledError as error:
             raise PeerLost(
                 "vLLM's engine was stopped", where="AsyncLLM", got="closed", remedy="start it again"
@@ -92,20 +81,18 @@ class VllmLoopChannel:
             self._loop.close()
 
     def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Have the frontend handle a request on the loop."""
         answer: msg.FrontendReply = self.run(self.front.handle(request), deadline)
         return answer
 
     def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Call a method of the AsyncLLM on the loop."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             return self.run(getattr(self.engine, name)(**arguments), deadline)
         except EngineDeadError as error:
             raise died_error("AsyncLLM", str(error)) from error
-
-    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        answers: Sequence[Any] = self.call("collective_rpc", deadline, method=method, args=(frame,))
-        return answers
 
 
 async def _end_all() -> None:
@@ -151,7 +138,8 @@ class VllmHttpChannel:
         self._client = client
 
     def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
-        (text,) = self.rpc(FRONT, pack(request), deadline)[:1] or ("",)
+        """Send a request through the server's `/collective_rpc`. Raises ConfigError where no frontend answers."""
+        (text,) = self.call("collective_rpc", deadline, method=FRONT, args=(pack(request),))[:1] or ("",)
         if not text:
             raise ConfigError(
                 "the server was started without weighbridge's plugin in its frontend",
@@ -163,12 +151,13 @@ class VllmHttpChannel:
         return msg.read_reply(base64.b64decode(text), self._client.url)
 
     def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Call the endpoint of a method of AsyncLLM. Raises ProtocolError for an answer of another form."""
         route = ROUTES[name]
         try:
             if route.get:
                 answer = self._client.get(route.path, deadline)
             elif route.body:
-                answer = self._client.post(route.path, deadline, body=arguments)
+                answer = self._client.post(route.path, deadline, body=msgspec.to_builtins(arguments))
             else:
                 answer = self._client.post(route.path, deadline, query=arguments)
         except HttpStatus as error:
@@ -185,8 +174,3 @@ class VllmHttpChannel:
                 remedy="give the address of the engine's own server, not of a router before it",
             )
         return found
-
-    def rpc(self, method: str, frame: bytes, deadline: Deadline) -> Sequence[Any]:
-        args = [base64.b64encode(frame).decode()]
-        answers: Sequence[Any] = self.call("collective_rpc", deadline, method=method, args=args)
-        return answers

@@ -1,4 +1,4 @@
-"""What is the same for every way to a vLLM engine: an `LLM` of this process, a hosted AsyncLLM, a server."""
+"""Parts of the driver that are the same for an `LLM` of this process, a hosted AsyncLLM and a server."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.published_state import PublishedState, lora_not_loaded, parse_version
 from engine_side.engines.vllm.facts import VllmFacts
+from engine_side.engines.vllm.plugin import METHOD
 
 
 @dataclass
@@ -90,9 +91,10 @@ class VllmDriver:
             )
         self._blocks_used = False
 
-    @abstractmethod
     def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
         """Call `extension.bridge_run` in every worker. Returns what each answered."""
+        answers: Sequence[Any] = self._call("collective_rpc", deadline, method=METHOD, args=(job,))
+        return answers
 
     @abstractmethod
     def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:

@@ -6,9 +6,8 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.codec import Completion, Sampling
@@ -29,7 +28,7 @@ from engine_side.engines.vllm.common import (
 from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.gate import VllmGate
 from engine_side.engines.vllm.liveness import call_core, died_error
-from engine_side.engines.vllm.plugin import LORAS, METHOD
+from engine_side.engines.vllm.plugin import LORAS
 from engine_side.engines.vllm.versions import check_version
 from engine_side.protocol import Prompts
 
@@ -76,7 +75,7 @@ class LLMDriver(VllmDriver):
     def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
         try:
             with self.gate.between_steps(deadline):
-                answers: Sequence[Any] = self._call("collective_rpc", deadline, method=METHOD, args=(job,))
+                return super()._run_job(job, deadline)
         except BridgeError:
             raise
         except Exception as error:  # process boundary: vLLM's executor, of dead workers or a closed engine
@@ -86,7 +85,6 @@ class LLMDriver(VllmDriver):
                 got=f"{type(error).__name__}: {error}",
                 remedy="start the engine again; vLLM's log says why its workers ended",
             ) from error
-        return answers
 
     def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
         """Call a method of LLMEngine. A core of this process computes the answer in this thread, without a limit."""
@@ -168,6 +166,7 @@ class LLMDriver(VllmDriver):
             self.gate.release()
 
     def resume(self) -> None:
+        """Let requests run again, and callers in. Idempotent."""
         if self._published.paused:
             self._resume_scheduling()
             self._published.paused = False
@@ -185,6 +184,7 @@ class LLMDriver(VllmDriver):
 
     @property
     def refusal(self) -> str | None:
+        """The reason why the engine refuses requests; None when it does not."""
         return self.gate.reason
 
     def refuse(self, reason: str | None) -> None:
@@ -211,6 +211,7 @@ class LLMDriver(VllmDriver):
 
     @property
     def published(self) -> tuple[int, str | None]:
+        """The version and LoRA that were published last, by whatever bridge."""
         return self._published.version, self._published.lora
 
     def close(self) -> None:
@@ -238,12 +239,7 @@ class LLMDriver(VllmDriver):
             label = self._call("get_weight_version")
             return [Completion((), (), "length", parse_version(label)) for _ in prompts]
         parameters = sampling_parameters(sampling)
-        lora = cache(partial(self._lora_request, adapter))  # resolved inside the gate, where no push can begin any more
-
-        def add(add_request: Any, k: int) -> str:
-            name = f"bridge-{uuid4().hex}"
-            return str(add_request(name, {"prompt_token_ids": list(prompts[k])}, parameters, lora_request=lora()))
-
+        find_lora = partial(self._lora_request, adapter)
         from vllm.v1.engine.exceptions import EngineDeadError
 
         opened = self._published.paused and past_gate
@@ -252,7 +248,8 @@ class LLMDriver(VllmDriver):
                 raise kept_requests_error(self.where)
             self._resume_scheduling()
         try:
-            return [read_completion(o) for o in self.gate.run(add, len(prompts), deadline, past=past_gate)]
+            outputs = self.gate.run(prompts, parameters, find_lora, deadline, past=past_gate)
+            return [read_completion(output) for output in outputs]
         except EngineDeadError as error:
             raise died_error(self.where, str(error)) from error
         finally:
@@ -279,6 +276,7 @@ class LLMDriver(VllmDriver):
         return found
 
     def end_users(self, names: Iterable[str]) -> None:
+        """End, as aborted, every request that uses one of these LoRAs."""
         with self.gate.between_steps():
             self.gate.abort(frozenset(names))
 

@@ -1,4 +1,4 @@
-"""What a bridge has to know of a vLLM engine before it drives it, read from the engine's own configuration."""
+"""Facts of a vLLM engine that a bridge needs before it drives it, read from the engine's own configuration."""
 
 from __future__ import annotations
 
@@ -47,12 +47,8 @@ class VllmFacts(Message, frozen=True):
 
 def facts_of(config: Any) -> VllmFacts:
     """Read the facts from a `vllm.config.VllmConfig`."""
-    transfer, lora, cache, model = (
-        config.weight_transfer_config,
-        config.lora_config,
-        config.cache_config,
-        config.model_config,
-    )
+    transfer, lora = config.weight_transfer_config, config.lora_config
+    cache, model = config.cache_config, config.model_config
     return VllmFacts(
         backend=None if transfer is None else str(transfer.backend),
         ranks=int(config.parallel_config.world_size),

@@ -97,7 +97,7 @@ class VllmFrontend(Frontend):
     # ---- requests of a bridge ------------------------------------------------------------------------------------
 
     async def handle(self, request: msg.FrontendRequest) -> msg.FrontendReply:
-        """As `Frontend.handle`. Also raises PeerLost when the engine core has ended."""
+        """Carry out one request of a driver. Raises `bridge.errors`, PeerLost when the core has ended."""
         try:
             return await super().handle(request)
         except EngineDeadError as error:

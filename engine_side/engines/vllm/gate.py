@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
+from uuid import uuid4
 from weakref import WeakMethod, ref
 
 from bridge.errors import DeadlineExceeded, EngineQuarantined
@@ -20,6 +20,7 @@ from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.frontend import quarantine_error
 from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.vllm.liveness import LOOK_S, has_output
+from engine_side.protocol import Prompts
 
 _KEY = "_weighbridge_gate"
 _WAYS = ("add_request", "step", "has_unfinished_requests")
@@ -191,8 +192,9 @@ class VllmGate:
 
     def run(
         self,
-        add: Callable[[Callable[..., str], int], str],
-        count: int,
+        prompts: Prompts,
+        parameters: Any,
+        find_lora: Callable[[], Any],
         deadline: Deadline | None = None,
         *,
         past: bool = False,
@@ -200,7 +202,8 @@ class VllmGate:
         """Run requests of the bridge to their end. Blocks.
 
         Args:
-            add: called as `add(add_request, k)` for each of the `count` requests; returns its id.
+            parameters: vLLM's SamplingParams.
+            find_lora: returns vLLM's LoRARequest or None. Called where no push can begin until the requests are in.
             past: run although callers are held or refused; else as one of them.
 
         Returns:
@@ -209,12 +212,19 @@ class VllmGate:
         Raises:
             DeadlineExceeded, EngineQuarantined, PeerLost: the requests were ended.
         """
-        ids: list[str] = []
+        names = [f"bridge-{uuid4().hex}" for _ in prompts]
+        added: list[str] = []
         try:
             with nullcontext() if past else self._entered(deadline):
-                for k in range(count):
-                    ids.append(add(partial(self._add_ours, past), k))
-            while self._waits_for(ids):
+                lora = find_lora()
+                for name, ids in zip(names, prompts, strict=True):
+                    self._ours[name] = None
+                    added.append(name)
+                    if past:
+                        self._privileged.add(name)
+                    with self._stepping:
+                        self._call("add_request", name, {"prompt_token_ids": list(ids)}, parameters, lora_request=lora)
+            while self._waits_for(added):
                 if deadline is not None:
                     deadline.check("requests of the bridge did not finish")
                 if not past:
@@ -222,14 +232,12 @@ class VllmGate:
                 self._is_ready(LOOK_S)
                 with self._stepping:
                     goes_on = past or (not self.held and self.reason is None)
-                    if self._waits_for(ids) and goes_on and self._is_ready(0.0):
+                    if goes_on and self._waits_for(added) and self._is_ready(0.0):
                         self._others += self._step()
-            return [self._ours[name] for name in ids]
+            return [self._ours[name] for name in added]
         finally:
-            unfinished = [name for name in ids if self._ours.get(name) is None]
-            for name in ids:
-                self._ours.pop(name, None)
-            self._privileged.difference_update(ids)
+            unfinished = [name for name in added if self._ours.pop(name) is None]
+            self._privileged.difference_update(added)
             if unfinished:
                 with self._stepping:
                     self._live().abort_request(unfinished)
@@ -243,14 +251,6 @@ class VllmGate:
         """True when a step would return without waiting. Blocks for up to `wait_s` until it does, and must then be
         called without the lock. Raises PeerLost."""
         return has_output(self._live().engine_core, wait_s, "vllm.LLM")
-
-    def _add_ours(self, past: bool, request_id: str, *args: Any, **kwargs: Any) -> str:
-        self._ours[request_id] = None
-        if past:
-            self._privileged.add(request_id)
-        with self._stepping:
-            self._call("add_request", request_id, *args, **kwargs)
-        return request_id
 
     def _states(self) -> dict[str, Any]:
         """The engine's unfinished requests. A copy: callers add to them meanwhile."""

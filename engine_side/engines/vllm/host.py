@@ -46,10 +46,12 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
 
     @property
     def rank(self) -> int:
+        """The worker's global rank."""
         return int(self._worker.rank)
 
     @property
     def model(self) -> nn.Module:
+        """The live model, with the wrappers of LoRA layers."""
         model: nn.Module = self._worker.model_runner.get_model()
         return model
 
@@ -74,6 +76,7 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
         return made
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Run vLLM's own loader on a skeleton. Raises what that raises."""
         _call_if_present(skeleton, "load_weights", weights)
 
     def post_load(self, module: nn.Module) -> bool:
@@ -98,6 +101,7 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
         return found
 
     def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+        """Compute prompt log-probabilities in the paused engine, with a loaded LoRA or without; all ranks together."""
         lora = None if adapter is None else self._slots(adapter).request(adapter)
         return prompt_logprobs(self._worker, prompts, lora)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from bridge.errors import BridgeError, ConfigError
-from engine_side.engines.common import claim, hosting
+from engine_side.engines.common import hosting
 from engine_side.engines.vllm.channels import VllmLoopChannel
 from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.plugin import BACKEND, register
@@ -18,32 +19,7 @@ STOP_S = 20.0
 """Time for an engine to shut down by itself."""
 
 
-class HostedDriver(AsyncDriver):
-    """The driver of an AsyncLLM that ends with it."""
-
-    def __init__(self, channel: VllmLoopChannel, leavings: hosting.Leavings) -> None:
-        self._loop = channel
-        self._leavings = leavings
-        super().__init__(channel, facts_of(channel.engine.vllm_config), "AsyncLLM", on_close=self._stop)
-
-    def claim(self, owner: str) -> None:
-        claim.take(self._loop.engine, self, owner)
-        super().claim(owner)
-
-    def _stop(self) -> None:
-        """End the engine's processes and remove what they leave in shared memory. Idempotent."""
-        engine, self._loop.engine = self._loop.engine, None
-        if engine is None:
-            return
-        self._leavings.note()
-        try:
-            engine.shutdown(timeout=STOP_S)
-        finally:
-            self._loop.stop()
-            self._leavings.remove()
-
-
-def host(path: str, arguments: Mapping[str, Any]) -> HostedDriver:
+def host(path: str, arguments: Mapping[str, Any]) -> AsyncDriver:
     """Start vLLM on a checkpoint folder. Blocks until it can serve; vLLM itself ends a start that takes longer than
     VLLM_ENGINE_READY_TIMEOUT_S.
 
@@ -72,11 +48,10 @@ def host(path: str, arguments: Mapping[str, Any]) -> HostedDriver:
     try:
         channel.engine = channel.run(start(), None)
         channel.front = VllmFrontend.of(channel.engine)
-        return HostedDriver(channel, leavings)
+        facts = facts_of(channel.engine.vllm_config)
+        return AsyncDriver(channel, facts, "AsyncLLM", on_close=partial(_end_engine, channel, leavings))
     except BaseException as error:
-        if channel.engine is not None:
-            channel.engine.shutdown(timeout=STOP_S)
-        channel.stop()
+        _end_engine(channel, leavings)
         if isinstance(error, BridgeError) or not isinstance(error, Exception):
             raise
         raise ConfigError(
@@ -85,6 +60,18 @@ def host(path: str, arguments: Mapping[str, Any]) -> HostedDriver:
             got=f"{type(error).__name__}: {error}"[:2000],
             remedy="vLLM's own log has the details",
         ) from error
+
+
+def _end_engine(channel: VllmLoopChannel, leavings: hosting.Leavings) -> None:
+    """End the engine's processes and remove what they leave in shared memory. Idempotent."""
+    engine, channel.engine = channel.engine, None
+    try:
+        if engine is not None:
+            leavings.note()
+            engine.shutdown(timeout=STOP_S)
+    finally:
+        channel.stop()
+        leavings.remove()
 
 
 def _engine_config(path: str, arguments: Mapping[str, Any]) -> Any:

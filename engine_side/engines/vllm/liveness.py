@@ -7,7 +7,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from bridge.errors import DeadlineExceeded, PeerLost
@@ -16,6 +16,8 @@ from bridge.protocol.deadline import Deadline
 T = TypeVar("T")
 LOOK_S = 0.1
 """Time between two looks at a core that does not answer."""
+GRACE_S = 1.0
+"""Time for vLLM to fail a call itself, once its engine core has ended."""
 
 
 def has_died(core: Any) -> bool:
@@ -46,16 +48,31 @@ def late_error(where: str) -> DeadlineExceeded:
     )
 
 
-def call_core(core: Any, call: Callable[[], T], deadline: Deadline, where: str) -> T:
-    """Run `call`, which asks the engine core, and return its result. Blocks.
+def wait_for(future: Future[T], core: Any, deadline: Deadline | None, where: str) -> T:
+    """Wait for a call that the engine core answers, and return its result. Blocks; without a deadline for as long as
+    the core lives.
 
     Raises:
-        PeerLost: the core has ended.
-        DeadlineExceeded: no answer in time. The call goes on by itself, on a daemon thread: it cannot be interrupted.
+        PeerLost: the core has ended, and vLLM has not failed the call itself GRACE_S later.
+        DeadlineExceeded: no answer in time.
     """
+    while not wait((future,), LOOK_S if deadline is None else min(LOOK_S, deadline.remaining_s)).done:
+        if deadline is not None and deadline.expired:
+            future.cancel()
+            raise late_error(where)
+        if has_died(core) and not wait((future,), GRACE_S).done:
+            future.cancel()
+            raise died_error(where)
+    return future.result()
+
+
+def call_core(core: Any, call: Callable[[], T], deadline: Deadline, where: str) -> T:
+    """Run `call`, which asks the engine core, and return its result. Blocks, and raises as `wait_for`. A call without
+    an answer goes on by itself, on a daemon thread: it cannot be interrupted."""
     if has_died(core):
         raise died_error(where)
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
@@ -64,16 +81,7 @@ def call_core(core: Any, call: Callable[[], T], deadline: Deadline, where: str) 
             future.set_exception(error)
 
     threading.Thread(target=run, name="weighbridge-vllm-call", daemon=True).start()
-    while True:
-        try:
-            return future.result(max(min(LOOK_S, deadline.remaining_s), 0.001))
-        except TimeoutError:
-            if future.done():
-                return future.result()
-        if has_died(core):
-            raise died_error(where)
-        if deadline.expired:
-            raise late_error(where)
+    return wait_for(future, core, deadline, where)
 
 
 def has_output(core: Any, wait_s: float, where: str) -> bool:

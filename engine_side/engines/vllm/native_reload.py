@@ -1,4 +1,4 @@
-"""vLLM's own `reload_weights`, fed from memory, for the bench."""
+"""vLLM's own `reload_weights`, fed from memory: what the bench compares a push with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from engine_side.engines.common.native_reload import NativeReload
 
 
 def start(folder: Path) -> NativeReload:
-    """An LLM whose engine core runs in this process: there alone vLLM's own reload can be given tensors in memory,
-    which is its fastest way."""
+    """Start an LLM whose engine core runs in this process. Blocks. Only there can vLLM's own reload be given tensors in
+    memory, which is its fastest way."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
     from vllm.config import WeightTransferConfig

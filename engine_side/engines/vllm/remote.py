@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from bridge.protocol.deadline import Deadline
@@ -12,7 +12,6 @@ from engine_side.engines.common.published_state import check_mode
 from engine_side.engines.vllm.channels import VllmChannel
 from engine_side.engines.vllm.common import VllmDriver, asleep_error, kept_requests_error
 from engine_side.engines.vllm.facts import VllmFacts
-from engine_side.engines.vllm.plugin import METHOD
 
 _PAUSE_MODES = {"drain": "wait", "abort": "abort", "keep": "keep"}
 
@@ -44,9 +43,6 @@ class AsyncDriver(FrontendClient, VllmDriver):
 
     def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
         return self._channel.call(name, deadline or Deadline.after(CALL_S), **arguments)
-
-    def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
-        return self._channel.rpc(METHOD, job, deadline)
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Never raises: the engine core has a process of its own."""

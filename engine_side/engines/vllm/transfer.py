@@ -71,9 +71,9 @@ class BridgeTransfer(WeightTransferEngine[WeightTransferInitInfo, WeightTransfer
 
 
 def _keep_classes_callable(model: nn.Module) -> None:
-    """Where vLLM runs a model with transformers' own classes, its compilation decorator replaces their `__call__` by
-    one that reads `do_not_compile` from the instance. A trainer's model in this process, made before, has no such
-    attribute and could not be called any more: so the class gets it."""
+    """Give classes of transformers the attribute `do_not_compile`. Where vLLM runs a model with them, its compilation
+    decorator replaces their `__call__` by one that reads it from the instance. A trainer's model in this process, made
+    before, does not have it and could not be called any more."""
     for module in model.modules():
         cls = type(module)
         if "do_not_compile" in vars(module) and not hasattr(cls, "do_not_compile"):

@@ -1,4 +1,4 @@
-"""Which vLLM versions the driver was tried with."""
+"""Check of the version of vLLM."""
 
 from __future__ import annotations
 
