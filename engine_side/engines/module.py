@@ -305,7 +305,7 @@ class _Gate:
         if self.guest == get_ident():
             return  # a probe: a version has to be verified behind the gate before it is lifted
         raise EngineQuarantined(
-            "this module holds unverified weights",
+            "this module holds weights that nobody verified",
             where=type(module).__name__,
             got=self.reason,
             remedy="push again, or call rollback()",
@@ -333,7 +333,7 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, to
 
 
 def _meta(tensor: torch.Tensor | None, tensors: dict[int, torch.Tensor]) -> torch.Tensor | None:
-    """The same tensor object gives the same meta tensor, and views of one storage stay views of one storage."""
+    """Make a meta tensor, once per tensor object; views of one storage stay views of one storage."""
     if tensor is None:
         return None
     if id(tensor) not in tensors:
