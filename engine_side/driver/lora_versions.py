@@ -91,9 +91,10 @@ class LoraVersions:
 
     def tidy(self) -> None:
         """Retire adapters that do not serve any more. A failure costs a slot until the next time, and nothing else."""
-        old = self.loaded - {self.current}
+        old = sorted(self.loaded - {self.current}) if self.ours else []
         try:
-            self._driver.retire(sorted(old))
+            self._driver.retire(old)
         except BridgeError as error:
             log.warning("adapters could not be retired yet: %s", error)
-        self.ours &= self.loaded
+        if self.ours:
+            self.ours &= self.loaded
