@@ -22,7 +22,14 @@ from bridge.model.manifest import Manifest, TensorInfo
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
 from engine_side.live.forward_caches import ForwardCaches
-from engine_side.live.inplace import AttributeSnapshot, BoundTensors, Outcome, Registry, find_registry, find_tensor
+from engine_side.live.inplace import (
+    AttributeSnapshot,
+    BoundTensors,
+    Outcome,
+    TensorRegistry,
+    find_registry,
+    find_tensor,
+)
 from engine_side.live.module_tree import BoundModules, Replaced
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.copies import CopyBatch, CopyPair, batches, make_pair, run_all
@@ -276,7 +283,7 @@ class Loader:
     def _bind_tensors(self) -> None:
         """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
         self._absent: list[tuple[ModuleStrategy, str, str]] = []
-        places: list[tuple[str, Registry, str]] = []
+        places: list[tuple[str, TensorRegistry, str]] = []
         for choice in self.decided.choices.values():
             for name, target, _ in self.canonical.parts(choice) if choice.direct else ():
                 registry = find_registry(self.decided.live[choice.path], name)
