@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -84,6 +85,16 @@ class ArenaMap:
     readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
 
 
+class _NotMapped(ArenaMap):
+    """Stands for the mapping of a plan that has none: whatever is read from it raises ConfigError."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise ConfigError("this plan is not mapped onto an arena yet", where=name, remedy="push again")
+
+
+_NOT_MAPPED = _NotMapped.__new__(_NotMapped)
+
+
 class Loader:
     """The way from the arena into the live model of one rank.
 
@@ -114,7 +125,9 @@ class Loader:
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
-        self._map: ArenaMap | None = None
+        self.mapped: ArenaMap = _NOT_MAPPED
+        self.began_to_write = False
+        """The last `apply` came as far as live storage, whether or not it ended."""
         self._views: ArenaViews | None = None
         if self.problems:
             return
@@ -138,9 +151,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads and let go of the arena. Idempotent."""
-        if self._map is not None:
+        if self.mapped is not _NOT_MAPPED:
             self.canonical.map((), {})
-        self._map = None
+        self.mapped = _NOT_MAPPED
         self._use_views(None)
         self.pool.shutdown(wait=True)
 
@@ -257,8 +270,8 @@ class Loader:
         index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
         self._use_views(views)
         with uncollected():
-            self._map = ArenaMap(manifest, [list(slot) for slot in slots], index)
-            self.canonical.map(self._map.slots, index)
+            self.mapped = ArenaMap(manifest, [list(slot) for slot in slots], index)
+            self.canonical.map(self.mapped.slots, index)
             for choice in self.decided.choices.values():
                 targets = [target for _, target, _ in self.canonical.parts(choice)]
                 names = {move.tensor for target in targets for move in self.canonical.moves.get(target, ())}
@@ -272,13 +285,6 @@ class Loader:
         former, self._views = self._views, views
         if former is not None:
             former.close()
-
-    @property
-    def mapped(self) -> ArenaMap:
-        """The current mapping. Raises ConfigError before `map`."""
-        if self._map is None:
-            raise ConfigError("this plan is not mapped onto an arena yet")
-        return self._map
 
     def _bind_tensors(self) -> None:
         """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
@@ -369,7 +375,9 @@ class Loader:
         Raises ConfigError, before anything is written, when a module was replaced; OutOfMemory.
         """
         began = time.perf_counter()
+        self.began_to_write = False
         self.require_bound()
+        self.began_to_write = True
         self.rebind_if_moved()
         moved, self._moved = tuple(self._moved), {}
         wanted = None if changed is None else set(changed)

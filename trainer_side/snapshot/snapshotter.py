@@ -174,7 +174,7 @@ class Snapshotter:
         finally:
             # Nobody may still write when the caller reuses the slot.
             running = [unit for unit in units if not unit.cancel() and not unit.done()]
-            self._stuck = list(wait(running, deadline.remaining_s).not_done)
+            self._stuck = list(wait(running, deadline.remaining_s).not_done) if running else []
             if self._stuck:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._pool = None
