@@ -46,7 +46,7 @@ from bridge.model.manifest import TensorInfo
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 
-Prompts = Sequence[Sequence[int]]
+PromptBatch = Sequence[Sequence[int]]
 """Token ids, one sequence per prompt."""
 
 
@@ -142,7 +142,7 @@ class EngineDriver(Protocol):
         """What adapters the engine can hold; None when it was started without LoRA."""
         ...
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         """Names of the adapters that are loaded now, whoever loaded them."""
         ...
 
@@ -168,7 +168,7 @@ class EngineDriver(Protocol):
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         sampling: Sampling,
         adapter: str = "current",
         *,
@@ -222,7 +222,7 @@ class RankHost(Protocol):
         alone contributes. Raises NotImplementedError for a module that cannot be called alone."""
         ...
 
-    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Log-probability of token i+1 given tokens 0..i, per prompt, computed past the scheduler (the engine is
         paused) on fresh KV, with the loaded adapter of this name (None: the base model alone). All ranks call it
         together; the answer of rank 0 counts."""

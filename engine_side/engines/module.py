@@ -23,7 +23,7 @@ from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.live.inplace import reflect, twin_parameter
-from engine_side.protocol import LoraView, Prompts
+from engine_side.protocol import LoraView, PromptBatch
 
 CanonicalRoutes = Callable[[nn.Module], Routes]
 """Maps checkpoint names onto the live module that it is given."""
@@ -97,7 +97,7 @@ class ModuleDriver:
     def end_users(self, names: Iterable[str]) -> None:
         """Do nothing: a module holds no LoRA."""
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         """Return no names: a module has no LoRA slots."""
         return ()
 
@@ -106,7 +106,7 @@ class ModuleDriver:
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         sampling: Sampling,
         adapter: str = "current",
         *,
@@ -224,7 +224,7 @@ class ModuleRankHost:
             raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
         return y
 
-    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Raise ConfigError: a plain module has no canary."""
         raise ConfigError("a plain module computes no prompt log-probabilities", remedy="verify='weights'")
 

@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class RankPlan:
+class MappedPlan:
     """A baked plan of this rank and, once mapped, its arena."""
 
     loader: Loader | LoraLoader
@@ -84,7 +84,7 @@ class Rank:
     def __init__(self, host: RankHost, threads: int | None = None) -> None:
         self.host = host
         self._threads = threads or from_environment().copy_threads
-        self._plans: dict[int, RankPlan] = {}
+        self._plans: dict[int, MappedPlan] = {}
         self._mailbox: Mailbox | None = None
         self._loading: Loader | None = None
         self._lost: AttributeSnapshot | None = None
@@ -148,7 +148,7 @@ class Rank:
             case ExplainJob():
                 return RankExplanation(self._planned(job.plan).loader.explain(job.name))
 
-    def _planned(self, plan: int) -> RankPlan:
+    def _planned(self, plan: int) -> MappedPlan:
         try:
             return self._plans[plan]
         except KeyError:
@@ -166,7 +166,7 @@ class Rank:
         except BaseException:
             loader.close()
             raise
-        self._plans[job.plan] = RankPlan(loader, bake)
+        self._plans[job.plan] = MappedPlan(loader, bake)
         return bake
 
     def _loader(self, job: BakeJob) -> Loader | LoraLoader:

@@ -516,7 +516,7 @@ def test_retiring_what_nobody_uses_drops_it_at_once_and_what_is_published_later(
     line.load("one", one)
     line.load("two", two)
     line.driver.retire(["two"])
-    assert line.driver.adapters() == ("one",)
+    assert line.driver.loaded_loras() == ("one",)
     line.driver.publish(1, "one")
     line.driver.retire(["one"])
     assert list(engine.generate([PROMPT], GREEDY)[0].token_ids) == tiny.reference_greedy(one.model, PROMPT, 24)
@@ -629,7 +629,7 @@ def test_a_refused_lora_costs_one_walk_of_the_model(start: Open, one: Lora, monk
 def test_an_engine_without_lora_says_so(start: Open, one: Lora) -> None:
     engine, line = start(max_loras=0, max_lora_rank=16)
     assert line.driver.lora is None
-    assert line.driver.adapters() == ()
+    assert line.driver.loaded_loras() == ()
     with pytest.raises(UnsupportedLora, match="max_loras"):
         line.load("one", one)
     host = EmbeddedRankHost(engine.runner)
@@ -674,7 +674,7 @@ def test_lora_options_are_checked(options: Any) -> None:
 def test_a_plain_module_takes_no_lora(one: Lora) -> None:
     module = torch.nn.Linear(2, 2)
     driver, host = ModuleDriver(module), ModuleRankHost(module)
-    assert (driver.lora, driver.adapters(), host.untie(["weight"])) == (None, (), False)
+    assert (driver.lora, driver.loaded_loras(), host.untie(["weight"])) == (None, (), False)
     driver.publish(3)
     driver.retire(["one"])
     host.remove_lora("one")
