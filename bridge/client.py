@@ -374,7 +374,8 @@ class Bridge:
         return list(self._ask(HistoryRequest(last), History).receipts)
 
     def explain(self, name: str) -> list[dict[str, str]]:
-        """Tell where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises NotFound."""
+        """Tell where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises
+        NotFound."""
         return list(self._ask(ExplainRequest(name), Explained).rows)
 
     def rollback(self, timeout_s: float = 300.0) -> Receipt:

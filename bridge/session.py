@@ -141,8 +141,7 @@ class InProcessSession(Session):
 
     def refuse_caller(self) -> None:
         """Raise ConfigError in the thread of the attached engine's event loop."""
-        if self._service.lives_in_loop:
-            self._service.refuse_caller()
+        self._service.refuse_caller()
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Raise ConfigError when the attached engine holds weights at one of these storage addresses."""

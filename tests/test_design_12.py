@@ -1,4 +1,4 @@
-"""The bugs that this project answers, line by line (DESIGN 12): one test per clause, through real pushes where it was
+"""The bugs that this project answers, line by line: one test per clause, through real pushes where it was
 a push that went wrong."""
 
 from __future__ import annotations

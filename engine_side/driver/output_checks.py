@@ -50,8 +50,8 @@ class OutputChecks:
         return self._ranks.ask(LogprobsJob(prompts, lora), RankScores, deadline)[0].logprobs
 
     def warm_cache(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
-        """Before the pause, put the old weights' KV of one canary prompt into the prefix cache, so that `check_cache` has
-        something to find stale. Only a serving engine can; the prompt runs beside users' requests."""
+        """Before the pause, put the old weights' KV of one canary prompt into the prefix cache, so that `check_cache`
+        has something to find stale. Only a serving engine can; the prompt runs beside users' requests."""
         self._cached, self._expected, self._fresh = [], (), None
         wanted = (
             "cache" in request.job.settings.levels and request.job.settings.kv == "reset" and self._driver.can_generate
@@ -178,8 +178,8 @@ class OutputChecks:
         self._served = self._loaded if self._loaded is not None and self._loaded.version == version else None
 
     def require_former(self, version: int, deadline: Deadline) -> None:
-        """After a version was put back, compare the engine with its own log-probabilities when it served `version`. Raises
-        CanaryMismatch."""
+        """After a version was put back, compare the engine with its own log-probabilities when it served `version`.
+        Raises CanaryMismatch."""
         known = self._served
         if known is None or known.version != version:
             return

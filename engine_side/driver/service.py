@@ -120,8 +120,6 @@ class EngineService:
         self._coverage: dict[int, tuple[LevelResult, ...]] = {}  # by plan and rank, as the bake proved it
         self._paused_at: float | None = None
         self._pause_s = 0.0
-        self.lives_in_loop = isinstance(driver, LivesInALoop)
-        """The engine runs in an event loop of this process: see `refuse_caller`."""
         self._outputs = OutputChecks(engine_id, driver, self._ranks)
         self._loras = LoraVersions(driver, self._ranks)
 
