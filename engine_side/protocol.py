@@ -202,8 +202,8 @@ class RankHost(Protocol):
         ...
 
     def skeleton(self) -> nn.Module:
-        """Build the same model class, config and parallel state on the meta device: no LoRA wrappers, no post-load work,
-        so every parameter has its canonical shape and its loader attributes. Must not touch the live model."""
+        """Build the same model class, config and parallel state on the meta device: no LoRA wrappers, no post-load
+        work, so every parameter has its canonical shape and its loader attributes. Must not touch the live model."""
         ...
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
