@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -85,14 +85,13 @@ class ArenaMap:
     readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
 
 
-class _NotMapped(ArenaMap):
-    """Stands for the mapping of a plan that has none: whatever is read from it raises ConfigError."""
+class _NotMapped:
+    """Stands for the mapping of a plan that has none: reading a field of ArenaMap from it raises ConfigError."""
 
-    def __getattribute__(self, name: str) -> Any:
-        raise ConfigError("this plan is not mapped onto an arena yet", where=name, remedy="push again")
-
-
-_NOT_MAPPED = _NotMapped.__new__(_NotMapped)
+    def __getattr__(self, name: str) -> Any:
+        if name in ArenaMap.__dataclass_fields__:
+            raise ConfigError("this plan is not mapped onto an arena yet", where=name, remedy="push again")
+        raise AttributeError(name)
 
 
 class Loader:
@@ -125,7 +124,7 @@ class Loader:
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
-        self.mapped: ArenaMap = _NOT_MAPPED
+        self.mapped = cast(ArenaMap, _NotMapped())
         self.began_to_write = False
         """The last `apply` came as far as live storage, whether or not it ended."""
         self._views: ArenaViews | None = None
@@ -151,9 +150,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads and let go of the arena. Idempotent."""
-        if self.mapped is not _NOT_MAPPED:
+        if isinstance(self.mapped, ArenaMap):
             self.canonical.map((), {})
-        self.mapped = _NOT_MAPPED
+        self.mapped = cast(ArenaMap, _NotMapped())
         self._use_views(None)
         self.pool.shutdown(wait=True)
 
