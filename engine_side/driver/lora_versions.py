@@ -44,8 +44,10 @@ class LoraVersions:
     def begin_load(self, keep: str | None) -> None:
         """Begin a load over which the adapter `keep` will be served. A staged adapter that others have committed, and
         with which this engine never resumed, counts among this bridge's own. Raises NotFound as `require`."""
-        self.settle()
-        self.require(keep)
+        if self.staged is not None:
+            self.settle()
+        if keep is not None:
+            self.require(keep)
 
     def require(self, name: str | None) -> None:
         """Raise NotFound when the adapter that is to be served is not loaded."""
@@ -84,7 +86,8 @@ class LoraVersions:
     def publish(self, version: int, name: str | None) -> None:
         """Serve `version` (0: what the engine called its own before this bridge) with this adapter. An adapter that
         is served and that somebody else has unloaded cannot be published again."""
-        self.settle()
+        if self.staged is not None:
+            self.settle()
         if name is None or name != self.current or not self.lost:
             self._driver.publish(version or self._label, name)
             self.current = name

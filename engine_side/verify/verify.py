@@ -201,7 +201,7 @@ class Verifier:
         wanted, failures = self._packed, list[Failure]()
         if every:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
-        if not wanted and not self._derived.paths:
+        if not wanted and not self.loader.derived:
             return _result("probe", 0, [], "nothing is packed: read-back shows every weight")
         lost = {choice.path for choice in self.loader.modules_below(self.loader.replaced())}
         with uncollected(), self._remembering():

@@ -94,7 +94,11 @@ class Rank:
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
         job = unpack(frame, RankJob)
-        mailbox = self._open_mailbox(job.mailbox)
+        if self._mailbox is None or str(self._mailbox.path) != job.mailbox:
+            if self._mailbox is not None:
+                self._mailbox.close()
+            self._mailbox = Mailbox.open(Path(job.mailbox))
+        mailbox = self._mailbox
         self._loading = None
         try:
             answer = self._answer(job.job)
@@ -116,13 +120,6 @@ class Rank:
         if self._mailbox is not None:
             self._mailbox.close()
             self._mailbox = None
-
-    def _open_mailbox(self, path: str) -> Mailbox:
-        if self._mailbox is None or str(self._mailbox.path) != path:
-            if self._mailbox is not None:
-                self._mailbox.close()
-            self._mailbox = Mailbox.open(Path(path))
-        return self._mailbox
 
     def _answer(self, job: AnyJob) -> AnyAnswer:
         match job:
