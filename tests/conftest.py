@@ -50,12 +50,25 @@ def _own_shared_memory() -> Iterator[None]:
         raise AssertionError(f"left in shared memory: {sorted(left)}")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _small_weights_are_lent() -> Iterator[None]:
-    """As a real model's large ones are, in every engine of this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arena_views, "LEAST", arena_views.ALIGNED)
-        yield
+@pytest.fixture
+def small_weights_are_lent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Post-load steps of this process's engines pack tiny weights from the arena's memory, as they do large ones.
+
+    Returns:
+        The bytes of each weight that was lent since, for a test to see that any was.
+    """
+    lent: list[int] = []
+    view = arena_views.ArenaViews.view
+
+    def noted(views: arena_views.ArenaViews, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        shown = view(views, tensor)
+        if shown is not None:
+            lent.append(shown.nbytes)
+        return shown
+
+    monkeypatch.setattr(arena_views, "LEAST", arena_views.ALIGNED)
+    monkeypatch.setattr(arena_views.ArenaViews, "view", noted)
+    return lent
 
 
 def tiny_qwen2(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
