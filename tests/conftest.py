@@ -19,6 +19,20 @@ hypothesis.settings.register_profile("weighbridge", deadline=None)  # on a busy 
 hypothesis.settings.load_profile("weighbridge")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `--dist loadgroup`, keep the tests of a file in one process, for they share engines and checkpoints.
+
+    All that meet a Ray share one process too, and come first: they take longest.
+    """
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        with_ray = item.path.parent.name == "ray" or item.path.name == "test_examples.py"
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))  # type: ignore[union-attr]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> Iterator[None]:
     """Two cores are shared by everything that runs here."""

@@ -80,7 +80,7 @@ def test_vllm_35077_quant_method_through_wrapper_chains(make: Make, layout: str,
     rig = make(engine={"layout": layout, "wrap_linears": True, "wrap_levels": levels})
     wrapper = at(rig, f"{ATTENTION}.qkv_proj")
     chain = [wrapper]
-    while "base_layer" in chain[-1]._modules:
+    while "base_layer" in dict(chain[-1].named_children()):
         chain.append(chain[-1].base_layer)
     assert len(chain) == levels + 2
     core = chain[-1]
