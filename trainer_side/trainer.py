@@ -20,7 +20,7 @@ from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import copy_without_lora
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import NamedTensors, read_pairs
+from trainer_side.names.tensor_checks import NamedTensors, read_pairs, some_names
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
 from trainer_side.snapshot.snapshotter import WRITE_TIMEOUT_S, Snapshotter
@@ -30,6 +30,8 @@ class TrainerSide:
     """The trainer's model and tensors for one Bridge. Not thread safe; `Bridge` calls it from one push at a time."""
 
     def __init__(self) -> None:
+        self.bound = False
+        """True once a model is bound."""
         self._model: nn.Module | None = None
         self._lora: LoraModel | None = None
         self._source = WeightSource()
@@ -41,16 +43,11 @@ class TrainerSide:
         self._storages: frozenset[int] = frozenset()
         self._addresses: list[int] = []
 
-    @property
-    def bound(self) -> bool:
-        """Whether a model is bound."""
-        return self._model is not None
-
     def bind(self, model: nn.Module) -> None:
         """Read the model's names, ties and buffers. Raises ConfigError or IntegrityError as `bake_names`."""
         lora = LoraModel(model) if isinstance(model, nn.Module) and LoraModel.present(model) else None
         self._source = WeightSource() if lora is not None else WeightSource(model)
-        self._lora, self._model = lora, model
+        self._lora, self._model, self.bound = lora, model, True
         self._views.clear()
 
     # ---- names and tensors -------------------------------------------------------------------------------------------
@@ -235,7 +232,7 @@ def _require_all(source: WeightSource, tensors: tuple[TensorInfo, ...]) -> None:
     if missing:
         raise MissingTensor(
             "tensors of the bound model were not sent",
-            where=f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            where=some_names(missing),
             expected=f"{len(source.expected)} tensors",
             got=f"{len(source.expected) - len(missing)}",
             remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",

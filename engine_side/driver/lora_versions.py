@@ -33,13 +33,13 @@ class LoraVersions:
     @property
     def loaded(self) -> frozenset[str]:
         """Adapters of this bridge that the engine still holds, including those that wait for their last request."""
-        return frozenset(self.ours.intersection(self._driver.adapters())) if self.ours else frozenset()
+        return frozenset(self.ours.intersection(self._driver.loaded_loras())) if self.ours else frozenset()
 
     @property
     def lost(self) -> bool:
         """True when somebody else has unloaded the adapter that is served: requests for it fail, those of the base do
         not."""
-        return self.current is not None and self.current not in self._driver.adapters()
+        return self.current is not None and self.current not in self._driver.loaded_loras()
 
     def begin_load(self, keep: str | None) -> None:
         """Begin a load over which the adapter `keep` will be served. A staged adapter that others have committed, and
@@ -91,9 +91,10 @@ class LoraVersions:
 
     def tidy(self) -> None:
         """Retire adapters that do not serve any more. A failure costs a slot until the next time, and nothing else."""
-        old = self.loaded - {self.current}
+        old = sorted(self.loaded - {self.current}) if self.ours else []
         try:
-            self._driver.retire(sorted(old))
+            self._driver.retire(old)
         except BridgeError as error:
             log.warning("adapters could not be retired yet: %s", error)
-        self.ours &= self.loaded
+        if self.ours:
+            self.ours &= self.loaded

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
+from engine_side.embedded import loading
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, MergedColumnParallelLinear
 from engine_side.embedded.lora import BaseLayerWithLoRA
@@ -149,14 +150,14 @@ class Unwrappable(nn.Module):
 def test_vllm_35077_an_unwrappable_module_that_nobody_asked_for_is_a_warning(
     checkpoint: Callable[[Any], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = ModelRunner._load
+    load = loading.load_checkpoint
 
-    def with_a_stranger(self: ModelRunner, model: Any) -> None:
-        load(self, model)
+    def with_a_stranger(model: Any, folder: Path) -> None:
+        load(model, folder)
         for layer in model.model.layers:
             layer.mlp = nn.Sequential(layer.mlp, Unwrappable())
 
-    monkeypatch.setattr(ModelRunner, "_load", with_a_stranger)
+    monkeypatch.setattr("engine_side.embedded.runner.load_checkpoint", with_a_stranger)
     folder = str(checkpoint(tiny_qwen2()))
     with caplog.at_level(logging.WARNING):
         made = ModelRunner(EngineConfig(folder, max_loras=1), Parallel())

@@ -373,7 +373,7 @@ def test_a_module_that_nobody_can_verify_serves_nothing(attach: Attach, monkeypa
         with pytest.raises(bridge.EngineQuarantined, match=r"0\.bias") as caught:
             b.push(model.named_parameters())
     assert caught.value.serving == {"engine0": None}
-    with pytest.raises(bridge.EngineQuarantined, match="nobody verified"):
+    with pytest.raises(bridge.EngineQuarantined, match="unverified weights"):
         live(torch.zeros(1, 7))
     assert not b.health().healthy
     b.push(model.named_parameters())

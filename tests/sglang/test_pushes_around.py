@@ -174,7 +174,7 @@ def test_a_refused_attach_leaves_the_engine_its_loop(rig: Any, monkeypatch: pyte
     with pytest.raises(ConfigError, match="not a name"):
         bridge.attach(rig.engine, name="no/such name")
     with monkeypatch.context() as patch:
-        patch.setattr("bridge.api.Coordinator", breaks)
+        patch.setattr("bridge.session.Coordinator", breaks)
         with pytest.raises(RuntimeError, match="on purpose"):
             bridge.attach(rig.engine)
     assert rig.engine.loop is loop

@@ -135,7 +135,9 @@ def test_weights_that_are_away_say_nothing_about_ties() -> None:
     source.collect(sent)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.complex128]
+)
 def test_same_bits(dtype: torch.dtype) -> None:
     a = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to(dtype)
     assert all(same_bits(x, y) for x, y in ((a, a.clone()), (a, a.t()), (a[0, 0], a[1, 1])))

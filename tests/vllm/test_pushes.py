@@ -229,7 +229,7 @@ def test_a_refused_attach_leaves_the_engine_as_it_was(rig: Any, monkeypatch: pyt
     rig.b.close()
     before = dict(vars(rig.llm.llm_engine))
     with monkeypatch.context() as patch:
-        patch.setattr("bridge.api.Coordinator", breaks)
+        patch.setattr("bridge.session.Coordinator", breaks)
         with pytest.raises(RuntimeError, match="on purpose"):
             bridge.attach(rig.llm)
     assert vars(rig.llm.llm_engine) == before

@@ -12,13 +12,13 @@ from bridge.errors import ConfigError, UnsupportedLora
 from trainer_side.lora.capability import Feature, Finding
 from trainer_side.lora.layers.dequant import FP8, quant_state
 from trainer_side.lora.layers.effective import is_inexact
-from trainer_side.lora.layers.module_tree import CONTAINERS, BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import parameters_of
 from trainer_side.lora.layers.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
 from trainer_side.lora.layers.values import LayerState, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 from trainer_side.lora.state import LoraState
-from trainer_side.names.naming import identity_of
+from trainer_side.names.naming import LORA_SEGMENTS, identity_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Layer:
     Attributes:
         parameters: None for `modules_to_save`, and for a layer that cannot be read.
         acts: its effective weight is not the base's.
-        adapters: names of those that act; their tensors have to be sent.
+        loras: names of those that act; their tensors have to be sent.
         extras: all tensors that it adds.
         chain: the reading that all of this comes from; None where `parameters` is.
     """
@@ -36,14 +36,14 @@ class Layer:
     wrapper: Wrapper
     parameters: LoraParameters | None
     acts: bool
-    adapters: tuple[str, ...]
+    loras: tuple[str, ...]
     extras: tuple[WrapperTensor, ...]
     chain: Chain | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """List the names of its acting adapters' tensors; of all its adapters' where none acts."""
-        some = tuple(extra.raw for extra in self.extras if extra.adapter in self.adapters)
+        some = tuple(extra.raw for extra in self.extras if extra.lora in self.loras)
         return some or tuple(extra.raw for extra in self.extras)
 
     @property
@@ -53,18 +53,25 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
-    """All layers with wrappers, read once.
+class Features:
+    """The features of a model in one state; holds no tensor.
 
     Attributes:
-        findings: features of the model; `merged`: those that count in merged mode alone.
+        merged: those that count in merged mode alone; `common`: the others.
         notes: for the receipt of a push in merged mode.
     """
 
-    by_wrapper: Mapping[Wrapper, Layer]
-    findings: tuple[Finding, ...]
+    common: tuple[Finding, ...]
     merged: tuple[Finding, ...]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """All layers with wrappers, read once, and the features found in them."""
+
+    by_wrapper: Mapping[Wrapper, Layer]
+    features: Features
 
 
 def survey(tree: LoraTree, state: LoraState) -> Survey:
@@ -92,7 +99,7 @@ def survey(tree: LoraTree, state: LoraState) -> Survey:
                 (merged if packs else findings).append(_unreadable(layer, reason))
     findings += _of_model(tree, layers)
     by_wrapper = {layer.wrapper: layer for layer in layers}
-    return Survey(by_wrapper, tuple(findings), tuple(merged), _notes(layers))
+    return Survey(by_wrapper, Features(tuple(findings), tuple(merged), _notes(layers)))
 
 
 def _layer(wrapper: Wrapper, extras: tuple[WrapperTensor, ...], state: LoraState) -> tuple[Layer, Finding | None]:
@@ -111,10 +118,10 @@ def _layer(wrapper: Wrapper, extras: tuple[WrapperTensor, ...], state: LoraState
         layer = Layer(wrapper, None, False, (), extras)
         return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what)
     undone = parameters.state is LayerState.MERGED_DISABLED
-    acting = parameters.rows if wrapper.kind is WrapperKind.TOKENS else parameters.adapters
-    adapters = tuple(dict.fromkeys(one.name for one in acting))
-    acts = bool(adapters) or undone
-    return Layer(wrapper, parameters, acts, parameters.merged if undone else adapters, extras, chain), None
+    acting = parameters.rows if wrapper.kind is WrapperKind.TOKENS else parameters.loras
+    loras = tuple(dict.fromkeys(one.name for one in acting))
+    acts = bool(loras) or undone
+    return Layer(wrapper, parameters, acts, parameters.merged if undone else loras, extras, chain), None
 
 
 def _found(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
@@ -135,7 +142,7 @@ def _found(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
         yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,))
     if wrapper.kind is WrapperKind.TOKENS:
         trained = tuple(extra.raw for extra in layer.extras if _trains(extra))
-        if layer.adapters or trained:
+        if layer.loras or trained:
             yield Finding(Feature.TOKENS, wrapper.path, trained or layer.names)
         return
     yield from _uncovered(layer, parameters)
@@ -152,8 +159,8 @@ def _shared(weight: torch.Tensor, tree: LoraTree) -> bool:
 
 def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
     wrapper = layer.wrapper
-    copies = [p for p in tree.places if any(w is wrapper and adapter is not None for w, adapter in p.copies)]
-    acting = [p for p in copies if any(w is wrapper and adapter in layer.adapters for w, adapter in p.copies)]
+    copies = [p for p in tree.places if any(w is wrapper and lora is not None for w, lora in p.copies)]
+    acting = [p for p in copies if any(w is wrapper and lora in layer.loras for w, lora in p.copies)]
     trained = [p for p in copies if _trains(p)]
     if acting or trained:
         yield Finding(Feature.SAVED, wrapper.path, tuple(p.raw for p in acting or trained))
@@ -164,11 +171,11 @@ def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
 
 def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     """Find tensors of a LoRA layer that cannot be read here, unless a known variant stands for them."""
-    known = {adapter.name for adapter in parameters.adapters if adapter.variant}
+    known = {lora.name for lora in parameters.loras if lora.variant}
     strange = tuple(
         extra.raw
         for extra in layer.extras
-        if extra.container not in CONTAINERS and not extra.buffer and extra.adapter not in known
+        if extra.container not in LORA_SEGMENTS and not extra.buffer and extra.lora not in known
         and (_trains(extra) or layer.acts)
     )  # fmt: skip
     if strange:
@@ -179,10 +186,10 @@ def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
 
 def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     path, names = layer.wrapper.path, layer.names
-    empty = tuple(e.raw for e in layer.extras if e.adapter in layer.adapters and _is_empty(e.tensor()))
+    empty = tuple(e.raw for e in layer.extras if e.lora in layer.loras and _is_empty(e.tensor()))
     if empty:
         yield Finding(Feature.SHARDED, path, empty, way_out="gather it first")
-    if len(parameters.adapters) > 1:
+    if len(parameters.loras) > 1:
         yield Finding(Feature.SEVERAL, path, names)
     if parameters.kind == "embedding":
         yield Finding(Feature.EMBEDDING, path, names)
@@ -193,7 +200,7 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     experts = parameters.kind == "parameter" and parameters.weight.dim() == 3
     if experts:
         yield Finding(Feature.EXPERTS, path, names)
-    for one in parameters.adapters:
+    for one in parameters.loras:
         unknown, subject = one.extra.get("unknown"), f"adapter {one.name}"
         if one.variant in PER_TOKEN_VARIANTS:
             yield Finding(Feature.PER_TOKEN, path, names, subject=PER_TOKEN_VARIANTS[one.variant])
@@ -205,9 +212,9 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
         elif one.extra.keys() & {"diagonal", "blocks_a", "blocks_b"}:
             yield Finding(Feature.EXPANDED, path, names, one.variant, subject)
     biased = tuple(e.raw for e in layer.extras if e.container == "lora_B" and e.attribute == "bias")
-    if any(adapter.bias is not None for adapter in parameters.adapters):
+    if any(lora.bias is not None for lora in parameters.loras):
         yield Finding(Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE, path, biased)
-    if any(adapter.magnitude is not None for adapter in parameters.adapters):
+    if any(lora.magnitude is not None for lora in parameters.loras):
         of = tuple(e.raw for e in layer.extras if e.container == "lora_magnitude_vector")
         yield Finding(Feature.DORA, path, of)
 
@@ -231,7 +238,7 @@ def _of_model(tree: LoraTree, layers: Sequence[Layer]) -> Iterator[Finding]:
     if names:
         yield Finding(Feature.BASE_TRAINED, "", names)
     lora = [one.parameters for one in layers if one.wrapper.kind is WrapperKind.LORA and one.parameters is not None]
-    if any(one.adapters for one in lora):
+    if any(one.loras for one in lora):
         return
     if any(one.state is LayerState.DISABLED for one in lora):
         yield Finding(Feature.DISABLED)

@@ -27,7 +27,7 @@ from trainer_side.names.tensor_layout import Computed
 
 
 @dataclass(frozen=True, eq=False)
-class LoraPair:
+class FactorPair:
     """One module of the checkpoint and the part of a live layer's delta that acts on it.
 
     Attributes:
@@ -53,7 +53,7 @@ class LoraPair:
 class PortableLora:
     """All pairs of a model and their one rank; `unfit`: paths of layers that have no such form."""
 
-    pairs: tuple[LoraPair, ...]
+    pairs: tuple[FactorPair, ...]
     rank: int
     unfit: tuple[str, ...]
 
@@ -79,11 +79,10 @@ def plan_pairs(acting: Sequence[ActingLayer], known: CanonicalMap) -> PortableLo
             by_live.setdefault(live, []).append(tensor.name)
     # All adapters of a layer together; of expert parameters, per expert.
     ranks = [
-        sum(adapter.a.shape[0] // int(adapter.extra.get("experts", 1)) for adapter in one.parameters.adapters)
-        for one in acting
+        sum(lora.a.shape[0] // int(lora.extra.get("experts", 1)) for lora in one.parameters.loras) for one in acting
     ]
     rank = max(ranks, default=0)
-    pairs: list[LoraPair] = []
+    pairs: list[FactorPair] = []
     unfit: list[str] = []
     for one in acting:
         found = [_pair(known, name, one, rank) for name in by_live.get(one.weight, ())]
@@ -95,13 +94,13 @@ def plan_pairs(acting: Sequence[ActingLayer], known: CanonicalMap) -> PortableLo
     return PortableLora(tuple(pairs), rank, tuple(unfit))
 
 
-def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> LoraPair | None:
+def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> FactorPair | None:
     module, _, last = name.rpartition(".")
     part = find_slice(known.by_name[name], one.weight, known.live[one.weight].shape)
     if part is None or not module or last != "weight":
         return None
     parameters = one.parameters
-    first = parameters.adapters[0].extra
+    first = parameters.loras[0].extra
     # A layer's own A and B tell which way its inputs go, however it or the checkpoint stores the weight; of a parameter
     # on its own only the checkpoint's orientation is known. PEFT adds B A to a lone expert as it is.
     unswapped = parameters.weight.dim() == 3 and not first.get("swapped") and int(first.get("experts", 1)) > 1
@@ -111,11 +110,11 @@ def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> LoraPa
     outputs, inputs = len(range(*rows.indices(2**62))), len(range(*columns.indices(2**62)))
     if flipped:
         outputs, inputs = inputs, outputs
-    dtype = reduce(torch.promote_types, [t.dtype for adapter in parameters.adapters for t in (adapter.a, adapter.b)])
+    dtype = reduce(torch.promote_types, [t.dtype for lora in parameters.loras for t in (lora.a, lora.b)])
     a = torch.empty((rank, inputs), dtype=dtype, device="meta")
     b = torch.empty((outputs, rank), dtype=dtype, device="meta")
     embedding = parameters.kind == "embedding"
-    return LoraPair(module, one.layer, embedding, part.expert, rows, columns, flipped, a, b)
+    return FactorPair(module, one.layer, embedding, part.expert, rows, columns, flipped, a, b)
 
 
 def list_computed(portable: PortableLora, given: SentValues | None, began: LoraState) -> list[Computed]:
@@ -148,16 +147,16 @@ class _Reader:
 
 
 @torch.no_grad()
-def _compute_half(pair: LoraPair, rank: int, reader: _Reader, wanted_a: bool, _dtype: torch.dtype) -> torch.Tensor:
+def _compute_half(pair: FactorPair, rank: int, reader: _Reader, wanted_a: bool, _dtype: torch.dtype) -> torch.Tensor:
     """Compute A or B of a module, (rank, inputs) or (outputs, rank), in the dtype that scaling is multiplied in.
 
     The copy into the arena rounds, so the dtype that travels is not needed.
     """
-    adapters = reader.read(pair.layer).adapters
-    wide = wide_dtype([tensor for one in adapters for tensor in (one.a, one.b)])
+    loras = reader.read(pair.layer).loras
+    wide = wide_dtype([tensor for one in loras for tensor in (one.a, one.b)])
     of_a = wanted_a != pair.flipped  # of a flipped pair A is the transpose of what PEFT calls B
     stacked = []
-    for one in adapters:
+    for one in loras:
         if "experts" in one.extra:
             a, b = expert_factors(one, pair.expert, wide, reader.given)
         else:

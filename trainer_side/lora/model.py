@@ -17,7 +17,7 @@ from bridge.ports import ModeChoice
 from trainer_side.lora import modes
 from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.capability import MODES, Feature, Finding, refusal_error, refused_by
-from trainer_side.lora.findings import survey
+from trainer_side.lora.findings import Features, survey
 from trainer_side.lora.layers.module_tree import BaseTensor, TreeTensor, read_tree
 from trainer_side.lora.modes import BakedMode
 from trainer_side.lora.select import (
@@ -34,7 +34,7 @@ from trainer_side.names.tensor_checks import nothing_sent
 from trainer_side.names.tensor_layout import Computed
 
 _T = TypeVar("_T")
-EngineLimits = Sequence[LoraLimits | None] | None
+LoraLimitsPerEngine = Sequence[LoraLimits | None] | None
 _KEPT = 8
 """States that are remembered: a trainer goes back and forth between few (enabled, disabled, another adapter)."""
 
@@ -62,15 +62,6 @@ class ModeView:
     notes: tuple[str, ...] = ()
     fingerprint: Hashable = None
     watched: tuple[BaseTensor, ...] = field(default=(), repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class _Findings:
-    """The features of the model in one state; `merged`: those that count in merged mode alone."""
-
-    common: tuple[Finding, ...]
-    merged: tuple[Finding, ...]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +110,7 @@ class LoraModel:
             self._forget()
         return LoraState.read(self._structure, self._tree.wrappers)
 
-    def choose(self, mode: str, limits: EngineLimits) -> ModeChoice:
+    def choose(self, mode: str, limits: LoraLimitsPerEngine) -> ModeChoice:
         """Choose the mode of a push in the state that the model is in now.
 
         Args:
@@ -191,13 +182,13 @@ class LoraModel:
 
     def _forget(self) -> None:
         self._tree = read_tree(self.model)
-        self._findings: OrderedDict[Hashable, _Findings] = OrderedDict()
+        self._findings: OrderedDict[Hashable, Features] = OrderedDict()
         self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
         self._ends: CanonicalMap | None = None
         self._items: tuple[list[str], list[TreeTensor]] = ([], [])
         self._last: _LastView | None = None
 
-    def _choose_automatically(self, now: LoraState, limits: EngineLimits) -> ModeChoice:
+    def _choose_automatically(self, now: LoraState, limits: LoraLimitsPerEngine) -> ModeChoice:
         bad = refused_by("adapter", self._find("adapter", now, limits))
         if not bad:
             portable = self._bake("adapter", now).portable
@@ -210,7 +201,7 @@ class LoraModel:
             raise refusal_error(merged, "merged", lambda other: self._find(other, now, limits), also=against)
         return ModeChoice("merged", f"merged: {against}", self._notes("merged", now))
 
-    def _find(self, mode: str, now: LoraState, limits: EngineLimits) -> list[Finding]:
+    def _find(self, mode: str, now: LoraState, limits: LoraLimitsPerEngine) -> list[Finding]:
         """List every feature that matters to a mode."""
         features = self._features(now)
         found = [*features.common, *features.merged] if mode == "merged" else list(features.common)
@@ -227,15 +218,14 @@ class LoraModel:
             found.append(Finding(Feature.RANK, reason=f"rank {portable.rank} where {min(ranks)} is the most"))
         return found
 
-    def _features(self, now: LoraState) -> _Findings:
+    def _features(self, now: LoraState) -> Features:
         trained = tuple([tensor.requires_grad for p in self._tree.places if (tensor := p.tensor()) is not None])
         # factors that somebody resized in place may no longer fit
         shapes = tuple([tensor.shape for e in self._tree.extras if (tensor := e.tensor()) is not None])
         key = now.unscaled, trained, shapes
         found = self._findings.get(key)
         if found is None:
-            read = survey(self._tree, now)
-            found = _Findings(read.findings, read.merged, read.notes)
+            found = survey(self._tree, now).features
         _remember(self._findings, key, found)
         return found
 

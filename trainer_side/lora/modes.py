@@ -5,9 +5,10 @@ Done once per structure and set of acting adapters; reads shapes, dtypes and add
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -123,7 +124,7 @@ class BakedMode:
 def bake_base(tree: LoraTree) -> BakedMode:
     """Bake the base model's own tensors under its own names. Raises IntegrityError as `bake_entries`."""
     places = tuple(place for place in tree.places if place.original)
-    return BakedMode(_names(tree, places, _stored_identity), places)
+    return BakedMode(_names(tree, {place: _stored_identity(place) for place in places}), places)
 
 
 def bake_merged(tree: LoraTree, survey: Survey, state: LoraState) -> BakedMode:
@@ -136,11 +137,12 @@ def bake_merged(tree: LoraTree, survey: Survey, state: LoraState) -> BakedMode:
     scales = {id(scale) for scale in states if isinstance(scale, torch.Tensor)}
     places = [place for place in places if id(place.tensor()) not in scales]
     by_place = {one.place: one for one in computed}
+    identities = {p: by_place[p].identity if p in by_place else _stored_identity(p) for p in places}
     stored: dict[Hashable, list[EffectiveTensor]] = {}
     for one in computed:
         stored.setdefault(_stored_identity(one.place), []).append(one)
     return BakedMode(
-        _names(tree, places, lambda p: by_place[p].identity if p in by_place else _stored_identity(p), by_place),
+        _names(tree, identities, by_place),
         tuple(place for place in places if place not in by_place),
         tuple(computed),
         shared=tuple((tuple(group), _pattern(group)) for group in stored.values() if len(group) > 1),
@@ -149,7 +151,7 @@ def bake_merged(tree: LoraTree, survey: Survey, state: LoraState) -> BakedMode:
 
 def bake_ends(tree: LoraTree) -> CanonicalMap:
     """Bake the base model's names, each tied end with its own: an adapter belongs to one of them."""
-    return _names(tree, [place for place in tree.places if place.original], lambda place: place.clean)
+    return _names(tree, {place: place.clean for place in tree.places if place.original})
 
 
 def bake_lora(tree: LoraTree, survey: Survey, ends: CanonicalMap) -> BakedMode:
@@ -163,10 +165,10 @@ def bake_lora(tree: LoraTree, survey: Survey, ends: CanonicalMap) -> BakedMode:
         layers = [layer for layer in layers if _role(place, layer) == "weight"]
         # The outermost wrapper's reading holds all that act on this weight.
         parameters = layers[0].parameters if layers else None
-        if parameters is not None and parameters.adapters:
+        if parameters is not None and parameters.loras:
             wrapper = layers[0].wrapper
             acting.append(lora_form.ActingLayer(wrapper.path, wrapper.module, parameters, place.clean))
-            needs += [e for layer in layers for e in layer.extras if e.adapter in layer.adapters]
+            needs += [e for layer in layers for e in layer.extras if e.lora in layer.loras]
     return BakedMode(None, (), (), tuple(needs), _forms(needs), lora_form.plan_pairs(acting, ends))
 
 
@@ -182,16 +184,15 @@ def _pattern(group: Sequence[EffectiveTensor]) -> tuple[int, ...]:
 
 def _names(
     tree: LoraTree,
-    places: Sequence[BaseTensor],
-    identity: Callable[[BaseTensor], Hashable],
-    computed: dict[BaseTensor, EffectiveTensor] | None = None,
+    identities: Mapping[BaseTensor, Hashable],
+    computed: Mapping[BaseTensor, EffectiveTensor] = MappingProxyType({}),
 ) -> CanonicalMap:
+    """Bake the names of the tensors in `identities`, whose values are equal for tied ones."""
     entries = []
-    for place in places:
-        one = (computed or {}).get(place)
-        live = place.tensor() if one is None else one.stand_in
+    for place, identity in identities.items():
+        live = computed[place].stand_in if place in computed else place.tensor()
         if live is not None:
-            entries.append(LiveEntry(place.raw, place.clean, live, place.buffer, identity(place)))
+            entries.append(LiveEntry(place.raw, place.clean, live, place.buffer, identity))
     return bake_entries(tree.inner, entries)
 
 
@@ -213,7 +214,7 @@ def _effective(place: BaseTensor, survey: Survey) -> EffectiveTensor | None:
     if not claims:
         return None
     (outer, role), acting = claims[0], [layer for layer, _ in claims if layer.acts]
-    needs = tuple(e for layer in acting for e in layer.extras if e.adapter in layer.adapters)
+    needs = tuple(e for layer in acting for e in layer.extras if e.lora in layer.loras)
     module, copies = outer.wrapper.module, outer.wrapper.copies
     if role == "bias":
         # PEFT's token layer around a linear one loses the bias.

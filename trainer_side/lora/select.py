@@ -12,7 +12,7 @@ from bridge.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
 from bridge.model.same_bits import same_bits
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor
 from trainer_side.lora.modes import BakedMode, EffectiveTensor
-from trainer_side.names.tensor_checks import NameIndex, check_shape, require_plain, unknown_name
+from trainer_side.names.tensor_checks import NameIndex, check_shape, require_plain, some_names, unknown_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ def select_tensors(mode: str, baked: BakedMode, sent: SentTensors, *, partial: b
         names = tuple(dict.fromkeys(missing))
         raise MissingTensor(
             f"tensors that {mode} mode sends did not come",
-            where=_some(names),
+            where=some_names(names),
             expected=_contents(mode),
             got=f"without {len(names)} of them",
             remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
@@ -191,16 +191,12 @@ def _nothing_of_mode(mode: str, names: tuple[str, ...]) -> MissingTensor:
     others = " or ".join(f'mode="{other}"' for other in ("merged", "base", "adapter") if other != mode)
     return MissingTensor(
         f"nothing that was sent belongs to {'the adapter' if mode == 'adapter' else f'what {mode} mode sends'}",
-        where=_some(names),
+        where=some_names(names),
         expected=_contents(mode),
         got=f"{len(names)} other tensor{'s' if len(names) > 1 else ''} of the model",
         remedy=f"push some of these, or use {others}",
         names=names,
     )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 def _contents(mode: str) -> str:

@@ -71,7 +71,7 @@ class LoraState:
         return (self.structure, *[(w.setting[:3], w.owned) for w in self.wrappers])
 
     @property
-    def adapters(self) -> tuple[str, ...]:
+    def loras(self) -> tuple[str, ...]:
         """List PEFT's names of all adapters that some wrapper owns, in order."""
         return tuple(dict.fromkeys(name for wrapper in self.wrappers for name in wrapper.owned))
 

@@ -15,7 +15,7 @@ _REFUSED = {
     **dict.fromkeys(
         (
             "enable_hierarchical_cache",  # its host pool is emptied, but stores can be attached to it at any time
-            "hicache_storage_backend",
+            "hicache_storage_backend",  # https://github.com/sgl-project/sglang/issues/26792
             "enable_unified_cache_external_linker",
             "enable_lmcache",
             "enable_flexkv",

@@ -1,7 +1,8 @@
 """Send calls of a `sglang.Engine` to the event loop that its channel keeps running, from whatever loop or thread.
 
 Users await `engine.async_generate` in loops of their own, and an asyncio event that is set in one loop wakes nobody in
-another. So the work runs in the manager's loop, and the caller waits in the loop where it is.
+another: such a caller would hang (https://github.com/sgl-project/sglang/pull/5162). So the work runs in the manager's
+loop, and the caller waits in the loop where it is.
 """
 
 from __future__ import annotations

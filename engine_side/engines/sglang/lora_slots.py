@@ -18,10 +18,11 @@ from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.lora_registry import LoRARef
 
-from bridge.errors import ConfigError, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.errors import ConfigError, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
+from engine_side.engines.common.published_state import lora_not_loaded
 from engine_side.engines.sglang.fused_modules import FusedModules
 from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
 from engine_side.plan.loader_errors import LOADER_ERRORS
@@ -85,9 +86,7 @@ class SglangLoraSlots:
         layout, key = self._layouts.get(name), self.names.get(name)
         pool = self._manager.memory_pool
         if layout is None or key not in pool.uid_to_buffer_id:
-            raise NotFound(
-                "this engine holds no such adapter", where="adapter", got=repr(name), remedy="push the adapter again"
-            )
+            raise lora_not_loaded(name)
         return layout.views({n: _rows(buffer[pool.uid_to_buffer_id[key]]) for n, buffer in _buffers(pool).items()})
 
     def remove(self, name: str) -> None:
@@ -126,7 +125,8 @@ class SglangLoraSlots:
     # ---- layout --------------------------------------------------------------------------------------------------
 
     def _left_out(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> list[TensorInfo]:
-        """List the tensors of a fused layer's other modules: SGLang drops or misplaces a LoRA for a part of it."""
+        """List the tensors of a fused layer's other modules: SGLang drops, misplaces or refuses a LoRA for a part of it
+        (https://github.com/sgl-project/sglang/pull/28199)."""
         known = {pair.module for pair in pairs(tensors)}
         out: list[TensorInfo] = []
         for pair in pairs(tensors):

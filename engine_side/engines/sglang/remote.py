@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Sampling
@@ -25,7 +26,6 @@ from engine_side.engines.sglang.scheduler_messages import (
     read_answer,
 )
 
-T = TypeVar("T")
 _POLL_S = 0.005
 _GRACE_S = 3.0
 """Seconds for all calls together that follow a deadline which the engine let pass: to resume it, or to refuse."""
@@ -99,7 +99,7 @@ class SglangDriver(FrontendClient):
         """Run the job in every rank. Raises ProtocolError where a rank could not answer, PeerLost, DeadlineExceeded."""
         self.ask(JOB, base64.b64encode(job).decode(), deadline=deadline)
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         """Return the names of the LoRAs that the ranks hold, whoever loaded them."""
         return () if self.lora is None else tuple(self.ask(LORAS).loras)
 
@@ -124,7 +124,8 @@ class SglangDriver(FrontendClient):
             self._require_responsive()
         elif self._grace is not None:
             wait = self._until()
-        ok, message = self._timed(lambda: self._channel.check_weights([verb, text], wait))
+        with self._noting_lateness():
+            ok, message = self._channel.check_weights([verb, text], wait)
         self._grace = None
         return read_answer(self.where, ok, message)
 
@@ -133,10 +134,12 @@ class SglangDriver(FrontendClient):
             return self._channel.ask(request, deadline)  # a user's: it may take its time
         if isinstance(request, _ASKS_RANKS) and self.lora is not None:
             self._require_responsive()
-        return self._timed(lambda: self._channel.ask(request, deadline))
+        with self._noting_lateness():
+            return self._channel.ask(request, deadline)
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        return self._timed(lambda: self._channel.call(method, self._until(), **arguments))
+        with self._noting_lateness():
+            return self._channel.call(method, self._until(), **arguments)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
@@ -149,10 +152,11 @@ class SglangDriver(FrontendClient):
             return Deadline.after(CALL_S)
         return Deadline.after(_GRACE_S) if self._push.expired else self._push
 
-    def _timed(self, call: Callable[[], T]) -> T:
-        """Remember when the engine does not answer in time."""
+    @contextmanager
+    def _noting_lateness(self) -> Iterator[None]:
+        """Begin the grace when the engine does not answer in time."""
         try:
-            return call()
+            yield
         except DeadlineExceeded:
             self._grace = self._grace or Deadline.after(_GRACE_S)
             raise
@@ -213,7 +217,8 @@ class SglangDriver(FrontendClient):
             self._push = None
 
     def reset_caches(self) -> bool:
-        """Drop SGLang's KV and prefix caches; returns SGLang's own answer."""
+        """Drop SGLang's KV and prefix caches. Returns False when SGLang refuses, as it does while requests run
+        (https://github.com/sgl-project/sglang/issues/12099)."""
         self._require_responsive()
         return bool(self._call("flush_cache"))
 

@@ -82,10 +82,10 @@ def test_unsloth_get_lora_parameters_bias_does_not_lose_what_unsloth_loses() -> 
     weight, quant, *factors, bias = lora_parameters(saved)
     assert (weight is copied.weight, quant, factors, bias is copied.bias) == (True, None, [None] * 3, True)
     layer = peft_layers.Linear(nn.Linear(4, 6), "x", LoraConfig(r=3, lora_alpha=32, use_dora=True), r=3, lora_alpha=32)
-    assert lora_parameters(layer).adapters[0].magnitude is layer.lora_magnitude_vector["x"].weight
+    assert lora_parameters(layer).loras[0].magnitude is layer.lora_magnitude_vector["x"].weight
     two = fake()
     two.lora_A["y"], two.lora_B["y"], two.scaling["y"] = factor(2, 4), factor(6, 2, bias=torch.ones(6)), 0.5
     two.active_adapters.append("y")
     found = lora_parameters(two)
-    assert [(one.name, one.scaling) for one in found.adapters] == [("x", 32 / 3), ("y", 0.5)]
-    assert found.adapters[1].bias is two.lora_B["y"].bias
+    assert [(one.name, one.scaling) for one in found.loras] == [("x", 32 / 3), ("y", 0.5)]
+    assert found.loras[1].bias is two.lora_B["y"].bias

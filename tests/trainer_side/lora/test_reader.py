@@ -64,9 +64,9 @@ def test_every_state_has_the_same_shape_of_answer(state: str, name: str) -> None
         assert a is layer.lora_A[DEFAULT].weight
         assert b is layer.lora_B[DEFAULT].weight
         assert scaling == ALPHA / RANK
-        assert [adapter.name for adapter in found.adapters] == [DEFAULT]
+        assert [adapter.name for adapter in found.loras] == [DEFAULT]
     else:
-        assert (a, b, scaling, found.adapters) == (None, None, None, ())
+        assert (a, b, scaling, found.loras) == (None, None, None, ())
 
 
 @pytest.mark.parametrize("kind", ["plain", "disabled", "merged", "active"])
@@ -112,11 +112,11 @@ def test_chains_of_base_layers(levels: int) -> None:
     found = lora_parameters(layer)
     assert found.weight is innermost(layer).weight
     assert found.bias is innermost(layer).bias
-    assert [adapter.name for adapter in found.adapters] == [f"level{k}" for k in range(levels)]
-    assert found.A is found.adapters[0].a
+    assert [adapter.name for adapter in found.loras] == [f"level{k}" for k in range(levels)]
+    assert found.A is found.loras[0].a
     layer.enable_adapters(False)
     below = [f"level{k}" for k in range(levels - 1)]
-    assert [adapter.name for adapter in lora_parameters(layer).adapters] == below
+    assert [adapter.name for adapter in lora_parameters(layer).loras] == below
 
 
 def stacked(levels: int, **config: Any) -> Any:
@@ -139,10 +139,10 @@ def test_nested_wrappers_of_parameters_say_which_is_theirs() -> None:
     assert {layer.parameter_name, layer.base_layer.parameter_name} == {"gate_up_proj", "down_proj"}
     assert outer.weight is getattr(base, layer.parameter_name)
     assert inner.weight is getattr(base, layer.base_layer.parameter_name)
-    assert [len(found.adapters) for found in (outer, inner)] == [1, 1]
+    assert [len(found.loras) for found in (outer, inner)] == [1, 1]
     assert outer.A is layer.lora_A[DEFAULT].weight
     assert inner.A is layer.base_layer.lora_A[DEFAULT].weight
-    assert outer.adapters[0].extra == {"experts": 3, "swapped": True, "layout": "rank_major"}
+    assert outer.loras[0].extra == {"experts": 3, "swapped": True, "layout": "rank_major"}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_modules_to_save(state: str) -> None:
     acting = wrapper.modules_to_save[DEFAULT] if state == "active" else wrapper.original_module
     assert found.weight is acting.weight
     assert found.bias is acting.bias
-    assert found.adapters == ()
+    assert found.loras == ()
     assert found.owned == (DEFAULT,)
     expected = {"active": LayerState.ACTIVE, "disabled": LayerState.DISABLED, "none active": LayerState.PLAIN}
     assert found.state is expected[state]
@@ -229,8 +229,8 @@ def test_active_adapters_is_copied() -> None:
     layer = layer_of(model, "linear")
     found = lora_parameters(layer)
     layer.active_adapters.clear()
-    assert [adapter.name for adapter in found.adapters] == ["a", "b"]
-    assert lora_parameters(layer).adapters == ()
+    assert [adapter.name for adapter in found.loras] == ["a", "b"]
+    assert lora_parameters(layer).loras == ()
 
 
 def test_what_the_config_does_not_say_is_read_from_the_layer() -> None:
@@ -239,13 +239,13 @@ def test_what_the_config_does_not_say_is_read_from_the_layer() -> None:
 
 
 def test_variants_magnitudes_and_biases() -> None:
-    dora = lora_parameters(layer_of(row("dora"), "linear")).adapters[0]
+    dora = lora_parameters(layer_of(row("dora"), "linear")).loras[0]
     assert dora.variant == "DoraLinearVariant"
     assert dora.magnitude is not None
     kasa = layer_of(row("kasa"), "linear")
-    assert lora_parameters(kasa).adapters[0].extra["diagonal"] is kasa.lora_diag["a"]
+    assert lora_parameters(kasa).loras[0].extra["diagonal"] is kasa.lora_diag["a"]
     biased = layer_of(row("lora_bias"), "linear")
-    assert lora_parameters(biased).adapters[0].bias is biased.lora_B[DEFAULT].bias
+    assert lora_parameters(biased).loras[0].bias is biased.lora_B[DEFAULT].bias
 
 
 def test_another_tuner_is_refused() -> None:

@@ -54,7 +54,7 @@ def test_a_reading_is_compared_not_the_layer() -> None:
     began.require(read_chain(layer))
     layer.scale_layer(2.0)
     read = read_chain(layer)
-    assert read.levels[-1].adapters
+    assert read.levels[-1].loras
     layer.scale_layer(0.5)
     with pytest.raises(IntegrityError):
         began.require(read)
@@ -64,9 +64,9 @@ def test_a_reading_is_compared_not_the_layer() -> None:
 def test_one_reading_has_one_scaling() -> None:
     layer: Any = next(module for module in build(ROW).modules() if is_lora(module))
     (level,) = read_chain(layer).levels
-    first = level.adapters
+    first = level.loras
     layer.scale_layer(3.0)
-    assert level.adapters is first
+    assert level.loras is first
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -48,7 +48,7 @@ def test_modules_and_adapters_named_like_peft_segments(adapter: str) -> None:
     model = wrapped(plain, adapter, target_modules=["default", "lora_gate", "0"])
     tree = read_tree(model)
     assert {place.clean for place in tree.places} == wanted
-    assert {extra.adapter for extra in tree.extras} == {adapter}
+    assert {extra.lora for extra in tree.extras} == {adapter}
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     assert all(tree.find(name) is not None for name in names)
     assert len({tree.find(name) for name in names}) == len(names) == len(tree.places) + len(tree.extras)
@@ -78,7 +78,7 @@ def test_raw_live_and_clean_names_of_a_wrapped_model() -> None:
     assert place.clean == "model.layers.0.self_attn.q_proj.weight"
     extra = tree.find("model.layers.0.self_attn.q_proj.lora_B.policy.weight")
     assert isinstance(extra, WrapperTensor)
-    assert (extra.container, extra.adapter) == ("lora_B", "policy")
+    assert (extra.container, extra.lora) == ("lora_B", "policy")
     copy = tree.find("base_model.model.lm_head.modules_to_save.policy.weight")
     assert isinstance(copy, BaseTensor)
     assert copy.clean == "lm_head.weight"
@@ -152,8 +152,8 @@ def test_a_changed_structure_is_noticed_and_baked_again() -> None:
     model.merge_and_unload()
     states.append(lora.state())
     assert [s.structure for s in states] == [0, 1, 2, 3, 4]
-    assert states[1].adapters == ("default", "second")
-    assert states[2].adapters == ("default",)
+    assert states[1].loras == ("default", "second")
+    assert states[2].loras == ("default",)
 
 
 def test_state_of_saved_modules_and_tokens() -> None:

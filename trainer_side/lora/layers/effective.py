@@ -142,145 +142,113 @@ def effective_identity(module: nn.Module, attribute: str = "weight", *, copies: 
     return (_address(stored_tensor), deltas, times)
 
 
+_Factors = tuple[torch.Tensor, torch.Tensor]
+_Term = tuple[float, ActiveLora]
+"""How often an adapter is added, and the adapter; negative to take it out again."""
+
+
 class _Weight:
-    """One computation of an effective weight."""
+    """One computation of an effective weight.
+
+    Attributes:
+        base: the stored values, dequantised.
+        under: the adapters that change the base under all wrappers; `over`: those added to a layer's output, in order.
+            Adapters on the parameter itself act before those on the layer: DoRA's norm sees them. What was merged is
+            taken out of the base first, as PEFT does before it computes.
+        wide: the dtype of the sums.
+    """
 
     def __init__(self, chain: Chain, name: str, weight: torch.Tensor, given: SentValues, copies: int | None) -> None:
-        self.chain = chain
         self.given = given
-        self.copies = 1 if copies is None else copies
-        self.stored = weight
         self.kind = kind_of(chain, name, weight)
         self.transposed = self.kind == "linear" and is_transposed(chain, weight)
         self.levels = [level for level in chain.on(name) if level.names]
+        self.base = dequantize(chain.base, weight, given).detach()
+        self.under: list[_Term] = []
+        self.over: list[_Term] = []
+        for level in self.levels:
+            times = (copies or 1) * (-1.0 if level.state is LayerState.MERGED_DISABLED else 1.0)
+            # The magnitude that was sent; the factors are replaced where they are expanded.
+            sent = [a if a.magnitude is None else replace(a, magnitude=given(a.magnitude)) for a in level.loras]
+            (self.under if times < 0 or self.kind == "parameter" else self.over).extend((times, a) for a in sent)
+        self.wide = wide_dtype([self.base, *(t for _, a in (*self.under, *self.over) for t in _tensors(a))])
 
     def compute(self, dtype: torch.dtype) -> torch.Tensor:
-        base = dequantize(self.chain.base, self.stored, self.given).detach()
-        # Signed: what was merged is taken out of the base first, as PEFT does before it computes.
-        under, over = self._terms()
-        read = [base, *(t for _, a in (*under, *over) for t in _tensors(a))]
-        wide = wide_dtype(read)
-        if under or over:
-            out_dtype = dtype if dtype.itemsize <= wide.itemsize else wide
-            out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
-            for source, target, factors in self._parts(base, out, wide, under + over):
-                _sum(source, target, factors, under, over, wide)
-            base = out
-        base = self._replaced(base)
-        return _rounded(base, dtype, wide)
+        """Compute the weight, rounded to `dtype` once; a block of rows at a time: rows do not depend on each other."""
+        result = self.base
+        if self.under or self.over:
+            narrow = dtype if dtype.itemsize <= self.wide.itemsize else self.wide
+            result = torch.empty(self.base.shape, dtype=narrow, device=self.base.device)
+            for source, target, factors in self.parts(result):
+                step = max(1, BLOCK // max(1, source.shape[1]))
+                for start in range(0, source.shape[0], step):
+                    block = slice(start, start + step)
+                    target[block].copy_(self.rows(source[block], block, factors)[0])
+        # Rows of trainable tokens have the weight's dtype in the forward too.
+        for row in (row for level in self.levels for row in level.rows()):
+            index = torch.tensor(row.indices, dtype=torch.long, device=result.device)
+            result = result.index_copy(0, index, self.given(row.values).detach().to(result))
+        return _rounded(result, dtype, self.wide)
 
-    def _terms(self) -> tuple[list[_Term], list[_Term]]:
-        """List the adapters that change the base under all wrappers, and those added to a layer's output, in order.
-
-        Adapters on the parameter itself act before those on the layer: DoRA's norm sees them.
-        """
-        under: list[_Term] = []
-        over: list[_Term] = []
-        for level in self.levels:
-            sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
-            terms = [(sign * self.copies, self._sent(adapter)) for adapter in level.adapters]
-            (under if sign < 0 or self.kind == "parameter" else over).extend(terms)
-        return under, over
-
-    def _sent(self, adapter: ActiveLora) -> ActiveLora:
-        """Replace the magnitude by the one that was sent; the factors are replaced where they are expanded."""
-        return adapter if adapter.magnitude is None else replace(adapter, magnitude=self.given(adapter.magnitude))
-
-    def _parts(
-        self, base: torch.Tensor, out: torch.Tensor, wide: torch.dtype, terms: list[_Term]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[_Factors]]]:
-        """Yield (rows of the base, rows of the result, each adapter's factors) of every matrix in the weight: one, or
-        one per expert."""
+    def parts(self, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[_Factors]]]:
+        """Yield (rows of the base, rows of `out`, each adapter's factors) of every matrix: one, or one per expert."""
+        base, loras = self.base, [lora for _, lora in (*self.under, *self.over)]
         if self.kind == "parameter" and base.dim() == 3:
             for expert in range(base.shape[0]):
-                factors = [self._on(base, expert_factors(a, expert, wide, self.given)) for _, a in terms]
-                first = terms[0][1]
-                yield expert_rows(base, expert, first), expert_rows(out, expert, first), factors
+                found = [expert_factors(lora, expert, self.wide, self.given) for lora in loras]
+                yield expert_rows(base, expert, loras[0]), expert_rows(out, expert, loras[0]), self._moved(found)
             return
-        factors = [self._on(base, low_rank(a, wide, self.given)) for _, a in terms]
+        factors = self._moved([low_rank(lora, self.wide, self.given) for lora in loras])
         source = base if base.is_contiguous() or self.kind != "conv" else base.contiguous()
         yield rows_of(source, self.kind, self.transposed), rows_of(out, self.kind, self.transposed), factors
 
-    def _on(self, base: torch.Tensor, factors: _Factors) -> _Factors:
-        return factors[0].to(base.device), factors[1].to(base.device)
+    def _moved(self, factors: list[_Factors]) -> list[_Factors]:
+        return [(a.to(self.base.device), b.to(self.base.device)) for a, b in factors]
 
-    def _replaced(self, weight: torch.Tensor) -> torch.Tensor:
-        """Replace the rows of trainable tokens, which have the weight's dtype in the forward too."""
-        for level in self.levels:
-            for row in level.rows():
-                index = torch.tensor(row.indices, dtype=torch.long, device=weight.device)
-                weight = weight.index_copy(0, index, self.given(row.values).detach().to(weight))
-        return weight
-
-
-_Factors = tuple[torch.Tensor, torch.Tensor]
-_Term = tuple[float, ActiveLora]
-
-
-def _sum(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    factors: list[_Factors],
-    under: list[_Term],
-    over: list[_Term],
-    wide: torch.dtype,
-) -> None:
-    """Write the effective rows, a block of them at a time: rows do not depend on each other."""
-    step = max(1, BLOCK // max(1, source.shape[1]))
-    for start in range(0, source.shape[0], step):
-        block = slice(start, start + step)
-        target[block].copy_(_rows(source[block], block, factors, under, over, wide)[0])
-
-
-def _rows(
-    source: torch.Tensor,
-    block: slice,
-    factors: list[_Factors],
-    under: list[_Term],
-    over: list[_Term],
-    wide: torch.dtype,
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Compute the effective rows of one block, and the factor of the output before each adapter of `over` (DoRA)."""
-    base = source.to(wide, copy=True)
-    deltas = [
-        product(b[block], a, factor * adapter.scaling)
-        for (a, b), (factor, adapter) in zip(factors, under + over, strict=True)
-    ]
-    for delta in deltas[: len(under)]:
-        base += delta
-    # Every norm is of the base and one adapter, never of the running sum.
-    running = base.clone() if any(adapter.magnitude is not None for _, adapter in over) else base
-    scales: list[torch.Tensor | None] = []
-    for (_, adapter), delta in zip(over, deltas[len(under) :], strict=True):
-        running += delta
-        if adapter.magnitude is None:
-            scales.append(None)
-            continue
-        norm = torch.linalg.vector_norm(base + delta, dim=1)
-        scale = adapter.magnitude.detach().flatten()[block].to(base.device, wide) / norm
-        running *= scale[:, None]
-        scales.append(scale)
-    return running, scales
+    def rows(
+        self, source: torch.Tensor, block: slice, factors: list[_Factors]
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Compute the effective rows of a block, and the factor of the output before each adapter of `over` (DoRA)."""
+        base = source.to(self.wide, copy=True)
+        deltas = [
+            product(b[block], a, times * lora.scaling)
+            for (a, b), (times, lora) in zip(factors, self.under + self.over, strict=True)
+        ]
+        for delta in deltas[: len(self.under)]:
+            base += delta
+        # Every norm is of the base and one adapter, never of the running sum.
+        running = base.clone() if any(lora.magnitude is not None for _, lora in self.over) else base
+        scales: list[torch.Tensor | None] = []
+        for (_, lora), delta in zip(self.over, deltas[len(self.under) :], strict=True):
+            running += delta
+            scale = None
+            if lora.magnitude is not None:
+                norm = torch.linalg.vector_norm(base + delta, dim=1)
+                scale = lora.magnitude.detach().flatten()[block].to(base.device, self.wide) / norm
+                running *= scale[:, None]
+            scales.append(scale)
+        return running, scales
 
 
 def _bias(
     chain: Chain, name: str, bias: torch.Tensor, dtype: torch.dtype, given: SentValues, copies: int | None
 ) -> torch.Tensor:
     levels = [level for level in chain.on(name) if level.names]
-    if any(level.tokens and level.state is LayerState.ACTIVE for level in levels) and _is_linear(chain):
+    is_linear = not isinstance(getattr(chain.base, "num_embeddings", None), int)
+    if is_linear and any(level.tokens and level.state is LayerState.ACTIVE for level in levels):
         # PEFT's token layer around a linear one calls the matrix product without the bias.
         return torch.zeros_like(bias, dtype=dtype)
-    acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.adapters]
+    acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.loras]
     wide = wide_dtype([bias, *(t for _, a in acting for t in _tensors(a))])
     if not any(a.bias is not None for _, a in acting):
         return _rounded(given(bias).detach(), dtype, wide)
     scales = _dora_scales(chain, name, given, copies)
     base, extra = given(bias).detach().to(wide, copy=True), torch.zeros_like(bias, dtype=wide)
-    for level, adapter in acting:
+    for level, lora in acting:
         sign = -1.0 if level.state is LayerState.MERGED_DISABLED else 1.0
-        if adapter.bias is not None:
-            extra += given(adapter.bias).to(extra) * (sign * adapter.scaling)
-        scale = scales.get(id(adapter.a)) if scales else None
+        if lora.bias is not None:
+            extra += given(lora.bias).to(extra) * (sign * lora.scaling)
+        scale = scales.get(id(lora.a)) if scales else None
         if scale is not None:
             extra *= scale
     return _rounded(base + extra, dtype, wide)
@@ -289,19 +257,12 @@ def _bias(
 def _dora_scales(chain: Chain, name: str, given: SentValues, copies: int | None) -> dict[int, torch.Tensor]:
     """Compute each acting DoRA adapter's factor, by its A: it multiplies everything before it but the base's bias."""
     weight = stored(chain.base, name)
-    if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.adapters):
+    if weight is None or all(a.magnitude is None for level in chain.on(name) for a in level.loras):
         return {}
     one = _Weight(chain, name, weight, given, copies)
-    base = dequantize(chain.base, weight, given).detach()
-    under, over = one._terms()
-    wide = wide_dtype([base, *(t for _, a in (*under, *over) for t in _tensors(a))])
-    (source, _, factors), *_ = one._parts(base, base, wide, under + over)
-    scales = _rows(source, slice(None), factors, under, over, wide)[1]
-    return {id(a.a): scale for (_, a), scale in zip(over, scales, strict=True) if scale is not None}
-
-
-def _is_linear(chain: Chain) -> bool:
-    return not isinstance(getattr(chain.base, "num_embeddings", None), int)
+    (source, _, factors), *_ = one.parts(one.base)
+    scales = one.rows(source, slice(None), factors)[1]
+    return {id(lora.a): scale for (_, lora), scale in zip(one.over, scales, strict=True) if scale is not None}
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> torch.Tensor:
@@ -309,30 +270,30 @@ def _rounded(tensor: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> tor
     return tensor.to(dtype) if dtype.itemsize <= wide.itemsize else tensor.to(wide)
 
 
-def _tensors(adapter: ActiveLora) -> list[torch.Tensor]:
-    held = (adapter.a, adapter.b, adapter.bias, adapter.magnitude, adapter.extra.get("diagonal"))
+def _tensors(lora: ActiveLora) -> list[torch.Tensor]:
+    held = (lora.a, lora.b, lora.bias, lora.magnitude, lora.extra.get("diagonal"))
     return [tensor for tensor in held if tensor is not None]
 
 
 def _level_identity(level: Level, kind: str, transposed: bool, biased: bool) -> Iterator[Hashable]:
     for row in level.rows():
         yield ("rows", row.indices, _address(row.values))
-    for adapter in level.adapters:
-        effect: Any = (adapter.scaling, level.state is LayerState.MERGED_DISABLED, _extra(adapter))
+    for lora in level.loras:
+        effect: Any = (lora.scaling, level.state is LayerState.MERGED_DISABLED, _extra(lora))
         if biased:
-            if adapter.bias is not None:
-                yield (*effect, _address(adapter.bias))
-            if adapter.magnitude is None:
+            if lora.bias is not None:
+                yield (*effect, _address(lora.bias))
+            if lora.magnitude is None:
                 continue
-        left, right = (adapter.a.t(), adapter.b.t()) if transposed and adapter.a.dim() == 2 else (adapter.b, adapter.a)
-        norm = None if adapter.magnitude is None else (_address(adapter.magnitude), kind == "embedding", transposed)
+        left, right = (lora.a.t(), lora.b.t()) if transposed and lora.a.dim() == 2 else (lora.b, lora.a)
+        norm = None if lora.magnitude is None else (_address(lora.magnitude), kind == "embedding", transposed)
         yield (*effect, _address(left), _address(right), norm)
 
 
-def _extra(adapter: ActiveLora) -> Hashable:
+def _extra(lora: ActiveLora) -> Hashable:
     return tuple(
         (key, _address(value) if isinstance(value, torch.Tensor) else value)
-        for key, value in sorted(adapter.extra.items())
+        for key, value in sorted(lora.extra.items())
     )
 
 

@@ -28,35 +28,35 @@ def wide_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return wide
 
 
-def low_rank(adapter: ActiveLora, wide: torch.dtype, given: SentValues) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(lora: ActiveLora, wide: torch.dtype, given: SentValues) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A [r, inputs] and B [outputs, r] as matrices in the dtype `wide`, without the scaling.
 
     Block diagonals are expanded, a diagonal between them is multiplied into B, convolutions are flattened; the factors
     of expert parameters stay as PEFT holds them.
     """
     a, b = (
-        _block_diagonal(factor.chunk(adapter.extra[key], 0)) if adapter.extra.get(key) else factor
-        for factor, key in ((given(adapter.a).to(wide), "blocks_a"), (given(adapter.b).to(wide), "blocks_b"))
+        _block_diagonal(factor.chunk(lora.extra[key], 0)) if lora.extra.get(key) else factor
+        for factor, key in ((given(lora.a).to(wide), "blocks_a"), (given(lora.b).to(wide), "blocks_b"))
     )
-    diagonal = adapter.extra.get("diagonal")
+    diagonal = lora.extra.get("diagonal")
     if diagonal is not None:
         b = b * given(diagonal).to(b.device, wide)
     return a.flatten(1), b.flatten(1)
 
 
 def expert_factors(
-    adapter: ActiveLora, expert: int, wide: torch.dtype, given: SentValues
+    lora: ActiveLora, expert: int, wide: torch.dtype, given: SentValues
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A [r, inputs] and B [outputs, r] of one expert.
 
     The expert is A's slowest index, and B's fastest one unless the layer's `lora_B_layout` marker tells otherwise (as
     Unsloth before 2026-09-17).
     """
-    experts = adapter.extra["experts"]
-    a, b = given(adapter.a), given(adapter.b)
+    experts = lora.extra["experts"]
+    a, b = given(lora.a), given(lora.b)
     rank = a.shape[0] // experts
     a = a.reshape(experts, rank, -1)[expert]
-    if adapter.extra["layout"] == BY_EXPERT:
+    if lora.extra["layout"] == BY_EXPERT:
         b = b.reshape(b.shape[0], experts, rank)[:, expert]
     else:
         b = b.reshape(b.shape[0], rank, experts)[..., expert]
@@ -86,28 +86,28 @@ def rows_of(weight: torch.Tensor, kind: str, transposed: bool) -> torch.Tensor:
     )
 
 
-def expert_rows(weight: torch.Tensor, expert: int, adapter: ActiveLora | None) -> torch.Tensor:
+def expert_rows(weight: torch.Tensor, expert: int, lora: ActiveLora | None) -> torch.Tensor:
     """View one expert's matrix with one row per output."""
     one = weight[expert]
-    swapped = adapter is None or adapter.extra["swapped"] or adapter.extra["experts"] == 1
+    swapped = lora is None or lora.extra["swapped"] or lora.extra["experts"] == 1
     # PEFT adds B A to a lone expert as it is, whatever the orientation.
     return one if swapped else one.t()
 
 
-def explain_misfit(adapter: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
+def explain_misfit(lora: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
     """Explain why an adapter's factors do not fit a weight; None when they do. Reads shapes only."""
-    blocks = (int(adapter.extra.get("blocks_a", 1)), int(adapter.extra.get("blocks_b", 1)))
-    a, b = list(adapter.a.shape), list(adapter.b.shape)
+    blocks = (int(lora.extra.get("blocks_a", 1)), int(lora.extra.get("blocks_b", 1)))
+    a, b = list(lora.a.shape), list(lora.b.shape)
     shown = f"A {a}, B {b} for a weight of shape {list(weight.shape)}"
     if len(a) < 2 or len(b) < 2:
         return shown
     inputs, outputs = prod(a[1:]) * blocks[0], b[0]
     rank_a, rank_b = a[0], prod(b[1:]) * blocks[1]
     if weight.dim() == 3 and kind == "parameter":
-        experts = adapter.extra["experts"]
-        if adapter.extra["layout"] not in (RANK_MAJOR, BY_EXPERT):
-            return f"lora_B_layout is {adapter.extra['layout']!r}, known are {RANK_MAJOR!r} and {BY_EXPERT!r}"
-        wanted = list(expert_rows(weight, 0, adapter).shape) if weight.shape[0] == experts else None
+        experts = lora.extra["experts"]
+        if lora.extra["layout"] not in (RANK_MAJOR, BY_EXPERT):
+            return f"lora_B_layout is {lora.extra['layout']!r}, known are {RANK_MAJOR!r} and {BY_EXPERT!r}"
+        wanted = list(expert_rows(weight, 0, lora).shape) if weight.shape[0] == experts else None
         fits = rank_a % experts == 0
     else:
         wanted = [prod(weight.shape[1:]), weight.shape[0]][::-1]

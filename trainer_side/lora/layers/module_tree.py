@@ -25,10 +25,6 @@ from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
 from trainer_side.names.naming import RESERVED, ROOT_WRAPPER, own_tensors, wrapped_child
 
-CONTAINERS = frozenset(
-    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}
-)
-"""Attributes of a LoRA layer whose tensors, keyed by adapter, the reader knows."""
 _PREFIXES: tuple[tuple[str, ...], ...] = ((), ("base_model", "model"), ("model",))
 """Beginnings of names that come from a PEFT model, or its tuner, around the model that was bound."""
 
@@ -88,7 +84,7 @@ class BaseTensor:
     @property
     def original(self) -> bool:
         """True for the base model's own tensor, and not a copy's."""
-        return all(adapter is None for _, adapter in self.copies)
+        return all(lora is None for _, lora in self.copies)
 
     @property
     def registered(self) -> bool:
@@ -111,7 +107,7 @@ class WrapperTensor:
     Attributes:
         wrapper: None for a tensor of the PEFT model itself (prompt tuning).
         container: the wrapper's attribute that leads to it.
-        adapter: the key below it; None where the container is no dictionary.
+        lora: the key below it, PEFT's name of an adapter; None where the container is no dictionary.
     """
 
     raw: str
@@ -121,7 +117,7 @@ class WrapperTensor:
     buffer: bool
     wrapper: Wrapper | None
     container: str
-    adapter: str | None
+    lora: str | None
 
     def tensor(self) -> torch.Tensor | None:
         """Return the live tensor; None when it is gone."""
@@ -351,10 +347,10 @@ class _Walker:
             self.visit(original, replace(inside, copies=(*at.copies, (wrapper, None))))
         if saved is not None:
             self._remember(saved)
-            for adapter, copy in saved._modules.items():
+            for lora, copy in saved._modules.items():
                 if copy is not None:
-                    inside = at.hop("modules_to_save", live=True).hop(adapter, live=True)
-                    self.visit(copy, replace(inside, copies=(*at.copies, (wrapper, adapter))))
+                    inside = at.hop("modules_to_save", live=True).hop(lora, live=True)
+                    self.visit(copy, replace(inside, copies=(*at.copies, (wrapper, lora))))
 
     def _add_extras(
         self, module: nn.Module, at: _Position, wrapper: Wrapper | None, *, skip: tuple[str, ...] = (), own: bool = True
@@ -374,15 +370,15 @@ class _Walker:
         at: _Position,
         wrapper: Wrapper | None,
         container: str,
-        adapter: str | None,
+        lora: str | None,
         keyed: bool,
     ) -> None:
         self._remember(module)
         for name, _, buffer in own_tensors(module):
-            key = name if keyed else adapter
+            key = name if keyed else lora
             names = at.raw + name, at.live + name
             self.extras.append(WrapperTensor(*names, module, name, buffer, wrapper, container, key))
         for name, child in module._modules.items():
             if child is not None:
                 below = at.hop(name, live=name not in RESERVED)
-                self._add_below(child, below, wrapper, container, name if keyed else adapter, False)
+                self._add_below(child, below, wrapper, container, name if keyed else lora, False)

@@ -42,7 +42,7 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
             got=type(chain.base).__name__,
             remedy="ask for the layers inside it",
         )
-    acting = tuple(a for level in levels if level.state is LayerState.ACTIVE for a in level.adapters)
+    acting = tuple(a for level in levels if level.state is LayerState.ACTIVE for a in level.loras)
     first = acting[0] if acting else None
     kind = kind_of(chain, attribute, weight)
     return LoraParameters(
@@ -52,7 +52,7 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
         B=first.b if first else None,
         scaling=first.scaling if first else None,
         bias=stored_bias(chain.base, attribute),
-        adapters=acting,
+        loras=acting,
         state=_state(chain, levels, acting),
         kind=kind,
         transposed=kind == "linear" and is_transposed(chain, weight),

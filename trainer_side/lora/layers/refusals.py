@@ -142,7 +142,7 @@ def _of_levels(
     if (
         kind == "parameter"
         and of_layer
-        and (is_transposed(chain, weight) or any(a.magnitude is not None for level in of_layer for a in level.adapters))
+        and (is_transposed(chain, weight) or any(a.magnitude is not None for level in of_layer for a in level.loras))
     ):
         names = ", ".join(n for level in levels for n in level.names)
         reason = "which of them the norm sees, or in which orientation they add, depends on their order"
@@ -150,61 +150,53 @@ def _of_levels(
     # A packed weight is stored in another shape than its own.
     is_plain = not is_quantized(chain.base, weight) or weight.dtype in FP8 or weight.dtype == torch.int8
     for level in levels:
-        for adapter in level.adapters:
-            yield from _of_lora(chain, level, adapter, kind, name)
-            if level.state is LayerState.MERGED_DISABLED and adapter.magnitude is not None:
+        for lora in level.loras:
+            yield from _of_lora(chain, level, lora, kind, name)
+            if level.state is LayerState.MERGED_DISABLED and lora.magnitude is not None:
                 reason = "what the merge replaced is not there any more"
-                yield Reason(
-                    f"DoRA adapter {adapter.name}, merged and disabled", reason, adapter.variant, "Unmerge it first"
-                )
-            if (copies or 1) > 1 and (adapter.variant or adapter.magnitude is not None):
+                yield Reason(f"DoRA adapter {lora.name}, merged and disabled", reason, lora.variant, "Unmerge it first")
+            if (copies or 1) > 1 and (lora.variant or lora.magnitude is not None):
                 reason = "how often its effect is added is not known"
-                yield Reason(
-                    f"a variant in an attention layer ({adapter.variant})", reason, adapter.variant, _ELSEWHERE
-                )
-            shapes = explain_misfit(adapter, weight, kind, transposed) if is_plain else None
+                yield Reason(f"a variant in an attention layer ({lora.variant})", reason, lora.variant, _ELSEWHERE)
+            shapes = explain_misfit(lora, weight, kind, transposed) if is_plain else None
             if shapes is not None:
-                yield Reason(
-                    f"adapter {adapter.name}", "its factors do not fit the weight", shapes, "Check the adapter"
-                )
+                yield Reason(f"adapter {lora.name}", "its factors do not fit the weight", shapes, "Check the adapter")
 
 
-def _of_lora(chain: Chain, level: Level, adapter: ActiveLora, kind: str, name: str) -> Iterator[Reason]:
-    variant = adapter.variant
+def _of_lora(chain: Chain, level: Level, lora: ActiveLora, kind: str, name: str) -> Iterator[Reason]:
+    variant = lora.variant
     if variant in PER_TOKEN_VARIANTS:
-        yield Reason(f"adapter {adapter.name} ({variant})", "its effect depends on the token", variant, _ELSEWHERE)
-    unknown = adapter.extra.get("unknown")
+        yield Reason(f"adapter {lora.name} ({variant})", "its effect depends on the token", variant, _ELSEWHERE)
+    unknown = lora.extra.get("unknown")
     if unknown:
         got = ", ".join(unknown)
         yield Reason(
-            f"adapter {adapter.name}", f"the layer holds something that is not understood: {got}", got, _ELSEWHERE
+            f"adapter {lora.name}", f"the layer holds something that is not understood: {got}", got, _ELSEWHERE
         )
     if variant not in PLAIN_VARIANTS | DORA_VARIANTS | PER_TOKEN_VARIANTS.keys():
-        yield Reason(f"adapter {adapter.name} ({variant})", "this variant is not known", variant, _ELSEWHERE)
-    if (variant in DORA_VARIANTS) > (adapter.magnitude is not None):
-        yield Reason(f"DoRA adapter {adapter.name}", "it has no magnitude", variant, _ELSEWHERE)
-    if variant == "KasaLinearVariant" and "diagonal" not in adapter.extra:
-        yield Reason(f"adapter {adapter.name} ({variant})", "it has no lora_diag", variant, _ELSEWHERE)
-    if adapter.bias is not None and name != "in_proj_weight":
+        yield Reason(f"adapter {lora.name} ({variant})", "this variant is not known", variant, _ELSEWHERE)
+    if (variant in DORA_VARIANTS) > (lora.magnitude is not None):
+        yield Reason(f"DoRA adapter {lora.name}", "it has no magnitude", variant, _ELSEWHERE)
+    if variant == "KasaLinearVariant" and "diagonal" not in lora.extra:
+        yield Reason(f"adapter {lora.name} ({variant})", "it has no lora_diag", variant, _ELSEWHERE)
+    if lora.bias is not None and name != "in_proj_weight":
         if stored_bias(chain.base, name) is None:
             yield Reason(
-                f"lora_bias of adapter {adapter.name}", "the layer has no bias to carry it", "no bias", _ELSEWHERE
+                f"lora_bias of adapter {lora.name}", "the layer has no bias to carry it", "no bias", _ELSEWHERE
             )
-        if adapter.magnitude is not None:
-            yield Reason(
-                f"lora_bias of DoRA adapter {adapter.name}", "its norm is not of the weight", variant, _ELSEWHERE
-            )
-    for tensor in (adapter.a, adapter.b):
+        if lora.magnitude is not None:
+            yield Reason(f"lora_bias of DoRA adapter {lora.name}", "its norm is not of the weight", variant, _ELSEWHERE)
+    for tensor in (lora.a, lora.b):
         where = _elsewhere(tensor)
         if where is not None:
             reason = f"its values are not here ({where})"
-            yield Reason(f"adapter {adapter.name}, sharded, offloaded or empty", reason, where, "Gather it first")
+            yield Reason(f"adapter {lora.name}, sharded, offloaded or empty", reason, where, "Gather it first")
             return
     if kind == "conv":
-        yield from _of_convolution(chain.base, level.wrapper, adapter)
+        yield from _of_convolution(chain.base, level.wrapper, lora)
 
 
-def _of_convolution(base: Any, wrapper: Any, adapter: ActiveLora) -> Iterator[Reason]:
+def _of_convolution(base: Any, wrapper: Any, lora: ActiveLora) -> Iterator[Reason]:
     """List the settings in which layer and adapter differ: only two convolutions that see the input alike are one."""
     groups, mode = getattr(base, "groups", 1), getattr(base, "padding_mode", "zeros")
     if groups != 1:
@@ -212,7 +204,7 @@ def _of_convolution(base: Any, wrapper: Any, adapter: ActiveLora) -> Iterator[Re
     if mode != "zeros":
         reason = "the adapter pads its input with zeros, so that no single weight has its effect"
         yield Reason(f"LoRA on a convolution that pads with {mode}", reason, f"padding_mode={mode}", _ELSEWHERE)
-    first = wrapper.lora_A[adapter.name]
+    first = wrapper.lora_A[lora.name]
     for setting in ("stride", "padding", "dilation"):
         one = getattr(base, setting, None)
         other = getattr(first, setting, one)

@@ -24,7 +24,7 @@ class LayerState(Enum):
     PLAIN = "plain"
     """No LoRA here: an ordinary layer."""
     ACTIVE = "active"
-    """The base and every adapter in `LoraParameters.adapters` (none: no active adapter is owned by this layer)."""
+    """The base and every adapter in `LoraParameters.loras` (none: no active adapter is owned by this layer)."""
     DISABLED = "disabled"
     """The base alone."""
     MERGED = "merged"
@@ -86,7 +86,7 @@ class LoraParameters:
         quant_state: what is needed to read a quantised weight; None for a plain one.
         A, B, scaling: of the first acting adapter; None when disabled, merged or without LoRA.
         bias: of the base layer, in every state; None where it has none.
-        adapters: all that act now, in the order of the forward.
+        loras: all that act now, in the order of the forward.
         state: see `LayerState`.
         kind: "linear", "embedding", "conv", "parameter" (a `target_parameters` wrapper), "attention", "other".
         transposed: the weight is stored (in, out): fan_in_fan_out.
@@ -101,7 +101,7 @@ class LoraParameters:
     B: torch.Tensor | None
     scaling: float | None
     bias: torch.Tensor | None
-    adapters: tuple[ActiveLora, ...] = ()
+    loras: tuple[ActiveLora, ...] = ()
     state: LayerState = LayerState.PLAIN
     kind: str = "other"
     transposed: bool = False

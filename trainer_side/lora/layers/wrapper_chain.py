@@ -19,17 +19,11 @@ from torch import nn
 
 from bridge.errors import UnsupportedLora
 from trainer_side.lora.layers.values import ActiveLora, LayerState, TokenRows
-from trainer_side.names.naming import RESERVED
+from trainer_side.names.naming import LORA_SEGMENTS, RESERVED
 
-_CHILDREN = frozenset(
-    {
-        "base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_dropout",
-        "lora_magnitude_vector", "lora_diag",
-        # These two act in training alone; a layer's weight is what its eval-mode forward computes with.
-        "lora_velora_embed", "lora_monteclora_sampler",
-    }
-)  # fmt: skip
-"""What a LoRA layer may hold. Anything else that holds an entry for an adapter may change what the adapter does."""
+# The last two act in training alone; a layer's weight is what its eval-mode forward computes with.
+_CHILDREN = LORA_SEGMENTS | {"base_layer", "lora_dropout", "lora_velora_embed", "lora_monteclora_sampler"}
+"""Children that a LoRA layer may have. Any other that holds an entry for an adapter may change its effect."""
 _PENDING = "_lora_kasa_truncation_deferred"
 """PEFT's note that the next forward will truncate the base weight."""
 RANK_MAJOR, BY_EXPERT = "rank_major", "grouped_by_expert"
@@ -82,7 +76,7 @@ class Level:
         return _own(self.wrapper, "parameter_name") is not None
 
     @cached_property
-    def adapters(self) -> tuple[ActiveLora, ...]:
+    def loras(self) -> tuple[ActiveLora, ...]:
         """The adapters of `names`. Raises UnsupportedLora for a factor without a weight."""
         scaling = dict(self.setting.scaling)
         return () if self.tokens else tuple(_adapter(self.wrapper, name, scaling) for name in self.names)
