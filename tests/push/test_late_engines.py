@@ -55,7 +55,7 @@ def test_an_engine_that_fails_to_resume_never_hangs_its_callers(
 
 
 def _fail(patch: pytest.MonkeyPatch, method: str, times: int, error: type[Exception] = DeadlineExceeded) -> list[str]:
-    """The engine's adapter fails at this so many times, then does it. What was asked, in order."""
+    """The engine's driver fails in this method so many times, then does it; its calls, in order."""
     real = getattr(EmbeddedDriver, method)
     asked: list[str] = []
 
