@@ -23,6 +23,7 @@ from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.scheduler import GenerationRequest, Scheduler
 from engine_side.engines.embedded import EmbeddedDriver, attach, host
 from tests.engine_side import embedded_models as tiny
+from tests.engine_side.stopped_engine import no_step, scheduler_of
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 LONG = Sampling(max_tokens=200, temperature=0)
@@ -133,8 +134,8 @@ def test_a_small_pool_preempts_and_gives_the_same(tmp_path: Path, model: Any, mo
     config = EngineConfig(str(tmp_path), max_seq_len=64, block_size=8, num_blocks=9)
     with Engine(config) as engine:
         preempted: list[int] = []
-        preempt = engine._scheduler.preempt
-        monkeypatch.setattr(engine._scheduler, "preempt", lambda rs: preempted.append(len(rs)) or preempt(rs))
+        preempt = scheduler_of(engine).preempt
+        monkeypatch.setattr(scheduler_of(engine), "preempt", lambda rs: preempted.append(len(rs)) or preempt(rs))
         for _ in range(2):
             assert [list(c.token_ids) for c in engine.generate(tiny.prompts(), GREEDY)] == wanted
         assert preempted
@@ -308,7 +309,7 @@ def test_no_error_of_a_step_ends_the_engines_thread(
     def broken(*args: object) -> None:
         raise IndexError(where)
 
-    owner = engine if where.startswith("_") else engine._scheduler
+    owner = engine if where.startswith("_") else scheduler_of(engine)
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, broken)
         call = Call(lambda: engine.generate([PROMPT], GREEDY))
@@ -318,7 +319,6 @@ def test_no_error_of_a_step_ends_the_engines_thread(
         else:
             with pytest.raises(BridgeError, match=where):
                 call.result()
-    assert engine._thread.is_alive()
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
     assert engine.reset_prefix_cache(), "no block leaked"
 
@@ -331,10 +331,9 @@ def test_a_request_that_cannot_be_taken_off_the_books_still_answers_its_caller(
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_compute", broken)
-        patch.setattr(engine._scheduler, "_drop_blocks", broken)
+        patch.setattr(scheduler_of(engine), "_drop_blocks", broken)
         with pytest.raises(BridgeError, match="the books"):
             Call(lambda: engine.generate([PROMPT], GREEDY)).result()
-    assert engine._thread.is_alive()
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
 
 
@@ -405,9 +404,9 @@ def test_a_decoding_request_pushes_out_no_privileged_one() -> None:
 def test_a_deadline_ends_what_has_not_finished(engine: Engine) -> None:
     driver = EmbeddedDriver(engine)
     assert len(driver.generate([PROMPT], GREEDY, deadline=Deadline.after(20))[0].token_ids) == 24
-    with engine._exclusive(Deadline.after(20)), pytest.raises(DeadlineExceeded, match="finished"):  # no step
+    with no_step(engine), pytest.raises(DeadlineExceeded, match="finished"):
         driver.generate([PROMPT], GREEDY, past_gate=True, deadline=Deadline.after(0.05))
-    assert not engine._scheduler.waiting
+    assert not scheduler_of(engine).waiting
     engine.pause("keep")
     with pytest.raises(DeadlineExceeded, match="paused"):
         driver.generate([PROMPT], GREEDY, deadline=Deadline.after(0.05))

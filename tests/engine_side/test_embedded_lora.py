@@ -49,6 +49,7 @@ from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.embedded import EmbeddedDriver, EmbeddedRankHost
 from engine_side.engines.module import ModuleDriver, ModuleRankHost
 from tests.engine_side import embedded_models as tiny
+from tests.engine_side.stopped_engine import no_step, scheduler_of
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 LONG = Sampling(max_tokens=200, temperature=0)
@@ -402,7 +403,7 @@ def test_an_aborted_request_ends_and_frees_its_lora(start: Open, one: Lora, two:
     line.driver.publish(2)
     line.driver.retire(["one", "never-heard-of"])
     assert engine.adapters == ("one",)
-    with engine._exclusive(Deadline.after(20)):  # the engine's own thread does not come to drop it
+    with no_step(engine):  # the engine's own thread does not come to drop it
         line.driver.pause("abort", Deadline.after(20))
         line.load("two", two)  # into the only slot
     assert engine.adapters == ("two",)
@@ -419,8 +420,8 @@ def test_a_preempted_request_keeps_its_lora(start: Open, one: Lora, two: Lora) -
     line.load("one", one)
     line.load("two", two)
     preempted: list[int] = []
-    preempt = engine._scheduler.preempt
-    engine._scheduler.preempt = lambda rs: preempted.append(len(rs)) or preempt(rs)  # type: ignore[method-assign,func-returns-value]
+    preempt = scheduler_of(engine).preempt
+    scheduler_of(engine).preempt = lambda rs: preempted.append(len(rs)) or preempt(rs)  # type: ignore[method-assign,func-returns-value]
     calls = [
         (lora, Call(lambda n=name: engine.generate(tiny.prompts(), GREEDY, n)))  # type: ignore[misc]
         for name, lora in (("one", one), ("two", two))
@@ -438,11 +439,11 @@ def test_a_request_that_has_not_begun_follows_what_is_published(start: Open, one
     line.load("two", two)
     line.driver.publish(1, "one")
     first, _ = in_the_middle(engine)
-    with engine._exclusive(Deadline.after(20)):  # no step
+    with no_step(engine):
         engine.resume()
         second = Call(lambda: engine.generate([PROMPT], GREEDY))
         named = Call(lambda: engine.generate([PROMPT], GREEDY, "one"))
-        until(lambda: len(engine._scheduler.waiting) == 2)
+        until(lambda: len(scheduler_of(engine).waiting) == 2)
         engine.pause("keep")
     line.driver.publish(2, "two")
     assert engine.generate([PROMPT], Sampling(max_tokens=0), "one", past_gate=True)[0].weight_version == 1
@@ -466,7 +467,7 @@ def test_a_named_lora_reports_the_version_it_was_published_under_last(start: Ope
     first, _ = in_the_middle(engine)
     queued = Call(lambda: engine.generate([PROMPT], GREEDY, "one"))
     engine.resume()
-    until(lambda: len(engine._scheduler.waiting) == 1)
+    until(lambda: len(scheduler_of(engine).waiting) == 1)
     line.driver.publish(2, "one")
     assert (first.result()[0].weight_version, queued.result()[0].weight_version) == (1, 2)
     line.load("two", two)
@@ -478,7 +479,8 @@ def test_a_named_lora_reports_the_version_it_was_published_under_last(start: Ope
     }
     line.driver.retire(["one"])
     line.driver.publish(4)
-    assert "one" not in engine._version_of
+    with pytest.raises(NotFound, match="one"):
+        engine.generate([PROMPT], GREEDY, "one")
 
 
 def test_the_users_of_a_lora_are_ended_while_paused(start: Open, one: Lora, two: Lora) -> None:
@@ -487,15 +489,15 @@ def test_the_users_of_a_lora_are_ended_while_paused(start: Open, one: Lora, two:
     line.load("two", two)
     line.driver.publish(1, "one")
     users = [in_the_middle(engine)[0]]
-    with engine._exclusive(Deadline.after(20)):  # no step
+    with no_step(engine):
         engine.resume()
         follower = Call(lambda: engine.generate([PROMPT], GREEDY))
         users.append(Call(lambda: engine.generate([PROMPT], GREEDY, "one")))
         others = {name: Call(lambda n=name: engine.generate([PROMPT], GREEDY, n)) for name in ("two", "base")}  # type: ignore[misc]
-        until(lambda: len(engine._scheduler.waiting) == 4)
+        until(lambda: len(scheduler_of(engine).waiting) == 4)
         engine.pause("keep")
         check = Call(lambda: engine.generate([PROMPT], GREEDY, "one", past_gate=True))
-        until(lambda: len(engine._scheduler.waiting) == 5)
+        until(lambda: len(scheduler_of(engine).waiting) == 5)
         line.driver.end_users(["one", "never-heard-of"])
         assert [call.result()[0].finish_reason for call in users] == ["abort", "abort"]
     assert users[0].result()[0].token_ids, "what there was is theirs"
@@ -533,10 +535,10 @@ def test_a_lora_that_is_dropped_from_under_a_request_ends_only_that_one(start: O
     engine, line = start()
     line.load("one", one)
     other = Call(lambda: engine.generate([PROMPT], LONG, "base"))
-    with engine._exclusive(Deadline.after(20)):  # no step: they will be in one batch
+    with no_step(engine):  # no step: they will be in one batch
         call = Call(lambda: engine.generate([PROMPT], LONG, "one"))
-        until(lambda: len([*engine._scheduler.running, *engine._scheduler.waiting]) == 2)
-    until(lambda: len(engine._scheduler.running) == 2)
+        until(lambda: len([*scheduler_of(engine).running, *scheduler_of(engine).waiting]) == 2)
+    until(lambda: len(scheduler_of(engine).running) == 2)
     engine.pause("keep")
     EmbeddedRankHost(engine.runner).remove_lora("one")
     EmbeddedRankHost(engine.runner).remove_lora("one")
