@@ -233,7 +233,7 @@ class ModelRunner:
             with self._narrowed(rows):
                 logits = self.causal_lm.logits(hidden[rows]).float().log_softmax(dim=-1)
             scores.append(logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
-        return [of_prompt[:-1].tolist() for of_prompt in torch.cat(scores).split(counts)]
+        return [of_prompt[:-1].tolist() for of_prompt in torch.split(torch.cat(scores), counts)]
 
     # ---- jobs ----
 
