@@ -118,7 +118,7 @@ class Bridge:
         self._agreed: dict[bool, _Agreed] = {}
         """By whether it is an adapter's."""
         self._engine_infos: tuple[EngineInfo, ...] | None = None
-        self._base = BaseWeightsCheck(trainer, self._compare, lambda: self.status().weights)
+        self._base = BaseWeightsCheck(trainer)
         self._closed = False
         self._warned = False
         self._finalizer = weakref.finalize(self, _dropped, session, trainer, self._agreed)
@@ -199,12 +199,12 @@ class Bridge:
         if verify is None and not self._trainer.bound and not self._warned:
             self._warned = True
             log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
+        if self._closed:
+            raise _closed_error(self.name)
+        self._session.begin_push()
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
-            if self._closed:
-                raise _closed_error(self.name)
-            self._session.begin_push()
             pending = self._push(named, settings)
         finally:
             self._pushing.release()
@@ -299,22 +299,35 @@ class Bridge:
     def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[_Slot, tuple[str, ...]]:
         """Ask for a slot. An adapter is only right over the base that it was trained on, so before the first one the
         engines' weights are compared with it, bit for bit; the second answer says why that could not be done."""
-        doubt = self._base.prove() if over_base and not self._base.holds else None
+        doubt = self._prove_base() if over_base and not self._base.holds else None
         slot = self._ask_slot(agreed, version, over=self._base.over if over_base else None)
         if slot is None:  # somebody has pushed other weights, or gone back, since
-            doubt = self._base.prove()
+            doubt = self._prove_base()
             slot = self._ask_slot(agreed, version, over=self._base.over)
         if slot is None:
             raise Busy("somebody else pushes weights at the same time", where=self.name, remedy="push again")
         return slot, () if doubt is None else (doubt,)
+
+    def _prove_base(self) -> str | None:
+        # the callables are handed in for the call only: a check that kept them would keep this Bridge alive
+        return self._base.prove(self._compare, lambda: self.status().weights)
 
     def _ask_slot(
         self, agreed: _Agreed, version: int | None, *, compare: bool = False, over: int | None = None
     ) -> _Slot | None:
         """A free slot; None when other weights are served than those that the push `over` brought."""
         holder = f"pid {os.getpid()} on {socket.gethostname()}"
-        begun = self._call(BeginRequest(agreed.planned.plan, version, holder, compare, over), Begun)
+        try:
+            begun = self._call(BeginRequest(agreed.planned.plan, version, holder, compare, over), Begun)
+        except ProtocolError:  # another trainer has had another layout planned since
+            self._forget_plans()
+            raise
         return None if begun.slot is None else _Slot(begun.version, begun.slot, begun.base)
+
+    def _forget_plans(self) -> None:
+        for agreed in self._agreed.values():
+            agreed.arena.close()
+        self._agreed.clear()
 
     def _compare(self, snapshot: Snapshot) -> Compared:
         """Bring a snapshot into a free slot and have it compared with the weights that every engine serves."""

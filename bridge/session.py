@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Session:
         self.closed = False
         self._pid = os.getpid()
         self._lease: Lease | None = None
+        self._closing = threading.RLock()
         # Not weakref.finalize: its exit hook may run after that of an engine started later than the hook was installed,
         # and an attached engine has to run while its arenas are let go of. Exit hooks run last in, first out.
         atexit.register(self.close)
@@ -87,16 +89,19 @@ class Session:
     def close(self) -> None:
         """Give up the lease and what this process holds of the session. Idempotent; does nothing in a forked child. May
         block for as long as a running push and the engines' own deadlines take."""
-        if self.closed or self.forked:
+        if self.forked:
             return
-        self.closed = True
-        atexit.unregister(self.close)
-        try:
-            self._end()
-        finally:
-            if self._lease is not None:
-                self._lease.release()
-                self._lease = None
+        with self._closing:  # the exit hook waits here for a close that is under way on another thread
+            if self.closed:
+                return
+            try:
+                self._end()
+            finally:
+                self.closed = True
+                atexit.unregister(self.close)
+                if self._lease is not None:
+                    self._lease.release()
+                    self._lease = None
 
     def shutdown(self) -> None:
         """Close, and stop the daemon if there is one. Does nothing in a forked child."""
@@ -126,7 +131,9 @@ class InProcessSession(Session):
             ledger = Ledger.open(chosen, directory=self._temporary)
             try:
                 remove_remains(ledger.path, config.shm_dir)
-                self._coordinator = Coordinator(chosen, [port], ledger, node=node, shm_dir=config.shm_dir)
+                self._coordinator = Coordinator(
+                    chosen, [port], ledger, node=node, shm_dir=config.shm_dir, start_timeout_s=config.start_timeout_s
+                )
             except BaseException:
                 ledger.close()
                 raise

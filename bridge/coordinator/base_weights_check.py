@@ -25,16 +25,10 @@ class BaseWeightsCheck:
 
     Args:
         trainer: holds the bound model, whose base it is.
-        compare: writes a snapshot into a free slot and compares it with what every engine serves.
-        served: asks which push brought the weights that the engines serve now.
     """
 
-    def __init__(
-        self, trainer: TrainerPort, compare: Callable[[Snapshot], Compared], served: Callable[[], int | None]
-    ) -> None:
+    def __init__(self, trainer: TrainerPort) -> None:
         self._trainer = trainer
-        self._compare = compare
-        self._served = served
         self._found: _Finding | None = None
 
     @property
@@ -57,21 +51,25 @@ class BaseWeightsCheck:
         """True while the last comparison still applies to the trainer's base as it is now."""
         return self.over is not None and self._found is not None and self._found.mark == self._trainer.base_mark()
 
-    def prove(self) -> str | None:
+    def prove(self, compare: Callable[[Snapshot], Compared], served: Callable[[], int | None]) -> str | None:
         """Compare the base, bit for bit, with every engine. Blocks; writes no engine.
+
+        Args:
+            compare: writes a snapshot into a free slot and compares it with what every engine serves.
+            served: asks which push brought the weights that the engines serve now.
 
         Returns the reason when there is nothing to compare with. Raises UnsupportedLora when they differ, at once where
         the same base and weights were found to differ before.
         """
         before, self._found = self._found, None
         against = before.against if before is not None else None
-        if against is not None and before == _Finding(self._served(), self._trainer.base_mark(), against):
+        if against is not None and before == _Finding(served(), self._trainer.base_mark(), against):
             self._found = before
             raise against
         try:
             mark = self._trainer.base_mark()
             snapshot = self._trainer.collect_base()
-            compared = self._compare(snapshot)
+            compared = compare(snapshot)
         except UnsupportedLora as error:
             return f"the engines' base weights were not compared with the trainer's: {error}"
         except (DtypeMismatch, MissingTensor) as error:  # engines that hold their base in another format

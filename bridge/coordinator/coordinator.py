@@ -26,7 +26,7 @@ from bridge.coordinator.push_run import PushRunner
 from bridge.coordinator.reports import scope_of
 from bridge.coordinator.rollback import find_rollback
 from bridge.coordinator.versions import AgreedPlan, OpenPush, Served, Versions
-from bridge.errors import BridgeError, Busy, Closed, ConfigError, NotFound, ProtocolError
+from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, NotFound, ProtocolError
 from bridge.journal.ledger import Ledger
 from bridge.model.lora_format import split
 from bridge.ports import EnginePort
@@ -207,7 +207,11 @@ class Coordinator:
     def _make_plan(self, request: PlanRequest, deadline: Deadline) -> AgreedPlan:
         self._planning = True
         try:
-            return self._layouts.serving(request) or self._layouts.make(request, self._versions, deadline)
+            plan = self._layouts.serving(request) or self._layouts.make(request, self._versions, deadline)
+            with self._lock:  # a push that was begun through the former plan keeps its arena
+                in_use = self._open.plan if self._open is not None else None
+            self._layouts.drop_unheld(self._versions, in_use)
+            return plan
         finally:
             self._planning = False
 
@@ -235,13 +239,21 @@ class Coordinator:
             self._runner.note("aborted", version=push.version, reason="dropped before it was sealed")
 
     def _begin(self, request: BeginRequest, deadline: Deadline) -> Begun:
-        plan, versions = self._layouts.current(request.plan), self._versions
-        if plan.lora is not None:
-            served = versions.committed.version if versions.committed is not None else None
-            if self._fleet.not_serving(served):
-                self._owner.run(lambda: self._fleet.require_serving(served), deadline, "asking the engines again")
         with self._lock:
             self._refuse_when_busy()
+        if self._planning:  # which may replace the plan that this push means
+            return self._owner.run(lambda: self._begin_now(request), deadline, "planning the layout")
+        if self._layouts.current(request.plan).lora is not None:
+            committed = self._versions.committed
+            served = committed.version if committed is not None else None
+            if self._fleet.not_serving(served):
+                self._owner.run(lambda: self._fleet.require_serving(served), deadline, "asking the engines again")
+        return self._begin_now(request)
+
+    def _begin_now(self, request: BeginRequest) -> Begun:
+        with self._lock:
+            self._refuse_when_busy()
+            plan, versions = self._layouts.current(request.plan), self._versions
             if request.over is not None and request.over != versions.weights_version:
                 return Begun(0, None, None)
             version = 0 if request.compare else self.ledger.issue(request.version)
@@ -300,7 +312,7 @@ class Coordinator:
         result: Finished | None = None
         try:
             if self._layouts.outdated:
-                self._layouts.drop_unheld(self._versions)
+                self._layouts.drop_unheld(self._versions, push.plan)
             result = self._runner.push(push, request)
         except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
             result = self._runner.give_up(push.version, error)
@@ -328,20 +340,23 @@ class Coordinator:
     def _roll_back(self, request: RollbackRequest, deadline: Deadline) -> Finished:
         with self._lock:
             self._refuse_when_busy()
-            rollback = find_rollback(self._versions, self.name, request.timeout_s)
-            push = OpenPush(rollback.back.version, rollback.held.plan, rollback.held.slot, "a rollback", submitted=True)
-            self._open = push
+            find_rollback(self._versions, self.name, request.timeout_s)  # refuses before it waits for its turn
+        return self._owner.run(lambda: self._run_rollback(request.timeout_s), deadline, "the rollback")
 
-        def run() -> Finished:
-            try:
-                return self._runner.roll_back(rollback)
-            except Exception as error:  # thread boundary, as in `_run`: engines are not left paused
-                return self._runner.give_up(push.version, error)
-            finally:
-                with self._lock:
-                    self._open = None
-
-        return self._owner.run(run, deadline, "the rollback")
+    def _run_rollback(self, timeout_s: float) -> Finished:
+        """Roll back on the owner thread; the coordinator is free again whatever happens."""
+        with self._lock:
+            self._refuse_when_busy()
+            rollback = find_rollback(self._versions, self.name, timeout_s)
+            back, held = rollback.back, rollback.held
+            self._open = OpenPush(back.version, held.plan, held.slot, "a rollback", submitted=True)
+        try:
+            return self._runner.roll_back(rollback)
+        except Exception as error:  # thread boundary, as in `_run`: engines are not left paused
+            return self._runner.give_up(back.version, error)
+        finally:
+            with self._lock:
+                self._open = None
 
     def _explain(self, request: ExplainRequest, deadline: Deadline) -> Explained:
         plan, lora = self._layouts.weights, self._layouts.lora
@@ -366,14 +381,18 @@ class Coordinator:
         """Collect the facts for `health.assess`. An engine that a push occupies is not examined, and the facts say so:
         an examination waits for no push, and no push finds a paused engine waiting for an examination."""
         push, served = self._open, self._versions.committed
+        why = f"version {push.version} is being pushed" if push is not None else "a layout is being planned"
+        engines: list[dict[str, Any]] | None = None
         if push is None and not self._planning:
-            served, engines = self._owner.run(
-                lambda: (self._versions.committed, examine(self._fleet, self._versions, deadline)),
-                deadline,
-                "the examination",
-            )
-        else:
-            why = f"version {push.version} is being pushed" if push is not None else "a layout is being planned"
+            try:
+                served, engines = self._owner.run(
+                    lambda: (self._versions.committed, examine(self._fleet, self._versions, deadline)),
+                    deadline,
+                    "the examination",
+                )
+            except DeadlineExceeded as error:
+                why = str(error)
+        if engines is None:
             engines = [{**facts_of(info), "not_examined": why} for info in self._fleet.infos.values()]
         last = self.ledger.receipts(1)
         return {

@@ -136,13 +136,14 @@ class Fleet:
         return list(self.infos.values())
 
     def ask_infos(self, deadline: Deadline) -> dict[str, EngineInfo]:
-        """Ask every engine for its facts; one that does not answer is shown as LOST. Remembers nothing."""
+        """Ask every engine for its facts and remember them; one that does not answer is shown as LOST."""
         requests: dict[str, ToEngine] = dict.fromkeys((port.id for port in self.engines), EngineHello())
         found = self.ask_each(requests, EngineIs, deadline)
-        return {
+        self.infos = infos = {
             engine: _lost(self.infos[engine], answer) if isinstance(answer, BridgeError) else answer.info
             for engine, answer in found.items()
         }
+        return infos
 
     def current_infos(self) -> tuple[EngineInfo, ...]:
         """Tell each engine's facts at once, from any thread: fresh where the engine answers within STATUS_WAIT_S, else

@@ -14,13 +14,14 @@ from pathlib import Path
 from bridge.coordinator import manifest_agreement
 from bridge.coordinator.engines import Fleet
 from bridge.coordinator.versions import AgreedPlan, Held, Served, Versions
-from bridge.errors import ProtocolError
+from bridge.errors import DeadlineExceeded, PeerLost, ProtocolError
 from bridge.protocol.coordinator_messages import PlanRequest
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 
 log = logging.getLogger(__name__)
 
+FORGET_TIMEOUT_S = 30.0
 CARRY_SLOT = 1
 """Where a new arena holds what the engines serve, so that the first push through it can be undone."""
 
@@ -58,29 +59,32 @@ class Layouts:
         """Bake in every engine, agree on a manifest, create its arena, have the engines map it, and make the plan the
         current one of its kind. Blocks (owner thread); on an error nothing has changed.
 
-        A new weights arena first receives what the engines serve now, so that the next push can be undone.
+        A new weights arena first receives what the engines serve now, so that the next push can be undone. Call
+        `drop_unheld` afterwards.
         """
         plan_id, self._next = self._next, self._next + 1
-        manifest = manifest_agreement.agree(request, self._fleet.bake(plan_id, request, deadline))
-        arena = Arena.create(manifest, name=self._name, directory=self._shm_dir, journal=self._journal)
-        plan = AgreedPlan(plan_id, request.tensors, request.partial, arena, request.lora)
-        other = self.lora if request.lora is None else self.weights
-        keep = {held.plan.id for held in versions.held} | ({other.id} if other is not None else set())
+        arena: Arena | None = None
         try:
-            self._fleet.map(plan, tuple(keep), deadline)
+            manifest = manifest_agreement.agree(request, self._fleet.bake(plan_id, request, deadline))
+            arena = Arena.create(manifest, name=self._name, directory=self._shm_dir, journal=self._journal)
+            plan = AgreedPlan(plan_id, request.tensors, request.partial, arena, request.lora)
+            self._fleet.map(plan, tuple(self._plans), deadline)
             if plan.lora is None:
                 carried = self._carry(plan, versions.committed, deadline)
                 if carried is not versions.committed:
                     versions.return_to(carried)
-        except BaseException:
-            _discard(arena)
+        except BaseException as error:
+            if arena is not None:
+                _discard(arena)
+            if not isinstance(error, PeerLost | DeadlineExceeded):  # those engines are not waited for once more
+                self._fleet.forget(tuple(self._plans), Deadline.after(FORGET_TIMEOUT_S))
             raise
         self._plans[plan.id] = plan
         if plan.lora is None:
             self.weights = plan
         else:
             self.lora = plan
-        self.drop_unheld(versions)
+        self.outdated = True
         return plan
 
     def _carry(self, plan: AgreedPlan, served: Served | None, deadline: Deadline) -> Served | None:
@@ -103,16 +107,17 @@ class Layouts:
             return None
         return Served(served.version, None, served.lora, served.lora_name, served.mode)
 
-    def drop_unheld(self, versions: Versions) -> None:
-        """Unlink the arenas that no version and no push needs any more, here and in the engines."""
+    def drop_unheld(self, versions: Versions, in_use: AgreedPlan | None) -> None:
+        """Unlink the arenas that no version and no push needs any more, here and in the engines. `in_use` is the plan
+        of the push that a trainer has begun, if there is one."""
         needed = {held.plan.id for held in versions.held}
-        needed |= {plan.id for plan in (self.weights, self.lora) if plan is not None}
+        needed |= {plan.id for plan in (self.weights, self.lora, in_use) if plan is not None}
         old = [plan for plan in self._plans.values() if plan.id not in needed]
         for plan in old:
             _discard(self._plans.pop(plan.id).arena)
         self.outdated = len(self._plans) > (self.weights is not None) + (self.lora is not None)
         if old:
-            self._fleet.forget(tuple(self._plans), Deadline.after(30))
+            self._fleet.forget(tuple(self._plans), Deadline.after(FORGET_TIMEOUT_S))
 
     def close(self) -> None:
         """Unlink every arena."""

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
-from bridge.errors import DeadlineExceeded
+from bridge.errors import Closed, DeadlineExceeded
 from bridge.protocol.deadline import Deadline
 
 T = TypeVar("T")
@@ -26,14 +26,20 @@ class OwnerThread:
     """
 
     def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._closed = False
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Queue a job; returns at once."""
+        """Queue a job; returns at once. Raises Closed after `close`."""
         future: Future[T] = Future()
-        self._jobs.put((job, future))
+        with self._lock:
+            if self._closed:
+                raise Closed("this coordinator was closed", where=self._name, remedy="start or attach a new one")
+            self._jobs.put((job, future))
         return future
 
     def run(self, job: Callable[[], T], deadline: Deadline, what: str) -> T:
@@ -43,9 +49,8 @@ class OwnerThread:
         try:
             return future.result(deadline.remaining_s + GRACE_S)
         except FutureTimeoutError:
-            if future.done():  # the job itself raised TimeoutError
-                raise
-            future.cancel()
+            if not future.cancel() and future.done():  # it ended just now, or raised a TimeoutError of its own
+                return future.result()
             raise DeadlineExceeded(
                 f"{what} has not ended in time",
                 expected="an answer from every engine",
@@ -54,8 +59,10 @@ class OwnerThread:
             ) from None
 
     def close(self, deadline: Deadline) -> bool:
-        """Let queued jobs end, then stop. False when a job still runs at the deadline."""
-        self._jobs.put(None)
+        """Take no more jobs, let the queued ones end, then stop. False when a job still runs at the deadline."""
+        with self._lock:
+            self._closed = True
+            self._jobs.put(None)
         self._thread.join(deadline.remaining_s)
         return not self._thread.is_alive()
 

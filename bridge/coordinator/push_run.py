@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 
 import msgspec
 
@@ -16,7 +17,7 @@ from bridge.coordinator.versions import Held, OpenPush, References, Served, Vers
 from bridge.errors import BridgeError
 from bridge.journal.ledger import Ledger
 from bridge.model.engine_state import EngineState
-from bridge.model.receipt import Receipt
+from bridge.model.receipt import EngineReport, Receipt
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import Finished, SubmitRequest
 from bridge.protocol.deadline import Deadline
@@ -109,8 +110,12 @@ class PushRunner:
     def give_up(self, version: int, error: Exception) -> Finished:
         """End a push whose run raised: put every engine back, and answer with the error. Never raises."""
         log.exception("push %d failed", version)
+        committed = self._versions.committed
+        if committed is None or committed.version != version:
+            self._versions.references.pop(version, None)
+            self.note("aborted", version=version, reason=str(error))
         try:
-            restore(self._fleet, self._versions.committed, (), f"an error of ours: {error}")
+            self._note_quarantines(restore(self._fleet, committed, (), f"an error of ours: {error}"))
         except Exception:  # thread boundary: the trainer must get the first error, whatever the second is
             log.exception("engines could not be put back after push %d", version)
         return Finished(None, ErrorInfo.of(error), aborted=True, serving=self._fleet.serving)
@@ -159,14 +164,18 @@ class PushRunner:
         unwritten = self.note("receipt", version=receipt.version, receipt=msgspec.to_builtins(receipt))
         if unwritten is not None:
             receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
-        for report in verdict.reports:
-            if report.state == EngineState.QUARANTINED.value:
-                self.note("quarantined", engine=report.id, reason=report.error or "")
+        self._note_quarantines(verdict.reports)
         serving = self._fleet.serving
         if verdict.error is not None:
-            return Finished(receipt, ErrorInfo.of(verdict.error), verdict.touched, serving)
-        lost = unserved(receipt.version, receipt.engines)
-        return Finished(receipt, None if lost is None else ErrorInfo.of(lost), serving=serving)
+            lost = any(report.serving is None for report in verdict.reports)
+            return Finished(receipt, ErrorInfo.of(verdict.error), verdict.touched or lost, serving)
+        missing = unserved(receipt.version, receipt.engines)
+        return Finished(receipt, None if missing is None else ErrorInfo.of(missing), serving=serving)
+
+    def _note_quarantines(self, reports: Iterable[EngineReport]) -> None:
+        for report in reports:
+            if report.state == EngineState.QUARANTINED.value:
+                self.note("quarantined", engine=report.id, reason=report.error or "")
 
     def note(self, kind: str, **fields: object) -> str | None:
         """Journal an entry that nothing depends on. Returns what the receipt should say where that failed: the trainer

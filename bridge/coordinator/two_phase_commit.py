@@ -181,7 +181,7 @@ class TwoPhaseCommit:
         answer = fleet.ask_each({engine: resume}, EngineOk, deadline)[engine]
         if isinstance(answer, BridgeError) and not isinstance(answer, TransportError):
             job = _restore_job(weights if target.held.plan.lora is not None else target.held)
-            message = EngineRestore(job, target.version, why, fleet.turn, target.lora)
+            message = EngineRestore(job, target.version, why, RESTORE_TIMEOUT_S, fleet.turn, target.lora)
             answer = fleet.ask_each({engine: message}, EngineOk, deadline)[engine]
         return _stale(fleet, engine, answer) if isinstance(answer, BridgeError) else answer.report
 
@@ -194,7 +194,7 @@ def restore(
     fleet.turn += 1  # what an engine that hung has not begun yet must not be done after it was told to go back
     job = _restore_job(back.weights if back else None)
     version, lora = (back.version, back.lora_name) if back else (None, None)
-    message = EngineRestore(job, version, reason, fleet.turn, lora)
+    message = EngineRestore(job, version, reason, RESTORE_TIMEOUT_S, fleet.turn, lora)
     lost = {report.id for report in reports if report.state == EngineState.STALE.value}
     merged = {report.id: report for report in reports}
     for engines, seconds in ((fleet.infos.keys() - lost, RESTORE_TIMEOUT_S), (lost, LOST_TIMEOUT_S)):

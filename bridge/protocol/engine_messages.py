@@ -88,11 +88,16 @@ class EngineResume(Message, frozen=True):
 
 class EngineRestore(Message, frozen=True):
     """Go back to `version` with the adapter `lora`: load `job`, verify, resume. Without a job the engine is
-    quarantined. An engine whose weights were not touched and that serves just that only resumes."""
+    quarantined. An engine whose weights were not touched and that serves just that only resumes.
+
+    `timeout_s`: seconds for the way back, counted from when the engine begins it: an engine that was late for a push
+    must still have them, however short the sender waits for its answer.
+    """
 
     job: LoadJob | None
     version: int | None
     reason: str
+    timeout_s: float
     turn: int = 0
     lora: str | None = None
 

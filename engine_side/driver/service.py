@@ -22,6 +22,7 @@ from bridge.errors import (
     Busy,
     CanaryMismatch,
     ConfigError,
+    DeadlineExceeded,
     EngineQuarantined,
     ProtocolError,
     TransportError,
@@ -133,7 +134,9 @@ class EngineService:
                 return self._generate(request)
             if isinstance(request, EngineHello):
                 return EngineIs(self._info())  # a question never waits for a push
-            with self._busy:
+            # a way back has time of its own, counted from its turn: the load that made it necessary may still run
+            turn_s = request.timeout_s if isinstance(request, EngineRestore) else deadline.remaining_s
+            with self._serving_one(turn_s):
                 if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
                     if request.turn < self._turn:
                         raise ProtocolError(
@@ -149,7 +152,7 @@ class EngineService:
                     case EngineResume():
                         return self._resume(request, deadline)
                     case EngineRestore():
-                        return self._restore(request, deadline)
+                        return self._restore(request)
                     case EngineRun():
                         return EngineRan(tuple(self._run(request.job, deadline)))
                     case EngineReadBack():
@@ -166,6 +169,20 @@ class EngineService:
         except Exception as error:  # process boundary: the coordinator must get an answer whatever broke here
             log.exception("request %s failed", type(request).__name__)
             raise ErrorInfo.of(error).rebuild(self.id) from error
+
+    @contextmanager
+    def _serving_one(self, seconds: float) -> Iterator[None]:
+        """Wait for the request before this one to end. Raises DeadlineExceeded when it has not after `seconds`."""
+        if not self._busy.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+            raise DeadlineExceeded(
+                "the engine is still busy with an earlier request", where=self.id,
+                expected=f"free within {seconds:.1f} s", got="a request that hangs or takes longer",
+                remedy="look for a hung engine in its log, or raise the time-out",
+            )  # fmt: skip
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _claim(self, request: EngineClaim, deadline: Deadline) -> EngineIs:
         self.driver.claim(request.owner)
@@ -391,8 +408,9 @@ class EngineService:
 
     # ---- put back ---------------------------------------------------------------------------------------------------
 
-    def _restore(self, request: EngineRestore, deadline: Deadline) -> EngineOk:
+    def _restore(self, request: EngineRestore) -> EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
+        deadline = Deadline.after(request.timeout_s)
         try:
             self._loras.drop(deadline, keep=request.lora)
             if self._stands_at(request):
