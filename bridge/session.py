@@ -60,14 +60,14 @@ class Session:
     def require_usable(self) -> None:
         """Raise Closed in a forked child, ConfigError in the thread that runs the engine's event loop, which would wait
         for itself. Called before every call of a Bridge. Does not block."""
-        if self.forked:
+        if os.getpid() != self._pid:
             require_own_process(self._pid, self.name)
         self.refuse_caller()
 
     def begin_push(self) -> None:
         """Check that this process and thread may push, and take the lease. Raises as `require_usable` and
         `hold_lease`. Does not block."""
-        if self.forked:
+        if os.getpid() != self._pid:
             require_own_process(self._pid, self.name)
         self.refuse_caller()
         if self._lease is None:

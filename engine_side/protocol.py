@@ -1,29 +1,25 @@
-"""The engine-adapter protocol: two small halves, filled by every engine.
+"""Engine protocol: the two halves that every engine fills, a driver and a rank host.
 
-The *driver* half (`EngineDriver`) lives in the process that holds the engine's handle. The *rank* half (`RankHost`)
-lives in each process that holds live parameters. Between them travel only opaque job frames, in whatever way the engine
-can run one Python function in all of its workers. Answers never come back that way: each rank posts one page in the
-mailbox, so a worker neither raises across an engine's RPC nor needs a return value.
+The *driver* (`EngineDriver`) lives in the process that holds the engine's handle. A *rank host* (`RankHost`) lives in
+each process that holds live parameters. Between them travel only opaque job frames, in whatever way the engine can run
+one Python function in all of its workers. Answers never come back that way: each rank posts one page in the mailbox, so
+a worker neither raises across an engine's RPC nor needs a return value.
 
-How each engine fills it (vLLM 0.32 and SGLang 0.5.23 were tried on CPU, paused, tensor parallel 1 and 2, LoRA on and
-off; the paused prompt log-probabilities were bit-identical to `generate`'s):
+How vLLM and SGLang fill it, where their behaviour is the reason for a rule below:
 
-- dispatch. Embedded, module: a call, and frames to child ranks. vLLM: `collective_rpc` of a worker-extension method.
-  SGLang: an AROUND hook on the scheduler's `check_weights` (it shares the socket with pause and flush and reaches every
-  rank), or a custom weight loader inside the update bracket.
-- pause. vLLM: `sleep(level=0)`, `pause_generation`. SGLang: `pause_generation`, mode "retract" ("in_place" never lets
-  the cache be flushed); it has no reply, so the scheduler is asked.
+- dispatch. vLLM: `collective_rpc` of a worker method that the plugin adds. SGLang: an AROUND hook on the scheduler's
+  `check_weights`, which shares the socket with pause and flush and reaches every rank.
+- pause. vLLM: `sleep(level=0)` or `pause_generation`. SGLang: `pause_generation`, mode "retract" ("in_place" never lets
+  the cache be flushed); it has no reply, so the scheduler is asked whether it paused.
 - prompt_logprobs while paused. vLLM: `execute_model` on a hand-made `SchedulerOutput` over blocks from the end of the
-  pool; its adapter resets caches right after pausing, so that those are free. SGLang: hand-made `Req`s through
+  pool, after a reset of the caches, so that those are free. SGLang: hand-made `Req`s through
   `ScheduleBatch.prepare_for_extend` and `model_runner.forward`, then `release_kv_cache`.
 - reset_caches. vLLM: `reset_prefix_cache(reset_running_requests=True)`. SGLang: `flush_cache().success`.
-- past_gate. Embedded: a privileged request. SGLang: scheduling is opened for the bridge's own request alone. vLLM:
-  it is opened for all, and so not while there are kept requests.
-- adapters (read in the sources, not run yet). vLLM: `LoRAModel.from_lora_tensors` into the worker's LoRA manager
-  (`add_adapter`, `activate_adapter`, `pin_adapter`) under an id that was never used, since its prefix cache is keyed by
-  it; requests carry a `LoRARequest`; views are slices of `lora_a_stacked` and `lora_b_stacked`. SGLang:
-  `model_runner.load_lora_adapter_from_tensors`, with `lora_alpha` = rank, for it scales by their quotient whatever the
-  adapter says; views lie in its memory pool's buffers.
+- past_gate. SGLang: scheduling is opened for the bridge's own request alone. vLLM: it is opened for all, and so not
+  while there are kept requests.
+- LoRA. vLLM: `LoRAModel.from_lora_tensors` into the worker's LoRA manager under an id that was never used, since its
+  prefix cache is keyed by it. SGLang: `model_runner.load_lora_adapter_from_tensors` with `lora_alpha` = rank, since it
+  scales by their quotient.
 - skeleton. vLLM: `initialize_model` under a copied config with an empty forward context. SGLang:
   `type(model)(config, quant_config)`. Both under the meta device.
 
@@ -46,13 +42,13 @@ from bridge.model.manifest import TensorInfo
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 
-Prompts = Sequence[Sequence[int]]
+PromptBatch = Sequence[Sequence[int]]
 """Token ids, one sequence per prompt."""
 
 
 @dataclass(frozen=True)
 class LoraView:
-    """Where a part of one adapter tensor lies in an engine's slot.
+    """A part of one LoRA tensor in an engine's slot.
 
     `live` is a view of the slot that holds exactly the elements `index` of the tensor `name` (of its shape in the
     manifest): after the engine's cast the two are bit for bit equal. `padding` are the views of the slot around it that
@@ -66,7 +62,8 @@ class LoraView:
 
 
 class EngineDriver(Protocol):
-    """The driver half. Called by EngineService only, from one thread at a time except `generate`."""
+    """Drives one engine from beside its handle. Called by EngineService only, from one thread at a time except
+    `generate` and the properties."""
 
     @property
     def kind(self) -> str:
@@ -75,12 +72,12 @@ class EngineDriver(Protocol):
 
     @property
     def ranks(self) -> int:
-        """How many ranks hold live parameters; ranks are numbered 0 .. ranks-1."""
+        """Number of ranks with live parameters; ranks are numbered 0 .. ranks-1."""
         ...
 
     @property
     def can_generate(self) -> bool:
-        """False for a plain module: no generation, no canary, no caches."""
+        """False for a plain module, which has no generation, no canary and no caches."""
         ...
 
     @property
@@ -90,8 +87,8 @@ class EngineDriver(Protocol):
         ...
 
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
-        """Have `engine_side.worker.rank.Rank.run(job)` executed once in every rank and return when each has posted its
-        answer (or raise DeadlineExceeded / PeerLost). Works while the engine is paused."""
+        """Execute `engine_side.worker.rank.Rank.run(job)` once in every rank. Blocks until each has posted its answer;
+        raises DeadlineExceeded or PeerLost. Works while the engine is paused."""
         ...
 
     def pause(self, inflight: str, deadline: Deadline) -> None:
@@ -122,8 +119,8 @@ class EngineDriver(Protocol):
 
     @property
     def refusal(self) -> str | None:
-        """Why the engine refuses to generate now, whoever had it refuse; None when it does not. It outlives `close`:
-        an engine that holds weights nobody verified stays shut until a version was verified in it."""
+        """The reason for which the engine refuses to generate now; None when it does not. It outlives `close`: an
+        engine with unverified weights stays shut until a version was verified in it."""
         ...
 
     def publish(self, version: int, adapter: str | None = None) -> None:
@@ -133,17 +130,17 @@ class EngineDriver(Protocol):
 
     @property
     def published(self) -> tuple[int, str | None]:
-        """What `publish` was told last, by whatever bridge: the version that completions report, and the adapter that
-        "current" means. An engine that nobody has pushed to: (0, None)."""
+        """The arguments of the last `publish`, by whatever bridge: the version that completions report, and the LoRA
+        that "current" means; (0, None) for an engine without a push."""
         ...
 
     @property
     def lora(self) -> LoraLimits | None:
-        """What adapters the engine can hold; None when it was started without LoRA."""
+        """LoRA limits of the engine; None when it was started without LoRA."""
         ...
 
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that are loaded now, whoever loaded them."""
+    def loaded_loras(self) -> tuple[str, ...]:
+        """List the LoRA adapters that are loaded now, whoever loaded them."""
         ...
 
     def end_users(self, names: Iterable[str]) -> None:
@@ -168,7 +165,7 @@ class EngineDriver(Protocol):
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         sampling: Sampling,
         adapter: str = "current",
         *,
@@ -194,7 +191,7 @@ class EngineDriver(Protocol):
 
 
 class RankHost(Protocol):
-    """The rank half: what one process with live parameters offers to `engine_side.worker.rank.Rank`."""
+    """Offers one process with live parameters to `engine_side.worker.rank.Rank`."""
 
     @property
     def rank(self) -> int: ...
@@ -205,12 +202,12 @@ class RankHost(Protocol):
         ...
 
     def skeleton(self) -> nn.Module:
-        """The same model class, config and parallel state on the meta device: no LoRA wrappers, no post-load work, so
-        every parameter has its canonical shape and its loader attributes. Must not touch the live model."""
+        """Build the same model class, config and parallel state on the meta device: no LoRA wrappers, no post-load
+        work, so every parameter has its canonical shape and its loader attributes. Must not touch the live model."""
         ...
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """The engine's own loader, run on a skeleton. Raises whatever that loader raises."""
+        """Run the engine's own loader on a skeleton. Raises whatever that loader raises."""
         ...
 
     def post_load(self, module: nn.Module) -> bool:
@@ -222,21 +219,21 @@ class RankHost(Protocol):
         alone contributes. Raises NotImplementedError for a module that cannot be called alone."""
         ...
 
-    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
-        """Log-probability of token i+1 given tokens 0..i, per prompt, computed past the scheduler (the engine is
-        paused) on fresh KV, with the loaded adapter of this name (None: the base model alone). All ranks call it
-        together; the answer of rank 0 counts."""
+    def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
+        """Compute the log-probability of token i+1 given tokens 0..i, per prompt, past the scheduler (the engine is
+        paused) on fresh KV, with the loaded LoRA of this name (None: the base model alone). All ranks call it together;
+        the answer of rank 0 counts."""
         ...
 
     def untie(self, names: Sequence[str]) -> bool:
-        """The trainer holds different values under these checkpoint names, which the engine ties to others: give them
-        storage of their own in the live model and in later skeletons, values as they are. False when it cannot."""
+        """Give storage of their own, in the live model and in later skeletons, to checkpoint names that the engine ties
+        to others and under which the trainer holds different values. Values stay as they are. False when it cannot."""
         ...
 
     # ---- adapters (LoRA); an engine without LoRA raises UnsupportedLora from `plan_lora` ----
 
     def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
-        """Which dtype each tensor of an adapter (names and shapes of `lora_format`) will have in this rank's slots.
+        """Tell the dtype that each LoRA tensor (names and shapes of `lora_format`) will have in this rank's slots.
         Writes nothing. Raises UnexpectedTensor (all modules that the engine lacks or did not wrap), ShapeMismatch
         (swapped or wrong shapes), UnsupportedLora (no LoRA here, rank above the maximum)."""
         ...
@@ -247,7 +244,7 @@ class RankHost(Protocol):
         ...
 
     def lora_views(self, name: str) -> Sequence[LoraView]:
-        """Where a loaded adapter's tensors lie in this rank, for the read-back. Raises NotFound."""
+        """Locate the tensors of a loaded LoRA in this rank, for the read-back. Raises NotFound."""
         ...
 
     def remove_lora(self, name: str) -> None:
@@ -257,7 +254,7 @@ class RankHost(Protocol):
 
 @runtime_checkable
 class NamesUnloaded(Protocol):
-    """What a rank half adds whose engine registers tensors that no checkpoint fills (constants, cache scales)."""
+    """Added by a rank host whose engine registers tensors that no checkpoint fills (constants, cache scales)."""
 
     def unloaded(self) -> frozenset[str]:
         """Paths of skeleton parameters and buffers that no push has to bring."""
@@ -266,16 +263,16 @@ class NamesUnloaded(Protocol):
 
 @runtime_checkable
 class LivesInALoop(Protocol):
-    """What a driver half adds whose engine runs in an event loop of this process."""
+    """Added by a driver whose engine runs in an event loop of this process."""
 
     def refuse_caller(self) -> None:
-        """Raise ConfigError when this thread runs that loop: who blocks it would wait for itself."""
+        """Raise ConfigError when this thread runs that loop: blocking it would wait for itself."""
         ...
 
 
 @runtime_checkable
 class KnowsVocabulary(Protocol):
-    """What a driver half adds whose engine breaks, or guesses, at a token id that its model does not have."""
+    """Added by a driver whose engine breaks, or guesses, at a token id that its model does not have."""
 
     @property
     def vocabulary(self) -> int | None:
@@ -285,7 +282,7 @@ class KnowsVocabulary(Protocol):
 
 @runtime_checkable
 class MayBeQuantised(Protocol):
-    """What a driver half adds whose engine may hold weights in a form that no strategy can bring there."""
+    """Added by a driver whose engine may hold weights in a form that no strategy can write."""
 
     @property
     def quantisation(self) -> str | None:

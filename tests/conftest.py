@@ -19,6 +19,20 @@ hypothesis.settings.register_profile("weighbridge", deadline=None)  # on a busy 
 hypothesis.settings.load_profile("weighbridge")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `--dist loadgroup`, keep the tests of a file in one process, for they share engines and checkpoints.
+
+    All that meet a Ray share one process too, and come first: they take longest.
+    """
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        with_ray = item.path.parent.name == "ray" or item.path.name == "test_examples.py"
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))  # type: ignore[union-attr]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> Iterator[None]:
     """Two cores are shared by everything that runs here."""
@@ -50,12 +64,25 @@ def _own_shared_memory() -> Iterator[None]:
         raise AssertionError(f"left in shared memory: {sorted(left)}")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _small_weights_are_lent() -> Iterator[None]:
-    """As a real model's large ones are, in every engine of this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arena_views, "LEAST", arena_views.ALIGNED)
-        yield
+@pytest.fixture
+def small_weights_are_lent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Post-load steps of this process's engines pack tiny weights from the arena's memory, as they do large ones.
+
+    Returns:
+        The bytes of each weight that was lent since, for a test to see that any was.
+    """
+    lent: list[int] = []
+    view = arena_views.ArenaViews.view
+
+    def noted(views: arena_views.ArenaViews, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        shown = view(views, tensor)
+        if shown is not None:
+            lent.append(shown.nbytes)
+        return shown
+
+    monkeypatch.setattr(arena_views, "LEAST", arena_views.ALIGNED)
+    monkeypatch.setattr(arena_views.ArenaViews, "view", noted)
+    return lent
 
 
 def tiny_qwen2(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -30,6 +30,8 @@ class TrainerSide:
     """The trainer's model and tensors for one Bridge. Not thread safe; `Bridge` calls it from one push at a time."""
 
     def __init__(self) -> None:
+        self.bound = False
+        """True once a model is bound."""
         self._model: nn.Module | None = None
         self._lora: LoraModel | None = None
         self._source = WeightSource()
@@ -41,16 +43,11 @@ class TrainerSide:
         self._storages: frozenset[int] = frozenset()
         self._addresses: list[int] = []
 
-    @property
-    def bound(self) -> bool:
-        """True when a model is bound."""
-        return self._model is not None
-
     def bind(self, model: nn.Module) -> None:
         """Read the model's names, ties and buffers. Raises ConfigError or IntegrityError as `bake_names`."""
         lora = LoraModel(model) if isinstance(model, nn.Module) and LoraModel.present(model) else None
         self._source = WeightSource() if lora is not None else WeightSource(model)
-        self._lora, self._model = lora, model
+        self._lora, self._model, self.bound = lora, model, True
         self._views.clear()
 
     # ---- names and tensors -------------------------------------------------------------------------------------------

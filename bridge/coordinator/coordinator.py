@@ -57,7 +57,6 @@ from bridge.protocol.coordinator_messages import (
     WaitRequest,
 )
 from bridge.protocol.deadline import Deadline
-from bridge.push_settings import PushSettings
 from bridge.shm.mailbox import Mailbox
 from bridge.shm.orphans import clean_orphans
 from bridge.shm.seal import differing_tensors
@@ -138,43 +137,43 @@ class Coordinator:
         if self._closed and not isinstance(request, CloseRequest | WaitRequest):
             raise Closed("this daemon was closed", where=self.name, remedy="start or attach a new one")
         try:
-            return self._answer(request, deadline)
+            match request:
+                case BeginRequest():
+                    return self._begin(request, deadline)
+                case SubmitRequest():
+                    return self._submit(request)
+                case WaitRequest():
+                    return self._wait(request)
+                case StatusRequest():
+                    return self._status()
+                case PlanRequest():
+                    return self._plan(request, deadline)
+                case CompareRequest():
+                    return self._owner.run(lambda: self._compare(request, deadline), deadline, "the comparison")
+                case CancelRequest():
+                    return self._cancel(request.version)
+                case RollbackRequest():
+                    return self._roll_back(request, deadline)
+                case HealthRequest():
+                    return HealthFacts(self._health(deadline))
+                case HistoryRequest():
+                    return History(tuple(self.ledger.receipts(request.last)))
+                case ExplainRequest():
+                    return self._explain(request, deadline)
+                case CloseRequest():
+                    self.close()
+                    return Accepted()
         except BridgeError:
             raise
         except Exception as error:  # process boundary: the client must get an answer whatever broke here
             log.exception("request %s failed", type(request).__name__)
             raise ErrorInfo.of(error).rebuild(self.name) from error
 
-    def _answer(self, request: ToCoordinator, deadline: Deadline) -> FromCoordinator:
-        match request:
-            case BeginRequest():
-                return self._begin(request, deadline)
-            case SubmitRequest():
-                return self._submit(request)
-            case WaitRequest():
-                return self._wait(request)
-            case StatusRequest():
-                return self._status()
-            case PlanRequest():
-                return self._plan(request, deadline)
-            case CompareRequest():
-                return self._owner.run(lambda: self._compare(request, deadline), deadline, "the comparison")
-            case CancelRequest():
-                with self._lock:
-                    if self._open is not None and self._open.version == request.version and not self._open.submitted:
-                        self._drop_open_push()
-                return Accepted()
-            case RollbackRequest():
-                return self._roll_back(request, deadline)
-            case HealthRequest():
-                return HealthFacts(self._health(deadline))
-            case HistoryRequest():
-                return History(tuple(self.ledger.receipts(request.last)))
-            case ExplainRequest():
-                return self._explain(request, deadline)
-            case CloseRequest():
-                self.close()
-                return Accepted()
+    def _cancel(self, version: int) -> Accepted:
+        with self._lock:
+            if self._open is not None and self._open.version == version and not self._open.submitted:
+                self._drop_open_push()
+        return Accepted()
 
     def _status(self) -> DaemonStatus:
         """Tell the state as it is known now. Waits for no lock and no push, and for engines at most a moment."""
@@ -280,27 +279,21 @@ class Coordinator:
                     remedy="push again",
                 )  # fmt: skip
             _require_sealed(push, request.root)
-            self._refuse_half_a_change(push, request.settings)
+            now, settings = self._versions.committed, request.settings
+            lora = now.lora_name if now is not None else None
+            if push.plan.lora is None and settings.mode != "base" and lora is not None and settings.partial:
+                raise ConfigError(  # what is not sent would lose the adapter's delta
+                    "a subset of the weights cannot take the place of an adapter that is served",
+                    where=f"the adapter {lora}",
+                    expected="all weights, or the base alone",
+                    got=f"partial=True, mode={settings.mode!r}",
+                    remedy="push all weights once, or mode='base' or 'adapter'",
+                )
             arena = str(push.plan.arena.path)
             self.ledger.record("sealed", version=push.version, root=request.root.hex(), slot=push.slot, arena=arena)
             push.submitted = True
             self._owner.submit(lambda: self._run(push, request))
             return Accepted()
-
-    def _refuse_half_a_change(self, push: OpenPush, settings: PushSettings) -> None:
-        """Weights that take the place of an adapter must all come: what is not sent would lose its delta."""
-        now = self._versions.committed
-        takes_away = (
-            push.plan.lora is None and settings.mode != "base" and now is not None and now.lora_name is not None
-        )
-        if takes_away and settings.partial:
-            raise ConfigError(
-                "a subset of the weights cannot take the place of an adapter that is served",
-                where=f"the adapter {now.lora_name if now else ''}",
-                expected="all weights, or the base alone",
-                got=f"partial=True, mode={settings.mode!r}",
-                remedy="push all weights once, or mode='base' or 'adapter'",
-            )
 
     def _run(self, push: OpenPush, request: SubmitRequest) -> None:
         """Run a submitted push on the owner thread. It always leaves a result, and the coordinator free."""

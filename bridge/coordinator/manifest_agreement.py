@@ -14,7 +14,7 @@ from bridge.protocol.rank_jobs import RankBake
 
 
 def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest) -> bool:
-    """Can an existing plan carry this request?
+    """Decide whether an existing plan can carry this request.
 
     The same announcement can, unless that plan was made for a subset and the whole model is meant now; so can a subset
     of it, when a subset is meant. A subset of quantised weights is asked about anew: only the engines know which scales
@@ -87,5 +87,5 @@ def _unbound_advice(request: PlanRequest) -> str:
 
 
 def holds(old: Manifest, new: Manifest) -> bool:
-    """Does a version of `old` give every tensor that `new` writes?"""
+    """Decide whether a version of `old` gives every tensor that `new` writes."""
     return all(spec.name in old.by_name and old.by_name[spec.name].shape == spec.shape for spec in new.tensors)

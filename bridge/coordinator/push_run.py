@@ -48,7 +48,8 @@ class PushRunner:
             self._versions.references[push.version] = References(request.reference, request.base)
         references = self._versions.references.get(push.version, References()).for_load_of(plan)
         kept = now.held_in(plan) if now is not None else None
-        lora = self._lora_of(push, now, keeps=settings.mode == "base")
+        has_lora = plan.lora is not None or (now is not None and now.lora_name is not None)
+        lora = self._lora_of(push, now, keeps=settings.mode == "base") if has_lora else None
         held = Held(push.version, plan, push.slot)
         target = PushTarget(
             version=push.version,
@@ -155,7 +156,7 @@ class PushRunner:
 
     def _finish(self, receipt: Receipt, verdict: Verdict) -> Finished:
         """Journal the receipt, and build what the trainer is told."""
-        unwritten = self.note("receipt", version=receipt.version, receipt=receipt.to_dict())
+        unwritten = self.note("receipt", version=receipt.version, receipt=msgspec.to_builtins(receipt))
         if unwritten is not None:
             receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
         for report in verdict.reports:

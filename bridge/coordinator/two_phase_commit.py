@@ -65,11 +65,6 @@ class PushTarget:
     changed: tuple[int, ...] | None
     previous: int | None
 
-    @property
-    def brings_lora(self) -> bool:
-        """The slot holds an adapter, not weights."""
-        return self.held.plan.lora is not None
-
 
 @dataclass
 class Verdict:
@@ -121,6 +116,7 @@ class TwoPhaseCommit:
             # skipping unchanged tensors is only safe where read-back then compares all of them
             current = info.state == EngineState.SERVING.value and info.serving == target.base
             skipping = current and "read-back" in target.settings.levels
+            brings_lora = target.held.plan.lora is not None
             requests[engine] = EngineLoad(
                 job=LoadJob(
                     plan=target.held.plan.id,
@@ -128,7 +124,7 @@ class TwoPhaseCommit:
                     settings=target.settings,
                     changed=target.changed if skipping else None,
                     previous=target.previous if current else None,
-                    lora=target.lora if target.brings_lora else None,
+                    lora=target.lora if brings_lora else None,
                 ),
                 version=target.version,
                 sealed=target.held.version,
@@ -140,7 +136,7 @@ class TwoPhaseCommit:
                 canary_floor=fleet.floors.get(engine, canary.DEFAULT_FLOOR),
                 canary_baseline=fleet.baselines.get(engine),
                 turn=fleet.turn,
-                keeps=None if target.brings_lora else target.lora,
+                keeps=None if brings_lora else target.lora,
             )
             checked.add(info.node)
         return requests
@@ -184,7 +180,7 @@ class TwoPhaseCommit:
         deadline, fleet, target = Deadline.after(RESTORE_TIMEOUT_S), self._fleet, self._target
         answer = fleet.ask_each({engine: resume}, EngineOk, deadline)[engine]
         if isinstance(answer, BridgeError) and not isinstance(answer, TransportError):
-            job = _restore_job(weights if target.brings_lora else target.held)
+            job = _restore_job(weights if target.held.plan.lora is not None else target.held)
             message = EngineRestore(job, target.version, why, fleet.turn, target.lora)
             answer = fleet.ask_each({engine: message}, EngineOk, deadline)[engine]
         return _stale(fleet, engine, answer) if isinstance(answer, BridgeError) else answer.report

@@ -156,7 +156,8 @@ class Ledger:
 
         Raises StaleVersion for one that is not above every version issued before.
         """
-        self._require_own()
+        if os.getpid() != self._pid:
+            raise self._foreign_process()
         with self._lock:
             chosen = self.highest + 1 if version is None else version
             if chosen <= self.highest:
@@ -177,7 +178,8 @@ class Ledger:
         Raises ProtocolError for an unknown kind, wrong fields or a version that was never issued; TransportError when
         the journal cannot be written. Then nothing was recorded.
         """
-        self._require_own()
+        if os.getpid() != self._pid:
+            raise self._foreign_process()
         try:
             entry = msgspec.convert({"at": time.time(), **fields, "kind": kind}, AnyEntry)
         except msgspec.ValidationError as error:
@@ -194,7 +196,8 @@ class Ledger:
     def receipts(self, last: int | None = None) -> list[dict[str, Any]]:
         """The newest receipts, oldest first, as plain data; every kept one without `last`. Raises ProtocolError for a
         journal that was damaged meanwhile."""
-        self._require_own()
+        if os.getpid() != self._pid:
+            raise self._foreign_process()
         query = "SELECT body, sum FROM entries WHERE kind = 'receipt' ORDER BY id DESC LIMIT ?"
         with self._lock:
             rows = self._rows(query, -1 if last is None else last)
@@ -216,14 +219,12 @@ class Ledger:
                 self._database.close()
         os.close(lock)
 
-    def _require_own(self) -> None:
-        # Before any lock: a thread that held one at the fork does not exist in the child.
-        if os.getpid() != self._pid:
-            raise Closed(
-                "this journal belongs to the process that opened it", where=str(self.path),
-                expected=f"pid {self._pid}", got=f"pid {os.getpid()}, a forked child",
-                remedy="push from the parent process",
-            )  # fmt: skip
+    def _foreign_process(self) -> Closed:
+        # Checked before any lock: a thread that held one at the fork does not exist in the child.
+        return Closed(
+            "this journal belongs to the process that opened it", where=str(self.path), expected=f"pid {self._pid}",
+            got=f"pid {os.getpid()}, a forked child", remedy="push from the parent process",
+        )  # fmt: skip
 
     def _rows(self, query: str, *values: int) -> list[tuple[object, object]]:
         try:

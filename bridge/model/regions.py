@@ -356,8 +356,8 @@ def _clip(part: _Part, stride: int, size: int) -> list[_Part]:
 
 
 def _digits(held: Region, origin: Region) -> list[tuple[int, int, int]] | None:
-    """(size, held stride, origin stride) by falling held stride, ending at stride 1; neighbours that run on in both are
-    merged. None when two indices of `held` could have the same address."""
+    """List (size, held stride, origin stride) by falling held stride, ending at stride 1; neighbours that run on
+    in both are merged. None when two indices of `held` could have the same address."""
     dims = sorted(
         ((n, s, o) for n, s, o in zip(held.shape, held.strides, origin.strides, strict=True) if n > 1),
         key=lambda dim: -dim[1],

@@ -30,7 +30,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 class Sampling(Message, tag=True, frozen=True):
-    """How to sample a completion. `temperature` 0 is greedy; `top_p` in (0, 1]; a `seed` (below
+    """Settings of sampling one completion. `temperature` 0 is greedy; `top_p` in (0, 1]; a `seed` (below
     2**62) makes a call repeatable."""
 
     max_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 16

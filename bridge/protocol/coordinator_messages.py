@@ -246,7 +246,7 @@ class Finished(Message, frozen=True):
 
 
 class HealthFacts(Message, frozen=True):
-    """What an examination found, for `bridge.coordinator.health.assess`."""
+    """Findings of an examination, for `bridge.coordinator.health.assess`."""
 
     facts: dict[str, Any]
 

@@ -177,7 +177,8 @@ class EngineGenerated(Message, frozen=True):
 
 
 class EngineVersionZero(Message, frozen=True):
-    """Whether the slot now holds what this engine serves, by which source ("live", "stored"), and why not."""
+    """Result of an EngineReadBack: `ok` when the slot holds what this engine serves, from which `source` ("live",
+    "stored"), and the reason otherwise."""
 
     ok: bool
     source: str

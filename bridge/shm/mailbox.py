@@ -116,7 +116,7 @@ class Mailbox(files.SharedFile):
         Raises ProtocolError when its length or digest is wrong.
         """
         at = self._start(rank)
-        fd = self._descriptor()
+        fd = self._fd if self._fd is not None else self._descriptor()
         head = self._read(fd, at, _PAYLOAD_AT)
         if _STATE.unpack_from(head)[0] != _READY:
             return None
@@ -169,7 +169,7 @@ class Mailbox(files.SharedFile):
 
     def _write(self, start: int, parts: Iterable[tuple[int, bytes]]) -> None:
         """Write each (offset from `start`, data), in order."""
-        fd = self._descriptor()
+        fd = self._fd if self._fd is not None else self._descriptor()
         for offset, data in parts:
             at, rest = start + offset, memoryview(data)
             while rest:

@@ -33,19 +33,21 @@ class LoraVersions:
     @property
     def loaded(self) -> frozenset[str]:
         """Adapters of this bridge that the engine still holds, including those that wait for their last request."""
-        return frozenset(self.ours.intersection(self._driver.adapters())) if self.ours else frozenset()
+        return frozenset(self.ours.intersection(self._driver.loaded_loras())) if self.ours else frozenset()
 
     @property
     def lost(self) -> bool:
         """True when somebody else has unloaded the adapter that is served: requests for it fail, those of the base do
         not."""
-        return self.current is not None and self.current not in self._driver.adapters()
+        return self.current is not None and self.current not in self._driver.loaded_loras()
 
     def begin_load(self, keep: str | None) -> None:
         """Begin a load over which the adapter `keep` will be served. A staged adapter that others have committed, and
         with which this engine never resumed, counts among this bridge's own. Raises NotFound as `require`."""
-        self.settle()
-        self.require(keep)
+        if self.staged is not None:
+            self.settle()
+        if keep is not None:
+            self.require(keep)
 
     def require(self, name: str | None) -> None:
         """Raise NotFound when the adapter that is to be served is not loaded."""
@@ -84,16 +86,18 @@ class LoraVersions:
     def publish(self, version: int, name: str | None) -> None:
         """Serve `version` (0: what the engine called its own before this bridge) with this adapter. An adapter that
         is served and that somebody else has unloaded cannot be published again."""
-        self.settle()
+        if self.staged is not None:
+            self.settle()
         if name is None or name != self.current or not self.lost:
             self._driver.publish(version or self._label, name)
             self.current = name
 
     def tidy(self) -> None:
         """Retire adapters that do not serve any more. A failure costs a slot until the next time, and nothing else."""
-        old = self.loaded - {self.current}
+        old = sorted(self.loaded - {self.current}) if self.ours else []
         try:
-            self._driver.retire(sorted(old))
+            self._driver.retire(old)
         except BridgeError as error:
             log.warning("adapters could not be retired yet: %s", error)
-        self.ours &= self.loaded
+        if self.ours:
+            self.ours &= self.loaded

@@ -1,4 +1,5 @@
-"""What an engine says, weighed: against the trainer (canary), against itself before a push, and through its caches."""
+"""Output checks: compare an engine's log-probabilities with the trainer's (canary), with its own before a push, and
+with those that its caches give."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _GREEDY = Sampling(max_tokens=1, temperature=0.0)
 
 @dataclass(frozen=True)
 class Answers:
-    """What this engine says to the canary's prompts when it holds `version`."""
+    """Log-probabilities of the canary's prompts from an engine that holds `version`."""
 
     version: int
     prompts: Prompts
@@ -30,7 +31,8 @@ class Answers:
 
 
 class OutputChecks:
-    """The outputs of one engine over its pushes. Called by its service, in the order of a push."""
+    """Output checks of one engine over its pushes. Called by its service, in the order of a push; every call blocks for
+    forwards of the engine."""
 
     def __init__(self, engine_id: str, driver: EngineDriver, ranks: RankClient) -> None:
         self._id = engine_id
@@ -44,13 +46,12 @@ class OutputChecks:
         self._loaded: Answers | None = None  # by the version that was just loaded
 
     def scores(self, prompts: Prompts, deadline: Deadline, lora: str | None = None) -> Scores:
-        """Prompt log-probabilities past the scheduler, of the base model or with a loaded adapter; all ranks take
-        part."""
+        """Compute prompt log-probabilities past the scheduler, of the base model or with a loaded adapter."""
         return self._ranks.ask(LogprobsJob(prompts, lora), RankScores, deadline)[0].logprobs
 
     def warm_cache(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
-        """Before the pause: have the old weights' KV of one canary prompt in the prefix cache, so that `check_cache`
-        has something to find stale. Only an engine that serves can; a busy one does it like any user request."""
+        """Before the pause, put the old weights' KV of one canary prompt into the prefix cache, so that `check_cache`
+        has something to find stale. Only a serving engine can; the prompt runs beside users' requests."""
         self._cached, self._expected, self._fresh = [], (), None
         wanted = (
             "cache" in request.job.settings.levels and request.job.settings.kv == "reset" and self._driver.can_generate
@@ -66,15 +67,15 @@ class OutputChecks:
             self._cached, self._expected = prompt, said.token_ids
 
     def _long_enough(self, tokens: list[int]) -> list[int]:
-        """A prompt that fills a block of the cache, is long enough to show it, and goes on for a token, as far as the
-        engine takes one."""
+        """Repeat tokens until the prompt fills a block of the cache and can be continued by one token, within the
+        engine's limit."""
         wanted = max(self._driver.cache_grain, canary.TOKENS) + 2
         prompt = (tokens * -(-wanted // max(len(tokens), 1)))[: max(wanted, 1)]
         return prompt[: self._driver.max_prompt]
 
     def remember(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
-        """Before the first write: what the version that serves now answers, unless its own canary has told. Bits and
-        probes do not show derived state, so the way back is weighed against this as well."""
+        """Before the first write, note the log-probabilities of the version that serves now, unless its own canary has
+        given them. Bits and probes do not show derived state, so a version that is put back is compared with these."""
         asked = "canary" in request.job.settings.levels and self._driver.can_generate
         asked &= self._served is None and not self._ranks.touched
         if asked and request.reference is not None and serving is not None:
@@ -82,8 +83,11 @@ class OutputChecks:
             self._served = Answers(serving, prompts, self.scores(prompts, deadline), request.canary_floor)
 
     def canary(self, request: EngineLoad, deadline: Deadline) -> CanaryResult | None:
-        """The loaded version's answers against the trainer's; None when not asked for. An adapter is weighed twice:
-        without it the engine has to answer as the trainer's base does, with it as the trainer."""
+        """Compare the loaded version's log-probabilities with the trainer's; None when not asked for.
+
+        An adapter is compared twice: without it with the trainer's base, with it with the trainer. Raises
+        CanaryMismatch when the base differs, or when the adapter changes nothing.
+        """
         self._loaded = None
         if "canary" not in request.job.settings.levels or request.reference is None or not self._driver.can_generate:
             return None
@@ -116,9 +120,9 @@ class OutputChecks:
         return drift
 
     def _scores_with_cached(self, prompts: Prompts, deadline: Deadline, lora: str | None = None) -> Scores:
-        """Scores of the prompts, and in the same forward what `check_cache` will want: the cached prompt with the token
-        that followed it so far, which seldom changes in one step. A canary prompt with which it begins is not computed
-        twice: in a causal model what comes later changes nothing before it."""
+        """Score the prompts, and in the same forward the cached prompt with the token that followed it so far, which
+        `check_cache` will need and which seldom changes in one step. A canary prompt with which the cached one begins
+        is not computed twice: in a causal model later tokens change nothing before them."""
         if not self._cached or not self._expected:
             return self.scores(prompts, deadline, lora)
         whole = (*self._cached, self._expected[0])
@@ -137,9 +141,11 @@ class OutputChecks:
         return canary.compare(reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline)
 
     def check_cache(self, answered: bool, deadline: Deadline, lora: str | None = None) -> LevelResult:
-        """After the reset (an adapter needs none, its caches are its name's): the prompt that was cached before the
-        sync is generated again with cache reads allowed. Its first token's log-probability must be what the new weights
-        give past the cache, which the canary has weighed."""
+        """After the reset, continue the prompt that was cached before the sync, with cache reads allowed.
+
+        The first token's log-probability must be the one that the new weights give past the cache, which the canary has
+        compared with the trainer's. An adapter needs no reset: its cache entries carry its name.
+        """
         if not answered:
             return LevelResult("cache", False, 1, (Failure("reset", "caches dropped", "the engine refused"),))
         if not self._cached:
@@ -162,7 +168,7 @@ class OutputChecks:
         return LevelResult("cache", True, 2)
 
     def _past_cache(self, token: int, deadline: Deadline, lora: str | None) -> float:
-        """What the new weights give for `token` after the cached prompt."""
+        """Score `token` after the cached prompt, past the cache."""
         if self._fresh is not None and self._fresh[0] == token:
             return self._fresh[1]
         return self.scores(((*self._cached, token),), deadline, lora)[0][-1]
@@ -172,7 +178,8 @@ class OutputChecks:
         self._served = self._loaded if self._loaded is not None and self._loaded.version == version else None
 
     def require_former(self, version: int, deadline: Deadline) -> None:
-        """After the way back: the engine answers as it did when `version` served. Raises CanaryMismatch."""
+        """After a version was put back, compare the engine with its own log-probabilities when it served `version`.
+        Raises CanaryMismatch."""
         known = self._served
         if known is None or known.version != version:
             return

@@ -1,14 +1,14 @@
-"""Whether an engine can take the prompts that it is handed: what only the engine itself knows."""
+"""Prompt checks: validate prompt lengths and token ids that would crash an engine, by limits that only it knows."""
 
 from __future__ import annotations
 
 from bridge.errors import ConfigError
-from engine_side.protocol import EngineDriver, KnowsVocabulary, Prompts
+from engine_side.protocol import EngineDriver, KnowsVocabulary, PromptBatch
 
 
-def require_fit(driver: EngineDriver, prompts: Prompts) -> None:
-    """Raises ConfigError, naming the prompt, for one that is empty or longer than can be continued, or that holds an id
-    outside the vocabulary: some engines die of it."""
+def require_fit(driver: EngineDriver, prompts: PromptBatch) -> None:
+    """Raise ConfigError, naming the prompt, for one that is empty or longer than can be continued, or that holds an id
+    outside the vocabulary: some engines crash on it."""
     longest = driver.max_prompt
     vocabulary = driver.vocabulary if isinstance(driver, KnowsVocabulary) else None
     for index, prompt in enumerate(prompts):

@@ -134,41 +134,38 @@ class EngineService:
             if isinstance(request, EngineHello):
                 return EngineIs(self._info())  # a question never waits for a push
             with self._busy:
-                return self._answer(request, deadline)
+                if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
+                    if request.turn < self._turn:
+                        raise ProtocolError(
+                            "asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}",
+                            got=f"turn {request.turn}", remedy="push again",
+                        )  # fmt: skip
+                    self._turn = request.turn
+                match request:
+                    case EngineLoad():
+                        return self._load(request, deadline)
+                    case EngineCommit():
+                        return self._commit(request, deadline)
+                    case EngineResume():
+                        return self._resume(request, deadline)
+                    case EngineRestore():
+                        return self._restore(request, deadline)
+                    case EngineRun():
+                        return EngineRan(tuple(self._run(request.job, deadline)))
+                    case EngineReadBack():
+                        return self._read_back(request, deadline)
+                    case EngineCheck():
+                        return self._check(request, deadline)
+                    case EngineClaim():
+                        return self._claim(request, deadline)
+                    case EngineClose():
+                        self.close()
+                        return EngineOk(self._report())
         except BridgeError:
             raise
         except Exception as error:  # process boundary: the coordinator must get an answer whatever broke here
             log.exception("request %s failed", type(request).__name__)
             raise ErrorInfo.of(error).rebuild(self.id) from error
-
-    def _answer(self, request: ToEngine, deadline: Deadline) -> FromEngine:
-        if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
-            if request.turn < self._turn:
-                got, expected = f"turn {request.turn}", f"turn {self._turn}"
-                raise ProtocolError("asked for in a push that has ended", where=self.id, expected=expected, got=got)
-            self._turn = request.turn
-        match request:
-            case EngineLoad():
-                return self._load(request, deadline)
-            case EngineCommit():
-                return self._commit(request, deadline)
-            case EngineResume():
-                return self._resume(request, deadline)
-            case EngineRestore():
-                return self._restore(request, deadline)
-            case EngineRun():
-                return EngineRan(tuple(self._run(request.job, deadline)))
-            case EngineReadBack():
-                return self._read_back(request, deadline)
-            case EngineCheck():
-                return self._check(request, deadline)
-            case EngineClaim():
-                return self._claim(request, deadline)
-            case EngineClose():
-                self.close()
-                return EngineOk(self._report())
-            case _:
-                raise ProtocolError("a request that is answered elsewhere", where=self.id, got=type(request).__name__)
 
     def _claim(self, request: EngineClaim, deadline: Deadline) -> EngineIs:
         self.driver.claim(request.owner)

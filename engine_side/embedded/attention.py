@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from engine_side.embedded.config import ModelConfig, RopeConfig
-from engine_side.embedded.kv import KVShape, KVTensors
+from engine_side.embedded.kv import CachedAttention, KVShape, KVTensors
 from engine_side.embedded.layers import LayerContext, QKVParallelLinear, RMSNorm, RowParallelLinear
 
 
@@ -119,32 +119,32 @@ def paged_attention(
     return out.transpose(1, 2)[step.row, step.column]
 
 
-@dataclass(frozen=True)
-class AttentionTraits:
-    """Biases and norms by which the families' attentions differ."""
-
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-
-
-class Attention(nn.Module):
+class Attention(CachedAttention):
     """Grouped-query attention with a fused, sharded `qkv_proj`; query and key norms per head where the family has
     them."""
 
-    def __init__(self, config: ModelConfig, traits: AttentionTraits, layer: int, context: LayerContext) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        context: LayerContext,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         hidden, heads, width = config.hidden_size, config.num_attention_heads, config.head_dim
         self.layer = layer
         self.head_dim = width
-        qkv = QKVParallelLinear(hidden, width, heads, config.num_key_value_heads, traits.qkv_bias, context)
+        qkv = QKVParallelLinear(hidden, width, heads, config.num_key_value_heads, qkv_bias, context)
         self.heads, self.kv_heads = qkv.heads, qkv.kv_heads
         self.split_sizes = [cut.size for cut in qkv.output_cuts.values()]
         self.kv_shape = KVShape(qkv.kv_heads, (width, width))
         self.qkv_proj = qkv
-        self.o_proj = RowParallelLinear(heads * width, hidden, traits.output_bias, context)
-        self.q_norm = RMSNorm(width, config.rms_norm_eps, context.dtype) if traits.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width, config.rms_norm_eps, context.dtype) if traits.qk_norm else nn.Identity()
+        self.o_proj = RowParallelLinear(heads * width, hidden, output_bias, context)
+        self.q_norm = RMSNorm(width, config.rms_norm_eps, context.dtype) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width, config.rms_norm_eps, context.dtype) if qk_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """Compute [n, hidden] -> [n, hidden]; writes the new keys and values first."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, DtypeMismatch, ShapeMismatch, UnexpectedTensor
-from engine_side.embedded.attention import Attention, AttentionTraits, RotaryEmbedding, Step
+from engine_side.embedded.attention import Attention, RotaryEmbedding, Step
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.layers import (
     LayerContext,
@@ -132,19 +132,14 @@ class CausalLM(nn.Module):
         return cls.stacked
 
     @classmethod
-    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
-        """Return the biases and norms of this family's attention."""
-        raise NotImplementedError
-
-    @classmethod
     def rope_dim(cls, config: ModelConfig) -> int:
         """Return how many numbers of each head are rotated."""
         return config.head_dim
 
     @classmethod
     def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        """Build the attention of one layer."""
-        return Attention(config, cls.attention_traits(config), index, context)
+        """Build the attention of one layer, with the biases and norms of this family."""
+        raise NotImplementedError
 
     @classmethod
     def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
@@ -234,9 +229,9 @@ class CausalLM(nn.Module):
 
 class LlamaForCausalLM(CausalLM):
     @classmethod
-    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
+    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
         bias = bool(config.raw.get("attention_bias", False))
-        return AttentionTraits(qkv_bias=bias, output_bias=bias)
+        return Attention(config, index, context, qkv_bias=bias, output_bias=bias)
 
     @classmethod
     def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
@@ -245,15 +240,15 @@ class LlamaForCausalLM(CausalLM):
 
 class Qwen2ForCausalLM(CausalLM):
     @classmethod
-    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
-        return AttentionTraits(qkv_bias=True)
+    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
+        return Attention(config, index, context, qkv_bias=True)
 
 
 class Qwen3ForCausalLM(CausalLM):
     @classmethod
-    def attention_traits(cls, config: ModelConfig) -> AttentionTraits:
+    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
         bias = bool(config.raw.get("attention_bias", False))
-        return AttentionTraits(qkv_bias=bias, output_bias=bias, qk_norm=True)
+        return Attention(config, index, context, qkv_bias=bias, output_bias=bias, qk_norm=True)
 
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
@@ -330,7 +325,7 @@ class DeepseekV2ForCausalLM(CausalLM):
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
-    """As DeepSeek-V2, with sigmoid scores and a learned correction of who is chosen."""
+    """DeepSeek-V2 with sigmoid scores and a learned correction of the choice of experts."""
 
     routing: ClassVar[type[GroupedTopK]] = CorrectedTopK
     moved: ClassVar[Mapping[str, str]] = {"gate.e_score_correction_bias": "routing.e_score_correction_bias"}

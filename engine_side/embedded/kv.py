@@ -6,11 +6,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import xxhash
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,11 @@ class KVShape:
     widths: tuple[int, ...]
 
 
-@runtime_checkable
-class Cached(Protocol):
-    """An attention that caches an entry per token: the number of its layer and the shape of the entry."""
+class CachedAttention(nn.Module):
+    """Base of attentions that cache an entry per token: the number of the layer and the shape of the entry."""
 
-    @property
-    def layer(self) -> int: ...
-
-    @property
-    def kv_shape(self) -> KVShape: ...
+    layer: int
+    kv_shape: KVShape
 
 
 class KVTensors:

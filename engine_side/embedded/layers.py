@@ -35,7 +35,7 @@ VOCAB_ALIGN = 64
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What all layers of one rank are built with: dtype of their products, tensor-parallel state, post-load layout."""
+    """Arguments shared by all layers of one rank: dtype of products, tensor-parallel state, post-load layout."""
 
     dtype: torch.dtype
     tp: Parallel
@@ -110,7 +110,7 @@ class LinearBase(nn.Module):
 
 
 class ReplicatedLinear(LinearBase):
-    """The same whole weight on every rank (MoE routers)."""
+    """A linear layer whose weight is whole on every rank (MoE routers)."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, context: LayerContext) -> None:
         super().__init__(Cut.all_of(inputs), {None: Cut.all_of(outputs)}, bias, context)

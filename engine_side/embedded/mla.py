@@ -12,7 +12,7 @@ from torch import nn
 
 from engine_side.embedded.attention import Step, paged_attention, rotate, rotate_interleaved
 from engine_side.embedded.config import ModelConfig, read_fields
-from engine_side.embedded.kv import KVShape
+from engine_side.embedded.kv import CachedAttention, KVShape
 from engine_side.embedded.layers import (
     ColumnParallelLinear,
     LayerContext,
@@ -80,7 +80,7 @@ class AbsorbMethod:
         layer.absorb()
 
 
-class AbsorbedAttention(nn.Module):
+class AbsorbedAttention(CachedAttention):
     """Attention in the latent space. It holds no weights, only two tensors derived from those of `kv_b_proj`:
     `w_uk` [heads, nope, latent] and `w_uv` [heads, latent, v], plain attributes that no checkpoint and no
     `named_parameters()` shows. Stale until post-load has run after `kv_b_proj` was loaded."""

@@ -69,8 +69,8 @@ class ExpertLora(Protocol):
     """The LoRAs of one forward through a layer's experts."""
 
     def add(self, shard_id: str, expert: int, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add, in place, what the LoRAs of these tokens [k] contribute to one matrix of an expert: to the layer's
-        outputs `out` [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
+        """Add, in place, the effect of these tokens' [k] LoRAs on one matrix of an expert: to the layer's outputs `out`
+        [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
         ...
 
 
@@ -120,7 +120,8 @@ class FusedMoE(nn.Module):
 
 
 class Router(ReplicatedLinear):
-    """Hidden states [n, hidden] -> logits [n, experts]. Never quantised: a flipped choice of expert is no rounding."""
+    """Computes hidden states [n, hidden] -> logits [n, experts]. Never quantised: another choice of experts would be
+    more than a rounding error."""
 
     quantizable: ClassVar[bool] = False
 

@@ -30,8 +30,8 @@ class Parallel:
 
     @property
     def collectives(self) -> tuple[int, int]:
-        """How many collectives this rank has begun and ended since it joined its group. Ranks are in step between two
-        jobs when these numbers are equal in all of them."""
+        """Counts of the collectives that this rank has begun and ended since it joined its group. Ranks are in step
+        between two jobs when these numbers are equal in all of them."""
         return self._begun, self._ended
 
     def connect(self, store_path: str) -> None:

@@ -239,9 +239,10 @@ class Ranks:
         begun = max(self._collectives)
         if all(count == (begun, begun) for count in (self._collectives, *(child.collectives for child in children))):
             return
+        last = self._last_error()  # reads answers that have come meanwhile
         answered = [(c.rank, c.collectives) for c in self._children if c.answered == self._number]
         counts = ((0, self._collectives), *answered)
-        self._lost = self._last_error() or PeerLost(
+        self._lost = last or PeerLost(
             "the ranks of this engine are out of step",
             where=f"rank 0 and {', '.join(str(child.rank) for child in self._children)}",
             expected="as many collectives begun and ended in every rank",

@@ -17,7 +17,7 @@ from bridge.protocol.codec import Count, ErrorInfo, Message
 from engine_side.embedded.attention import Step
 from engine_side.embedded.config import EngineConfig, EngineLimits, ModelConfig
 from engine_side.embedded.decoder import CausalLM, Weights, model_class
-from engine_side.embedded.kv import Cached, KVTensors
+from engine_side.embedded.kv import CachedAttention, KVTensors
 from engine_side.embedded.layers import LayerContext
 from engine_side.embedded.layouts import layout_of
 from engine_side.embedded.loading import load_checkpoint, load_dummy
@@ -165,7 +165,7 @@ class ModelRunner:
     # ---- forwards ----
 
     def _make_kv(self, blocks: int) -> KVTensors:
-        layers = {m.layer: m.kv_shape for m in self.model.modules() if isinstance(m, Cached)}
+        layers = {m.layer: m.kv_shape for m in self.model.modules() if isinstance(m, CachedAttention)}
         return KVTensors(layers, blocks, self.limits.block_size, self.limits.dtype)
 
     @torch.no_grad()
@@ -227,17 +227,13 @@ class ModelRunner:
         kv = self._make_kv(tables[-1].stop)
         hidden = self.causal_lm(Step.build(tokens, counts, [0] * len(prompts), tables, kv))
         targets = torch.tensor([*tokens[1:], 0])
-        flat: list[float] = []
+        scores: list[torch.Tensor] = []
         for start in range(0, len(tokens), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
             with self._narrowed(rows):
                 logits = self.causal_lm.logits(hidden[rows]).float().log_softmax(dim=-1)
-            flat += logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1).tolist()
-        answers: list[list[float]] = []
-        for count in counts:
-            answers.append(flat[: count - 1])
-            flat = flat[count:]
-        return answers
+            scores.append(logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
+        return [of_prompt[:-1].tolist() for of_prompt in torch.split(torch.cat(scores), counts)]
 
     # ---- jobs ----
 

@@ -23,7 +23,7 @@ from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
-from engine_side.protocol import LoraView, Prompts
+from engine_side.protocol import LoraView, PromptBatch
 
 
 class EmbeddedDriver:
@@ -86,7 +86,7 @@ class EmbeddedDriver:
         manager = self.engine.runner.lora
         return None if manager is None else manager.limits
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         return self.engine.adapters
 
     def retire(self, names: Iterable[str]) -> None:
@@ -105,7 +105,7 @@ class EmbeddedDriver:
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         sampling: Sampling,
         adapter: str = CURRENT,
         *,
@@ -175,8 +175,8 @@ class EmbeddedRankHost:
             return out
         raise NotImplementedError(f"{type(module).__name__} cannot be called alone")
 
-    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
-        return self._runner.prompt_logprobs(prompts, adapter)
+    def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
+        return self._runner.prompt_logprobs(prompts, lora)
 
     def untie(self, names: Sequence[str]) -> bool:
         return self._runner.untie(names)

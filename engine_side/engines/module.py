@@ -6,6 +6,7 @@ the routes that `canonical` gives. It has no post-load step and generates nothin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from pathlib import Path
@@ -22,7 +23,7 @@ from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.live.inplace import reflect, twin_parameter
-from engine_side.protocol import LoraView, Prompts
+from engine_side.protocol import LoraView, PromptBatch
 
 CanonicalRoutes = Callable[[nn.Module], Routes]
 """Maps checkpoint names onto the live module that it is given."""
@@ -48,7 +49,8 @@ class ModuleDriver:
 
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
         """Run the job in the calling thread; blocks until it is done. Raises DeadlineExceeded only before it."""
-        deadline.check("a job on a module")
+        if time.monotonic() >= deadline.at:
+            deadline.check("a job on a module")
         if self._run is None:
             from engine_side.worker.rank import Rank
 
@@ -95,7 +97,7 @@ class ModuleDriver:
     def end_users(self, names: Iterable[str]) -> None:
         """Do nothing: a module holds no LoRA."""
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         """Return no names: a module has no LoRA slots."""
         return ()
 
@@ -104,7 +106,7 @@ class ModuleDriver:
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         sampling: Sampling,
         adapter: str = "current",
         *,
@@ -222,7 +224,7 @@ class ModuleRankHost:
             raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
         return y
 
-    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Raise ConfigError: a plain module has no canary."""
         raise ConfigError("a plain module computes no prompt log-probabilities", remedy="verify='weights'")
 
@@ -305,7 +307,7 @@ class _Gate:
         if self.guest == get_ident():
             return  # a probe: a version has to be verified behind the gate before it is lifted
         raise EngineQuarantined(
-            "this module holds unverified weights",
+            "this module holds weights that nobody verified",
             where=type(module).__name__,
             got=self.reason,
             remedy="push again, or call rollback()",
@@ -333,7 +335,7 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, to
 
 
 def _meta(tensor: torch.Tensor | None, tensors: dict[int, torch.Tensor]) -> torch.Tensor | None:
-    """The same tensor object gives the same meta tensor, and views of one storage stay views of one storage."""
+    """Make a meta tensor, once per tensor object; views of one storage stay views of one storage."""
     if tensor is None:
         return None
     if id(tensor) not in tensors:

@@ -23,12 +23,12 @@ SHARDING_ATTRIBUTES = ("input_dim", "output_dim")
 """Names that engines give to the dimension along which a parameter is cut; a transpose swaps them."""
 
 
-Registry = dict[str, Any]
+TensorRegistry = dict[str, Any]
 """The dictionary of a module in which a tensor hangs: parameters, buffers or plain attributes."""
 
 
 class Outcome(enum.Enum):
-    """Which branch `copy_or_rebind_param` took."""
+    """The branch that `copy_or_rebind_param` took."""
 
     COPIED = "copied"
     REBOUND = "rebound"
@@ -70,7 +70,7 @@ def copy_or_rebind_param(
     return outcome
 
 
-def find_registry(module: nn.Module, name: str) -> Registry | None:
+def find_registry(module: nn.Module, name: str) -> TensorRegistry | None:
     """Find the dictionary in which a tensor of that name hangs: parameters, buffers or plain attributes."""
     for registry in (module._parameters, module._buffers, module.__dict__):
         if isinstance(registry.get(name), torch.Tensor):
@@ -213,7 +213,7 @@ class BoundTensors:
         places: (path, registry, name in it) of each tensor.
     """
 
-    def __init__(self, places: Sequence[tuple[str, Registry, str]]) -> None:
+    def __init__(self, places: Sequence[tuple[str, TensorRegistry, str]]) -> None:
         self.places = places
         self.tensors: list[torch.Tensor] = [registry[name] for _, registry, name in places]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]

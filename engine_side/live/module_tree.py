@@ -81,5 +81,5 @@ class BoundModules:
         return found
 
     def below(self, replaced: Iterable[Replaced]) -> set[int]:
-        """Ids of the bound modules that hang, or hung, below the replaced ones."""
+        """Collect the ids of the bound modules that hang, or hung, below the replaced ones."""
         return {id(m) for each in replaced for m in each.before.modules() if id(m) in self._bound}

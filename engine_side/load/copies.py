@@ -117,7 +117,7 @@ class CopyBatch:
     nbytes: int = 0
 
     def copy(self) -> None:
-        """Do the copies. Called by a thread of the loader's pool."""
+        """Copy all pieces. Called by a thread of the loader's pool."""
         for into, out_of, nbytes in self.runs:
             memmove(into, out_of, nbytes)
         if self.live:

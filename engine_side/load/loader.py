@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +23,14 @@ from bridge.model.manifest import Manifest, TensorInfo
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
 from engine_side.live.forward_caches import ForwardCaches
-from engine_side.live.inplace import AttributeSnapshot, BoundTensors, Outcome, Registry, find_registry, find_tensor
+from engine_side.live.inplace import (
+    AttributeSnapshot,
+    BoundTensors,
+    Outcome,
+    TensorRegistry,
+    find_registry,
+    find_tensor,
+)
 from engine_side.live.module_tree import BoundModules, Replaced
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.copies import CopyBatch, CopyPair, batches, make_pair, run_all
@@ -77,6 +85,15 @@ class ArenaMap:
     readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
 
 
+class _NotMapped:
+    """Stands for the mapping of a plan that has none: reading a field of ArenaMap from it raises ConfigError."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ArenaMap.__dataclass_fields__:
+            raise ConfigError("this plan is not mapped onto an arena yet", where=name, remedy="push again")
+        raise AttributeError(name)
+
+
 class Loader:
     """The way from the arena into the live model of one rank.
 
@@ -107,7 +124,9 @@ class Loader:
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
-        self._map: ArenaMap | None = None
+        self.mapped = cast(ArenaMap, _NotMapped())
+        self.began_to_write = False
+        """The last `apply` came as far as live storage, whether or not it ended."""
         self._views: ArenaViews | None = None
         if self.problems:
             return
@@ -131,9 +150,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads and let go of the arena. Idempotent."""
-        if self._map is not None:
+        if isinstance(self.mapped, ArenaMap):
             self.canonical.map((), {})
-        self._map = None
+        self.mapped = cast(ArenaMap, _NotMapped())
         self._use_views(None)
         self.pool.shutdown(wait=True)
 
@@ -250,8 +269,8 @@ class Loader:
         index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
         self._use_views(views)
         with uncollected():
-            self._map = ArenaMap(manifest, [list(slot) for slot in slots], index)
-            self.canonical.map(self._map.slots, index)
+            self.mapped = ArenaMap(manifest, [list(slot) for slot in slots], index)
+            self.canonical.map(self.mapped.slots, index)
             for choice in self.decided.choices.values():
                 targets = [target for _, target, _ in self.canonical.parts(choice)]
                 names = {move.tensor for target in targets for move in self.canonical.moves.get(target, ())}
@@ -266,17 +285,10 @@ class Loader:
         if former is not None:
             former.close()
 
-    @property
-    def mapped(self) -> ArenaMap:
-        """The current mapping. Raises ConfigError before `map`."""
-        if self._map is None:
-            raise ConfigError("this plan is not mapped onto an arena yet")
-        return self._map
-
     def _bind_tensors(self) -> None:
         """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
         self._absent: list[tuple[ModuleStrategy, str, str]] = []
-        places: list[tuple[str, Registry, str]] = []
+        places: list[tuple[str, TensorRegistry, str]] = []
         for choice in self.decided.choices.values():
             for name, target, _ in self.canonical.parts(choice) if choice.direct else ():
                 registry = find_registry(self.decided.live[choice.path], name)
@@ -362,7 +374,9 @@ class Loader:
         Raises ConfigError, before anything is written, when a module was replaced; OutOfMemory.
         """
         began = time.perf_counter()
+        self.began_to_write = False
         self.require_bound()
+        self.began_to_write = True
         self.rebind_if_moved()
         moved, self._moved = tuple(self._moved), {}
         wanted = None if changed is None else set(changed)

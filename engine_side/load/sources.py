@@ -44,6 +44,7 @@ class CanonicalTensors:
         for fill in baked.plan.fills:
             self.fills.setdefault(fill.target, []).append(fill)
         self.whole = {t.path for t in baked.plan.targets} - baked.coverage.holes.keys()
+        self._parts: dict[str, list[tuple[str, str, Role]]] = {}
         self._slots: Sequence[ArenaSlot] = ()
         self._index: Mapping[str, int] = {}
         self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
@@ -62,9 +63,13 @@ class CanonicalTensors:
 
     def parts(self, choice: ModuleStrategy) -> list[tuple[str, str, Role]]:
         """List (attribute, target of the plan, form) of a module's canonical tensors."""
-        cluster = self.decided.clusters[choice.path]
-        names = cluster.places[cluster.paths.index(choice.path)]
-        return [(name, cluster.targets[role], cluster.roles[role]) for name, role in names.items()]
+        found = self._parts.get(choice.path)
+        if found is None:
+            cluster = self.decided.clusters[choice.path]
+            names = cluster.places[cluster.paths.index(choice.path)]
+            found = [(name, cluster.targets[role], cluster.roles[role]) for name, role in names.items()]
+            self._parts[choice.path] = found
+        return found
 
     def sent(self, move: Move, slot: int) -> torch.Tensor:
         """The arena's tensor from which a move reads. Raises ConfigError before `map`."""

@@ -201,7 +201,7 @@ class Verifier:
         wanted, failures = self._packed, list[Failure]()
         if every:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
-        if not wanted and not self._derived.paths:
+        if not wanted and not self.loader.derived:
             return _result("probe", 0, [], "nothing is packed: read-back shows every weight")
         lost = {choice.path for choice in self.loader.modules_below(self.loader.replaced())}
         with uncollected(), self._remembering():
@@ -282,8 +282,11 @@ class Verifier:
         return "the output is still that of the version before" if still else None
 
     def _probe_one(self, choice: ModuleStrategy, slot: int) -> str | None:
-        """Why a module does not answer as the arena's weights say, or, where it cannot be called, why its state is not
-        a twin's. State that is closed to us is left to the canary."""
+        """Compare a module's output with that of the arena's weights: a text that says how it differs, or None.
+
+        Where it cannot be called its state is compared with a twin's; state that cannot be looked into is left to the
+        canary.
+        """
         if not choice.probes:
             here, opaque = reachable(self.loader.decided.live[choice.path])
             twin, k = self.loader.twin(choice, slot)
@@ -302,7 +305,7 @@ class Verifier:
         return probes.call_module(self.loader.host, module, self._input(probe, choice))
 
     def _reference(self, choice: ModuleStrategy, probe: Probe, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(output, tolerance) of the arena's weights."""
+        """Compute (output, tolerance) of the arena's weights; None where the module cannot be called."""
         x, canonical = self._input(probe, choice), self.loader.canonical
         if probe.form == "twin":
             twin, k = self.loader.twin(choice, slot)

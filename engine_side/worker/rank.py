@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class RankPlan:
+class MappedPlan:
     """A baked plan of this rank and, once mapped, its arena."""
 
     loader: Loader | LoraLoader
@@ -84,9 +84,9 @@ class Rank:
     def __init__(self, host: RankHost, threads: int | None = None) -> None:
         self.host = host
         self._threads = threads or from_environment().copy_threads
-        self._plans: dict[int, RankPlan] = {}
+        self._plans: dict[int, MappedPlan] = {}
         self._mailbox: Mailbox | None = None
-        self._touched = False
+        self._loading: Loader | None = None
         self._lost: AttributeSnapshot | None = None
         self._loaded: tuple[int, int] | None = None
         """(plan, slot) of the weights that were loaded last."""
@@ -94,15 +94,23 @@ class Rank:
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
         job = unpack(frame, RankJob)
-        mailbox = self._open_mailbox(job.mailbox)
-        self._touched = False
+        if self._mailbox is None or str(self._mailbox.path) != job.mailbox:
+            if self._mailbox is not None:
+                self._mailbox.close()
+            self._mailbox = Mailbox.open(Path(job.mailbox))
+        mailbox = self._mailbox
+        self._loading = None
         try:
             answer = self._answer(job.job)
         except Exception as error:  # process boundary: a worker must answer by value whatever broke
             if not isinstance(error, BridgeError):
                 log.exception("rank %d: %s failed", self.host.rank, type(job.job).__name__)
-            answer = RankFailed(ErrorInfo.of(error), self._touched)
+            answer = RankFailed(ErrorInfo.of(error), self._has_written())
         mailbox.post(job.page + self.host.rank, job.nonce, pack(RankAnswer(self.host.rank, job.nonce, answer)))
+
+    def _has_written(self) -> bool:
+        """True when the job under way is a load that came as far as live storage."""
+        return self._loading is not None and self._loading.began_to_write
 
     def close(self) -> None:
         """Let go of arenas and mailbox. Idempotent."""
@@ -112,13 +120,6 @@ class Rank:
         if self._mailbox is not None:
             self._mailbox.close()
             self._mailbox = None
-
-    def _open_mailbox(self, path: str) -> Mailbox:
-        if self._mailbox is None or str(self._mailbox.path) != path:
-            if self._mailbox is not None:
-                self._mailbox.close()
-            self._mailbox = Mailbox.open(Path(path))
-        return self._mailbox
 
     def _answer(self, job: AnyJob) -> AnyAnswer:
         match job:
@@ -144,7 +145,7 @@ class Rank:
             case ExplainJob():
                 return RankExplanation(self._planned(job.plan).loader.explain(job.name))
 
-    def _planned(self, plan: int) -> RankPlan:
+    def _planned(self, plan: int) -> MappedPlan:
         try:
             return self._plans[plan]
         except KeyError:
@@ -162,7 +163,7 @@ class Rank:
         except BaseException:
             loader.close()
             raise
-        self._plans[job.plan] = RankPlan(loader, bake)
+        self._plans[job.plan] = MappedPlan(loader, bake)
         return bake
 
     def _loader(self, job: BakeJob) -> Loader | LoraLoader:
@@ -201,8 +202,7 @@ class Rank:
                 raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
             return loader.load(job.slot, job.lora, job.settings.levels, job.previous)
         verifier = planned.mapped()
-        loader.require_bound()
-        self._touched = True
+        self._loading = loader
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None

@@ -123,8 +123,9 @@ def scene_of(engine: str, checkpoint: str) -> Scene:
         model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     b = bridge.attach(live, model=model if engine != "module" else None)
     b.push(model.named_parameters())
-    version = b.push(model.named_parameters()).version
-    pending = bridge.PendingPush(b._session, version, 5.0)  # of a push that has ended, which nobody has asked yet
+    pending = b.push(model.named_parameters(), wait=False)
+    while b.status().busy is not None:  # it ends, and nobody asks for its result yet
+        time.sleep(0.01)
     return {"engine": live, "model": model, "bridge": b, "pending": pending}
 
 

@@ -154,19 +154,29 @@ def test_seal_begin_and_seal_again(arena: Arena) -> None:
         assert found.version == 8
 
 
-def _seal_range(arena: Arena, slot: int) -> tuple[int, int]:
-    start = arena._start(slot) + arena._seal_at
-    return start, start + 48 + 8 + len(SEAL.digests)
+def _seal_range(arena: Arena) -> tuple[int, int]:
+    digests = arena.path.read_bytes().index(SEAL.digests)
+    return digests - 48 - 8, digests + len(SEAL.digests)
+
+
+def _overwrite(arena: Arena, at: int, data: bytes) -> bytes:
+    """Another program writes into the file; what was there before."""
+    with arena.path.open("r+b") as file:
+        file.seek(at)
+        before = file.read(len(data))
+        file.seek(at)
+        file.write(data)
+    return before
 
 
 def test_a_seal_torn_at_any_byte_is_no_seal(arena: Arena) -> None:
     arena.seal(0, SEAL)
-    start, end = _seal_range(arena, 0)
+    start, end = _seal_range(arena)
+    whole = arena.path.read_bytes()
     for at in range(start, end):
-        kept = arena._flat[at]
-        arena._flat[at] = kept ^ 0x10
+        kept = _overwrite(arena, at, bytes([whole[at] ^ 0x10]))
         assert arena.seal_of(0) is None, at - start
-        arena._flat[at] = kept
+        _overwrite(arena, at, kept)
     assert arena.seal_of(0) == SEAL
 
 
@@ -293,19 +303,19 @@ def test_another_size_is_refused(arena: Arena, change: int) -> None:
 
 
 def test_a_header_damaged_at_any_byte_is_refused(arena: Arena) -> None:
-    for at in range(files.HEADER_NBYTES):
-        kept = arena._flat[at]
-        arena._flat[at] = kept ^ 1
+    header = arena.path.read_bytes()[: files.HEADER_NBYTES]
+    for at, byte in enumerate(header):
+        _overwrite(arena, at, bytes([byte ^ 1]))
         with pytest.raises(ProtocolError):
             Arena.open(arena.path, MANIFEST)
-        arena._flat[at] = kept
+        _overwrite(arena, at, bytes([byte]))
     Arena.open(arena.path, MANIFEST).close()
 
 
 @pytest.mark.parametrize("slots", [0, 1, 3])
 def test_a_header_of_another_geometry_is_refused(arena: Arena, slots: int) -> None:
-    header = files.decode_header(bytes(arena._flat[: files.HEADER_NBYTES]), "")
-    arena._flat[: files.HEADER_NBYTES] = list(files.encode_header(dataclasses.replace(header, count=slots)))
+    header = files.decode_header(arena.path.read_bytes()[: files.HEADER_NBYTES], "")
+    _overwrite(arena, 0, files.encode_header(dataclasses.replace(header, count=slots)))
     with pytest.raises(ProtocolError, match="geometry"):
         Arena.open(arena.path, MANIFEST)
 

@@ -38,6 +38,7 @@ PUBLIC = [
     "MissingTensor",
     "NonFinite",
     "NotFound",
+    "OutOfMemory",
     "PeerLost",
     "PendingPush",
     "ProtocolError",

@@ -220,7 +220,9 @@ def test_commits_are_synced_and_nothing_else_happens_in_the_pause(ledger: Ledger
         ledger.record(kind, **fields)
         assert ran[:3] == [f"PRAGMA synchronous = {mode}", f"PRAGMA wal_autocheckpoint = {pages}", "BEGIN IMMEDIATE"]
         assert ran[-1] == "COMMIT"
-    assert ledger._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other = sqlite3.connect(ledger.path)
+    assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.close()
 
 
 def test_a_closed_ledger_refuses(ledger: Ledger) -> None:
@@ -418,7 +420,9 @@ def test_a_journal_that_was_cut_short_is_refused_and_the_remedy_ends_right(tmp_p
 
 def test_damage_that_comes_later_is_an_error_of_ours(ledger: Ledger) -> None:
     ledger.record("receipt", version=ledger.issue(), receipt={"version": 1})
-    ledger._database.execute("UPDATE entries SET body = CAST(replace(body, '1', '2') AS BLOB) WHERE kind = 'receipt'")
+    other = sqlite3.connect(ledger.path, isolation_level=None)
+    other.execute("UPDATE entries SET body = CAST(replace(body, '1', '2') AS BLOB) WHERE kind = 'receipt'")
+    other.close()
     with pytest.raises(ProtocolError, match="damaged"):
         ledger.receipts()
     with pytest.raises(ProtocolError, match="damaged"):

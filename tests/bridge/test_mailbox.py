@@ -92,23 +92,24 @@ def test_any_damaged_byte_is_an_error_or_no_answer(box: Mailbox) -> None:
 
 
 def test_a_post_killed_before_its_end_is_no_answer(box: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After any number of its five writes but the last, neither payload is shown."""
     box.post(0, 1, b"old")
-    write = box._write
+    pwrite = os.pwrite
     for steps in range(1, 5):
         left = [steps]
 
-        def stop(at: int, data: bytes, left: list[int] = left) -> None:
+        def stop(fd: int, data: bytes, at: int, left: list[int] = left) -> int:
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            write(at, data)
+            return pwrite(fd, data, at)
 
-        monkeypatch.setattr(box, "_write", stop)
-        with pytest.raises(KeyboardInterrupt):
-            box.post(0, 2, b"new")
+        with monkeypatch.context() as patch:
+            patch.setattr("bridge.shm.mailbox.os.pwrite", stop)
+            with pytest.raises(KeyboardInterrupt):
+                box.post(0, 2, b"new")
         assert box.read(0, 1) is None
         assert box.read(0, 2) is None
-    monkeypatch.setattr(box, "_write", write)
     box.post(0, 2, b"new")
     assert box.read(0, 2) == b"new"
 

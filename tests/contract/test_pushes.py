@@ -101,6 +101,7 @@ def test_a_refused_attach_leaves_the_engine_as_it_was(rig: EngineRig, monkeypatc
 
     with closed(rig):
         before = rig.hooks()
+        assert not before.get("threads")
         with pytest.raises(ConfigError, match="not a name"):
             bridge.attach(rig.handle, name="no/such name")
         with monkeypatch.context() as patch:

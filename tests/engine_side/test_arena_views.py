@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,7 +91,9 @@ class Raising(toy.Packed):
 
 
 @contextmanager
-def viewed(method: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[toy.ToyHost, Loader, Arena]]:
+def viewed(
+    method: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[toy.ToyHost, Loader, Arena, ArenaViews | None]]:
     """A loader over a read-only arena whose fused weights lie in one piece; the arena again, to write to."""
     monkeypatch.setattr(arena_views, "LEAST", 1)
     host = toy.ToyHost(method=method)
@@ -98,9 +102,10 @@ def viewed(method: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         arena = Arena.open(writable.path, manifest)
         loader = Loader(host, host.infos)
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
-        loader.map(manifest, slots, ArenaViews.of(arena))
+        views = ArenaViews.of(arena)
+        loader.map(manifest, slots, views)
         try:
-            yield host, loader, writable
+            yield host, loader, writable, views
         finally:
             loader.close()
             arena.close()
@@ -119,7 +124,7 @@ def put(arena: Arena, host: toy.ToyHost, slot: int, seed: int) -> None:
 def test_a_version_serves_alone_whatever_post_load_does(
     method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with viewed(method, tmp_path, monkeypatch) as (host, loader, arena):
+    with viewed(method, tmp_path, monkeypatch) as (host, loader, arena, _):
         verifier = Verifier(loader)
         for seed in range(1, 8):
             slot = seed % 2
@@ -136,19 +141,27 @@ def test_a_version_serves_alone_whatever_post_load_does(
 
 
 def test_what_is_packed_is_read_where_the_trainer_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with viewed(Watched, tmp_path, monkeypatch) as (host, loader, arena):
+    private, mapped = Arena.private, []
+
+    def noted(arena: Arena) -> mmap.mmap:
+        mapped.append(private(arena))
+        return mapped[-1]
+
+    monkeypatch.setattr(Arena, "private", noted)
+    with viewed(Watched, tmp_path, monkeypatch) as (host, loader, arena, views):
         put(arena, host, 0, 1)
-        assert loader._views is not None
-        began = loader._views._flat.ctypes.data
+        (mapping,) = mapped
+        began = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
         Watched.seen.clear()
         loader.apply(0)
         assert all(began <= address < began + arena.nbytes for address in Watched.seen)
         assert len(Watched.seen) == 2
-        assert loader._views.usable
+        assert views is not None
+        assert views.usable
 
 
 def test_a_step_that_raised_leaves_nothing_of_the_arena_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with viewed(Raising, tmp_path, monkeypatch) as (host, loader, arena):
+    with viewed(Raising, tmp_path, monkeypatch) as (host, loader, arena, _):
         put(arena, host, 0, 1)
         put(arena, host, 1, 2)
         loader.apply(0)
@@ -170,7 +183,7 @@ def test_without_a_private_mapping_weights_are_copied(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(Arena, "private", refuse)
-    with viewed(Watched, tmp_path, monkeypatch) as (host, loader, arena):
+    with viewed(Watched, tmp_path, monkeypatch) as (host, loader, arena, _):
         put(arena, host, 0, 1)
         loader.apply(0)
         assert same(outputs(host), outputs(toy.ToyHost(method=toy.Packed, seed=1)))

@@ -23,6 +23,7 @@ from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.scheduler import GenerationRequest, Scheduler
 from engine_side.engines.embedded import EmbeddedDriver, attach, host
 from tests.engine_side import embedded_models as tiny
+from tests.engine_side.stopped_engine import no_step, scheduler_of
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 LONG = Sampling(max_tokens=200, temperature=0)
@@ -133,8 +134,8 @@ def test_a_small_pool_preempts_and_gives_the_same(tmp_path: Path, model: Any, mo
     config = EngineConfig(str(tmp_path), max_seq_len=64, block_size=8, num_blocks=9)
     with Engine(config) as engine:
         preempted: list[int] = []
-        preempt = engine._scheduler.preempt
-        monkeypatch.setattr(engine._scheduler, "preempt", lambda rs: preempted.append(len(rs)) or preempt(rs))
+        preempt = scheduler_of(engine).preempt
+        monkeypatch.setattr(scheduler_of(engine), "preempt", lambda rs: preempted.append(len(rs)) or preempt(rs))
         for _ in range(2):
             assert [list(c.token_ids) for c in engine.generate(tiny.prompts(), GREEDY)] == wanted
         assert preempted
@@ -262,17 +263,17 @@ def test_a_drain_that_takes_too_long_leaves_the_engine_running(engine: Engine) -
 
 
 def test_past_gate_reads_the_cache_while_others_wait(engine: Engine) -> None:
-    adapter = EmbeddedDriver(engine)
+    driver = EmbeddedDriver(engine)
     kept = Call(lambda: engine.generate([PROMPT], LONG))
     until_steps(engine, 3)
-    adapter.pause("keep", Deadline.after(5))
+    driver.pause("keep", Deadline.after(5))
     before = engine.cached_blocks_read
-    (got,) = adapter.generate([PROMPT], Sampling(max_tokens=2, temperature=0), past_gate=True)
+    (got,) = driver.generate([PROMPT], Sampling(max_tokens=2, temperature=0), past_gate=True)
     assert len(got.token_ids) == 2
     assert engine.cached_blocks_read > before
     assert kept.waits()
-    adapter.refuse("not verified")
-    assert adapter.generate([PROMPT], GREEDY, past_gate=True)[0].finish_reason == "length"
+    driver.refuse("not verified")
+    assert driver.generate([PROMPT], GREEDY, past_gate=True)[0].finish_reason == "length"
     with pytest.raises(EngineQuarantined, match="not verified"):
         kept.result()
 
@@ -308,7 +309,7 @@ def test_no_error_of_a_step_ends_the_engines_thread(
     def broken(*args: object) -> None:
         raise IndexError(where)
 
-    owner = engine if where.startswith("_") else engine._scheduler
+    owner = engine if where.startswith("_") else scheduler_of(engine)
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, broken)
         call = Call(lambda: engine.generate([PROMPT], GREEDY))
@@ -318,7 +319,6 @@ def test_no_error_of_a_step_ends_the_engines_thread(
         else:
             with pytest.raises(BridgeError, match=where):
                 call.result()
-    assert engine._thread.is_alive()
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
     assert engine.reset_prefix_cache(), "no block leaked"
 
@@ -331,10 +331,9 @@ def test_a_request_that_cannot_be_taken_off_the_books_still_answers_its_caller(
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_compute", broken)
-        patch.setattr(engine._scheduler, "_drop_blocks", broken)
+        patch.setattr(scheduler_of(engine), "_drop_blocks", broken)
         with pytest.raises(BridgeError, match="the books"):
             Call(lambda: engine.generate([PROMPT], GREEDY)).result()
-    assert engine._thread.is_alive()
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
 
 
@@ -403,14 +402,14 @@ def test_a_decoding_request_pushes_out_no_privileged_one() -> None:
 
 
 def test_a_deadline_ends_what_has_not_finished(engine: Engine) -> None:
-    adapter = EmbeddedDriver(engine)
-    assert len(adapter.generate([PROMPT], GREEDY, deadline=Deadline.after(20))[0].token_ids) == 24
-    with engine._exclusive(Deadline.after(20)), pytest.raises(DeadlineExceeded, match="finished"):  # no step
-        adapter.generate([PROMPT], GREEDY, past_gate=True, deadline=Deadline.after(0.05))
-    assert not engine._scheduler.waiting
+    driver = EmbeddedDriver(engine)
+    assert len(driver.generate([PROMPT], GREEDY, deadline=Deadline.after(20))[0].token_ids) == 24
+    with no_step(engine), pytest.raises(DeadlineExceeded, match="finished"):
+        driver.generate([PROMPT], GREEDY, past_gate=True, deadline=Deadline.after(0.05))
+    assert not scheduler_of(engine).waiting
     engine.pause("keep")
     with pytest.raises(DeadlineExceeded, match="paused"):
-        adapter.generate([PROMPT], GREEDY, deadline=Deadline.after(0.05))
+        driver.generate([PROMPT], GREEDY, deadline=Deadline.after(0.05))
     engine.resume()
     assert engine.generate([PROMPT], GREEDY)[0].finish_reason == "length"
     assert engine.reset_prefix_cache(), "no block leaked"
@@ -430,18 +429,18 @@ def test_closing_ends_callers(tmp_path: Path, model: Any) -> None:
         engine.prompt_logprobs([PROMPT])
 
 
-def test_the_adapter_knows_no_other_adapter_and_no_shared_storage(engine: Engine) -> None:
-    adapter = EmbeddedDriver(engine)
-    assert (adapter.kind, adapter.ranks, adapter.can_generate) == ("embedded", 1, True)
+def test_the_driver_knows_no_other_lora_and_no_shared_storage(engine: Engine) -> None:
+    driver = EmbeddedDriver(engine)
+    assert (driver.kind, driver.ranks, driver.can_generate) == ("embedded", 1, True)
     with pytest.raises(NotFound, match="current"):
-        adapter.generate([PROMPT], GREEDY, adapter="someone")
-    adapter.refuse_shared(frozenset({torch.zeros(1).untyped_storage().data_ptr()}))
+        driver.generate([PROMPT], GREEDY, adapter="someone")
+    driver.refuse_shared(frozenset({torch.zeros(1).untyped_storage().data_ptr()}))
     mine = engine.runner.model.get_parameter("model.norm.weight")
     with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
-        adapter.refuse_shared(frozenset({mine.untyped_storage().data_ptr()}))
-    adapter.publish(9)
+        driver.refuse_shared(frozenset({mine.untyped_storage().data_ptr()}))
+    driver.publish(9)
     assert engine.generate([PROMPT], GREEDY)[0].weight_version == 9
-    assert adapter.reset_caches()
+    assert driver.reset_caches()
 
 
 def test_one_bridge_at_a_time_drives_an_engine(engine: Engine) -> None:
@@ -456,7 +455,7 @@ def test_one_bridge_at_a_time_drives_an_engine(engine: Engine) -> None:
     first.claim("run1")
 
 
-def test_a_refusal_outlives_its_adapter(engine: Engine) -> None:
+def test_a_refusal_outlives_its_driver(engine: Engine) -> None:
     first = EmbeddedDriver(engine)
     first.refuse("torn")
     first.close()
@@ -470,9 +469,9 @@ def test_a_refusal_outlives_its_adapter(engine: Engine) -> None:
 
 
 def test_the_longest_prompt_can_be_scored_and_continued(engine: Engine) -> None:
-    adapter = EmbeddedDriver(engine)
-    longest = adapter.max_prompt
-    assert adapter.cache_grain == engine.config.block_size
+    driver = EmbeddedDriver(engine)
+    longest = driver.max_prompt
+    assert driver.cache_grain == engine.config.block_size
     prompt = [3] * longest
     assert len(engine.prompt_logprobs([prompt])[0]) == longest - 1
     assert len(engine.generate([prompt], GREEDY)[0].token_ids) == 1
@@ -516,7 +515,7 @@ def test_integers_of_any_kind_are_token_ids(engine: Engine) -> None:
         assert isinstance(prompt, range) or found == want
 
 
-def test_a_hosted_engine_ends_with_its_adapter_and_an_attached_one_does_not(tmp_path: Path, engine: Engine) -> None:
+def test_a_hosted_engine_ends_with_its_driver_and_an_attached_one_does_not(tmp_path: Path, engine: Engine) -> None:
     hosted = host(str(tmp_path), {"layout": "packed", "timeout_s": 20})
     assert hosted.generate([PROMPT], GREEDY)[0].token_ids == engine.generate([PROMPT], GREEDY)[0].token_ids
     hosted.close()

@@ -42,9 +42,10 @@ def test_a_skeleton_is_canonical_whatever_the_live_layout(tmp_path: Path, family
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_loader_runs_on_meta_and_reads_no_values(tmp_path: Path, family: str) -> None:
     model = tiny.save(tmp_path, family)
-    host = EmbeddedRankHost(runner(tmp_path, load="dummy"))
+    made = runner(tmp_path, load="dummy")
+    host = EmbeddedRankHost(made)
     skeleton = host.skeleton()
-    names = list(host._runner.causal_lm.checkpoint_names())
+    names = list(made.causal_lm.checkpoint_names())
     from safetensors.torch import load_file
 
     stored = load_file(tmp_path / "model.safetensors")

@@ -201,6 +201,18 @@ def test_a_collective_that_rank_0_never_joined_loses_the_engine(engine: Engine, 
     assert_lost(engine)
 
 
+def test_a_forked_child_that_closes_the_engine_ends_nothing(engine: Engine) -> None:
+    pid = os.fork()
+    if not pid:
+        try:
+            engine.close()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert len(engine.generate([PROMPT], GREEDY)[0].token_ids) == 24
+    assert all(alive(child) for child in engine.child_pids)
+
+
 def test_a_start_that_fails_leaves_no_process(tmp_path: Path) -> None:
     tiny.save(tmp_path, "llama-biased")  # intermediate size 91
     before = set(_children())

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, OutOfMemory, PeerLost
 from bridge.model.levels import RANK_LEVELS
+from bridge.protocol.deadline import Deadline
 from engine_side.driver.quantised_trial import require_strategies
 from engine_side.load.loader import Loader
 from engine_side.plan.bake import bake
@@ -140,8 +141,8 @@ def test_a_trial_that_shows_nothing_about_the_weights_does_not_blame_them(error:
     driver: Any = QuantisedDriver(tmp_path)
     ranks: Any = FailingRanks(error)
     with pytest.raises(type(error)) as caught:
-        require_strategies("engine0", driver, ranks)
+        require_strategies("engine0", driver, ranks, Deadline.after(60))
     assert caught.value is error
     ranks.error = ConfigError("no strategy can update this module", where="a.b (Linear)")
     with pytest.raises(ConfigError, match=r"quantised as fp8.*a\.b \(Linear\)"):
-        require_strategies("engine0", driver, ranks)
+        require_strategies("engine0", driver, ranks, Deadline.after(60))

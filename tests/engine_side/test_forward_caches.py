@@ -13,7 +13,7 @@ from torch import nn
 from bridge.protocol.rank_jobs import LogprobsJob
 from engine_side.live.forward_caches import ForwardCaches, names_assigned_in_forward
 from engine_side.load.loader import Loader
-from engine_side.worker.rank import Rank, RankPlan
+from engine_side.worker.rank import MappedPlan, Rank
 from tests.engine_side import toy_engine as toy
 
 
@@ -172,10 +172,11 @@ def test_a_canary_that_is_interrupted_puts_back_what_it_cleared() -> None:
 def planned(host: RoutedHost) -> Iterator[Rank]:
     """A rank with one plan, whose first version is loaded."""
     rank = Rank(host)
-    rank._plans[0] = RankPlan(Loader(host, host.infos))
+    loader = Loader(host, host.infos)
+    rank._plans[0] = MappedPlan(loader)
     try:
-        rank._plans[0].loader.map(*toy.arena(host.infos, 1))
-        rank._plans[0].loader.apply(0)
+        loader.map(*toy.arena(host.infos, 1))
+        loader.apply(0)
         yield rank
     finally:
         rank.close()

@@ -35,7 +35,7 @@ from tests.engine_side.lora_ranks import ThreadRank, on_ranks
 F64 = torch.float64
 SLOTS, MAX_RANK = 3, 4
 ROWS = torch.tensor([0, -1, 2, 0, 2, -1, 2])
-"""Slot of each token: two adapters and the base model in one batch."""
+"""Slot of each token: two LoRAs and the base model in one batch."""
 RANKS = {0: 4, 2: 2}
 
 
@@ -81,7 +81,7 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Values:
-    """Whole weights [outputs, inputs], biases and adapters of every part."""
+    """Whole weights [outputs, inputs], biases and LoRAs of every part."""
 
     weight: dict[Any, torch.Tensor]
     bias: dict[Any, torch.Tensor]
@@ -156,7 +156,7 @@ def whole_outputs(layers: list[BaseLayerWithLoRA], outs: list[torch.Tensor], key
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_each_token_gets_its_own_adapter(name: str, size: int, layout: str) -> None:
+def test_each_token_gets_its_own_lora(name: str, size: int, layout: str) -> None:
     case = CASES[name]
     last = list(case.parts)[-1]
     values = values_of(case, skip={(0, last)} if len(case.parts) > 1 else ())
@@ -180,7 +180,7 @@ def test_each_token_gets_its_own_adapter(name: str, size: int, layout: str) -> N
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_without_adapters_the_bits_are_the_bases(name: str) -> None:
+def test_without_lora_the_bits_are_the_bases(name: str) -> None:
     case = CASES[name]
     values = values_of(case)
     x, _ = inputs_of(case, name)
@@ -270,7 +270,7 @@ def test_a_row_layers_own_forward_is_kept(size: int) -> None:
         torch.testing.assert_close(got, values.expected(None, x, 2.0), rtol=0, atol=1e-12)
 
 
-def test_a_row_layers_adapters_are_inside_its_one_sum() -> None:
+def test_a_row_layers_loras_are_inside_its_one_sum() -> None:
     case = CASES["row"]
     values = values_of(case)
     x, _ = inputs_of(case, "row")
@@ -326,7 +326,7 @@ def test_slots_are_padded_with_zeros_and_cleared() -> None:
     assert not part.b[2, :, 2:].any()
     assert not part.a[1].any(), "a slot that nobody wrote"
     layer.write(2, ("k", None), a[:1], b[:, :1])
-    assert not part.a[2, 1:].any(), "what a larger adapter left"
+    assert not part.a[2, 1:].any(), "what a larger LoRA left"
     assert not part.b[2, :, 1:].any()
     kept = part.a[0].clone()
     layer.clear(2)
@@ -397,7 +397,7 @@ def routing() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("cls", [FusedMoE, OwnExperts])
-def test_experts_add_their_adapters_inside(cls: type[FusedMoE], size: int, layout: str) -> None:
+def test_experts_add_their_loras_inside(cls: type[FusedMoE], size: int, layout: str) -> None:
     x, weights, ids = routing()
 
     def work(tp: Parallel) -> torch.Tensor:
@@ -455,7 +455,7 @@ def test_a_choice_ends_with_its_block_also_after_an_error() -> None:
         assert context.groups(1) == ()
 
 
-def test_one_adapter_for_all_rows_needs_no_index() -> None:
+def test_one_lora_for_all_rows_needs_no_index() -> None:
     context = LoraContext()
     with context.select(torch.tensor([1, 1])):
         (group,) = context.groups(2)
@@ -493,7 +493,7 @@ def test_plain_wrappers_nest(levels: int) -> None:
     assert isinstance(unwrap(model[0]), LinearBase)
 
 
-def test_a_tied_head_and_its_embedding_have_adapters_of_their_own() -> None:
+def test_a_tied_head_and_its_embedding_have_loras_of_their_own() -> None:
     built = context_of("packed")
     embedding, head = VocabParallelEmbedding(70, 10, built), ParallelLMHead(70, 10, built)
     weight = noise(70, 10, seed=1)

@@ -1,4 +1,4 @@
-"""Adapters in the embedded engine's slots: what they do to a real model, what is refused, what is read back."""
+"""LoRAs in the embedded engine's slots: what they do to a real model, what is refused, what is read back."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def linear_modules(weights: Tensors) -> list[str]:
     return [name.removesuffix(".weight") for name, t in weights.items() if t.dim() == 2]
 
 
-def adapter(weights: Tensors, modules: Sequence[str], seed: int = 0, rank: int = RANK) -> Tensors:
-    """A non-zero adapter on these modules of a checkpoint."""
+def lora_tensors(weights: Tensors, modules: Sequence[str], seed: int = 0, rank: int = RANK) -> Tensors:
+    """A non-zero LoRA on these modules of a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
     out: Tensors = {}
     for module in modules:
@@ -134,13 +134,13 @@ FAMILIES = [("llama-biased", False), ("qwen2", True), ("moe-mixed", False), ("de
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
-def test_an_adapter_on_every_module_is_the_merged_model(tmp_path: Path, family: str, tied: bool, layout: str) -> None:
+def test_a_lora_on_every_module_is_the_merged_model(tmp_path: Path, family: str, tied: bool, layout: str) -> None:
     folder = tmp_path / "base"
     save(folder, family, tied)
     weights = state(folder)
     modules = [*linear_modules(weights), *(["lm_head"] if tied else [])]
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    both = [adapter(weights, modules, seed) for seed in (1, 2)]
+    both = [lora_tensors(weights, modules, seed) for seed in (1, 2)]
     sizes = (1, 2) if layout in ("canonical", "packed") and family != "llama-biased" else (1,)
     for size in sizes:
 
@@ -166,11 +166,11 @@ def test_an_adapter_on_every_module_is_the_merged_model(tmp_path: Path, family: 
 
 
 @pytest.mark.parametrize("module", ["self_attn.kv_b_proj", "self_attn.kv_a_proj_with_mqa", "mlp.experts.2.up_proj"])
-def test_an_adapter_on_one_module_acts(tmp_path: Path, module: str) -> None:
-    """A latent attention never calls `kv_b_proj`: its adapter has to act all the same."""
+def test_a_lora_on_one_module_acts(tmp_path: Path, module: str) -> None:
+    """A latent attention never calls `kv_b_proj`: its LoRA has to act all the same."""
     folder = tmp_path / "base"
     save(folder, "deepseek")
-    tensors = adapter(state(folder), [f"model.layers.1.{module}"])
+    tensors = lora_tensors(state(folder), [f"model.layers.1.{module}"])
     live = runner(folder, lora_targets=(module.rpartition(".")[2],))
     lora_of(live).load("one", tensors, SPEC)
     got = live.prompt_logprobs(tiny.prompts(), "one")
@@ -190,12 +190,12 @@ def test_an_adapter_on_one_module_acts(tmp_path: Path, module: str) -> None:
 def test_base_weights_load_below_the_wrappers(
     tmp_path: Path, family: str, tied: bool, levels: int, layout: str
 ) -> None:
-    """`levels` of `base_layer` in all; the adapters survive and still act."""
+    """`levels` of `base_layer` in all; the LoRAs survive and still act."""
     base, other = tmp_path / "base", tmp_path / "other"
     save(base, family, tied)
     save(other, family, tied, seed=99)
     weights = state(base)
-    tensors = adapter(weights, linear_modules(weights))
+    tensors = lora_tensors(weights, linear_modules(weights))
     plain = {"wrap_linears": levels > 1, "wrap_levels": max(1, levels - 1)}
     live = runner(base, layout=layout, **plain)
     lora_of(live).load("kept", tensors, SPEC)
@@ -247,7 +247,7 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def everything(folder: Path, **changes: Any) -> Tensors:
     weights = state(folder)
-    return adapter(weights, linear_modules(weights), **changes)
+    return lora_tensors(weights, linear_modules(weights), **changes)
 
 
 def slot_is_empty(manager: LoraManager, slot: int) -> bool:
@@ -412,7 +412,7 @@ def test_wrong_shapes_name_the_tensor(qwen2: Path, a: tuple[int, ...], b: tuple[
     assert str(list(a)) in str(caught.value)
 
 
-def test_other_bad_adapters(qwen2: Path) -> None:
+def test_other_bad_loras(qwen2: Path) -> None:
     manager = lora_of(runner(qwen2))
     a, b = names_of("model.layers.0.self_attn.k_proj")
     good = [TensorInfo(a, "fp32", (RANK, 48)), TensorInfo(b, "fp32", (8, RANK))]
@@ -563,7 +563,7 @@ def test_the_rule_holds_for_an_engine(moe: Path, qwen2: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_warm_up_runs_an_adapter_through_every_layer(moe: Path, size: int) -> None:
+def test_the_warm_up_runs_a_lora_through_every_layer(moe: Path, size: int) -> None:
     made = runner(moe, Parallel(0, size), max_loras=0)
     manager = LoraManager(made.causal_lm, max_loras=2, max_rank=4, targets=None, tp=Parallel(0, size))
     loaded: list[int] = []
@@ -584,11 +584,11 @@ def test_the_warm_up_runs_an_adapter_through_every_layer(moe: Path, size: int) -
     assert manager.context.groups(1) == ()
 
 
-def test_layers_that_the_model_never_calls_take_no_adapter(qwen2: Path) -> None:
-    """An engine that reads a layer's weight without calling the layer would accept its adapter and ignore it."""
+def test_layers_that_the_model_never_calls_take_no_lora(qwen2: Path) -> None:
+    """An engine that reads a layer's weight without calling the layer would accept its LoRA and ignore it."""
     made = runner(qwen2, max_loras=0)
     manager = LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=None, tp=Parallel())
-    tensors = adapter(state(qwen2), ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
+    tensors = lora_tensors(state(qwen2), ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
     made.causal_lm.model.layers[1].mlp = nn.Identity()
     manager.warm_up(lambda: made.prompt_logprobs([[0]]))
     with pytest.raises(UnexpectedTensor, match="never called") as caught:
@@ -615,7 +615,7 @@ def test_a_warm_up_that_fails_leaves_nothing(qwen2: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["qwen2", "moe"])
-def test_adapters_over_block_scaled_fp8(tmp_path: Path, family: str, layout: str) -> None:
+def test_loras_over_block_scaled_fp8(tmp_path: Path, family: str, layout: str) -> None:
     base, quantised, block = tmp_path / "base", tmp_path / "fp8", 2
     tiny.save(base, family)
     shutil.copytree(base, quantised)
@@ -634,7 +634,7 @@ def test_adapters_over_block_scaled_fp8(tmp_path: Path, family: str, layout: str
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block],
                                      "modules_to_not_convert": ["lm_head", "gate"]}  # fmt: skip
     (quantised / "config.json").write_text(json.dumps(config))
-    tensors = adapter(weights, linear_modules(weights))
+    tensors = lora_tensors(weights, linear_modules(weights))
     live = runner(quantised, layout=layout)
     lora_of(live).load("v1", tensors, SPEC)
     wanted = runner(merged(base, tmp_path / "merged", tensors), max_loras=0).prompt_logprobs(tiny.prompts())

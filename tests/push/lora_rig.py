@@ -95,3 +95,25 @@ class LoraRig:
 
     def serves(self, truth: list[list[float]], adapter: str = "current", limit: float = 1e-4) -> bool:
         return apart(self.answers(adapter), truth) < limit
+
+
+def model_of(rig: Any) -> Any:
+    """The engine's model, LoRA wrappers included, of a rig."""
+    return rig.engine.runner.causal_lm
+
+
+def at(rig: Any, path: str) -> Any:
+    """The module at this path of the engine's model."""
+    return model_of(rig).get_submodule(path)
+
+
+def new_base(rig: LoraRig, seed: int = 5) -> dict[str, torch.Tensor]:
+    """Every base tensor of the trainer becomes another, biases included; by checkpoint name."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, parameter in rig.model.get_base_model().named_parameters():
+        if "lora_A" not in name and "lora_B" not in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_((noise * 0.05).to(parameter.dtype))
+            found[name.replace(".base_layer", "")] = parameter.detach().clone()
+    return found

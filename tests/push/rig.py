@@ -37,6 +37,13 @@ class Seen:
         return bits and (self.logprobs, self.tokens, self.sampled) == (other.logprobs, other.tokens, other.sampled)
 
 
+def drift(engine: Engine, model: Any) -> float:
+    """Mean |difference| in nats between what the engine says and what the trainer's model says."""
+    got, want = engine.prompt_logprobs(PROMPTS), reference_logprobs(model, PROMPTS)
+    pairs = [(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True)]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.cpu().numpy().tobytes() == b.cpu().numpy().tobytes()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,10 @@ from bridge.errors import (
 )
 from engine_side.embedded.lora.manager import LoraManager
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
-from tests.push.lora_rig import LoraRig, apart, wrap
+from tests.push.lora_rig import LoraRig, apart
 from tests.push.rig import PROMPTS, refused
 
 Make = Callable[..., LoraRig]
-
-
-@pytest.fixture
-def make(checkpoint: Callable[[Any], Path]) -> Iterator[Make]:
-    """`make(base)`: a rig around PEFT on `base`, whose checkpoint the engine starts from."""
-    made: list[LoraRig] = []
-
-    def build(base: Any = None, *, engine: dict[str, Any] | None = None, **lora: Any) -> LoraRig:
-        base = tiny_qwen2() if base is None else base
-        folder = checkpoint(base)
-        made.append(LoraRig(folder, wrap(base, **lora), **(engine or {})))
-        return made[-1]
-
-    yield build
-    for rig in made:
-        rig.close()
 
 
 # ---- versions -------------------------------------------------------------------------------------------------------

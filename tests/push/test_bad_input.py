@@ -493,7 +493,7 @@ def test_a_name_that_is_none_is_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize(
-    "part", ["engine_side.driver.service.EngineService", "bridge.api.Ledger.open", "bridge.api.Coordinator"]
+    "part", ["engine_side.driver.service.EngineService", "bridge.session.Ledger.open", "bridge.session.Coordinator"]
 )
 def test_a_refused_attach_lets_go_of_the_engine_and_tells_the_first_error(
     part: str, fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch

@@ -148,7 +148,7 @@ def engine(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Iter
     levels, options = ENGINES[kind]
     with Engine(EngineConfig(str(cases(family).folder), layout=layout, **options)) as made:
         depth, layer = 0, made.runner.causal_lm.get_submodule("model.layers.1.self_attn.o_proj")
-        while "base_layer" in layer._modules:
+        while "base_layer" in dict(layer.named_children()):
             depth, layer = depth + 1, layer.get_submodule("base_layer")
         assert depth == levels
         yield made
@@ -245,7 +245,8 @@ def test_the_base_of_a_peft_model(
 
 def checkpoint_form(model: Any, tensors: Named) -> Named:
     """The checkpoint's tensors under the names that a PEFT model has for them."""
-    wrapped = {path for path, module in model.get_base_model().named_modules() if "base_layer" in module._modules}
+    paths = {path for path, _ in model.get_base_model().named_modules()}
+    wrapped = {path for path in paths if f"{path}.base_layer" in paths}
     named = []
     for name, tensor in tensors:
         module = name.rpartition(".")[0]

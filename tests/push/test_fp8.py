@@ -129,7 +129,7 @@ def nest(tensors: Tensors) -> nn.Module:
         *path, last = name.split(".")
         here = root
         for hop in path:
-            if hop not in here._modules:
+            if hop not in dict(here.named_children()):
                 here.add_module(hop, nn.Module())
             here = here.get_submodule(hop)
         here.register_parameter(last, nn.Parameter(tensor.clone(), requires_grad=False))

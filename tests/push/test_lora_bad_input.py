@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bridge
-from bridge.errors import BridgeError, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.errors import BridgeError, ConfigError, MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.lora_format import LoraSpec, names_of
 from bridge.model.manifest import TensorInfo
 from tests.conftest import tiny_qwen2
@@ -24,23 +24,8 @@ from tests.trainer_side.lora.peft_rows import Toy
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
 Make = Callable[..., LoraRig]
+MODES = ("merged", "base", "adapter")
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture
-def make(checkpoint: Callable[[Any], Path]) -> Iterator[Make]:
-    """`make(base, **lora)`: a rig around PEFT on `base`, whose checkpoint the engine starts from."""
-    made: list[LoraRig] = []
-
-    def build(base: Any = None, *, model: Any = None, **lora: Any) -> LoraRig:
-        base = tiny_qwen2() if base is None else base
-        folder = checkpoint(base)
-        made.append(LoraRig(folder, wrap(base, **lora) if model is None else model(base)))
-        return made[-1]
-
-    yield build
-    for rig in made:
-        rig.close()
 
 
 @contextmanager
@@ -292,3 +277,89 @@ def test_an_adapter_for_a_module_without_slots() -> None:
         assert b.push(model.named_parameters()).mode == "merged"
         stir(model, seed=3)
         assert b.push(model.named_parameters(), mode="merged").verified is True
+
+
+# ---- nothing, or nothing of it, was sent -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_was_sent(make: Make, mode: str, partial: bool) -> None:
+    rig = make()
+    full = dict(rig.model.named_parameters())
+    for _ in range(2):  # the second time all of it is remembered
+        rig.b.push(full, mode=mode, partial=partial, verify="weights")
+    rig.step()
+    spent = rig.model.named_parameters()
+    assert list(spent)
+    served = rig.b.status().engines[0].serving
+    for nothing in ([], {}, spent):
+        with refused(MissingTensor, 5, "nothing was sent", "only once"):
+            rig.b.push(nothing, mode=mode, partial=partial)
+    assert rig.b.status().engines[0].serving == served
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("adapter", False), ("auto", False), ("base", True)])
+def test_a_part_that_has_nothing_to_do_with_the_mode(make: Make, mode: str, kept: bool) -> None:
+    rig = make()
+    part = [(n, p) for n, p in rig.model.named_parameters() if ("lora_A" in n.split(".")) is kept]
+    if not kept:
+        part = part[:1]
+    with refused(MissingTensor, 5, "nothing that was sent belongs to", part[0][0], 'mode="merged"') as caught:
+        rig.b.push(part, mode=mode, partial=True)
+    assert caught.value.names == tuple(name for name, _ in part)
+    rig.b.push(part, mode="base" if mode != "base" else "merged", partial=True, verify="weights")
+
+
+@pytest.mark.parametrize("name", [None, 5, ("a",), b"x"], ids=repr)
+def test_a_name_that_is_no_text(make: Make, name: Any) -> None:
+    rig = make()
+    for mode in MODES:
+        with refused(ConfigError, 2, "(name, tensor) pairs", type(name).__name__, "item 0"):
+            rig.b.push([(name, torch.zeros(2))], mode=mode)
+
+
+# ---- the way out that a refusal names -------------------------------------------------------------------------------
+
+
+def _first(model: Any) -> Any:
+    return model.get_base_model().model.layers[0].self_attn.q_proj
+
+
+def test_factors_that_are_not_here_leave_the_base(make: Make) -> None:
+    rig = make()
+    _first(rig.model).lora_A.to("meta")
+    for mode in ("merged", "adapter", "auto"):
+        with refused(UnsupportedLora, 5, "q_proj", "its values are not here", "gather it first", 'mode="base"'):
+            rig.b.push(rig.model.named_parameters(), mode=mode)
+    assert rig.b.push(rig.model.named_parameters(), mode="base").verified is True
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+def test_swapped_factors_are_refused_with_their_shapes(make: Make, mode: str) -> None:
+    rig = make()
+    layer = _first(rig.model)
+    layer.lora_A["default"], layer.lora_B["default"] = layer.lora_B["default"], layer.lora_A["default"]
+    a, b = (list(one["default"].weight.shape) for one in (layer.lora_A, layer.lora_B))
+    with refused(UnsupportedLora, 5, f"adapter default cannot be pushed in {mode} mode", f"A {a}, B {b}") as caught:
+        rig.b.push(rig.model.named_parameters(), mode=mode)
+    other = "adapter" if mode == "merged" else "merged"
+    assert f"in {other} mode" not in str(caught.value)
+
+
+def test_a_refusal_speaks_of_what_is_there(make: Make) -> None:
+    rig = make(target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
+    with refused(UnsupportedLora, 5, "aLoRA cannot be pushed in merged mode: its delta depends on the token") as caught:
+        rig.b.push(rig.model.named_parameters(), mode="merged")
+    assert "Arrow" not in str(caught.value)
+
+
+def test_lora_over_a_parametrized_weight(make: Make) -> None:
+    base = tiny_qwen2()
+    nn.utils.parametrizations.weight_norm(base.model.layers[0].self_attn.q_proj)
+    model = wrap(base, target_modules=["q_proj"])
+    with bridge.attach(tiny_qwen2(), model=model) as b:
+        way_out = "remove the parametrization first"
+        with refused(UnsupportedLora, 5, "LoRA on a parametrized weight", way_out) as caught:
+            b.push(model.named_parameters(), mode="merged")
+    assert "quantised" not in str(caught.value)

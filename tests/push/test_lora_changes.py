@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +16,7 @@ from torch import nn
 
 import bridge
 from bridge.errors import BridgeError, IntegrityError, MissingTensor, UnsupportedLora
-from tests.conftest import tiny_qwen2
-from tests.push.lora_rig import LoraRig, apart, everything, stir, wrap
+from tests.push.lora_rig import LoraRig, apart, everything, stir
 from tests.push.rig import PROMPTS, refused
 from trainer_side.lora import lora_form as adapters
 from trainer_side.lora import modes
@@ -32,19 +31,8 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 
 @pytest.fixture
-def make(checkpoint: Callable[[Any], Path]) -> Iterator[Make]:
-    """`make(base, engine={...}, **lora)`: a rig around PEFT on `base`, whose checkpoint the engine starts from."""
-    made: list[LoraRig] = []
-
-    def build(base: Any = None, *, engine: dict[str, Any] | None = None, **lora: Any) -> LoraRig:
-        base = tiny_qwen2() if base is None else base
-        folder = checkpoint(base)
-        made.append(LoraRig(folder, wrap(base, **{"target_modules": TARGETS, **lora}), **(engine or {})))
-        return made[-1]
-
-    yield build
-    for rig in made:
-        rig.close()
+def make(make: Make) -> Make:
+    return partial(make, target_modules=TARGETS)
 
 
 def layers(model: Any) -> Any:

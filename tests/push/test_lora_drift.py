@@ -1,5 +1,5 @@
 """A thousand merged bf16 pushes leave no trace: not in the trainer, which is never merged and unmerged, and not in the
-engine, which gets every version computed from the pristine base (lora.md 4)."""
+engine, which gets every version computed from the pristine base."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _left_alone(model: Any, row: Row) -> Iterator[None]:
 
 
 def _refused(row: Row, model: Any, state: State, mode: str) -> bool:
-    """Whether this cell has no value (lora.md 11)."""
+    """Tell if this cell has no value: it is refused."""
     if mode == "base":
         return _in_place(model) or any(
             p.requires_grad and not COPIES.isdisjoint(n.split(".")) for n, p in _named(model)

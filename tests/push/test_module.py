@@ -240,9 +240,9 @@ def test_a_checkpoint_pushed_into_fused_experts(attach: Attach, checkpoint: Any)
 def test_fused_experts_that_lie_otherwise_in_memory(attach: Attach) -> None:
     model, live = tiny_qwen3_moe(), tiny_qwen3_moe(seed=5)
     for module in live.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.dim() == 3:
-                module._parameters[name] = nn.Parameter(p.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0))
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dim() == 3:
+                setattr(module, name, nn.Parameter(p.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)))
     assert any(not p.is_contiguous() for p in live.parameters())
     pushed(attach(live, model), model, live)
 

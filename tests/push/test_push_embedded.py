@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import bridge
-from engine_side.embedded.config import LAYOUTS, EngineConfig
-from engine_side.embedded.engine import Engine
+from engine_side.embedded.config import LAYOUTS
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
-from trainer_side.reference import reference_logprobs
-
-PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8, 3, 2]]
-Save = Callable[[Any], Path]
-
-
-def drift(engine: Engine, model: Any) -> float:
-    got, want = engine.prompt_logprobs(PROMPTS), reference_logprobs(model, PROMPTS)
-    pairs = [(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True)]
-    return sum(abs(a - b) for a, b in pairs) / len(pairs)
-
-
-@pytest.fixture
-def attached(checkpoint: Save) -> Iterator[Callable[..., tuple[Engine, bridge.Bridge]]]:
-    made: list[Any] = []
-
-    def attach(model: Any, **engine_args: Any) -> tuple[Engine, bridge.Bridge]:
-        engine = Engine(EngineConfig(str(checkpoint(model)), **engine_args))
-        made.append(engine)
-        b = bridge.attach(engine, model=model)
-        made.append(b)
-        return engine, b
-
-    yield attach
-    for thing in reversed(made):
-        thing.close()
+from tests.push.rig import PROMPTS, drift
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -129,3 +101,33 @@ def test_a_subset_changes_only_what_was_sent(attached: Any) -> None:
         assert torch.equal(parameter, before[name]) is not name.endswith("norm.weight"), name
     b.push(model.named_parameters())
     assert drift(engine, model) < 1e-4
+
+
+def test_a_second_bridge_on_one_engine_is_refused(attached: Any) -> None:
+    model = tiny_qwen2()
+    engine, b = attached(model)
+    b.push(model.named_parameters())
+    with pytest.raises(bridge.Busy):
+        bridge.attach(engine)
+    perturb(model)
+    assert b.push(model.named_parameters()).verified is True
+    assert drift(engine, model) < 1e-4
+    b.close()
+    bridge.attach(engine).close()
+
+
+def test_a_short_engine_still_has_a_canary(attached: Any) -> None:
+    model = tiny_qwen2()
+    _, b = attached(model, max_seq_len=16)
+    perturb(model)
+    receipt = b.push(model.named_parameters())
+    assert receipt.engines[0].canary is not None
+    assert receipt.verified is True
+
+
+def test_a_push_that_is_under_way_can_be_awaited_after_close(attached: Any) -> None:
+    model = tiny_qwen2()
+    _, b = attached(model)
+    pending = b.push(model.named_parameters(), wait=False)
+    b.close()
+    assert pending.result().verified is True

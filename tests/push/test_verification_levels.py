@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import bridge
 from bridge.errors import (
@@ -26,6 +27,7 @@ from bridge.errors import (
 from bridge.model import canary
 from bridge.model.levels import LEVELS, LEVELS_OF
 from engine_side.embedded.config import LAYOUTS
+from engine_side.engines.embedded import EmbeddedDriver
 from tests.conftest import perturb, tiny_qwen2, tiny_qwen3_moe
 from tests.push import faults
 from tests.push.rig import Rig, said
@@ -410,3 +412,25 @@ def test_a_push_that_outlasts_its_deadline_leads_back(
             rig.push(timeout_s=0.3)
         assert type(caught.value) is PushAborted
         assert type(caught.value.__cause__) is DeadlineExceeded
+
+
+def test_verified_says_only_what_was_shown() -> None:
+    trainer = nn.Linear(4, 4)
+    with bridge.attach(nn.Linear(4, 4)) as b:
+        b.push(trainer.named_parameters())
+        assert b.push(trainer.named_parameters(), verify=["coverage"]).verified is False
+        assert b.push(trainer.named_parameters(), verify=["read-back"]).verified == "partial"
+        assert b.push(trainer.named_parameters(), verify="weights").verified is True
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_a_stale_prefix_cache_is_found_whatever_the_block_size(
+    attached: Any, monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    model = tiny_qwen2()
+    _, b = attached(model, block_size=block_size)
+    b.push(model.named_parameters())
+    perturb(model, scale=0.2)
+    monkeypatch.setattr(EmbeddedDriver, "reset_caches", lambda self: True)
+    with pytest.raises(bridge.PushAborted, match="cache"):
+        b.push(model.named_parameters())

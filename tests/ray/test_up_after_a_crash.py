@@ -41,7 +41,9 @@ def up(home: Home, run: dict[str, Any], start_folder: Path) -> Iterator[Up]:
     yield start
     for name in set(names) & set(actors.running()):
         home.cli("down", name)
-    assert not [actor for actor in actors._named_actors() if actor.split(":")[0] in names]
+    from ray.util import list_named_actors
+
+    assert not [actor for actor in list_named_actors(all_namespaces=True) if actor["name"].split(":")[0] in names]
     assert home.files() == before
 
 

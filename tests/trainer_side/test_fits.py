@@ -16,7 +16,6 @@ from bridge.errors import DtypeMismatch
 from bridge.model.dtypes import DTYPES
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.shm.arena import Arena
-from trainer_side.names import naming
 from trainer_side.names.tensor_layout import Collected, WeightSource
 from trainer_side.snapshot.batches import SMALL
 from trainer_side.snapshot.snapshotter import Snapshotter
@@ -108,12 +107,12 @@ def test_the_first_bad_value_of_a_big_tensor(write: WriteBlock) -> None:
         write(WeightSource().collect([("w", big)]), "int32")
 
 
-def test_the_index_is_that_of_the_checkpoint_tensor(write: WriteBlock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_that_of_the_checkpoint_tensor(write: WriteBlock, converts: Callable[[Any], None]) -> None:
     def revert(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         gate, up = state["both"].chunk(2)
         return {"joined": torch.cat([gate.t(), up.t()], dim=1)}
 
-    monkeypatch.setattr(naming, "_revert", lambda model: revert)
+    converts(revert)
     model = nn.Module()
     model.both = nn.Parameter(torch.arange(12.0).reshape(4, 3))
     with torch.no_grad():
@@ -138,11 +137,11 @@ def test_later_pushes_of_the_same_layout_are_checked_too(tmp_path: Path) -> None
         arena.unlink()
 
 
-def test_a_live_tensor_that_changes_its_dtype_makes_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_tensor_that_changes_its_dtype_makes_another_layout(converts: Callable[[Any], None]) -> None:
     def revert(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"ab": torch.cat([state["a"], state["b"]])}
 
-    monkeypatch.setattr(naming, "_revert", lambda model: revert)
+    converts(revert)
     source = WeightSource(nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)}))
     whole, half = torch.ones(2, dtype=torch.int64), torch.ones(2)
     first = source.collect([("a", whole), ("b", half)])

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from bridge.model.manifest import TensorInfo, lay_out
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.seal import CHUNK, digest_slot, seal_slot
-from trainer_side.names import naming
 from trainer_side.names.tensor_layout import Collected, WeightSource
 from trainer_side.snapshot import snapshotter
 from trainer_side.snapshot.batches import SMALL
@@ -131,8 +131,8 @@ def unfused(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch
 
 @pytest.mark.parametrize("rows", [4, SMALL // 16])
 @pytest.mark.parametrize("strided", [False, True])
-def test_converted_tensors(arena_for: MakeArena, monkeypatch: pytest.MonkeyPatch, rows: int, strided: bool) -> None:
-    monkeypatch.setattr(naming, "_revert", lambda model: unfused)
+def test_converted_tensors(arena_for: MakeArena, converts: Callable[[Any], None], rows: int, strided: bool) -> None:
+    converts(unfused)
     model = Experts(rows)
     if strided:
         model.both = nn.Parameter(torch.randn(8, 2 * rows, 3).permute(2, 1, 0))
@@ -154,8 +154,8 @@ def halves(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_runs_of_a_fused_tensor(arena_for: MakeArena, monkeypatch: pytest.MonkeyPatch, strided: bool) -> None:
-    monkeypatch.setattr(naming, "_revert", lambda model: halves)
+def test_runs_of_a_fused_tensor(arena_for: MakeArena, converts: Callable[[Any], None], strided: bool) -> None:
+    converts(halves)
     model = Experts(4)
     source = WeightSource(model)
     arena = arena_for(source.collect(model.named_parameters()), {"2.1": "bf16"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +22,6 @@ from bridge.errors import (
     UnexpectedTensor,
 )
 from bridge.model.regions import dense
-from trainer_side.names import naming
 from trainer_side.names.tensor_layout import Collected, TensorPart, WeightSource
 
 
@@ -46,12 +45,12 @@ class Fused(nn.Module):
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Fused:
+def fused(converts: Callable[[Any], None]) -> Fused:
     def revert(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         gate, up = state["both"].chunk(2)
         return {"gate": gate, "up": up.t().contiguous(), "plain": state["plain"]}
 
-    monkeypatch.setattr(naming, "_revert", lambda model: revert)
+    converts(revert)
     return Fused()
 
 
@@ -235,11 +234,11 @@ def test_shapes_of_another_model_are_refused() -> None:
         WeightSource(model).collect([("embed.weight", torch.ones(4, 6))])
 
 
-def test_half_of_what_a_checkpoint_tensor_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_what_a_checkpoint_tensor_is_made_of(converts: Callable[[Any], None]) -> None:
     def revert(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"ab": torch.cat([state["a"], state["b"]])}
 
-    monkeypatch.setattr(naming, "_revert", lambda model: revert)
+    converts(revert)
     model = nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(3)})
     source = WeightSource(model)
     assert names(source.collect(model.named_parameters())) == ["ab"]

@@ -27,7 +27,7 @@ from trainer_side.names.tensor_layout import Computed
 
 
 @dataclass(frozen=True, eq=False)
-class LoraPair:
+class FactorPair:
     """One module of the checkpoint and the part of a live layer's delta that acts on it.
 
     Attributes:
@@ -53,7 +53,7 @@ class LoraPair:
 class PortableLora:
     """All pairs of a model and their one rank; `unfit`: paths of layers that have no such form."""
 
-    pairs: tuple[LoraPair, ...]
+    pairs: tuple[FactorPair, ...]
     rank: int
     unfit: tuple[str, ...]
 
@@ -82,7 +82,7 @@ def plan_pairs(acting: Sequence[ActingLayer], known: CanonicalMap) -> PortableLo
         sum(lora.a.shape[0] // int(lora.extra.get("experts", 1)) for lora in one.parameters.loras) for one in acting
     ]
     rank = max(ranks, default=0)
-    pairs: list[LoraPair] = []
+    pairs: list[FactorPair] = []
     unfit: list[str] = []
     for one in acting:
         found = [_pair(known, name, one, rank) for name in by_live.get(one.weight, ())]
@@ -94,7 +94,7 @@ def plan_pairs(acting: Sequence[ActingLayer], known: CanonicalMap) -> PortableLo
     return PortableLora(tuple(pairs), rank, tuple(unfit))
 
 
-def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> LoraPair | None:
+def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> FactorPair | None:
     module, _, last = name.rpartition(".")
     part = find_slice(known.by_name[name], one.weight, known.live[one.weight].shape)
     if part is None or not module or last != "weight":
@@ -114,7 +114,7 @@ def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> LoraPa
     a = torch.empty((rank, inputs), dtype=dtype, device="meta")
     b = torch.empty((outputs, rank), dtype=dtype, device="meta")
     embedding = parameters.kind == "embedding"
-    return LoraPair(module, one.layer, embedding, part.expert, rows, columns, flipped, a, b)
+    return FactorPair(module, one.layer, embedding, part.expert, rows, columns, flipped, a, b)
 
 
 def list_computed(portable: PortableLora, given: SentValues | None, began: LoraState) -> list[Computed]:
@@ -147,7 +147,7 @@ class _Reader:
 
 
 @torch.no_grad()
-def _compute_half(pair: LoraPair, rank: int, reader: _Reader, wanted_a: bool, _dtype: torch.dtype) -> torch.Tensor:
+def _compute_half(pair: FactorPair, rank: int, reader: _Reader, wanted_a: bool, _dtype: torch.dtype) -> torch.Tensor:
     """Compute A or B of a module, (rank, inputs) or (outputs, rank), in the dtype that scaling is multiplied in.
 
     The copy into the arena rounds, so the dtype that travels is not needed.

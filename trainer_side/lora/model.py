@@ -34,7 +34,7 @@ from trainer_side.names.tensor_checks import nothing_sent
 from trainer_side.names.tensor_layout import Computed
 
 _T = TypeVar("_T")
-EngineLimits = Sequence[LoraLimits | None] | None
+LoraLimitsPerEngine = Sequence[LoraLimits | None] | None
 _KEPT = 8
 """States that are remembered: a trainer goes back and forth between few (enabled, disabled, another adapter)."""
 
@@ -110,7 +110,7 @@ class LoraModel:
             self._forget()
         return LoraState.read(self._structure, self._tree.wrappers)
 
-    def choose(self, mode: str, limits: EngineLimits) -> ModeChoice:
+    def choose(self, mode: str, limits: LoraLimitsPerEngine) -> ModeChoice:
         """Choose the mode of a push in the state that the model is in now.
 
         Args:
@@ -188,7 +188,7 @@ class LoraModel:
         self._items: tuple[list[str], list[TreeTensor]] = ([], [])
         self._last: _LastView | None = None
 
-    def _choose_automatically(self, now: LoraState, limits: EngineLimits) -> ModeChoice:
+    def _choose_automatically(self, now: LoraState, limits: LoraLimitsPerEngine) -> ModeChoice:
         bad = refused_by("adapter", self._find("adapter", now, limits))
         if not bad:
             portable = self._bake("adapter", now).portable
@@ -201,7 +201,7 @@ class LoraModel:
             raise refusal_error(merged, "merged", lambda other: self._find(other, now, limits), also=against)
         return ModeChoice("merged", f"merged: {against}", self._notes("merged", now))
 
-    def _find(self, mode: str, now: LoraState, limits: EngineLimits) -> list[Finding]:
+    def _find(self, mode: str, now: LoraState, limits: LoraLimitsPerEngine) -> list[Finding]:
         """List every feature that matters to a mode."""
         features = self._features(now)
         found = [*features.common, *features.merged] if mode == "merged" else list(features.common)

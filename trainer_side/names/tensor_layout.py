@@ -90,6 +90,7 @@ class Collected:
 
     Attributes:
         layout: names and geometry.
+        tensors: the layout's: name, trainer dtype, shape and aliases; the same object as last time while the layout is.
         sources: the collected tensors, plain, in the order that `TensorPart.index` counts.
         addresses: where the first element of each lies; 0 where there is none.
         computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
@@ -99,17 +100,13 @@ class Collected:
     """
 
     layout: TensorLayout
+    tensors: tuple[TensorInfo, ...]
     sources: list[torch.Tensor]
     addresses: list[int]
     computed: Mapping[int, Computed] = field(default_factory=dict)
     adapter: LoraSpec | None = None
     notes: tuple[str, ...] = ()
     state: object = None
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """Return name, trainer dtype, shape and aliases; the same object as last time while the layout is the same."""
-        return self.layout.tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +184,7 @@ class WeightSource:
                 if self.model is not None:
                     check_ties(self.model, seen.ties, sources)
                 first = len(sources) - len(computed)
-                return Collected(seen.layout, sources, addresses, dict(enumerate(computed, first)))
+                return Collected(seen.layout, seen.layout.tensors, sources, addresses, dict(enumerate(computed, first)))
         return self._resolve(names, tensors, partial, computed)
 
     def _resolve(
@@ -225,7 +222,9 @@ class WeightSource:
             layout = last.layout if same else layout
         extra = [item.name for item in computed]
         self._seen = _Seen(names, [t.shape for t in sources], dtypes, pattern, partial, added, extra, ties, layout)
-        return Collected(layout, sources, addresses, dict(enumerate(computed, len(sources) - len(computed))))
+        return Collected(
+            layout, layout.tensors, sources, addresses, dict(enumerate(computed, len(sources) - len(computed)))
+        )
 
 
 def _resolve_name(known: CanonicalMap | None, given: str) -> str:

@@ -62,7 +62,7 @@ class RunSplit:
 
 
 @dataclass(slots=True)
-class CopyBatch:
+class SnapshotBatch:
     """Small tensors that are copied by one call.
 
     Attributes:
@@ -105,7 +105,7 @@ class SlotViews:
         return self.flat[spec.offset : spec.offset + spec.nbytes]
 
 
-def make_batches(items: Sequence[TensorCopy]) -> Iterator[CopyBatch]:
+def make_batches(items: Sequence[TensorCopy]) -> Iterator[SnapshotBatch]:
     """Cut small tensors, in manifest order, into units of work."""
     group: list[TensorCopy] = []
     nbytes = 0
@@ -119,11 +119,11 @@ def make_batches(items: Sequence[TensorCopy]) -> Iterator[CopyBatch]:
         yield _batch(group)
 
 
-def _batch(items: list[TensorCopy]) -> CopyBatch:
+def _batch(items: list[TensorCopy]) -> SnapshotBatch:
     whole = [item.parts[0].index for item in items if len(item.parts) == 1 and item.parts[0].source is None]
     if len(whole) == len(items):
-        return CopyBatch(items, list(_spans(items)), whole, None)
-    return CopyBatch(items, list(_spans(items)), None, _splits(items))
+        return SnapshotBatch(items, list(_spans(items)), whole, None)
+    return SnapshotBatch(items, list(_spans(items)), None, _splits(items))
 
 
 def _spans(items: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:
@@ -181,7 +181,7 @@ def _cut(splits: Sequence[RunSplit], sources: Sequence[torch.Tensor]) -> list[to
 
 
 def batch_views(
-    batch: CopyBatch, place: SlotViews, sources: list[torch.Tensor]
+    batch: SnapshotBatch, place: SlotViews, sources: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """View where a batch goes and where it comes from, equal shapes side by side."""
     into = batch.into.get(place.slot)

@@ -31,8 +31,8 @@ from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Collected, TensorLayout
 from trainer_side.snapshot.batches import (
     SMALL,
-    CopyBatch,
     SlotViews,
+    SnapshotBatch,
     TensorCopy,
     WriteTally,
     batch_views,
@@ -49,7 +49,7 @@ BLOCK = 1 << 20
 """Bytes that are copied, digested and checked before the next ones: they fit a core's cache."""
 WRITE_TIMEOUT_S = 300.0
 
-CopyJob = Callable[[], None]
+WriteJob = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class _Program:
 
     layout: TensorLayout
     big: list[TensorCopy]
-    batches: list[CopyBatch]
+    batches: list[SnapshotBatch]
     carried: list[int]
     inexact: list[TensorCopy]
     computed: list[ComputedGroup]
@@ -140,7 +140,7 @@ class Snapshotter:
         tally = WriteTally()
         known = self._known.pop(slot, {})  # gone for good when this write fails
         pieces: dict[int, list[int]] = {}
-        jobs: list[CopyJob] = [partial(write_group, one, place, collected, digests, tally) for one in program.computed]
+        jobs: list[WriteJob] = [partial(write_group, one, place, collected, digests, tally) for one in program.computed]
         for item in program.big:
             chunks = pieces[item.index] = [0] * -(-item.spec.nbytes // CHUNK)
             big = _BigTensor(item, place.bytes_of(item.spec), chunks, known.get(item.index), tally)
@@ -157,7 +157,7 @@ class Snapshotter:
         carried = self._carry(program.carried, slot, base, digests) if program.carried else 0
         return Written(digests.tobytes(), tally.nbytes + carried)
 
-    def _run(self, jobs: list[CopyJob], deadline: Deadline) -> None:
+    def _run(self, jobs: list[WriteJob], deadline: Deadline) -> None:
         """Run all units of work on the copying threads. A failed unit, or the deadline, ends the others."""
         if not all(unit.done() for unit in self._stuck):
             raise Busy(
@@ -174,7 +174,7 @@ class Snapshotter:
         finally:
             # Nobody may still write when the caller reuses the slot.
             running = [unit for unit in units if not unit.cancel() and not unit.done()]
-            self._stuck = list(wait(running, deadline.remaining_s).not_done)
+            self._stuck = list(wait(running, deadline.remaining_s).not_done) if running else []
             if self._stuck:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._pool = None
@@ -259,7 +259,7 @@ def _compile(manifest: Manifest, collected: Collected) -> _Program:
 
 
 def _write_batch(
-    batch: CopyBatch,
+    batch: SnapshotBatch,
     place: SlotViews,
     sources: list[torch.Tensor],
     digests: npt.NDArray[np.uint64],
@@ -299,7 +299,7 @@ class _BigTensor:
     known: list[int] | None
     tally: WriteTally
 
-    def jobs(self, place: SlotViews, sources: list[torch.Tensor]) -> list[CopyJob]:
+    def jobs(self, place: SlotViews, sources: list[torch.Tensor]) -> list[WriteJob]:
         """List the units of work."""
         source, step = _in_order(self.item, sources), CHUNK // itemsize(self.item.spec.dtype)
         if source is None:

@@ -84,17 +84,7 @@ def place_pairs(
             continue
         refused.setdefault(reason, []).append(pair.module)
     if refused:
-        modules = tuple(module for group in refused.values() for module in group)
-        raise UnexpectedTensor(
-            "the engine has no place for parts of this LoRA",
-            where=_some(modules),
-            expected=f"modules among its {len(layers)} LoRA layers: "
-            + _some(sorted({path.rpartition(".")[2] for path in layers})),
-            got="; ".join(f"{reason}: {_some(group)}" for reason, group in refused.items()),
-            remedy="check the names' prefix, start the engine with lora_targets that include these modules, "
-            "or push with mode='merged'",
-            names=modules,
-        )
+        raise _unplaced(refused, layers)
     if not announced:
         raise MissingTensor(
             "the LoRA binds no module",
@@ -106,6 +96,21 @@ def place_pairs(
     for place in places:
         _check(place, spec.rank)
     return tuple(places)
+
+
+def _unplaced(refused: Mapping[str, Sequence[str]], layers: Collection[str]) -> UnexpectedTensor:
+    """The error for modules without a place, by reason."""
+    modules = tuple(module for group in refused.values() for module in group)
+    last = sorted({path.rpartition(".")[2] for path in layers})
+    return UnexpectedTensor(
+        "the engine has no place for parts of this LoRA",
+        where=_some(modules),
+        expected=f"modules among its {len(layers)} LoRA layers: {_some(last)}",
+        got="; ".join(f"{reason}: {_some(group)}" for reason, group in refused.items()),
+        remedy="check the names' prefix, start the engine with lora_targets that include these modules, "
+        "or push with mode='merged'",
+        names=modules,
+    )
 
 
 def _some(names: Sequence[str]) -> str:

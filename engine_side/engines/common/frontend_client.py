@@ -14,7 +14,7 @@ from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.published_state import CURRENT, lora_not_loaded
-from engine_side.protocol import Prompts
+from engine_side.protocol import PromptBatch
 
 R = TypeVar("R")
 CALL_S = 60.0
@@ -133,7 +133,7 @@ class FrontendClient:
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         sampling: Sampling,
         adapter: str = CURRENT,
         *,
@@ -156,7 +156,7 @@ class FrontendClient:
             self._close_scheduling()
 
     def _completions(
-        self, prompts: Prompts, sampling: Sampling, adapter: str, past_gate: bool, deadline: Deadline | None
+        self, prompts: PromptBatch, sampling: Sampling, adapter: str, past_gate: bool, deadline: Deadline | None
     ) -> list[Completion]:
         """The frontend ends the requests at the deadline; its answer is waited for a little longer."""
         seconds = None if deadline is None else deadline.remaining_s

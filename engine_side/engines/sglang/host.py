@@ -25,7 +25,7 @@ from engine_side.engines.sglang.derived import DerivedWeights
 from engine_side.engines.sglang.logprobs import prompt_logprobs
 from engine_side.engines.sglang.lora_slots import SglangLoraSlots
 from engine_side.plan.unfilled import checkpoint_tensors
-from engine_side.protocol import Prompts
+from engine_side.protocol import PromptBatch
 
 
 class SglangRankHost(EngineRankHost[SglangLoraSlots]):
@@ -125,12 +125,12 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
     def _is_quantisable(self, module: nn.Module) -> bool:
         return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
 
-    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Score prompts past SGLang's queues. All ranks call it together. Raises NotFound for an unknown LoRA,
         ConfigError for a prompt that does not fit."""
-        lora_id = None if adapter is None else self.loaded_loras().get(adapter)
-        if adapter is not None and lora_id is None:
-            raise lora_not_loaded(adapter)
+        lora_id = None if lora is None else self.loaded_loras().get(lora)
+        if lora is not None and lora_id is None:
+            raise lora_not_loaded(lora)
         return prompt_logprobs(self._scheduler, prompts, lora_id)
 
     def loaded_loras(self) -> dict[str, str]:

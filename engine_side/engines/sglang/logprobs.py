@@ -19,10 +19,10 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from bridge.errors import ConfigError, ProtocolError
-from engine_side.protocol import Prompts
+from engine_side.protocol import PromptBatch
 
 
-def prompt_logprobs(scheduler: Any, prompts: Prompts, lora_id: str | None) -> list[list[float]]:
+def prompt_logprobs(scheduler: Any, prompts: PromptBatch, lora_id: str | None) -> list[list[float]]:
     """Return the log-probability of token i+1 given tokens 0..i, per prompt. All ranks call it together. Raises
     ConfigError for a prompt that does not fit the free room."""
     found: list[list[float]] = [[] for _ in prompts]
@@ -45,7 +45,7 @@ def _pages(scheduler: Any, tokens: int) -> int:
     return -(-tokens // page) * page
 
 
-def _check(scheduler: Any, prompts: Prompts) -> None:
+def _check(scheduler: Any, prompts: PromptBatch) -> None:
     limit = int(scheduler.req_to_token_pool.req_to_token.shape[1])
     for ids in prompts:
         if len(ids) > limit or _pages(scheduler, len(ids)) > _room(scheduler):
@@ -65,7 +65,7 @@ def _check(scheduler: Any, prompts: Prompts) -> None:
         )
 
 
-def _as_many_as_fit(scheduler: Any, prompts: Prompts) -> int:
+def _as_many_as_fit(scheduler: Any, prompts: PromptBatch) -> int:
     """Within the engine's own prefill size, its free rows and its free KV slots; at least one."""
     budget = min(int(scheduler.max_prefill_tokens), int(scheduler.chunked_prefill_size or 1 << 30), _room(scheduler))
     rows, used, count = int(scheduler.req_to_token_pool.available_size()), 0, 0
@@ -77,7 +77,7 @@ def _as_many_as_fit(scheduler: Any, prompts: Prompts) -> int:
     return count
 
 
-def _extend(scheduler: Any, prompts: Prompts, lora_id: str | None) -> list[list[float]]:
+def _extend(scheduler: Any, prompts: PromptBatch, lora_id: str | None) -> list[list[float]]:
     runner = scheduler.tp_worker.model_runner
     reqs = [_request(scheduler, k, ids, lora_id) for k, ids in enumerate(prompts)]
     batch = ScheduleBatch.init_new(

@@ -99,7 +99,7 @@ class SglangDriver(FrontendClient):
         """Run the job in every rank. Raises ProtocolError where a rank could not answer, PeerLost, DeadlineExceeded."""
         self.ask(JOB, base64.b64encode(job).decode(), deadline=deadline)
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         """Return the names of the LoRAs that the ranks hold, whoever loaded them."""
         return () if self.lora is None else tuple(self.ask(LORAS).loras)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bridge.protocol.codec import Completion, Sampling
 from engine_side.engines.common.published_state import parse_version
-from engine_side.protocol import Prompts
+from engine_side.protocol import PromptBatch
 
 _REQUESTS = {
     "pause_generation": "PauseGenerationReqInput",
@@ -29,7 +29,7 @@ async def call_manager(manager: Any, method: str, **arguments: Any) -> bool:
     return bool(getattr(answer, "success", True))
 
 
-def generate_request(prompts: Prompts, sampling: Sampling, lora: str | None, ids: list[str]) -> Any:
+def generate_request(prompts: PromptBatch, sampling: Sampling, lora: str | None, ids: list[str]) -> Any:
     """Make one `GenerateReqInput` for a batch of prompts; `ids` are SGLang's request ids, one per prompt."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 

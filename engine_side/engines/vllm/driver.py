@@ -30,7 +30,7 @@ from engine_side.engines.vllm.gate import VllmGate
 from engine_side.engines.vllm.liveness import call_core, died_error
 from engine_side.engines.vllm.plugin import LORAS
 from engine_side.engines.vllm.versions import check_version
-from engine_side.protocol import Prompts
+from engine_side.protocol import PromptBatch
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -204,7 +204,7 @@ class LLMDriver(VllmDriver):
 
     def publish(self, version: int, adapter: str | None = None) -> None:
         """`llm.llm_engine.get_weight_version()` and the spans on outputs show the version from now on."""
-        if adapter is not None and adapter not in self.adapters():
+        if adapter is not None and adapter not in self.loaded_loras():
             raise lora_not_loaded(adapter)
         self._call("set_weight_version", weight_version=str(version))
         self._published.version, self._published.lora = version, adapter
@@ -223,7 +223,7 @@ class LLMDriver(VllmDriver):
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         sampling: Sampling,
         adapter: str = CURRENT,
         *,
@@ -263,7 +263,7 @@ class LLMDriver(VllmDriver):
         lora = self._published.resolve_lora(name)
         return None if lora is None else request_lora(lora, self._loaded())
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         """Names of the LoRAs that the bridge loaded, then `#id` for those that vLLM read from folders."""
         return () if self.lora is None else list_loras(self._loaded(), self._call("list_loras"))
 

@@ -20,7 +20,7 @@ from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.frontend import quarantine_error
 from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.vllm.liveness import LOOK_S, has_output
-from engine_side.protocol import Prompts
+from engine_side.protocol import PromptBatch
 
 _KEY = "_weighbridge_gate"
 _WAYS = ("add_request", "step", "has_unfinished_requests")
@@ -192,7 +192,7 @@ class VllmGate:
 
     def run(
         self,
-        prompts: Prompts,
+        prompts: PromptBatch,
         parameters: Any,
         find_lora: Callable[[], Any],
         deadline: Deadline | None = None,

@@ -25,7 +25,7 @@ from engine_side.engines.common.rank_host import EngineRankHost, without_new_ent
 from engine_side.engines.vllm.logprobs import prompt_logprobs
 from engine_side.engines.vllm.lora_slots import VllmLoraSlots
 from engine_side.live.inplace import twin_parameter
-from engine_side.protocol import Prompts
+from engine_side.protocol import PromptBatch
 
 _POST_LOAD = "process_weights_after_loading"
 _UNWRITTEN = frozenset({torch.empty, torch.empty_strided})
@@ -100,10 +100,10 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
             found = _call_if_present(module, _POST_LOAD)
         return found
 
-    def prompt_logprobs(self, prompts: Prompts, adapter: str | None = None) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Compute prompt log-probabilities in the paused engine, with a loaded LoRA or without; all ranks together."""
-        lora = None if adapter is None else self._slots(adapter).request(adapter)
-        return prompt_logprobs(self._worker, prompts, lora)
+        request = None if lora is None else self._slots(lora).request(lora)
+        return prompt_logprobs(self._worker, prompts, request)
 
     # ---- calls of single modules ---------------------------------------------------------------------------------
 

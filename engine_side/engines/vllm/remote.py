@@ -103,6 +103,6 @@ class AsyncDriver(FrontendClient, VllmDriver):
     def _set_weight_version(self, version: int) -> None:
         self._call("update_weight_version", new_version=str(version))
 
-    def adapters(self) -> tuple[str, ...]:
+    def loaded_loras(self) -> tuple[str, ...]:
         """Names of the LoRAs that the bridge loaded, then `#id` for those that vLLM read from folders."""
         return () if self.lora is None else self.state().loras

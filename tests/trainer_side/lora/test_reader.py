@@ -259,10 +259,10 @@ def test_another_tuner_is_refused() -> None:
 def test_inside_a_compiled_or_checkpointed_layer() -> None:
     layer = layer_of(row("linear"), "linear")
     shell = nn.Module()
-    shell._modules["_orig_mod"] = layer
+    shell.add_module("_orig_mod", layer)
     assert lora_parameters(shell).A is layer.lora_A[DEFAULT].weight
     again = copy.deepcopy(layer)
     inner = nn.Module()
-    inner._modules["_checkpoint_wrapped_module"] = again.base_layer
-    again._modules["base_layer"] = inner
-    assert lora_parameters(again).weight is inner._modules["_checkpoint_wrapped_module"].weight  # type: ignore[union-attr]
+    inner.add_module("_checkpoint_wrapped_module", again.base_layer)
+    again.base_layer = inner
+    assert lora_parameters(again).weight is inner.get_submodule("_checkpoint_wrapped_module").weight

@@ -117,7 +117,7 @@ def keyed() -> nn.ModuleDict:
     return nn.ModuleDict({"default": nn.Linear(2, 2)})
 
 
-@pytest.mark.parametrize("module", lookalikes(), ids=lambda m: ",".join(m._modules))
+@pytest.mark.parametrize("module", lookalikes(), ids=lambda m: ",".join(name for name, _ in m.named_children()))
 def test_ordinary_modules_are_no_wrappers(module: Lookalike) -> None:
     assert not any(is_wrapper(module) for is_wrapper in (is_lora, is_saved, is_token_wrapper))
     assert not LoraModel.present(module)

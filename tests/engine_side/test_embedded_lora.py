@@ -1,4 +1,4 @@
-"""LoRA adapters of the embedded engine, per request: values, batches, publishing, retiring, caches, ranks; untying."""
+"""LoRAs of the embedded engine, per request: values, batches, publishing, retiring, caches, ranks; untying."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.embedded import EmbeddedDriver, EmbeddedRankHost
 from engine_side.engines.module import ModuleDriver, ModuleRankHost
 from tests.engine_side import embedded_models as tiny
+from tests.engine_side.stopped_engine import no_step, scheduler_of
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 LONG = Sampling(max_tokens=200, temperature=0)
@@ -60,7 +61,7 @@ MAX_RANK = 6
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter as PEFT runs it, and as it travels."""
+    """A LoRA as PEFT runs it, and as it travels."""
 
     model: Any
     tensors: Mapping[str, torch.Tensor]
@@ -72,7 +73,7 @@ class Lora:
 
 
 def make_lora(model: Any, seed: int, rank: int, targets: Sequence[str] = ALL) -> Lora:
-    """A random adapter with a large effect, alpha != r."""
+    """A random LoRA with a large effect, alpha != r."""
     config = LoraConfig(r=rank, lora_alpha=2.5 * rank, target_modules=list(targets))
     peft = get_peft_model(copy.deepcopy(model), config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -95,9 +96,9 @@ class Line:
     """The bridge's own way into all ranks of an engine."""
 
     def __init__(self, engine: Engine) -> None:
-        self.adapter = EmbeddedDriver(engine)
-        self._mailbox = Mailbox.create("adapters", self.adapter.ranks)
-        self._line = RankClient("engine", self.adapter)
+        self.driver = EmbeddedDriver(engine)
+        self._mailbox = Mailbox.create("loras", self.driver.ranks)
+        self._line = RankClient("engine", self.driver)
         self._line.assign(self._mailbox.path, 0)
         self._arenas: list[Arena] = []
 
@@ -109,7 +110,7 @@ class Line:
         infos = tuple(TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items())
         plan = len(self._arenas)
         self.ask(BakeJob(plan, infos, lora=spec), RankBake)
-        arena = Arena.create(lay_out(infos), name="adapters")
+        arena = Arena.create(lay_out(infos), name="loras")
         self._arenas.append(arena)
         for described, into in zip(arena.manifest.tensors, arena.tensors(0), strict=True):
             into.copy_(tensors[described.name])
@@ -234,7 +235,7 @@ def scored(model: Any, prompt: Sequence[int], completion: Completion) -> list[fl
     [{}, {"layout": "packed"}, {"layout": "transposed", "wrap_linears": True, "wrap_levels": 2}],
     ids=["canonical", "packed", "transposed-wrapped"],
 )
-def test_each_adapter_is_what_peft_computes(start: Open, model: Any, one: Lora, two: Lora, options: Any) -> None:
+def test_each_lora_is_what_peft_computes(start: Open, model: Any, one: Lora, two: Lora, options: Any) -> None:
     engine, line = start(**options)
     base = line.logprobs(tiny.prompts(), None)
     assert_close(base, tiny.reference_logprobs(model, tiny.prompts()))
@@ -243,7 +244,7 @@ def test_each_adapter_is_what_peft_computes(start: Open, model: Any, one: Lora, 
     for name, lora in (("one", one), ("two", two)):
         wanted = tiny.reference_logprobs(lora.model, tiny.prompts())
         assert_close(line.logprobs(tiny.prompts(), name), wanted)
-        assert tiny.mean_difference(base, wanted) > 0.1, "the adapter would not be missed"
+        assert tiny.mean_difference(base, wanted) > 0.1, "the LoRA would not be missed"
         assert_close(engine.prompt_logprobs(tiny.prompts(), name), wanted)
     assert line.logprobs(tiny.prompts(), None) == base
     assert engine.adapters == ("one", "two")
@@ -277,7 +278,7 @@ def make_expert_lora(model: Any, seed: int, rank: int) -> Lora:
 
 
 @pytest.mark.parametrize("layout", ["canonical", "packed"])
-def test_experts_have_adapters(start: Open, models: Any, layout: str) -> None:
+def test_experts_have_loras(start: Open, models: Any, layout: str) -> None:
     model = models("moe")[1]
     engine, line = start("moe", layout=layout)
     loras = {"one": make_expert_lora(model, 1, 2), "two": make_expert_lora(model, 2, 4)}
@@ -291,7 +292,7 @@ def test_experts_have_adapters(start: Open, models: Any, layout: str) -> None:
             assert completion.logprobs == pytest.approx(scored(loras[name].model, prompt, completion), abs=2e-5)
 
 
-def test_one_batch_of_two_adapters_and_the_base(start: Open, model: Any, one: Lora, two: Lora) -> None:
+def test_one_batch_of_two_loras_and_the_base(start: Open, model: Any, one: Lora, two: Lora) -> None:
     engine, line = start(max_num_seqs=64)
     line.load("one", one)
     line.load("two", two)
@@ -314,17 +315,17 @@ def test_one_batch_of_two_adapters_and_the_base(start: Open, model: Any, one: Lo
 
 
 def test_base_rows_of_a_mixed_batch_keep_their_bits(start: Open, one: Lora, two: Lora) -> None:
-    """The same frame, once all base and once with adapters on the other rows."""
+    """The same frame, once all base and once with LoRAs on the other rows."""
     engine, line = start()
     line.load("one", one)
     line.load("two", two)
     from engine_side.embedded.runner import SequenceBatch
 
-    def logits(adapters: tuple[str, ...]) -> torch.Tensor:
+    def logits(loras: tuple[str, ...]) -> torch.Tensor:
         prompts = [list(PROMPT), list(PROMPT), list(PROMPT), list(reversed(PROMPT))]
         tables = tuple(tuple(range(i * 3, i * 3 + 3)) for i in range(4))
         tokens = tuple(token for prompt in prompts for token in prompt)
-        return engine.runner.forward(SequenceBatch(tokens, (40,) * 4, (0,) * 4, tables, adapters))
+        return engine.runner.forward(SequenceBatch(tokens, (40,) * 4, (0,) * 4, tables, loras))
 
     plain, mixed = logits(()), logits(("", "one", "two", ""))
     assert torch.equal(plain[0], mixed[0])
@@ -343,16 +344,16 @@ def test_current_is_what_was_published(start: Open, model: Any, one: Lora, two: 
     line.load("one", one)
     line.load("two", two)
     for version, name, reference in ((4, "one", one.model), (5, "two", two.model), (6, None, model)):
-        line.adapter.publish(version, name)
-        (got,) = line.adapter.generate([PROMPT], GREEDY)
+        line.driver.publish(version, name)
+        (got,) = line.driver.generate([PROMPT], GREEDY)
         assert list(got.token_ids) == tiny.reference_greedy(reference, PROMPT, 24)
         assert got.weight_version == version
         assert engine.generate([PROMPT], GREEDY, "current")[0].token_ids == got.token_ids
         assert_close(engine.prompt_logprobs([PROMPT]), tiny.reference_logprobs(reference, [PROMPT]))
     with pytest.raises(NotFound, match="nobody"):
-        line.adapter.publish(7, "nobody")
+        line.driver.publish(7, "nobody")
     assert engine.weight_version == 6
-    for call in (line.adapter.generate, engine.generate):
+    for call in (line.driver.generate, engine.generate):
         with pytest.raises(NotFound, match="nobody"):
             call([PROMPT], GREEDY, "nobody")
     with pytest.raises(ConfigError, match="name"):
@@ -374,17 +375,17 @@ def in_the_middle(engine: Engine, adapter: str = "current") -> tuple[Call, int]:
 def test_a_kept_request_ends_with_what_it_began_with(start: Open, one: Lora, two: Lora, reset: bool) -> None:
     engine, line = start()
     line.load("one", one)
-    line.adapter.publish(1, "one")
+    line.driver.publish(1, "one")
     call, _ = in_the_middle(engine)
     line.load("two", two)
     if reset:
-        assert line.adapter.reset_caches()
-    line.adapter.publish(2, "two")
-    line.adapter.retire(["one"])
+        assert line.driver.reset_caches()
+    line.driver.publish(2, "two")
+    line.driver.retire(["one"])
     assert engine.adapters == ("one", "two"), "it is in use"
     with pytest.raises(NotFound, match="retired"):
         engine.prompt_logprobs([PROMPT], "one")
-    line.adapter.resume()
+    line.driver.resume()
     (new,) = engine.generate([PROMPT], GREEDY)
     (old,) = call.result()
     assert list(old.token_ids) == tiny.reference_greedy(one.model, PROMPT, 200)
@@ -394,33 +395,33 @@ def test_a_kept_request_ends_with_what_it_began_with(start: Open, one: Lora, two
     until(lambda: engine.adapters == ("two",))
 
 
-def test_an_aborted_request_ends_and_frees_its_adapter(start: Open, one: Lora, two: Lora) -> None:
+def test_an_aborted_request_ends_and_frees_its_lora(start: Open, one: Lora, two: Lora) -> None:
     engine, line = start(max_loras=1)
     line.load("one", one)
-    line.adapter.publish(1, "one")
+    line.driver.publish(1, "one")
     call, done = in_the_middle(engine)
-    line.adapter.publish(2)
-    line.adapter.retire(["one", "never-heard-of"])
+    line.driver.publish(2)
+    line.driver.retire(["one", "never-heard-of"])
     assert engine.adapters == ("one",)
-    with engine._exclusive(Deadline.after(20)):  # the engine's own thread does not come to drop it
-        line.adapter.pause("abort", Deadline.after(20))
+    with no_step(engine):  # the engine's own thread does not come to drop it
+        line.driver.pause("abort", Deadline.after(20))
         line.load("two", two)  # into the only slot
     assert engine.adapters == ("two",)
     (got,) = call.result()
     assert got.finish_reason == "abort"
     assert list(got.token_ids) == tiny.reference_greedy(one.model, PROMPT, done)
-    line.adapter.publish(3, "two")
-    line.adapter.resume()
+    line.driver.publish(3, "two")
+    line.driver.resume()
     assert list(engine.generate([PROMPT], GREEDY)[0].token_ids) == tiny.reference_greedy(two.model, PROMPT, 24)
 
 
-def test_a_preempted_request_keeps_its_adapter(start: Open, one: Lora, two: Lora) -> None:
+def test_a_preempted_request_keeps_its_lora(start: Open, one: Lora, two: Lora) -> None:
     engine, line = start(max_seq_len=64, block_size=8, num_blocks=9)
     line.load("one", one)
     line.load("two", two)
     preempted: list[int] = []
-    preempt = engine._scheduler.preempt
-    engine._scheduler.preempt = lambda rs: preempted.append(len(rs)) or preempt(rs)  # type: ignore[method-assign,func-returns-value]
+    preempt = scheduler_of(engine).preempt
+    scheduler_of(engine).preempt = lambda rs: preempted.append(len(rs)) or preempt(rs)  # type: ignore[method-assign,func-returns-value]
     calls = [
         (lora, Call(lambda n=name: engine.generate(tiny.prompts(), GREEDY, n)))  # type: ignore[misc]
         for name, lora in (("one", one), ("two", two))
@@ -432,21 +433,21 @@ def test_a_preempted_request_keeps_its_adapter(start: Open, one: Lora, two: Lora
 
 
 def test_a_request_that_has_not_begun_follows_what_is_published(start: Open, one: Lora, two: Lora) -> None:
-    """The version that it reports and the adapter that it runs with belong together."""
+    """The version that it reports and the LoRA that it runs with belong together."""
     engine, line = start(max_num_seqs=1)
     line.load("one", one)
     line.load("two", two)
-    line.adapter.publish(1, "one")
+    line.driver.publish(1, "one")
     first, _ = in_the_middle(engine)
-    with engine._exclusive(Deadline.after(20)):  # no step
+    with no_step(engine):
         engine.resume()
         second = Call(lambda: engine.generate([PROMPT], GREEDY))
         named = Call(lambda: engine.generate([PROMPT], GREEDY, "one"))
-        until(lambda: len(engine._scheduler.waiting) == 2)
+        until(lambda: len(scheduler_of(engine).waiting) == 2)
         engine.pause("keep")
-    line.adapter.publish(2, "two")
+    line.driver.publish(2, "two")
     assert engine.generate([PROMPT], Sampling(max_tokens=0), "one", past_gate=True)[0].weight_version == 1
-    line.adapter.retire(["one"])
+    line.driver.retire(["one"])
     engine.resume()
     assert first.result()[0].weight_version == 1
     (got,) = second.result()
@@ -456,51 +457,52 @@ def test_a_request_that_has_not_begun_follows_what_is_published(start: Open, one
     until(lambda: engine.adapters == ("two",))
 
 
-def test_a_named_adapter_reports_the_version_it_was_published_under_last(start: Open, one: Lora, two: Lora) -> None:
-    """A base push that keeps the adapter publishes it again: what begins after it comes from the newer version."""
+def test_a_named_lora_reports_the_version_it_was_published_under_last(start: Open, one: Lora, two: Lora) -> None:
+    """A base push that keeps the LoRA publishes it again: what begins after it comes from the newer version."""
     engine, line = start(max_num_seqs=1)
-    assert line.adapter.published == (0, None)
+    assert line.driver.published == (0, None)
     line.load("one", one)
     assert engine.generate([PROMPT], GREEDY, "one")[0].weight_version == 0, "loaded, and published by nobody"
-    line.adapter.publish(1, "one")
+    line.driver.publish(1, "one")
     first, _ = in_the_middle(engine)
     queued = Call(lambda: engine.generate([PROMPT], GREEDY, "one"))
     engine.resume()
-    until(lambda: len(engine._scheduler.waiting) == 1)
-    line.adapter.publish(2, "one")
+    until(lambda: len(scheduler_of(engine).waiting) == 1)
+    line.driver.publish(2, "one")
     assert (first.result()[0].weight_version, queued.result()[0].weight_version) == (1, 2)
     line.load("two", two)
-    line.adapter.publish(3, "two")
-    assert line.adapter.published == EmbeddedDriver(engine).published == (3, "two")
+    line.driver.publish(3, "two")
+    assert line.driver.published == EmbeddedDriver(engine).published == (3, "two")
     assert {name: engine.generate([PROMPT], GREEDY, name)[0].weight_version for name in ("one", "two")} == {
         "one": 2,
         "two": 3,
     }
-    line.adapter.retire(["one"])
-    line.adapter.publish(4)
-    assert "one" not in engine._version_of
+    line.driver.retire(["one"])
+    line.driver.publish(4)
+    with pytest.raises(NotFound, match="one"):
+        engine.generate([PROMPT], GREEDY, "one")
 
 
-def test_the_users_of_an_adapter_are_ended_while_paused(start: Open, one: Lora, two: Lora) -> None:
+def test_the_users_of_a_lora_are_ended_while_paused(start: Open, one: Lora, two: Lora) -> None:
     engine, line = start(max_num_seqs=2)
     line.load("one", one)
     line.load("two", two)
-    line.adapter.publish(1, "one")
+    line.driver.publish(1, "one")
     users = [in_the_middle(engine)[0]]
-    with engine._exclusive(Deadline.after(20)):  # no step
+    with no_step(engine):
         engine.resume()
         follower = Call(lambda: engine.generate([PROMPT], GREEDY))
         users.append(Call(lambda: engine.generate([PROMPT], GREEDY, "one")))
         others = {name: Call(lambda n=name: engine.generate([PROMPT], GREEDY, n)) for name in ("two", "base")}  # type: ignore[misc]
-        until(lambda: len(engine._scheduler.waiting) == 4)
+        until(lambda: len(scheduler_of(engine).waiting) == 4)
         engine.pause("keep")
         check = Call(lambda: engine.generate([PROMPT], GREEDY, "one", past_gate=True))
-        until(lambda: len(engine._scheduler.waiting) == 5)
-        line.adapter.end_users(["one", "never-heard-of"])
+        until(lambda: len(scheduler_of(engine).waiting) == 5)
+        line.driver.end_users(["one", "never-heard-of"])
         assert [call.result()[0].finish_reason for call in users] == ["abort", "abort"]
     assert users[0].result()[0].token_ids, "what there was is theirs"
     assert list(check.result()[0].token_ids) == tiny.reference_greedy(one.model, PROMPT, 24)
-    line.adapter.publish(2, "two")
+    line.driver.publish(2, "two")
     engine.resume()
     assert list(follower.result()[0].token_ids) == tiny.reference_greedy(two.model, PROMPT, 24)
     assert {name: call.result()[0].finish_reason for name, call in others.items()} == {
@@ -515,28 +517,28 @@ def test_retiring_what_nobody_uses_drops_it_at_once_and_what_is_published_later(
     engine, line = start()
     line.load("one", one)
     line.load("two", two)
-    line.adapter.retire(["two"])
-    assert line.adapter.adapters() == ("one",)
-    line.adapter.publish(1, "one")
-    line.adapter.retire(["one"])
+    line.driver.retire(["two"])
+    assert line.driver.loaded_loras() == ("one",)
+    line.driver.publish(1, "one")
+    line.driver.retire(["one"])
     assert list(engine.generate([PROMPT], GREEDY)[0].token_ids) == tiny.reference_greedy(one.model, PROMPT, 24)
     with pytest.raises(NotFound, match="retired"):
         engine.generate([PROMPT], GREEDY, "one")
-    line.adapter.publish(2)
+    line.driver.publish(2)
     until(lambda: not engine.adapters)
     assert list(engine.generate([PROMPT], GREEDY)[0].token_ids) == tiny.reference_greedy(model, PROMPT, 24)
     with pytest.raises(BridgeError, match="one"):  # a name is never used twice
         line.load("one", two)
 
 
-def test_an_adapter_that_is_dropped_from_under_a_request_ends_only_that_one(start: Open, model: Any, one: Lora) -> None:
+def test_a_lora_that_is_dropped_from_under_a_request_ends_only_that_one(start: Open, model: Any, one: Lora) -> None:
     engine, line = start()
     line.load("one", one)
     other = Call(lambda: engine.generate([PROMPT], LONG, "base"))
-    with engine._exclusive(Deadline.after(20)):  # no step: they will be in one batch
+    with no_step(engine):  # no step: they will be in one batch
         call = Call(lambda: engine.generate([PROMPT], LONG, "one"))
-        until(lambda: len([*engine._scheduler.running, *engine._scheduler.waiting]) == 2)
-    until(lambda: len(engine._scheduler.running) == 2)
+        until(lambda: len([*scheduler_of(engine).running, *scheduler_of(engine).waiting]) == 2)
+    until(lambda: len(scheduler_of(engine).running) == 2)
     engine.pause("keep")
     EmbeddedRankHost(engine.runner).remove_lora("one")
     EmbeddedRankHost(engine.runner).remove_lora("one")
@@ -549,7 +551,7 @@ def test_an_adapter_that_is_dropped_from_under_a_request_ends_only_that_one(star
 # ---- caches --------------------------------------------------------------------------------------------------------
 
 
-def test_no_prefix_is_shared_between_adapters(start: Open, model: Any, one: Lora, two: Lora) -> None:
+def test_no_prefix_is_shared_between_loras(start: Open, model: Any, one: Lora, two: Lora) -> None:
     engine, line = start()
     line.load("one", one)
     line.load("two", two)
@@ -557,18 +559,18 @@ def test_no_prefix_is_shared_between_adapters(start: Open, model: Any, one: Lora
         wanted = tiny.reference_greedy(reference, PROMPT, 24)
         hits = engine.cached_blocks_read
         assert list(engine.generate([PROMPT], GREEDY, name)[0].token_ids) == wanted
-        assert engine.cached_blocks_read == hits, "another adapter's keys and values"
+        assert engine.cached_blocks_read == hits, "another LoRA's keys and values"
         (warm,) = engine.generate([PROMPT], GREEDY, name)
         assert list(warm.token_ids) == wanted
         assert engine.cached_blocks_read == hits + len(PROMPT) // 16, "its own are found again"
         assert warm.logprobs == pytest.approx(scored(reference, PROMPT, warm), abs=1e-5)
-        # "current" and the name are one adapter
-        line.adapter.publish(1, None if name == "base" else name)
+        # "current" and the name are one LoRA
+        line.driver.publish(1, None if name == "base" else name)
         engine.generate([PROMPT], GREEDY)
         assert engine.cached_blocks_read == hits + 2 * (len(PROMPT) // 16)
 
 
-def test_a_chain_of_blocks_begins_with_the_adapter() -> None:
+def test_a_chain_of_blocks_begins_with_the_lora() -> None:
     assert len({chain_start(None), chain_start("a"), chain_start("b")}) == 3
     pool = BlockPool(4, 2)
     assert pool.match([1, 2, 3], "a") == []
@@ -577,7 +579,7 @@ def test_a_chain_of_blocks_begins_with_the_adapter() -> None:
 # ---- ranks ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_serve_adapters_and_drop_them(start: Open, model: Any, one: Lora, two: Lora) -> None:
+def test_two_ranks_serve_loras_and_drop_them(start: Open, model: Any, one: Lora, two: Lora) -> None:
     engine, line = start(tensor_parallel_size=2, threads=1, timeout_s=20, max_loras=2)
     line.load("one", one)
     line.load("two", two)
@@ -587,10 +589,10 @@ def test_two_ranks_serve_adapters_and_drop_them(start: Open, model: Any, one: Lo
         assert_close(engine.prompt_logprobs(tiny.prompts(), name), wanted)
     with pytest.raises(NotFound):
         line.logprobs([PROMPT], "nobody")
-    line.adapter.publish(1, "one")
+    line.driver.publish(1, "one")
     call, _ = in_the_middle(engine)
-    line.adapter.publish(2, "two")
-    line.adapter.retire(["one"])
+    line.driver.publish(2, "two")
+    line.driver.retire(["one"])
     engine.resume()
     assert list(engine.generate([PROMPT], GREEDY)[0].token_ids) == tiny.reference_greedy(two.model, PROMPT, 24)
     assert list(call.result()[0].token_ids) == tiny.reference_greedy(one.model, PROMPT, 200)
@@ -603,7 +605,7 @@ def test_two_ranks_serve_adapters_and_drop_them(start: Open, model: Any, one: Lo
 # ---- the protocol without LoRA, and its limits ---------------------------------------------------------------------
 
 
-def test_a_refused_adapter_costs_one_walk_of_the_model(start: Open, one: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_lora_costs_one_walk_of_the_model(start: Open, one: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = start()
     walks: list[int] = []
     named_modules = torch.nn.Module.named_modules
@@ -628,22 +630,22 @@ def test_a_refused_adapter_costs_one_walk_of_the_model(start: Open, one: Lora, m
 
 def test_an_engine_without_lora_says_so(start: Open, one: Lora) -> None:
     engine, line = start(max_loras=0, max_lora_rank=16)
-    assert line.adapter.lora is None
-    assert line.adapter.adapters() == ()
+    assert line.driver.lora is None
+    assert line.driver.loaded_loras() == ()
     with pytest.raises(UnsupportedLora, match="max_loras"):
         line.load("one", one)
     host = EmbeddedRankHost(engine.runner)
     with pytest.raises(NotFound):
         host.lora_views("one")
     host.remove_lora("one")
-    line.adapter.retire(["one"])
+    line.driver.retire(["one"])
     with pytest.raises(NotFound):
-        line.adapter.publish(1, "one")
+        line.driver.publish(1, "one")
 
 
 def test_limits_are_told_and_kept(start: Open, model: Any, one: Lora) -> None:
     engine, line = start(max_loras=1)
-    assert line.adapter.lora == LoraLimits(max_rank=MAX_RANK, slots=1)
+    assert line.driver.lora == LoraLimits(max_rank=MAX_RANK, slots=1)
     with pytest.raises(UnsupportedLora):
         line.load("big", make_lora(model, 4, MAX_RANK + 1))
     for reserved in ("current", "base", ""):
@@ -671,24 +673,24 @@ def test_lora_options_are_checked(options: Any) -> None:
         EngineConfig("nowhere", **options)
 
 
-def test_a_plain_module_takes_no_adapters(one: Lora) -> None:
+def test_a_plain_module_takes_no_lora(one: Lora) -> None:
     module = torch.nn.Linear(2, 2)
-    adapter, host = ModuleDriver(module), ModuleRankHost(module)
-    assert (adapter.lora, adapter.adapters(), host.untie(["weight"])) == (None, (), False)
-    adapter.publish(3)
-    adapter.retire(["one"])
+    driver, host = ModuleDriver(module), ModuleRankHost(module)
+    assert (driver.lora, driver.loaded_loras(), host.untie(["weight"])) == (None, (), False)
+    driver.publish(3)
+    driver.retire(["one"])
     host.remove_lora("one")
     with pytest.raises(UnsupportedLora, match="merged"):
         host.plan_lora((), one.spec)
     with pytest.raises(UnsupportedLora, match="merged"):
         host.load_lora("one", one.tensors, one.spec)
-    for call in (lambda: adapter.publish(3, "one"), lambda: host.lora_views("one")):
+    for call in (lambda: driver.publish(3, "one"), lambda: host.lora_views("one")):
         with pytest.raises(NotFound):
             call()
 
 
 def test_a_module_is_called_alone_below_its_wrappers(start: Open, one: Lora) -> None:
-    """A probe sees the base weights, whatever adapters are loaded."""
+    """A probe sees the base weights, whatever LoRAs are loaded."""
     engine, line = start(wrap_linears=True)
     host = EmbeddedRankHost(engine.runner)
     layer = engine.runner.causal_lm.model.layers[0].self_attn.o_proj

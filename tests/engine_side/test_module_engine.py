@@ -1,4 +1,4 @@
-"""Any nn.Module behind the adapter protocol."""
+"""Any nn.Module as an engine: its driver, its rank host, its gate."""
 
 from __future__ import annotations
 
@@ -123,17 +123,17 @@ def test_canonical_names_that_are_not_the_live_ones() -> None:
 
 def test_refusal_is_lifted() -> None:
     live = Net().eval()
-    adapter = ModuleDriver(live)
-    adapter.refuse("read-back failed")
-    adapter.refuse("read-back failed")
+    driver = ModuleDriver(live)
+    driver.refuse("read-back failed")
+    driver.refuse("read-back failed")
     with pytest.raises(EngineQuarantined, match="read-back failed"):
         live(torch.arange(3))
-    adapter.refuse(None)
+    driver.refuse(None)
     live(torch.arange(3))
-    assert adapter.refusal is None
+    assert driver.refusal is None
 
 
-def test_a_refusal_is_the_modules_own_and_outlives_its_adapter() -> None:
+def test_a_refusal_is_the_modules_own_and_outlives_its_driver() -> None:
     live = Net().eval()
     first = ModuleDriver(live)
     first.refuse("torn")
@@ -156,9 +156,9 @@ def test_a_refusal_is_the_modules_own_and_outlives_its_adapter() -> None:
 
 def test_a_gated_module_can_be_probed_and_nothing_else() -> None:
     source, live = nn.Linear(4, 4), nn.Linear(4, 4)
-    adapter = ModuleDriver(live)
-    adapter.claim("run1")
-    adapter.refuse("torn")
+    driver = ModuleDriver(live)
+    driver.claim("run1")
+    driver.refuse("torn")
     loader, verifier = push(live, source)
     assert all(r.ok for r in verifier.run(RANK_LEVELS, 0))
     assert verifier.canary_only() == ()
@@ -192,8 +192,8 @@ def test_one_bridge_at_a_time_drives_a_module() -> None:
 
 def test_a_claimed_module_can_be_pickled() -> None:
     live = nn.Linear(2, 2)
-    adapter = ModuleDriver(live)
-    adapter.claim("run1")
+    driver = ModuleDriver(live)
+    driver.claim("run1")
     restored = pickle.loads(pickle.dumps(live))  # noqa: S301
     assert torch.equal(restored.weight, live.weight)
     ModuleDriver(restored).claim("run2")
@@ -202,45 +202,45 @@ def test_a_claimed_module_can_be_pickled() -> None:
 
 
 def test_what_a_module_cannot_do() -> None:
-    adapter = attach(Net())
-    assert adapter is not None
-    assert not adapter.can_generate
-    assert adapter.ranks == 1
-    assert adapter.checkpoint is None
-    assert adapter.max_prompt is None
-    assert adapter.cache_grain == 0
+    driver = attach(Net())
+    assert driver is not None
+    assert not driver.can_generate
+    assert driver.ranks == 1
+    assert driver.checkpoint is None
+    assert driver.max_prompt is None
+    assert driver.cache_grain == 0
     assert attach("nonsense") is None
     with pytest.raises(ConfigError, match="generate"):
-        adapter.generate([[1]], Sampling())
+        driver.generate([[1]], Sampling())
 
 
 def test_shared_storage_is_refused_by_name() -> None:
     live = Net()
-    adapter = ModuleDriver(live)
-    adapter.refuse_shared(frozenset(storages_of(copy.deepcopy(live)).values()))
+    driver = ModuleDriver(live)
+    driver.refuse_shared(frozenset(storages_of(copy.deepcopy(live)).values()))
     with pytest.raises(ConfigError, match="share storage") as caught:
-        adapter.refuse_shared(frozenset({live.gain.untyped_storage().data_ptr()}))
+        driver.refuse_shared(frozenset({live.gain.untyped_storage().data_ptr()}))
     assert caught.value.names == ("gain",)
 
 
 def test_shared_storage_is_seen_when_either_side_moves() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    adapter = ModuleDriver(module)
+    driver = ModuleDriver(module)
     apart = torch.empty(8)
     storages = frozenset({apart.untyped_storage().data_ptr()})
-    adapter.refuse_shared(storages)
-    adapter.refuse_shared(storages)
+    driver.refuse_shared(storages)
+    driver.refuse_shared(storages)
     with pytest.raises(ConfigError, match=r"1\.weight"):  # the trainer's tensors moved onto the engine's
-        adapter.refuse_shared(frozenset({module[1].weight.untyped_storage().data_ptr()}))
-    adapter.refuse_shared(storages)
+        driver.refuse_shared(frozenset({module[1].weight.untyped_storage().data_ptr()}))
+    driver.refuse_shared(storages)
     module[0].bias.data = apart[:4]  # the engine's tensor moved onto the trainer's
     with pytest.raises(ConfigError, match=r"0\.bias"):
-        adapter.refuse_shared(storages)
+        driver.refuse_shared(storages)
     module[0].bias = nn.Parameter(torch.zeros(4))
-    adapter.refuse_shared(storages)
+    driver.refuse_shared(storages)
     module[0].weight = nn.Parameter(apart[4:])  # another object under the name
     with pytest.raises(ConfigError, match=r"0\.weight"):
-        adapter.refuse_shared(storages)
+        driver.refuse_shared(storages)
 
 
 def test_a_look_seeds_no_device_and_leaves_the_random_state() -> None:

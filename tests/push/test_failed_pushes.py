@@ -1,0 +1,90 @@
+"""A push that fails between its steps leaves neither a mixture of versions nor a false record of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import bridge
+from bridge.errors import TransportError
+from bridge.journal.ledger import Ledger
+from engine_side.load.loader import Loader
+from tests.conftest import perturb, tiny_qwen2
+from tests.push.rig import drift
+
+
+def test_live_edits_are_not_adopted_as_the_committed_version(attached: Any) -> None:
+    model = tiny_qwen2()
+    engine, b = attached(model)
+    b.push(model.named_parameters())
+    with torch.no_grad():
+        engine.runner.model.get_parameter("model.layers.1.mlp.down_proj.weight")[0, 0] += 1
+    assert not b.health().healthy
+    other = model.to(torch.float64)
+    broken = [(n, p * float("nan")) for n, p in other.named_parameters()]
+    with pytest.raises(bridge.NonFinite):
+        b.push(broken)
+    assert not b.health().healthy, "a push that was refused must not bless what lies in the engine"
+
+
+def test_a_retry_after_a_failed_plan_does_not_mix_versions(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_qwen2()
+    engine, b = attached(model)
+    layer = [(n, p) for n, p in model.named_parameters() if ".layers.1." in n]
+    with torch.no_grad():
+        for _, parameter in layer:
+            parameter.mul_(1.1)
+    b.push(layer, partial=True)
+    before = engine.prompt_logprobs([[1, 2, 3, 4, 5]])
+    real = Loader.read_back
+
+    def fails_once(self: Loader, into: Any) -> Any:
+        monkeypatch.setattr(Loader, "read_back", real)
+        raise RuntimeError("read-back failed")
+
+    monkeypatch.setattr(Loader, "read_back", fails_once)
+    perturb(model)
+    with pytest.raises(bridge.BridgeError):
+        b.push(model.named_parameters())
+    real_apply = Loader.apply
+
+    def half(self: Loader, slot: int, changed: Any = None) -> Any:
+        monkeypatch.setattr(Loader, "apply", real_apply)
+        real_apply(self, slot, changed)
+        raise RuntimeError("after the write")
+
+    monkeypatch.setattr(Loader, "apply", half)
+    with pytest.raises(bridge.PushAborted):
+        b.push(model.named_parameters())
+    assert engine.prompt_logprobs([[1, 2, 3, 4, 5]]) == before
+
+
+@pytest.mark.parametrize("kind", ["sealed", "receipt", "aborted"])
+def test_a_full_disk_neither_blocks_nor_lies(attached: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model = tiny_qwen2()
+    engine, b = attached(model)
+    b.push(model.named_parameters())
+    real = Ledger.record
+
+    def full(self: Ledger, what: str, **fields: Any) -> None:
+        if what == kind:
+            raise TransportError("the journal cannot be written", got="no space left")
+        real(self, what, **fields)
+
+    perturb(model)
+    monkeypatch.setattr(Ledger, "record", full)
+    if kind == "sealed":
+        with pytest.raises(TransportError):
+            b.push(model.named_parameters())
+    elif kind == "aborted":
+        with pytest.raises(bridge.NonFinite):
+            b.push([(n, p * float("inf")) for n, p in model.named_parameters()])
+    else:
+        receipt = b.push(model.named_parameters())
+        assert any("journal" in note for note in receipt.notes)
+        assert drift(engine, model) < 1e-4
+    monkeypatch.setattr(Ledger, "record", real)
+    b.push(model.named_parameters())
+    assert drift(engine, model) < 1e-4
