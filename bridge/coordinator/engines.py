@@ -51,6 +51,8 @@ T = TypeVar("T")
 
 LOST_TIMEOUT_S = 3.0
 """How long an engine that has not answered is waited for when it is asked again: it may be hanging for good."""
+ANSWER_GRACE_S = 1.0
+"""A port has the same deadline, and its own error tells more: it is waited for a little longer."""
 STATUS_WAIT_S = 0.1
 """How long a status waits for engines before it shows what they answered last."""
 WEIGHTS_SHOWN = ("read-back", "probe")
@@ -84,21 +86,18 @@ class Fleet:
         error of ours becomes that engine's answer."""
         answers: dict[str, T | BridgeError] = {}
         asked = [port for port in self.engines if port.id in requests]
-        if not asked:
-            return answers
-        first, *others = asked
-        if not others:
-            _ask(first, requests[first.id], reply, deadline, answers)
+        if len(self.engines) == 1:  # nobody else waits for it: no thread is needed
+            for port in asked:
+                _ask(port, requests[port.id], reply, deadline, answers)
             return answers
         threads = [
             threading.Thread(target=_ask, args=(port, requests[port.id], reply, deadline, answers), daemon=True)
-            for port in others
+            for port in asked
         ]
         for thread in threads:
             thread.start()
-        _ask(first, requests[first.id], reply, deadline, answers)
-        for port, thread in zip(others, threads, strict=True):
-            thread.join(deadline.remaining_s + LOST_TIMEOUT_S)
+        for port, thread in zip(asked, threads, strict=True):
+            thread.join(deadline.remaining_s + ANSWER_GRACE_S)
             if thread.is_alive():
                 late = DeadlineExceeded("an engine did not answer in time", where=port.id, remedy="look at its log")
                 answers.setdefault(port.id, late)

@@ -14,7 +14,7 @@ from pathlib import Path
 from bridge.coordinator import manifest_agreement
 from bridge.coordinator.engines import Fleet
 from bridge.coordinator.versions import AgreedPlan, Held, Served, Versions
-from bridge.errors import DeadlineExceeded, PeerLost, ProtocolError
+from bridge.errors import ProtocolError
 from bridge.protocol.coordinator_messages import PlanRequest
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
@@ -37,6 +37,7 @@ class Layouts:
         self._plans: dict[int, AgreedPlan] = {}
         self.weights: AgreedPlan | None = None
         self.lora: AgreedPlan | None = None
+        self._untold = False  # engines may know a plan that came to nothing
         self.outdated = False  # some plan is no current one any more, and is kept for the version that lies in it
         # ids that no other coordinator uses: an engine may remember a plan of the one before
         self._next = int.from_bytes(os.urandom(4), "little") << 16
@@ -73,11 +74,11 @@ class Layouts:
                 carried = self._carry(plan, versions.committed, deadline)
                 if carried is not versions.committed:
                     versions.return_to(carried)
-        except BaseException as error:
+        except BaseException:
             if arena is not None:
                 _discard(arena)
-            if not isinstance(error, PeerLost | DeadlineExceeded):  # those engines are not waited for once more
-                self._fleet.forget(tuple(self._plans), Deadline.after(FORGET_TIMEOUT_S))
+            # engines may know this plan; they are told with the next push, for one of them may hang now
+            self._untold = self.outdated = True
             raise
         self._plans[plan.id] = plan
         if plan.lora is None:
@@ -116,7 +117,8 @@ class Layouts:
         for plan in old:
             _discard(self._plans.pop(plan.id).arena)
         self.outdated = len(self._plans) > (self.weights is not None) + (self.lora is not None)
-        if old:
+        if old or self._untold:
+            self._untold = False
             self._fleet.forget(tuple(self._plans), Deadline.after(FORGET_TIMEOUT_S))
 
     def close(self) -> None:
