@@ -1,21 +1,30 @@
 """Real SGLang on CPU: one engine per family and way of running it, shared by all tests of its group.
 
-The whole folder is left out where SGLang is not installed.
+The whole folder is left out where SGLang is not installed. `shims` stands in for what SGLang on CPU lacks without its
+kernels (each file says what it replaces); it is on the path of these tests and of the processes they start, nowhere
+else. The bench needs them as well where there is no GPU (`make bench-sglang`):
+
+    PYTHONPATH=tests/sglang/shims:. python -m bridge bench --engine sglang:qwen2-0.5b
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.rigs import Rigs, rigs_of
+from tests.rigs import Rigs
 
+SHIMS = str(Path(__file__).parent / "shims")
 collect_ignore_glob = [] if find_spec("sglang") else ["test_*.py"]
 if find_spec("sglang"):
-    import tests.sglang.rig  # noqa: F401  # puts the shims on the path, before SGLang is imported
+    sys.path.insert(0, SHIMS)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [SHIMS, os.environ.get("PYTHONPATH")]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,10 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
-@pytest.fixture(scope="session")
-def rigs() -> Iterator[Rigs]:
+def _make(folder: Path, family: str, **ways: Any) -> Any:
     from tests.sglang.rig import SglangRig
 
-    made = rigs_of(SglangRig)
+    return SglangRig(folder, family, **ways)
+
+
+@pytest.fixture(scope="session")
+def rigs() -> Iterator[Rigs]:
+    made = Rigs(_make)
     yield made
     made.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import bridge
-from tests.rigs import PROMPTS
+from tests.vllm.rig import PROMPTS
 
 pytestmark = pytest.mark.timeout(300)
 PUSHES = 25
