@@ -75,7 +75,8 @@ class PendingPush:
         Raises the errors of `Bridge.push`, and DeadlineExceeded when the push has not ended in time (it goes on).
         """
         seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
-        self._session.require_usable()
+        if self._finished is None:  # a result that is known waits for nobody: any thread may take it
+            self._session.require_usable()
         finished = self._poll(seconds)
         if finished is None:
             raise DeadlineExceeded(
