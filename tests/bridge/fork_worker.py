@@ -10,6 +10,7 @@ parent had afterwards; and what is left in shared memory in the end.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -156,15 +157,19 @@ def outlived(scene: Scene, folder: Path, way: str, action: str) -> dict[str, Any
     }
 
 
-def main(engine: str, checkpoint: str, *children: str) -> None:
+def main(checkpoint: str, *wanted: str) -> None:
     torch.set_num_threads(1)
     folder = Path(os.environ["WEIGHBRIDGE_SHM_DIR"])
-    scene = scene_of(engine, checkpoint)
-    found = {each: outlived(scene, folder, *each.split(":")) for each in children}
-    scene["bridge"].close()
-    if engine != "module":
-        scene["engine"].close()
-    print(json.dumps({"children": found, "left": sorted(os.listdir(folder))}), flush=True)
+    said = {}
+    for engine, children in itertools.groupby((each.split(":") for each in wanted), lambda each: each[0]):
+        scene = scene_of(engine, checkpoint)
+        found = {f"{way}:{action}": outlived(scene, folder, way, action) for _, way, action in children}
+        scene["bridge"].close()
+        if engine != "module":
+            scene["engine"].close()
+        scene.clear()
+        said[engine] = {"children": found, "left": sorted(os.listdir(folder))}
+    print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":
