@@ -1,10 +1,10 @@
 """A trainer process for `test_session.py`: attaches, pushes, and forks children, each of which does one thing.
 
-    fork_worker.py ENGINE CHECKPOINT WAY:ACTION ...
+    fork_worker.py CHECKPOINT ENGINE:WAY:ACTION ...
 
 ENGINE is "module" or the number of tensor-parallel ranks of an embedded engine, WAY is "fork" or "multiprocessing". Its
-last line on stdout is a JSON object, WAY:ACTION to how that child ended, how long it took, what it said, and what the
-parent had afterwards; and what is left in shared memory in the end.
+last line on stdout is a JSON object: for every ENGINE its children, WAY:ACTION to how that child ended, how long it
+took, what it said, and what the parent had afterwards; and what is left in shared memory when the engine has ended.
 """
 
 from __future__ import annotations
