@@ -1,15 +1,16 @@
 """A trainer process for `test_session.py`: attaches, pushes, and forks children, each of which does one thing.
 
-    fork_worker.py ENGINE CHECKPOINT WAY:ACTION ...
+    fork_worker.py CHECKPOINT ENGINE:WAY:ACTION ...
 
 ENGINE is "module" or the number of tensor-parallel ranks of an embedded engine, WAY is "fork" or "multiprocessing". Its
-last line on stdout is a JSON object, WAY:ACTION to how that child ended, how long it took, what it said, and what the
-parent had afterwards; and what is left in shared memory in the end.
+last line on stdout is a JSON object: for every ENGINE its children, WAY:ACTION to how that child ended, how long it
+took, what it said, and what the parent had afterwards; and what is left in shared memory when the engine has ended.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -156,15 +157,19 @@ def outlived(scene: Scene, folder: Path, way: str, action: str) -> dict[str, Any
     }
 
 
-def main(engine: str, checkpoint: str, *children: str) -> None:
+def main(checkpoint: str, *wanted: str) -> None:
     torch.set_num_threads(1)
     folder = Path(os.environ["WEIGHBRIDGE_SHM_DIR"])
-    scene = scene_of(engine, checkpoint)
-    found = {each: outlived(scene, folder, *each.split(":")) for each in children}
-    scene["bridge"].close()
-    if engine != "module":
-        scene["engine"].close()
-    print(json.dumps({"children": found, "left": sorted(os.listdir(folder))}), flush=True)
+    said = {}
+    for engine, children in itertools.groupby((each.split(":") for each in wanted), lambda each: each[0]):
+        scene = scene_of(engine, checkpoint)
+        found = {f"{way}:{action}": outlived(scene, folder, way, action) for _, way, action in children}
+        scene["bridge"].close()
+        if engine != "module":
+            scene["engine"].close()
+        scene.clear()
+        said[engine] = {"children": found, "left": sorted(os.listdir(folder))}
+    print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,22 @@ def test_a_seal_torn_at_any_byte_is_no_seal(arena: Arena) -> None:
     assert arena.seal_of(0) == SEAL
 
 
+def test_a_writer_killed_right_after_the_state_word_has_sealed(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The word is the last thing written: who sees it sees the new seal, not the old one's bytes."""
+    arena.seal(0, SEAL)
+    put, new = arena._put_state, Seal(9, SEAL.root, SEAL.digests)
+
+    def stop_after_the_word(slot: int, state: int) -> None:
+        put(slot, state)
+        if state:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(arena, "_put_state", stop_after_the_word)
+    with pytest.raises(KeyboardInterrupt):
+        arena.seal(0, new)
+    assert arena.seal_of(0) == new
+
+
 def test_a_writer_killed_inside_seal_leaves_no_seal(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever step of a second seal is the last one, a reader sees the old seal gone and no new one."""
     arena.seal(0, SEAL)

@@ -35,23 +35,28 @@ def net() -> nn.Sequential:
 # ---- forked children -------------------------------------------------------------------------------------------------
 
 
-def forked(folder: Path, engine: str, checkpoint: Path | None, *children: str) -> dict[str, Any]:
-    """What the children of `fork_worker.py` said; the parent must keep everything, and leave nothing when it closes."""
-    environment = {**os.environ, "WEIGHBRIDGE_SHM_DIR": str(folder), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(WORKER), engine, str(checkpoint), *children]
+ENDS = ("fork:exits", "fork:closes", "fork:drops", "multiprocessing:exits", "fork:calls")
+FORKED = {
+    "module": (*ENDS, "fork:shuts_down", "multiprocessing:shuts_down", "multiprocessing:drops", "fork:opens_its_own"),
+    "1": ENDS,
+    "2": ENDS,
+}
+"""Engine (an attached module, or so many ranks) -> what children do, by which kind of fork."""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Path]) -> dict[str, dict[str, Any]]:
+    """What `fork_worker.py` found for every engine, in one process."""
+    folder = tmp_path_factory.mktemp("shm")
+    state = str(tmp_path_factory.mktemp("state"))
+    environment = {**os.environ, "WEIGHBRIDGE_SHM_DIR": str(folder), "XDG_STATE_HOME": state, "PYTHONPATH": str(ROOT)}
+    wanted = [f"{engine}:{child}" for engine, children in FORKED.items() for child in children]
+    command = [sys.executable, str(WORKER), str(checkpoint(tiny_qwen2())), *wanted]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert facts["left"] == []
-    assert sorted(facts["children"]) == sorted(children)
-    for child, found in facts["children"].items():
-        assert (found["code"], found["kept"], found["verified"], found["healthy"]) == (0, True, True, True), (
-            child,
-            found,
-        )
-        assert found["took_s"] < 5, (child, found)
-    return {child: found["said"] for child, found in facts["children"].items()}
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def refused(said: dict[str, dict[str, Any]]) -> None:
@@ -62,20 +67,23 @@ def refused(said: dict[str, dict[str, Any]]) -> None:
         assert answer["took_s"] < 1, (call, answer)
 
 
-def test_forked_children_of_an_attached_module_own_nothing(tmp_path: Path) -> None:
-    ends = [f"{way}:{action}" for way in ("fork", "multiprocessing") for action in ("exits", "shuts_down", "drops")]
-    said = forked(tmp_path, "module", None, *ends, "fork:closes", "fork:calls", "fork:opens_its_own")
+@pytest.mark.parametrize("engine", FORKED)
+def test_a_forked_child_owns_nothing(forked: dict[str, dict[str, Any]], engine: str) -> None:
+    """The parent keeps everything and pushes again, whatever a child did; it leaves nothing when it closes."""
+    facts = forked[engine]
+    assert facts["left"] == []
+    assert sorted(facts["children"]) == sorted(FORKED[engine])
+    for child, found in facts["children"].items():
+        kept = (found["code"], found["kept"], found["verified"], found["healthy"])
+        assert kept == (0, True, True, True), (child, found)
+        assert found["took_s"] < 5, (child, found)
+    said = {child: found["said"] for child, found in facts["children"].items()}
     assert said["fork:closes"]["after"]["raised"] == "Closed"
-    assert said["fork:opens_its_own"] == {"verified": True, "same": True}
     refused(said["fork:calls"])
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
-def test_forked_children_leave_an_engine_and_its_workers_alone(
-    tmp_path: Path, checkpoint: Callable[..., Path], ranks: str
-) -> None:
-    ends = ("fork:exits", "fork:closes", "fork:drops", "multiprocessing:exits", "fork:calls")
-    refused(forked(tmp_path, ranks, checkpoint(tiny_qwen2()), *ends)["fork:calls"])
+def test_a_forked_child_may_open_a_bridge_of_its_own(forked: dict[str, dict[str, Any]]) -> None:
+    assert forked["module"]["children"]["fork:opens_its_own"]["said"] == {"verified": True, "same": True}
 
 
 # ---- Bridges that are dropped ----------------------------------------------------------------------------------------

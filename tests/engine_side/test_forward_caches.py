@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from bridge.protocol.rank_jobs import LogprobsJob
+from bridge.protocol.rank_jobs import BakeJob, LogprobsJob, RankScores
 from engine_side.live.forward_caches import ForwardCaches, names_assigned_in_forward
 from engine_side.load.loader import Loader
-from engine_side.worker.rank import MappedPlan, Rank
+from engine_side.worker.rank import Rank
 from tests.engine_side import toy_engine as toy
 
 
@@ -154,7 +154,7 @@ def test_a_canary_puts_back_what_its_forward_does_not_compute(needs_bound: bool)
     bound = host.model.bound = torch.ones(3)
     with planned(host) as rank:
         for _ in range(2):
-            assert rank._prompt_logprobs(LogprobsJob(((1,),))) == [[0.0]]
+            assert rank._answer(LogprobsJob(((1,),))) == RankScores(((0.0,),))
             assert host.model.bound is bound
 
 
@@ -164,7 +164,7 @@ def test_a_canary_that_is_interrupted_puts_back_what_it_cleared() -> None:
     bound = host.model.bound = torch.ones(3)
     with planned(host) as rank:
         with pytest.raises(KeyboardInterrupt):
-            rank._prompt_logprobs(LogprobsJob(((1,),)))
+            rank._answer(LogprobsJob(((1,),)))
         assert host.model.bound is bound
 
 
@@ -172,9 +172,9 @@ def test_a_canary_that_is_interrupted_puts_back_what_it_cleared() -> None:
 def planned(host: RoutedHost) -> Iterator[Rank]:
     """A rank with one plan, whose first version is loaded."""
     rank = Rank(host)
-    loader = Loader(host, host.infos)
-    rank._plans[0] = MappedPlan(loader)
     try:
+        rank._answer(BakeJob(0, tuple(host.infos), False))
+        loader: Any = rank._plans[0].loader
         loader.map(*toy.arena(host.infos, 1))
         loader.apply(0)
         yield rank
