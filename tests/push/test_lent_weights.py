@@ -12,7 +12,7 @@ import bridge
 from tests.conftest import tiny_qwen2, tiny_qwen3_moe
 from tests.engine_side import embedded_models as tiny
 from tests.push import faults
-from tests.push.lora_rig import LoraRig, wrap
+from tests.push.lora_rig import LoraRig, new_base, wrap
 from tests.push.rig import Rig
 
 Make = Callable[..., Rig]
@@ -82,9 +82,9 @@ def test_a_subset_is_packed_with_what_was_there(make: Make) -> None:
 def test_a_post_load_step_that_was_skipped_is_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make(tiny_qwen2())
     rig.good_push()
+    rig.step()
     with rig.unmoved(), monkeypatch.context() as patch:
         faults.skip_post_load(rig, patch)
-        rig.step()
         with pytest.raises(bridge.PushAborted, match="outputs off"):
             rig.push(verify="weights")
 
@@ -93,9 +93,9 @@ def test_a_post_load_step_that_was_skipped_is_found(make: Make, monkeypatch: pyt
 def test_a_load_that_broke_off_is_taken_back(make: Make, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
     rig = make(tiny_qwen2())
     rig.good_push()
+    rig.step()
     with rig.unmoved(), monkeypatch.context() as patch:
         breaker = faults.Breaker(patch, k)
-        rig.step()
         with pytest.raises(bridge.PushAborted):
             rig.push()
         assert breaker.fired
@@ -106,8 +106,8 @@ def test_lora_pushes(small_weights_are_lent: list[int], checkpoint: Callable[[An
     base = tiny_qwen2()
     rig = LoraRig(checkpoint(base), wrap(base), layout="packed")
     try:
-        for _ in range(2):
-            rig.step()
+        for seed in (1, 2):
+            new_base(rig, seed)
             rig.push(mode=mode)
             assert rig.serves(rig.truth() if mode == "merged" else rig.base_truth())
     finally:

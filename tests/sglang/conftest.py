@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.rigs import Rigs
+from tests.rigs import LEFT_OPEN_BY_ENGINES, Rigs
 
 SHIMS = str(Path(__file__).parent / "shims")
 collect_ignore_glob = [] if find_spec("sglang") else ["test_*.py"]
@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where SGLang is installed, warnings about what it leaves open fail no test."""
+    if find_spec("sglang"):
+        for line in LEFT_OPEN_BY_ENGINES:
+            config.addinivalue_line("filterwarnings", line)
 
 
 def _make(folder: Path, family: str, **ways: Any) -> Any:
