@@ -393,7 +393,11 @@ class Loader:
         written = sum([batch.nbytes for batch in work])
         outcomes, post_loaded = dict[str, Outcome](), list[str]()
         if self._rebuilt or self.derived:
-            written += self._rebuild(slot, wanted, outcomes, post_loaded)
+            try:
+                written += self._rebuild(slot, wanted, outcomes, post_loaded)
+            except BaseException:  # what it did move is told by the next load
+                self._moved |= dict.fromkeys(n for n, what in outcomes.items() if what is not Outcome.COPIED)
+                raise
         dropped = self.caches.clear()
         done = time.perf_counter()
         return LoadOutcome(

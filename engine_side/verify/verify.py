@@ -53,6 +53,8 @@ class Verifier:
         self._derived = DerivedState(loader)
         self._proven: set[str] = set()
         """Modules whose output passed its probe in this run: it is the new version's, so it cannot be the former's."""
+        self._moved: set[str] = set()
+        """Parameters whose storage loads have swapped since the snapshot: not every load runs the attributes level."""
         self._inputs: dict[tuple[Probe, torch.device], torch.Tensor] = {}
         self._products: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -74,11 +76,13 @@ class Verifier:
         """
         out: list[LevelResult] = []
         self._proven.clear()
+        if outcome is not None:
+            self._moved.update(outcome.rebound, outcome.created)
         if "coverage" in levels:
             out.append(self.coverage())
         replaced = self.loader.replaced() if "attributes" in levels or "read-back" in levels else []
         if "attributes" in levels:
-            out.append(self.attributes(outcome, replaced))
+            out.append(self.attributes(replaced))
         if "read-back" in levels:
             out.append(self.read_back(slot, replaced))
         if "probe" in levels:
@@ -136,23 +140,25 @@ class Verifier:
             self._covered[key] = _result("coverage", len(plan.targets), failures)
         return self._covered[key]
 
-    def attributes(self, outcome: LoadOutcome | None = None, replaced: Sequence[Replaced] | None = None) -> LevelResult:
-        """Compare with the snapshot taken when the plan was mapped; storage may have moved where `outcome` says so."""
+    def attributes(self, replaced: Sequence[Replaced] | None = None) -> LevelResult:
+        """Compare with the last snapshot that held; storage may have moved where loads since then moved it."""
         before = self.loader.snapshot
         replaced = self.loader.replaced() if replaced is None else replaced
         if replaced:
             failures = [Failure(each.path, each.expected, each.got, parameter=each.path) for each in replaced]
             return _result("attributes", len(before.entries), failures)
         if before.unchanged():
+            self._moved.clear()
             return _result("attributes", len(before.entries), [])
         after, moved = before.retake(), set[int]()
-        for full in () if outcome is None else (*outcome.rebound, *outcome.created):
+        for full in self._moved:
             path, _, name = full.rpartition(".")
             moved.add(id(find_tensor(self.loader.decided.live[path], name)))
         rows = zip(after.bound.places, after.bound.tensors, strict=True)
         found = diff(before, after, [path for (path, _, _), tensor in rows if id(tensor) in moved])
         if not found:
             self.loader.snapshot = after
+            self._moved.clear()
         failures = [Failure(d.path, f"{d.what} {d.before}", d.after, parameter=d.path) for d in found]
         return _result("attributes", len(before.entries), failures)
 

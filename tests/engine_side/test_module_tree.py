@@ -167,4 +167,17 @@ def test_a_look_takes_nothing_from_what_the_next_load_reports() -> None:
         assert verifier.read_back(0).ok
         outcome = loader.apply(1)
         assert outcome.rebound == ("layers.0.norm.weight",)
-        assert verifier.attributes(outcome).ok
+        (attributes,) = verifier.run(("attributes",), 1, outcome=outcome)
+        assert attributes.ok
+
+
+def test_a_load_that_nobody_verified_leaves_no_fault_for_the_next() -> None:
+    with ready() as (host, loader, verifier):
+        norm = host.model.layers[0].norm
+        norm.weight.data = norm.weight.data.clone()
+        verifier.run((), 1, outcome=loader.apply(1))
+        (attributes,) = verifier.run(("attributes",), 0, outcome=loader.apply(0))
+        assert attributes.ok
+        norm.weight.data = norm.weight.data.clone()
+        (attributes,) = verifier.run(("attributes",), 0)
+        assert not attributes.ok, "nobody's load moved it this time"
