@@ -35,11 +35,13 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         super().__init__()
-        inverse = 1.0 / (config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+        # On the CPU in a skeleton too: on the meta device these lines alone make torch import its compiler, a second.
+        inverse = 1.0 / (config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
         if config.kind == "llama3":
             inverse = _llama3(inverse, config.scaling)
         elif config.kind == "linear":
             inverse = inverse / float(config.scaling["factor"])
+        inverse = inverse.to(torch.get_default_device())
         self.register_buffer("inverse", inverse, persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -256,7 +256,7 @@ def deviation(y: torch.Tensor, want: torch.Tensor, limit: torch.Tensor) -> str |
     if not bool(bad.any()):
         return None
     worst = int(torch.where(bad, torch.nan_to_num(off, nan=torch.inf), -1.0).argmax())
-    at = tuple(int(k) for k in torch.unravel_index(torch.tensor(worst), off.shape))
+    at = tuple(int(k) for k in np.unravel_index(worst, tuple(off.shape)))  # torch's own imports sympy, half a second
     got, expected = float(have[at]), float(wide[at])
     return f"{int(bad.sum())} of {y.numel()} outputs off, at {at} {got:.6g} instead of {expected:.6g}"
 
