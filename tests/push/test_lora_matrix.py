@@ -155,9 +155,9 @@ def _cell(b: bridge.Bridge, engine: Toy, model: Any, row: Row, state: State, mod
     assert receipt.verified in (True, "partial"), case
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT says so when a forward unmerges
+        twin = _twin(row, state, torch.float64, bare=mode == "base").base_model.model
         for name in row.layers:
-            live = getattr(_twin(row, state, torch.float64, bare=mode == "base").base_model.model, name)
-            want, got = _outputs(live, row, name), _outputs(getattr(engine, name), row, name)
+            want, got = _outputs(getattr(twin, name), row, name), _outputs(getattr(engine, name), row, name)
             assert (want - got).abs().max() < TOLERANCE, (case, name, float((want - got).abs().max()))
     return "value"
 
