@@ -1,8 +1,7 @@
-"""`launch`, `connect` and `attach` give the same Bridge: one scenario, three ways to it; and how a daemon ends."""
+"""`launch`, `connect` and `attach` give the same Bridge: one scenario, three ways to it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from bridge.daemon import actors
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from tests.conftest import perturb, tiny_qwen2
-from tests.ray.conftest import Home, eventually, gone
 from tests.ray.test_daemon import greedy, serves
 
 
@@ -80,48 +78,3 @@ def test_the_same_calls_do_the_same(made: tuple[bridge.Bridge, Any, int]) -> Non
     b.close()
     with pytest.raises(bridge.Closed):
         b.push(model.named_parameters())
-
-
-def test_down_stops_what_up_started_and_nothing_else(run: dict[str, Any], home: Home, start_folder: Path) -> None:
-    """Last in the room: it ends its Ray."""
-    import ray
-
-    head, address = home.ray["pid"], home.ray["address"]
-    actors = [run["pid"], *(engine["pid"] for engine in run["engines"])]
-    # somebody else's Ray, as seen from another home: `down` there stops the daemon, not Ray
-    foreign = {
-        "XDG_STATE_HOME": str(home.state / "elsewhere"),
-        "RAY_ADDRESS": address,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(home.state / "weighbridge" / "_ray" / "token"),
-    }
-    home.cli("up", "guest", "--engine", f"embedded:{start_folder}", **foreign)
-    assert home.cli("down", "guest", **foreign)["stopped"] is True
-    assert not gone(head)
-    ray.shutdown()
-    children = _descendants(head)
-    assert len(children) >= 3
-    assert home.cli("down", "run")["stopped"] is True
-    assert eventually(lambda: gone(head))
-    assert eventually(lambda: all(gone(pid) for pid in (*actors, *children)))
-    assert home.files() == []
-    assert not (home.state / "weighbridge" / "_ray" / "ray.json").exists()
-    assert home.cli("status")["daemons"] == []
-    home.cli("down", "run", code=2)
-
-
-def _descendants(pid: int) -> list[int]:
-    parents: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry))
-    found, todo = [], [pid]
-    while todo:
-        children = parents.get(todo.pop(), [])
-        found += children
-        todo += children
-    return found
