@@ -226,8 +226,8 @@ def _absolute(spec: str) -> str:
 @_command("down")
 @click.argument("name")
 def down(backend: Backend, out: Output, name: str) -> None:
-    """Stop daemon NAME: its engines, its shared memory, and the local Ray if weighbridge started it and no other daemon
-    runs on it. A Ray of another owner is left alone."""
+    """Stop daemon NAME: its engines, its shared memory, and the local Ray if weighbridge started it, no other daemon
+    runs on it and no trainer is connected to it. A Ray of another owner is left alone."""
     with render.progress(f"stopping {name}"):
         backend.stop(name)
     out.result("down", {"name": name, "stopped": True}, render.show_stopped)

@@ -272,10 +272,14 @@ def _not_found(name: str, got: str | None = None) -> NotFound:
 
 
 def stop(name: str) -> None:
-    """Stop a daemon: engines gracefully first, then the actors, then the local Ray if we started it and nothing else of
-    ours runs on it. Also removes what a crashed daemon left. Blocks, for minutes at most. Raises NotFound when there is
-    no such daemon, Busy while another process starts it."""
-    found = _find_actors(name)
+    """Stop a daemon: engines gracefully first, then the actors, then the local Ray as `stop_ray_if_idle` does. Also
+    removes what a crashed daemon left. Blocks, for minutes at most. Raises NotFound when there is no such daemon, Busy
+    while another process starts it."""
+    try:
+        found = _find_actors(name)
+    except NotFound:
+        stop_ray_if_idle()  # an earlier `down` may have left it to a driver that has ended since
+        raise
     trainer = found.get(f"{name}:{_TRAINER}")
     if trainer is None:
         with _starting(name):
@@ -335,14 +339,23 @@ def _still_there(names: Iterable[str], deadline: Deadline) -> list[str]:
 
 
 def stop_ray_if_idle() -> None:
-    """Disconnect from the local Ray that we started, and stop it, when no actor of ours runs on it any more. Somebody
-    else's Ray is left alone, and so is this process's connection to it."""
+    """Disconnect from the local Ray that we started, and stop it, when no actor of ours runs on it any more and no
+    other process is connected: Ray ends such a process a minute after its cluster has gone, and it may be a trainer.
+    Somebody else's Ray is left alone, and so is this process's connection to it."""
     import ray
 
     head = ray_cluster.our_ray()
     if head is None or not ray.is_initialized():
         return
     # by port: Ray turns the loopback address that it is given into the machine's own
-    if ray.get_runtime_context().gcs_address.rpartition(":")[2] == head.port and not _named_actors():
-        ray.shutdown()
-        ray_cluster.stop_ray()
+    if ray.get_runtime_context().gcs_address.rpartition(":")[2] != head.port or _named_actors():
+        return
+    drivers = ray_cluster.other_drivers()
+    if drivers:
+        pids = ", ".join(map(str, drivers))
+        log.warning(
+            "Ray at %s goes on: connected to it are processes %s. Repeat this when they have ended.", head.address, pids
+        )
+        return
+    ray.shutdown()
+    ray_cluster.stop_ray()

@@ -220,6 +220,16 @@ def _start_ray() -> RayHead:
     return head
 
 
+def other_drivers() -> list[int]:
+    """Find the other processes that are connected to this process's Ray as drivers; their pids. Blocks for Ray's
+    answer."""
+    import ray
+
+    # Ray's public way to list jobs needs its dashboard, which our Ray runs without
+    jobs = ray._private.worker.global_worker.gcs_client.get_all_job_info()
+    return sorted(job.driver_pid for job in jobs.values() if not job.is_dead and job.driver_pid != os.getpid())
+
+
 def stop_ray() -> bool:
     """Stop the local Ray that we started, and only that one; False when there is none. Blocks until it has ended."""
     head = our_ray()

@@ -75,9 +75,6 @@ def up(home: Home, start_folder: Path) -> Iterator[dict[str, Any]]:
     before = home.files()
     settings = [word for pair in SETTINGS for word in ("--set", pair)]
     yield home.cli("up", "lora", "--engine", f"embedded:{start_folder}", "--engines", "2", *settings)
-    import ray
-
-    ray.shutdown()  # the last daemon takes its Ray with it, and a driver that is still connected then ends itself
     home.cli("down", "lora")
     assert home.files() == before
 
