@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from bridge.errors import BridgeError
 from engine_side.engines.vllm.driver import LLMDriver
 
 pytestmark = pytest.mark.timeout(200)
-PUSH_S, GRACE_S = 10.0, 5.0
+PUSH_S, GRACE_S = 30.0, 5.0  # vLLM itself takes about 10 s to end a core of which a worker was killed
 ASKED = bridge.Sampling(max_tokens=200, temperature=0.0)
 
 
@@ -32,30 +31,31 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, rigs: Any) -> Iterator[A
     made.close()
 
 
-def kill(rig: Any) -> None:
+def victim_of(rig: Any) -> psutil.Process:
     """The engine core; where it has workers, the last of them."""
     (core,) = rig.llm.llm_engine.engine_core.resources.engine_manager.processes
-    victim = psutil.Process(core.pid)
+    process = psutil.Process(core.pid)
     if rig.how == "tp2":
-        victim = [child for child in victim.children(recursive=True) if "Worker" in child.name()][-1]
-    victim.send_signal(signal.SIGKILL)
+        process = [child for child in process.children(recursive=True) if "Worker" in child.name()][-1]
+    return process
 
 
 def killing(rig: Any, monkeypatch: pytest.MonkeyPatch, point: str, nth: int, after: bool) -> None:
-    """Kill at the nth call of one of the adapter's methods: in its middle, or when it is through."""
-    real, calls = getattr(LLMDriver, point), [0]
+    """Kill at the nth call of one of the driver's methods: in its middle, or when it is through."""
+    real, calls, victim = getattr(LLMDriver, point), [0], victim_of(rig)
 
     def hooked(self: LLMDriver, *arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
         if calls[0] != nth:
             return real(self, *arguments, **keywords)
         if not after:
-            threading.Timer(0.01, kill, (rig,)).start()
+            victim.suspend()  # the call cannot be through before the kill
+            threading.Timer(0.2, victim.kill).start()
             return real(self, *arguments, **keywords)
         try:
             return real(self, *arguments, **keywords)
         finally:
-            kill(rig)
+            victim.kill()
 
     monkeypatch.setattr(LLMDriver, point, hooked)
 
