@@ -27,10 +27,15 @@ from engine_side.embedded.weights import (
     write,
 )
 
-LoraFactors = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
-"""Rows [k] that use a LoRA (None: all), its A [rank, inputs here] and B [outputs here, rank]."""
+LoraFactors = tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]
+"""Rows [k] that use a LoRA, its A [rank, inputs here] and B [outputs here, rank]."""
 VOCAB_ALIGN = 64
 """The vocabulary is padded to a multiple of this, and of the number of ranks."""
+
+
+def add_to_rows(out: torch.Tensor, rows: torch.Tensor | slice, effect: torch.Tensor) -> None:
+    """Add to some rows in place, in the dtype of `effect`, rounding once."""
+    out[rows] = (out[rows].to(effect.dtype) + effect).to(out.dtype)
 
 
 @dataclass(frozen=True)
@@ -186,23 +191,24 @@ class VocabParallelEmbedding(nn.Module):
         self.num_embeddings_padded = math.ceil(vocab / step) * step
         self.num_embeddings_per_partition = rows = self.num_embeddings_padded // tp.size
         self.quant_method = LinearMethod(CanonicalStorage())
-        self.start = tp.rank * rows
-        self.valid = max(0, min(vocab - self.start, rows))
+        start = tp.rank * rows
+        self.vocab_cut = Cut(0, min(start, vocab), max(0, min(vocab - start, rows)), vocab)
         self.weight = sharded_parameter((rows, size), context.dtype, self.weight_loader, tp)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
         """Write this rank's rows of a whole checkpoint tensor, and zeros below. Raises ShapeMismatch."""
         expect_shape(loaded, (self.num_embeddings, self.embedding_dim))
-        if self.valid:
-            write(param.data[: self.valid], loaded.narrow(0, self.start, self.valid))
-        if self.valid < self.num_embeddings_per_partition:
-            param.data[self.valid :].fill_(0)
+        cut = self.vocab_cut
+        if cut.size:
+            write(param.data[: cut.size], loaded.narrow(0, cut.start, cut.size))
+        if cut.size < self.num_embeddings_per_partition:
+            param.data[cut.size :].fill_(0)
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
         """Look up the ids [n] that lie on this rank; rows of the others are zeros."""
-        inside = (x >= self.start) & (x < self.start + self.num_embeddings_per_partition)
-        rows = nn.functional.embedding(torch.where(inside, x - self.start, 0), self.weight)
-        return rows * inside.unsqueeze(-1)
+        here = x - self.vocab_cut.start
+        inside = (here >= 0) & (here < self.num_embeddings_per_partition)
+        return nn.functional.embedding(torch.where(inside, here, 0), self.weight) * inside.unsqueeze(-1)
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         return self.tp.all_reduce(out)

@@ -199,13 +199,13 @@ class FusedMoEMethod:
             routed, lora = x[rows], layer.lora
             both = functional.linear(routed, w13)
             if lora is not None:
-                lora.add("w1", index, both, routed, rows)
-                lora.add("w3", index, both, routed, rows)
+                lora("w1", index, both, routed, rows)
+                lora("w3", index, both, routed, rows)
             gate, up = both.chunk(2, dim=-1)
             inner = layer.act(gate) * up
             y = functional.linear(inner, w2)
             if lora is not None:
-                lora.add("w2", index, y, inner, rows)
+                lora("w2", index, y, inner, rows)
             y = y * weights[rows, slot].unsqueeze(-1)
             out.index_add_(0, rows, y.to(out.dtype))
         return out

@@ -22,6 +22,7 @@ from engine_side.embedded.layers import (
     ReplicatedLinear,
     RMSNorm,
     RowParallelLinear,
+    add_to_rows,
 )
 from engine_side.embedded.parallel import Parallel, divide
 
@@ -133,31 +134,21 @@ class AbsorbedAttention(CachedAttention):
         factors = [self._by_heads(*lora) for lora in loras]
         inside = torch.einsum("nhd,hdc->nhc", nope, self.w_uk)
         for rows, a, keys, _ in factors:
-            _add(inside, rows, torch.einsum("nhd,hdr->nhr", nope[rows].to(a.dtype), keys) @ a)
+            add_to_rows(inside, rows, torch.einsum("nhd,hdr->nhr", nope[rows].to(a.dtype), keys) @ a)
         q = torch.cat((inside, turned), dim=-1)
         sums = paged_attention(q, cache, cache[..., : c.kv_lora_rank], step, c.head_dim**-0.5)
         out = torch.einsum("nhc,hcv->nhv", sums, self.w_uv)
         for rows, a, _, values in factors:
-            _add(out, rows, torch.einsum("nhr,hvr->nhv", sums[rows].to(a.dtype) @ a.t(), values))
+            add_to_rows(out, rows, torch.einsum("nhr,hvr->nhv", sums[rows].to(a.dtype) @ a.t(), values))
         return out.flatten(1)
 
     def _by_heads(
-        self, rows: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor
+        self, rows: torch.Tensor | slice, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (rows, A [rank, latent], B of keys [heads, nope, rank], B of values [heads, v, rank]), widened."""
         wide = torch.promote_types(a.dtype, torch.float32)
-        c, whole = self.config, b.to(wide).view(self.heads, -1, b.shape[1])
-        return (
-            slice(None) if rows is None else rows,
-            a.to(wide),
-            whole[:, : c.qk_nope_head_dim],
-            whole[:, c.qk_nope_head_dim :],
-        )
-
-
-def _add(out: torch.Tensor, rows: torch.Tensor | slice, effect: torch.Tensor) -> None:
-    """Add to some rows in place, rounding once."""
-    out[rows] = (out[rows].to(effect.dtype) + effect).to(out.dtype)
+        nope, whole = self.config.qk_nope_head_dim, b.to(wide).view(self.heads, -1, b.shape[1])
+        return rows, a.to(wide), whole[:, :nope], whole[:, nope:]
 
 
 class MLAttention(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -65,13 +65,9 @@ class MoEConfig:
             raise ConfigError("a token cannot use so many experts", expected=expected, got=str(self.top_k))
 
 
-class ExpertLora(Protocol):
-    """The LoRAs of one forward through a layer's experts."""
-
-    def add(self, shard_id: str, expert: int, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add, in place, the effect of these tokens' [k] LoRAs on one matrix of an expert: to the layer's outputs `out`
-        [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
-        ...
+ExpertLora = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called as (shard id, expert, out, x, tokens): adds, in place, the effect of these tokens' [k] LoRAs on one matrix of
+an expert to the layer's outputs `out` [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
 
 
 class FusedMoE(nn.Module):

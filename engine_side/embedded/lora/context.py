@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,16 +14,11 @@ NO_LORA = -1
 """Slot of a token that uses the base model alone."""
 
 
-@dataclass(frozen=True)
-class TokenGroup:
-    """The tokens of one LoRA: its slot and their rows [k]; None for all rows."""
+class TokenGroup(NamedTuple):
+    """The tokens of one LoRA: its slot and their rows [k], a slice for all rows."""
 
     slot: int
-    rows: torch.Tensor | None
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the group's rows of x [n, ...]."""
-        return x if self.rows is None else x[self.rows]
+    rows: torch.Tensor | slice
 
 
 class LoraContext:
@@ -41,7 +36,7 @@ class LoraContext:
         before = self._slots, self._groups
         used = sorted(set(slots.tolist()) - {NO_LORA})
         if len(used) == 1 and bool((slots == used[0]).all()):
-            self._groups = (TokenGroup(used[0], None),)
+            self._groups = (TokenGroup(used[0], slice(None)),)
         else:
             self._groups = tuple(TokenGroup(slot, (slots == slot).nonzero().squeeze(1)) for slot in used)
         self._slots = slots
