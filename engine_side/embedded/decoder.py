@@ -124,7 +124,7 @@ class CausalLM(nn.Module):
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, context)
         if config.tie_word_embeddings:
             self.lm_head.tie_weights(embedding)
-        quantise(self, config.raw.get("quantization_config"), context.layout)
+        quantise(self, config.raw.get("quantization_config"))
 
     @classmethod
     def stacking(cls, config: ModelConfig) -> Mapping[str, tuple[str, object]]:

@@ -228,9 +228,18 @@ class ParallelLMHead(VocabParallelEmbedding):
         self.quant_method = context.layout.head(context.layout.storage)
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> None:
-        """Use the embedding's Parameter. Called once, while the model is built."""
+        """Use the embedding's Parameter, which is canonical in every layout. Called once, while the model is built."""
         self.weight = embedding.weight
-        self.tied = True
+        self.tied, self._untied_storage = True, self.quant_method.storage
+        self.quant_method.storage = CanonicalStorage()
+
+    def untie_weights(self) -> None:
+        """Take a Parameter of its own, with the values of the embedding's, through post-load."""
+        shared = self.weight
+        self.weight = sharded_parameter(tuple(shared.shape), shared.dtype, self.weight_loader, self.tp)
+        self.weight.data = shared.detach().clone()
+        self.tied, self.quant_method.storage = False, self._untied_storage
+        self.quant_method.process_weights_after_loading(self)
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(self, x, None)

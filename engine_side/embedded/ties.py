@@ -11,7 +11,6 @@ from torch import nn
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.layers import ParallelLMHead
-from engine_side.embedded.weights import sharded_parameter
 from engine_side.embedded.wrappers import WrappedLayer, unwrap
 
 
@@ -31,11 +30,7 @@ def untie(model: CausalLM, names: Sequence[str]) -> ModelConfig | None:
         if param is None or (_shared(model, param) and param is not embedding.weight):
             return None
     if head.tied:
-        shared = head.weight  # canonical in every layout
-        head.weight = sharded_parameter(tuple(shared.shape), shared.dtype, head.weight_loader, head.tp)
-        head.weight.data = shared.detach().clone()
-        head.tied = False
-        head.quant_method.process_weights_after_loading(head)
+        head.untie_weights()
         for module in model.lm_head.modules():  # the wrappers down to the layer
             if isinstance(module, WrappedLayer):
                 module.mirror()

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, ParallelLMHead, VocabParallelEmbedding
-from engine_side.embedded.layouts import shuffle, unshuffle
+from engine_side.embedded.layouts import CanonicalStorage, shuffle, unshuffle
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
@@ -138,7 +138,7 @@ def test_packed_experts_sit_behind_a_latch(tmp_path: Path) -> None:
     experts.w13_weight.data.copy_(canonical[0])
     live.post_load(experts)
     assert tiny.mean_difference(live.prompt_logprobs(tiny.prompts()), wanted) > 0.05, "packing was skipped"
-    experts.quant_method.moe_kernel = None  # type: ignore[attr-defined]
+    experts.quant_method.storage = CanonicalStorage()
     experts.w2_weight.data.copy_(runner(tmp_path).model.get_parameter("model.layers.0.mlp.experts.w2_weight"))
     live.post_load(experts)
     assert tiny.mean_difference(live.prompt_logprobs(tiny.prompts()), wanted) < 1e-4
