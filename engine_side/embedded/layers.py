@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from engine_side.embedded.layouts import CanonicalStorage, LinearMethod, PostLoa
 from engine_side.embedded.parallel import Parallel, divide
 from engine_side.embedded.weights import (
     Cut,
+    Layer,
     default_weight_loader,
     expect_shape,
     load_cuts,
@@ -47,7 +47,7 @@ class LayerContext:
     layout: PostLoadLayout
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root-mean-square norm over the last dimension, computed in float32 as in transformers."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-class LinearBase(nn.Module):
+class LinearBase(Layer):
     """A linear layer. Subclasses say which part of a checkpoint's tensors this rank holds.
 
     Args:
@@ -71,7 +71,7 @@ class LinearBase(nn.Module):
     """
 
     bias: nn.Parameter | None
-    quantizable: ClassVar[bool] = True
+    quantizable = True
     """False for layers that a quantised checkpoint keeps as they are."""
 
     def __init__(self, input_cut: Cut, output_cuts: Mapping[object, Cut], bias: bool, context: LayerContext) -> None:
@@ -178,7 +178,7 @@ class RowParallelLinear(LinearBase):
         return self.tp.all_reduce(out)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Layer):
     """An embedding whose rows are divided over ranks, padded with rows of zeros that its loader writes."""
 
     def __init__(self, vocab: int, size: int, context: LayerContext) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from torch.nn import functional
 from bridge.errors import ConfigError, ProtocolError
 from engine_side.embedded.layers import LayerContext, ReplicatedLinear
 from engine_side.embedded.layouts import FusedMoEMethod
-from engine_side.embedded.weights import Cut, load_cuts, sharded_parameter
+from engine_side.embedded.weights import Cut, Layer, load_cuts, sharded_parameter
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -70,7 +69,7 @@ ExpertLora = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], None
 an expert to the layer's outputs `out` [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
 
 
-class FusedMoE(nn.Module):
+class FusedMoE(Layer):
     """All experts of a layer: `w13_weight` [E, 2I, H] (gate over up) and `w2_weight` [E, H, I]; I is divided
     over ranks."""
 
@@ -115,15 +114,10 @@ class FusedMoE(nn.Module):
         return self.tp.all_reduce(self.local(x, weights, ids))
 
 
-class Router(ReplicatedLinear):
-    """Computes hidden states [n, hidden] -> logits [n, experts]. Never quantised: another choice of experts would be
-    more than a rounding error."""
-
-    quantizable: ClassVar[bool] = False
-
-
-class TopKRouting(nn.Module):
-    """Base of the families' routings: logits [n, experts] -> weights and ids [n, top_k] of the chosen experts."""
+class SoftmaxTopK(nn.Module):
+    """Routing of the Qwen families, and base of the others': logits [n, experts] -> weights and ids [n, top_k] of the
+    chosen experts. Softmax over all experts in float32, then the best `top_k`. Weights in the hidden states' dtype, as
+    transformers has them."""
 
     least_dtype: torch.dtype | None = None
     """Lowest dtype of the logits; None: the dtype of the other layers."""
@@ -132,11 +126,6 @@ class TopKRouting(nn.Module):
         super().__init__()
         self.config = config
 
-
-class SoftmaxTopK(TopKRouting):
-    """Softmax over all experts in float32, then the best `top_k`. Weights in the hidden states' dtype, as transformers
-    has them in the Qwen families."""
-
     def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.config.top_k, dim=-1)
         if self.config.renormalize:
@@ -144,7 +133,7 @@ class SoftmaxTopK(TopKRouting):
         return weights.to(dtype), ids
 
 
-class GroupedTopK(TopKRouting):
+class GroupedTopK(SoftmaxTopK):
     """DeepSeek-V2: softmax, the groups with the best single expert, of these the best `top_k`. All in float32."""
 
     least_dtype = torch.float32
@@ -187,7 +176,7 @@ class CorrectedTopK(GroupedTopK):
         return self._scaled(scores.gather(1, ids)), ids
 
 
-class SparseMoeBlock(nn.Module):
+class SparseMoeBlock(Layer):
     """Router and experts; beside them, where the family has them, experts that every token goes through (`shared`)."""
 
     def __init__(
@@ -196,17 +185,18 @@ class SparseMoeBlock(nn.Module):
         hidden: int,
         act: Activation,
         context: LayerContext,
-        routing: type[TopKRouting],
-        shared: nn.Module | None = None,
+        routing: type[SoftmaxTopK],
+        shared: Layer | None = None,
     ) -> None:
         super().__init__()
         self.router_dtype = torch.promote_types(context.dtype, routing.least_dtype or context.dtype)
         self.routing = routing(config, self.router_dtype)
-        self.gate = Router(hidden, config.experts, False, replace(context, dtype=self.router_dtype))
+        self.gate = ReplicatedLinear(hidden, config.experts, False, replace(context, dtype=self.router_dtype))
+        self.gate.quantizable = False  # another choice of experts would be more than a rounding error
         self.experts = FusedMoE(config, hidden, act, context)
         self.shared_experts = shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, ids = self.routing(self.gate(x.to(self.router_dtype)), x.dtype)
-        out: torch.Tensor = self.experts(x, weights, ids)
+        out = self.experts(x, weights, ids)
         return out if self.shared_experts is None else out + self.shared_experts(x)

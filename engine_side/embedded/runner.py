@@ -14,10 +14,10 @@ from torch import nn
 
 from bridge.errors import ConfigError, NotFound
 from bridge.protocol.codec import Count, ErrorInfo, Message
-from engine_side.embedded.attention import Step
+from engine_side.embedded.attention import CachedAttention, Step
 from engine_side.embedded.config import EngineConfig, EngineLimits, ModelConfig
 from engine_side.embedded.decoder import CausalLM, Weights, model_class
-from engine_side.embedded.kv import CachedAttention, KVTensors
+from engine_side.embedded.kv import KVTensors
 from engine_side.embedded.layers import LayerContext
 from engine_side.embedded.layouts import layout_of
 from engine_side.embedded.loading import load_checkpoint, load_dummy
@@ -165,7 +165,7 @@ class ModelRunner:
     # ---- forwards ----
 
     def _make_kv(self, blocks: int) -> KVTensors:
-        layers = {m.layer: m.kv_shape for m in self.model.modules() if isinstance(m, CachedAttention)}
+        layers = {m.layer: m.kv_shapes for m in self.model.modules() if isinstance(m, CachedAttention)}
         return KVTensors(layers, blocks, self.limits.block_size, self.limits.dtype)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from engine_side.embedded.layouts import CanonicalStorage, shuffle, unshuffle
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
-from engine_side.embedded.wrappers import WrappedLinear
+from engine_side.embedded.wrappers import WrappedLayer
 from engine_side.engines.embedded import EmbeddedRankHost
 from tests.engine_side import embedded_models as tiny
 
@@ -149,8 +149,8 @@ def test_a_wrapper_shows_weight_and_bias_also_where_it_is_none(tmp_path: Path) -
     live = runner(tmp_path, wrap_linears=True)
     attention = live.causal_lm.model.layers[0].self_attn
     qkv, out = attention.qkv_proj, attention.o_proj
-    assert isinstance(qkv, WrappedLinear)
-    assert isinstance(out, WrappedLinear)
+    assert isinstance(qkv, WrappedLayer)
+    assert isinstance(out, WrappedLayer)
     assert (qkv.weight, qkv.bias) == (qkv.base_layer.weight, qkv.base_layer.bias)
     assert qkv.bias is not None
     assert out.bias is None

@@ -72,7 +72,7 @@ def test_the_cache_holds_one_latent_per_token_and_layer(tmp_path: Path) -> None:
     runner = ModelRunner(EngineConfig(str(tmp_path)), Parallel())
     kv = runner._make_kv(5)
     for layer in range(3):
-        assert [tuple(t.shape) for t in kv.layer(layer)] == [(5, 16, 1, 14 + 6)]
+        assert [tuple(t.shape) for t in kv.layers[layer]] == [(5, 16, 1, 14 + 6)]
 
 
 def test_what_is_derived_is_no_parameter_and_follows_post_load(tmp_path: Path) -> None:
