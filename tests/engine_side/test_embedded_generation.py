@@ -80,7 +80,7 @@ def replace_weights(engine: Engine, tmp_path: Path) -> Any:
     other.save_pretrained(tmp_path / "other")
     from engine_side.embedded.loading import load_checkpoint
 
-    load_checkpoint(engine.runner.causal_lm, tmp_path / "other")
+    load_checkpoint(engine.runner.model, tmp_path / "other")
     return other
 
 
@@ -294,7 +294,7 @@ def test_refusing_raises_instead_of_hanging(engine: Engine) -> None:
 
 
 def test_a_failing_step_raises_in_its_caller_and_the_engine_lives(engine: Engine) -> None:
-    norm = engine.runner.causal_lm.model.norm
+    norm = engine.runner.model.model.norm
     norm.forward = lambda x: 1 / 0  # type: ignore[method-assign,assignment]
     with pytest.raises(Exception, match="ZeroDivisionError"):
         engine.generate([PROMPT], GREEDY)

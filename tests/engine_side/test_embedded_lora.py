@@ -693,7 +693,7 @@ def test_a_module_is_called_alone_below_its_wrappers(start: Open, one: Lora) -> 
     """A probe sees the base weights, whatever LoRAs are loaded."""
     engine, line = start(wrap_linears=True)
     host = EmbeddedRankHost(engine.runner)
-    layer = engine.runner.causal_lm.model.layers[0].self_attn.o_proj
+    layer = engine.runner.model.model.layers[0].self_attn.o_proj
     base = unwrap(layer)
     assert isinstance(base, LinearBase)
     assert base is not layer
@@ -717,14 +717,14 @@ def test_a_tied_head_is_untied(models: Any, layout: str, lora: bool) -> None:
     runner = ModelRunner(EngineConfig(str(folder), layout=layout, **options), Parallel())
     host = EmbeddedRankHost(runner)
     before = runner.prompt_logprobs(tiny.prompts())
-    assert "lm_head.weight" not in set(runner.causal_lm.checkpoint_names())
+    assert "lm_head.weight" not in set(runner.model.checkpoint_names())
     assert not host.untie(["lm_head.weight", "model.nobody.weight"])
-    assert unwrap(runner.causal_lm.lm_head).tied, "nothing was changed"
+    assert unwrap(runner.model.lm_head).tied, "nothing was changed"
     for _ in range(2):
         assert host.untie(["lm_head.weight"])
     live = dict(runner.model.named_parameters())
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= live.keys()
-    assert live["lm_head.weight"] is unwrap(runner.causal_lm.lm_head).weight, "a wrapper shows the old Parameter"
+    assert live["lm_head.weight"] is unwrap(runner.model.lm_head).weight, "a wrapper shows the old Parameter"
     assert live["lm_head.weight"].data_ptr() != live["model.embed_tokens.weight"].data_ptr()
     assert_close(runner.prompt_logprobs(tiny.prompts()), before, 1e-6)
     skeleton = dict(host.skeleton().named_parameters())
@@ -755,9 +755,9 @@ def test_an_untied_engine_reads_its_tied_checkpoint(models: Any) -> None:
     folder, model = models("qwen2", True)
     runner = ModelRunner(EngineConfig(str(folder)), Parallel())
     assert runner.untie(["lm_head.weight", "model.embed_tokens.weight"])
-    for param in (runner.causal_lm.lm_head.weight, runner.causal_lm.model.embed_tokens.weight):
+    for param in (runner.model.lm_head.weight, runner.model.model.embed_tokens.weight):
         param.data.fill_(7)
-    load_checkpoint(runner.causal_lm, folder)
+    load_checkpoint(runner.model, folder)
     assert_close(runner.prompt_logprobs(tiny.prompts()), tiny.reference_logprobs(model, tiny.prompts()))
 
 
@@ -766,7 +766,7 @@ def test_each_rank_unties_its_part(models: Any) -> None:
     for rank in range(2):
         runner = ModelRunner(EngineConfig(str(folder), tensor_parallel_size=2, max_loras=1), Parallel(rank, 2))
         assert runner.untie(["lm_head.weight"])
-        head, embedding = runner.causal_lm.lm_head, runner.causal_lm.model.embed_tokens
+        head, embedding = runner.model.lm_head, runner.model.model.embed_tokens
         assert torch.equal(unwrap(head).weight, unwrap(embedding).weight)
         assert (head.weight.tp_rank, head.weight.tp_size) == (rank, 2)
 
@@ -774,7 +774,7 @@ def test_each_rank_unties_its_part(models: Any) -> None:
 def test_what_was_never_tied_stays_as_it_is(models: Any) -> None:
     folder, _ = models("qwen2")
     runner = ModelRunner(EngineConfig(str(folder)), Parallel())
-    head = runner.causal_lm.lm_head.weight
+    head = runner.model.lm_head.weight
     assert runner.untie(["lm_head.weight"])
-    assert runner.causal_lm.lm_head.weight is head
+    assert runner.model.lm_head.weight is head
     assert not runner.untie(["no.such.weight"])

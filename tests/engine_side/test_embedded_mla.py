@@ -194,7 +194,7 @@ def test_stale_derived_tensors_would_show(tmp_path: Path) -> None:
     with torch.no_grad():
         name = "model.layers.0.self_attn.kv_b_proj.weight"
         model.get_parameter(name).add_(torch.randn(model.get_parameter(name).shape) * 0.2)
-        runner.causal_lm.load_weights([(name, model.get_parameter(name))])
+        runner.model.load_weights([(name, model.get_parameter(name))])
     wanted = tiny.reference_logprobs(model, tiny.prompts())
     assert tiny.mean_difference(runner.prompt_logprobs(tiny.prompts()), wanted) > 1e-3
     for module in runner.model.modules():

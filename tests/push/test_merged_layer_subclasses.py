@@ -163,7 +163,7 @@ def test_vllm_35077_an_unwrappable_module_that_nobody_asked_for_is_a_warning(
         made = ModelRunner(EngineConfig(folder, max_loras=1), Parallel())
     (record,) = caplog.records
     assert all(word in record.getMessage() for word in ("Unwrappable", "2 layers", "model.layers.0.mlp.1"))
-    assert isinstance(made.causal_lm.get_submodule(f"{ATTENTION}.qkv_proj"), BaseLayerWithLoRA), "the others are"
+    assert isinstance(made.model.get_submodule(f"{ATTENTION}.qkv_proj"), BaseLayerWithLoRA), "the others are"
     caplog.clear()
     with pytest.raises(ConfigError, match="Unwrappable"):
         ModelRunner(EngineConfig(folder, max_loras=1, lora_targets=("mlp.1",)), Parallel())
