@@ -13,21 +13,19 @@ from engine_side.embedded.attention import Attention, RotaryEmbedding, Step
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.layers import (
     LayerContext,
-    MergedColumnParallelLinear,
     ParallelLMHead,
     RMSNorm,
-    RowParallelLinear,
     VocabParallelEmbedding,
 )
 from engine_side.embedded.mla import MLAConfig, MLAttention
 from engine_side.embedded.moe import (
+    MLP,
     CorrectedTopK,
     FusedMoE,
     GroupedTopK,
     MoEConfig,
     SoftmaxTopK,
     SparseMoeBlock,
-    activation,
 )
 from engine_side.embedded.quant import quantise
 from engine_side.embedded.weights import Layer, default_weight_loader, located, stored
@@ -35,21 +33,6 @@ from engine_side.embedded.weights import Layer, default_weight_loader, located, 
 Weights = Iterable[tuple[str, torch.Tensor]]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The two ends of a tie, as every supported family's checkpoints name them."""
-
-
-class MLP(Layer):
-    """Gated feed-forward with a fused `gate_up_proj`; `size` None takes the config's intermediate size."""
-
-    def __init__(self, config: ModelConfig, bias: bool, context: LayerContext, size: int | None = None) -> None:
-        super().__init__()
-        hidden, size = config.hidden_size, size or config.intermediate_size
-        self.act = activation(config.hidden_act)
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, context)
-        self.down_proj = RowParallelLinear(size, hidden, bias, context)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
 
 
 class DecoderLayer(Layer):
@@ -237,7 +220,7 @@ class Qwen3ForCausalLM(CausalLM):
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
     def make_mlp(self, index: int, context: LayerContext) -> Layer:
-        config, raw = self.config, self.config.raw
+        raw = self.config.raw
         experts = int(raw.get("num_experts") or raw.get("num_local_experts") or 0)
         sparse = experts > 0 and (index + 1) % int(raw.get("decoder_sparse_step") or 1) == 0
         if not sparse or index in (raw.get("mlp_only_layers") or ()):
@@ -248,7 +231,7 @@ class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
             intermediate_size=int(raw["moe_intermediate_size"]),
             renormalize=bool(raw.get("norm_topk_prob", False)),
         )
-        return SparseMoeBlock(routing, config.hidden_size, activation(config.hidden_act), context, SoftmaxTopK)
+        return SparseMoeBlock(self.config, routing, context, SoftmaxTopK)
 
 
 class DeepseekV2ForCausalLM(CausalLM):
@@ -277,7 +260,7 @@ class DeepseekV2ForCausalLM(CausalLM):
         return method == "group_limited_greedy", False
 
     def make_mlp(self, index: int, context: LayerContext) -> Layer:
-        config, raw = self.config, self.config.raw
+        raw = self.config.raw
         if index < int(raw.get("first_k_dense_replace") or 0) or not raw.get("n_routed_experts"):
             return super().make_mlp(index, context)
         if raw.get("moe_layer_freq", 1) != 1:
@@ -293,9 +276,7 @@ class DeepseekV2ForCausalLM(CausalLM):
             top_groups=int(raw.get("topk_group") or 1) if grouped else 1,
             scale=float(raw.get("routed_scaling_factor", 1.0)),
         )
-        shared = moe.intermediate_size * int(raw.get("n_shared_experts") or 0)
-        beside = MLP(config, False, context, shared) if shared else None
-        return SparseMoeBlock(moe, config.hidden_size, activation(config.hidden_act), context, self.routing, beside)
+        return SparseMoeBlock(self.config, moe, context, self.routing, int(raw.get("n_shared_experts") or 0))
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):

@@ -15,7 +15,7 @@ from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.ranks import Ranks
-from engine_side.embedded.runner import ModelRunner, SequenceBatch
+from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.sampler import sample, stream
 from engine_side.embedded.scheduler import GenerationRequest, Scheduler
 
@@ -60,7 +60,6 @@ class Engine:
         self._stepping = False
         self._visitors = 0  # callers that want the execution lock: the stepping thread lets them go first
         self._closed = False
-        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -73,7 +72,7 @@ class Engine:
     @property
     def child_pids(self) -> tuple[int, ...]:
         """Process ids of ranks 1 and up."""
-        return self._ranks.pids
+        return tuple(child.process.pid for child in self._ranks.children)
 
     @property
     def cached_blocks_read(self) -> int:
@@ -226,7 +225,9 @@ class Engine:
         """Forget cached prefixes. False, and nothing forgotten, while requests hold keys and values, unless
         `reset_running_requests` preempts them: they are then computed again when scheduling goes on."""
         with self._exclusive(Deadline.after(self.config.timeout_s)), self._changed:
-            return self._scheduler.reset(reset_running_requests)
+            if reset_running_requests:
+                self._scheduler.preempt(list(self._scheduler.running))
+            return self._scheduler.pool.reset()
 
     def run_job(self, job: bytes, deadline: Deadline) -> None:
         """Run an opaque job of the bridge in every rank, between two steps; returns when all ranks have.
@@ -288,7 +289,8 @@ class Engine:
                     return
                 self._stepping = True
             chosen, batch = planned
-            tokens, logprobs = self._compute(chosen, batch)
+            logits = self._ranks.forward(batch)
+            tokens, logprobs = sample(logits, [r.sampling for r in chosen], [r.stream for r in chosen])
             with self._changed:
                 self.steps += 1
                 self._scheduler.advance(chosen, tokens, logprobs)
@@ -306,10 +308,6 @@ class Engine:
             with self._changed:
                 self._stepping = False
                 self._changed.notify_all()
-
-    def _compute(self, chosen: list[GenerationRequest], batch: SequenceBatch) -> tuple[list[int], list[float]]:
-        logits = self._ranks.forward(batch)
-        return sample(logits, [r.sampling for r in chosen], [r.stream for r in chosen])
 
     @contextmanager
     def _exclusive(self, deadline: Deadline) -> Iterator[None]:

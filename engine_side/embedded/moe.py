@@ -1,4 +1,4 @@
-"""Mixture of experts: fused expert weights, sharded along the intermediate dimension, and the block around them."""
+"""Feed-forwards: the dense one, and experts whose fused weights are sharded along the intermediate dimension."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from bridge.errors import ConfigError, ProtocolError
-from engine_side.embedded.layers import LayerContext, ReplicatedLinear
+from engine_side.embedded.config import ModelConfig
+from engine_side.embedded.layers import LayerContext, MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from engine_side.embedded.layouts import FusedMoEMethod
 from engine_side.embedded.weights import Cut, Layer, load_cuts, sharded_parameter
 
@@ -33,6 +34,21 @@ def activation(name: str) -> Activation:
         where, expected = "config.json: hidden_act", " | ".join(_ACTIVATIONS)
         raise ConfigError("unsupported activation", where=where, expected=expected, got=repr(name))
     return _ACTIVATIONS[name]
+
+
+class MLP(Layer):
+    """Gated feed-forward with a fused `gate_up_proj`; `size` None takes the config's intermediate size."""
+
+    def __init__(self, config: ModelConfig, bias: bool, context: LayerContext, size: int | None = None) -> None:
+        super().__init__()
+        hidden, size = config.hidden_size, size or config.intermediate_size
+        self.act = activation(config.hidden_act)
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, context)
+        self.down_proj = RowParallelLinear(size, hidden, bias, context)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
 
 
 @dataclass(frozen=True)
@@ -83,8 +99,6 @@ class FusedMoE(Layer):
         above, whole = replace(inner, offset=inner.size), Cut.all_of(hidden)
         self.cuts: Mapping[object, tuple[Cut, Cut]] = {"w1": (inner, whole), "w3": (above, whole), "w2": (whole, inner)}
         self.num_experts = experts
-        self.hidden_size = hidden
-        self.intermediate_size_per_partition = inner.size
         self.params_dtype = dtype = context.dtype
         self.act = act
         self.tp = tp
@@ -177,24 +191,19 @@ class CorrectedTopK(GroupedTopK):
 
 
 class SparseMoeBlock(Layer):
-    """Router and experts; beside them, where the family has them, experts that every token goes through (`shared`)."""
+    """Router and experts; beside them, where the family has them, so many experts that every token goes through
+    (`shared`)."""
 
     def __init__(
-        self,
-        config: MoEConfig,
-        hidden: int,
-        act: Activation,
-        context: LayerContext,
-        routing: type[SoftmaxTopK],
-        shared: Layer | None = None,
+        self, config: ModelConfig, moe: MoEConfig, context: LayerContext, routing: type[SoftmaxTopK], shared: int = 0
     ) -> None:
         super().__init__()
         self.router_dtype = torch.promote_types(context.dtype, routing.least_dtype or context.dtype)
-        self.routing = routing(config, self.router_dtype)
-        self.gate = ReplicatedLinear(hidden, config.experts, False, replace(context, dtype=self.router_dtype))
+        self.routing = routing(moe, self.router_dtype)
+        self.gate = ReplicatedLinear(config.hidden_size, moe.experts, False, replace(context, dtype=self.router_dtype))
         self.gate.quantizable = False  # another choice of experts would be more than a rounding error
-        self.experts = FusedMoE(config, hidden, act, context)
-        self.shared_experts = shared
+        self.experts = FusedMoE(moe, config.hidden_size, activation(config.hidden_act), context)
+        self.shared_experts = MLP(config, False, context, shared * moe.intermediate_size) if shared else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, ids = self.routing(self.gate(x.to(self.router_dtype)), x.dtype)

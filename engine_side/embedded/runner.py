@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import operator
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -155,11 +155,8 @@ class ModelRunner:
 
     def _selected(self, loras: Sequence[str], counts: Sequence[int]) -> AbstractContextManager[None]:
         """Have the tokens of each sequence use its LoRA inside the block. Costs nothing where all use the base."""
-        if not any(loras):
+        if self.lora is None or not any(loras):
             return nullcontext()
-        if self.lora is None:
-            remedy = "start it with max_loras=2 (one serves while the next is loaded)"
-            raise NotFound("this engine was started without LoRA", got=repr(sorted(set(loras))), remedy=remedy)
         slots = [self.lora.slot(name) if name else NO_LORA for name in loras]
         return self.lora.context.select(torch.tensor(slots).repeat_interleave(torch.tensor(counts)))
 
@@ -246,8 +243,7 @@ class ModelRunner:
         ranks out of step. *(collective, as far as the job is)*"""
         try:
             if self._extension is None:
-                module, _, factory = RANK_EXTENSION.partition(":")
-                self._extension = getattr(importlib.import_module(module), factory)(self)
+                self._extension = pkgutil.resolve_name(RANK_EXTENSION)(self)
             self._extension(job)
         except Exception as error:
             log.debug("a job failed in rank %d", self.tp.rank, exc_info=True)
