@@ -31,8 +31,6 @@ from engine_side.embedded.quant import quantise
 from engine_side.embedded.weights import Layer, default_weight_loader, located, stored
 
 Weights = Iterable[tuple[str, torch.Tensor]]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"""The two ends of a tie, as every supported family's checkpoints name them."""
 
 
 class DecoderLayer(Layer):
@@ -163,7 +161,7 @@ class CausalLM(Layer):
 
     def ignores(self, name: str) -> bool:
         """Tell if checkpoints of this model may hold a tensor of this name that the engine does not load."""
-        return self.config.tie_word_embeddings and name == HEAD
+        return self.config.tie_word_embeddings and name == "lm_head.weight"
 
     def resolve(self, name: str) -> tuple[str, dict[str, object]]:
         """Map a checkpoint's tensor name to the parameter's path here and the loader's further arguments."""

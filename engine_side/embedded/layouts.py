@@ -229,14 +229,10 @@ class PostLoadLayout:
     experts: type[FusedMoEMethod] = FusedMoEMethod
 
 
-_LAYOUTS = {
+POST_LOAD_LAYOUTS = {
     "canonical": PostLoadLayout(CanonicalStorage()),
     "transposed": PostLoadLayout(TransposedStorage()),
     "shuffled": PostLoadLayout(ShuffledStorage()),
     "packed": PostLoadLayout(CanonicalStorage(), PackedLinearMethod, PackedHeadMethod, PackedFusedMoEMethod),
 }
-
-
-def layout_of(name: str) -> PostLoadLayout:
-    """Return the layout of a name that `EngineConfig` has checked."""
-    return _LAYOUTS[name]
+"""Name of a layout, as `EngineConfig` checks it -> the layout."""

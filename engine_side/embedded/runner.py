@@ -20,7 +20,7 @@ from engine_side.embedded.config import EngineConfig, EngineLimits, ModelConfig
 from engine_side.embedded.decoder import CausalLM, Weights, model_class
 from engine_side.embedded.kv import KVTensors
 from engine_side.embedded.layers import LayerContext, ParallelLMHead
-from engine_side.embedded.layouts import layout_of
+from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
 from engine_side.embedded.loading import load_checkpoint, load_dummy
 from engine_side.embedded.lora.context import NO_LORA
 from engine_side.embedded.lora.manager import LoraManager
@@ -84,7 +84,7 @@ class ModelRunner:
             self.lora.warm_up(lambda: self.prompt_logprobs([[0]]))
 
     def _build(self) -> CausalLM:
-        context = LayerContext(self.limits.dtype, self.tp, layout_of(self.config.layout))
+        context = LayerContext(self.limits.dtype, self.tp, POST_LOAD_LAYOUTS[self.config.layout])
         return model_class(self.model_config.architectures[0])(self.model_config, context).eval()
 
     # ---- weights ----

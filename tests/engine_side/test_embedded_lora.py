@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,14 +41,13 @@ from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool, chain_start
 from engine_side.embedded.layers import LinearBase
-from engine_side.embedded.loading import load_checkpoint
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.embedded import EmbeddedDriver, EmbeddedRankHost
 from engine_side.engines.module import ModuleDriver, ModuleRankHost
 from tests.engine_side import embedded_models as tiny
-from tests.engine_side.stopped_engine import no_step, scheduler_of
+from tests.engine_side.stopped_engine import Call, no_step, scheduler_of
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 LONG = Sampling(max_tokens=200, temperature=0)
@@ -184,28 +182,6 @@ def one(model: Any) -> Lora:
 @pytest.fixture(scope="module")
 def two(model: Any) -> Lora:
     return make_lora(model, 2, 5, (*ALL, *ENDS))
-
-
-class Call:
-    """A call in a thread; `result` returns or raises what it did."""
-
-    def __init__(self, work: Callable[[], list[Completion]]) -> None:
-        self._answer: list[Any] = []
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        self._thread.start()
-
-    def _run(self, work: Callable[[], list[Completion]]) -> None:
-        try:
-            self._answer.append(work())
-        except Exception as error:
-            self._answer.append(error)
-
-    def result(self) -> list[Completion]:
-        self._thread.join(20)
-        answer = self._answer[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer  # type: ignore[no-any-return]
 
 
 def until(ready: Callable[[], bool]) -> None:
@@ -749,16 +725,6 @@ def test_both_ends_are_pushed_into_an_untied_engine(start: Open, layout: str) ->
     assert "lm_head.weight" not in zero.unreadable, "its tied checkpoint does not hold it"
     line.push(plan, "coverage", "attributes", "read-back", "probe")
     assert_close(engine.prompt_logprobs(tiny.prompts()), tiny.reference_logprobs(other, tiny.prompts()), 1e-4)
-
-
-def test_an_untied_engine_reads_its_tied_checkpoint(models: Any) -> None:
-    folder, model = models("qwen2", True)
-    runner = ModelRunner(EngineConfig(str(folder)), Parallel())
-    assert runner.untie(["lm_head.weight", "model.embed_tokens.weight"])
-    for param in (runner.model.lm_head.weight, runner.model.model.embed_tokens.weight):
-        param.data.fill_(7)
-    load_checkpoint(runner.model, folder)
-    assert_close(runner.prompt_logprobs(tiny.prompts()), tiny.reference_logprobs(model, tiny.prompts()))
 
 
 def test_each_rank_unties_its_part(models: Any) -> None:

@@ -18,7 +18,7 @@ from bridge.protocol.codec import Sampling
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import LayerContext, MergedColumnParallelLinear
-from engine_side.embedded.layouts import layout_of
+from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
 from engine_side.embedded.mla import AbsorbedAttention, FusedQkvAProj, MLAConfig, MLAttention
 from engine_side.embedded.moe import CorrectedTopK, GroupedTopK, MoEConfig
 from engine_side.embedded.parallel import Parallel
@@ -94,7 +94,7 @@ def test_what_is_derived_is_no_parameter_and_follows_post_load(tmp_path: Path) -
 
 
 def test_the_fused_projection_is_a_merged_layer_with_a_forward_of_its_own() -> None:
-    layer = FusedQkvAProj(8, (5, 6), True, LayerContext(torch.float32, Parallel(), layout_of("canonical")))
+    layer = FusedQkvAProj(8, (5, 6), True, LayerContext(torch.float32, Parallel(), POST_LOAD_LAYOUTS["canonical"]))
     for param in (layer.weight, layer.bias):
         assert param is not None
         param.data.normal_(generator=torch.Generator().manual_seed(1))

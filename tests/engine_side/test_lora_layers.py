@@ -24,7 +24,7 @@ from engine_side.embedded.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from engine_side.embedded.layouts import layout_of
+from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
 from engine_side.embedded.lora.context import LoraContext
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrap, wrapper_of
 from engine_side.embedded.lora.slots import ONLY, slot_dtype
@@ -41,7 +41,7 @@ RANKS = {0: 4, 2: 2}
 
 
 def context_of(layout: str = "canonical", tp: Parallel | None = None, dtype: torch.dtype = F64) -> LayerContext:
-    return LayerContext(dtype, tp or Parallel(), layout_of(layout))
+    return LayerContext(dtype, tp or Parallel(), POST_LOAD_LAYOUTS[layout])
 
 
 class Latents(MergedColumnParallelLinear):
