@@ -74,11 +74,7 @@ class ModelRunner:
         self.lora: LoraManager | None = None
         if config.max_loras:
             self.lora = LoraManager(
-                self.model,
-                max_loras=config.max_loras,
-                max_rank=config.max_lora_rank,
-                targets=config.lora_targets,
-                tp=tp,
+                self.model, max_loras=config.max_loras, max_rank=config.max_lora_rank, targets=config.lora_targets
             )
             # Before the ranks meet: collectives are free, each rank warms up alone.
             self.lora.warm_up(lambda: self.prompt_logprobs([[0]]))

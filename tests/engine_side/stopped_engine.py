@@ -1,4 +1,4 @@
-"""The embedded engine called in a thread, held between two steps, and its queue: the tests' way into its private parts."""
+"""The embedded engine called in a thread, held between two steps, and its queue: the tests' way into it."""
 
 from __future__ import annotations
 

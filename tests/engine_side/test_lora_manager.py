@@ -484,7 +484,7 @@ def test_one_layer_of_many(qwen2: Path) -> None:
 def test_a_module_that_was_asked_for_and_cannot_be_wrapped(qwen2: Path, target: str) -> None:
     made = runner(qwen2, max_loras=0)
     with pytest.raises(ConfigError, match="cannot carry") as caught:
-        LoraManager(made.model, max_loras=1, max_rank=4, targets=["q_proj", target], tp=Parallel())
+        LoraManager(made.model, max_loras=1, max_rank=4, targets=["q_proj", target])
     assert target in str(caught.value.names[0])
     assert not any(isinstance(m, BaseLayerWithLoRA) for m in made.model.modules()), "nothing was wrapped"
 
@@ -499,7 +499,7 @@ def test_a_layer_that_hangs_in_two_places_is_wrapped_once(qwen2: Path) -> None:
     made = runner(qwen2, max_loras=0)
     layers = made.model.model.layers
     layers[2].mlp.down_proj = layers[1].mlp.down_proj  # type: ignore[assignment, union-attr]
-    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=["down_proj"], tp=Parallel())
+    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=["down_proj"])
     assert layers[2].mlp.down_proj is layers[1].mlp.down_proj  # type: ignore[union-attr]
     assert len({id(layer) for layer in manager.layers.values()}) == 2
 
@@ -520,7 +520,7 @@ def test_what_nobody_asked_for_is_warned_of_once_per_class(qwen2: Path, caplog: 
     for layer in made.model.model.layers:
         layer.mlp = nn.Sequential(layer.mlp, Adder(48))  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):
-        LoraManager(made.model, max_loras=1, max_rank=4, targets=None, tp=Parallel())
+        LoraManager(made.model, max_loras=1, max_rank=4, targets=None)
     assert len(caplog.records) == 1
     assert "Adder" in caplog.text
     assert "3 layers" in caplog.text
@@ -555,7 +555,7 @@ def test_the_warm_up_rank_is_what_sharded_experts_need(moe: Path, qwen2: Path) -
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_warm_up_runs_a_lora_through_every_layer(moe: Path, size: int) -> None:
     made = runner(moe, Parallel(0, size), max_loras=0)
-    manager = LoraManager(made.model, max_loras=2, max_rank=4, targets=None, tp=Parallel(0, size))
+    manager = LoraManager(made.model, max_loras=2, max_rank=4, targets=None)
     loaded: list[int] = []
 
     def run() -> None:
@@ -577,7 +577,7 @@ def test_the_warm_up_runs_a_lora_through_every_layer(moe: Path, size: int) -> No
 def test_layers_that_the_model_never_calls_take_no_lora(qwen2: Path) -> None:
     """An engine that reads a layer's weight without calling the layer would accept its LoRA and ignore it."""
     made = runner(qwen2, max_loras=0)
-    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=None, tp=Parallel())
+    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=None)
     tensors = lora_tensors(state(qwen2), ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
     made.model.model.layers[1].mlp = nn.Identity()
     manager.warm_up(lambda: made.prompt_logprobs([[0]]))
@@ -589,7 +589,7 @@ def test_layers_that_the_model_never_calls_take_no_lora(qwen2: Path) -> None:
 
 def test_a_warm_up_that_fails_leaves_nothing(qwen2: Path) -> None:
     made = runner(qwen2, max_loras=0)
-    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=None, tp=Parallel())
+    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=None)
 
     def run() -> None:
         raise RuntimeError("no")

@@ -26,7 +26,6 @@ from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrap
 from engine_side.embedded.lora.slots import LoraPart
 from engine_side.embedded.lora.targets import to_wrap
 from engine_side.embedded.moe import FusedMoE
-from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.wrappers import unwrap
 from engine_side.protocol import LoraView
 
@@ -50,7 +49,6 @@ class LoraManager:
         max_loras: how many LoRAs are held at once.
         max_rank: the largest rank of a LoRA; every slot is that large.
         targets: see `to_wrap`.
-        tp: this rank's tensor-parallel state.
 
     Attributes:
         limits: the largest rank and the number of slots.
@@ -59,9 +57,7 @@ class LoraManager:
     Raises ConfigError (see `to_wrap`), also where the warm-up needs a larger rank; the model is then as it was.
     """
 
-    def __init__(
-        self, model: CausalLM, *, max_loras: int, max_rank: int, targets: Sequence[str] | None, tp: Parallel
-    ) -> None:
+    def __init__(self, model: CausalLM, *, max_loras: int, max_rank: int, targets: Sequence[str] | None) -> None:
         self.limits = LoraLimits(max_rank, max_loras)
         self.context = LoraContext()
         self._model = model
@@ -69,8 +65,8 @@ class LoraManager:
         self._used: set[str] = set()
         self._warmed = False
         chosen = to_wrap(model, targets)
-        # Experts that are sharded over n ranks need a multiple of n.
-        self._warm_up_rank = tp.size if any(isinstance(unwrap(layer), FusedMoE) for layer in chosen.values()) else 1
+        experts = [core for core in map(unwrap, chosen.values()) if isinstance(core, FusedMoE)]
+        self._warm_up_rank = experts[0].tp.size if experts else 1  # those sharded over n ranks need a multiple of n
         if self._warm_up_rank > max_rank:
             raise ConfigError(
                 "the engine's sharded experts need LoRAs of a larger rank than it has room for",
