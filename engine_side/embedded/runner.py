@@ -22,8 +22,8 @@ from engine_side.embedded.kv import KVTensors
 from engine_side.embedded.layers import LayerContext, ParallelLMHead
 from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
 from engine_side.embedded.loading import load_checkpoint, load_dummy
-from engine_side.embedded.lora.context import NO_LORA
 from engine_side.embedded.lora.manager import LoraManager
+from engine_side.embedded.lora.slots import NO_LORA
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.wrappers import WrappedLayer, unwrap, wrap_linears
 

@@ -25,9 +25,8 @@ from engine_side.embedded.layers import (
     VocabParallelEmbedding,
 )
 from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
-from engine_side.embedded.lora.context import LoraContext
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrap, wrapper_of
-from engine_side.embedded.lora.slots import ONLY, slot_dtype
+from engine_side.embedded.lora.slots import ONLY, LoraContext, slot_dtype
 from engine_side.embedded.moe import FusedMoE, MoEConfig, activation
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.wrappers import WrappedLayer, unwrap, wrap_linears

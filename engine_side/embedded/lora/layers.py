@@ -18,8 +18,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.embedded.layers import LinearBase, LoraFactors, ParallelLMHead, VocabParallelEmbedding, add_to_rows
-from engine_side.embedded.lora.context import LoraContext, TokenGroup
-from engine_side.embedded.lora.slots import ONLY, LoraPart, PartKey, slot_dtype
+from engine_side.embedded.lora.slots import ONLY, LoraContext, LoraPart, PartKey, TokenGroup, slot_dtype
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.weights import Cut
 from engine_side.embedded.wrappers import WrappedLayer, unwrap

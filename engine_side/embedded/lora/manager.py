@@ -21,9 +21,8 @@ from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.model.lora_format import LoraLimits, LoraPair, LoraSpec, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
-from engine_side.embedded.lora.context import LoraContext
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrap
-from engine_side.embedded.lora.slots import LoraPart
+from engine_side.embedded.lora.slots import LoraContext, LoraPart
 from engine_side.embedded.lora.targets import to_wrap
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.wrappers import unwrap

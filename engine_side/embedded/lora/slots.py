@@ -1,20 +1,26 @@
-"""Memory for the A and B of several LoRAs: stacked, zero-padded slots of one part of one layer.
+"""Slots for the A and B of several LoRAs, and the slot that each token of the current forward uses (`LoraContext`).
 
-A part is the piece of an engine layer that one checkpoint module becomes: q, k and v of a fused `qkv_proj` are three
-parts, gate, up and down of every expert one each. Slots are plain tensors, not parameters: no weight sync sees them.
+Slots are stacked and zero-padded, for one part of one layer each. A part is the piece of an engine layer that one
+checkpoint module becomes: q, k and v of a fused `qkv_proj` are three parts, gate, up and down of every expert one each.
+Slots are plain tensors, not parameters: no weight sync sees them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+from bridge.errors import ProtocolError
 from engine_side.embedded.layers import add_to_rows
 from engine_side.embedded.weights import Cut
 from engine_side.protocol import LoraView
 
+NO_LORA = -1
+"""Slot of a token that uses the base model alone."""
 PartKey = tuple[object, object]
 """(shard id, expert id) as the model's `resolve` gives them to a loader; None where there is none."""
 ONLY: PartKey = (None, None)
@@ -96,3 +102,53 @@ class LoraPart:
         else:
             shrunk = x.to(wide) @ a.to(wide).t()
         add_to_rows(out.narrow(-1, self.outputs.offset, self.outputs.size), rows, shrunk @ b.to(wide).t())
+
+
+class TokenGroup(NamedTuple):
+    """The tokens of one LoRA: its slot and their rows [k], a slice for all rows."""
+
+    slot: int
+    rows: torch.Tensor | slice
+
+
+class LoraContext:
+    """Set by the runner around a forward, read by the layers inside it. Not for several threads at once: an engine runs
+    one forward at a time."""
+
+    def __init__(self) -> None:
+        self._slots: torch.Tensor | None = None
+        self._groups: tuple[TokenGroup, ...] = ()
+
+    @contextmanager
+    def select(self, slots: torch.Tensor) -> Iterator[None]:
+        """Have token i use the LoRA of `slots[i]` ([n] int64, -1: none) inside the block. Nests; the former choice
+        comes back, also after an error."""
+        before = self._slots, self._groups
+        used = sorted(set(slots.tolist()) - {NO_LORA})
+        if len(used) == 1 and bool((slots == used[0]).all()):
+            self._groups = (TokenGroup(used[0], slice(None)),)
+        else:
+            self._groups = tuple(TokenGroup(slot, (slots == slot).nonzero().squeeze(1)) for slot in used)
+        self._slots = slots
+        try:
+            yield
+        finally:
+            self._slots, self._groups = before
+
+    def narrow(self, index: torch.Tensor | slice) -> AbstractContextManager[None]:
+        """Select only these rows of the current choice inside the block: the sampled ones, in front of the head."""
+        return nullcontext() if self._slots is None else self.select(self._slots[index])
+
+    def groups(self, n: int) -> tuple[TokenGroup, ...]:
+        """Return the groups of tokens for which a layer that is called with n rows has to add something.
+
+        Raises ProtocolError when another number of rows was selected: rows of the wrong LoRAs would be added.
+        """
+        if self._groups and self._slots is not None and len(self._slots) != n:
+            raise ProtocolError(
+                "a LoRA layer was called with other rows than LoRAs were selected for",
+                expected=f"{len(self._slots)} rows",
+                got=f"{n} rows",
+                remedy="select (or narrow to) the rows that the layer is given",
+            )
+        return self._groups
