@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from engine_side.embedded.config import ModelConfig, RopeConfig
-from engine_side.embedded.kv import CachedAttention, KVShape, KVTensors
+from engine_side.embedded.config import ModelConfig
+from engine_side.embedded.kv import KVTensors
 from engine_side.embedded.layers import LayerContext, QKVParallelLinear, RMSNorm, RowParallelLinear
+from engine_side.embedded.weights import Layer
 
 
 def _llama3(inverse: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
@@ -33,16 +34,16 @@ class RotaryEmbedding(nn.Module):
 
     inverse: torch.Tensor
 
-    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+    def __init__(self, config: Mapping[str, Any], head_dim: int) -> None:
         super().__init__()
+        theta: float = config["rope_theta"]
         # On the CPU in a skeleton too: on the meta device these lines alone make torch import its compiler, a second.
-        inverse = 1.0 / (config.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
-        if config.kind == "llama3":
-            inverse = _llama3(inverse, config.scaling)
-        elif config.kind == "linear":
-            inverse = inverse / float(config.scaling["factor"])
-        inverse = inverse.to(torch.get_default_device())
-        self.register_buffer("inverse", inverse, persistent=False)
+        inverse = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
+        if config["rope_type"] == "llama3":
+            inverse = _llama3(inverse, config)
+        elif config["rope_type"] == "linear":
+            inverse = inverse / float(config["factor"])
+        self.register_buffer("inverse", inverse.to(torch.get_default_device()), persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute positions [n] -> cos, sin [n, 1, head_dim]."""
@@ -71,6 +72,7 @@ class Step:
 
     `row`, `column` [n] place the flat tokens in the padded [batch, queries] frame; `blocks` [batch, k] are the block
     tables; `mask` [batch, 1, queries, k * block_size] is True where a query sees a key; `slots` [n] are flat KV places.
+    `cos`, `sin` [n, 1, head_dim] are the decoder's.
     """
 
     tokens: torch.Tensor
@@ -81,8 +83,8 @@ class Step:
     mask: torch.Tensor
     slots: torch.Tensor
     kv: KVTensors
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
+    cos: torch.Tensor = field(init=False)
+    sin: torch.Tensor = field(init=False)
 
     @classmethod
     def build(
@@ -121,6 +123,14 @@ def paged_attention(
     return out.transpose(1, 2)[step.row, step.column]
 
 
+class CachedAttention(Layer):
+    """Base of attentions that cache entries per token: the number of the layer, and (heads, width) of each entry on
+    this rank."""
+
+    layer: int
+    kv_shapes: Sequence[tuple[int, int]]
+
+
 class Attention(CachedAttention):
     """Grouped-query attention with a fused, sharded `qkv_proj`; query and key norms per head where the family has
     them."""
@@ -142,7 +152,7 @@ class Attention(CachedAttention):
         qkv = QKVParallelLinear(hidden, width, heads, config.num_key_value_heads, qkv_bias, context)
         self.heads, self.kv_heads = qkv.heads, qkv.kv_heads
         self.split_sizes = [cut.size for cut in qkv.output_cuts.values()]
-        self.kv_shape = KVShape(qkv.kv_heads, (width, width))
+        self.kv_shapes = ((qkv.kv_heads, width),) * 2
         self.qkv_proj = qkv
         self.o_proj = RowParallelLinear(heads * width, hidden, output_bias, context)
         self.q_norm = RMSNorm(width, config.rms_norm_eps, context.dtype) if qk_norm else nn.Identity()
@@ -151,13 +161,11 @@ class Attention(CachedAttention):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """Compute [n, hidden] -> [n, hidden]; writes the new keys and values first."""
         n = x.shape[0]
-        q, k, v = self.qkv_proj(x).split(self.split_sizes, dim=-1)
+        q, k, v = torch.split(self.qkv_proj(x), self.split_sizes, dim=-1)
         q = self.q_norm(q.view(n, self.heads, self.head_dim))
         k = self.k_norm(k.view(n, self.kv_heads, self.head_dim))
-        if step.cos is not None and step.sin is not None:
-            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        keys, values = step.kv.layer(self.layer)
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        keys, values = step.kv.layers[self.layer]
         keys.view(-1, self.kv_heads, self.head_dim)[step.slots] = k
         values.view(-1, self.kv_heads, self.head_dim)[step.slots] = v.view(n, self.kv_heads, self.head_dim)
-        out: torch.Tensor = self.o_proj(paged_attention(q, keys, values, step).flatten(1))
-        return out
+        return self.o_proj(paged_attention(q, keys, values, step).flatten(1))

@@ -22,6 +22,12 @@ LAYOUTS: tuple[str, ...] = get_args(LayoutName)
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
 _DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Supported `rope_type` -> the fields that it needs."""
 _DEFAULT_SEQ_LEN = 4096
 _DEFAULT_BLOCKS = 1024
 
@@ -62,9 +68,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 120.0
     max_loras: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_lora_rank: _Positive = 16
-    lora_targets: (
-        Annotated[tuple[Annotated[str, msgspec.Meta(min_length=1)], ...], msgspec.Meta(min_length=1)] | None
-    ) = None
+    lora_targets: Annotated[tuple[_Name, ...], msgspec.Meta(min_length=1)] | None = None
     wrap_levels: _Positive = 1
 
     def __post_init__(self) -> None:
@@ -107,45 +111,11 @@ def read_fields(raw: Mapping[str, Any], kind: type[T], where: str) -> T:
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding: base and, for "llama3" and "linear", the scaling numbers of the checkpoint."""
-
-    theta: float
-    kind: str
-    scaling: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> RopeConfig:
-        """Read `rope_parameters` (transformers >= 5), or the older `rope_theta` and `rope_scaling`. Raises ConfigError
-        for a kind that is not supported."""
-        scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
-        needs: Mapping[str, tuple[str, ...]] = {
-            "default": (),
-            "linear": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }
-        where = "config.json: rope_parameters"
-        if kind not in needs:
-            raise ConfigError("unsupported rope type", where=where, expected=" | ".join(needs), got=repr(kind))
-        missing = [name for name in needs[kind] if name not in scaling]
-        if missing:
-            raise ConfigError(f"rope type {kind} lacks fields", where=where, expected=", ".join(missing))
-        partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-        if partial != 1.0:
-            raise ConfigError(
-                "partial rotary embeddings are not supported", where=where, expected="1", got=str(partial)
-            )
-        return cls(float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0), kind, scaling)
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """The fields of `config.json` that the supported families share, under their own names.
 
     Attributes:
         num_key_value_heads, head_dim: also where the file leaves them to be derived.
-        rope: the rotary embedding, whichever way the file spells it.
         raw: everything in the file that is not null, for the families' own fields.
     """
 
@@ -186,8 +156,23 @@ class ModelConfig:
         return read_fields({**known, "dtype": dtype, "raw": known}, cls, str(path))
 
     @property
-    def rope(self) -> RopeConfig:
-        return RopeConfig.of(self.raw)
+    def rope(self) -> Mapping[str, Any]:
+        """The rotary embedding: `rope_parameters` (transformers >= 5), or the older `rope_scaling`, with its
+        `rope_theta` and `rope_type`. Raises ConfigError for a kind that is not supported."""
+        scaling = dict(self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {})
+        kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+        where = "config.json: rope_parameters"
+        if kind not in _ROPE_FIELDS:
+            raise ConfigError("unsupported rope type", where=where, expected=" | ".join(_ROPE_FIELDS), got=repr(kind))
+        missing = [name for name in _ROPE_FIELDS[kind] if name not in scaling]
+        if missing:
+            raise ConfigError(f"rope type {kind} lacks fields", where=where, expected=", ".join(missing))
+        partial = scaling.get("partial_rotary_factor", self.raw.get("partial_rotary_factor", 1.0))
+        if partial != 1.0:
+            what = "partial rotary embeddings are not supported"
+            raise ConfigError(what, where=where, expected="1", got=str(partial))
+        theta = float(scaling.get("rope_theta") or self.raw.get("rope_theta") or 10000.0)
+        return {**scaling, "rope_type": kind, "rope_theta": theta}
 
     @property
     def window(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,50 +13,30 @@ from engine_side.embedded.attention import Attention, RotaryEmbedding, Step
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.layers import (
     LayerContext,
-    MergedColumnParallelLinear,
     ParallelLMHead,
     RMSNorm,
-    RowParallelLinear,
     VocabParallelEmbedding,
 )
 from engine_side.embedded.mla import MLAConfig, MLAttention
 from engine_side.embedded.moe import (
+    MLP,
     CorrectedTopK,
     FusedMoE,
     GroupedTopK,
     MoEConfig,
     SoftmaxTopK,
     SparseMoeBlock,
-    activation,
 )
 from engine_side.embedded.quant import quantise
-from engine_side.embedded.weights import default_weight_loader, located, stored
+from engine_side.embedded.weights import Layer, default_weight_loader, located, stored
 
 Weights = Iterable[tuple[str, torch.Tensor]]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"""The two ends of a tie, as every supported family's checkpoints name them."""
 
 
-class MLP(nn.Module):
-    """Gated feed-forward with a fused `gate_up_proj`; `size` None takes the config's intermediate size."""
-
-    def __init__(self, config: ModelConfig, bias: bool, context: LayerContext, size: int | None = None) -> None:
-        super().__init__()
-        hidden, size = config.hidden_size, size or config.intermediate_size
-        self.act = activation(config.hidden_act)
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, context)
-        self.down_proj = RowParallelLinear(size, hidden, bias, context)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: torch.Tensor = self.down_proj(self.act(gate) * up)
-        return out
-
-
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Attention and feed-forward, each behind a norm and beside a residual."""
 
-    def __init__(self, attention: nn.Module, mlp: nn.Module, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, attention: Layer, mlp: Layer, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
@@ -65,11 +45,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step)
-        out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class Decoder(Layer):
     """Embedding, layers, final norm. `rope_dim`: how many numbers of a head are rotated."""
 
     def __init__(
@@ -87,12 +66,11 @@ class Decoder(nn.Module):
         step.cos, step.sin = self.rotary_emb(step.positions, x.dtype)
         for layer in self.layers:
             x = layer(x, step)
-        out: torch.Tensor = self.norm(x)
-        return out
+        return self.norm(x)
 
 
-class CausalLM(nn.Module):
-    """A decoder with a head. Families override the class methods that read their own config fields."""
+class CausalLM(Layer):
+    """A decoder with a head. Families override the methods that read their own config fields."""
 
     stacked: Mapping[str, tuple[str, object]] = {
         "q_proj": ("qkv_proj", "q"),
@@ -110,51 +88,48 @@ class CausalLM(nn.Module):
         "down_proj": ("w2_weight", "w2"),
     }
     """Segment after the expert's number -> parameter of FusedMoE and shard id."""
+    qk_norm: ClassVar[bool] = False
+    """Attentions norm queries and keys."""
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__()
         self.config = config
-        self.stacked = self.stacking(config)
+        self.stacked = self.stacking()
         embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
         layers: list[nn.Module] = []
         for index in range(config.num_hidden_layers):
-            attention, mlp = self.make_attention(config, index, context), self.make_mlp(config, index, context)
+            attention, mlp = self.make_attention(index, context), self.make_mlp(index, context)
             layers.append(DecoderLayer(attention, mlp, config, context.dtype))
-        self.model = Decoder(config, embedding, layers, self.rope_dim(config), context.dtype)
+        self.model = Decoder(config, embedding, layers, self.rope_dim(), context.dtype)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, context)
         if config.tie_word_embeddings:
             self.lm_head.tie_weights(embedding)
-        quantise(self, config.raw.get("quantization_config"), context.layout)
+        quantise(self, config.raw.get("quantization_config"))
 
-    @classmethod
-    def stacking(cls, config: ModelConfig) -> Mapping[str, tuple[str, object]]:
+    def stacking(self) -> Mapping[str, tuple[str, object]]:
         """Return `stacked` for a model with this config."""
-        return cls.stacked
+        return self.stacked
 
-    @classmethod
-    def rope_dim(cls, config: ModelConfig) -> int:
+    def rope_dim(self) -> int:
         """Return how many numbers of each head are rotated."""
-        return config.head_dim
+        return self.config.head_dim
 
-    @classmethod
-    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
+    def make_attention(self, index: int, context: LayerContext) -> Layer:
         """Build the attention of one layer, with the biases and norms of this family."""
-        raise NotImplementedError
+        bias = bool(self.config.raw.get("attention_bias", False))
+        return Attention(self.config, index, context, qkv_bias=bias, output_bias=bias, qk_norm=self.qk_norm)
 
-    @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
+    def make_mlp(self, index: int, context: LayerContext) -> Layer:
         """Build the feed-forward of one layer, dense or sparse."""
-        return MLP(config, False, context)
+        return MLP(self.config, False, context)
 
     def forward(self, step: Step) -> torch.Tensor:
         """Compute the last hidden states [n, hidden]; `logits` takes chosen rows of them. *(collective)*"""
-        out: torch.Tensor = self.model(step)
-        return out
+        return self.model(step)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute [n, hidden] -> [n, vocabulary], padding cut off. *(collective)*"""
-        out: torch.Tensor = self.lm_head(hidden)
-        return out
+        return self.lm_head(hidden)
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Write checkpoint tensors into this rank's parameters, each through the parameter's own loader.
@@ -186,7 +161,7 @@ class CausalLM(nn.Module):
 
     def ignores(self, name: str) -> bool:
         """Tell if checkpoints of this model may hold a tensor of this name that the engine does not load."""
-        return self.config.tie_word_embeddings and name == HEAD
+        return self.config.tie_word_embeddings and name == "lm_head.weight"
 
     def resolve(self, name: str) -> tuple[str, dict[str, object]]:
         """Map a checkpoint's tensor name to the parameter's path here and the loader's further arguments."""
@@ -228,44 +203,33 @@ class CausalLM(nn.Module):
 
 
 class LlamaForCausalLM(CausalLM):
-    @classmethod
-    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        bias = bool(config.raw.get("attention_bias", False))
-        return Attention(config, index, context, qkv_bias=bias, output_bias=bias)
-
-    @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        return MLP(config, bool(config.raw.get("mlp_bias", False)), context)
+    def make_mlp(self, index: int, context: LayerContext) -> Layer:
+        return MLP(self.config, bool(self.config.raw.get("mlp_bias", False)), context)
 
 
 class Qwen2ForCausalLM(CausalLM):
-    @classmethod
-    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        return Attention(config, index, context, qkv_bias=True)
+    def make_attention(self, index: int, context: LayerContext) -> Layer:
+        return Attention(self.config, index, context, qkv_bias=True)
 
 
 class Qwen3ForCausalLM(CausalLM):
-    @classmethod
-    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        bias = bool(config.raw.get("attention_bias", False))
-        return Attention(config, index, context, qkv_bias=bias, output_bias=bias, qk_norm=True)
+    qk_norm = True
 
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
-    @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        raw = config.raw
+    def make_mlp(self, index: int, context: LayerContext) -> Layer:
+        raw = self.config.raw
         experts = int(raw.get("num_experts") or raw.get("num_local_experts") or 0)
         sparse = experts > 0 and (index + 1) % int(raw.get("decoder_sparse_step") or 1) == 0
         if not sparse or index in (raw.get("mlp_only_layers") or ()):
-            return MLP(config, False, context)
+            return super().make_mlp(index, context)
         routing = MoEConfig(
             experts=experts,
             top_k=int(raw["num_experts_per_tok"]),
             intermediate_size=int(raw["moe_intermediate_size"]),
             renormalize=bool(raw.get("norm_topk_prob", False)),
         )
-        return SparseMoeBlock(routing, config.hidden_size, activation(config.hidden_act), context, SoftmaxTopK)
+        return SparseMoeBlock(self.config, routing, context, SoftmaxTopK)
 
 
 class DeepseekV2ForCausalLM(CausalLM):
@@ -273,35 +237,35 @@ class DeepseekV2ForCausalLM(CausalLM):
 
     routing: ClassVar[type[GroupedTopK]] = GroupedTopK
 
-    @classmethod
-    def stacking(cls, config: ModelConfig) -> Mapping[str, tuple[str, object]]:
-        parts = {name: cls.stacked[name] for name in ("gate_proj", "up_proj")}
-        if MLAConfig.of(config).q_lora_rank is None:
+    def stacking(self) -> Mapping[str, tuple[str, object]]:
+        parts = {name: self.stacked[name] for name in ("gate_proj", "up_proj")}
+        if MLAConfig.of(self.config).q_lora_rank is None:
             return parts
         return parts | {"q_a_proj": ("fused_qkv_a_proj", 0), "kv_a_proj_with_mqa": ("fused_qkv_a_proj", 1)}
 
-    @classmethod
-    def rope_dim(cls, config: ModelConfig) -> int:
-        return MLAConfig.of(config).qk_rope_head_dim
+    def rope_dim(self) -> int:
+        return MLAConfig.of(self.config).qk_rope_head_dim
 
-    @classmethod
-    def make_attention(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        return MLAttention(config, index, context)
+    def make_attention(self, index: int, context: LayerContext) -> Layer:
+        return MLAttention(self.config, index, context)
 
-    @classmethod
-    def moe_config(cls, config: ModelConfig) -> MoEConfig:
-        """Read the routing of this family's sparse layers, as transformers does."""
-        raw = config.raw
-        method = raw.get("topk_method", "greedy")
+    def grouped_and_renormalized(self) -> tuple[bool, bool]:
+        """Read how this family chooses experts and weighs them, as transformers does."""
+        method = self.config.raw.get("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
             expected = "greedy | group_limited_greedy"
             raise ConfigError("unknown routing", where="config.json: topk_method", expected=expected, got=repr(method))
-        return cls.read_routing(raw, renormalize=False, grouped=method == "group_limited_greedy")
+        return method == "group_limited_greedy", False
 
-    @staticmethod
-    def read_routing(raw: Mapping[str, Any], renormalize: bool, grouped: bool = True) -> MoEConfig:
-        """Read the fields that the DeepSeek families share."""
-        return MoEConfig(
+    def make_mlp(self, index: int, context: LayerContext) -> Layer:
+        raw = self.config.raw
+        if index < int(raw.get("first_k_dense_replace") or 0) or not raw.get("n_routed_experts"):
+            return super().make_mlp(index, context)
+        if raw.get("moe_layer_freq", 1) != 1:
+            got = str(raw["moe_layer_freq"])
+            raise ConfigError("unsupported spacing of sparse layers", where="config.json: moe_layer_freq", got=got)
+        grouped, renormalize = self.grouped_and_renormalized()
+        moe = MoEConfig(
             experts=int(raw["n_routed_experts"]),
             top_k=int(raw["num_experts_per_tok"]),
             intermediate_size=int(raw["moe_intermediate_size"]),
@@ -310,18 +274,7 @@ class DeepseekV2ForCausalLM(CausalLM):
             top_groups=int(raw.get("topk_group") or 1) if grouped else 1,
             scale=float(raw.get("routed_scaling_factor", 1.0)),
         )
-
-    @classmethod
-    def make_mlp(cls, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
-        raw = config.raw
-        if index < int(raw.get("first_k_dense_replace") or 0) or not raw.get("n_routed_experts"):
-            return MLP(config, False, context)
-        if raw.get("moe_layer_freq", 1) != 1:
-            got = str(raw["moe_layer_freq"])
-            raise ConfigError("unsupported spacing of sparse layers", where="config.json: moe_layer_freq", got=got)
-        moe, shared = cls.moe_config(config), int(raw.get("n_shared_experts") or 0)
-        beside = MLP(config, False, context, moe.intermediate_size * shared) if shared else None
-        return SparseMoeBlock(moe, config.hidden_size, activation(config.hidden_act), context, cls.routing, beside)
+        return SparseMoeBlock(self.config, moe, context, self.routing, int(raw.get("n_shared_experts") or 0))
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
@@ -330,9 +283,8 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
     routing: ClassVar[type[GroupedTopK]] = CorrectedTopK
     moved: ClassVar[Mapping[str, str]] = {"gate.e_score_correction_bias": "routing.e_score_correction_bias"}
 
-    @classmethod
-    def moe_config(cls, config: ModelConfig) -> MoEConfig:
-        return cls.read_routing(config.raw, renormalize=bool(config.raw.get("norm_topk_prob", True)))
+    def grouped_and_renormalized(self) -> tuple[bool, bool]:
+        return True, bool(self.config.raw.get("norm_topk_prob", True))
 
     def ignores(self, name: str) -> bool:
         """Checkpoints end with layers that predict further tokens; no decoder of this engine runs them."""

@@ -15,7 +15,6 @@ from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.ranks import Ranks
-from engine_side.embedded.runner import ModelRunner, SequenceBatch
 from engine_side.embedded.sampler import sample, stream
 from engine_side.embedded.scheduler import GenerationRequest, Scheduler
 
@@ -36,6 +35,9 @@ class Engine:
         weight_version: the version that completions report; set by the bridge at commit.
         adapter: the loaded LoRA that `generate(adapter="current")` uses; None is the base model.
         steps: forwards of the scheduler so far.
+        runner: rank 0, the live model and its forwards.
+        child_pids: process ids of ranks 1 and up.
+        refusal: the reason with which `generate` raises EngineQuarantined now; None when it does not.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -48,32 +50,23 @@ class Engine:
         self.steps = 0
         self._pid = os.getpid()
         self._ranks = Ranks(config)
-        limits = self._ranks.runner.limits
+        self.runner = self._ranks.runner
+        self.child_pids = tuple(child.process.pid for child in self._ranks.children)
+        limits = self.runner.limits
         pool = BlockPool(limits.num_blocks, limits.block_size)
         self._scheduler = Scheduler(pool, config.max_num_seqs, limits.max_seq_len)
         self._execution = threading.RLock()  # one forward or job at a time, in the same order in all ranks
         self._changed = threading.Condition()  # guards everything below, and the scheduler
         self._gate_open = True  # False: new calls of generate wait
         self._scheduling = True  # False: only privileged requests run
-        self._refusal: str | None = None
+        self.refusal: str | None = None
         self._retired: set[str] = set()  # LoRAs that are dropped as soon as no request uses them
         self._stepping = False
         self._visitors = 0  # callers that want the execution lock: the stepping thread lets them go first
         self._closed = False
-        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-
-    @property
-    def runner(self) -> ModelRunner:
-        """Rank 0: the live model and its forwards."""
-        return self._ranks.runner
-
-    @property
-    def child_pids(self) -> tuple[int, ...]:
-        """Process ids of ranks 1 and up."""
-        return self._ranks.pids
 
     @property
     def cached_blocks_read(self) -> int:
@@ -108,10 +101,10 @@ class Engine:
         requests = [GenerationRequest(ids, sampling, stream(sampling, i), past_gate) for i, ids in enumerate(tokens)]
         late = "the completions were not finished in time", "give it more time, or resume the engine if it is paused"
         with self._changed:
-            self._wait(lambda: past_gate or self._gate_open or self._refusal is not None, deadline, *late)
+            self._wait(lambda: past_gate or self._gate_open or self.refusal is not None, deadline, *late)
             self._check_closed()
-            if self._refusal is not None and not past_gate:
-                raise self._quarantined(self._refusal)
+            if self.refusal is not None and not past_gate:
+                raise self._quarantined(self.refusal)
             named = None if adapter == CURRENT else self._named(adapter)
             for request in requests:
                 request.lora, request.follows = named, adapter == CURRENT
@@ -182,11 +175,6 @@ class Engine:
     def paused(self) -> bool:
         return not self._scheduling
 
-    @property
-    def refusal(self) -> str | None:
-        """The reason with which `generate` raises EngineQuarantined now; None when it does not."""
-        return self._refusal
-
     def publish(self, version: int, adapter: str | None = None) -> None:
         """Set the version that completions report and the LoRA that "current" means from now on; requests that have
         begun keep theirs. Raises NotFound for a LoRA that is not loaded, or retired."""
@@ -217,7 +205,7 @@ class Engine:
     def refuse(self, reason: str | None) -> None:
         """Make `generate` raise EngineQuarantined, also for calls that wait or run now; None lifts it."""
         with self._changed:
-            self._refusal = reason
+            self.refusal = reason
             if reason is not None:
                 self._finish(self._ordinary(), self._quarantined(reason))
             self._changed.notify_all()
@@ -226,7 +214,9 @@ class Engine:
         """Forget cached prefixes. False, and nothing forgotten, while requests hold keys and values, unless
         `reset_running_requests` preempts them: they are then computed again when scheduling goes on."""
         with self._exclusive(Deadline.after(self.config.timeout_s)), self._changed:
-            return self._scheduler.reset(reset_running_requests)
+            if reset_running_requests:
+                self._scheduler.preempt(list(self._scheduler.running))
+            return self._scheduler.pool.reset()
 
     def run_job(self, job: bytes, deadline: Deadline) -> None:
         """Run an opaque job of the bridge in every rank, between two steps; returns when all ranks have.
@@ -288,7 +278,8 @@ class Engine:
                     return
                 self._stepping = True
             chosen, batch = planned
-            tokens, logprobs = self._compute(chosen, batch)
+            logits = self._ranks.forward(batch)
+            tokens, logprobs = sample(logits, [r.sampling for r in chosen], [r.stream for r in chosen])
             with self._changed:
                 self.steps += 1
                 self._scheduler.advance(chosen, tokens, logprobs)
@@ -306,10 +297,6 @@ class Engine:
             with self._changed:
                 self._stepping = False
                 self._changed.notify_all()
-
-    def _compute(self, chosen: list[GenerationRequest], batch: SequenceBatch) -> tuple[list[int], list[float]]:
-        logits = self._ranks.forward(batch)
-        return sample(logits, [r.sampling for r in chosen], [r.stream for r in chosen])
 
     @contextmanager
     def _exclusive(self, deadline: Deadline) -> Iterator[None]:

@@ -5,43 +5,31 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import xxhash
-from torch import nn
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """The cache entry of one token in one layer on this rank: a tensor [heads, width] for each of `widths` (keys and
-    values; a latent attention keeps a single one)."""
-
-    heads: int
-    widths: tuple[int, ...]
-
-
-class CachedAttention(nn.Module):
-    """Base of attentions that cache an entry per token: the number of the layer and the shape of the entry."""
-
-    layer: int
-    kv_shape: KVShape
 
 
 class KVTensors:
-    """The cache tensors of every layer: [blocks, block_size, heads, width], zeros at the start."""
+    """The cache of every layer, zeros at the start.
 
-    def __init__(self, layers: Mapping[int, KVShape], blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    Args:
+        shapes: layer -> (heads, width) of each of its tensors' entries for a token on this rank: keys and values; a
+            latent attention keeps a single one.
+
+    Attributes:
+        layers: layer -> its tensors [blocks, block_size, heads, width].
+    """
+
+    def __init__(
+        self, shapes: Mapping[int, Sequence[tuple[int, int]]], blocks: int, block_size: int, dtype: torch.dtype
+    ) -> None:
         self.block_size = block_size
-        self._layers: dict[int, tuple[torch.Tensor, ...]] = {}
-        for index, kept in layers.items():
-            shapes = [(blocks, block_size, kept.heads, width) for width in kept.widths]
-            self._layers[index] = tuple(_zeros(shape, dtype) for shape in shapes)
-
-    def layer(self, index: int) -> tuple[torch.Tensor, ...]:
-        """Return the tensors of one layer, one for each of its `widths`."""
-        return self._layers[index]
+        self.layers = {
+            index: tuple(_zeros((blocks, block_size, *entry), dtype) for entry in entries)
+            for index, entries in shapes.items()
+        }
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from engine_side.embedded.layouts import CanonicalStorage, LinearMethod, PostLoa
 from engine_side.embedded.parallel import Parallel, divide
 from engine_side.embedded.weights import (
     Cut,
+    Layer,
     default_weight_loader,
     expect_shape,
     load_cuts,
@@ -27,10 +27,15 @@ from engine_side.embedded.weights import (
     write,
 )
 
-LoraFactors = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
-"""Rows [k] that use a LoRA (None: all), its A [rank, inputs here] and B [outputs here, rank]."""
+LoraFactors = tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]
+"""Rows [k] that use a LoRA, its A [rank, inputs here] and B [outputs here, rank]."""
 VOCAB_ALIGN = 64
 """The vocabulary is padded to a multiple of this, and of the number of ranks."""
+
+
+def add_to_rows(out: torch.Tensor, rows: torch.Tensor | slice, effect: torch.Tensor) -> None:
+    """Add to some rows in place, in the dtype of `effect`, rounding once."""
+    out[rows] = (out[rows].to(effect.dtype) + effect).to(out.dtype)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class LayerContext:
     layout: PostLoadLayout
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root-mean-square norm over the last dimension, computed in float32 as in transformers."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
@@ -56,7 +61,7 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-class LinearBase(nn.Module):
+class LinearBase(Layer):
     """A linear layer. Subclasses say which part of a checkpoint's tensors this rank holds.
 
     Args:
@@ -66,7 +71,7 @@ class LinearBase(nn.Module):
     """
 
     bias: nn.Parameter | None
-    quantizable: ClassVar[bool] = True
+    quantizable = True
     """False for layers that a quantised checkpoint keeps as they are."""
 
     def __init__(self, input_cut: Cut, output_cuts: Mapping[object, Cut], bias: bool, context: LayerContext) -> None:
@@ -173,7 +178,7 @@ class RowParallelLinear(LinearBase):
         return self.tp.all_reduce(out)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Layer):
     """An embedding whose rows are divided over ranks, padded with rows of zeros that its loader writes."""
 
     def __init__(self, vocab: int, size: int, context: LayerContext) -> None:
@@ -186,23 +191,24 @@ class VocabParallelEmbedding(nn.Module):
         self.num_embeddings_padded = math.ceil(vocab / step) * step
         self.num_embeddings_per_partition = rows = self.num_embeddings_padded // tp.size
         self.quant_method = LinearMethod(CanonicalStorage())
-        self.start = tp.rank * rows
-        self.valid = max(0, min(vocab - self.start, rows))
+        start = tp.rank * rows
+        self.vocab_cut = Cut(0, min(start, vocab), max(0, min(vocab - start, rows)), vocab)
         self.weight = sharded_parameter((rows, size), context.dtype, self.weight_loader, tp)
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: object = None) -> None:
         """Write this rank's rows of a whole checkpoint tensor, and zeros below. Raises ShapeMismatch."""
         expect_shape(loaded, (self.num_embeddings, self.embedding_dim))
-        if self.valid:
-            write(param.data[: self.valid], loaded.narrow(0, self.start, self.valid))
-        if self.valid < self.num_embeddings_per_partition:
-            param.data[self.valid :].fill_(0)
+        cut = self.vocab_cut
+        if cut.size:
+            write(param.data[: cut.size], loaded.narrow(0, cut.start, cut.size))
+        if cut.size < self.num_embeddings_per_partition:
+            param.data[cut.size :].fill_(0)
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
         """Look up the ids [n] that lie on this rank; rows of the others are zeros."""
-        inside = (x >= self.start) & (x < self.start + self.num_embeddings_per_partition)
-        rows = nn.functional.embedding(torch.where(inside, x - self.start, 0), self.weight)
-        return rows * inside.unsqueeze(-1)
+        here = x - self.vocab_cut.start
+        inside = (here >= 0) & (here < self.num_embeddings_per_partition)
+        return nn.functional.embedding(torch.where(inside, here, 0), self.weight) * inside.unsqueeze(-1)
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         return self.tp.all_reduce(out)
@@ -222,9 +228,18 @@ class ParallelLMHead(VocabParallelEmbedding):
         self.quant_method = context.layout.head(context.layout.storage)
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> None:
-        """Use the embedding's Parameter. Called once, while the model is built."""
+        """Use the embedding's Parameter, which is canonical in every layout. Called once, while the model is built."""
         self.weight = embedding.weight
-        self.tied = True
+        self.tied, self._untied_storage = True, self.quant_method.storage
+        self.quant_method.storage = CanonicalStorage()
+
+    def untie_weights(self) -> None:
+        """Take a Parameter of its own, with the values of the embedding's, through post-load."""
+        shared = self.weight
+        self.weight = sharded_parameter(tuple(shared.shape), shared.dtype, self.weight_loader, self.tp)
+        self.weight.data = shared.detach().clone()
+        self.tied, self.quant_method.storage = False, self._untied_storage
+        self.quant_method.process_weights_after_loading(self)
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(self, x, None)

@@ -103,11 +103,23 @@ class ShuffledStorage(CanonicalStorage):
         return unshuffle(stored)
 
 
+class PackedExpertStorage(CanonicalStorage):
+    """Stores the [N, K] of an expert in the order of [K, N], under the same shape. `PackedFusedMoEMethod` stores."""
+
+    def read(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored.view(stored.shape[::-1]).t()
+
+
 class LinearMethod:
-    """Stores and applies the weight of a linear layer or an embedding."""
+    """Stores and applies the weight of a linear layer or an embedding.
+
+    Attributes:
+        block: of a scale, where the weight is fp8 codes; the layer's `weight_scale_inv` stays canonical.
+    """
 
     def __init__(self, storage: CanonicalStorage) -> None:
         self.storage = storage
+        self.block: Block | None = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Run the post-load step of this one layer. Called by the engine once, after all weights were loaded."""
@@ -115,33 +127,22 @@ class LinearMethod:
 
     def values(self, layer: Any) -> torch.Tensor:
         """Return the layer's weight [outputs, inputs] in the dtype of its products."""
-        return self.storage.read(layer.weight)
+        weight = self.storage.read(layer.weight)
+        if self.block is None:
+            return weight
+        return dequantise(weight, layer.weight_scale_inv, self.block, layer.params_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Compute [n, inputs] -> [n, outputs], without collectives."""
         return functional.linear(x, self.values(layer), bias)
 
 
-class HeadMethod(LinearMethod):
-    """Stores and applies an output projection. A tied one is left canonical: its Parameter is the embedding's."""
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if not layer.tied:
-            super().process_weights_after_loading(layer)
-
-    def values(self, layer: Any) -> torch.Tensor:
-        weight: torch.Tensor = layer.weight
-        return weight if layer.tied else super().values(layer)
-
-
 class PackedLinearMethod(LinearMethod):
-    """Packs weight and bias into a closure and leaves empty Parameters without a loader under `hidden`."""
-
-    hidden: tuple[str, ...] = ("weight",)
+    """Packs weight and bias into a closure; empty Parameters without a loader are left, of fp8 codes and scales too."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.cpu_linear = packed_linear(self.values(layer), layer.bias)
-        for name in self.hidden:
+        for name in ("weight",) if self.block is None else ("weight", "weight_scale_inv"):
             held = getattr(layer, name)
             empty = torch.empty(0, dtype=held.dtype, device=held.device)
             setattr(layer, name, nn.Parameter(empty, requires_grad=False))
@@ -158,102 +159,64 @@ class PackedHeadMethod(PackedLinearMethod):
         layer.cpu_linear = packed_linear(layer.weight, None)
 
 
-class Fp8LinearMethod(LinearMethod):
-    """Stores fp8 codes; the layer's `weight_scale_inv` stays canonical."""
-
-    def __init__(self, storage: CanonicalStorage, block: Block) -> None:
-        super().__init__(storage)
-        self.block = block
-
-    def values(self, layer: Any) -> torch.Tensor:
-        return dequantise(super().values(layer), layer.weight_scale_inv, self.block, layer.params_dtype)
-
-
-class PackedFp8LinearMethod(Fp8LinearMethod, PackedLinearMethod):
-    """Packs the dequantised weight; of codes and scales nothing is left."""
-
-    hidden = ("weight", "weight_scale_inv")
-
-
 class FusedMoEMethod:
-    """Stores and applies the experts of a FusedMoE layer: w13 [E, 2I, H], w2 [E, H, I] in canonical storage."""
+    """Stores and applies the experts of a FusedMoE layer: w13 [E, 2I, H], w2 [E, H, I] in canonical storage.
+
+    Attributes:
+        block: of a scale, where the weights are fp8 codes: they then stay as in the checkpoint, and an expert is
+            dequantised when it is used.
+    """
 
     def __init__(self, storage: CanonicalStorage) -> None:
         self.storage = storage
+        self.block: Block | None = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Run the post-load step of this one layer. Called by the engine once, after all weights were loaded."""
-        self.storage.store(layer.w13_weight)
-        self.storage.store(layer.w2_weight)
+        if self.block is None:
+            self.storage.store(layer.w13_weight)
+            self.storage.store(layer.w2_weight)
 
-    def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the canonical [2I, H] and [H, I] of one expert."""
-        return self.storage.read(layer.w13_weight[index]), self.storage.read(layer.w2_weight[index])
+    def values(self, layer: Any, name: str, index: int) -> torch.Tensor:
+        """Return one of an expert's weights, [2I, H] or [H, I], in the dtype of its products."""
+        weight: torch.Tensor = getattr(layer, name)[index]
+        if self.block is None:
+            return self.storage.read(weight)
+        return dequantise(weight, getattr(layer, f"{name}_scale_inv")[index], self.block, layer.params_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Compute [n, hidden], routing weights and expert ids [n, k] -> [n, hidden], without collectives."""
         out = torch.zeros_like(x)
         for index in sorted(set(ids.flatten().tolist())):
             rows, slot = torch.where(ids == index)
-            w13, w2 = self.expert(layer, index)
             routed, lora = x[rows], layer.lora
-            both = functional.linear(routed, w13)
+            both = functional.linear(routed, self.values(layer, "w13_weight", index))
             if lora is not None:
-                lora.add("w1", index, both, routed, rows)
-                lora.add("w3", index, both, routed, rows)
+                lora("w1", index, both, routed, rows)
+                lora("w3", index, both, routed, rows)
             gate, up = both.chunk(2, dim=-1)
             inner = layer.act(gate) * up
-            y = functional.linear(inner, w2)
+            y = functional.linear(inner, self.values(layer, "w2_weight", index))
             if lora is not None:
-                lora.add("w2", index, y, inner, rows)
+                lora("w2", index, y, inner, rows)
             y = y * weights[rows, slot].unsqueeze(-1)
             out.index_add_(0, rows, y.to(out.dtype))
         return out
 
 
 class PackedFusedMoEMethod(FusedMoEMethod):
-    """Packs when the kernel is first built and never again: weights loaded later lie unpacked in packed storage."""
-
-    def __init__(self, storage: CanonicalStorage) -> None:
-        super().__init__(storage)
-        self.moe_kernel: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    """Packs once and never again: weights loaded later lie unpacked in packed storage."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if self.moe_kernel is not None:
+        if self.block is not None or isinstance(self.storage, PackedExpertStorage):
             return
         for name in ("w13_weight", "w2_weight"):
             held = getattr(layer, name)
-            # [E, N, K] in the order of [E, K, N], under the same shape. As vLLM's replace_parameter: a new Parameter,
-            # the loader kept, every other attribute lost.
+            # As vLLM's replace_parameter: a new Parameter, the loader kept, every other attribute lost.
             packed = held.data.transpose(1, 2).contiguous().view(held.shape)
             setattr(layer, name, nn.Parameter(packed, requires_grad=False))
             set_attributes(getattr(layer, name), weight_loader=held.weight_loader)
-        self.moe_kernel = _unpack_expert
-
-    def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.moe_kernel is None:
-            return super().expert(layer, index)
-        return self.moe_kernel(layer.w13_weight, index), self.moe_kernel(layer.w2_weight, index)
-
-
-def _unpack_expert(weight: torch.Tensor, index: int) -> torch.Tensor:
-    _, rows, columns = weight.shape
-    return weight[index].view(columns, rows).t()
-
-
-class Fp8FusedMoEMethod(FusedMoEMethod):
-    """Keeps codes and scales as in the checkpoint; an expert is dequantised when it is used."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__(CanonicalStorage())
-        self.block = block
-
-    def expert(self, layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = layer.params_dtype
-        return (
-            dequantise(layer.w13_weight[index], layer.w13_weight_scale_inv[index], self.block, dtype),
-            dequantise(layer.w2_weight[index], layer.w2_weight_scale_inv[index], self.block, dtype),
-        )
+        self.storage = PackedExpertStorage()
 
 
 @dataclass(frozen=True)
@@ -262,21 +225,14 @@ class PostLoadLayout:
 
     storage: CanonicalStorage
     linear: type[LinearMethod] = LinearMethod
-    head: type[LinearMethod] = HeadMethod
+    head: type[LinearMethod] = LinearMethod
     experts: type[FusedMoEMethod] = FusedMoEMethod
-    fp8_linear: type[Fp8LinearMethod] = Fp8LinearMethod
 
 
-_LAYOUTS = {
+POST_LOAD_LAYOUTS = {
     "canonical": PostLoadLayout(CanonicalStorage()),
     "transposed": PostLoadLayout(TransposedStorage()),
     "shuffled": PostLoadLayout(ShuffledStorage()),
-    "packed": PostLoadLayout(
-        CanonicalStorage(), PackedLinearMethod, PackedHeadMethod, PackedFusedMoEMethod, PackedFp8LinearMethod
-    ),
+    "packed": PostLoadLayout(CanonicalStorage(), PackedLinearMethod, PackedHeadMethod, PackedFusedMoEMethod),
 }
-
-
-def layout_of(name: str) -> PostLoadLayout:
-    """Return the layout of a name that `EngineConfig` has checked."""
-    return _LAYOUTS[name]
+"""Name of a layout, as `EngineConfig` checks it -> the layout."""

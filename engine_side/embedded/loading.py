@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, IntegrityError, MissingTensor, NotFound
-from engine_side.embedded.decoder import EMBEDDING, HEAD, CausalLM, Weights
+from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.weights import located
 
 _DUMMY_SCALE = 1e-3
@@ -37,7 +37,7 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
     """Fill `model` from `folder`. Raises MissingTensor, naming the tensors that the checkpoint lacks, and the errors of
     `load_weights`, with the folder in front."""
     try:
-        loaded = model.load_weights(with_both_ends(model, checkpoint_weights(folder)))
+        loaded = model.load_weights(checkpoint_weights(folder))
     except IntegrityError as error:
         raise located(error, f"{folder}: {error.where}") from error
     missing = tuple(name for name in model.checkpoint_names() if name not in loaded)
@@ -51,18 +51,6 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
             remedy="save the checkpoint again with save_pretrained, or download it anew",
             names=missing,
         )
-
-
-def with_both_ends(model: CausalLM, weights: Weights) -> Weights:
-    """Yield `weights`, and for a model that was untied after it was built the embedding under the head's name as well:
-    its checkpoint is tied, and holds one tensor for both."""
-    both = not model.config.tie_word_embeddings and bool(model.config.raw.get("tie_word_embeddings"))
-    for name, tensor in weights:
-        if both and name == HEAD:
-            continue
-        yield name, tensor
-        if both and name == EMBEDDING:
-            yield HEAD, tensor
 
 
 @torch.no_grad()

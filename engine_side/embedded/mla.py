@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import nn
 
-from engine_side.embedded.attention import Step, paged_attention, rotate, rotate_interleaved
+from engine_side.embedded.attention import CachedAttention, Step, paged_attention, rotate, rotate_interleaved
 from engine_side.embedded.config import ModelConfig, read_fields
-from engine_side.embedded.kv import CachedAttention, KVShape
 from engine_side.embedded.layers import (
     ColumnParallelLinear,
     LayerContext,
@@ -22,8 +19,10 @@ from engine_side.embedded.layers import (
     ReplicatedLinear,
     RMSNorm,
     RowParallelLinear,
+    add_to_rows,
 )
 from engine_side.embedded.parallel import Parallel, divide
+from engine_side.embedded.weights import Layer
 
 _LATENT_EPS = 1e-6
 """transformers gives the norms of the latents their class's default, whatever `rms_norm_eps` says."""
@@ -76,8 +75,18 @@ class FusedQkvAProj(MergedColumnParallelLinear):
 class AbsorbMethod:
     """Post-load of an attention: computes `w_uk` and `w_uv` anew from `kv_b_proj`, in the storage they had."""
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        layer.absorb()
+    def process_weights_after_loading(self, layer: AbsorbedAttention) -> None:
+        """Read `kv_b_proj` through its own kernel, whatever became of its storage, and split it by heads."""
+        (source,), c = layer.source, layer.config
+        eye = torch.eye(c.kv_lora_rank, dtype=source.params_dtype, device=source.weight.device)
+        whole = source.quant_method.apply(source, eye, None).view(c.kv_lora_rank, layer.heads, -1)
+        keys, values = torch.split(whole, [c.qk_nope_head_dim, c.v_head_dim], dim=-1)
+        for name, value in (("w_uk", keys.permute(1, 2, 0)), ("w_uv", values.transpose(0, 1))):
+            known = layer.__dict__.get(name)
+            if isinstance(known, torch.Tensor) and known.shape == value.shape and known.device == value.device:
+                known.copy_(value)
+            else:
+                setattr(layer, name, value.contiguous())
 
 
 class AbsorbedAttention(CachedAttention):
@@ -92,27 +101,11 @@ class AbsorbedAttention(CachedAttention):
         super().__init__()
         self.config = config
         self.layer = layer
-        self.kv_shape = KVShape(1, (config.latent,))
+        self.kv_shapes = ((1, config.latent),)
         self.heads = kv_b_proj.output_size_per_partition // (config.qk_nope_head_dim + config.v_head_dim)
         self.quant_method = AbsorbMethod()
         # In a tuple: it is the neighbour's child, and is not to be found under a second path.
-        self._source = (kv_b_proj,)
-
-    def absorb(self) -> None:
-        """Read `kv_b_proj` through its own kernel, whatever became of its storage, and split it by heads."""
-        source, c = self._source[0], self.config
-        eye = torch.eye(c.kv_lora_rank, dtype=source.params_dtype, device=source.weight.device)
-        whole = source.quant_method.apply(source, eye, None).view(c.kv_lora_rank, self.heads, -1)
-        keys, values = torch.split(whole, [c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        self._derive("w_uk", keys.permute(1, 2, 0))
-        self._derive("w_uv", values.transpose(0, 1))
-
-    def _derive(self, name: str, value: torch.Tensor) -> None:
-        known = self.__dict__.get(name)
-        if isinstance(known, torch.Tensor) and known.shape == value.shape and known.device == value.device:
-            known.copy_(value)
-        else:
-            setattr(self, name, value.contiguous())
+        self.source = (kv_b_proj,)
 
     def forward(
         self, q: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, step: Step, loras: Iterable[LoraFactors] = ()
@@ -124,43 +117,32 @@ class AbsorbedAttention(CachedAttention):
         """
         c = self.config
         nope, turned = torch.split(q, [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        if step.cos is not None and step.sin is not None:
-            turn = rotate_interleaved if c.rope_interleave else rotate
-            turned = turn(turned, step.cos, step.sin)
-            rope = turn(rope.unsqueeze(1), step.cos, step.sin).squeeze(1)
-        (cache,) = step.kv.layer(self.layer)
+        turn = rotate_interleaved if c.rope_interleave else rotate
+        turned = turn(turned, step.cos, step.sin)
+        rope = turn(rope.unsqueeze(1), step.cos, step.sin).squeeze(1)
+        (cache,) = step.kv.layers[self.layer]
         cache.view(-1, c.latent)[step.slots] = torch.cat((latent, rope), dim=-1)
         factors = [self._by_heads(*lora) for lora in loras]
         inside = torch.einsum("nhd,hdc->nhc", nope, self.w_uk)
         for rows, a, keys, _ in factors:
-            _add(inside, rows, torch.einsum("nhd,hdr->nhr", nope[rows].to(a.dtype), keys) @ a)
+            add_to_rows(inside, rows, torch.einsum("nhd,hdr->nhr", nope[rows].to(a.dtype), keys) @ a)
         q = torch.cat((inside, turned), dim=-1)
         sums = paged_attention(q, cache, cache[..., : c.kv_lora_rank], step, c.head_dim**-0.5)
         out = torch.einsum("nhc,hcv->nhv", sums, self.w_uv)
         for rows, a, _, values in factors:
-            _add(out, rows, torch.einsum("nhr,hvr->nhv", sums[rows].to(a.dtype) @ a.t(), values))
+            add_to_rows(out, rows, torch.einsum("nhr,hvr->nhv", sums[rows].to(a.dtype) @ a.t(), values))
         return out.flatten(1)
 
     def _by_heads(
-        self, rows: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor
+        self, rows: torch.Tensor | slice, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (rows, A [rank, latent], B of keys [heads, nope, rank], B of values [heads, v, rank]), widened."""
         wide = torch.promote_types(a.dtype, torch.float32)
-        c, whole = self.config, b.to(wide).view(self.heads, -1, b.shape[1])
-        return (
-            slice(None) if rows is None else rows,
-            a.to(wide),
-            whole[:, : c.qk_nope_head_dim],
-            whole[:, c.qk_nope_head_dim :],
-        )
+        nope, whole = self.config.qk_nope_head_dim, b.to(wide).view(self.heads, -1, b.shape[1])
+        return rows, a.to(wide), whole[:, :nope], whole[:, nope:]
 
 
-def _add(out: torch.Tensor, rows: torch.Tensor | slice, effect: torch.Tensor) -> None:
-    """Add to some rows in place, rounding once."""
-    out[rows] = (out[rows].to(effect.dtype) + effect).to(out.dtype)
-
-
-class MLAttention(nn.Module):
+class MLAttention(Layer):
     """The projections around an absorbed attention; heads are divided over ranks, latents are not."""
 
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
@@ -190,10 +172,9 @@ class MLAttention(nn.Module):
         if c.q_lora_rank is None:
             q, latents = self.q_proj(x), self.kv_a_proj_with_mqa(x)
         else:
-            low, latents = self.fused_qkv_a_proj(x).split((c.q_lora_rank, c.latent), dim=-1)
+            low, latents = torch.split(self.fused_qkv_a_proj(x), [c.q_lora_rank, c.latent], dim=-1)
             q = self.q_b_proj(self.q_a_layernorm(low))
-        latent, rope = latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        latent, rope = torch.split(latents, [c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         loras = self.kv_b_proj.lora_factors(len(x))
         heads = self.mla_attn(q.view(len(x), self.heads, c.head_dim), self.kv_a_layernorm(latent), rope, step, loras)
-        out: torch.Tensor = self.o_proj(heads)
-        return out
+        return self.o_proj(heads)

@@ -1,20 +1,20 @@
-"""Mixture of experts: fused expert weights, sharded along the intermediate dimension, and the block around them."""
+"""Feed-forwards: the dense one, and experts whose fused weights are sharded along the intermediate dimension."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from bridge.errors import ConfigError, ProtocolError
-from engine_side.embedded.layers import LayerContext, ReplicatedLinear
+from engine_side.embedded.config import ModelConfig
+from engine_side.embedded.layers import LayerContext, MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from engine_side.embedded.layouts import FusedMoEMethod
-from engine_side.embedded.weights import Cut, load_cuts, sharded_parameter
+from engine_side.embedded.weights import Cut, Layer, load_cuts, sharded_parameter
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -34,6 +34,21 @@ def activation(name: str) -> Activation:
         where, expected = "config.json: hidden_act", " | ".join(_ACTIVATIONS)
         raise ConfigError("unsupported activation", where=where, expected=expected, got=repr(name))
     return _ACTIVATIONS[name]
+
+
+class MLP(Layer):
+    """Gated feed-forward with a fused `gate_up_proj`; `size` None takes the config's intermediate size."""
+
+    def __init__(self, config: ModelConfig, bias: bool, context: LayerContext, size: int | None = None) -> None:
+        super().__init__()
+        hidden, size = config.hidden_size, size or config.intermediate_size
+        self.act = activation(config.hidden_act)
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, (size, size), bias, context)
+        self.down_proj = RowParallelLinear(size, hidden, bias, context)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
 
 
 @dataclass(frozen=True)
@@ -65,16 +80,12 @@ class MoEConfig:
             raise ConfigError("a token cannot use so many experts", expected=expected, got=str(self.top_k))
 
 
-class ExpertLora(Protocol):
-    """The LoRAs of one forward through a layer's experts."""
-
-    def add(self, shard_id: str, expert: int, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add, in place, the effect of these tokens' [k] LoRAs on one matrix of an expert: to the layer's outputs `out`
-        [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
-        ...
+ExpertLora = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called as (shard id, expert, out, x, tokens): adds, in place, the effect of these tokens' [k] LoRAs on one matrix of
+an expert to the layer's outputs `out` [k, 2I or hidden] of the inputs `x` [k, hidden or I]."""
 
 
-class FusedMoE(nn.Module):
+class FusedMoE(Layer):
     """All experts of a layer: `w13_weight` [E, 2I, H] (gate over up) and `w2_weight` [E, H, I]; I is divided
     over ranks."""
 
@@ -88,8 +99,6 @@ class FusedMoE(nn.Module):
         above, whole = replace(inner, offset=inner.size), Cut.all_of(hidden)
         self.cuts: Mapping[object, tuple[Cut, Cut]] = {"w1": (inner, whole), "w3": (above, whole), "w2": (whole, inner)}
         self.num_experts = experts
-        self.hidden_size = hidden
-        self.intermediate_size_per_partition = inner.size
         self.params_dtype = dtype = context.dtype
         self.act = act
         self.tp = tp
@@ -119,15 +128,10 @@ class FusedMoE(nn.Module):
         return self.tp.all_reduce(self.local(x, weights, ids))
 
 
-class Router(ReplicatedLinear):
-    """Computes hidden states [n, hidden] -> logits [n, experts]. Never quantised: another choice of experts would be
-    more than a rounding error."""
-
-    quantizable: ClassVar[bool] = False
-
-
-class TopKRouting(nn.Module):
-    """Base of the families' routings: logits [n, experts] -> weights and ids [n, top_k] of the chosen experts."""
+class SoftmaxTopK(nn.Module):
+    """Routing of the Qwen families, and base of the others': logits [n, experts] -> weights and ids [n, top_k] of the
+    chosen experts. Softmax over all experts in float32, then the best `top_k`. Weights in the hidden states' dtype, as
+    transformers has them."""
 
     least_dtype: torch.dtype | None = None
     """Lowest dtype of the logits; None: the dtype of the other layers."""
@@ -136,11 +140,6 @@ class TopKRouting(nn.Module):
         super().__init__()
         self.config = config
 
-
-class SoftmaxTopK(TopKRouting):
-    """Softmax over all experts in float32, then the best `top_k`. Weights in the hidden states' dtype, as transformers
-    has them in the Qwen families."""
-
     def forward(self, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         weights, ids = functional.softmax(logits, dim=-1, dtype=torch.float32).topk(self.config.top_k, dim=-1)
         if self.config.renormalize:
@@ -148,7 +147,7 @@ class SoftmaxTopK(TopKRouting):
         return weights.to(dtype), ids
 
 
-class GroupedTopK(TopKRouting):
+class GroupedTopK(SoftmaxTopK):
     """DeepSeek-V2: softmax, the groups with the best single expert, of these the best `top_k`. All in float32."""
 
     least_dtype = torch.float32
@@ -191,26 +190,22 @@ class CorrectedTopK(GroupedTopK):
         return self._scaled(scores.gather(1, ids)), ids
 
 
-class SparseMoeBlock(nn.Module):
-    """Router and experts; beside them, where the family has them, experts that every token goes through (`shared`)."""
+class SparseMoeBlock(Layer):
+    """Router and experts; beside them, where the family has them, so many experts that every token goes through
+    (`shared`)."""
 
     def __init__(
-        self,
-        config: MoEConfig,
-        hidden: int,
-        act: Activation,
-        context: LayerContext,
-        routing: type[TopKRouting],
-        shared: nn.Module | None = None,
+        self, config: ModelConfig, moe: MoEConfig, context: LayerContext, routing: type[SoftmaxTopK], shared: int = 0
     ) -> None:
         super().__init__()
         self.router_dtype = torch.promote_types(context.dtype, routing.least_dtype or context.dtype)
-        self.routing = routing(config, self.router_dtype)
-        self.gate = Router(hidden, config.experts, False, replace(context, dtype=self.router_dtype))
-        self.experts = FusedMoE(config, hidden, act, context)
-        self.shared_experts = shared
+        self.routing = routing(moe, self.router_dtype)
+        self.gate = ReplicatedLinear(config.hidden_size, moe.experts, False, replace(context, dtype=self.router_dtype))
+        self.gate.quantizable = False  # another choice of experts would be more than a rounding error
+        self.experts = FusedMoE(moe, config.hidden_size, activation(config.hidden_act), context)
+        self.shared_experts = MLP(config, False, context, shared * moe.intermediate_size) if shared else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, ids = self.routing(self.gate(x.to(self.router_dtype)), x.dtype)
-        out: torch.Tensor = self.experts(x, weights, ids)
+        out = self.experts(x, weights, ids)
         return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -50,11 +50,9 @@ class Parallel:
             # The file is gone after this returns, so every rank has to have met every other one by then.
             self._group.barrier().wait(timeout)
         except RuntimeError as error:
-            where, remedy = (
-                f"rank {self.rank}",
-                "see the log for the rank's own error; raise timeout_s if it is slow",
-            )
-            raise PeerLost("the ranks could not form a group", where=where, got=str(error), remedy=remedy) from error
+            what = "the ranks could not form a group"
+            remedy = "see the log for the rank's own error; raise timeout_s if it is slow"
+            raise PeerLost(what, where=f"rank {self.rank}", got=str(error), remedy=remedy) from error
 
     @contextmanager
     def until(self, deadline: Deadline) -> Iterator[None]:

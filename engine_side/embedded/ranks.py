@@ -135,28 +135,28 @@ class Ranks:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.size = config.tensor_parallel_size
+        size = config.tensor_parallel_size
         self._timeout_s = config.timeout_s
         self._number = 0
         self._collectives = (0, 0)  # rank 0's when its part of the last job was over
         self._lost: BridgeError | None = None
-        self._children: list[RankProcess] = []
-        tp = Parallel(0, self.size, config.timeout_s)
-        if self.size == 1:
+        self.children: list[RankProcess] = []
+        tp = Parallel(0, size, config.timeout_s)
+        if size == 1:
             self.runner = ModelRunner(config, tp)
             return
         folder = tempfile.mkdtemp(prefix="weighbridge-ranks-")
         store = f"{folder}/store"
-        threads = config.threads or max(1, torch.get_num_threads() // self.size)
+        threads = config.threads or max(1, torch.get_num_threads() // size)
         patience = max(config.timeout_s, _START_S)
         try:
-            for rank in range(1, self.size):
-                self._children.append(RankProcess(rank))
+            for rank in range(1, size):
+                self.children.append(RankProcess(rank))
                 setup = RankSetup(config, rank, threads, store)
-                self._children[-1].channel.send(setup, Deadline.after(patience))
+                self.children[-1].channel.send(setup, Deadline.after(patience))
             self.runner = ModelRunner(config, tp)
             deadline = Deadline.after(patience)
-            for child in self._children:
+            for child in self.children:
                 child.wait_done(0, deadline)
             tp.connect(store)
         except BaseException:
@@ -164,11 +164,6 @@ class Ranks:
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids of ranks 1 .. size-1."""
-        return tuple(child.process.pid for child in self._children)
 
     def forward(self, batch: SequenceBatch) -> torch.Tensor:
         """Run one step in all ranks; logits [sequences, vocabulary]. Raises PeerLost."""
@@ -198,8 +193,8 @@ class Ranks:
             own = self.runner.attempt(job)  # an error is held back until the children have answered too
         self._collectives = self.runner.tp.collectives
         self._check_step(())  # one that rank 0 has left: no answer can mend that
-        errors = [own] + [self._watch(child, lambda c: c.wait_done(self._number, deadline)) for child in self._children]
-        self._check_step(self._children)
+        errors = [own] + [self._watch(child, lambda c: c.wait_done(self._number, deadline)) for child in self.children]
+        self._check_step(self.children)
         for error in errors:
             if error is not None:
                 raise error.rebuild()
@@ -212,7 +207,7 @@ class Ranks:
             return local()
         except Exception as error:
             # The children are in the middle of collectives that this rank has left, or the other way round.
-            if self._children:
+            if self.children:
                 own = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
                 self._lost = self._last_error() or own
                 raise self._lost from error
@@ -222,13 +217,13 @@ class Ranks:
         if self._lost is not None:
             remedy = "restart the engine"
             raise PeerLost("this engine has lost its ranks before", got=self._lost.what, remedy=remedy)
-        for child in self._children:
+        for child in self.children:
             # A job that outlasted its deadline may still run: the next collective would meet the wrong one.
             if child.answered < self._number:
                 self._watch(child, lambda c: c.wait_done(self._number, deadline))
-        self._check_step(self._children)
+        self._check_step(self.children)
         try:
-            for child in self._children:
+            for child in self.children:
                 self._watch(child, lambda c: c.channel.send(call, deadline))
         except DeadlineExceeded as error:
             self._lost = error  # half a frame may lie there, and some children have been told
@@ -240,11 +235,11 @@ class Ranks:
         if all(count == (begun, begun) for count in (self._collectives, *(child.collectives for child in children))):
             return
         last = self._last_error()  # reads answers that have come meanwhile
-        answered = [(c.rank, c.collectives) for c in self._children if c.answered == self._number]
+        answered = [(c.rank, c.collectives) for c in self.children if c.answered == self._number]
         counts = ((0, self._collectives), *answered)
         self._lost = last or PeerLost(
             "the ranks of this engine are out of step",
-            where=f"rank 0 and {', '.join(str(child.rank) for child in self._children)}",
+            where=f"rank 0 and {', '.join(str(child.rank) for child in self.children)}",
             expected="as many collectives begun and ended in every rank",
             got=", ".join(f"rank {rank}: {began} begun, {ended} ended" for rank, (began, ended) in counts),
             remedy="restart the engine; the log of the rank that fell behind says why",
@@ -260,12 +255,12 @@ class Ranks:
 
     def _last_error(self) -> BridgeError | None:
         """The last error of a child that is ending, rather than the broken collective that it left behind."""
-        told = [error for child in self._children if (error := child.last_error()) is not None]
+        told = [error for child in self.children if (error := child.last_error()) is not None]
         return min(told, key=lambda error: isinstance(error, PeerLost), default=None)
 
     def close(self) -> None:
         """End the children. Idempotent."""
-        for child in self._children:
+        for child in self.children:
             # one that was left alone in a collective cannot end by itself before that collective's timeout
             child.end(_GRACE_S if self._lost is None else _LOST_GRACE_S)
-        self._children.clear()
+        self.children.clear()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import operator
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,18 +15,17 @@ from torch import nn
 
 from bridge.errors import ConfigError, NotFound
 from bridge.protocol.codec import Count, ErrorInfo, Message
-from engine_side.embedded.attention import Step
+from engine_side.embedded.attention import CachedAttention, Step
 from engine_side.embedded.config import EngineConfig, EngineLimits, ModelConfig
 from engine_side.embedded.decoder import CausalLM, Weights, model_class
-from engine_side.embedded.kv import CachedAttention, KVTensors
-from engine_side.embedded.layers import LayerContext
-from engine_side.embedded.layouts import layout_of
+from engine_side.embedded.kv import KVTensors
+from engine_side.embedded.layers import LayerContext, ParallelLMHead
+from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
 from engine_side.embedded.loading import load_checkpoint, load_dummy
-from engine_side.embedded.lora.context import NO_LORA
 from engine_side.embedded.lora.manager import LoraManager
+from engine_side.embedded.lora.slots import NO_LORA
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.ties import untie
-from engine_side.embedded.wrappers import unwrap, wrap_linears
+from engine_side.embedded.wrappers import WrappedLayer, unwrap, wrap_linears
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,11 @@ class ModelRunner:
         self.limits = EngineLimits.of(config, self.model_config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.model: nn.Module = self._build()
+        self.model = self._build()
         if config.load == "dummy":
             load_dummy(self.model)
         else:
-            load_checkpoint(self.causal_lm, Path(config.path))
+            load_checkpoint(self.model, Path(config.path))
         for module in list(self.model.modules()):
             self.post_load(module)
         if config.wrap_linears:
@@ -74,37 +74,37 @@ class ModelRunner:
         self.lora: LoraManager | None = None
         if config.max_loras:
             self.lora = LoraManager(
-                self.causal_lm,
-                max_loras=config.max_loras,
-                max_rank=config.max_lora_rank,
-                targets=config.lora_targets,
-                tp=tp,
+                self.model, max_loras=config.max_loras, max_rank=config.max_lora_rank, targets=config.lora_targets
             )
             # Before the ranks meet: collectives are free, each rank warms up alone.
             self.lora.warm_up(lambda: self.prompt_logprobs([[0]]))
 
     def _build(self) -> CausalLM:
-        context = LayerContext(self.limits.dtype, self.tp, layout_of(self.config.layout))
+        context = LayerContext(self.limits.dtype, self.tp, POST_LOAD_LAYOUTS[self.config.layout])
         return model_class(self.model_config.architectures[0])(self.model_config, context).eval()
-
-    @property
-    def causal_lm(self) -> CausalLM:
-        """The live root module as the class that it is. Raises ConfigError if somebody replaced it by another."""
-        if not isinstance(self.model, CausalLM):
-            got = type(self.model).__name__
-            raise ConfigError("the root module is not a CausalLM", where="runner.model", got=got, remedy="restart it")
-        return self.model
 
     # ---- weights ----
 
     @torch.no_grad()
     def untie(self, names: Sequence[str]) -> bool:
-        """Give tied tensors of these checkpoint names storage of their own, here and in later skeletons. False, and
-        nothing is changed, when one of them cannot be."""
-        config = untie(self.causal_lm, names)
-        if config is None:
+        """Give tied tensors of these checkpoint names storage of their own, values and layout as they are, here and in
+        later skeletons. False, and nothing is changed, when one of them is neither an end of the tie nor a parameter
+        that has its storage for itself."""
+        model = self.model
+        head, embedding = unwrap(model.lm_head), unwrap(model.model.embed_tokens)
+        if not isinstance(head, ParallelLMHead):
             return False
-        self.model_config = config
+        held = dict(model.named_parameters(remove_duplicate=False))
+        for name in names:
+            param = held.get(model.resolve(name)[0])
+            if param is None or (param is not embedding.weight and _shared(model, param)):
+                return False
+        if head.tied:
+            head.untie_weights()
+            for module in model.lm_head.modules():  # the wrappers down to the layer
+                if isinstance(module, WrappedLayer):
+                    module.mirror()
+            model.config = self.model_config = replace(model.config, tie_word_embeddings=False)
         return True
 
     def skeleton(self) -> CausalLM:
@@ -151,11 +151,8 @@ class ModelRunner:
 
     def _selected(self, loras: Sequence[str], counts: Sequence[int]) -> AbstractContextManager[None]:
         """Have the tokens of each sequence use its LoRA inside the block. Costs nothing where all use the base."""
-        if not any(loras):
+        if self.lora is None or not any(loras):
             return nullcontext()
-        if self.lora is None:
-            remedy = "start it with max_loras=2 (one serves while the next is loaded)"
-            raise NotFound("this engine was started without LoRA", got=repr(sorted(set(loras))), remedy=remedy)
         slots = [self.lora.slot(name) if name else NO_LORA for name in loras]
         return self.lora.context.select(torch.tensor(slots).repeat_interleave(torch.tensor(counts)))
 
@@ -165,7 +162,7 @@ class ModelRunner:
     # ---- forwards ----
 
     def _make_kv(self, blocks: int) -> KVTensors:
-        layers = {m.layer: m.kv_shape for m in self.model.modules() if isinstance(m, CachedAttention)}
+        layers = {m.layer: m.kv_shapes for m in self.model.modules() if isinstance(m, CachedAttention)}
         return KVTensors(layers, blocks, self.limits.block_size, self.limits.dtype)
 
     @torch.no_grad()
@@ -176,9 +173,9 @@ class ModelRunner:
         step = Step.build(batch.tokens, batch.counts, batch.starts, batch.tables, self._kv)
         last = torch.tensor(batch.counts).cumsum(0) - 1
         with self._selected(batch.loras, batch.counts):
-            hidden = self.causal_lm(step)
+            hidden = self.model(step)
             with self._narrowed(last):
-                return self.causal_lm.logits(hidden[last])
+                return self.model.logits(hidden[last])
 
     def check(self, prompts: Iterable[Sequence[int]]) -> list[list[int]]:
         """Return the prompts as lists of ints. Raises ConfigError for a prompt that is no sequence of ints, is empty or
@@ -225,13 +222,13 @@ class ModelRunner:
         tokens = [token for prompt in prompts for token in prompt]
         counts = [len(prompt) for prompt in prompts]
         kv = self._make_kv(tables[-1].stop)
-        hidden = self.causal_lm(Step.build(tokens, counts, [0] * len(prompts), tables, kv))
+        hidden = self.model(Step.build(tokens, counts, [0] * len(prompts), tables, kv))
         targets = torch.tensor([*tokens[1:], 0])
         scores: list[torch.Tensor] = []
         for start in range(0, len(tokens), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
             with self._narrowed(rows):
-                logits = self.causal_lm.logits(hidden[rows]).float().log_softmax(dim=-1)
+                logits = self.model.logits(hidden[rows]).float().log_softmax(dim=-1)
             scores.append(logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
         return [of_prompt[:-1].tolist() for of_prompt in torch.split(torch.cat(scores), counts)]
 
@@ -242,13 +239,18 @@ class ModelRunner:
         ranks out of step. *(collective, as far as the job is)*"""
         try:
             if self._extension is None:
-                module, _, factory = RANK_EXTENSION.partition(":")
-                self._extension = getattr(importlib.import_module(module), factory)(self)
+                self._extension = pkgutil.resolve_name(RANK_EXTENSION)(self)
             self._extension(job)
         except Exception as error:
             log.debug("a job failed in rank %d", self.tp.rank, exc_info=True)
             return ErrorInfo.of(error)
         return None
+
+
+def _shared(model: nn.Module, param: nn.Parameter) -> bool:
+    """Tell if layers other than the wrappers around one layer hold this Parameter."""
+    owners = {id(unwrap(module)) for module in model.modules() if any(p is param for p in module._parameters.values())}
+    return len(owners) > 1
 
 
 def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

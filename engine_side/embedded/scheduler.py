@@ -170,7 +170,12 @@ class Scheduler:
         for request, token, logprob in zip(chosen, tokens, logprobs):
             if request.done:
                 continue
-            self._remember(request)
+            # All of its tokens have keys and values now: record the blocks that are full.
+            size = self.pool.block_size
+            for index in range(len(request.hashes), len(request.tokens) // size):
+                before = request.hashes[-1] if request.hashes else chain_start(request.lora)
+                request.hashes.append(block_hash(before, request.tokens[index * size : (index + 1) * size]))
+                self.pool.remember(request.blocks[index], request.hashes[-1])
             request.computed = len(request.tokens)
             request.tokens.append(token)
             request.logprobs.append(logprob)
@@ -190,20 +195,6 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self._drop_blocks(request)
-
-    def reset(self, preempt_running: bool) -> bool:
-        """Forget all prefixes; running requests are preempted first where allowed. False when nothing was forgotten."""
-        if preempt_running:
-            self.preempt(list(self.running))
-        return self.pool.reset()
-
-    def _remember(self, request: GenerationRequest) -> None:
-        """All of `request.tokens` have keys and values now: record the blocks that are full."""
-        size = self.pool.block_size
-        for index in range(len(request.hashes), len(request.tokens) // size):
-            before = request.hashes[-1] if request.hashes else chain_start(request.lora)
-            request.hashes.append(block_hash(before, request.tokens[index * size : (index + 1) * size]))
-            self.pool.remember(request.blocks[index], request.hashes[-1])
 
     def _drop_blocks(self, request: GenerationRequest) -> None:
         self.pool.release(request.blocks)

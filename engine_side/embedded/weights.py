@@ -16,6 +16,12 @@ WeightLoader = Callable[..., None]
 """Called as loader(param, loaded, shard_id, expert_id?) with a whole checkpoint tensor; writes this rank's part."""
 
 
+class Layer(nn.Module):
+    """A module whose call returns a tensor, as the type checker cannot know of torch's own."""
+
+    __call__: Callable[..., torch.Tensor]
+
+
 def parameter(shape: tuple[int, ...], dtype: torch.dtype, loader: WeightLoader, **attributes: Any) -> nn.Parameter:
     """Make an uninitialised Parameter on the current default device, with its loader and other attributes."""
     param = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)

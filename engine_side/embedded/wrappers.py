@@ -51,22 +51,14 @@ class WrappedLayer(nn.Module):
         return out
 
 
-class WrappedLinear(WrappedLayer):
-    """A linear layer behind `base_layer`, with nothing added."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-
-def wrap_linears(model: nn.Module, levels: int = 1) -> int:
-    """Wrap every linear layer below `model` `levels` times, in place; returns how many. Called after post-load."""
+def wrap_linears(model: nn.Module, levels: int = 1) -> None:
+    """Wrap every linear layer below `model` `levels` times, in place. Called after post-load."""
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, LinearBase)]
     for path, module in found:
         wrapped: nn.Module = module
         for _ in range(levels):
-            wrapped = WrappedLinear(wrapped)
+            wrapped = WrappedLayer(wrapped)
         model.set_submodule(path, wrapped)
-    return len(found)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

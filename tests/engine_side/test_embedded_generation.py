@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from engine_side.embedded.kv import BlockPool
 from engine_side.embedded.scheduler import GenerationRequest, Scheduler
 from engine_side.engines.embedded import EmbeddedDriver, attach, host
 from tests.engine_side import embedded_models as tiny
-from tests.engine_side.stopped_engine import no_step, scheduler_of
+from tests.engine_side.stopped_engine import Call, no_step, scheduler_of
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 LONG = Sampling(max_tokens=200, temperature=0)
@@ -41,32 +40,6 @@ def engine(tmp_path: Path, model: Any) -> Iterator[Engine]:
         yield engine
 
 
-class Call:
-    """generate in a thread; `result` returns or raises what it did."""
-
-    def __init__(self, work: Callable[[], list[Completion]]) -> None:
-        self._answer: list[Any] = []
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        self._thread.start()
-
-    def _run(self, work: Callable[[], list[Completion]]) -> None:
-        try:
-            self._answer.append(work())
-        except Exception as error:
-            self._answer.append(error)
-
-    def waits(self) -> bool:
-        self._thread.join(0.1)
-        return self._thread.is_alive()
-
-    def result(self) -> list[Completion]:
-        self._thread.join(20)
-        answer = self._answer[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer  # type: ignore[no-any-return]
-
-
 def until_steps(engine: Engine, steps: int) -> None:
     deadline = Deadline.after(20)
     while engine.steps < steps:
@@ -80,7 +53,7 @@ def replace_weights(engine: Engine, tmp_path: Path) -> Any:
     other.save_pretrained(tmp_path / "other")
     from engine_side.embedded.loading import load_checkpoint
 
-    load_checkpoint(engine.runner.causal_lm, tmp_path / "other")
+    load_checkpoint(engine.runner.model, tmp_path / "other")
     return other
 
 
@@ -294,7 +267,7 @@ def test_refusing_raises_instead_of_hanging(engine: Engine) -> None:
 
 
 def test_a_failing_step_raises_in_its_caller_and_the_engine_lives(engine: Engine) -> None:
-    norm = engine.runner.causal_lm.model.norm
+    norm = engine.runner.model.model.norm
     norm.forward = lambda x: 1 / 0  # type: ignore[method-assign,assignment]
     with pytest.raises(Exception, match="ZeroDivisionError"):
         engine.generate([PROMPT], GREEDY)

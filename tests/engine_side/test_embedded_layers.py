@@ -10,11 +10,11 @@ from torch import nn
 
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, ParallelLMHead, VocabParallelEmbedding
-from engine_side.embedded.layouts import shuffle, unshuffle
+from engine_side.embedded.layouts import CanonicalStorage, shuffle, unshuffle
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
-from engine_side.embedded.wrappers import WrappedLinear
+from engine_side.embedded.wrappers import WrappedLayer
 from engine_side.engines.embedded import EmbeddedRankHost
 from tests.engine_side import embedded_models as tiny
 
@@ -45,7 +45,7 @@ def test_the_loader_runs_on_meta_and_reads_no_values(tmp_path: Path, family: str
     made = runner(tmp_path, load="dummy")
     host = EmbeddedRankHost(made)
     skeleton = host.skeleton()
-    names = list(made.causal_lm.checkpoint_names())
+    names = list(made.model.checkpoint_names())
     from safetensors.torch import load_file
 
     stored = load_file(tmp_path / "model.safetensors")
@@ -118,8 +118,8 @@ def test_packed_hides_weight_and_bias(tmp_path: Path) -> None:
 def test_packed_tied_head_reads_its_own_copy(tmp_path: Path) -> None:
     model = tiny.save(tmp_path, "qwen2", tied=True)
     live = runner(tmp_path, layout="packed")
-    head = live.causal_lm.lm_head
-    assert head.weight is live.causal_lm.model.embed_tokens.weight
+    head = live.model.lm_head
+    assert head.weight is live.model.model.embed_tokens.weight
     with torch.no_grad():
         head.weight[:173] += torch.randn(173, 48)
         model.get_input_embeddings().weight.copy_(head.weight[:173])
@@ -138,7 +138,7 @@ def test_packed_experts_sit_behind_a_latch(tmp_path: Path) -> None:
     experts.w13_weight.data.copy_(canonical[0])
     live.post_load(experts)
     assert tiny.mean_difference(live.prompt_logprobs(tiny.prompts()), wanted) > 0.05, "packing was skipped"
-    experts.quant_method.moe_kernel = None  # type: ignore[attr-defined]
+    experts.quant_method.storage = CanonicalStorage()
     experts.w2_weight.data.copy_(runner(tmp_path).model.get_parameter("model.layers.0.mlp.experts.w2_weight"))
     live.post_load(experts)
     assert tiny.mean_difference(live.prompt_logprobs(tiny.prompts()), wanted) < 1e-4
@@ -147,10 +147,10 @@ def test_packed_experts_sit_behind_a_latch(tmp_path: Path) -> None:
 def test_a_wrapper_shows_weight_and_bias_also_where_it_is_none(tmp_path: Path) -> None:
     tiny.save(tmp_path, "qwen2")
     live = runner(tmp_path, wrap_linears=True)
-    attention = live.causal_lm.model.layers[0].self_attn
+    attention = live.model.model.layers[0].self_attn
     qkv, out = attention.qkv_proj, attention.o_proj
-    assert isinstance(qkv, WrappedLinear)
-    assert isinstance(out, WrappedLinear)
+    assert isinstance(qkv, WrappedLayer)
+    assert isinstance(out, WrappedLayer)
     assert (qkv.weight, qkv.bias) == (qkv.base_layer.weight, qkv.base_layer.bias)
     assert qkv.bias is not None
     assert out.bias is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,14 +41,13 @@ from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.kv import BlockPool, chain_start
 from engine_side.embedded.layers import LinearBase
-from engine_side.embedded.loading import load_checkpoint
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.embedded import EmbeddedDriver, EmbeddedRankHost
 from engine_side.engines.module import ModuleDriver, ModuleRankHost
 from tests.engine_side import embedded_models as tiny
-from tests.engine_side.stopped_engine import no_step, scheduler_of
+from tests.engine_side.stopped_engine import Call, no_step, scheduler_of
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 LONG = Sampling(max_tokens=200, temperature=0)
@@ -184,28 +182,6 @@ def one(model: Any) -> Lora:
 @pytest.fixture(scope="module")
 def two(model: Any) -> Lora:
     return make_lora(model, 2, 5, (*ALL, *ENDS))
-
-
-class Call:
-    """A call in a thread; `result` returns or raises what it did."""
-
-    def __init__(self, work: Callable[[], list[Completion]]) -> None:
-        self._answer: list[Any] = []
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        self._thread.start()
-
-    def _run(self, work: Callable[[], list[Completion]]) -> None:
-        try:
-            self._answer.append(work())
-        except Exception as error:
-            self._answer.append(error)
-
-    def result(self) -> list[Completion]:
-        self._thread.join(20)
-        answer = self._answer[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer  # type: ignore[no-any-return]
 
 
 def until(ready: Callable[[], bool]) -> None:
@@ -693,7 +669,7 @@ def test_a_module_is_called_alone_below_its_wrappers(start: Open, one: Lora) -> 
     """A probe sees the base weights, whatever LoRAs are loaded."""
     engine, line = start(wrap_linears=True)
     host = EmbeddedRankHost(engine.runner)
-    layer = engine.runner.causal_lm.model.layers[0].self_attn.o_proj
+    layer = engine.runner.model.model.layers[0].self_attn.o_proj
     base = unwrap(layer)
     assert isinstance(base, LinearBase)
     assert base is not layer
@@ -717,14 +693,14 @@ def test_a_tied_head_is_untied(models: Any, layout: str, lora: bool) -> None:
     runner = ModelRunner(EngineConfig(str(folder), layout=layout, **options), Parallel())
     host = EmbeddedRankHost(runner)
     before = runner.prompt_logprobs(tiny.prompts())
-    assert "lm_head.weight" not in set(runner.causal_lm.checkpoint_names())
+    assert "lm_head.weight" not in set(runner.model.checkpoint_names())
     assert not host.untie(["lm_head.weight", "model.nobody.weight"])
-    assert unwrap(runner.causal_lm.lm_head).tied, "nothing was changed"
+    assert unwrap(runner.model.lm_head).tied, "nothing was changed"
     for _ in range(2):
         assert host.untie(["lm_head.weight"])
     live = dict(runner.model.named_parameters())
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= live.keys()
-    assert live["lm_head.weight"] is unwrap(runner.causal_lm.lm_head).weight, "a wrapper shows the old Parameter"
+    assert live["lm_head.weight"] is unwrap(runner.model.lm_head).weight, "a wrapper shows the old Parameter"
     assert live["lm_head.weight"].data_ptr() != live["model.embed_tokens.weight"].data_ptr()
     assert_close(runner.prompt_logprobs(tiny.prompts()), before, 1e-6)
     skeleton = dict(host.skeleton().named_parameters())
@@ -751,22 +727,12 @@ def test_both_ends_are_pushed_into_an_untied_engine(start: Open, layout: str) ->
     assert_close(engine.prompt_logprobs(tiny.prompts()), tiny.reference_logprobs(other, tiny.prompts()), 1e-4)
 
 
-def test_an_untied_engine_reads_its_tied_checkpoint(models: Any) -> None:
-    folder, model = models("qwen2", True)
-    runner = ModelRunner(EngineConfig(str(folder)), Parallel())
-    assert runner.untie(["lm_head.weight", "model.embed_tokens.weight"])
-    for param in (runner.causal_lm.lm_head.weight, runner.causal_lm.model.embed_tokens.weight):
-        param.data.fill_(7)
-    load_checkpoint(runner.causal_lm, folder)
-    assert_close(runner.prompt_logprobs(tiny.prompts()), tiny.reference_logprobs(model, tiny.prompts()))
-
-
 def test_each_rank_unties_its_part(models: Any) -> None:
     folder, _ = models("qwen2", True)
     for rank in range(2):
         runner = ModelRunner(EngineConfig(str(folder), tensor_parallel_size=2, max_loras=1), Parallel(rank, 2))
         assert runner.untie(["lm_head.weight"])
-        head, embedding = runner.causal_lm.lm_head, runner.causal_lm.model.embed_tokens
+        head, embedding = runner.model.lm_head, runner.model.model.embed_tokens
         assert torch.equal(unwrap(head).weight, unwrap(embedding).weight)
         assert (head.weight.tp_rank, head.weight.tp_size) == (rank, 2)
 
@@ -774,7 +740,7 @@ def test_each_rank_unties_its_part(models: Any) -> None:
 def test_what_was_never_tied_stays_as_it_is(models: Any) -> None:
     folder, _ = models("qwen2")
     runner = ModelRunner(EngineConfig(str(folder)), Parallel())
-    head = runner.causal_lm.lm_head.weight
+    head = runner.model.lm_head.weight
     assert runner.untie(["lm_head.weight"])
-    assert runner.causal_lm.lm_head.weight is head
+    assert runner.model.lm_head.weight is head
     assert not runner.untie(["no.such.weight"])

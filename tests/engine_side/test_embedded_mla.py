@@ -18,7 +18,7 @@ from bridge.protocol.codec import Sampling
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import LayerContext, MergedColumnParallelLinear
-from engine_side.embedded.layouts import layout_of
+from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
 from engine_side.embedded.mla import AbsorbedAttention, FusedQkvAProj, MLAConfig, MLAttention
 from engine_side.embedded.moe import CorrectedTopK, GroupedTopK, MoEConfig
 from engine_side.embedded.parallel import Parallel
@@ -72,7 +72,7 @@ def test_the_cache_holds_one_latent_per_token_and_layer(tmp_path: Path) -> None:
     runner = ModelRunner(EngineConfig(str(tmp_path)), Parallel())
     kv = runner._make_kv(5)
     for layer in range(3):
-        assert [tuple(t.shape) for t in kv.layer(layer)] == [(5, 16, 1, 14 + 6)]
+        assert [tuple(t.shape) for t in kv.layers[layer]] == [(5, 16, 1, 14 + 6)]
 
 
 def test_what_is_derived_is_no_parameter_and_follows_post_load(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_what_is_derived_is_no_parameter_and_follows_post_load(tmp_path: Path) -
 
 
 def test_the_fused_projection_is_a_merged_layer_with_a_forward_of_its_own() -> None:
-    layer = FusedQkvAProj(8, (5, 6), True, LayerContext(torch.float32, Parallel(), layout_of("canonical")))
+    layer = FusedQkvAProj(8, (5, 6), True, LayerContext(torch.float32, Parallel(), POST_LOAD_LAYOUTS["canonical"]))
     for param in (layer.weight, layer.bias):
         assert param is not None
         param.data.normal_(generator=torch.Generator().manual_seed(1))
@@ -194,7 +194,7 @@ def test_stale_derived_tensors_would_show(tmp_path: Path) -> None:
     with torch.no_grad():
         name = "model.layers.0.self_attn.kv_b_proj.weight"
         model.get_parameter(name).add_(torch.randn(model.get_parameter(name).shape) * 0.2)
-        runner.causal_lm.load_weights([(name, model.get_parameter(name))])
+        runner.model.load_weights([(name, model.get_parameter(name))])
     wanted = tiny.reference_logprobs(model, tiny.prompts())
     assert tiny.mean_difference(runner.prompt_logprobs(tiny.prompts()), wanted) > 1e-3
     for module in runner.model.modules():

@@ -31,7 +31,9 @@ from bridge.model.lora_format import LoraSpec, names_of
 from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, RMSNorm
-from engine_side.embedded.lora import BaseLayerWithLoRA, LoraManager, warm_up_rank
+from engine_side.embedded.lora.layers import BaseLayerWithLoRA
+from engine_side.embedded.lora.manager import LoraManager
+from engine_side.embedded.lora.slots import LoraPart
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
@@ -289,12 +291,15 @@ def test_a_name_is_never_used_again(qwen2: Path) -> None:
 
 def test_a_load_that_fails_halfway_leaves_nothing(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = lora_of(runner(qwen2))
-    layer = manager.layers["model.layers.2.mlp.down_proj"]  # far behind the first
+    (last,) = manager.layers["model.layers.2.mlp.down_proj"].parts.values()  # far behind the first
+    write = LoraPart.write
 
-    def broken(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+    def broken(self: LoraPart, *arguments: Any) -> None:
+        if self is last:
+            raise RuntimeError("out of memory")
+        write(self, *arguments)
 
-    monkeypatch.setattr(layer, "write", broken)
+    monkeypatch.setattr(LoraPart, "write", broken)
     with pytest.raises(RuntimeError, match="memory"):
         manager.load("v1", everything(qwen2), SPEC)
     assert manager.names == ()
@@ -479,7 +484,7 @@ def test_one_layer_of_many(qwen2: Path) -> None:
 def test_a_module_that_was_asked_for_and_cannot_be_wrapped(qwen2: Path, target: str) -> None:
     made = runner(qwen2, max_loras=0)
     with pytest.raises(ConfigError, match="cannot carry") as caught:
-        LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=["q_proj", target], tp=Parallel())
+        LoraManager(made.model, max_loras=1, max_rank=4, targets=["q_proj", target])
     assert target in str(caught.value.names[0])
     assert not any(isinstance(m, BaseLayerWithLoRA) for m in made.model.modules()), "nothing was wrapped"
 
@@ -492,9 +497,9 @@ def test_a_target_that_matches_nothing(qwen2: Path) -> None:
 
 def test_a_layer_that_hangs_in_two_places_is_wrapped_once(qwen2: Path) -> None:
     made = runner(qwen2, max_loras=0)
-    layers = made.causal_lm.model.layers
+    layers = made.model.model.layers
     layers[2].mlp.down_proj = layers[1].mlp.down_proj  # type: ignore[assignment, union-attr]
-    manager = LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=["down_proj"], tp=Parallel())
+    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=["down_proj"])
     assert layers[2].mlp.down_proj is layers[1].mlp.down_proj  # type: ignore[union-attr]
     assert len({id(layer) for layer in manager.layers.values()}) == 2
 
@@ -512,10 +517,10 @@ class Adder(nn.Module):
 
 def test_what_nobody_asked_for_is_warned_of_once_per_class(qwen2: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = runner(qwen2, max_loras=0)
-    for layer in made.causal_lm.model.layers:
+    for layer in made.model.model.layers:
         layer.mlp = nn.Sequential(layer.mlp, Adder(48))  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):
-        LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=None, tp=Parallel())
+        LoraManager(made.model, max_loras=1, max_rank=4, targets=None)
     assert len(caplog.records) == 1
     assert "Adder" in caplog.text
     assert "3 layers" in caplog.text
@@ -538,25 +543,10 @@ def test_no_family_has_layers_to_warn_of(
 # ---- warm-up ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("needs", "max_rank", "rank"), [((), 1, 1), ((1, 1), 16, 1), ((2,), 2, 2), ((4, 6), 16, 12), ((3, 3), 16, 3)]
-)
-def test_the_warm_up_rank_is_the_multiple_that_sharded_experts_need(
-    needs: tuple[int, ...], max_rank: int, rank: int
-) -> None:
-    assert warm_up_rank(needs, max_rank) == rank
-
-
-@pytest.mark.parametrize(("needs", "max_rank"), [((4,), 3), ((2, 3), 5)])
-def test_a_warm_up_rank_above_the_maximum_is_refused(needs: tuple[int, ...], max_rank: int) -> None:
+def test_the_warm_up_rank_is_what_sharded_experts_need(moe: Path, qwen2: Path) -> None:
     with pytest.raises(ConfigError, match="larger rank") as caught:
-        warm_up_rank(needs, max_rank)
-    assert "max_lora_rank=" in str(caught.value.remedy)
-
-
-def test_the_rule_holds_for_an_engine(moe: Path, qwen2: Path) -> None:
-    with pytest.raises(ConfigError, match="larger rank"):
         runner(moe, Parallel(0, 2), max_lora_rank=1)
+    assert "max_lora_rank=2" in str(caught.value.remedy)
     runner(moe, Parallel(0, 2), max_lora_rank=2)
     runner(moe, Parallel(0, 2), max_lora_rank=1, lora_targets=("q_proj",))  # experts are not wrapped
     runner(qwen2, Parallel(0, 2), max_lora_rank=1)
@@ -565,13 +555,13 @@ def test_the_rule_holds_for_an_engine(moe: Path, qwen2: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_warm_up_runs_a_lora_through_every_layer(moe: Path, size: int) -> None:
     made = runner(moe, Parallel(0, size), max_loras=0)
-    manager = LoraManager(made.causal_lm, max_loras=2, max_rank=4, targets=None, tp=Parallel(0, size))
+    manager = LoraManager(made.model, max_loras=2, max_rank=4, targets=None)
     loaded: list[int] = []
 
     def run() -> None:
         layer = manager.layers["model.layers.0.mlp.experts"]
         (group,) = manager.context.groups(1)
-        loaded.extend(layer._loaded[group.slot].values())
+        loaded.extend(part.ranks[group.slot] for part in layer.parts.values())
         made.prompt_logprobs([[0]])
 
     manager.warm_up(run)
@@ -580,16 +570,16 @@ def test_the_warm_up_runs_a_lora_through_every_layer(moe: Path, size: int) -> No
     assert all(layer.reached for layer in manager.layers.values())
     assert manager.names == ()
     assert all(slot_is_empty(manager, slot) for slot in (0, 1))
-    assert not any(layer._loaded for layer in manager.layers.values())
+    assert not any(part.ranks for layer in manager.layers.values() for part in layer.parts.values())
     assert manager.context.groups(1) == ()
 
 
 def test_layers_that_the_model_never_calls_take_no_lora(qwen2: Path) -> None:
     """An engine that reads a layer's weight without calling the layer would accept its LoRA and ignore it."""
     made = runner(qwen2, max_loras=0)
-    manager = LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=None, tp=Parallel())
+    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=None)
     tensors = lora_tensors(state(qwen2), ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
-    made.causal_lm.model.layers[1].mlp = nn.Identity()
+    made.model.model.layers[1].mlp = nn.Identity()
     manager.warm_up(lambda: made.prompt_logprobs([[0]]))
     with pytest.raises(UnexpectedTensor, match="never called") as caught:
         manager.load("v1", tensors, SPEC)
@@ -599,7 +589,7 @@ def test_layers_that_the_model_never_calls_take_no_lora(qwen2: Path) -> None:
 
 def test_a_warm_up_that_fails_leaves_nothing(qwen2: Path) -> None:
     made = runner(qwen2, max_loras=0)
-    manager = LoraManager(made.causal_lm, max_loras=1, max_rank=4, targets=None, tp=Parallel())
+    manager = LoraManager(made.model, max_loras=1, max_rank=4, targets=None)
 
     def run() -> None:
         raise RuntimeError("no")

@@ -99,7 +99,7 @@ class LoraRig:
 
 def model_of(rig: Any) -> Any:
     """The engine's model, LoRA wrappers included, of a rig."""
-    return rig.engine.runner.causal_lm
+    return rig.engine.runner.model
 
 
 def at(rig: Any, path: str) -> Any:

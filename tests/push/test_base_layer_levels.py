@@ -147,7 +147,7 @@ def engine(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Iter
     family, layout, kind = request.param
     levels, options = ENGINES[kind]
     with Engine(EngineConfig(str(cases(family).folder), layout=layout, **options)) as made:
-        depth, layer = 0, made.runner.causal_lm.get_submodule("model.layers.1.self_attn.o_proj")
+        depth, layer = 0, made.runner.model.get_submodule("model.layers.1.self_attn.o_proj")
         while "base_layer" in dict(layer.named_children()):
             depth, layer = depth + 1, layer.get_submodule("base_layer")
         assert depth == levels

@@ -254,7 +254,7 @@ def test_kv_b_proj_with_its_scales_brings_what_is_derived_from_it(pairs: Callabl
     assert pair.serves(pair.model) > 0.1
     expected = Engine(EngineConfig(pair.engine.config.path, threads=1))
     try:
-        expected.runner.causal_lm.load_weights(sent.items())
+        expected.runner.model.load_weights(sent.items())
         for module in expected.runner.model.modules():
             expected.runner.post_load(module)
         got = pair.engine.prompt_logprobs(tiny.prompts())

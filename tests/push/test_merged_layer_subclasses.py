@@ -16,8 +16,8 @@ from bridge.errors import ConfigError
 from engine_side.embedded import loading
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, MergedColumnParallelLinear
-from engine_side.embedded.lora import BaseLayerWithLoRA
-from engine_side.embedded.lora.layers import MergedColumnParallelLinearWithLoRA
+from engine_side.embedded.lora.layers import BaseLayerWithLoRA, LinearLayerWithLoRA
+from engine_side.embedded.lora.slots import LoraPart
 from engine_side.embedded.mla import FusedQkvAProj
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
@@ -41,7 +41,7 @@ def test_vllm_35077_subclasses_of_merged_layers_are_wrapped_and_loaded(make: Mak
     base = make_model("deepseek-v3", attention_bias=True)
     rig = make(base, target_modules=LATENT_TARGETS, engine=engine)
     wrapper = at(rig, f"{ATTENTION}.fused_qkv_a_proj")
-    assert type(wrapper) is MergedColumnParallelLinearWithLoRA
+    assert type(wrapper) is LinearLayerWithLoRA
     assert type(unwrap(wrapper)) is FusedQkvAProj
     sent = new_base(rig)
     assert rig.push(mode="base").verified is True
@@ -105,13 +105,13 @@ def test_vllm_35077_the_warm_up_rank_is_what_sharded_experts_need(
 ) -> None:
     folder = str(checkpoint(tiny_qwen3_moe()))
     ranks: list[int] = []
-    write = BaseLayerWithLoRA.write
+    write = LoraPart.write
 
-    def noted(self: BaseLayerWithLoRA, slot: int, key: Any, a: torch.Tensor, b: torch.Tensor) -> None:
+    def noted(self: LoraPart, slot: int, a: torch.Tensor, b: torch.Tensor) -> None:
         ranks.append(a.shape[0])
-        write(self, slot, key, a, b)
+        write(self, slot, a, b)
 
-    monkeypatch.setattr(BaseLayerWithLoRA, "write", noted)
+    monkeypatch.setattr(LoraPart, "write", noted)
     for size, most in ((1, 1), (2, 2), (2, 7), (4, 4)):
         ranks.clear()
         config = EngineConfig(folder, tensor_parallel_size=size, max_loras=1, max_lora_rank=most)
@@ -163,7 +163,7 @@ def test_vllm_35077_an_unwrappable_module_that_nobody_asked_for_is_a_warning(
         made = ModelRunner(EngineConfig(folder, max_loras=1), Parallel())
     (record,) = caplog.records
     assert all(word in record.getMessage() for word in ("Unwrappable", "2 layers", "model.layers.0.mlp.1"))
-    assert isinstance(made.causal_lm.get_submodule(f"{ATTENTION}.qkv_proj"), BaseLayerWithLoRA), "the others are"
+    assert isinstance(made.model.get_submodule(f"{ATTENTION}.qkv_proj"), BaseLayerWithLoRA), "the others are"
     caplog.clear()
     with pytest.raises(ConfigError, match="Unwrappable"):
         ModelRunner(EngineConfig(folder, max_loras=1, lora_targets=("mlp.1",)), Parallel())

@@ -104,8 +104,8 @@ class Growing(layouts.PackedLinearMethod):
 def test_sglang_21825_a_push_that_has_to_rebind_says_so(
     checkpoint: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grows = replace(layouts.layout_of("packed"), linear=Growing)
-    monkeypatch.setattr("engine_side.embedded.runner.layout_of", lambda name: grows)
+    grows = replace(layouts.POST_LOAD_LAYOUTS["packed"], linear=Growing)
+    monkeypatch.setitem(layouts.POST_LOAD_LAYOUTS, "canonical", grows)
     monkeypatch.setattr(Growing, "calls", 0)
     model = tiny_qwen2()
     rig = Rig(checkpoint(model), model, wrap_linears=True)

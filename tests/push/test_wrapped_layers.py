@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine_side.embedded.lora import BaseLayerWithLoRA
+from engine_side.embedded.lora.layers import BaseLayerWithLoRA
 from engine_side.embedded.wrappers import unwrap
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, apart, at, model_of, new_base

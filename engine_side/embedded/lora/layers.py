@@ -10,31 +10,22 @@ the vocabulary, a head B; sums and gathers of a layer over ranks include the LoR
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.embedded.layers import (
-    ColumnParallelLinear,
-    LinearBase,
-    LoraFactors,
-    MergedColumnParallelLinear,
-    ParallelLMHead,
-    QKVParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
-from engine_side.embedded.lora.context import LoraContext, TokenGroup
-from engine_side.embedded.lora.slots import ONLY, LoraPart, PartKey, slot_dtype
+from engine_side.embedded.layers import LinearBase, LoraFactors, ParallelLMHead, VocabParallelEmbedding, add_to_rows
+from engine_side.embedded.lora.slots import ONLY, LoraContext, LoraPart, PartKey, TokenGroup, slot_dtype
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.weights import Cut
 from engine_side.embedded.wrappers import WrappedLayer, unwrap
 
 
 class BaseLayerWithLoRA(WrappedLayer):
-    """Base of the wrappers: the slots of each part, and the LoRA that lies in each slot.
+    """Base of the wrappers: the slots of each part.
 
     Attributes:
         parts: part of the layer -> its slots on this rank.
@@ -42,8 +33,6 @@ class BaseLayerWithLoRA(WrappedLayer):
             without calling the layer would leave its LoRAs without effect.
     """
 
-    kind: ClassVar[type[nn.Module]] = LinearBase
-    """The class whose `forward` is `finish(local(x))`."""
     embedding: ClassVar[bool] = False
     """LoRAs come as `lora_embedding_A` and `_B`."""
 
@@ -51,11 +40,8 @@ class BaseLayerWithLoRA(WrappedLayer):
         super().__init__(base_layer)
         self.context = context
         self.reached = False
-        self._loaded: dict[int, dict[PartKey, int]] = {}  # slot -> part -> rank of the LoRA there
         self._max_rank = max_rank
         self.parts: Mapping[PartKey, LoraPart] = self._make_parts(slots)
-
-    # ---- slots ----
 
     def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
         raise NotImplementedError
@@ -69,23 +55,6 @@ class BaseLayerWithLoRA(WrappedLayer):
         b = torch.zeros(slots, height, self._max_rank, dtype=dtype, device=device)
         return LoraPart(a, b, inputs, outputs, by_id=self.embedding)
 
-    def write(self, slot: int, key: PartKey, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Put whole A [rank, inputs] and B [outputs, rank] of one part into a slot and let tokens of it use them."""
-        self.parts[key].write(slot, a, b)
-        self._loaded.setdefault(slot, {})[key] = a.shape[0]
-
-    def clear(self, slot: int) -> None:
-        """Zero a slot, in all parts."""
-        self._loaded.pop(slot, None)
-        for part in self.parts.values():
-            part.clear(slot)
-
-    def loaded(self, slot: int) -> Mapping[PartKey, int]:
-        """Return the parts that the LoRA of a slot has here, and its rank."""
-        return self._loaded.get(slot, {})
-
-    # ---- forward ----
-
     def active(self, n: int) -> tuple[TokenGroup, ...]:
         """Return the groups of tokens for which a call with n rows has something to add."""
         groups = self.context.groups(n)
@@ -95,16 +64,17 @@ class BaseLayerWithLoRA(WrappedLayer):
 
     def lora_factors(self, n: int) -> Iterator[LoraFactors]:
         """Yield the LoRAs that a call with n rows would add; see `LinearBase.lora_factors`."""
-        for group in self.active(n):
-            for key, rank in self.loaded(group.slot).items():
-                yield group.rows, *self.parts[key].factors(group.slot, rank)
+        for slot, rows in self.active(n):
+            for part in self.parts.values():
+                if slot in part.ranks:
+                    yield rows, *part.factors(slot)
 
     def _add(self, out: torch.Tensor, x: torch.Tensor, groups: tuple[TokenGroup, ...]) -> torch.Tensor:
         """Add the LoRAs' part to this rank's outputs, in place."""
-        for group in groups:
-            rows = group.take(x)
-            for key, rank in self.loaded(group.slot).items():
-                self.parts[key].add(group.slot, rank, out, rows, group.rows)
+        for slot, rows in groups:
+            own = x[rows]
+            for part in self.parts.values():
+                part.add(slot, out, own, rows)
         return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,7 +84,7 @@ class BaseLayerWithLoRA(WrappedLayer):
         core = self.core
         if core.tp.size == 1 or type(core).finish is LinearBase.finish:
             return self._add(super().forward(x), x, groups)
-        if type(core).forward is self.kind.forward:
+        if type(core).forward in (LinearBase.forward, VocabParallelEmbedding.forward):  # finish(local(x))
             out: torch.Tensor = core.finish(self._add(core.local(x), x, groups))
             return out
         # A sharded layer with a forward of its own: nothing can be put in front of its collective, so the LoRAs' part
@@ -123,9 +93,8 @@ class BaseLayerWithLoRA(WrappedLayer):
         width = max(part.outputs.offset + part.b.shape[1] for part in self.parts.values())
         wide = torch.promote_types(out.dtype, torch.float32)
         effect = core.finish(self._add(torch.zeros(len(x), width, dtype=wide, device=out.device), x, groups))
-        for group in groups:
-            rows = slice(None) if group.rows is None else group.rows
-            out[rows] = (out[rows].to(wide) + effect[rows]).to(out.dtype)
+        for _, rows in groups:
+            add_to_rows(out, rows, effect[rows])
         return out
 
 
@@ -137,54 +106,27 @@ class LinearLayerWithLoRA(BaseLayerWithLoRA):
         return {(part, None): self._part(slots, core.input_cut, cut) for part, cut in core.output_cuts.items()}
 
 
-class ColumnParallelLinearWithLoRA(LinearLayerWithLoRA):
-    """B is cut like W; A is whole on every rank."""
-
-
-class MergedColumnParallelLinearWithLoRA(ColumnParallelLinearWithLoRA):
-    """One part for each of the stacked weights. Subclasses of the layer, such as a fused latent projection that every
-    rank holds whole, keep their own forward."""
-
-
-class QKVParallelLinearWithLoRA(ColumnParallelLinearWithLoRA):
-    """Parts "q", "k" and "v", heads replicated as the layer replicates them."""
-
-
-class RowParallelLinearWithLoRA(LinearLayerWithLoRA):
-    """A takes this rank's inputs only; the layer's own sum over ranks adds the others' part."""
-
-
 class VocabParallelEmbeddingWithLoRA(BaseLayerWithLoRA):
     """Called with ids [n]; A holds a column per token of this rank's part of the vocabulary."""
 
-    kind = VocabParallelEmbedding
     embedding = True
 
     def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
         size = (self.core.num_embeddings_per_partition, self.core.embedding_dim)
-        return {ONLY: self._part(slots, _vocabulary(self.core), Cut.all_of(self.core.embedding_dim), size)}
+        return {ONLY: self._part(slots, self.core.vocab_cut, Cut.all_of(self.core.embedding_dim), size)}
 
 
 class ParallelLMHeadWithLoRA(BaseLayerWithLoRA):
     """An output projection. Its LoRAs are its own, also where it is tied to an embedding that has some."""
 
-    kind = VocabParallelEmbedding
-
     def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
         size = (self.core.embedding_dim, self.core.num_embeddings_per_partition)
-        return {ONLY: self._part(slots, Cut.all_of(self.core.embedding_dim), _vocabulary(self.core), size)}
-
-
-def _vocabulary(core: VocabParallelEmbedding) -> Cut:
-    """This rank's tokens without the padding, of which a rank may have nothing else."""
-    return Cut(0, min(core.start, core.num_embeddings), core.valid, core.num_embeddings)
+        return {ONLY: self._part(slots, Cut.all_of(self.core.embedding_dim), self.core.vocab_cut, size)}
 
 
 class FusedMoEWithLoRA(BaseLayerWithLoRA):
     """Gate ("w1"), up ("w3") and down ("w2") of every expert are parts of their own, stacked over experts. Their effect
     lies inside the experts, in front of the activation, so the layer's method adds it (`FusedMoE.lora`)."""
-
-    kind = FusedMoE
 
     def _make_parts(self, slots: int) -> dict[PartKey, LoraPart]:
         experts: int = self.core.num_experts
@@ -200,7 +142,10 @@ class FusedMoEWithLoRA(BaseLayerWithLoRA):
     def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         groups, core = self.active(x.shape[0]), self.core
         if groups:
-            core.lora = _RoutedLora(self, groups, x)
+            slots = torch.full((x.shape[0],), -1, device=x.device)
+            for slot, rows in groups:
+                slots[rows] = slot
+            core.lora = partial(self._add_to_expert, [slot for slot, _ in groups], slots)
         try:
             out: torch.Tensor = self.base_layer(x, weights, ids)
         finally:
@@ -208,52 +153,41 @@ class FusedMoEWithLoRA(BaseLayerWithLoRA):
             core.__dict__.pop("lora", None)
         return out
 
-
-class _RoutedLora:
-    """`ExpertLora` of one forward."""
-
-    def __init__(self, layer: FusedMoEWithLoRA, groups: tuple[TokenGroup, ...], x: torch.Tensor) -> None:
-        self._layer = layer
-        self._used = [group.slot for group in groups]
-        self._slots = torch.full((x.shape[0],), -1, device=x.device)
-        for group in groups:
-            self._slots[slice(None) if group.rows is None else group.rows] = group.slot
-
-    def add(self, shard_id: str, expert: int, out: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor) -> None:
-        slots, key = self._slots[tokens], (shard_id, expert)
-        for slot in self._used:
-            rank, rows = self._layer.loaded(slot).get(key), (slots == slot).nonzero().squeeze(1)
-            if rank is not None and len(rows):
-                self._layer.parts[key].add(slot, rank, out, x[rows], rows)
+    def _add_to_expert(
+        self, used: list[int], slots: torch.Tensor, shard_id: str, expert: int, out: torch.Tensor, x: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Do what `ExpertLora` says, where token i of the forward uses `slots[i]`, one of `used` or none."""
+        part, own = self.parts[shard_id, expert], slots[tokens]
+        for slot in used:
+            rows = (own == slot).nonzero().squeeze(1)
+            if len(rows):
+                part.add(slot, out, x[rows], rows)
 
 
-_WRAPPERS: tuple[tuple[type[nn.Module], type[BaseLayerWithLoRA]], ...] = (
-    (FusedMoE, FusedMoEWithLoRA),
-    (ParallelLMHead, ParallelLMHeadWithLoRA),
-    (VocabParallelEmbedding, VocabParallelEmbeddingWithLoRA),
-    (QKVParallelLinear, QKVParallelLinearWithLoRA),
-    (MergedColumnParallelLinear, MergedColumnParallelLinearWithLoRA),
-    (ColumnParallelLinear, ColumnParallelLinearWithLoRA),
-    (RowParallelLinear, RowParallelLinearWithLoRA),
-    (LinearBase, LinearLayerWithLoRA),
-)
+_WRAPPERS: Mapping[type[nn.Module], type[BaseLayerWithLoRA]] = {
+    FusedMoE: FusedMoEWithLoRA,
+    ParallelLMHead: ParallelLMHeadWithLoRA,
+    VocabParallelEmbedding: VocabParallelEmbeddingWithLoRA,
+    LinearBase: LinearLayerWithLoRA,
+}
 """Class of layers, subclasses included -> wrapper; the most specific class first."""
 
 
 def wrapper_of(layer: nn.Module) -> type[BaseLayerWithLoRA] | None:
-    """Return the class that wraps this layer (not a wrapper of it); None for one that cannot carry LoRA."""
-    return next((wrapper for cls, wrapper in _WRAPPERS if isinstance(layer, cls)), None)
+    """Return the class that wraps this layer, itself possibly wrapped; None for one that cannot carry LoRA."""
+    core = unwrap(layer)
+    return next((wrapper for cls, wrapper in _WRAPPERS.items() if isinstance(core, cls)), None)
 
 
 def wrap(layer: nn.Module, context: LoraContext, slots: int, max_rank: int) -> BaseLayerWithLoRA:
     """Put `layer`, itself possibly wrapped, behind its LoRA class. Raises ConfigError for one that has none."""
-    core = unwrap(layer)
-    wrapper = wrapper_of(core)
+    wrapper = wrapper_of(layer)
     if wrapper is None:
         raise ConfigError(
             "this layer cannot carry LoRA",
-            expected=" | ".join(cls.__name__ for cls, _ in _WRAPPERS),
-            got=type(core).__name__,
+            expected=" | ".join(cls.__name__ for cls in _WRAPPERS),
+            got=type(unwrap(layer)).__name__,
             remedy="take it out of lora_targets",
         )
     return wrapper(layer, context, slots, max_rank)

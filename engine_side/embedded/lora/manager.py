@@ -1,50 +1,43 @@
-"""The LoRAs of one rank: checks, slots, loading, views for the read-back, and the warm-up."""
+"""The LoRAs of one rank: places of their tensors, slots, loading, views for the read-back, and the warm-up."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bridge.errors import ConfigError, NotFound
-from bridge.model.dtypes import dtype_name
-from bridge.model.lora_format import LoraLimits, LoraSpec
+from bridge.errors import (
+    ConfigError,
+    DtypeMismatch,
+    DuplicateTensor,
+    MissingTensor,
+    NotFound,
+    ShapeMismatch,
+    UnexpectedTensor,
+    UnsupportedLora,
+)
+from bridge.model.dtypes import dtype_name, dtype_of
+from bridge.model.lora_format import LoraLimits, LoraPair, LoraSpec, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.embedded.decoder import CausalLM
-from engine_side.embedded.lora.context import LoraContext
-from engine_side.embedded.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA, wrap
-from engine_side.embedded.lora.placing import LoraPlace, place_pairs
+from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrap
+from engine_side.embedded.lora.slots import LoraContext, LoraPart
 from engine_side.embedded.lora.targets import to_wrap
-from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.moe import FusedMoE
+from engine_side.embedded.wrappers import unwrap
 from engine_side.protocol import LoraView
 
+_SHOWN = 8
 _WARM_UP = "warm-up"
 
 
 @dataclass(frozen=True)
 class _LoadedLora:
-    """A LoRA in its slot."""
+    """A LoRA in its slot: the part of a layer that each of its pairs belongs to."""
 
     slot: int
-    rank: int
-    places: tuple[LoraPlace, ...]
-
-
-def warm_up_rank(needs: Iterable[int], max_rank: int) -> int:
-    """Return the rank of the LoRA that a warm-up runs with: the smallest that every need divides (experts that are
-    sharded over n ranks need a multiple of n), at least 1. Raises ConfigError when that is above `max_rank`."""
-    rank = math.lcm(*needs)
-    if rank > max_rank:
-        raise ConfigError(
-            "the engine's sharded experts need LoRAs of a larger rank than it has room for",
-            where="max_lora_rank",
-            expected=f"at least {rank}",
-            got=str(max_rank),
-            remedy=f"start with max_lora_rank={rank} or more, or on fewer ranks",
-        )
-    return rank
+    places: Sequence[tuple[LoraPair, LoraPart]]
 
 
 class LoraManager:
@@ -55,18 +48,15 @@ class LoraManager:
         max_loras: how many LoRAs are held at once.
         max_rank: the largest rank of a LoRA; every slot is that large.
         targets: see `to_wrap`.
-        tp: this rank's tensor-parallel state.
 
     Attributes:
         limits: the largest rank and the number of slots.
         layers: path in the engine -> the wrapper that stands there.
 
-    Raises ConfigError (see `to_wrap`, `warm_up_rank`); the model is then as it was.
+    Raises ConfigError (see `to_wrap`), also where the warm-up needs a larger rank; the model is then as it was.
     """
 
-    def __init__(
-        self, model: CausalLM, *, max_loras: int, max_rank: int, targets: Sequence[str] | None, tp: Parallel
-    ) -> None:
+    def __init__(self, model: CausalLM, *, max_loras: int, max_rank: int, targets: Sequence[str] | None) -> None:
         self.limits = LoraLimits(max_rank, max_loras)
         self.context = LoraContext()
         self._model = model
@@ -74,14 +64,22 @@ class LoraManager:
         self._used: set[str] = set()
         self._warmed = False
         chosen = to_wrap(model, targets)
-        needs = [tp.size for found in chosen if found.wrapper is FusedMoEWithLoRA]
-        self._warm_up_rank = warm_up_rank(needs, max_rank)
+        experts = [core for core in map(unwrap, chosen.values()) if isinstance(core, FusedMoE)]
+        self._warm_up_rank = experts[0].tp.size if experts else 1  # those sharded over n ranks need a multiple of n
+        if self._warm_up_rank > max_rank:
+            raise ConfigError(
+                "the engine's sharded experts need LoRAs of a larger rank than it has room for",
+                where="max_lora_rank",
+                expected=f"at least {self._warm_up_rank}",
+                got=str(max_rank),
+                remedy=f"start with max_lora_rank={self._warm_up_rank} or more, or on fewer ranks",
+            )
         made: dict[int, BaseLayerWithLoRA] = {}  # a module that hangs in two places is wrapped once
         self.layers: dict[str, BaseLayerWithLoRA] = {}
-        for found in chosen:
-            layer = made.get(id(found.module)) or wrap(found.module, self.context, max_loras, max_rank)
-            made[id(found.module)] = self.layers[found.path] = layer
-            model.set_submodule(found.path, layer)
+        for path, module in chosen.items():
+            layer = made.get(id(module)) or wrap(module, self.context, max_loras, max_rank)
+            made[id(module)] = self.layers[path] = layer
+            model.set_submodule(path, layer)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,15 +96,65 @@ class LoraManager:
         Raises UnexpectedTensor (every module that the engine lacks, did not wrap or never calls), MissingTensor (a LoRA
         without a module), DuplicateTensor, ShapeMismatch, DtypeMismatch, UnsupportedLora (a rank above the maximum).
         """
-        return {
-            info.name: dtype_name(place.part.a.dtype)
-            for place in self._places(tensors, spec)
-            for info in (place.pair.a, place.pair.b)
-        }
+        places = self._places(tensors, spec.rank)
+        return {info.name: dtype_name(part.a.dtype) for pair, part in places for info in (pair.a, pair.b)}
 
-    def _places(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> tuple[LoraPlace, ...]:
-        uncalled = {path for path, layer in self.layers.items() if self._warmed and not layer.reached}
-        return place_pairs(self._model, self.layers, uncalled, tensors, spec, self.limits.max_rank)
+    def _places(self, tensors: Sequence[TensorInfo], rank: int) -> list[tuple[LoraPair, LoraPart]]:
+        """Find the part of a layer that each pair of a LoRA belongs to. Raises what `plan` says."""
+        if not 0 < rank <= self.limits.max_rank:
+            raise UnsupportedLora(
+                "the LoRA's rank is not one that this engine has room for",
+                where="rank",
+                expected=f"1 to {self.limits.max_rank} (max_lora_rank)",
+                got=str(rank),
+                remedy=f"start the engine with max_lora_rank={rank} or more, or push with mode='merged'",
+            )
+        names = [info.name for info in tensors]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            remedy = "send every tensor of the LoRA once"
+            raise DuplicateTensor("a LoRA's tensor was sent twice", where=twice, remedy=remedy, names=(twice,))
+        places: list[tuple[LoraPair, LoraPart]] = []
+        refused: dict[str, list[str]] = {}
+        for pair in (announced := pairs(tensors)):
+            found = self._place(pair)
+            if isinstance(found, LoraPart):
+                places.append((pair, found))
+            else:
+                refused.setdefault(found, []).append(pair.module)
+        if refused:
+            raise _unplaced(refused, self.layers)
+        if not announced:
+            raise MissingTensor(
+                "the LoRA binds no module",
+                where="adapter",
+                expected="at least one pair of A and B",
+                got="no tensor",
+                remedy="check the target modules of the trainer's LoRA",
+            )
+        for pair, part in places:
+            _check(pair, part, rank)
+        return places
+
+    def _place(self, pair: LoraPair) -> LoraPart | str:
+        """Return the part that a pair belongs to, or the reason why it has none."""
+        target, arguments = self._model.resolve(f"{pair.module}.weight")
+        path = target.rpartition(".")[0]
+        layer = self.layers.get(path)
+        if layer is None:
+            try:
+                self._model.get_submodule(path)
+            except AttributeError:
+                return "not in this model"
+            return "not wrapped for LoRA"
+        part = layer.parts.get((arguments.get("shard_id"), arguments.get("expert_id")))
+        if part is None:
+            return "not in this model"
+        if layer.embedding is not pair.embedding:
+            return "an embedding, which takes lora_embedding_A and _B" if layer.embedding else "not an embedding"
+        if self._warmed and not layer.reached:
+            return "never called by the engine, which uses its weight in another way"
+        return part
 
     @torch.no_grad()
     def load(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
@@ -116,16 +164,16 @@ class LoraManager:
         that were cached under a name must never serve another LoRA. No other slot is touched.
         """
         infos = [TensorInfo(n, dtype_name(t.dtype, n), tuple(t.shape)) for n, t in tensors.items()]
-        places = self._places(infos, spec)
+        places = self._places(infos, spec.rank)
         slot = self._free(name)
         self._used.add(name)
         try:
-            for place in places:
-                place.layer.write(slot, place.key, tensors[place.pair.a.name], tensors[place.pair.b.name])
+            for pair, part in places:
+                part.write(slot, tensors[pair.a.name], tensors[pair.b.name])
         except BaseException:
             self._clear(slot)
             raise
-        self._loaded[name] = _LoadedLora(slot, spec.rank, places)
+        self._loaded[name] = _LoadedLora(slot, places)
 
     def _free(self, name: str) -> int:
         if name in self._used:
@@ -151,11 +199,7 @@ class LoraManager:
     def views(self, name: str) -> list[LoraView]:
         """Return where the tensors of a loaded LoRA lie on this rank. Raises NotFound."""
         lora = self._of(name)
-        return [
-            view
-            for place in lora.places
-            for view in place.part.views(lora.slot, lora.rank, (place.pair.a.name, place.pair.b.name))
-        ]
+        return [view for pair, part in lora.places for view in part.views(lora.slot, (pair.a.name, pair.b.name))]
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
@@ -166,7 +210,8 @@ class LoraManager:
 
     def _clear(self, slot: int) -> None:
         for layer in self.layers.values():
-            layer.clear(slot)
+            for part in layer.parts.values():
+                part.clear(slot)
 
     def _of(self, name: str) -> _LoadedLora:
         if name not in self._loaded:
@@ -185,11 +230,60 @@ class LoraManager:
         rank, slot = self._warm_up_rank, self._free(_WARM_UP)
         try:
             for layer in self.layers.values():
-                for key, part in layer.parts.items():
+                for part in layer.parts.values():
                     a, b = part.shapes(rank)
-                    layer.write(slot, key, part.a.new_zeros(a), part.b.new_zeros(b))
+                    part.write(slot, part.a.new_zeros(a), part.b.new_zeros(b))
             with self.context.select(torch.tensor([slot])):
                 run()
         finally:
             self._clear(slot)
         self._warmed = True
+
+
+def _unplaced(refused: Mapping[str, Sequence[str]], layers: Collection[str]) -> UnexpectedTensor:
+    """The error for modules without a place, by reason."""
+    modules = tuple(module for group in refused.values() for module in group)
+    last = sorted({path.rpartition(".")[2] for path in layers})
+    return UnexpectedTensor(
+        "the engine has no place for parts of this LoRA",
+        where=_some(modules),
+        expected=f"modules among its {len(layers)} LoRA layers: {_some(last)}",
+        got="; ".join(f"{reason}: {_some(group)}" for reason, group in refused.items()),
+        remedy="check the names' prefix, start the engine with lora_targets that include these modules, "
+        "or push with mode='merged'",
+        names=modules,
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _check(pair: LoraPair, part: LoraPart, rank: int) -> None:
+    """Raises ShapeMismatch or DtypeMismatch, naming the tensor."""
+    wanted = part.shapes(rank)
+    both = (tuple(pair.a.shape), tuple(pair.b.shape))
+    if both != wanted:
+        swapped = both == (wanted[1], wanted[0])
+        turned = both == (wanted[0][::-1], wanted[1][::-1])
+        raise ShapeMismatch(
+            "a LoRA's A and B are exchanged" if swapped else "a LoRA's tensor has another shape",
+            where=pair.a.name if both[0] != wanted[0] else pair.b.name,
+            expected=f"A {list(wanted[0])}, B {list(wanted[1])} at rank {rank}",
+            got=f"A {list(both[0])}, B {list(both[1])}",
+            remedy="send A as [rank, inputs] and B as [outputs, rank]"
+            + (", not transposed" if turned else "")
+            + ", all pairs padded to one rank",
+            names=(pair.a.name, pair.b.name),
+        )
+    for info in (pair.a, pair.b):
+        if not dtype_of(info.dtype).is_floating_point:
+            raise DtypeMismatch(
+                "a LoRA's tensor is not of a floating dtype",
+                where=info.name,
+                expected="a floating dtype",
+                got=info.dtype,
+                remedy="send the LoRA's A and B in bf16, fp16 or fp32",
+                names=(info.name,),
+            )

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from bridge.errors import ConfigError
 from engine_side.embedded.decoder import CausalLM
-from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrapper_of
+from engine_side.embedded.lora.layers import wrapper_of
 from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.wrappers import unwrap
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LoraCandidate:
-    """A module of the live tree: its path, itself with the wrappers that it has already, and without them; the class
-    that would wrap it."""
-
-    path: str
-    module: nn.Module
-    core: nn.Module
-    wrapper: type[BaseLayerWithLoRA] | None
-
-
-def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[LoraCandidate]:
-    """Choose the layers that get LoRA slots, in the order of the tree.
+def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Choose the layers that get LoRA slots: path -> module, with the wrappers that it has already, in the order of
+    the tree.
 
     Args:
         targets: names of modules, in a checkpoint's words or the engine's, by their last dotted segments; None takes
@@ -38,33 +27,35 @@ def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[LoraCandidat
     Raises ConfigError for a target that matches nothing, or matches something that cannot be wrapped. With no targets,
     layers that cannot be wrapped are warned of, once per class.
     """
-    candidates = list(_walk(model))
+    candidates = dict(_walk(model))
     if targets is None:
-        _warn([found for found in candidates if found.wrapper is None and _is_layer(found.core)])
-        return [found for found in candidates if found.wrapper is not None]
-    chosen: list[LoraCandidate] = []
+        _warn({path: core for path, module in candidates.items() if wrapper_of(core := unwrap(module)) is None})
+        return {path: module for path, module in candidates.items() if wrapper_of(module) is not None}
+    chosen: dict[str, nn.Module] = {}
     missing = set(targets)
-    for found in candidates:
-        names = _checkpoint_modules(model, found)
+    for path, module in candidates.items():
+        core = unwrap(module)
+        experts = model.experts if isinstance(core, FusedMoE) else ()
+        names = [path, *model.parts_of(path), *(f"{path}.0.{part}" for part in experts)]
         hits = [target for target in targets if any(_ends_with(name, target) for name in names)]
         missing.difference_update(hits)
-        if hits and found.wrapper is None:
+        if hits and wrapper_of(core) is None:
             raise ConfigError(
                 "a module of lora_targets cannot carry LoRA",
-                where=f"{found.path} ({type(found.core).__name__})",
+                where=f"{path} ({type(core).__name__})",
                 expected="a linear layer, an embedding, a head or a layer's experts",
                 got=f"matched by the target {hits[0]!r}",
                 remedy="take it out of lora_targets",
-                names=(found.path,),
+                names=(path,),
             )
         if hits:
-            chosen.append(found)
+            chosen[path] = module
     if missing:
         wrong = tuple(target for target in targets if target in missing)
         raise ConfigError(
             "a LoRA target matches no module of this model",
             where="lora_targets",
-            expected=", ".join(sorted({found.path.rpartition(".")[2] for found in candidates})),
+            expected=", ".join(sorted({path.rpartition(".")[2] for path in candidates})),
             got=", ".join(map(repr, wrong)),
             remedy="name modules by whole dotted segments, as in the checkpoint",
             names=wrong,
@@ -72,20 +63,12 @@ def to_wrap(model: CausalLM, targets: Sequence[str] | None) -> list[LoraCandidat
     return chosen
 
 
-def _walk(model: nn.Module, prefix: str = "") -> Iterator[LoraCandidate]:
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module below `model` with its first path, not looking into layers that can be wrapped or into wrappers."""
     for name, child in model.named_children():
-        core = unwrap(child)
-        wrapper = wrapper_of(core)
-        yield LoraCandidate(f"{prefix}{name}", child, core, wrapper)
-        if wrapper is None:
-            yield from _walk(core, f"{prefix}{name}.")
-
-
-def _checkpoint_modules(model: CausalLM, found: LoraCandidate) -> list[str]:
-    """Names of a module in a checkpoint (each part of a fused one, expert 0 for experts), and its own path."""
-    experts = model.experts if isinstance(found.core, FusedMoE) else ()
-    return [found.path, *model.parts_of(found.path), *(f"{found.path}.0.{part}" for part in experts)]
+        yield f"{prefix}{name}", child
+        if wrapper_of(child) is None:
+            yield from _walk(unwrap(child), f"{prefix}{name}.")
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -94,15 +77,12 @@ def _ends_with(name: str, target: str) -> bool:
     return segments[-len(wanted) :] == wanted or [s for s in segments if not s.isdecimal()][-len(wanted) :] == wanted
 
 
-def _is_layer(core: nn.Module) -> bool:
-    """Tell if checkpoints have matrices for this module: somebody could have meant it to carry LoRA."""
-    held = [param for param in core._parameters.values() if param is not None]
-    return any(param.dim() > 1 for param in held) or (bool(held) and hasattr(core, "quant_method"))
-
-
-def _warn(unwrappable: Sequence[LoraCandidate]) -> None:
+def _warn(unwrappable: Mapping[str, nn.Module]) -> None:
     classes: dict[type[nn.Module], list[str]] = {}
-    for found in unwrappable:
-        classes.setdefault(type(found.core), []).append(found.path)
+    for path, core in unwrappable.items():
+        # Checkpoints have matrices for this module: somebody could have meant it to carry LoRA.
+        held = [param for param in core._parameters.values() if param is not None]
+        if any(param.dim() > 1 for param in held) or (held and hasattr(core, "quant_method")):
+            classes.setdefault(type(core), []).append(path)
     for cls, paths in classes.items():
         log.warning("no LoRA on %s: %d layers cannot carry it, such as %s", cls.__name__, len(paths), paths[0])
