@@ -303,7 +303,7 @@ def test_a_request_that_cannot_be_taken_off_the_books_still_answers_its_caller(
         raise IndexError("the books")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_compute", broken)
+        patch.setattr(engine.runner, "forward", broken)
         patch.setattr(scheduler_of(engine), "_drop_blocks", broken)
         with pytest.raises(BridgeError, match="the books"):
             Call(lambda: engine.generate([PROMPT], GREEDY)).result()

@@ -581,7 +581,9 @@ def test_two_ranks_serve_loras_and_drop_them(start: Open, model: Any, one: Lora,
 # ---- the protocol without LoRA, and its limits ---------------------------------------------------------------------
 
 
-def test_a_refused_lora_costs_one_walk_of_the_model(start: Open, one: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lora_is_placed_or_refused_without_a_walk_of_the_model(
+    start: Open, one: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, _ = start()
     walks: list[int] = []
     named_modules = torch.nn.Module.named_modules
@@ -598,8 +600,6 @@ def test_a_refused_lora_costs_one_walk_of_the_model(start: Open, one: Lora, monk
     host = EmbeddedRankHost(engine.runner)
     with pytest.raises(UnexpectedTensor, match=r"not in this model: .*elsewhere.*not wrapped for LoRA: .*layernorm"):
         host.plan_lora([*strange, *(TensorInfo(n, "float32", (3, 3)) for n in norms)], one.spec)
-    assert len(walks) == 1
-    walks.clear()
     host.plan_lora(infos, one.spec)
     assert not walks
 
