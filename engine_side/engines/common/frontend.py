@@ -39,9 +39,9 @@ class Frontend:
     """
 
     name: str
-    published: PublishedState
 
     def __init__(self) -> None:
+        self.published = PublishedState()
         self.reason: str | None = None
         self.jobs = 0
         self._holder: msg.Claim | None = None
@@ -51,8 +51,8 @@ class Frontend:
     # ---- the engine's part ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _facts(self) -> tuple[str, bytes, int]:
-        """The engine's version, packed facts and number of frontend processes, as in `FrontendIdentity`."""
+    def _facts(self) -> tuple[bytes, int]:
+        """The engine's packed facts and number of frontend processes, as in `FrontendIdentity`."""
 
     @property
     @abstractmethod
@@ -93,7 +93,7 @@ class Frontend:
 
     @abstractmethod
     async def _generate(self, request: msg.Generate) -> list[Completion]:
-        """Sample for the bridge. Raises DeadlineExceeded after `request.timeout_s`."""
+        """Sample for the bridge. Cancelled after `request.timeout_s`: it then ends what it has asked the engine for."""
 
     async def _publish(self, version: int, lora: str | None) -> None:
         self.published.version, self.published.lora = version, lora
@@ -118,7 +118,15 @@ class Frontend:
             case msg.GetState():
                 return await self._state()
             case msg.Generate():
-                return msg.Completions(tuple(await self._generate(request)))
+                try:
+                    async with asyncio.timeout(request.timeout_s):
+                        return msg.Completions(tuple(await self._generate(request)))
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        "requests of the bridge did not finish", where=self.name,
+                        expected=f"within {request.timeout_s} s",
+                        remedy="raise the time limit, ask for fewer tokens, or look for a hung engine",
+                    ) from None  # fmt: skip
             case msg.Claim():
                 self._claim(request)
             case msg.GiveUp():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bridge.errors import ConfigError, NotFound
 
@@ -13,11 +13,16 @@ MODES = ("drain", "abort", "keep")
 
 @dataclass
 class PublishedState:
-    """The version and LoRA that were published last, and whether a bridge has paused the engine."""
+    """The version and LoRA that were published last, and whether a bridge has paused the engine.
+
+    Attributes:
+        retiring: LoRAs that vLLM is to drop once no request uses them. SGLang waits for that by itself.
+    """
 
     paused: bool = False
     version: int = 0
     lora: str | None = None
+    retiring: set[str] = field(default_factory=set)
 
     def resolve_lora(self, name: str) -> str | None:
         """The LoRA that a request means by "current", "base" or a LoRA's name. None: the base model."""

@@ -6,17 +6,15 @@ import re
 
 from bridge.errors import ConfigError
 
+TRIED = {"vLLM": ((0, 32), (0, 33)), "SGLang": ((0, 5, 23), (0, 5, 24))}
+"""Package -> the oldest version that was tried, and the next one, which was not. vLLM's hooks change from one minor
+version to the next, the inner calls of SGLang's scheduler between patches."""
 
-def require_version(package: str, version: str, oldest: tuple[int, ...], first_unknown: tuple[int, ...]) -> None:
-    """Check the version of an engine's package, when a bridge attaches to it or starts it.
 
-    Args:
-        oldest: numbers of the oldest version that was tried.
-        first_unknown: numbers of the next version, which was not.
-
-    Raises:
-        ConfigError: the version is outside this range. Engines change their inner calls from one release to the next.
-    """
+def require_version(package: str, version: str) -> None:
+    """Check the version of an engine's package, when a bridge attaches to it or starts it. Raises ConfigError for one
+    outside the range that was tried."""
+    oldest, first_unknown = TRIED[package]
     found = re.match(r"\d+(?:\.\d+)*", version)
     numbers = tuple(map(int, found.group().split("."))) if found else ()
     if not oldest <= numbers[: len(oldest)] < first_unknown:

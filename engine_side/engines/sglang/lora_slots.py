@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
 from engine_side.engines.common.published_state import lora_not_loaded
-from engine_side.engines.sglang.fused_modules import FusedModules
 from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
-from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan import bake
+from engine_side.plan.loader_errors import LOADER_ERRORS, LoaderRaised
+from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import LoraView, RankHost
 
 _PEFT = "base_model.model."
@@ -260,3 +262,43 @@ def _blank(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _rows(slot: torch.Tensor) -> torch.Tensor:
     """A slot as a matrix; experts one below the other."""
     return slot.view(-1, slot.shape[-1])
+
+
+class FusedModules:
+    """Finds which modules of a checkpoint end in one fused parameter of the engine, by tracing the engine's own loader,
+    once, when it is first asked. Knows the checkpoint that the engine was started from; nothing if that folder is not
+    at hand."""
+
+    def __init__(self, host: RankHost, checkpoint: Path | None) -> None:
+        self._host = host
+        self._checkpoint = checkpoint
+
+    def shape(self, module: str) -> tuple[int, int] | None:
+        """Return (outputs, inputs) of a module's weight; None for a module that is not in the checkpoint."""
+        return self._shapes.get(module)
+
+    def fused_with(self, module: str) -> Mapping[str, tuple[int, int]]:
+        """Return the shapes of the modules that share a parameter with this one, itself included."""
+        return {name: self._shapes[name] for name in self._groups.get(module, ())}
+
+    @cached_property
+    def _infos(self) -> tuple[TensorInfo, ...]:
+        return () if self._checkpoint is None else checkpoint_tensors(self._checkpoint)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        found = [i for i in self._infos if len(i.shape) == 2 and i.name.endswith(".weight")]
+        return {i.name.removesuffix(".weight"): (i.shape[0], i.shape[1]) for i in found}
+
+    @cached_property
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        try:
+            found = bake.trace(self._host, bake.stand_ins(self._infos)) if self._infos else None
+        except LoaderRaised:
+            return {}
+        landed: dict[str, dict[str, None]] = {}
+        for move in found.moves if found is not None else ():
+            module = move.tensor.removesuffix(".weight")
+            if module in self._shapes:
+                landed.setdefault(move.target, {})[module] = None
+        return {name: tuple(names) for names in landed.values() for name in names}

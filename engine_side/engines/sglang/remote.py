@@ -1,12 +1,13 @@
-"""Drive an SGLang engine through its own calls and the frontend that stands before it, over a channel."""
+"""Drive an SGLang engine through its own calls and the frontend that stands before it."""
 
 from __future__ import annotations
 
 import base64
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
 from bridge.protocol.codec import Sampling
@@ -35,27 +36,8 @@ _ASKS_RANKS = (msg.GetState, msg.Generate, msg.Publish, msg.Retire)
 """Requests for which the frontend, if the engine holds LoRAs, waits for the schedulers."""
 
 
-class SglangChannel(Protocol):
-    """A way to one engine. Every call blocks until it is answered; raises PeerLost for an engine that has ended, and
-    DeadlineExceeded."""
-
-    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
-        """Return the frontend's answer; its errors are raised."""
-        ...
-
-    def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        """Make one of SGLang's calls, by the name that it has in the tokenizer manager and as a route:
-        `pause_generation`, `continue_generation`, `flush_cache` (True when it did), `update_weight_version`,
-        `abort_request`."""
-        ...
-
-    def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
-        """Send a request of the bridge to all schedulers: (success, message)."""
-        ...
-
-
 class SglangDriver(FrontendClient):
-    """The `EngineDriver` of an SGLang engine, whatever channel leads to it.
+    """The `EngineDriver` of an SGLang engine, whatever way leads to it.
 
     Attributes:
         max_prompt, vocabulary, cache_grain: as `EngineDriver` has them; known once `facts` was called.
@@ -67,14 +49,7 @@ class SglangDriver(FrontendClient):
     vocabulary: int
     cache_grain: int
 
-    def __init__(
-        self,
-        channel: SglangChannel,
-        arguments: SglangArguments,
-        where: str,
-        *,
-        on_close: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, arguments: SglangArguments, where: str, *, on_close: Callable[[], None] | None = None) -> None:
         """Make the driver; nothing is sent yet.
 
         Args:
@@ -86,9 +61,24 @@ class SglangDriver(FrontendClient):
         self.ranks, self.checkpoint = arguments.ranks, arguments.checkpoint
         self.quantisation, self.lora = arguments.quantisation, arguments.lora
         self._on_cpu = arguments.device == "cpu"
-        self._channel = channel
         self._push: Deadline | None = None  # of the push that has the engine paused
         self._grace: Deadline | None = None  # for an engine that has let a deadline pass
+
+    # ---- the ways to the engine: each call blocks until it is answered; raises PeerLost, DeadlineExceeded -----------
+
+    @abstractmethod
+    def ask_frontend(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Return the frontend's answer; its errors are raised."""
+
+    @abstractmethod
+    def call_engine(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Make one of SGLang's calls, by the name that it has in the tokenizer manager and as a route:
+        `pause_generation`, `continue_generation`, `flush_cache` (True when it did), `update_weight_version`,
+        `abort_request`."""
+
+    @abstractmethod
+    def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
+        """Send a request of the bridge to all schedulers: (success, message)."""
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Do nothing: SGLang's weights lie in its schedulers' processes, never in the trainer's."""
@@ -116,8 +106,8 @@ class SglangDriver(FrontendClient):
         return facts
 
     def ask(self, verb: str, text: str = "", *, deadline: Deadline | None = None) -> SchedulerAnswer:
-        """Send a request to every rank and return rank 0's answer. Blocks. Raises as `read_answer`, and as the
-        channel."""
+        """Send a request to every rank and return rank 0's answer. Blocks. Raises as `read_answer`, PeerLost,
+        DeadlineExceeded."""
         wait = deadline or self._until()
         wait.check("a job for SGLang's schedulers")
         if verb != FACTS:
@@ -125,21 +115,21 @@ class SglangDriver(FrontendClient):
         elif self._grace is not None:
             wait = self._until()
         with self._noting_lateness():
-            ok, message = self._channel.check_weights([verb, text], wait)
+            ok, message = self.check_weights([verb, text], wait)
         self._grace = None
         return read_answer(self.where, ok, message)
 
     def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         if isinstance(request, msg.Generate) and not request.past_gate:
-            return self._channel.ask(request, deadline)  # a user's: it may take its time
+            return self.ask_frontend(request, deadline)  # a user's: it may take its time
         if isinstance(request, _ASKS_RANKS) and self.lora is not None:
             self._require_responsive()
         with self._noting_lateness():
-            return self._channel.ask(request, deadline)
+            return self.ask_frontend(request, deadline)
 
     def _call(self, method: str, **arguments: Any) -> Any:
         with self._noting_lateness():
-            return self._channel.call(method, self._until(), **arguments)
+            return self.call_engine(method, self._until(), **arguments)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
@@ -184,11 +174,11 @@ class SglangDriver(FrontendClient):
                 deadline.check("requests in flight did not finish")
                 time.sleep(_POLL_S)
             self._tell(msg.Hold(paused=True), deadline)
-            self._channel.call("pause_generation", deadline, mode="retract")
+            self.call_engine("pause_generation", deadline, mode="retract")
             while not self.facts(deadline).paused:  # SGLang's pause has no answer of its own
                 deadline.check("SGLang's pause")
             if inflight == "abort":
-                self._channel.call("abort_request", deadline, rid="", abort_all=True)
+                self.call_engine("abort_request", deadline, rid="", abort_all=True)
         except BaseException:
             if not paused:
                 self._go_on()

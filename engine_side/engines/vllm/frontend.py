@@ -21,13 +21,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost
+from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.protocol.codec import Completion, pack
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend import Frontend
 from engine_side.engines.common.published_state import parse_version
 from engine_side.engines.vllm.common import (
-    VllmPublishedState,
     asleep_error,
     list_loras,
     read_completion,
@@ -47,12 +46,10 @@ class VllmFrontend(Frontend):
     """One per AsyncLLM. Every method runs on its event loop."""
 
     name = "vLLM"
-    published: VllmPublishedState
 
     def __init__(self, engine: AsyncLLM) -> None:
         super().__init__()
         self._engine = ref(engine)
-        self.published = VllmPublishedState()
         self._opened = asyncio.Event()
         self._opened.set()
         self._entering = 0
@@ -103,11 +100,9 @@ class VllmFrontend(Frontend):
         except EngineDeadError as error:
             raise died_error(self.name, str(error)) from error
 
-    def _facts(self) -> tuple[str, bytes, int]:
-        import vllm
-
+    def _facts(self) -> tuple[bytes, int]:
         engine = self._live()
-        return str(vllm.__version__), pack(facts_of(engine.vllm_config)), int(getattr(engine, "_client_count", 1))
+        return pack(facts_of(engine.vllm_config)), int(getattr(engine, "_client_count", 1))
 
     @property
     def _held(self) -> bool:
@@ -184,14 +179,8 @@ class VllmFrontend(Frontend):
         if request.past_gate:
             self._privileged.update(names)
         try:
-            async with asyncio.timeout(request.timeout_s):
-                await self._add(request, names, queues)
-                return [read_completion(await _final_output(queue)) for queue in queues]
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "requests of the bridge did not finish", where=self.name, expected=f"within {request.timeout_s} s",
-                remedy="raise the time limit, ask for fewer tokens, or look for a hung engine",
-            ) from None  # fmt: skip
+            await self._add(request, names, queues)
+            return [read_completion(await _final_output(queue)) for queue in queues]
         finally:
             self._ours.difference_update(names)
             self._privileged.difference_update(names)
