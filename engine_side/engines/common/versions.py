@@ -1,8 +1,9 @@
-"""Check of the version of an engine's package: a driver takes only versions that it was tried with."""
+"""Refusal of engines that cannot be driven: of versions that were not tried, and of arguments that rule out a push."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from bridge.errors import ConfigError
 
@@ -25,4 +26,16 @@ def require_version(package: str, version: str) -> None:
             expected=f">={low},<{high}",
             got=version,
             remedy="install a version in this range, or a newer weighbridge",
+        )
+
+
+def refuse_arguments(found: Iterable[tuple[str, str, str]]) -> None:
+    """Raise ConfigError for the first engine argument that rules out a push: its name, the reason, and its value."""
+    for name, reason, got in found:
+        raise ConfigError(
+            reason,
+            where=name,
+            expected="an engine without it",
+            got=got,
+            remedy=f"start the engine without {name}",
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraLimits
+from engine_side.engines.common.versions import refuse_arguments
 from engine_side.engines.sglang import LOADER
 
 _REFUSED = {
@@ -94,21 +95,6 @@ def _require_supported(get: Callable[[str], Any], where: str, start: str) -> Non
             got=repr(loaders),
             remedy=f"start it with {start}",
         )
-    for name, value in _REQUIRED.items():
-        if get(name) != value:
-            raise ConfigError(
-                "the bridge does not support an engine with this argument yet",
-                where=name,
-                expected=f"{name}={value!r}",
-                got=f"{name}={get(name)!r}",
-                remedy=f"start the engine without {name}",
-            )
-    for name, reason in _REFUSED.items():
-        if get(name):
-            raise ConfigError(
-                reason,
-                where=name,
-                expected="an engine without it",
-                got=repr(get(name)),
-                remedy=f"start the engine without {name}",
-            )
+    unsupported = "the bridge does not support an engine with this argument yet"
+    refuse_arguments((name, unsupported, repr(get(name))) for name, value in _REQUIRED.items() if get(name) != value)
+    refuse_arguments((name, reason, repr(get(name))) for name, reason in _REFUSED.items() if get(name))

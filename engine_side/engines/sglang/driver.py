@@ -145,9 +145,9 @@ def host(path: str, arguments: Mapping[str, Any]) -> SglangEngineDriver:
     except BaseException as error:
         if shutdown is not None:
             shutdown()
-        if isinstance(error, BridgeError) or not isinstance(error, Exception):
-            raise
-        raise hosting.not_accepted("sglang", path, arguments, error) from error
+        if isinstance(error, Exception) and not isinstance(error, BridgeError):
+            raise hosting.not_accepted("sglang", path, arguments, error) from error
+        raise
 
 
 def _server_args(path: str, arguments: Mapping[str, Any]) -> Any:

@@ -38,6 +38,8 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
     """The `RankHost` of one `sglang.srt.managers.scheduler.Scheduler`."""
 
     lora_remedy = ("sglang.Engine", "max_loras_per_batch=3 or more")
+    vocabulary_class = VocabParallelEmbedding
+    method_class = QuantizeMethodBase
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -108,9 +110,7 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
             step(module)
         return self._derived.renew(module, self.model) or step is not None
 
-    def _embed_ids(self, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        if not isinstance(module, VocabParallelEmbedding):
-            raise NotImplementedError(f"{type(module).__name__} takes no ids")
+    def _embed_ids(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = module._embed_local_shard(ids)
         return out
 
@@ -128,16 +128,13 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
         out: torch.Tensor = made.hidden_states
         return out
 
-    def _is_quantisable(self, module: nn.Module) -> bool:
-        return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
-
     def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Score prompts past SGLang's queues. All ranks call it together. Raises NotFound for an unknown LoRA,
         ConfigError for a prompt that does not fit."""
-        lora_id = None if lora is None else self.loaded_loras().get(lora)
-        if lora is not None and lora_id is None:
+        loaded = self.loaded_loras()
+        if lora is not None and lora not in loaded:
             raise lora_not_loaded(lora)
-        return prompt_logprobs(self._scheduler, prompts, lora_id)
+        return prompt_logprobs(self._scheduler, prompts, None if lora is None else loaded[lora])
 
     def loaded_loras(self) -> dict[str, str]:
         """Return SGLang's id of every loaded LoRA by its name, whoever loaded it."""

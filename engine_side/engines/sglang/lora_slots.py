@@ -31,8 +31,11 @@ from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import LoraView, RankHost
 
 _PEFT = "base_model.model."
-_STACKED = ("A_buffer", "B_buffer")
-_SINGLE = ("embedding_A_buffer", "embedding_B_buffer", "lm_head_A_buffer", "lm_head_B_buffer")
+_BUFFERS = (
+    *("A_buffer", "B_buffer"),  # name -> one per layer
+    *("embedding_A_buffer", "embedding_B_buffer", "lm_head_A_buffer", "lm_head_B_buffer"),  # name -> one
+)
+"""Attributes of SGLang's memory pool."""
 _SAME_CONFIGURATION = "trainer and engine must run the same model configuration"
 
 
@@ -165,12 +168,11 @@ class SglangLoraSlots:
         manager = self._manager
         pool = copy.copy(manager.memory_pool)
         pool.pin_memory_available = False
-        for attribute in _STACKED:
-            stacks = vars(manager.memory_pool)[attribute]
-            vars(pool)[attribute] = {name: [_blank(t, codes) for t in rows] for name, rows in stacks.items()}
-        for attribute in _SINGLE:
-            single = vars(manager.memory_pool)[attribute]
-            vars(pool)[attribute] = {name: _blank(tensor, codes) for name, tensor in single.items()}
+        for attribute in _BUFFERS:
+            vars(pool)[attribute] = {
+                name: [_blank(t, codes) for t in found] if isinstance(found, list) else _blank(found, codes)
+                for name, found in vars(manager.memory_pool)[attribute].items()
+            }
         pool.new_embeddings_buffer = {}
         try:
             config = LoRAConfig.from_dict(
@@ -247,11 +249,10 @@ def _peft_config(tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, Any
 def _buffers(pool: Any) -> dict[str, torch.Tensor]:
     """Every buffer of a pool, slots in its first dimension."""
     found: dict[str, torch.Tensor] = {}
-    for attribute in _STACKED:
-        for name, layers in vars(pool)[attribute].items():
-            found.update({f"{attribute}.{name}.{k}": tensor for k, tensor in enumerate(layers)})
-    for attribute in _SINGLE:
-        found.update({f"{attribute}.{name}": tensor for name, tensor in vars(pool)[attribute].items()})
+    for attribute in _BUFFERS:
+        for name, value in vars(pool)[attribute].items():
+            for k, tensor in enumerate(value if isinstance(value, list) else [value]):
+                found[f"{attribute}.{name}.{k}"] = tensor
     return found
 
 

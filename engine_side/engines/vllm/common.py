@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from bridge.errors import Busy, ConfigError, ProtocolError
@@ -113,13 +113,13 @@ def list_loras(loaded: Mapping[str, int], held: Iterable[int]) -> tuple[str, ...
     return (*loaded, *(f"#{lora_id}" for lora_id in sorted(set(held) - set(loaded.values()))))
 
 
-def request_lora(name: str, loaded: Mapping[str, int]) -> Any:
+def request_lora(name: str, loaded: Container[str]) -> Any:
     """The LoRARequest for a loaded LoRA. Raises NotFound."""
     from engine_side.engines.vllm.lora_slots import lora_request
 
     if name not in loaded:
         raise lora_not_loaded(name)
-    return lora_request(name, loaded[name])
+    return lora_request(name)
 
 
 def sampling_parameters(sampling: Sampling) -> Any:

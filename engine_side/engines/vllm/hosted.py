@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, wait
 from functools import partial
 from typing import Any, TypeVar
 
-from bridge.errors import BridgeError, ConfigError, PeerLost
+from bridge.errors import BridgeError, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import hosting
@@ -123,14 +123,9 @@ def host(path: str, arguments: Mapping[str, Any]) -> AsyncDriver:
         return AsyncDriver(channel, facts, "AsyncLLM", on_close=partial(_end_engine, channel, leavings))
     except BaseException as error:
         _end_engine(channel, leavings)
-        if isinstance(error, BridgeError) or not isinstance(error, Exception):
-            raise
-        raise ConfigError(
-            "vLLM could not be started with these arguments",
-            where=f"vllm:{path}",
-            got=f"{type(error).__name__}: {error}"[:2000],
-            remedy="vLLM's own log has the details",
-        ) from error
+        if isinstance(error, Exception) and not isinstance(error, BridgeError):
+            raise hosting.not_accepted("vllm", path, arguments, error) from error
+        raise
 
 
 def _end_engine(channel: VllmLoopChannel, leavings: hosting.Leavings) -> None:
