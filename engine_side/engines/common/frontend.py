@@ -211,11 +211,6 @@ class Frontend:
         self.published.paused = True
         await self._stop_engine()
 
-    def check_open(self) -> None:
-        """Raises EngineQuarantined while the engine refuses requests."""
-        if self.reason is not None:
-            raise quarantine_error(self.name, self.reason)
-
     async def _watch_holder(self, holder: msg.Claim, jobs: int) -> None:
         """Wait, while requests are held, for the end of the bridge's process: then nobody would release them.
 

@@ -1,14 +1,11 @@
-"""Read the arguments that an SGLang engine or server was started with, and refuse those that cannot be driven."""
+"""Refuse SGLang engines and servers that were started with arguments which rule out a push."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bridge.errors import ConfigError
-from bridge.model.lora_format import LoraLimits
 from engine_side.engines.common.versions import refuse_arguments
 from engine_side.engines.sglang import LOADER
 
@@ -44,48 +41,19 @@ _REQUIRED = {
 """Arguments that have to have this value: other deployments are not supported yet."""
 
 
-@dataclass(frozen=True)
-class SglangArguments:
-    """The part of an engine's start arguments that the driver needs.
+Arguments = Callable[[str], Any]
+"""Returns an argument by SGLang's name."""
 
-    Attributes:
-        checkpoint: the folder that was loaded; None for an engine that was started with dummy weights.
-        quantisation: SGLang's word for how weights are stored; None where they are stored as they are computed with.
-        lora: None for an engine that was started without LoRA.
+
+def require_supported(get: Arguments, where: str, start: str) -> None:
+    """Check the arguments that an engine or server was started with, before a bridge claims it.
+
+    Args:
+        where: the engine, for errors.
+        start: the call or command that starts an engine which can be driven, for the remedy.
+
+    Raises ConfigError for an engine that cannot be driven, naming the argument to change.
     """
-
-    ranks: int
-    device: str
-    checkpoint: Path | None
-    quantisation: str | None
-    lora: LoraLimits | None
-
-    @classmethod
-    def read(cls, get: Callable[[str], Any], where: str, start: str) -> SglangArguments:
-        """Read and check the arguments when an engine is attached or hosted.
-
-        Args:
-            get: returns an argument by SGLang's name.
-            where: the engine, for errors.
-            start: the call or command that starts an engine which can be driven, for the remedy.
-
-        Raises ConfigError for an engine that cannot be driven, naming the argument to change.
-        """
-        _require_supported(get, where, start)
-        path, quantisation = Path(get("model_path")), get("quantization")
-        # one slot less than SGLang has: it keeps one that is never pinned
-        slots = max(0, int(get("max_loras_per_batch")) - 1)
-        rank = get("max_lora_rank") if get("enable_lora") else None
-        return cls(
-            ranks=int(get("tp_size")),
-            device=str(get("device")),
-            checkpoint=path if path.is_dir() and str(get("load_format")) != "dummy" else None,
-            quantisation=None if quantisation is None else str(quantisation),
-            lora=None if rank is None else LoraLimits(int(rank), slots),
-        )
-
-
-def _require_supported(get: Callable[[str], Any], where: str, start: str) -> None:
     loaders = get("custom_weight_loader") or []
     if LOADER not in loaders:
         raise ConfigError(

@@ -15,7 +15,7 @@ from engine_side.engines.common import claim, hosting
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.versions import require_version
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.sglang.arguments import require_supported
 from engine_side.engines.sglang.in_process_channel import InProcessChannel
 from engine_side.engines.sglang.remote import SglangDriver
 from engine_side.engines.sglang.scheduler_messages import call_manager, check_weights
@@ -29,9 +29,7 @@ class SglangEngineDriver(SglangDriver):
     def __init__(self, engine: Any, *, on_close: Callable[[], None] | None = None) -> None:
         """Open the channel and ask the schedulers for their facts. Blocks. Raises ConfigError for an engine that was
         started without the loader or the plugin, or that cannot be driven."""
-        where = "sglang.Engine"
-        arguments = SglangArguments.read(partial(getattr, engine.server_args), where, START)
-        super().__init__(arguments, where, on_close=on_close)
+        super().__init__(partial(getattr, engine.server_args), "sglang.Engine", START, on_close=on_close)
         self.engine, self._manager = engine, engine.tokenizer_manager
         self._channel = InProcessChannel.open(engine, self)
         self._closed = False
@@ -136,10 +134,9 @@ def host(path: str, arguments: Mapping[str, Any]) -> SglangEngineDriver:
         raise hosting.not_installed("SGLang", error) from error
     require_version("SGLang", str(sglang.__version__))
     arguments = hosting.with_dtype(arguments)
-    server_args = _server_args(path, arguments)
     leavings, shutdown = hosting.Leavings(), None
     try:
-        engine = sglang.Engine(server_args=server_args)
+        engine = sglang.Engine(server_args=_server_args(path, arguments))
         shutdown = EngineShutdown(engine, leavings)
         return SglangEngineDriver(engine, on_close=shutdown)
     except BaseException as error:
@@ -158,14 +155,9 @@ def _server_args(path: str, arguments: Mapping[str, Any]) -> Any:
     for name, value in arguments.items():
         _check_value(name, value, fields[name])
     defaults = {"skip_tokenizer_init": True, "log_level": "error", "custom_weight_loader": [LOADER]}
-    try:
-        server_args = ServerArgs(
-            **{**defaults, **arguments, "model_path": path, "custom_sigquit_handler": ignore_sigquit}
-        )
-        start = "this argument left out: a hosted engine has it"
-        SglangArguments.read(partial(getattr, server_args), f"sglang:{path}", start)
-    except (ValueError, TypeError, AssertionError, NotImplementedError, OSError, msgspec.ValidationError) as error:
-        raise hosting.not_accepted("sglang", path, arguments, error) from error
+    server_args = ServerArgs(**{**defaults, **arguments, "model_path": path, "custom_sigquit_handler": ignore_sigquit})
+    start = "this argument left out: a hosted engine has it"
+    require_supported(partial(getattr, server_args), f"sglang:{path}", start)
     return server_args
 
 

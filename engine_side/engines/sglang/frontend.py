@@ -20,8 +20,8 @@ from bridge.errors import ConfigError, DeadlineExceeded, EngineQuarantined, Prot
 from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
-from engine_side.engines.common.published_state import CURRENT, lora_not_loaded, parse_version
-from engine_side.engines.sglang.remote import paused_by_user
+from engine_side.engines.common.published_state import CURRENT, asleep_error, lora_not_loaded, parse_version
+from engine_side.engines.sglang.remote import RESUME
 from engine_side.engines.sglang.scheduler_messages import (
     ACTION,
     FRONT,
@@ -88,7 +88,7 @@ class SglangFrontend(Frontend):
     def __init__(self, manager: Any) -> None:
         super().__init__()
         if manager.is_pause:  # requests that wait already could not be refused
-            raise paused_by_user(self.name)
+            raise asleep_error(self.name, RESUME)
         self._manager = manager
         self._known: set[str] = set()
         """LoRAs that the bridge registered with SGLang's tokenizer manager."""
@@ -136,7 +136,7 @@ class SglangFrontend(Frontend):
 
     def _require_running(self) -> None:
         if self._manager.is_pause and not self.published.paused and self.reason is None:
-            raise paused_by_user(self.name)
+            raise asleep_error(self.name, RESUME)
 
     async def _close_gate(self) -> None:
         self._require_running()
@@ -248,19 +248,16 @@ class SglangFrontend(Frontend):
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
             if (counter is None or counter.value == 0) and not self._manager.lora_update_lock.locked():
-                await self._wait_for_unload(task, name)
-
-    async def _wait_for_unload(self, task: asyncio.Task[None], name: str) -> None:
-        try:
-            async with asyncio.timeout(_END_S):
-                await asyncio.shield(task)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "SGLang's schedulers did not unload an adapter that no request uses",
-                where=name,
-                expected=f"an answer to unload_lora_adapter within {_END_S:g} s",
-                remedy="look in SGLang's log for a scheduler that hangs",
-            ) from None
+                try:
+                    async with asyncio.timeout(_END_S):
+                        await asyncio.shield(task)
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        "SGLang's schedulers did not unload an adapter that no request uses",
+                        where=name,
+                        expected=f"an answer to unload_lora_adapter within {_END_S:g} s",
+                        remedy="look in SGLang's log for a scheduler that hangs",
+                    ) from None
 
     async def _unload(self, name: str) -> None:
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput

@@ -23,7 +23,7 @@ from bridge.errors import ConfigError, ShapeMismatch, UnexpectedTensor, Unsuppor
 from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
-from engine_side.engines.common.published_state import lora_not_loaded
+from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
 from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
 from engine_side.plan import bake
 from engine_side.plan.loader_errors import LOADER_ERRORS, LoaderRaised
@@ -36,7 +36,6 @@ _BUFFERS = (
     *("embedding_A_buffer", "embedding_B_buffer", "lm_head_A_buffer", "lm_head_B_buffer"),  # name -> one
 )
 """Attributes of SGLang's memory pool."""
-_SAME_CONFIGURATION = "trainer and engine must run the same model configuration"
 
 
 class SglangLoraSlots:
@@ -188,13 +187,7 @@ class SglangLoraSlots:
                 "weighbridge", 0, lora, manager.lora_modules, manager.embed_tokens_module, manager.lm_head_module
             )
         except LOADER_ERRORS as error:
-            raise ShapeMismatch(
-                "an adapter's tensors do not fit the engine's slots",
-                where="SGLang's LoRA memory pool",
-                got=f"{type(error).__name__}: {error}",
-                remedy=_SAME_CONFIGURATION,
-                names=tuple(i.name for i in tensors),
-            ) from error
+            raise lora_misfit("SGLang's LoRA memory pool", error, (info.name for info in tensors)) from error
         return pool
 
     def _require_fit(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> None:
@@ -223,7 +216,7 @@ class SglangLoraSlots:
                         where=info.name,
                         expected=str(list(wanted)),
                         got=str(list(info.shape)),
-                        remedy=_SAME_CONFIGURATION,
+                        remedy="trainer and engine must run the same model configuration",
                         names=(info.name,),
                     )
         if unknown:

@@ -7,15 +7,17 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
+from bridge.errors import DeadlineExceeded, ProtocolError
+from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
-from engine_side.engines.common.published_state import BASE, check_mode
-from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.common.published_state import BASE, asleep_error, check_mode
+from engine_side.engines.sglang.arguments import Arguments, require_supported
 from engine_side.engines.sglang.scheduler_messages import (
     FACTS,
     JOB,
@@ -27,6 +29,8 @@ from engine_side.engines.sglang.scheduler_messages import (
     read_answer,
 )
 
+RESUME = "call continue_generation, then try again"
+"""Remedy for an engine that somebody else has paused: requests of the bridge would wait for them."""
 _POLL_S = 0.005
 _GRACE_S = 3.0
 """Seconds for all calls together that follow a deadline which the engine let pass: to resume it, or to refuse."""
@@ -49,18 +53,25 @@ class SglangDriver(FrontendClient):
     vocabulary: int
     cache_grain: int
 
-    def __init__(self, arguments: SglangArguments, where: str, *, on_close: Callable[[], None] | None = None) -> None:
+    def __init__(self, get: Arguments, where: str, start: str, *, on_close: Callable[[], None] | None = None) -> None:
         """Make the driver; nothing is sent yet.
 
         Args:
-            where: the engine, for errors.
+            get: returns an argument that the engine was started with.
+            where, start: as in `require_supported`, whose error is raised for an engine that cannot be driven.
             on_close: ends an engine that belongs to the driver.
         """
         super().__init__(on_close)
+        require_supported(get, where, start)
         self.where = where
-        self.ranks, self.checkpoint = arguments.ranks, arguments.checkpoint
-        self.quantisation, self.lora = arguments.quantisation, arguments.lora
-        self._on_cpu = arguments.device == "cpu"
+        self.ranks, self._on_cpu = int(get("tp_size")), str(get("device")) == "cpu"
+        path, quantisation = Path(get("model_path")), get("quantization")
+        self.checkpoint = path if path.is_dir() and str(get("load_format")) != "dummy" else None
+        self.quantisation = None if quantisation is None else str(quantisation)
+        # one slot less than SGLang has: it keeps one that is never pinned
+        slots = max(0, int(get("max_loras_per_batch")) - 1)
+        rank = get("max_lora_rank") if get("enable_lora") else None
+        self.lora = None if rank is None else LoraLimits(int(rank), slots)
         self._push: Deadline | None = None  # of the push that has the engine paused
         self._grace: Deadline | None = None  # for an engine that has let a deadline pass
 
@@ -219,7 +230,7 @@ class SglangDriver(FrontendClient):
         if state.refusal is not None or state.paused:
             return
         if self.facts().paused:
-            raise paused_by_user(self.where)
+            raise asleep_error(self.where, RESUME)
         # the first forward of some of SGLang's models changes their module tree, which has to be over before a push
         # compares the tree with what it was
         sampling = Sampling(max_tokens=2, temperature=0.0)
@@ -233,14 +244,3 @@ class SglangDriver(FrontendClient):
 
     def _close_scheduling(self) -> None:
         self.ask(SHUT)
-
-
-def paused_by_user(where: str) -> ConfigError:
-    """Make the error for an engine that somebody else has paused: requests of the bridge would wait for them."""
-    return ConfigError(
-        "the engine is paused",
-        where=where,
-        expected="a running engine",
-        got="somebody else called pause_generation",
-        remedy="call continue_generation, then try again",
-    )

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bridge.coordinator.health import Check
-from bridge.errors import BridgeError, ProtocolError
+from bridge.errors import BridgeError
 from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
 from engine_side.engines.common.frontend_client import CALL_S
-from engine_side.engines.common.http import HttpClient, HttpStatus
+from engine_side.engines.common.http import HttpClient, HttpStatus, read_field
 from engine_side.engines.common.versions import require_version
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.sglang.arguments import Arguments
 from engine_side.engines.sglang.remote import SglangDriver
 from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, without_plugin
 
@@ -26,8 +26,8 @@ START = f"python -m sglang.launch_server --model-path PATH --custom-weight-loade
 class SglangServerDriver(SglangDriver):
     """The driver of a server, which stays its owner's, over its endpoints."""
 
-    def __init__(self, client: HttpClient, arguments: SglangArguments) -> None:
-        super().__init__(arguments, client.url)
+    def __init__(self, client: HttpClient, get: Arguments) -> None:
+        super().__init__(get, client.url, START)
         self._client = client
 
     def ask_frontend(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
@@ -57,15 +57,8 @@ class SglangServerDriver(SglangDriver):
             if error.status == 400:
                 return False, error.text
             raise error.as_error() from error
-        if not isinstance(answer, dict) or not isinstance(answer.get("message"), str):
-            raise ProtocolError(
-                "the server's answer is not one of SGLang's",
-                where=f"{self.where}/weights_checker",
-                expected='{"success": ..., "message": "..."}',
-                got=str(answer)[:200],
-                remedy="give the address of the engine's own server, not of a router before it",
-            )
-        return bool(answer.get("success")), answer["message"]
+        message = read_field(answer, "message", str, f"{self.where}/weights_checker")
+        return bool(answer.get("success")), message
 
     def examine(self, deadline: Deadline) -> Iterator[Check]:
         """Report whether the server serves, which version, who drives it, and whether its weights are those that were
@@ -85,7 +78,7 @@ def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | No
     if info is None:
         return None
     require_version("SGLang", str(info["version"]))
-    driver = SglangServerDriver(client, SglangArguments.read(info.get, client.url, START))
+    driver = SglangServerDriver(client, info.get)
     server_checks.identify(lambda request: driver.ask_frontend(request, deadline), client.url)
     driver.facts()
     return driver

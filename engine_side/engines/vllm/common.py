@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from bridge.errors import Busy, ConfigError, ProtocolError
+from bridge.errors import Busy, ProtocolError
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common.published_state import lora_not_loaded, parse_version
@@ -86,13 +86,6 @@ class VllmDriver:
     @abstractmethod
     def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
         """Call a method of vLLM's engine by name. Raises PeerLost, DeadlineExceeded."""
-
-
-def asleep_error(where: str, remedy: str) -> ConfigError:
-    """The error for an engine whose owner has paused it or put it to sleep."""
-    return ConfigError(
-        "the engine is asleep or paused", where=where, expected="an engine that runs", got="asleep", remedy=remedy
-    )
 
 
 def kept_requests_error(where: str) -> Busy:

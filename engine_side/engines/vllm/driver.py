@@ -17,6 +17,7 @@ from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.common.published_state import (
     CURRENT,
     PublishedState,
+    asleep_error,
     check_mode,
     lora_not_loaded,
     parse_version,
@@ -25,7 +26,6 @@ from engine_side.engines.common.shared_storage import require_apart
 from engine_side.engines.common.versions import require_version
 from engine_side.engines.vllm.common import (
     VllmDriver,
-    asleep_error,
     kept_requests_error,
     list_loras,
     read_completion,

@@ -24,10 +24,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.protocol.codec import Completion, pack
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import Frontend
-from engine_side.engines.common.published_state import parse_version
+from engine_side.engines.common.frontend import Frontend, quarantine_error
+from engine_side.engines.common.published_state import asleep_error, parse_version
 from engine_side.engines.vllm.common import (
-    asleep_error,
     list_loras,
     read_completion,
     request_lora,
@@ -67,24 +66,22 @@ class VllmFrontend(Frontend):
     # ---- requests of the engine's users --------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def admitted(self, request_id: str) -> AsyncIterator[None]:
-        """Inside, a request may be handed to the engine. Waits during a push; raises EngineQuarantined while the engine
-        refuses. The bridge's own requests pass: they have waited already."""
-        if request_id in self._ours:
-            yield
-            return
-        await self._enter()
+    async def entered(self, past: bool) -> AsyncIterator[None]:
+        """Inside, requests may be handed to the engine; no push begins before they are there. Unless `past` this waits
+        during a push, and raises EngineQuarantined while the engine refuses."""
+        while not past and not self._opened.is_set():
+            await self._opened.wait()
+        if not past and self.reason is not None:
+            raise quarantine_error(self.name, self.reason)
+        self._entering += 1
         try:
             yield
         finally:
             self._entering -= 1
 
-    async def _enter(self) -> None:
-        """Wait for the gate, and count as entering until the caller takes itself off again."""
-        while not self._opened.is_set():
-            await self._opened.wait()
-        self.check_open()
-        self._entering += 1
+    def is_ours(self, request_id: str) -> bool:
+        """True for a request of the bridge, which has waited already."""
+        return request_id in self._ours
 
     async def lora_request(self, name: str) -> Any:
         """vLLM's request for "current", "base" or a loaded LoRA; None for the base model. Raises NotFound."""
@@ -191,11 +188,7 @@ class VllmFrontend(Frontend):
                 queue.close()
 
     async def _add(self, request: msg.Generate, names: list[str], queues: list[Any]) -> None:
-        if request.past_gate:
-            self._entering += 1
-        else:
-            await self._enter()
-        try:
+        async with self.entered(request.past_gate):
             # no push can begin any more, and none is under way: if the engine sleeps, its owner has put it to sleep
             if not self.published.paused and await self._live().is_sleeping():
                 raise asleep_error(self.name, "resume it or wake it up, then try again")
@@ -205,8 +198,6 @@ class VllmFrontend(Frontend):
             for name, ids in zip(names, request.prompts, strict=True):
                 prompt = {"prompt_token_ids": list(ids)}
                 queues.append(await self._live().add_request(name, prompt, sampling, lora_request=lora))
-        finally:
-            self._entering -= 1
 
     def _live(self) -> Any:
         engine = self._engine()
@@ -232,7 +223,7 @@ def wrap_add_request(add_request: Coroutine) -> Coroutine:
     async def call(self: AsyncLLM, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         front = VllmFrontend.of(self)
         try:
-            async with front.admitted(request_id):
+            async with front.entered(past=front.is_ours(request_id)):
                 wanted = (getattr(params, "extra_args", None) or {}).get(XARG)
                 if wanted is not None:
                     kwargs["lora_request"] = await front.lora_request(str(wanted))

@@ -110,14 +110,13 @@ def host(path: str, arguments: Mapping[str, Any]) -> AsyncDriver:
 
     require_version("vLLM", str(vllm.__version__))
     register()  # in an environment where the plugin's entry point is switched off, our own engine has it all the same
-    config = _engine_config(path, arguments)
     channel, leavings = VllmLoopChannel(), hosting.Leavings()
 
-    async def start() -> Any:  # on the loop, so that vLLM's output handler starts there
+    async def start(config: Any) -> Any:  # on the loop, so that vLLM's output handler starts there
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
     try:
-        channel.engine = channel.run(start(), None)
+        channel.engine = channel.run(start(_engine_config(path, arguments)), None)
         channel.front = VllmFrontend.of(channel.engine)
         facts = facts_of(channel.engine.vllm_config)
         return AsyncDriver(channel, facts, "AsyncLLM", on_close=partial(_end_engine, channel, leavings))
@@ -149,10 +148,7 @@ def _engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
     given = {**hosting.with_dtype(arguments), "model": path}
     given.setdefault("skip_tokenizer_init", True)  # prompts and answers are token ids
     given.setdefault("weight_transfer_config", WeightTransferConfig(backend=BACKEND))
-    try:
-        config = AsyncEngineArgs(**given).create_engine_config()
-    except (ValueError, TypeError, AssertionError, NotImplementedError, OSError) as error:
-        raise hosting.not_accepted("vllm", path, arguments, error) from error
+    config = AsyncEngineArgs(**given).create_engine_config()
     check_facts(
         facts_of(config),
         where="weight_transfer_config",

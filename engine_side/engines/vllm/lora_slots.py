@@ -25,7 +25,7 @@ from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Fill, Move, Region
 from bridge.tracing.recorder import Recorder
-from engine_side.engines.common.published_state import lora_not_loaded
+from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
 from engine_side.plan.bake import stand_ins, uncovered_fills
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import LoraView
@@ -231,13 +231,7 @@ class VllmLoraSlots:
         except BridgeError:
             raise
         except LOADER_ERRORS as error:
-            raise ShapeMismatch(
-                "an adapter's tensors do not fit the engine's slots",
-                where="set_lora",
-                got=f"{type(error).__name__}: {error}",
-                remedy="trainer and engine must run the same configuration",
-                names=tuple(weights),
-            ) from error
+            raise lora_misfit("set_lora", error, weights) from error
         moved = {move.target for move in recorder.moves}
         zeros = tuple(fill for fill in uncovered_fills(recorder) if fill.target in moved)
         shapes = {info.name: info.shape for info in tensors}

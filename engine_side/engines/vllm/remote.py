@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
-from engine_side.engines.common.published_state import check_mode
-from engine_side.engines.vllm.common import VllmDriver, asleep_error, kept_requests_error
+from engine_side.engines.common.published_state import asleep_error, check_mode
+from engine_side.engines.vllm.common import VllmDriver, kept_requests_error
 from engine_side.engines.vllm.facts import VllmFacts
 
 _PAUSE_MODES = {"drain": "wait", "abort": "abort", "keep": "keep"}

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 
 from bridge.coordinator.health import Check
-from bridge.errors import BridgeError, ConfigError, ProtocolError
+from bridge.errors import BridgeError, ConfigError
 from bridge.protocol.codec import pack, unpack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
-from engine_side.engines.common.http import HttpClient, HttpStatus
+from engine_side.engines.common.http import HttpClient, HttpStatus, read_field
 from engine_side.engines.common.versions import require_version
 from engine_side.engines.vllm.facts import VllmFacts, backend_error, check_facts
 from engine_side.engines.vllm.plugin import BACKEND, FRONT
@@ -87,16 +87,7 @@ class VllmHttpChannel:
             raise error.as_error() from error
         if route.answer is None:
             return None
-        found = answer.get(route.answer) if isinstance(answer, dict) else None
-        if not isinstance(found, route.kind):
-            raise ProtocolError(
-                "the server's answer has another form",
-                where=f"{self._client.url}{route.path}",
-                expected=f"an object in which {route.answer!r} is of type {route.kind.__name__}",
-                got=str(answer)[:200],
-                remedy="give the address of the engine's own server, not of a router before it",
-            )
-        return found
+        return read_field(answer, route.answer, route.kind, f"{self._client.url}{route.path}")
 
 
 class VllmServerDriver(AsyncDriver):
