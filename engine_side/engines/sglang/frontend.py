@@ -16,10 +16,10 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from bridge.errors import ConfigError, DeadlineExceeded, EngineQuarantined, ProtocolError
+from bridge.errors import DeadlineExceeded, EngineQuarantined, ProtocolError
 from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
+from engine_side.engines.common.frontend import Frontend, answer, quarantine_error
 from engine_side.engines.common.published_state import CURRENT, asleep_error, lora_not_loaded, parse_version
 from engine_side.engines.sglang.remote import RESUME
 from engine_side.engines.sglang.scheduler_messages import (
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 PASSES_GATE: ContextVar[bool] = ContextVar("weighbridge_passes_gate", default=False)
 """Set in tasks whose requests are the bridge's own: they pass the gate of a paused engine."""
-_KEY = "_weighbridge_front"
 _TURN = "_weighbridge_turn"
 _POLL_S = 0.02
 _TURN_S = 600.0
@@ -86,6 +85,7 @@ class SglangFrontend(Frontend):
     name = "SGLang"
 
     def __init__(self, manager: Any) -> None:
+        """Raises ConfigError for a paused engine."""
         super().__init__()
         if manager.is_pause:  # requests that wait already could not be refused
             raise asleep_error(self.name, RESUME)
@@ -96,14 +96,6 @@ class SglangFrontend(Frontend):
         self._sglang_resolve = manager._validate_and_resolve_lora
         manager._validate_and_resolve_lora = self._resolve_lora
         self._retiring: set[asyncio.Task[None]] = set()
-
-    @classmethod
-    def of(cls, manager: Any) -> SglangFrontend:
-        """Return the frontend of this tokenizer manager, made if it has none. Raises ConfigError for a paused one."""
-        found = vars(manager).get(_KEY)
-        if not isinstance(found, SglangFrontend):
-            found = vars(manager)[_KEY] = cls(manager)
-        return found
 
     def _passes(self, runs: bool) -> bool:
         """Return whether a request passes that waits until the engine `runs`; raises to refuse it."""
@@ -310,10 +302,7 @@ async def answer_check_weights(original: Callable[..., Any], self: Any, obj: Any
     if obj.action == ACTION and obj.skip_tensor_list:
         verb, text = obj.skip_tensor_list
         if verb == FRONT:
-            try:
-                return True, await SglangFrontend.of(self).answer(text), None, None
-            except ConfigError as error:  # there is no frontend yet, and the engine is paused
-                return True, pack_error(error), None, None
+            return True, await answer(lambda: SglangFrontend.of(self), text), None, None
         if verb == JOB:
             SglangFrontend.of(self).jobs += 1
         return await _in_turn(self, original(self, obj, request))

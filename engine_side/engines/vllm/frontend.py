@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.protocol.codec import Completion, pack
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import Frontend, quarantine_error
+from engine_side.engines.common.frontend import Frontend, answer, quarantine_error
 from engine_side.engines.common.published_state import asleep_error, parse_version
 from engine_side.engines.vllm.common import (
     list_loras,
@@ -36,7 +36,6 @@ from engine_side.engines.vllm.facts import facts_of
 from engine_side.engines.vllm.liveness import died_error
 from engine_side.engines.vllm.plugin import FRONT, LORAS, METHOD
 
-_KEY = "_weighbridge_front"
 XARG = "weighbridge_adapter"
 """Sampling argument by which an HTTP client asks for a LoRA: `"vllm_xargs": {"weighbridge_adapter": "current"}`."""
 
@@ -54,14 +53,6 @@ class VllmFrontend(Frontend):
         self._entering = 0
         self._ours: set[str] = set()
         self._privileged: set[str] = set()
-
-    @classmethod
-    def of(cls, engine: AsyncLLM) -> VllmFrontend:
-        """The frontend of this engine; made at the first call."""
-        found = vars(engine).get(_KEY)
-        if not isinstance(found, VllmFrontend):
-            found = vars(engine)[_KEY] = cls(engine)
-        return found
 
     # ---- requests of the engine's users --------------------------------------------------------------------------
 
@@ -176,7 +167,16 @@ class VllmFrontend(Frontend):
         if request.past_gate:
             self._privileged.update(names)
         try:
-            await self._add(request, names, queues)
+            async with self.entered(request.past_gate):
+                # no push can begin any more, and none is under way: if the engine sleeps, its owner has put it to sleep
+                if not self.published.paused and await engine.is_sleeping():
+                    raise asleep_error(self.name, "resume it or wake it up, then try again")
+                lora = await self.lora_request(request.lora)
+                sampling = sampling_parameters(request.sampling)
+                sampling.output_kind = RequestOutputKind.FINAL_ONLY
+                for name, ids in zip(names, request.prompts, strict=True):
+                    prompt = {"prompt_token_ids": list(ids)}
+                    queues.append(await engine.add_request(name, prompt, sampling, lora_request=lora))
             return [read_completion(await _final_output(queue)) for queue in queues]
         finally:
             self._ours.difference_update(names)
@@ -186,18 +186,6 @@ class VllmFrontend(Frontend):
                 await asyncio.shield(engine.abort(unfinished, internal=True))
             for queue in queues:
                 queue.close()
-
-    async def _add(self, request: msg.Generate, names: list[str], queues: list[Any]) -> None:
-        async with self.entered(request.past_gate):
-            # no push can begin any more, and none is under way: if the engine sleeps, its owner has put it to sleep
-            if not self.published.paused and await self._live().is_sleeping():
-                raise asleep_error(self.name, "resume it or wake it up, then try again")
-            lora = await self.lora_request(request.lora)
-            sampling = sampling_parameters(request.sampling)
-            sampling.output_kind = RequestOutputKind.FINAL_ONLY
-            for name, ids in zip(names, request.prompts, strict=True):
-                prompt = {"prompt_token_ids": list(ids)}
-                queues.append(await self._live().add_request(name, prompt, sampling, lora_request=lora))
 
     def _live(self) -> Any:
         engine = self._engine()
@@ -245,7 +233,7 @@ def wrap_collective_rpc(collective_rpc: Coroutine) -> Coroutine:
         self: AsyncLLM, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
     ) -> Any:
         if method == FRONT:
-            return [await VllmFrontend.of(self).answer(*args)]
+            return [await answer(lambda: VllmFrontend.of(self), *args)]
         if method == METHOD:
             VllmFrontend.of(self).jobs += 1
         return await collective_rpc(self, method, timeout, args, kwargs)

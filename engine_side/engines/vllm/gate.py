@@ -104,12 +104,9 @@ class VllmGate:
     def _entered(self, deadline: Deadline | None) -> Iterator[None]:
         """Inside, a request is handed to the engine under the weights that serve now: no push begins before it has
         arrived. Waits and raises as `enter`."""
-        while True:
+        with self._opened:  # reentrant: no push begins between the two
             self.enter(deadline)
-            with self._opened:
-                if not self.held:
-                    self._entering += 1
-                    break
+            self._entering += 1
         try:
             yield
         finally:
