@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -43,7 +44,7 @@ class SglangLoraSlots:
 
     def __init__(self, host: RankHost, manager: Any, checkpoint: Path | None) -> None:
         self._manager = manager
-        self._fused = FusedModules(host, checkpoint)
+        self._host, self._checkpoint = host, checkpoint
         self._layouts: dict[str, SglangSlotLayout] = {}
         self._used: set[str] = set()
 
@@ -128,16 +129,33 @@ class SglangLoraSlots:
 
     # ---- layout --------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _fused(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
+        """(outputs, inputs) of each module's weight, and the modules that end in one parameter of the engine with it,
+        itself included, as a trace of the engine's own loader shows. Of the checkpoint that the engine was started
+        from; nothing if that folder is not at hand."""
+        infos = () if self._checkpoint is None else checkpoint_tensors(self._checkpoint)
+        matrices = [i for i in infos if len(i.shape) == 2 and i.name.endswith(".weight")]
+        shapes = {i.name.removesuffix(".weight"): (i.shape[0], i.shape[1]) for i in matrices}
+        landed: dict[str, dict[str, None]] = {}
+        with suppress(LoaderRaised):
+            for move in bake.trace(self._host, bake.stand_ins(infos)).moves if infos else ():
+                module = move.tensor.removesuffix(".weight")
+                if module in shapes:
+                    landed.setdefault(move.target, {})[module] = None
+        return shapes, {name: tuple(names) for names in landed.values() for name in names}
+
     def _left_out(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> list[TensorInfo]:
         """List the tensors of a fused layer's other modules: SGLang drops, misplaces or refuses a LoRA for a part of it
         (https://github.com/sgl-project/sglang/pull/28199)."""
+        shapes, groups = self._fused
         known = {pair.module for pair in pairs(tensors)}
         out: list[TensorInfo] = []
         for pair in pairs(tensors):
-            for module, (rows, columns) in self._fused.fused_with(pair.module).items():
+            for module in groups.get(pair.module, ()):
                 if module not in known and not pair.embedding:
                     known.add(module)
-                    a, b = names_of(module)
+                    (rows, columns), (a, b) = shapes[module], names_of(module)
                     out.append(TensorInfo(a, pair.a.dtype, (spec.rank, columns)))
                     out.append(TensorInfo(b, pair.b.dtype, (rows, spec.rank)))
         return out
@@ -204,7 +222,7 @@ class SglangLoraSlots:
         for pair in pairs(tensors):
             if not pool.can_support(LoRAConfig.from_dict(_peft_config((pair.a,), spec))):
                 unknown += [pair.a.name, pair.b.name]
-            shape = self._fused.shape(pair.module)
+            shape = self._fused[0].get(pair.module)
             if shape is None:
                 continue
             # each part: a stack of a fused layer may have the right shape though its parts do not
@@ -256,43 +274,3 @@ def _blank(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _rows(slot: torch.Tensor) -> torch.Tensor:
     """A slot as a matrix; experts one below the other."""
     return slot.view(-1, slot.shape[-1])
-
-
-class FusedModules:
-    """Finds which modules of a checkpoint end in one fused parameter of the engine, by tracing the engine's own loader,
-    once, when it is first asked. Knows the checkpoint that the engine was started from; nothing if that folder is not
-    at hand."""
-
-    def __init__(self, host: RankHost, checkpoint: Path | None) -> None:
-        self._host = host
-        self._checkpoint = checkpoint
-
-    def shape(self, module: str) -> tuple[int, int] | None:
-        """Return (outputs, inputs) of a module's weight; None for a module that is not in the checkpoint."""
-        return self._shapes.get(module)
-
-    def fused_with(self, module: str) -> Mapping[str, tuple[int, int]]:
-        """Return the shapes of the modules that share a parameter with this one, itself included."""
-        return {name: self._shapes[name] for name in self._groups.get(module, ())}
-
-    @cached_property
-    def _infos(self) -> tuple[TensorInfo, ...]:
-        return () if self._checkpoint is None else checkpoint_tensors(self._checkpoint)
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        found = [i for i in self._infos if len(i.shape) == 2 and i.name.endswith(".weight")]
-        return {i.name.removesuffix(".weight"): (i.shape[0], i.shape[1]) for i in found}
-
-    @cached_property
-    def _groups(self) -> dict[str, tuple[str, ...]]:
-        try:
-            found = bake.trace(self._host, bake.stand_ins(self._infos)) if self._infos else None
-        except LoaderRaised:
-            return {}
-        landed: dict[str, dict[str, None]] = {}
-        for move in found.moves if found is not None else ():
-            module = move.tensor.removesuffix(".weight")
-            if module in self._shapes:
-                landed.setdefault(move.target, {})[module] = None
-        return {name: tuple(names) for names in landed.values() for name in names}
