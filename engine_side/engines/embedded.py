@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, NotFound, UnsupportedLora
-from bridge.model.lora_format import LoraLimits, LoraSpec
+from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
@@ -23,6 +23,7 @@ from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
+from engine_side.engines.common.shared_storage import require_apart
 from engine_side.protocol import LoraView, PromptBatch
 
 
@@ -35,28 +36,13 @@ class EmbeddedDriver:
     def __init__(self, engine: Engine, *, owned: bool = False) -> None:
         self.engine = engine
         self._owned = owned
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The checkpoint folder; None for an engine that was started without weights."""
-        config = self.engine.config
-        return Path(config.path) if config.load == "checkpoint" else None
-
-    @property
-    def ranks(self) -> int:
-        return self.engine.config.tensor_parallel_size
-
-    @property
-    def max_prompt(self) -> int:
-        return self.engine.runner.limits.max_seq_len - 1
-
-    @property
-    def vocabulary(self) -> int:
-        return self.engine.runner.model_config.vocab_size
-
-    @property
-    def cache_grain(self) -> int:
-        return self.engine.runner.limits.block_size
+        config, runner = engine.config, engine.runner
+        self.checkpoint = Path(config.path) if config.load == "checkpoint" else None
+        self.ranks = config.tensor_parallel_size
+        self.max_prompt = runner.limits.max_seq_len - 1
+        self.vocabulary = runner.model_config.vocab_size
+        self.cache_grain = runner.limits.block_size
+        self.lora = None if runner.lora is None else runner.lora.limits
 
     def claim(self, owner: str) -> None:
         claim.take(self.engine, self, owner)
@@ -80,11 +66,6 @@ class EmbeddedDriver:
 
     def end_users(self, names: Iterable[str]) -> None:
         self.engine.end_users(names)
-
-    @property
-    def lora(self) -> LoraLimits | None:
-        manager = self.engine.runner.lora
-        return None if manager is None else manager.limits
 
     def loaded_loras(self) -> tuple[str, ...]:
         return self.engine.adapters
@@ -115,19 +96,8 @@ class EmbeddedDriver:
         return self.engine.generate(prompts, sampling, adapter, past_gate=past_gate, deadline=deadline)
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
-        """Raise ConfigError when a live weight lies in one of these storages. Only rank 0's lie in this process;
-        storage that post-load has emptied has no address."""
-        for name, param in self.engine.runner.model.named_parameters():
-            address = param.untyped_storage().data_ptr()
-            if address and address in storages:
-                raise ConfigError(
-                    "the trainer and the engine share storage",
-                    where=name,
-                    expected="an engine with weights of its own",
-                    got=f"address {address:#x} on both sides",
-                    remedy="clone one of them",
-                    names=(name,),
-                )
+        """Raise ConfigError when a live weight lies in one of these storages. Only rank 0's lie in this process."""
+        require_apart(self.engine.runner.model.named_parameters(), storages)
 
     def close(self) -> None:
         claim.give_up(self.engine, self)

@@ -22,6 +22,7 @@ from bridge.model.regions import Move, Routes
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
+from engine_side.engines.common.shared_storage import require_apart
 from engine_side.live.inplace import reflect, twin_parameter
 from engine_side.protocol import LoraView, PromptBatch
 
@@ -121,16 +122,8 @@ class ModuleDriver:
         trainer's storages, or the module's tensors, have changed since the last call."""
         if storages is self._apart and self._bindings is not None and self._bindings.unchanged():
             return
-        shared = sorted(name for name, address in storages_of(self.module).items() if address in storages)
-        if shared:
-            raise ConfigError(
-                "the trainer and the attached module share storage",
-                where=f"{', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}",
-                expected="a module with weights of its own",
-                got=f"{len(shared)} tensors at the same address on both sides",
-                remedy="attach a copy (copy.deepcopy(module))",
-                names=tuple(shared),
-            )
+        remedy = "attach a copy (copy.deepcopy(module))"
+        require_apart(_by_name(self.module).items(), storages, "attached module", remedy)
         self._apart, self._bindings = storages, _Bindings(self.module)
 
     def close(self) -> None:
@@ -165,14 +158,11 @@ class ModuleRankHost:
         by_name: dict[str, list[Move]] = {}
         for move in routes.moves if routes is not None else ():
             by_name.setdefault(move.tensor, []).append(move)
+        shapes = {name: tuple(into.shape) for name, into in tensors.items()} if routes is None else routes.shapes
         for name, weight in weights:
+            _expect(name, weight, shapes.get(name))
             if routes is None:
-                into = tensors.get(name)
-                _expect(name, weight, None if into is None else tuple(into.shape))
-                if into is not None:
-                    into.detach().copy_(weight)
-                continue
-            _expect(name, weight, routes.shapes.get(name))
+                tensors[name].detach().copy_(weight)
             for move in by_name.get(name, ()):
                 live = tensors[move.target].detach()
                 into = live.as_strided(move.dest.shape, move.dest.strides, live.storage_offset() + move.dest.offset)
@@ -265,12 +255,6 @@ def _no_lora(name: str) -> NotFound:
 def attach(engine: object, canonical: CanonicalRoutes | None = None) -> ModuleDriver | None:
     """Return the driver of a module of this process; None for any other object."""
     return ModuleDriver(engine, canonical) if isinstance(engine, nn.Module) else None
-
-
-def storages_of(module: nn.Module) -> dict[str, int]:
-    """Return name -> storage address of every parameter and buffer that has memory."""
-    tensors = _by_name(module).items()
-    return {name: t.untyped_storage().data_ptr() for name, t in tensors if t.device.type != "meta" and t.numel()}
 
 
 class _Bindings:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HOSTED: Mapping[str, str] = {
     "embedded": "engine_side.engines.embedded:host",
     "vllm": "engine_side.engines.vllm.hosted:host",
-    "sglang": "engine_side.engines.sglang.hosted:host",
+    "sglang": "engine_side.engines.sglang.driver:host",
 }
 """Scheme of an engine spec ("embedded:PATH") -> factory taking (path, engine arguments)."""
 VARIABLES: Mapping[str, tuple[str, ...]] = {"vllm": ("VLLM_",), "sglang": ("SGLANG_",)}

@@ -11,7 +11,7 @@ import pytest
 from bridge.daemon.processes import started_at
 from bridge.errors import Busy, DeadlineExceeded
 from bridge.protocol.codec import Completion
-from engine_side.engines.common import frontend, published_state
+from engine_side.engines.common import frontend
 from engine_side.engines.common import frontend_messages as msg
 
 
@@ -22,12 +22,11 @@ class IdleFrontend(frontend.Frontend):
 
     def __init__(self, stuck: bool = False) -> None:
         super().__init__()
-        self.published = published_state.PublishedState()
         self.stuck = stuck
         self.shut = False
 
-    def _facts(self) -> tuple[str, bytes, int]:
-        return "1", b"", 1
+    def _facts(self) -> tuple[bytes, int]:
+        return b"", 1
 
     @property
     def _held(self) -> bool:

@@ -17,7 +17,7 @@ from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import Move, Routes, dense
 from bridge.protocol.codec import Sampling
-from engine_side.engines.module import ModuleDriver, ModuleRankHost, attach, storages_of
+from engine_side.engines.module import ModuleDriver, ModuleRankHost, attach
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import Verifier
 
@@ -217,7 +217,7 @@ def test_what_a_module_cannot_do() -> None:
 def test_shared_storage_is_refused_by_name() -> None:
     live = Net()
     driver = ModuleDriver(live)
-    driver.refuse_shared(frozenset(storages_of(copy.deepcopy(live)).values()))
+    driver.refuse_shared(frozenset(t.untyped_storage().data_ptr() for t in copy.deepcopy(live).state_dict().values()))
     with pytest.raises(ConfigError, match="share storage") as caught:
         driver.refuse_shared(frozenset({live.gain.untyped_storage().data_ptr()}))
     assert caught.value.names == ("gain",)

@@ -15,7 +15,7 @@ from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.hosting import Leavings
 from engine_side.engines.sglang import frontend, in_process_channel
-from engine_side.engines.sglang.hosted import EngineShutdown
+from engine_side.engines.sglang.driver import EngineShutdown
 from engine_side.engines.sglang.in_process_channel import InProcessChannel
 from engine_side.engines.sglang.scheduler_messages import ACTION, FACTS, SchedulerAnswer
 

@@ -30,14 +30,11 @@ def take(engine: object, driver: object, owner: str) -> None:
     """
     mine = _Claim(owner)
     mine._driver = ref(driver)
-    state = vars(engine)
-    found = state.setdefault(_KEY, mine)  # one step: of two threads that claim at once only one finds its own
-    if found is mine:
-        return
+    found = vars(engine).setdefault(_KEY, mine)  # one step: of two threads that claim at once only one finds its own
     holder = _driver_of(found)
     if holder is not None and holder is not driver:
         raise busy_error(type(engine).__name__, owner, str(found))
-    state[_KEY] = mine
+    vars(engine)[_KEY] = mine
 
 
 def give_up(engine: object, driver: object) -> bool:

@@ -12,7 +12,8 @@ import logging
 import os
 import socket
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 HOLD_S = 60.0
 """Longest wait for requests that are on their way into the engine when a push begins."""
+_KEY = "_weighbridge_front"
 _WATCH_S = 0.5
 
 
@@ -39,20 +41,28 @@ class Frontend:
     """
 
     name: str
-    published: PublishedState
 
     def __init__(self) -> None:
+        self.published = PublishedState()
         self.reason: str | None = None
         self.jobs = 0
         self._holder: msg.Claim | None = None
         self._visible = False
         self._watch: asyncio.Task[None] | None = None
 
+    @classmethod
+    def of(cls, engine: Any) -> Self:
+        """The frontend that hangs on this object of the engine; made at the first call."""
+        found = vars(engine).get(_KEY)
+        if not isinstance(found, cls):
+            found = vars(engine)[_KEY] = cls(engine)  # type: ignore[call-arg]  # an engine's own class takes it
+        return found
+
     # ---- the engine's part ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _facts(self) -> tuple[str, bytes, int]:
-        """The engine's version, packed facts and number of frontend processes, as in `FrontendIdentity`."""
+    def _facts(self) -> tuple[bytes, int]:
+        """The engine's packed facts and number of frontend processes, as in `FrontendIdentity`."""
 
     @property
     @abstractmethod
@@ -93,22 +103,12 @@ class Frontend:
 
     @abstractmethod
     async def _generate(self, request: msg.Generate) -> list[Completion]:
-        """Sample for the bridge. Raises DeadlineExceeded after `request.timeout_s`."""
+        """Sample for the bridge. Cancelled after `request.timeout_s`: it then ends what it has asked the engine for."""
 
     async def _publish(self, version: int, lora: str | None) -> None:
         self.published.version, self.published.lora = version, lora
 
     # ---- requests of a bridge ------------------------------------------------------------------------------------
-
-    async def answer(self, frame: str) -> str:
-        """Handle a request that came over HTTP: frame and reply are in base64. Never raises: an error is the reply."""
-        try:
-            reply = await self.handle(unpack(base64.b64decode(frame), msg.FrontendRequest))
-        except Exception as error:  # process boundary: the caller gets an answer, whatever broke
-            if not isinstance(error, BridgeError):
-                log.exception("a call of the bridge failed")
-            return pack_error(error)
-        return base64.b64encode(pack(reply)).decode()
 
     async def handle(self, request: msg.FrontendRequest) -> msg.FrontendReply:
         """Carry out one request of a driver. Raises errors of `bridge.errors`."""
@@ -118,7 +118,15 @@ class Frontend:
             case msg.GetState():
                 return await self._state()
             case msg.Generate():
-                return msg.Completions(tuple(await self._generate(request)))
+                try:
+                    async with asyncio.timeout(request.timeout_s):
+                        return msg.Completions(tuple(await self._generate(request)))
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        "requests of the bridge did not finish", where=self.name,
+                        expected=f"within {request.timeout_s} s",
+                        remedy="raise the time limit, ask for fewer tokens, or look for a hung engine",
+                    ) from None  # fmt: skip
             case msg.Claim():
                 self._claim(request)
             case msg.GiveUp():
@@ -203,11 +211,6 @@ class Frontend:
         self.published.paused = True
         await self._stop_engine()
 
-    def check_open(self) -> None:
-        """Raises EngineQuarantined while the engine refuses requests."""
-        if self.reason is not None:
-            raise quarantine_error(self.name, self.reason)
-
     async def _watch_holder(self, holder: msg.Claim, jobs: int) -> None:
         """Wait, while requests are held, for the end of the bridge's process: then nobody would release them.
 
@@ -226,9 +229,17 @@ class Frontend:
         await self.refuse(f"bridge {holder.owner!r} (process {holder.pid}) died in the middle of a push")
 
 
-def pack_error(error: Exception) -> str:
-    """An error as `Frontend.answer` sends it."""
-    return base64.b64encode(pack(msg.FrontendFailed(ErrorInfo.of(error)))).decode()
+async def answer(find: Callable[[], Frontend], frame: str) -> str:
+    """Have the frontend that `find` returns handle a request that came over HTTP: frame and reply are in base64. Never
+    raises: an error, of `find` too, is the reply."""
+    reply: msg.FrontendReply
+    try:
+        reply = await find().handle(unpack(base64.b64decode(frame), msg.FrontendRequest))
+    except Exception as error:  # process boundary: the caller gets an answer, whatever broke
+        if not isinstance(error, BridgeError):
+            log.exception("a call of the bridge failed")
+        reply = msg.FrontendFailed(ErrorInfo.of(error))
+    return base64.b64encode(pack(reply)).decode()
 
 
 def quarantine_error(where: str, reason: str) -> EngineQuarantined:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from uuid import uuid4
 
 from bridge.daemon.processes import started_at
-from bridge.errors import BridgeError, ProtocolError
+from bridge.errors import BridgeError
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
@@ -170,16 +170,7 @@ class FrontendClient:
         self._ask(request, msg.FrontendDone, deadline)
 
     def _ask(self, request: msg.FrontendRequest, kind: type[R], deadline: Deadline | None = None) -> R:
-        answer = self._front(request, deadline or self._until())
-        if not isinstance(answer, kind):
-            raise ProtocolError(
-                "the engine's frontend answered with another kind of message",
-                where=self.where,
-                expected=kind.__name__,
-                got=type(answer).__name__,
-                remedy="run the same version of weighbridge beside the engine and here",
-            )
-        return answer
+        return msg.require_kind(self._front(request, deadline or self._until()), kind, self.where)
 
     def _until(self) -> Deadline:
         """The deadline of a call that was given none."""

@@ -5,8 +5,9 @@ That process is a server's, or the driver's own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+from bridge.errors import ProtocolError
 from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling, unpack
 
 
@@ -85,10 +86,9 @@ class Generate(Message, frozen=True):
 
 
 class FrontendIdentity(Message, frozen=True):
-    """The engine's version and packed facts (read by its own package), the number of processes that accept requests,
-    whether the file of Hello was seen, and the name of this node."""
+    """The engine's packed facts (read by its own package), the number of processes that accept requests, whether the
+    file of Hello was seen, and the name of this node."""
 
-    version: str
     facts: bytes
     clients: int
     sees: bool
@@ -138,6 +138,7 @@ FrontendRequest = (
     Hello | Claim | GiveUp | Hold | Release | Refuse | EndRequests | Retire | Publish | GetState | Generate
 )
 FrontendReply = FrontendIdentity | FrontendState | Completions | FrontendDone | FrontendFailed
+R = TypeVar("R")
 
 
 def read_reply(frame: bytes, where: str) -> FrontendReply:
@@ -146,4 +147,17 @@ def read_reply(frame: bytes, where: str) -> FrontendReply:
     if isinstance(answer, FrontendFailed):
         raise answer.error.rebuild(where)
     reply: FrontendReply = answer
+    return reply
+
+
+def require_kind(reply: FrontendReply, kind: type[R], where: str) -> R:
+    """Check that a frontend answered with the message that its request asks for. Raises ProtocolError."""
+    if not isinstance(reply, kind):
+        raise ProtocolError(
+            "the engine's frontend answered with another kind of message",
+            where=where,
+            expected=kind.__name__,
+            got=type(reply).__name__,
+            remedy="run the same version of weighbridge beside the engine and here",
+        )
     return reply

@@ -61,10 +61,11 @@ def with_dtype(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def not_accepted(scheme: str, path: str, arguments: Mapping[str, Any], error: BaseException) -> ConfigError:
-    """The error for an engine that rejects its arguments; those that its own message names stand in `where`."""
+    """The error for an engine that rejects its arguments or does not start with them; those that its own message names
+    stand in `where`."""
     blamed = [name for name in arguments if name in str(error)]
     return ConfigError(
-        "the engine does not accept an argument",
+        "the engine does not start with these arguments",
         where=", ".join(blamed) or f"{scheme}:{path}",
         got=f"{type(error).__name__}: " + "; ".join(str(error).splitlines())[:2000],
         remedy="see the engine's own arguments, and its log",

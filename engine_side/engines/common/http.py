@@ -9,11 +9,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolError
 from bridge.protocol.deadline import Deadline
 
+T = TypeVar("T")
 MAX_NBYTES = 64 << 20
 """Longest answer that is read."""
 _PART_NBYTES = 1 << 20
@@ -121,6 +122,20 @@ class HttpClient:
                 "an answer that is not JSON", where=where, expected="JSON", got=repr(bytes(raw[:200])),
                 remedy="give the address of the engine's own server",
             ) from error  # fmt: skip
+
+
+def read_field(answer: object, key: str, kind: type[T], where: str) -> T:
+    """Read a field of the JSON that a server answered with. Raises ProtocolError for an answer of another form."""
+    found = answer.get(key) if isinstance(answer, dict) else None
+    if not isinstance(found, kind):
+        raise ProtocolError(
+            "the server's answer has another form",
+            where=where,
+            expected=f"an object in which {key!r} is of type {kind.__name__}",
+            got=str(answer)[:200],
+            remedy="give the address of the engine's own server, not of a router before it",
+        )
+    return found
 
 
 def _is_address(url: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from bridge.errors import ConfigError, NotFound
+from bridge.errors import ConfigError, NotFound, ShapeMismatch
 
 CURRENT, BASE = "current", "base"
 """The published LoRA (or the base model, where a version without one is published), and the base model alone."""
@@ -13,11 +14,16 @@ MODES = ("drain", "abort", "keep")
 
 @dataclass
 class PublishedState:
-    """The version and LoRA that were published last, and whether a bridge has paused the engine."""
+    """The version and LoRA that were published last, and whether a bridge has paused the engine.
+
+    Attributes:
+        retiring: LoRAs that vLLM is to drop once no request uses them. SGLang waits for that by itself.
+    """
 
     paused: bool = False
     version: int = 0
     lora: str | None = None
+    retiring: set[str] = field(default_factory=set)
 
     def resolve_lora(self, name: str) -> str | None:
         """The LoRA that a request means by "current", "base" or a LoRA's name. None: the base model."""
@@ -34,6 +40,28 @@ def check_mode(inflight: str) -> None:
             got=repr(inflight),
             remedy='leave it out for "abort"',
         )
+
+
+def asleep_error(where: str, remedy: str) -> ConfigError:
+    """The error for an engine whose owner has paused it or put it to sleep."""
+    return ConfigError(
+        "the engine is asleep or paused",
+        where=where,
+        expected="an engine that runs",
+        got="somebody else has paused it or put it to sleep",
+        remedy=remedy,
+    )
+
+
+def lora_misfit(where: str, error: Exception, names: Iterable[str]) -> ShapeMismatch:
+    """The error for a LoRA that the engine's own code could not put into a slot: it raised `error`."""
+    return ShapeMismatch(
+        "an adapter's tensors do not fit the engine's slots",
+        where=where,
+        got=f"{type(error).__name__}: {error}",
+        remedy="trainer and engine must run the same configuration",
+        names=tuple(names),
+    )
 
 
 def lora_not_loaded(name: str) -> NotFound:

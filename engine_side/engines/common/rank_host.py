@@ -39,11 +39,15 @@ class EngineRankHost(RankHost, Generic[L]):
 
     Attributes:
         lora_remedy: the call that starts such an engine, and the arguments that LoRA needs besides `enable_lora`.
+        vocabulary_class: the engine's vocabulary layer.
+        method_class: the engine's quantisation methods, the plain one included.
         checkpoint: the folder that the engine was started from; None for one that was started otherwise.
         loras: None for an engine that was started without LoRA.
     """
 
     lora_remedy: ClassVar[tuple[str, str]]
+    vocabulary_class: ClassVar[type[Any]]
+    method_class: ClassVar[type[Any]]
     checkpoint: Path | None
     loras: L | None = None
     _unloaded: frozenset[str] | None = None
@@ -78,19 +82,26 @@ class EngineRankHost(RankHost, Generic[L]):
             NotImplementedError: this module cannot be called alone.
         """
         if not x.is_floating_point():
+            if not isinstance(module, self.vocabulary_class):
+                raise NotImplementedError(f"{type(module).__name__} takes no ids")
             return self._embed_ids(module, x)
         if self._has_experts(module):
             return self._apply_experts(module, x)
-        if self._is_quantisable(module):
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(method, self.method_class):
             bias = getattr(module, "bias", None)
-            method: Any = module.quant_method
-            out: torch.Tensor = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
-            return out
-        return call_alone(module, x)
+            y: Any = method.apply(module, x, bias if isinstance(bias, torch.Tensor) else None)
+        elif module._modules:
+            raise NotImplementedError(f"{type(module).__name__} has children")
+        else:
+            y = module(x)
+        if not isinstance(y, torch.Tensor):
+            raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
+        return y
 
     @abstractmethod
-    def _embed_ids(self, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        """Look up ids in a vocabulary layer. Raises NotImplementedError for another module."""
+    def _embed_ids(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Look up ids in a vocabulary layer."""
 
     @abstractmethod
     def _has_experts(self, module: nn.Module) -> bool:
@@ -99,10 +110,6 @@ class EngineRankHost(RankHost, Generic[L]):
     @abstractmethod
     def _apply_experts(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Send each row to one expert."""
-
-    @abstractmethod
-    def _is_quantisable(self, module: nn.Module) -> bool:
-        """True for a module whose weight is applied by a quantisation method of the engine, the plain one included."""
 
     # ---- LoRA ----------------------------------------------------------------------------------------------------
 
@@ -137,16 +144,6 @@ class EngineRankHost(RankHost, Generic[L]):
             got="enable_lora=False",
             remedy=f"start it with enable_lora=True and {how}, or push mode='merged'",
         )
-
-
-def call_alone(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Call a module without children. Raises NotImplementedError for others, and for an output that is no tensor."""
-    if module._modules:
-        raise NotImplementedError(f"{type(module).__name__} has children")
-    y: Any = module(x)
-    if not isinstance(y, torch.Tensor):
-        raise NotImplementedError(f"{type(module).__name__} does not return one tensor")
-    return y
 
 
 @contextmanager

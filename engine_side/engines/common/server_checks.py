@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from bridge.config import from_environment
 from bridge.coordinator.health import Check
-from bridge.errors import ConfigError, ProtocolError
+from bridge.errors import ConfigError
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import ExamineJob, RankLoaded
 from bridge.shm.files import directory
@@ -28,30 +28,22 @@ def identify(ask: Callable[[msg.Hello], msg.FrontendReply], url: str) -> msg.Fro
         ask: sends the request and returns the reply. What it raises passes through.
 
     Raises:
+        ConfigError: the server does not see the probe file: it runs on another node.
         ProtocolError: the reply is of another kind.
     """
-    with tempfile.NamedTemporaryFile(prefix="wb-probe-", dir=directory(from_environment().shm_dir)) as probe:
+    folder = directory(from_environment().shm_dir)
+    with tempfile.NamedTemporaryFile(prefix="wb-probe-", dir=folder) as probe:
         reply = ask(msg.Hello(probe.name, *device_and_inode(probe.fileno())))
-    if not isinstance(reply, msg.FrontendIdentity):
-        raise ProtocolError(
-            "the server's frontend answered with another kind of message", where=url,
-            expected=msg.FrontendIdentity.__name__, got=type(reply).__name__,
-            remedy="run the same version of weighbridge beside the server and here",
-        )  # fmt: skip
-    return reply
-
-
-def require_sight(front: msg.FrontendIdentity, url: str) -> None:
-    """Check that a server sees the probe file of `identify`. Raises ConfigError for one on another node."""
-    if front.sees:
-        return
-    raise ConfigError(
-        "this server cannot see the shared memory of this process, through which weights travel",
-        where=url,
-        expected=f"a server on this node, that sees {directory(from_environment().shm_dir)}",
-        got=f"it runs on {front.node}",
-        remedy="start the server on the trainer's node; in a container, share the host's /dev/shm",
-    )
+    front = msg.require_kind(reply, msg.FrontendIdentity, url)
+    if not front.sees:
+        raise ConfigError(
+            "this server cannot see the shared memory of this process, through which weights travel",
+            where=url,
+            expected=f"a server on this node, that sees {folder}",
+            got=f"it runs on {front.node}",
+            remedy="start the server on the trainer's node; in a container, share the host's /dev/shm",
+        )
+    return front
 
 
 def device_and_inode(descriptor: int) -> tuple[int, int]:

@@ -1,22 +1,21 @@
-"""Check of the version of an engine's package: a driver takes only versions that it was tried with."""
+"""Refusal of engines that cannot be driven: of versions that were not tried, and of arguments that rule out a push."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from bridge.errors import ConfigError
 
+TRIED = {"vLLM": ((0, 32), (0, 33)), "SGLang": ((0, 5, 23), (0, 5, 24))}
+"""Package -> the oldest version that was tried, and the next one, which was not. vLLM's hooks change from one minor
+version to the next, the inner calls of SGLang's scheduler between patches."""
 
-def require_version(package: str, version: str, oldest: tuple[int, ...], first_unknown: tuple[int, ...]) -> None:
-    """Check the version of an engine's package, when a bridge attaches to it or starts it.
 
-    Args:
-        oldest: numbers of the oldest version that was tried.
-        first_unknown: numbers of the next version, which was not.
-
-    Raises:
-        ConfigError: the version is outside this range. Engines change their inner calls from one release to the next.
-    """
+def require_version(package: str, version: str) -> None:
+    """Check the version of an engine's package, when a bridge attaches to it or starts it. Raises ConfigError for one
+    outside the range that was tried."""
+    oldest, first_unknown = TRIED[package]
     found = re.match(r"\d+(?:\.\d+)*", version)
     numbers = tuple(map(int, found.group().split("."))) if found else ()
     if not oldest <= numbers[: len(oldest)] < first_unknown:
@@ -27,4 +26,16 @@ def require_version(package: str, version: str, oldest: tuple[int, ...], first_u
             expected=f">={low},<{high}",
             got=version,
             remedy="install a version in this range, or a newer weighbridge",
+        )
+
+
+def refuse_arguments(found: Iterable[tuple[str, str, str]]) -> None:
+    """Raise ConfigError for the first engine argument that rules out a push: its name, the reason, and its value."""
+    for name, reason, got in found:
+        raise ConfigError(
+            reason,
+            where=name,
+            expected="an engine without it",
+            got=got,
+            remedy=f"start the engine without {name}",
         )

@@ -2,11 +2,10 @@
 
 In every scheduler process, `plugin` hooks `check_weights`, through which jobs come to each rank (`scheduler`, over
 `host`, `logprobs` and `lora_slots`). In the process where requests come in, `frontend` hangs on the tokenizer manager,
-with a `gate` that every request passes; the same hook leads to it there.
+with a gate that every request passes; the same hook leads to it there.
 
-The driver (`remote`) reaches an engine in one of three ways:
-- `driver`: a `sglang.Engine` of this process, over its event loop (`in_process_channel`, `loop_proxy`);
-- `hosted`: the same for an Engine that it starts and ends;
+The driver (`remote`) reaches an engine in one of two ways:
+- `driver`: a `sglang.Engine` of this process, attached or started here, over its event loop (`in_process_channel`);
 - `server`: a running server at an address, over its HTTP endpoints.
 `load` is the name by which users open an engine or server of their own to the bridge.
 """

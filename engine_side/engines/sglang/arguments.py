@@ -1,14 +1,12 @@
-"""Read the arguments that an SGLang engine or server was started with, and refuse those that cannot be driven."""
+"""Refuse SGLang engines and servers that were started with arguments which rule out a push."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bridge.errors import ConfigError
-from bridge.model.lora_format import LoraLimits
+from engine_side.engines.common.versions import refuse_arguments
 from engine_side.engines.sglang import LOADER
 
 _REFUSED = {
@@ -43,48 +41,19 @@ _REQUIRED = {
 """Arguments that have to have this value: other deployments are not supported yet."""
 
 
-@dataclass(frozen=True)
-class SglangArguments:
-    """The part of an engine's start arguments that the driver needs.
+Arguments = Callable[[str], Any]
+"""Returns an argument by SGLang's name."""
 
-    Attributes:
-        checkpoint: the folder that was loaded; None for an engine that was started with dummy weights.
-        quantisation: SGLang's word for how weights are stored; None where they are stored as they are computed with.
-        lora: None for an engine that was started without LoRA.
+
+def require_supported(get: Arguments, where: str, start: str) -> None:
+    """Check the arguments that an engine or server was started with, before a bridge claims it.
+
+    Args:
+        where: the engine, for errors.
+        start: the call or command that starts an engine which can be driven, for the remedy.
+
+    Raises ConfigError for an engine that cannot be driven, naming the argument to change.
     """
-
-    ranks: int
-    device: str
-    checkpoint: Path | None
-    quantisation: str | None
-    lora: LoraLimits | None
-
-    @classmethod
-    def read(cls, get: Callable[[str], Any], where: str, start: str) -> SglangArguments:
-        """Read and check the arguments when an engine is attached or hosted.
-
-        Args:
-            get: returns an argument by SGLang's name.
-            where: the engine, for errors.
-            start: the call or command that starts an engine which can be driven, for the remedy.
-
-        Raises ConfigError for an engine that cannot be driven, naming the argument to change.
-        """
-        _require_supported(get, where, start)
-        path, quantisation = Path(get("model_path")), get("quantization")
-        # one slot less than SGLang has: it keeps one that is never pinned
-        slots = max(0, int(get("max_loras_per_batch")) - 1)
-        rank = get("max_lora_rank") if get("enable_lora") else None
-        return cls(
-            ranks=int(get("tp_size")),
-            device=str(get("device")),
-            checkpoint=path if path.is_dir() and str(get("load_format")) != "dummy" else None,
-            quantisation=None if quantisation is None else str(quantisation),
-            lora=None if rank is None else LoraLimits(int(rank), slots),
-        )
-
-
-def _require_supported(get: Callable[[str], Any], where: str, start: str) -> None:
     loaders = get("custom_weight_loader") or []
     if LOADER not in loaders:
         raise ConfigError(
@@ -94,21 +63,6 @@ def _require_supported(get: Callable[[str], Any], where: str, start: str) -> Non
             got=repr(loaders),
             remedy=f"start it with {start}",
         )
-    for name, value in _REQUIRED.items():
-        if get(name) != value:
-            raise ConfigError(
-                "the bridge does not support an engine with this argument yet",
-                where=name,
-                expected=f"{name}={value!r}",
-                got=f"{name}={get(name)!r}",
-                remedy=f"start the engine without {name}",
-            )
-    for name, reason in _REFUSED.items():
-        if get(name):
-            raise ConfigError(
-                reason,
-                where=name,
-                expected="an engine without it",
-                got=repr(get(name)),
-                remedy=f"start the engine without {name}",
-            )
+    unsupported = "the bridge does not support an engine with this argument yet"
+    refuse_arguments((name, unsupported, repr(get(name))) for name, value in _REQUIRED.items() if get(name) != value)
+    refuse_arguments((name, reason, repr(get(name))) for name, reason in _REFUSED.items() if get(name))

@@ -1,8 +1,9 @@
 """Stand before an SGLang engine in the process where its requests come in, on its event loop.
 
-The frontend hangs on the tokenizer manager, through which every request goes, whether it came over HTTP or from a call.
-A bridge in that process calls it directly; one in another process reaches it through the server's `/weights_checker`
-route, whose requests `answer_check_weights` hands over.
+The frontend hangs on the tokenizer manager, through which every request goes, whether it came over HTTP or from a call:
+all wait there on one condition, `is_pause_cond`, whose place the frontend's gate takes before they leave for the
+scheduler. A bridge in that process calls it directly; one in another process reaches it through the server's
+`/weights_checker` route, whose requests `answer_check_weights` hands over.
 """
 
 from __future__ import annotations
@@ -11,25 +12,30 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
-from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
+from fastapi import HTTPException
+
+from bridge.errors import DeadlineExceeded, EngineQuarantined, ProtocolError
 from bridge.protocol.codec import Completion
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import Frontend, pack_error, quarantine_error
-from engine_side.engines.common.published_state import CURRENT, PublishedState, lora_not_loaded
-from engine_side.engines.sglang.gate import QuarantinedRequest, SglangGate
-from engine_side.engines.sglang.remote import paused_by_user
-from engine_side.engines.sglang.requests import call_manager, completion, generate_request
-from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, JOB, LORAS, check_weights, read_answer
+from engine_side.engines.common.frontend import Frontend, answer, quarantine_error
+from engine_side.engines.common.published_state import CURRENT, asleep_error, lora_not_loaded, parse_version
+from engine_side.engines.sglang.remote import RESUME
+from engine_side.engines.sglang.scheduler_messages import (
+    ACTION,
+    FRONT,
+    JOB,
+    LORAS,
+    call_manager,
+    check_weights,
+    read_answer,
+)
 
 log = logging.getLogger(__name__)
 
 PASSES_GATE: ContextVar[bool] = ContextVar("weighbridge_passes_gate", default=False)
 """Set in tasks whose requests are the bridge's own: they pass the gate of a paused engine."""
-_KEY = "_weighbridge_front"
 _TURN = "_weighbridge_turn"
 _POLL_S = 0.02
 _TURN_S = 600.0
@@ -38,37 +44,58 @@ _END_S = 20.0
 """Seconds in which requests of a refusing engine have to end, and an idle LoRA has to be unloaded."""
 
 
-@dataclass
-class SglangPublishedState(PublishedState):
-    """Adds the names of the LoRAs that the bridge registered with SGLang's tokenizer manager."""
+class QuarantinedRequest(EngineQuarantined, HTTPException):  # type: ignore[misc]  # fastapi is not looked into
+    """The refusal of a request by a quarantined engine; SGLang's server answers it with status 503."""
 
-    known: set[str] = field(default_factory=set)
+    def __init__(self, where: str, reason: str) -> None:
+        error = quarantine_error(where, reason)
+        super().__init__(error.what, where=error.where, got=error.got, remedy=error.remedy)
+        self.status_code, self.detail, self.headers = 503, self._message(), None
+
+    def __str__(self) -> str:
+        return self._message()
+
+
+class SglangGate(asyncio.Condition):
+    """Stands in for `is_pause_cond` of one tokenizer manager. Used in the manager's event loop only.
+
+    Attributes:
+        shut: requests wait, whether the engine is paused or not.
+    """
+
+    def __init__(self, passes: Callable[[bool], bool]) -> None:
+        """Make an open gate.
+
+        Args:
+            passes: called with whether the engine runs; returns whether the request passes, or raises to refuse it.
+        """
+        super().__init__()
+        self._passes = passes
+        self.shut = False
+
+    async def wait_for(self, predicate: Callable[[], bool]) -> bool:  # type: ignore[override]
+        """Wait until the request passes. Raises QuarantinedRequest while the engine refuses, also for requests that
+        waited before."""
+        return await super().wait_for(lambda: self._passes(predicate()))
 
 
 class SglangFrontend(Frontend):
     """The frontend of one tokenizer manager, made by `SglangFrontend.of`. Every method runs in the manager's loop."""
 
     name = "SGLang"
-    published: SglangPublishedState
 
     def __init__(self, manager: Any) -> None:
+        """Raises ConfigError for a paused engine."""
         super().__init__()
         if manager.is_pause:  # requests that wait already could not be refused
-            raise paused_by_user(self.name)
+            raise asleep_error(self.name, RESUME)
         self._manager = manager
-        self.published = SglangPublishedState()
+        self._known: set[str] = set()
+        """LoRAs that the bridge registered with SGLang's tokenizer manager."""
         self._gate = manager.is_pause_cond = SglangGate(self._passes)
         self._sglang_resolve = manager._validate_and_resolve_lora
         manager._validate_and_resolve_lora = self._resolve_lora
         self._retiring: set[asyncio.Task[None]] = set()
-
-    @classmethod
-    def of(cls, manager: Any) -> SglangFrontend:
-        """Return the frontend of this tokenizer manager, made if it has none. Raises ConfigError for a paused one."""
-        found = vars(manager).get(_KEY)
-        if not isinstance(found, SglangFrontend):
-            found = vars(manager)[_KEY] = cls(manager)
-        return found
 
     def _passes(self, runs: bool) -> bool:
         """Return whether a request passes that waits until the engine `runs`; raises to refuse it."""
@@ -80,10 +107,8 @@ class SglangFrontend(Frontend):
 
     # ---- SGLang's part of the frontend -------------------------------------------------------------------------
 
-    def _facts(self) -> tuple[str, bytes, int]:
-        import sglang
-
-        return str(sglang.__version__), b"", int(self._manager.server_args.tokenizer_worker_num)
+    def _facts(self) -> tuple[bytes, int]:
+        return b"", int(self._manager.server_args.tokenizer_worker_num)
 
     @property
     def _held(self) -> bool:
@@ -103,7 +128,7 @@ class SglangFrontend(Frontend):
 
     def _require_running(self) -> None:
         if self._manager.is_pause and not self.published.paused and self.reason is None:
-            raise paused_by_user(self.name)
+            raise asleep_error(self.name, RESUME)
 
     async def _close_gate(self) -> None:
         self._require_running()
@@ -139,24 +164,14 @@ class SglangFrontend(Frontend):
         if asked.past_gate:
             self._require_running()
         PASSES_GATE.set(asked.past_gate)
-        ids = [f"weighbridge-{uuid4().hex}" for _ in asked.prompts]
         try:
-            async with asyncio.timeout(asked.timeout_s):
-                async with self._gate:
-                    await self._gate.wait_for(lambda: not self._manager.is_pause)
-                lora = await self._lora_of(asked)
-                request = generate_request(asked.prompts, asked.sampling, lora, ids)
-                outputs = await anext(self._manager.generate_request(request, None))
-                return [completion(output) for output in outputs]
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "requests of the bridge did not finish before their deadline",
-                where=self.name,
-                expected=f"an answer within {asked.timeout_s} s",
-                remedy="raise timeout_s, or ask for fewer tokens",
-            ) from None
+            async with self._gate:
+                await self._gate.wait_for(lambda: not self._manager.is_pause)
+            request = _generate_request(asked, await self._lora_of(asked))
+            outputs = await anext(self._manager.generate_request(request, None))
         except QuarantinedRequest as error:
             raise quarantine_error(self.name, error.got or "") from None
+        return [_read_completion(output) for output in outputs]
 
     async def _lora_of(self, asked: msg.Generate) -> str | None:
         if asked.lora == CURRENT and not asked.past_gate and self._manager.server_args.enable_lora:
@@ -184,7 +199,10 @@ class SglangFrontend(Frontend):
     # ---- LoRAs ---------------------------------------------------------------------------------------------------
 
     async def _publish(self, version: int, lora: str | None) -> None:
-        await self._unregister_dropped()
+        for name in self._known.difference(await self._loaded()) if self._known else ():
+            self._known.discard(name)  # it was dropped in the ranks before it served
+            if name in self._manager.lora_registry.get_all_adapters():  # its user may have unloaded it
+                await self._manager.lora_registry.unregister(name)
         if lora is not None:
             await self._register(lora)
         await super()._publish(version, lora)
@@ -194,21 +212,13 @@ class SglangFrontend(Frontend):
         from sglang.srt.lora.lora_registry import LoRARef
 
         registry = self._manager.lora_registry
-        if name in self.published.known or name in registry.get_all_adapters():
+        if name in self._known or name in registry.get_all_adapters():
             return
         loaded = await self._loaded()
         if name not in loaded:
             raise lora_not_loaded(name)
         await registry.register(LoRARef(lora_id=loaded[name], lora_name=name, lora_path="memory", pinned=True))
-        self.published.known.add(name)
-
-    async def _unregister_dropped(self) -> None:
-        """Forget LoRAs that were dropped in the ranks before they served."""
-        if self.published.known:
-            for name in self.published.known.difference(await self._loaded()):
-                self.published.known.discard(name)
-                if name in self._manager.lora_registry.get_all_adapters():  # its user may have unloaded it
-                    await self._manager.lora_registry.unregister(name)
+        self._known.add(name)
 
     async def _end_requests(self, loras: Iterable[str]) -> None:
         names = frozenset(loras)
@@ -224,25 +234,22 @@ class SglangFrontend(Frontend):
             if name not in loaded:
                 continue
             await self._register(name)
-            self.published.known.discard(name)
+            self._known.discard(name)
             counter = self._manager.lora_registry._counters.get(loaded[name])
             task = asyncio.create_task(self._unload(name))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
             if (counter is None or counter.value == 0) and not self._manager.lora_update_lock.locked():
-                await self._wait_for_unload(task, name)
-
-    async def _wait_for_unload(self, task: asyncio.Task[None], name: str) -> None:
-        try:
-            async with asyncio.timeout(_END_S):
-                await asyncio.shield(task)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "SGLang's schedulers did not unload an adapter that no request uses",
-                where=name,
-                expected=f"an answer to unload_lora_adapter within {_END_S:g} s",
-                remedy="look in SGLang's log for a scheduler that hangs",
-            ) from None
+                try:
+                    async with asyncio.timeout(_END_S):
+                        await asyncio.shield(task)
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        "SGLang's schedulers did not unload an adapter that no request uses",
+                        where=name,
+                        expected=f"an answer to unload_lora_adapter within {_END_S:g} s",
+                        remedy="look in SGLang's log for a scheduler that hangs",
+                    ) from None
 
     async def _unload(self, name: str) -> None:
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
@@ -257,16 +264,45 @@ class SglangFrontend(Frontend):
             )
 
 
+def _generate_request(asked: msg.Generate, lora: str | None) -> Any:
+    """Make one `GenerateReqInput` for a batch of prompts."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    sampling = asked.sampling
+    parameters: dict[str, Any] = {
+        "max_new_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+    if sampling.seed is not None:
+        parameters["sampling_seed"] = sampling.seed
+    return GenerateReqInput(
+        input_ids=[list(prompt) for prompt in asked.prompts],
+        sampling_params=[dict(parameters) for _ in asked.prompts],
+        return_logprob=True,
+        lora_path=[lora] * len(asked.prompts) if lora is not None else None,
+    )
+
+
+def _read_completion(output: Any) -> Completion:
+    """Read one of SGLang's outputs. Its version is the one that the first token was computed with."""
+    meta = output["meta_info"]
+    tokens = tuple(int(token) for token in output["output_ids"])
+    rows = meta.get("output_token_logprobs") or ()
+    spans = meta.get("weight_versions") or ()
+    label = spans[0]["version"] if spans else meta.get("weight_version")
+    reason = (meta.get("finish_reason") or {}).get("type", "abort")
+    return Completion(tokens, tuple(float(row[0]) for row in rows[: len(tokens)]), reason, parse_version(label))
+
+
 async def answer_check_weights(original: Callable[..., Any], self: Any, obj: Any, request: Any = None) -> Any:
     """AROUND hook of `TokenizerControlMixin.check_weights`: answer requests for the frontend here, and send the
     bridge's requests for the ranks to the schedulers one at a time."""
     if obj.action == ACTION and obj.skip_tensor_list:
         verb, text = obj.skip_tensor_list
         if verb == FRONT:
-            try:
-                return True, await SglangFrontend.of(self).answer(text), None, None
-            except ConfigError as error:  # there is no frontend yet, and the engine is paused
-                return True, pack_error(error), None, None
+            return True, await answer(lambda: SglangFrontend.of(self), text), None, None
         if verb == JOB:
             SglangFrontend.of(self).jobs += 1
         return await _in_turn(self, original(self, obj, request))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -21,17 +23,23 @@ from torch import nn
 from bridge.errors import ConfigError, ShapeMismatch
 from engine_side.engines.common.published_state import lora_not_loaded
 from engine_side.engines.common.rank_host import EngineRankHost, without_new_entries
-from engine_side.engines.sglang.derived import DerivedWeights
 from engine_side.engines.sglang.logprobs import prompt_logprobs
 from engine_side.engines.sglang.lora_slots import SglangLoraSlots
+from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan.twins import ModuleState
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import PromptBatch
+
+_STEP = "post_load_weights"
+_WHOLE = ("",)
 
 
 class SglangRankHost(EngineRankHost[SglangLoraSlots]):
     """The `RankHost` of one `sglang.srt.managers.scheduler.Scheduler`."""
 
     lora_remedy = ("sglang.Engine", "max_loras_per_batch=3 or more")
+    vocabulary_class = VocabParallelEmbedding
+    method_class = QuantizeMethodBase
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -102,9 +110,7 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
             step(module)
         return self._derived.renew(module, self.model) or step is not None
 
-    def _embed_ids(self, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        if not isinstance(module, VocabParallelEmbedding):
-            raise NotImplementedError(f"{type(module).__name__} takes no ids")
+    def _embed_ids(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = module._embed_local_shard(ids)
         return out
 
@@ -122,17 +128,75 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
         out: torch.Tensor = made.hidden_states
         return out
 
-    def _is_quantisable(self, module: nn.Module) -> bool:
-        return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
-
     def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Score prompts past SGLang's queues. All ranks call it together. Raises NotFound for an unknown LoRA,
         ConfigError for a prompt that does not fit."""
-        lora_id = None if lora is None else self.loaded_loras().get(lora)
-        if lora is not None and lora_id is None:
+        loaded = self.loaded_loras()
+        if lora is not None and lora not in loaded:
             raise lora_not_loaded(lora)
-        return prompt_logprobs(self._scheduler, prompts, lora_id)
+        return prompt_logprobs(self._scheduler, prompts, None if lora is None else loaded[lora])
 
     def loaded_loras(self) -> dict[str, str]:
         """Return SGLang's id of every loaded LoRA by its name, whoever loaded it."""
         return {} if self.loras is None else self.loras.names
+
+
+class DerivedWeights:
+    """Renews the tensors that a model derives from its weights and keeps in modules without weights of their own, such
+    as the absorbed projections of latent attention.
+
+    The step that derives them, `post_load_weights`, belongs to the whole model. The modules that it writes to, in one
+    host's live model and its skeletons, are found by running it on a skeleton.
+    """
+
+    def __init__(self) -> None:
+        self._holders: tuple[str, ...] | None = None
+        self._known: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], str]] = WeakKeyDictionary()
+        self._roots: WeakSet[nn.Module] = WeakSet()
+
+    def learn(self, skeleton: nn.Module) -> None:
+        """Find, or remember, the modules of a fresh skeleton that the step writes to."""
+        if not callable(getattr(skeleton, _STEP, None)):
+            return
+        if self._holders is None:
+            self._holders = _holders(skeleton)
+        self._know(skeleton, self._holders)
+
+    def renew(self, module: nn.Module, live: nn.Module) -> bool:
+        """Run the step for one module of `live` or of a skeleton, after its weights were written; it writes into the
+        existing storages. Returns False for a module that the step does not write to."""
+        if self._holders is not None and live not in self._roots:
+            self._know(live, self._holders)
+        root, path = self._known.get(module, (None, ""))
+        owner = None if root is None else root()
+        if owner is None:
+            return False
+        step: Any = getattr(owner, _STEP)
+        if path and "weight_names" in inspect.signature(step).parameters:
+            step(weight_names=[f"{path}.{name}" for name, _ in module.named_parameters()])
+        else:
+            step()
+        return True
+
+    def _know(self, root: nn.Module, paths: tuple[str, ...]) -> None:
+        self._roots.add(root)
+        for path in paths:
+            self._known[root.get_submodule(path)] = (ref(root), path)
+
+
+def _holders(root: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules that the step writes to; the whole model if it fails on a skeleton."""
+    modules = list(root.named_modules())
+    before = {path: (ModuleState.of(module).entries, dict(vars(module))) for path, module in modules}
+    try:
+        getattr(root, _STEP)()
+    except LOADER_ERRORS:
+        return _WHOLE
+    found = []
+    for path, module in modules:
+        after, (entries, attributes) = ModuleState.of(module).entries, before[path]
+        if after.keys() != entries.keys() or any(after[key] is not entries[key] for key in after):
+            found.append(path)
+            vars(module).clear()  # a skeleton stays as before the step
+            vars(module).update(attributes)
+    return tuple(found)

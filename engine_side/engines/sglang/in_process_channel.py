@@ -1,35 +1,53 @@
-"""Call a `sglang.Engine` of this process from every thread while a bridge is attached.
+"""Call a `sglang.Engine` of this process from every thread and event loop while a bridge is attached.
 
 SGLang runs `engine.loop` only inside its own blocking calls, and a thread that calls the engine during another thread's
-call gets "This event loop is already running". While the channel is open, a thread of its own keeps that loop running;
-`loop_proxy` sends the engine's blocking and async calls there.
+call gets "This event loop is already running". While the channel is open, a thread of its own keeps that loop running,
+and the engine's blocking calls wait for it.
+
+Users also await `engine.async_generate` in loops of their own, and an asyncio event that is set in one loop wakes
+nobody in another: such a caller would hang (https://github.com/sgl-project/sglang/pull/5162). So the work runs in the
+manager's loop, and the caller waits in the loop where it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from asyncio.mixins import _LoopBoundMixin
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import wait
+from contextlib import suppress
+from functools import wraps
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
+from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded, PeerLost
 from bridge.protocol.deadline import Deadline
-from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.sglang.loop_proxy import BlockingLoop, LoopProxy
-from engine_side.engines.sglang.requests import call_manager
-from engine_side.engines.sglang.scheduler_messages import check_weights
 
 T = TypeVar("T")
 _KEY = "_weighbridge_channel"
+_END = object()
 _LOOK_S = 0.5
 """Seconds between two looks at the engine's processes during a wait."""
 _LOOP_S = 10.0
 """Seconds that the event loop is given to start, and to stop."""
 _WALKED = frozenset({"sglang", "asyncio", "engine_side"})
 """Packages whose objects are searched for what is bound to an event loop."""
+
+
+class BlockingLoop:
+    """Takes the place of `engine.loop`: `run_until_complete` waits for the running loop instead of running it."""
+
+    def __init__(self, channel: InProcessChannel) -> None:
+        self._channel = channel
+
+    def run_until_complete(self, future: Awaitable[T]) -> T:
+        """Block until `future` is done in the engine's loop. Raises as `InProcessChannel.run`."""
+        return self._channel.run(_wait_for(future), None, "a blocking call of the engine")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel.loop, name)
 
 
 class InProcessChannel:
@@ -48,8 +66,19 @@ class InProcessChannel:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._own_loop = False
-        self._proxy = LoopProxy(self._manager, self)
-        self._proxy.install()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        """Calls of the manager that callers in other loops wait for."""
+        self._ending = False
+        self._wrapped: list[str] = []
+        """The manager's public coroutines and async generators, wrapped on this instance alone."""
+        for name, function in inspect.getmembers(type(self._manager)):
+            streams = inspect.isasyncgenfunction(function)
+            if name.startswith("_") or name in vars(self._manager):
+                continue
+            if streams or inspect.iscoroutinefunction(function):
+                wrap = self._stream if streams else self._coroutine
+                setattr(self._manager, name, wrap(getattr(self._manager, name)))
+                self._wrapped.append(name)
         engine.loop = BlockingLoop(self)
 
     @classmethod
@@ -70,13 +99,17 @@ class InProcessChannel:
         self._users.discard(user)
         if self._users or vars(self._engine).get(_KEY) is not self:
             return
-        self._proxy.remove()
+        for name in self._wrapped:
+            vars(self._manager).pop(name, None)
+        self._wrapped.clear()
         try:
             with self._lock:
                 self._stop_thread()
         finally:
             self._engine.loop = self._engine_loop
             del vars(self._engine)[_KEY]
+
+    # ---- the loop and its thread ---------------------------------------------------------------------------------
 
     def running_loop(self) -> asyncio.AbstractEventLoop:
         """Return the manager's loop, and keep it running if its owner does not.
@@ -97,14 +130,10 @@ class InProcessChannel:
             unbind(self._manager)
         started = threading.Event()
         self.loop.call_soon(started.set)
-        self._thread = threading.Thread(target=self._run_loop, name="weighbridge-sglang", daemon=True)
+        self._thread = threading.Thread(target=self.loop.run_forever, name="weighbridge-sglang", daemon=True)
         self._thread.start()
         if not started.wait(_LOOP_S):
             raise _blocked(f"did not start within {_LOOP_S:g} s")
-
-    def _run_loop(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
 
     def _stop_thread(self) -> None:
         if self._thread is None or not self._thread.is_alive():
@@ -120,12 +149,13 @@ class InProcessChannel:
             unbind(self._manager)
 
     async def _end_calls(self) -> None:
-        await self._proxy.end()
+        """End the calls that callers in other loops still wait for: each raises Closed."""
+        self._ending = True
+        await _cancel(self._tasks)
         if self._own_loop:  # nobody else knows this loop: the manager has to begin anew in that of its next caller
-            tasks = list(self._manager.asyncio_tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancel(self._manager.asyncio_tasks)
+
+    # ---- calls of the bridge, and blocking calls of users ----------------------------------------------------------
 
     def refuse_caller(self) -> None:
         """Raises ConfigError when this thread runs the engine's loop: it would wait for itself."""
@@ -176,23 +206,55 @@ class InProcessChannel:
                 )
         return future.result()
 
-    # ---- the calls of `remote.SglangChannel` ---------------------------------------------------------------------
+    # ---- in place of the manager's coroutines and streams --------------------------------------------------------
 
-    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
-        late = not isinstance(request, msg.Refuse)  # a refusal has to take effect, however late
-        return self.run(self._ask(request), deadline, type(request).__name__, cancel_late=late)
+    def _coroutine(self, original: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+        @wraps(original)
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await self._run_in(self._other_loop(), original(*args, **kwargs))
 
-    async def _ask(self, request: msg.FrontendRequest) -> msg.FrontendReply:
-        from engine_side.engines.sglang.frontend import SglangFrontend
+        return call
 
-        return await SglangFrontend.of(self._manager).handle(request)
+    def _stream(self, original: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        @wraps(original)
+        async def stream(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            loop, chunks = self._other_loop(), original(*args, **kwargs)
+            try:
+                while (chunk := await self._run_in(loop, anext(chunks, _END))) is not _END:
+                    yield chunk
+            finally:
+                if loop is not None and loop.is_running():
+                    asyncio.run_coroutine_threadsafe(_close(chunks), loop)
 
-    def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        return self.run(call_manager(self._manager, method, **arguments), deadline, method)
+        return stream
 
-    def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
-        what = f"the request {words[0]!r} to its schedulers"
-        return self.run(check_weights(self._manager, words), deadline, what)
+    def _other_loop(self) -> asyncio.AbstractEventLoop | None:
+        """Return the manager's loop if the caller runs in another one; None once the channel was closed."""
+        loop = self.running_loop() if self._wrapped else None
+        return None if loop is asyncio.get_running_loop() else loop
+
+    async def _run_in(self, loop: asyncio.AbstractEventLoop | None, work: Awaitable[T]) -> T:
+        if loop is None:
+            return await work
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._tracked(work), loop))
+
+    async def _tracked(self, work: Awaitable[T]) -> T:
+        task: Any = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            if self._ending:
+                task.cancel()
+            return await work
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
+            raise Closed(
+                "the bridge was closed while this call ran in its event loop",
+                where="sglang.Engine",
+                remedy="call it again",
+            ) from None
+        finally:
+            self._tasks.discard(task)
 
 
 def unbind(manager: Any) -> None:
@@ -218,6 +280,22 @@ def unbind(manager: Any) -> None:
             todo += value
         elif type(value).__module__.partition(".")[0] in _WALKED and hasattr(value, "__dict__"):
             todo += vars(value).values()
+
+
+async def _wait_for(future: Awaitable[T]) -> T:
+    return await future
+
+
+async def _cancel(running: set[asyncio.Task[Any]]) -> None:
+    tasks = list(running)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _close(chunks: Any) -> None:
+    with suppress(RuntimeError):  # it is being cancelled already
+        await chunks.aclose()
 
 
 def _blocked(got: str) -> DeadlineExceeded:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,19 @@ from bridge.errors import ConfigError, ShapeMismatch, UnexpectedTensor, Unsuppor
 from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
-from engine_side.engines.common.published_state import lora_not_loaded
-from engine_side.engines.sglang.fused_modules import FusedModules
+from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
 from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
-from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan import bake
+from engine_side.plan.loader_errors import LOADER_ERRORS, LoaderRaised
+from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import LoraView, RankHost
 
 _PEFT = "base_model.model."
-_STACKED = ("A_buffer", "B_buffer")
-_SINGLE = ("embedding_A_buffer", "embedding_B_buffer", "lm_head_A_buffer", "lm_head_B_buffer")
-_SAME_CONFIGURATION = "trainer and engine must run the same model configuration"
+_BUFFERS = (
+    *("A_buffer", "B_buffer"),  # name -> one per layer
+    *("embedding_A_buffer", "embedding_B_buffer", "lm_head_A_buffer", "lm_head_B_buffer"),  # name -> one
+)
+"""Attributes of SGLang's memory pool."""
 
 
 class SglangLoraSlots:
@@ -39,7 +44,7 @@ class SglangLoraSlots:
 
     def __init__(self, host: RankHost, manager: Any, checkpoint: Path | None) -> None:
         self._manager = manager
-        self._fused = FusedModules(host, checkpoint)
+        self._host, self._checkpoint = host, checkpoint
         self._layouts: dict[str, SglangSlotLayout] = {}
         self._used: set[str] = set()
 
@@ -124,16 +129,33 @@ class SglangLoraSlots:
 
     # ---- layout --------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _fused(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[str, ...]]]:
+        """(outputs, inputs) of each module's weight, and the modules that end in one parameter of the engine with it,
+        itself included, as a trace of the engine's own loader shows. Of the checkpoint that the engine was started
+        from; nothing if that folder is not at hand."""
+        infos = () if self._checkpoint is None else checkpoint_tensors(self._checkpoint)
+        matrices = [i for i in infos if len(i.shape) == 2 and i.name.endswith(".weight")]
+        shapes = {i.name.removesuffix(".weight"): (i.shape[0], i.shape[1]) for i in matrices}
+        landed: dict[str, dict[str, None]] = {}
+        with suppress(LoaderRaised):
+            for move in bake.trace(self._host, bake.stand_ins(infos)).moves if infos else ():
+                module = move.tensor.removesuffix(".weight")
+                if module in shapes:
+                    landed.setdefault(move.target, {})[module] = None
+        return shapes, {name: tuple(names) for names in landed.values() for name in names}
+
     def _left_out(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> list[TensorInfo]:
         """List the tensors of a fused layer's other modules: SGLang drops, misplaces or refuses a LoRA for a part of it
         (https://github.com/sgl-project/sglang/pull/28199)."""
+        shapes, groups = self._fused
         known = {pair.module for pair in pairs(tensors)}
         out: list[TensorInfo] = []
         for pair in pairs(tensors):
-            for module, (rows, columns) in self._fused.fused_with(pair.module).items():
+            for module in groups.get(pair.module, ()):
                 if module not in known and not pair.embedding:
                     known.add(module)
-                    a, b = names_of(module)
+                    (rows, columns), (a, b) = shapes[module], names_of(module)
                     out.append(TensorInfo(a, pair.a.dtype, (spec.rank, columns)))
                     out.append(TensorInfo(b, pair.b.dtype, (rows, spec.rank)))
         return out
@@ -163,12 +185,11 @@ class SglangLoraSlots:
         manager = self._manager
         pool = copy.copy(manager.memory_pool)
         pool.pin_memory_available = False
-        for attribute in _STACKED:
-            stacks = vars(manager.memory_pool)[attribute]
-            vars(pool)[attribute] = {name: [_blank(t, codes) for t in rows] for name, rows in stacks.items()}
-        for attribute in _SINGLE:
-            single = vars(manager.memory_pool)[attribute]
-            vars(pool)[attribute] = {name: _blank(tensor, codes) for name, tensor in single.items()}
+        for attribute in _BUFFERS:
+            vars(pool)[attribute] = {
+                name: [_blank(t, codes) for t in found] if isinstance(found, list) else _blank(found, codes)
+                for name, found in vars(manager.memory_pool)[attribute].items()
+            }
         pool.new_embeddings_buffer = {}
         try:
             config = LoRAConfig.from_dict(
@@ -184,13 +205,7 @@ class SglangLoraSlots:
                 "weighbridge", 0, lora, manager.lora_modules, manager.embed_tokens_module, manager.lm_head_module
             )
         except LOADER_ERRORS as error:
-            raise ShapeMismatch(
-                "an adapter's tensors do not fit the engine's slots",
-                where="SGLang's LoRA memory pool",
-                got=f"{type(error).__name__}: {error}",
-                remedy=_SAME_CONFIGURATION,
-                names=tuple(i.name for i in tensors),
-            ) from error
+            raise lora_misfit("SGLang's LoRA memory pool", error, (info.name for info in tensors)) from error
         return pool
 
     def _require_fit(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> None:
@@ -207,7 +222,7 @@ class SglangLoraSlots:
         for pair in pairs(tensors):
             if not pool.can_support(LoRAConfig.from_dict(_peft_config((pair.a,), spec))):
                 unknown += [pair.a.name, pair.b.name]
-            shape = self._fused.shape(pair.module)
+            shape = self._fused[0].get(pair.module)
             if shape is None:
                 continue
             # each part: a stack of a fused layer may have the right shape though its parts do not
@@ -219,7 +234,7 @@ class SglangLoraSlots:
                         where=info.name,
                         expected=str(list(wanted)),
                         got=str(list(info.shape)),
-                        remedy=_SAME_CONFIGURATION,
+                        remedy="trainer and engine must run the same model configuration",
                         names=(info.name,),
                     )
         if unknown:
@@ -245,11 +260,10 @@ def _peft_config(tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, Any
 def _buffers(pool: Any) -> dict[str, torch.Tensor]:
     """Every buffer of a pool, slots in its first dimension."""
     found: dict[str, torch.Tensor] = {}
-    for attribute in _STACKED:
-        for name, layers in vars(pool)[attribute].items():
-            found.update({f"{attribute}.{name}.{k}": tensor for k, tensor in enumerate(layers)})
-    for attribute in _SINGLE:
-        found.update({f"{attribute}.{name}": tensor for name, tensor in vars(pool)[attribute].items()})
+    for attribute in _BUFFERS:
+        for name, value in vars(pool)[attribute].items():
+            for k, tensor in enumerate(value if isinstance(value, list) else [value]):
+                found[f"{attribute}.{name}.{k}"] = tensor
     return found
 
 

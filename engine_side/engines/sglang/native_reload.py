@@ -12,7 +12,7 @@ from bridge.errors import ProtocolError
 from engine_side.engines.common.hosting import Leavings
 from engine_side.engines.common.native_reload import NativeReload
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.hosted import EngineShutdown
+from engine_side.engines.sglang.driver import EngineShutdown
 
 _ON_CPU = {
     "device": "cpu",

@@ -1,20 +1,23 @@
-"""Drive an SGLang engine through its own calls and the frontend that stands before it, over a channel."""
+"""Drive an SGLang engine through its own calls and the frontend that stands before it."""
 
 from __future__ import annotations
 
 import base64
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-from bridge.errors import ConfigError, DeadlineExceeded, ProtocolError
+from bridge.errors import DeadlineExceeded, ProtocolError
+from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
-from engine_side.engines.common.published_state import BASE, check_mode
-from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.common.published_state import BASE, asleep_error, check_mode
+from engine_side.engines.sglang.arguments import Arguments, require_supported
 from engine_side.engines.sglang.scheduler_messages import (
     FACTS,
     JOB,
@@ -26,6 +29,8 @@ from engine_side.engines.sglang.scheduler_messages import (
     read_answer,
 )
 
+RESUME = "call continue_generation, then try again"
+"""Remedy for an engine that somebody else has paused: requests of the bridge would wait for them."""
 _POLL_S = 0.005
 _GRACE_S = 3.0
 """Seconds for all calls together that follow a deadline which the engine let pass: to resume it, or to refuse."""
@@ -35,27 +40,8 @@ _ASKS_RANKS = (msg.GetState, msg.Generate, msg.Publish, msg.Retire)
 """Requests for which the frontend, if the engine holds LoRAs, waits for the schedulers."""
 
 
-class SglangChannel(Protocol):
-    """A way to one engine. Every call blocks until it is answered; raises PeerLost for an engine that has ended, and
-    DeadlineExceeded."""
-
-    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
-        """Return the frontend's answer; its errors are raised."""
-        ...
-
-    def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
-        """Make one of SGLang's calls, by the name that it has in the tokenizer manager and as a route:
-        `pause_generation`, `continue_generation`, `flush_cache` (True when it did), `update_weight_version`,
-        `abort_request`."""
-        ...
-
-    def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
-        """Send a request of the bridge to all schedulers: (success, message)."""
-        ...
-
-
 class SglangDriver(FrontendClient):
-    """The `EngineDriver` of an SGLang engine, whatever channel leads to it.
+    """The `EngineDriver` of an SGLang engine, whatever way leads to it.
 
     Attributes:
         max_prompt, vocabulary, cache_grain: as `EngineDriver` has them; known once `facts` was called.
@@ -67,28 +53,43 @@ class SglangDriver(FrontendClient):
     vocabulary: int
     cache_grain: int
 
-    def __init__(
-        self,
-        channel: SglangChannel,
-        arguments: SglangArguments,
-        where: str,
-        *,
-        on_close: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, get: Arguments, where: str, start: str, *, on_close: Callable[[], None] | None = None) -> None:
         """Make the driver; nothing is sent yet.
 
         Args:
-            where: the engine, for errors.
+            get: returns an argument that the engine was started with.
+            where, start: as in `require_supported`, whose error is raised for an engine that cannot be driven.
             on_close: ends an engine that belongs to the driver.
         """
         super().__init__(on_close)
+        require_supported(get, where, start)
         self.where = where
-        self.ranks, self.checkpoint = arguments.ranks, arguments.checkpoint
-        self.quantisation, self.lora = arguments.quantisation, arguments.lora
-        self._on_cpu = arguments.device == "cpu"
-        self._channel = channel
+        self.ranks, self._on_cpu = int(get("tp_size")), str(get("device")) == "cpu"
+        path, quantisation = Path(get("model_path")), get("quantization")
+        self.checkpoint = path if path.is_dir() and str(get("load_format")) != "dummy" else None
+        self.quantisation = None if quantisation is None else str(quantisation)
+        # one slot less than SGLang has: it keeps one that is never pinned
+        slots = max(0, int(get("max_loras_per_batch")) - 1)
+        rank = get("max_lora_rank") if get("enable_lora") else None
+        self.lora = None if rank is None else LoraLimits(int(rank), slots)
         self._push: Deadline | None = None  # of the push that has the engine paused
         self._grace: Deadline | None = None  # for an engine that has let a deadline pass
+
+    # ---- the ways to the engine: each call blocks until it is answered; raises PeerLost, DeadlineExceeded -----------
+
+    @abstractmethod
+    def ask_frontend(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Return the frontend's answer; its errors are raised."""
+
+    @abstractmethod
+    def call_engine(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Make one of SGLang's calls, by the name that it has in the tokenizer manager and as a route:
+        `pause_generation`, `continue_generation`, `flush_cache` (True when it did), `update_weight_version`,
+        `abort_request`."""
+
+    @abstractmethod
+    def check_weights(self, words: list[str], deadline: Deadline) -> tuple[bool, str]:
+        """Send a request of the bridge to all schedulers: (success, message)."""
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Do nothing: SGLang's weights lie in its schedulers' processes, never in the trainer's."""
@@ -116,8 +117,8 @@ class SglangDriver(FrontendClient):
         return facts
 
     def ask(self, verb: str, text: str = "", *, deadline: Deadline | None = None) -> SchedulerAnswer:
-        """Send a request to every rank and return rank 0's answer. Blocks. Raises as `read_answer`, and as the
-        channel."""
+        """Send a request to every rank and return rank 0's answer. Blocks. Raises as `read_answer`, PeerLost,
+        DeadlineExceeded."""
         wait = deadline or self._until()
         wait.check("a job for SGLang's schedulers")
         if verb != FACTS:
@@ -125,21 +126,21 @@ class SglangDriver(FrontendClient):
         elif self._grace is not None:
             wait = self._until()
         with self._noting_lateness():
-            ok, message = self._channel.check_weights([verb, text], wait)
+            ok, message = self.check_weights([verb, text], wait)
         self._grace = None
         return read_answer(self.where, ok, message)
 
     def _front(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         if isinstance(request, msg.Generate) and not request.past_gate:
-            return self._channel.ask(request, deadline)  # a user's: it may take its time
+            return self.ask_frontend(request, deadline)  # a user's: it may take its time
         if isinstance(request, _ASKS_RANKS) and self.lora is not None:
             self._require_responsive()
         with self._noting_lateness():
-            return self._channel.ask(request, deadline)
+            return self.ask_frontend(request, deadline)
 
     def _call(self, method: str, **arguments: Any) -> Any:
         with self._noting_lateness():
-            return self._channel.call(method, self._until(), **arguments)
+            return self.call_engine(method, self._until(), **arguments)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
@@ -184,11 +185,11 @@ class SglangDriver(FrontendClient):
                 deadline.check("requests in flight did not finish")
                 time.sleep(_POLL_S)
             self._tell(msg.Hold(paused=True), deadline)
-            self._channel.call("pause_generation", deadline, mode="retract")
+            self.call_engine("pause_generation", deadline, mode="retract")
             while not self.facts(deadline).paused:  # SGLang's pause has no answer of its own
                 deadline.check("SGLang's pause")
             if inflight == "abort":
-                self._channel.call("abort_request", deadline, rid="", abort_all=True)
+                self.call_engine("abort_request", deadline, rid="", abort_all=True)
         except BaseException:
             if not paused:
                 self._go_on()
@@ -229,7 +230,7 @@ class SglangDriver(FrontendClient):
         if state.refusal is not None or state.paused:
             return
         if self.facts().paused:
-            raise paused_by_user(self.where)
+            raise asleep_error(self.where, RESUME)
         # the first forward of some of SGLang's models changes their module tree, which has to be over before a push
         # compares the tree with what it was
         sampling = Sampling(max_tokens=2, temperature=0.0)
@@ -243,14 +244,3 @@ class SglangDriver(FrontendClient):
 
     def _close_scheduling(self) -> None:
         self.ask(SHUT)
-
-
-def paused_by_user(where: str) -> ConfigError:
-    """Make the error for an engine that somebody else has paused: requests of the bridge would wait for them."""
-    return ConfigError(
-        "the engine is paused",
-        where=where,
-        expected="a running engine",
-        got="somebody else called pause_generation",
-        remedy="call continue_generation, then try again",
-    )

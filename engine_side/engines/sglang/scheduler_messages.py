@@ -1,10 +1,12 @@
-"""Requests of the bridge to SGLang's schedulers, and their answers, inside SGLang's `check_weights`.
+"""Requests of the bridge to SGLang's tokenizer manager, and through it to the schedulers, inside `check_weights`.
 
-A request is `CheckWeightsReqInput(action=ACTION, skip_tensor_list=[verb, text])`; the answer is JSON in its message.
+A request to the schedulers is `CheckWeightsReqInput(action=ACTION, skip_tensor_list=[verb, text])`; the answer is JSON
+in its message.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import msgspec
@@ -16,6 +18,12 @@ ACTION = "weighbridge"
 JOB, FACTS, LORAS, OPEN, SHUT = "job", "facts", "loras", "open", "shut"
 FRONT = "front"
 """The verb of a request that `frontend.answer_check_weights` answers; no scheduler receives it."""
+_REQUESTS = {
+    "pause_generation": "PauseGenerationReqInput",
+    "continue_generation": "ContinueGenerationReqInput",
+    "update_weight_version": "UpdateWeightVersionReqInput",
+}
+"""Methods of the tokenizer manager that take their arguments in a class of `sglang.srt.managers.io_struct`."""
 
 
 class SchedulerFacts(msgspec.Struct, frozen=True):
@@ -25,14 +33,12 @@ class SchedulerFacts(msgspec.Struct, frozen=True):
         max_prompt: longest prompt in tokens that can be scored and continued by one.
         page: tokens per cache page; 0 without a prefix cache.
         paused: no request is scheduled, whoever paused it.
-        original_logprobs: log-probabilities are those before temperature.
         vocabulary: token ids lie below this.
     """
 
     max_prompt: int
     page: int
     paused: bool
-    original_logprobs: bool
     vocabulary: int
 
 
@@ -48,6 +54,18 @@ class SchedulerAnswer(msgspec.Struct, frozen=True):
     error: str = ""
     facts: SchedulerFacts | None = None
     loras: dict[str, str] = {}
+
+
+async def call_manager(manager: Any, method: str, **arguments: Any) -> bool:
+    """Make one of the calls of `SglangDriver.call_engine` in the manager's loop. Returns whether it succeeded."""
+    from sglang.srt.managers import io_struct
+
+    manager.auto_create_handle_loop()
+    kind, function = _REQUESTS.get(method), getattr(manager, method)
+    answer = function(**arguments) if kind is None else function(getattr(io_struct, kind)(**arguments))
+    if inspect.isawaitable(answer):
+        answer = await answer
+    return bool(getattr(answer, "success", True))
 
 
 async def check_weights(manager: Any, words: list[str]) -> tuple[bool, str]:

@@ -7,39 +7,40 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bridge.coordinator.health import Check
-from bridge.errors import BridgeError, ProtocolError
+from bridge.errors import BridgeError
 from bridge.protocol.codec import pack
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
 from engine_side.engines.common.frontend_client import CALL_S
-from engine_side.engines.common.http import HttpClient, HttpStatus
+from engine_side.engines.common.http import HttpClient, HttpStatus, read_field
+from engine_side.engines.common.versions import require_version
 from engine_side.engines.sglang import LOADER
-from engine_side.engines.sglang.arguments import SglangArguments
+from engine_side.engines.sglang.arguments import Arguments
 from engine_side.engines.sglang.remote import SglangDriver
 from engine_side.engines.sglang.scheduler_messages import ACTION, FRONT, without_plugin
-from engine_side.engines.sglang.versions import check_version
 
 START = f"python -m sglang.launch_server --model-path PATH --custom-weight-loader {LOADER}"
 
 
-class SglangHttpChannel:
-    """A `SglangChannel` over the endpoints of an SGLang server."""
+class SglangServerDriver(SglangDriver):
+    """The driver of a server, which stays its owner's, over its endpoints."""
 
-    def __init__(self, client: HttpClient) -> None:
+    def __init__(self, client: HttpClient, get: Arguments) -> None:
+        super().__init__(get, client.url, START)
         self._client = client
 
-    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+    def ask_frontend(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
         ok, text = self.check_weights([FRONT, base64.b64encode(pack(request)).decode()], deadline)
         try:
             frame = base64.b64decode(text, validate=True) if ok else b""
         except ValueError:
             frame = b""
         if not frame:
-            raise without_plugin(self._client.url, text)
-        return msg.read_reply(frame, self._client.url)
+            raise without_plugin(self.where, text)
+        return msg.read_reply(frame, self.where)
 
-    def call(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
+    def call_engine(self, method: str, deadline: Deadline, **arguments: Any) -> Any:
         try:
             self._client.post(f"/{method}", deadline, body=arguments, plain=True)
         except HttpStatus as error:
@@ -56,23 +57,8 @@ class SglangHttpChannel:
             if error.status == 400:
                 return False, error.text
             raise error.as_error() from error
-        if not isinstance(answer, dict) or not isinstance(answer.get("message"), str):
-            raise ProtocolError(
-                "the server's answer is not one of SGLang's",
-                where=f"{self._client.url}/weights_checker",
-                expected='{"success": ..., "message": "..."}',
-                got=str(answer)[:200],
-                remedy="give the address of the engine's own server, not of a router before it",
-            )
-        return bool(answer.get("success")), answer["message"]
-
-
-class SglangServerDriver(SglangDriver):
-    """The driver of a server, which stays its owner's."""
-
-    def __init__(self, client: HttpClient, arguments: SglangArguments) -> None:
-        super().__init__(SglangHttpChannel(client), arguments, client.url)
-        self._client = client
+        message = read_field(answer, "message", str, f"{self.where}/weights_checker")
+        return bool(answer.get("success")), message
 
     def examine(self, deadline: Deadline) -> Iterator[Check]:
         """Report whether the server serves, which version, who drives it, and whether its weights are those that were
@@ -91,12 +77,9 @@ def recognise(client: HttpClient, deadline: Deadline) -> SglangServerDriver | No
     info = _server_info(client, deadline)
     if info is None:
         return None
-    check_version(str(info["version"]))
-    arguments = SglangArguments.read(info.get, client.url, START)
-    channel = SglangHttpChannel(client)
-    front = server_checks.identify(lambda request: channel.ask(request, deadline), client.url)
-    server_checks.require_sight(front, client.url)
-    driver = SglangServerDriver(client, arguments)
+    require_version("SGLang", str(info["version"]))
+    driver = SglangServerDriver(client, info.get)
+    server_checks.identify(lambda request: driver.ask_frontend(request, deadline), client.url)
     driver.facts()
     return driver
 

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
-from bridge.errors import Busy, ConfigError, ProtocolError
+from bridge.errors import Busy, ProtocolError
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
-from engine_side.engines.common.published_state import PublishedState, lora_not_loaded, parse_version
+from engine_side.engines.common.published_state import lora_not_loaded, parse_version
 from engine_side.engines.vllm.facts import VllmFacts
 from engine_side.engines.vllm.plugin import METHOD
-
-
-@dataclass
-class VllmPublishedState(PublishedState):
-    """Also the LoRAs that are to be dropped once no request uses them."""
-
-    retiring: set[str] = field(default_factory=set)
 
 
 class VllmDriver:
     """Base of vLLM's drivers.
 
     Attributes:
-        facts: read from the engine's configuration.
         where: the engine in messages.
         max_prompt: one token less than the model's length, for a prompt is continued by one.
     """
@@ -35,7 +26,6 @@ class VllmDriver:
     can_generate = True
 
     def __init__(self, facts: VllmFacts, where: str) -> None:
-        self.facts = facts
         self.where = where
         self.ranks = facts.ranks
         self.checkpoint = facts.checkpoint
@@ -70,18 +60,15 @@ class VllmDriver:
 
     def reset_caches(self) -> bool:
         """Drop prefix, encoder and multimodal caches; kept requests are computed again under the new weights."""
-        answer = self._reset_prefix_cache()
+        answer = self._call("reset_prefix_cache", reset_running_requests=True)
         self._call("reset_mm_cache")
         self._call("reset_encoder_cache")
-        return answer
-
-    def _reset_prefix_cache(self) -> bool:
-        """Running requests give their blocks back as well, and compute them again. Returns vLLM's answer."""
-        return bool(self._call("reset_prefix_cache", reset_running_requests=True))
+        return bool(answer)
 
     def _free_blocks(self) -> None:
-        """Free the KV blocks of the paused engine, for the canary. Raises ProtocolError when vLLM keeps them."""
-        if not self._reset_prefix_cache():
+        """Free the KV blocks of the paused engine, for the canary; kept requests give theirs back and compute them
+        again. Raises ProtocolError when vLLM keeps them."""
+        if not self._call("reset_prefix_cache", reset_running_requests=True):
             raise ProtocolError(
                 "vLLM did not free its KV blocks",
                 where="reset_prefix_cache",
@@ -92,20 +79,13 @@ class VllmDriver:
         self._blocks_used = False
 
     def _run_job(self, job: bytes, deadline: Deadline) -> Sequence[Any]:
-        """Call `extension.bridge_run` in every worker. Returns what each answered."""
+        """Call `plugin.bridge_run` in every worker. Returns what each answered."""
         answers: Sequence[Any] = self._call("collective_rpc", deadline, method=METHOD, args=(job,))
         return answers
 
     @abstractmethod
     def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
         """Call a method of vLLM's engine by name. Raises PeerLost, DeadlineExceeded."""
-
-
-def asleep_error(where: str, remedy: str) -> ConfigError:
-    """The error for an engine whose owner has paused it or put it to sleep."""
-    return ConfigError(
-        "the engine is asleep or paused", where=where, expected="an engine that runs", got="asleep", remedy=remedy
-    )
 
 
 def kept_requests_error(where: str) -> Busy:
@@ -126,13 +106,13 @@ def list_loras(loaded: Mapping[str, int], held: Iterable[int]) -> tuple[str, ...
     return (*loaded, *(f"#{lora_id}" for lora_id in sorted(set(held) - set(loaded.values()))))
 
 
-def request_lora(name: str, loaded: Mapping[str, int]) -> Any:
+def request_lora(name: str, loaded: Container[str]) -> Any:
     """The LoRARequest for a loaded LoRA. Raises NotFound."""
     from engine_side.engines.vllm.lora_slots import lora_request
 
     if name not in loaded:
         raise lora_not_loaded(name)
-    return lora_request(name, loaded[name])
+    return lora_request(name)
 
 
 def sampling_parameters(sampling: Sampling) -> Any:

@@ -9,16 +9,23 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bridge.errors import BridgeError, ConfigError, DeadlineExceeded, PeerLost
+from bridge.errors import BridgeError, DeadlineExceeded, PeerLost
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.engines.common.frontend_client import CALL_S
-from engine_side.engines.common.published_state import CURRENT, check_mode, lora_not_loaded, parse_version
+from engine_side.engines.common.published_state import (
+    CURRENT,
+    PublishedState,
+    asleep_error,
+    check_mode,
+    lora_not_loaded,
+    parse_version,
+)
+from engine_side.engines.common.shared_storage import require_apart
+from engine_side.engines.common.versions import require_version
 from engine_side.engines.vllm.common import (
     VllmDriver,
-    VllmPublishedState,
-    asleep_error,
     kept_requests_error,
     list_loras,
     read_completion,
@@ -29,7 +36,6 @@ from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.gate import VllmGate
 from engine_side.engines.vllm.liveness import call_core, died_error
 from engine_side.engines.vllm.plugin import LORAS
-from engine_side.engines.vllm.versions import check_version
 from engine_side.protocol import PromptBatch
 
 if TYPE_CHECKING:
@@ -48,27 +54,17 @@ class LLMDriver(VllmDriver):
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._engine: Any = llm.llm_engine
-        self._gate: VllmGate | None = None
-        super().__init__(facts_of(self._engine.vllm_config), "vllm.LLM")
+        facts = facts_of(self._engine.vllm_config)
+        super().__init__(facts, "vllm.LLM")
         check_facts(
-            self.facts,
+            facts,
             where=self.where,
             expected='weight_transfer_config=WeightTransferConfig(backend="bridge")',
             remedy='vllm.LLM(..., weight_transfer_config=vllm.config.WeightTransferConfig(backend="bridge"))',
         )
-        self._published: VllmPublishedState = vars(self._engine).setdefault(_PUBLISHED, VllmPublishedState())
-
-    @property
-    def gate(self) -> VllmGate:
-        """The gate of the engine, put up at its first use."""
-        if self._gate is None:
-            self._gate = VllmGate.of(self._engine)
-        return self._gate
-
-    @property
-    def in_process(self) -> bool:
-        """True when the engine core runs in this process."""
-        return hasattr(self._engine.engine_core, "engine_core")
+        self._core = getattr(self._engine.engine_core, "engine_core", None)  # None when it has a process of its own
+        self._published: PublishedState = vars(self._engine).setdefault(_PUBLISHED, PublishedState())
+        self.gate = VllmGate.of(self._engine)
 
     # ---- calls of the engine -------------------------------------------------------------------------------------
 
@@ -89,7 +85,7 @@ class LLMDriver(VllmDriver):
     def _call(self, name: str, deadline: Deadline | None = None, /, **arguments: Any) -> Any:
         """Call a method of LLMEngine. A core of this process computes the answer in this thread, without a limit."""
         call: Callable[[], Any] = partial(getattr(self._engine, name), **arguments)
-        if self.in_process:
+        if self._core is not None:
             return call()
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -116,21 +112,10 @@ class LLMDriver(VllmDriver):
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Weights of a core of this process may share storage with the trainer's."""
-        if not self.in_process:
-            return
-        worker = getattr(self._engine.engine_core.engine_core.model_executor, "driver_worker", None)
+        worker = getattr(getattr(self._core, "model_executor", None), "driver_worker", None)
         runner = getattr(worker, "model_runner", None)  # None where workers have processes of their own
-        for name, tensor in () if runner is None else runner.get_model().named_parameters():
-            address = tensor.untyped_storage().data_ptr()
-            if address and address in storages:
-                raise ConfigError(
-                    "the trainer and the engine share storage",
-                    where=name,
-                    expected="an engine with weights of its own",
-                    got=f"address {address:#x} on both sides",
-                    remedy="clone one of them",
-                    names=(name,),
-                )
+        if runner is not None:
+            require_apart(runner.get_model().named_parameters(), storages)
 
     # ---- pause and resume ----------------------------------------------------------------------------------------
 
@@ -147,7 +132,7 @@ class LLMDriver(VllmDriver):
             with self.gate.between_steps(deadline):
                 if inflight == "abort":
                     self.gate.abort()
-                if self.in_process and not self._published.paused:
+                if self._core is not None and not self._published.paused:
                     self.gate.forget_finished()
                 self._stop_scheduling()
                 self._free_blocks()
@@ -239,12 +224,16 @@ class LLMDriver(VllmDriver):
             label = self._call("get_weight_version")
             return [Completion((), (), "length", parse_version(label)) for _ in prompts]
         parameters = sampling_parameters(sampling)
-        find_lora = partial(self._lora_request, adapter)
+
+        def find_lora() -> Any:
+            lora = self._published.resolve_lora(adapter)
+            return None if lora is None else request_lora(lora, self._loaded())
+
         from vllm.v1.engine.exceptions import EngineDeadError
 
         opened = self._published.paused and past_gate
         if opened:
-            if self.gate.has_requests:
+            if self.gate.requests():
                 raise kept_requests_error(self.where)
             self._resume_scheduling()
         try:
@@ -258,10 +247,6 @@ class LLMDriver(VllmDriver):
                 self._blocks_used = True
 
     # ---- LoRA ----------------------------------------------------------------------------------------------------
-
-    def _lora_request(self, name: str) -> Any:
-        lora = self._published.resolve_lora(name)
-        return None if lora is None else request_lora(lora, self._loaded())
 
     def loaded_loras(self) -> tuple[str, ...]:
         """Names of the LoRAs that the bridge loaded, then `#id` for those that vLLM read from folders."""
@@ -286,8 +271,8 @@ class LLMDriver(VllmDriver):
         retiring |= set(names)
         if not retiring:
             return
-        loaded, states = self._loaded(), dict(self._engine.output_processor.request_states)
-        for name in sorted(retiring.difference(state.lora_name for state in states.values())):
+        loaded, users = self._loaded(), self.gate.requests().values()
+        for name in sorted(retiring.difference(state.lora_name for state in users)):
             if name in loaded:
                 self._call("remove_lora", lora_id=loaded[name])
             retiring.discard(name)
@@ -302,5 +287,5 @@ def attach(engine: object, canonical: object = None) -> LLMDriver | None:
     module = sys.modules.get("vllm.entrypoints.llm")
     if module is None or not isinstance(engine, module.LLM):
         return None
-    check_version(str(sys.modules["vllm"].__version__))
+    require_version("vLLM", str(sys.modules["vllm"].__version__))
     return LLMDriver(engine)

@@ -8,6 +8,7 @@ from typing import Any
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Message
+from engine_side.engines.common.versions import refuse_arguments
 from engine_side.engines.vllm.plugin import BACKEND
 
 _PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
@@ -98,10 +99,7 @@ def check_facts(facts: VllmFacts, *, where: str, expected: str, remedy: str) -> 
     """
     if facts.backend != BACKEND:
         raise backend_error(where, expected, "none" if facts.backend is None else f"backend {facts.backend!r}", remedy)
-    for name, why in facts.undrivable.items():
-        raise ConfigError(
-            why, where=name, expected="an engine without it", got="it is set", remedy=f"start the engine without {name}"
-        )
+    refuse_arguments((name, why, "it is set") for name, why in facts.undrivable.items())
 
 
 def backend_error(where: str, expected: str, got: str, remedy: str) -> ConfigError:

@@ -21,14 +21,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost
+from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.protocol.codec import Completion, pack
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.frontend import Frontend
-from engine_side.engines.common.published_state import parse_version
+from engine_side.engines.common.frontend import Frontend, answer, quarantine_error
+from engine_side.engines.common.published_state import asleep_error, parse_version
 from engine_side.engines.vllm.common import (
-    VllmPublishedState,
-    asleep_error,
     list_loras,
     read_completion,
     request_lora,
@@ -38,7 +36,6 @@ from engine_side.engines.vllm.facts import facts_of
 from engine_side.engines.vllm.liveness import died_error
 from engine_side.engines.vllm.plugin import FRONT, LORAS, METHOD
 
-_KEY = "_weighbridge_front"
 XARG = "weighbridge_adapter"
 """Sampling argument by which an HTTP client asks for a LoRA: `"vllm_xargs": {"weighbridge_adapter": "current"}`."""
 
@@ -47,47 +44,35 @@ class VllmFrontend(Frontend):
     """One per AsyncLLM. Every method runs on its event loop."""
 
     name = "vLLM"
-    published: VllmPublishedState
 
     def __init__(self, engine: AsyncLLM) -> None:
         super().__init__()
         self._engine = ref(engine)
-        self.published = VllmPublishedState()
         self._opened = asyncio.Event()
         self._opened.set()
         self._entering = 0
         self._ours: set[str] = set()
         self._privileged: set[str] = set()
 
-    @classmethod
-    def of(cls, engine: AsyncLLM) -> VllmFrontend:
-        """The frontend of this engine; made at the first call."""
-        found = vars(engine).get(_KEY)
-        if not isinstance(found, VllmFrontend):
-            found = vars(engine)[_KEY] = cls(engine)
-        return found
-
     # ---- requests of the engine's users --------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def admitted(self, request_id: str) -> AsyncIterator[None]:
-        """Inside, a request may be handed to the engine. Waits during a push; raises EngineQuarantined while the engine
-        refuses. The bridge's own requests pass: they have waited already."""
-        if request_id in self._ours:
-            yield
-            return
-        await self._enter()
+    async def entered(self, past: bool) -> AsyncIterator[None]:
+        """Inside, requests may be handed to the engine; no push begins before they are there. Unless `past` this waits
+        during a push, and raises EngineQuarantined while the engine refuses."""
+        while not past and not self._opened.is_set():
+            await self._opened.wait()
+        if not past and self.reason is not None:
+            raise quarantine_error(self.name, self.reason)
+        self._entering += 1
         try:
             yield
         finally:
             self._entering -= 1
 
-    async def _enter(self) -> None:
-        """Wait for the gate, and count as entering until the caller takes itself off again."""
-        while not self._opened.is_set():
-            await self._opened.wait()
-        self.check_open()
-        self._entering += 1
+    def is_ours(self, request_id: str) -> bool:
+        """True for a request of the bridge, which has waited already."""
+        return request_id in self._ours
 
     async def lora_request(self, name: str) -> Any:
         """vLLM's request for "current", "base" or a loaded LoRA; None for the base model. Raises NotFound."""
@@ -103,11 +88,9 @@ class VllmFrontend(Frontend):
         except EngineDeadError as error:
             raise died_error(self.name, str(error)) from error
 
-    def _facts(self) -> tuple[str, bytes, int]:
-        import vllm
-
+    def _facts(self) -> tuple[bytes, int]:
         engine = self._live()
-        return str(vllm.__version__), pack(facts_of(engine.vllm_config)), int(getattr(engine, "_client_count", 1))
+        return pack(facts_of(engine.vllm_config)), int(getattr(engine, "_client_count", 1))
 
     @property
     def _held(self) -> bool:
@@ -184,14 +167,17 @@ class VllmFrontend(Frontend):
         if request.past_gate:
             self._privileged.update(names)
         try:
-            async with asyncio.timeout(request.timeout_s):
-                await self._add(request, names, queues)
-                return [read_completion(await _final_output(queue)) for queue in queues]
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "requests of the bridge did not finish", where=self.name, expected=f"within {request.timeout_s} s",
-                remedy="raise the time limit, ask for fewer tokens, or look for a hung engine",
-            ) from None  # fmt: skip
+            async with self.entered(request.past_gate):
+                # no push can begin any more, and none is under way: if the engine sleeps, its owner has put it to sleep
+                if not self.published.paused and await engine.is_sleeping():
+                    raise asleep_error(self.name, "resume it or wake it up, then try again")
+                lora = await self.lora_request(request.lora)
+                sampling = sampling_parameters(request.sampling)
+                sampling.output_kind = RequestOutputKind.FINAL_ONLY
+                for name, ids in zip(names, request.prompts, strict=True):
+                    prompt = {"prompt_token_ids": list(ids)}
+                    queues.append(await engine.add_request(name, prompt, sampling, lora_request=lora))
+            return [read_completion(await _final_output(queue)) for queue in queues]
         finally:
             self._ours.difference_update(names)
             self._privileged.difference_update(names)
@@ -200,24 +186,6 @@ class VllmFrontend(Frontend):
                 await asyncio.shield(engine.abort(unfinished, internal=True))
             for queue in queues:
                 queue.close()
-
-    async def _add(self, request: msg.Generate, names: list[str], queues: list[Any]) -> None:
-        if request.past_gate:
-            self._entering += 1
-        else:
-            await self._enter()
-        try:
-            # no push can begin any more, and none is under way: if the engine sleeps, its owner has put it to sleep
-            if not self.published.paused and await self._live().is_sleeping():
-                raise asleep_error(self.name, "resume it or wake it up, then try again")
-            lora = await self.lora_request(request.lora)
-            sampling = sampling_parameters(request.sampling)
-            sampling.output_kind = RequestOutputKind.FINAL_ONLY
-            for name, ids in zip(names, request.prompts, strict=True):
-                prompt = {"prompt_token_ids": list(ids)}
-                queues.append(await self._live().add_request(name, prompt, sampling, lora_request=lora))
-        finally:
-            self._entering -= 1
 
     def _live(self) -> Any:
         engine = self._engine()
@@ -243,7 +211,7 @@ def wrap_add_request(add_request: Coroutine) -> Coroutine:
     async def call(self: AsyncLLM, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         front = VllmFrontend.of(self)
         try:
-            async with front.admitted(request_id):
+            async with front.entered(past=front.is_ours(request_id)):
                 wanted = (getattr(params, "extra_args", None) or {}).get(XARG)
                 if wanted is not None:
                     kwargs["lora_request"] = await front.lora_request(str(wanted))
@@ -265,7 +233,7 @@ def wrap_collective_rpc(collective_rpc: Coroutine) -> Coroutine:
         self: AsyncLLM, method: str, timeout: float | None = None, args: Any = (), kwargs: Any = None
     ) -> Any:
         if method == FRONT:
-            return [await VllmFrontend.of(self).answer(*args)]
+            return [await answer(lambda: VllmFrontend.of(self), *args)]
         if method == METHOD:
             VllmFrontend.of(self).jobs += 1
         return await collective_rpc(self, method, timeout, args, kwargs)

@@ -104,12 +104,9 @@ class VllmGate:
     def _entered(self, deadline: Deadline | None) -> Iterator[None]:
         """Inside, a request is handed to the engine under the weights that serve now: no push begins before it has
         arrived. Waits and raises as `enter`."""
-        while True:
+        with self._opened:  # reentrant: no push begins between the two
             self.enter(deadline)
-            with self._opened:
-                if not self.held:
-                    self._entering += 1
-                    break
+            self._entering += 1
         try:
             yield
         finally:
@@ -135,10 +132,9 @@ class VllmGate:
             self.held = False
             self._opened.notify_all()
 
-    @property
-    def has_requests(self) -> bool:
-        """True when the engine holds requests, those of the bridge included."""
-        return bool(self._states())
+    def requests(self) -> dict[str, Any]:
+        """The engine's unfinished requests, those of the bridge included. A copy: callers add to them meanwhile."""
+        return dict(self._live().output_processor.request_states)
 
     @contextmanager
     def between_steps(self, deadline: Deadline | None = None) -> Iterator[None]:
@@ -181,7 +177,7 @@ class VllmGate:
             spared = self._privileged if rollouts else self._ours
             states = {
                 name: state
-                for name, state in self._states().items()
+                for name, state in self.requests().items()
                 if state.external_req_id not in spared and (loras is None or state.lora_name in loras)
             }
             for state in states.values():
@@ -251,10 +247,6 @@ class VllmGate:
         """True when a step would return without waiting. Blocks for up to `wait_s` until it does, and must then be
         called without the lock. Raises PeerLost."""
         return has_output(self._live().engine_core, wait_s, "vllm.LLM")
-
-    def _states(self) -> dict[str, Any]:
-        """The engine's unfinished requests. A copy: callers add to them meanwhile."""
-        return dict(self._live().output_processor.request_states)
 
     def _step(self) -> list[Any]:
         """Step the engine. Returns the outputs of users' requests."""

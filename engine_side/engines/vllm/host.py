@@ -35,6 +35,8 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
     """The host of one worker (`vllm.v1.worker.worker_base.WorkerBase`)."""
 
     lora_remedy = ("vllm.LLM", "max_loras=2 or more")
+    vocabulary_class = VocabParallelEmbedding
+    method_class = QuantizeMethodBase
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -107,9 +109,6 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
 
     # ---- calls of single modules ---------------------------------------------------------------------------------
 
-    def _is_quantisable(self, module: nn.Module) -> bool:
-        return isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
-
     def _has_experts(self, module: nn.Module) -> bool:
         return isinstance(getattr(module, "quant_method", None), FusedMoEMethodBase)
 
@@ -126,9 +125,7 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
             out = method.apply(module, x, weights, chosen, None, None)
         return out
 
-    def _embed_ids(self, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        if not isinstance(module, VocabParallelEmbedding):
-            raise NotImplementedError(f"{type(module).__name__} takes no ids")
+    def _embed_ids(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         mask: torch.Tensor | None = None
         if module.tp_size > 1:
             at = module.shard_indices

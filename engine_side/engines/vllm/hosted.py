@@ -2,21 +2,92 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Mapping
+import threading
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import CancelledError, wait
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, PeerLost
+from bridge.protocol.deadline import Deadline
+from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import hosting
-from engine_side.engines.vllm.channels import VllmLoopChannel
+from engine_side.engines.common.versions import require_version
 from engine_side.engines.vllm.facts import check_facts, facts_of
+from engine_side.engines.vllm.liveness import died_error, wait_for
 from engine_side.engines.vllm.plugin import BACKEND, register
 from engine_side.engines.vllm.remote import AsyncDriver
-from engine_side.engines.vllm.versions import check_version
 
+T = TypeVar("T")
 STOP_S = 20.0
 """Time for an engine to shut down by itself."""
+END_S = 10.0
+"""Time for the tasks of an event loop to end."""
+
+
+class VllmLoopChannel:
+    """An event loop on a thread of its own, and the AsyncLLM that lives on it.
+
+    Attributes:
+        engine: the AsyncLLM; None before it was made and after it was ended.
+        front: its VllmFrontend.
+    """
+
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.front: Any = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="weighbridge-vllm", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], deadline: Deadline | None) -> T:
+        """Run a coroutine on the loop and wait for its result. Without a deadline this waits for as long as the engine
+        core lives.
+
+        Raises:
+            DeadlineExceeded: the coroutine was cancelled at the deadline.
+            PeerLost: the engine core has ended, or the loop was stopped.
+        """
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return wait_for(future, getattr(self.engine, "engine_core", None), deadline, "AsyncLLM")
+        except CancelledError as error:
+            raise PeerLost(
+                "vLLM's engine was stopped", where="AsyncLLM", got="closed", remedy="start it again"
+            ) from error
+
+    def stop(self) -> None:
+        """End the loop and what still waits on it. Blocks for at most twice END_S. Idempotent."""
+        if self._loop.is_closed():
+            return
+        wait((asyncio.run_coroutine_threadsafe(_end_all(), self._loop),), END_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(END_S)
+        if not self._thread.is_alive():  # else something on it blocks, and it cannot be closed
+            self._loop.close()
+
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Have the frontend handle a request on the loop."""
+        answer: msg.FrontendReply = self.run(self.front.handle(request), deadline)
+        return answer
+
+    def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Call a method of the AsyncLLM on the loop."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self.run(getattr(self.engine, name)(**arguments), deadline)
+        except EngineDeadError as error:
+            raise died_error("AsyncLLM", str(error)) from error
+
+
+async def _end_all() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def host(path: str, arguments: Mapping[str, Any]) -> AsyncDriver:
@@ -37,29 +108,23 @@ def host(path: str, arguments: Mapping[str, Any]) -> AsyncDriver:
         raise hosting.not_installed("vLLM", error) from error
     from engine_side.engines.vllm.frontend import VllmFrontend
 
-    check_version(str(vllm.__version__))
+    require_version("vLLM", str(vllm.__version__))
     register()  # in an environment where the plugin's entry point is switched off, our own engine has it all the same
-    config = _engine_config(path, arguments)
     channel, leavings = VllmLoopChannel(), hosting.Leavings()
 
-    async def start() -> Any:  # on the loop, so that vLLM's output handler starts there
+    async def start(config: Any) -> Any:  # on the loop, so that vLLM's output handler starts there
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
 
     try:
-        channel.engine = channel.run(start(), None)
+        channel.engine = channel.run(start(_engine_config(path, arguments)), None)
         channel.front = VllmFrontend.of(channel.engine)
         facts = facts_of(channel.engine.vllm_config)
         return AsyncDriver(channel, facts, "AsyncLLM", on_close=partial(_end_engine, channel, leavings))
     except BaseException as error:
         _end_engine(channel, leavings)
-        if isinstance(error, BridgeError) or not isinstance(error, Exception):
-            raise
-        raise ConfigError(
-            "vLLM could not be started with these arguments",
-            where=f"vllm:{path}",
-            got=f"{type(error).__name__}: {error}"[:2000],
-            remedy="vLLM's own log has the details",
-        ) from error
+        if isinstance(error, Exception) and not isinstance(error, BridgeError):
+            raise hosting.not_accepted("vllm", path, arguments, error) from error
+        raise
 
 
 def _end_engine(channel: VllmLoopChannel, leavings: hosting.Leavings) -> None:
@@ -83,10 +148,7 @@ def _engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
     given = {**hosting.with_dtype(arguments), "model": path}
     given.setdefault("skip_tokenizer_init", True)  # prompts and answers are token ids
     given.setdefault("weight_transfer_config", WeightTransferConfig(backend=BACKEND))
-    try:
-        config = AsyncEngineArgs(**given).create_engine_config()
-    except (ValueError, TypeError, AssertionError, NotImplementedError, OSError) as error:
-        raise hosting.not_accepted("vllm", path, arguments, error) from error
+    config = AsyncEngineArgs(**given).create_engine_config()
     check_facts(
         facts_of(config),
         where="weight_transfer_config",

@@ -41,13 +41,6 @@ def died_error(where: str, got: str = "its process has ended") -> PeerLost:
     )
 
 
-def late_error(where: str) -> DeadlineExceeded:
-    """The error for a call that vLLM has not answered at its deadline."""
-    return DeadlineExceeded(
-        "vLLM did not answer in time", where=where, remedy="look for a hung worker in vLLM's log, or raise timeout_s"
-    )
-
-
 def wait_for(future: Future[T], core: Any, deadline: Deadline | None, where: str) -> T:
     """Wait for a call that the engine core answers, and return its result. Blocks; without a deadline for as long as
     the core lives.
@@ -59,7 +52,8 @@ def wait_for(future: Future[T], core: Any, deadline: Deadline | None, where: str
     while not wait((future,), LOOK_S if deadline is None else min(LOOK_S, deadline.remaining_s)).done:
         if deadline is not None and deadline.expired:
             future.cancel()
-            raise late_error(where)
+            remedy = "look for a hung worker in vLLM's log, or raise timeout_s"
+            raise DeadlineExceeded("vLLM did not answer in time", where=where, remedy=remedy)
         if has_died(core) and not wait((future,), GRACE_S).done:
             future.cancel()
             raise died_error(where)

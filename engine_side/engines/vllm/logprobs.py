@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,27 +22,8 @@ from bridge.errors import ConfigError
 _SAMPLING: Mapping[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
-@dataclass(frozen=True)
-class _ScheduledPrompt:
-    """One prompt of a step: its place in the answer, request id, token ids, KV blocks per cache group."""
-
-    index: int
-    req_id: str
-    ids: list[int]
-    blocks: tuple[list[int], ...]
-
-    def as_new_request(self, lora: LoRARequest | None) -> NewRequestData:
-        return NewRequestData(
-            req_id=self.req_id,
-            prompt_token_ids=self.ids,
-            mm_features=[],
-            sampling_params=SamplingParams(**_SAMPLING),
-            pooling_params=None,
-            block_ids=self.blocks,
-            num_computed_tokens=0,
-            lora_request=lora,
-            prefill_token_ids=self.ids,
-        )
+Step = dict[int, NewRequestData]
+"""The prompts that run together, by their place in the answer."""
 
 
 @torch.inference_mode()
@@ -62,12 +42,12 @@ def prompt_logprobs(worker: Any, prompts: Sequence[Sequence[int]], lora: LoRAReq
     for k, ids in wanted:
         if len(ids) > limit:
             raise _too_long_error(k, f"at most {limit} tokens (max_model_len)", len(ids))
-    steps = list(_steps(worker, wanted))
+    steps = list(_steps(worker, wanted, lora))
     finished: list[str] = []
     try:
         for step in steps:
-            before, finished = finished, [prompt.req_id for prompt in step]
-            for index, row in _run_step(worker, step, before, lora).items():
+            before, finished = finished, [request.req_id for request in step.values()]
+            for index, row in _run_step(worker, step, before).items():
                 out[index] = row
     finally:
         if getattr(worker.model_runner, "execute_model_state", None) is not None:
@@ -77,25 +57,35 @@ def prompt_logprobs(worker: Any, prompts: Sequence[Sequence[int]], lora: LoRAReq
     return out
 
 
-def _steps(worker: Any, wanted: Sequence[tuple[int, list[int]]]) -> Iterator[list[_ScheduledPrompt]]:
+def _steps(worker: Any, wanted: Sequence[tuple[int, list[int]]], lora: LoRARequest | None) -> Iterator[Step]:
     """Pack prompts into steps, as far as tokens, sequences and KV blocks reach."""
     kv, scheduler = worker.model_runner.kv_cache_config, worker.vllm_config.scheduler_config
     # with a wrapped head vLLM maps a step's tokens to LoRAs by its sampled rows: right for one request only
     most = scheduler.max_num_seqs if worker.vllm_config.lora_config is None else 1
     tag = f"bridge-{time.monotonic_ns()}-"  # the runner takes an id that it knows for an update of that request
-    step: list[_ScheduledPrompt] = []
+    step: Step = {}
     used, cursor = 0, kv.num_blocks
     for index, ids in wanted:
         blocks, after = _blocks(kv, len(ids), cursor)
         full = used + len(ids) > scheduler.max_num_batched_tokens or len(step) == most
         if step and (full or after < 1):
             yield step
-            step, used = [], 0
+            step, used = {}, 0
             blocks, after = _blocks(kv, len(ids), kv.num_blocks)
         if after < 1:
             raise _too_long_error(index, f"what fits the {kv.num_blocks - 1} blocks of the KV pool", len(ids))
         cursor, used = after, used + len(ids)
-        step.append(_ScheduledPrompt(index, f"{tag}{index}", ids, blocks))
+        step[index] = NewRequestData(
+            req_id=f"{tag}{index}",
+            prompt_token_ids=ids,
+            mm_features=[],
+            sampling_params=SamplingParams(**_SAMPLING),
+            pooling_params=None,
+            block_ids=blocks,
+            num_computed_tokens=0,
+            lora_request=lora,
+            prefill_token_ids=ids,
+        )
     if step:
         yield step
 
@@ -118,20 +108,18 @@ def _blocks(kv: Any, tokens: int, cursor: int) -> tuple[tuple[list[int], ...], i
     return tuple(out), cursor
 
 
-def _run_step(
-    worker: Any, step: Sequence[_ScheduledPrompt], finished: Sequence[str], lora: LoRARequest | None
-) -> dict[int, list[float]]:
+def _run_step(worker: Any, step: Step, finished: Sequence[str]) -> dict[int, list[float]]:
     """Run one step; a prompt longer than the token budget is alone in it and goes in chunks."""
     budget = worker.vllm_config.scheduler_config.max_num_batched_tokens
-    new = [prompt.as_new_request(lora) for prompt in step]
+    new = list(step.values())
     zero = None
     if worker.model_runner.kv_cache_config.needs_kv_cache_zeroing:
-        zero = [block for prompt in step for group in prompt.blocks for block in group]
-    counts = {prompt.req_id: min(len(prompt.ids), budget) for prompt in step}
+        zero = [block for request in new for group in request.block_ids for block in group]
+    counts = {request.req_id: min(len(request.prompt_token_ids), budget) for request in new}
     found: dict[str, Any] = dict(_execute(worker, new, None, counts, finished, zero))
-    done = budget
-    while len(step) == 1 and done < len(step[0].ids):
-        req_id, count = step[0].req_id, min(budget, len(step[0].ids) - done)
+    req_id, length, done = new[0].req_id, len(new[0].prompt_token_ids), budget
+    while len(new) == 1 and done < length:
+        count = min(budget, length - done)
         more = CachedRequestData(
             req_ids=[req_id],
             resumed_req_ids=set(),
@@ -143,7 +131,7 @@ def _run_step(
         )
         found.update(_execute(worker, [], more, {req_id: count}, ()))
         done += count
-    rows = {prompt.index: found.get(prompt.req_id) for prompt in step}
+    rows = {index: found.get(request.req_id) for index, request in step.items()}
     # column 0 is the prompt's own token
     return {k: [float(x) for x in row.logprobs[:, 0].tolist()] for k, row in rows.items() if row is not None}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import xxhash
@@ -25,14 +25,13 @@ from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Fill, Move, Region
 from bridge.tracing.recorder import Recorder
-from engine_side.engines.common.published_state import lora_not_loaded
+from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
 from engine_side.plan.bake import stand_ins, uncovered_fills
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.protocol import LoraView
 
 _PEFT = "base_model.model."
 _ID_BITS = (1 << 53) - 1
-E = TypeVar("E", bound=BridgeError)
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,13 @@ class SlotStack:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """The places of a LoRA's tensors in a slot: moves, and zeros around them, into `stacks` by target."""
+    """The places of a LoRA's tensors in a slot: moves, and zeros around them, into `stacks` by target. `shapes` are
+    those of the tensors."""
 
     moves: tuple[Move, ...]
     zeros: tuple[Fill, ...]
     stacks: Mapping[str, SlotStack]
-
-
-@dataclass(frozen=True)
-class _LoadedLora:
-    """A LoRA in a slot: its id, the shapes of its tensors and their places."""
-
-    lora_id: int
     shapes: Mapping[str, tuple[int, ...]]
-    layout: SlotLayout
 
 
 class VllmLoraSlots:
@@ -76,18 +68,19 @@ class VllmLoraSlots:
         self._runner = worker.model_runner
         self._limits = worker.vllm_config.lora_config
         self._vocabulary = int(worker.vllm_config.model_config.get_vocab_size())
-        self._loaded: dict[str, _LoadedLora] = {}
+        self._loaded: dict[str, SlotLayout] = {}
         self._used: set[str] = set()
 
     @property
     def names(self) -> dict[str, int]:
         """Name -> id of the LoRAs that the bridge has loaded and vLLM still holds."""
         there = self._manager.list_adapters()
-        return {name: lora.lora_id for name, lora in self._loaded.items() if lora.lora_id in there}
+        return {name: id_of(name) for name in self._loaded if id_of(name) in there}
 
     def request(self, name: str) -> LoRARequest:
         """The LoRARequest for a loaded LoRA. Raises NotFound."""
-        return lora_request(name, self._of(name).lora_id)
+        self._layout_of(name)
+        return lora_request(name)
 
     def plan(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> dict[str, str]:
         """Find a place for every tensor of a LoRA; writes nothing.
@@ -131,27 +124,26 @@ class VllmLoraSlots:
         except BaseException:
             manager.remove_adapter(lora_id)
             raise
-        self._loaded[name] = _LoadedLora(lora_id, {i.name: i.shape for i in infos}, layout)
+        self._loaded[name] = layout
 
     def views(self, name: str) -> list[LoraView]:
         """Views of the slot of a loaded LoRA, for the read-back. Raises NotFound."""
-        lora = self._of(name)
-        index = self._manager.lora_index_to_id.index(lora.lora_id)
-        slots = {target: stack.tensor[index] for target, stack in lora.layout.stacks.items()}
+        layout = self._layout_of(name)
+        index = self._manager.lora_index_to_id.index(id_of(name))
+        slots = {target: stack.tensor[index] for target, stack in layout.stacks.items()}
         zeros: dict[str, list[torch.Tensor]] = {}
-        for fill in lora.layout.zeros:
+        for fill in layout.zeros:
             zeros.setdefault(fill.target, []).append(_region(slots[fill.target], fill.dest))
         out: list[LoraView] = []
-        for move in lora.layout.moves:
-            view, part = _rectangle(slots[move.target], move, lora.shapes[move.tensor][1])
+        for move in layout.moves:
+            view, part = _rectangle(slots[move.target], move, layout.shapes[move.tensor][1])
             out.append(LoraView(move.tensor, view, part, tuple(zeros.pop(move.target, ()))))
         return out
 
     def remove(self, name: str) -> None:
         """Drop a LoRA. Unknown names are ignored."""
-        lora = self._loaded.pop(name, None)
-        if lora is not None:
-            self._manager.remove_adapter(lora.lora_id)
+        if self._loaded.pop(name, None) is not None:
+            self._manager.remove_adapter(id_of(name))
 
     # ---- room ----------------------------------------------------------------------------------------------------
 
@@ -159,11 +151,10 @@ class VllmLoraSlots:
     def _manager(self) -> Any:
         return self._runner.lora_manager._adapter_manager
 
-    def _of(self, name: str) -> _LoadedLora:
-        lora = self._loaded.get(name)
-        if lora is None or lora.lora_id not in self._manager.list_adapters():
+    def _layout_of(self, name: str) -> SlotLayout:
+        if name not in self.names:
             raise lora_not_loaded(name)
-        return lora
+        return self._loaded[name]
 
     def _make_room(self) -> None:
         manager, used = self._manager, self._in_use()
@@ -240,17 +231,12 @@ class VllmLoraSlots:
         except BridgeError:
             raise
         except LOADER_ERRORS as error:
-            raise ShapeMismatch(
-                "an adapter's tensors do not fit the engine's slots",
-                where="set_lora",
-                got=f"{type(error).__name__}: {error}",
-                remedy="trainer and engine must run the same configuration",
-                names=tuple(weights),
-            ) from error
+            raise lora_misfit("set_lora", error, weights) from error
         moved = {move.target for move in recorder.moves}
         zeros = tuple(fill for fill in uncovered_fills(recorder) if fill.target in moved)
-        layout = SlotLayout(tuple(recorder.moves), zeros, {target: stacks[target] for target in moved})
-        _require_spanned(layout, tensors, spec)
+        shapes = {info.name: info.shape for info in tensors}
+        layout = SlotLayout(tuple(recorder.moves), zeros, {target: stacks[target] for target in moved}, shapes)
+        _require_spanned(layout, spec)
         return layout
 
     def _require_known(self, model: LoRAModel, tensors: Sequence[TensorInfo]) -> None:
@@ -270,7 +256,7 @@ class VllmLoraSlots:
         )
 
 
-def _full_error(kind: type[E], limit: str, size: int, cache: Any, used: frozenset[int]) -> E:
+def _full_error(kind: type[BridgeError], limit: str, size: int, cache: Any, used: frozenset[int]) -> BridgeError:
     ids = [f"{k} ({'pinned' if k in cache.pinned_items else 'in use' if k in used else 'idle'})" for k in cache.order]
     return kind(
         "every adapter slot of the engine is taken",
@@ -286,10 +272,10 @@ def id_of(name: str) -> int:
     return (xxhash.xxh3_64_intdigest(name.encode()) & _ID_BITS) | 1
 
 
-def lora_request(name: str, lora_id: int) -> LoRARequest:
+def lora_request(name: str) -> LoRARequest:
     """The LoRARequest for a LoRA in memory. vLLM asserts that there is a path, and never reads it once the id is
     loaded."""
-    return LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=f"memory:{name}")
+    return LoRARequest(lora_name=name, lora_int_id=id_of(name), lora_path=f"memory:{name}")
 
 
 def _mirror_layers(
@@ -333,10 +319,9 @@ def _rectangle(slot: torch.Tensor, move: Move, width: int) -> tuple[torch.Tensor
     return view, (slice(top, bottom), slice(left, right))
 
 
-def _require_spanned(layout: SlotLayout, tensors: Sequence[TensorInfo], spec: LoraSpec) -> None:
+def _require_spanned(layout: SlotLayout, spec: LoraSpec) -> None:
     """Check that every tensor spans its slot: vLLM takes one that is too small for a part of a larger one, and leaves
     zeros."""
-    shapes = {info.name: info.shape for info in tensors}
     written: dict[str, int] = {}
     for move in layout.moves:
         written[move.target] = written.get(move.target, 0) + move.dest.numel
@@ -350,7 +335,7 @@ def _require_spanned(layout: SlotLayout, tensors: Sequence[TensorInfo], spec: Lo
                 "an adapter's tensor does not span the engine's slot",
                 where=f"{', '.join(names)} -> {target}",
                 expected=f"{spec.rank} x {max(sizes, default=0)}",
-                got=", ".join(str(list(shapes[name])) for name in names),
+                got=", ".join(str(list(layout.shapes[name])) for name in names),
                 remedy="trainer and engine must run the same configuration",
                 names=names,
             )

@@ -1,13 +1,19 @@
-"""The `vllm.general_plugins` entry point: vLLM calls `register` in its API servers, engine core and workers."""
+"""The `vllm.general_plugins` entry point: vLLM calls `register` in its API servers, engine core and workers. Also the
+methods that its workers then run for the bridge; in these `self` is vLLM's worker."""
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 BACKEND = "bridge"
 """The word that users write: `WeightTransferConfig(backend="bridge")`."""
@@ -35,22 +41,61 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from engine_side.engines.vllm import extension
-
     module = sys.modules.get(_MODULE)
     if module is not None and hasattr(module, "AsyncLLM"):
         _wrap_methods(module)
     elif not any(isinstance(finder, _AsyncLLMFinder) for finder in sys.meta_path):
         # an engine core or a worker never imports AsyncLLM; a server does, in whatever process it was started
         sys.meta_path.insert(0, _AsyncLLMFinder())
-    methods = {METHOD: extension.bridge_run, LORAS: extension.bridge_loras, FRONT: extension.bridge_front}
-    for name, method in methods.items():
+    for name, method in {METHOD: bridge_run, LORAS: bridge_loras, FRONT: bridge_front}.items():
         if not hasattr(WorkerBase, name):
             setattr(WorkerBase, name, method)
     try:
         WeightTransferEngineFactory.register_engine(BACKEND, "engine_side.engines.vllm.transfer", "BridgeTransfer")
     except ValueError:
         return  # vLLM's error for a name that is registered: by an earlier call of ours
+
+
+def bridge_run(self: Any, frame: bytes | str) -> str:
+    """Run one rank job in this worker; the answer goes to the mailbox. Called by `collective_rpc`.
+
+    Never raises: with several ranks vLLM's multiprocess executor stops reading replies at the first that failed, and
+    pairs those that it left in its queues with later calls
+    (https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/executor/multiproc_executor.py).
+
+    Args:
+        frame: the packed job; in base64 where it came over HTTP.
+
+    Returns:
+        "" when the job was answered, else the reason why it could not be.
+    """
+    from vllm.config import set_current_vllm_config
+
+    from engine_side.engines.vllm.transfer import BridgeTransfer
+
+    try:
+        transfer = self.weight_transfer_engine
+        if not isinstance(transfer, BridgeTransfer):
+            return f"rank {self.rank}: this worker was started without the weight-transfer backend 'bridge'"
+        with set_current_vllm_config(self.vllm_config):
+            transfer.rank_of(self).run(base64.b64decode(frame) if isinstance(frame, str) else bytes(frame))
+    except Exception as error:  # process boundary: see above
+        log.exception("rank %s: a job could not be answered", getattr(self, "rank", "?"))
+        return f"rank {self.rank}: {type(error).__name__}: {error}"
+    return ""
+
+
+def bridge_loras(self: Any) -> dict[str, int]:
+    """Name -> id of the LoRAs that the bridge has loaded in this worker."""
+    from engine_side.engines.vllm.transfer import BridgeTransfer
+
+    transfer = self.weight_transfer_engine
+    return transfer.loras() if isinstance(transfer, BridgeTransfer) else {}
+
+
+def bridge_front(self: Any, frame: str) -> str:
+    """Answer "" to a frontend's message that reached a worker: the server has no frontend of ours."""
+    return ""
 
 
 class _AsyncLLMFinder(MetaPathFinder):

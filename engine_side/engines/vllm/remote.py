@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
-from engine_side.engines.common.published_state import check_mode
-from engine_side.engines.vllm.channels import VllmChannel
-from engine_side.engines.vllm.common import VllmDriver, asleep_error, kept_requests_error
+from engine_side.engines.common.published_state import asleep_error, check_mode
+from engine_side.engines.vllm.common import VllmDriver, kept_requests_error
 from engine_side.engines.vllm.facts import VllmFacts
 
 _PAUSE_MODES = {"drain": "wait", "abort": "abort", "keep": "keep"}
+
+
+class VllmChannel(Protocol):
+    """A way to an AsyncLLM. Every call blocks until it is answered; raises PeerLost for an engine that is gone, and
+    DeadlineExceeded."""
+
+    def ask(self, request: msg.FrontendRequest, deadline: Deadline) -> msg.FrontendReply:
+        """Send a request to the frontend. Raises the error that it answers with."""
+        ...
+
+    def call(self, name: str, deadline: Deadline, **arguments: Any) -> Any:
+        """Call a method of AsyncLLM by name. `collective_rpc` returns what each worker answered; bytes among its `args`
+        reach the workers as bytes, or in base64 over HTTP."""
+        ...
 
 
 class AsyncDriver(FrontendClient, VllmDriver):
