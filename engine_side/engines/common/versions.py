@@ -29,13 +29,14 @@ def require_version(package: str, version: str) -> None:
         )
 
 
-def refuse_arguments(found: Iterable[tuple[str, str, str]]) -> None:
-    """Raise ConfigError for the first engine argument that rules out a push: its name, the reason, and its value."""
-    for name, reason, got in found:
+def refuse_arguments(found: Iterable[tuple[str, str, str, str]]) -> None:
+    """Raise ConfigError for the first engine argument that rules out a push: its name, the reason, what a push needs,
+    and its value."""
+    for name, reason, expected, got in found:
         raise ConfigError(
             reason,
             where=name,
-            expected="an engine without it",
+            expected=expected,
             got=got,
             remedy=f"start the engine without {name}",
         )

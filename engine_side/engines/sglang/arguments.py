@@ -64,5 +64,8 @@ def require_supported(get: Arguments, where: str, start: str) -> None:
             remedy=f"start it with {start}",
         )
     unsupported = "the bridge does not support an engine with this argument yet"
-    refuse_arguments((name, unsupported, repr(get(name))) for name, value in _REQUIRED.items() if get(name) != value)
-    refuse_arguments((name, reason, repr(get(name))) for name, reason in _REFUSED.items() if get(name))
+    wrong = [(name, value) for name, value in _REQUIRED.items() if get(name) != value]
+    refuse_arguments((name, unsupported, f"{name}={value!r}", f"{name}={get(name)!r}") for name, value in wrong)
+    refuse_arguments(
+        (name, why, "an engine without it", repr(get(name))) for name, why in _REFUSED.items() if get(name)
+    )

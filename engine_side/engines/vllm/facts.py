@@ -99,7 +99,7 @@ def check_facts(facts: VllmFacts, *, where: str, expected: str, remedy: str) -> 
     """
     if facts.backend != BACKEND:
         raise backend_error(where, expected, "none" if facts.backend is None else f"backend {facts.backend!r}", remedy)
-    refuse_arguments((name, why, "it is set") for name, why in facts.undrivable.items())
+    refuse_arguments((name, why, "an engine without it", "it is set") for name, why in facts.undrivable.items())
 
 
 def backend_error(where: str, expected: str, got: str, remedy: str) -> ConfigError:
