@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bridge.errors import MissingTensor, NonFinite, ShapeMismatch, UnexpectedTensor
-from tests.sglang.rig import check_family
-from tests.vllm.families import make_model
+from tests.contract.scenarios import check_family
+from tests.families import make_model
 
 pytestmark = pytest.mark.timeout(300)
 

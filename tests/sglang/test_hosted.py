@@ -16,10 +16,10 @@ import pytest
 import bridge
 from bridge.errors import ConfigError, PeerLost
 from engine_side.engines.registry import host
+from tests.families import make_model, perturb
 from tests.ray.conftest import ROOT, Home, eventually, gone, home  # noqa: F401
-from tests.sglang.conftest import SHIMS
-from tests.sglang.rig import PROMPTS
-from tests.vllm.families import make_model, perturb
+from tests.rigs import PROMPTS
+from tests.sglang.rig import SHIMS
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(400)

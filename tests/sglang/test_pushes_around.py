@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 import bridge
-from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded
-from tests.rigs import refuses_what_does_not_fit
-from tests.sglang.rig import PROMPTS
+from bridge.errors import BridgeError, Closed, ConfigError
+from tests.rigs import PROMPTS
 
 pytestmark = pytest.mark.timeout(300)
 SHORT = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
@@ -153,51 +152,6 @@ def test_closing_from_within_the_engines_own_loop_is_refused_at_once(rig: Any) -
 
     asyncio.run(rollout())
     rig.b = bridge.attach(rig.engine, model=rig.model)
-
-
-def test_a_push_that_is_under_way_can_be_awaited_after_close(rig: Any) -> None:
-    rig.step()
-    pending = rig.push(wait=False)
-    rig.b.close()
-    assert pending.result(60).verified is True
-    assert pending.done()
-    assert rig.off() < 0.025
-    rig.b = bridge.attach(rig.engine, model=rig.model)
-
-
-def test_a_refused_attach_leaves_the_engine_its_loop(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(*args: Any, **options: Any) -> Any:
-        raise RuntimeError("on purpose")
-
-    rig.b.close()
-    loop = rig.engine.loop
-    with pytest.raises(ConfigError, match="not a name"):
-        bridge.attach(rig.engine, name="no/such name")
-    with monkeypatch.context() as patch:
-        patch.setattr("bridge.session.Coordinator", breaks)
-        with pytest.raises(RuntimeError, match="on purpose"):
-            bridge.attach(rig.engine)
-    assert rig.engine.loop is loop
-    assert "weighbridge-sglang" not in [thread.name for thread in threading.enumerate()]
-    rig.b = bridge.attach(rig.engine, model=rig.model)
-
-
-def test_prompts_and_samplings_that_do_not_fit(rig: Any) -> None:
-    """Of some of them SGLang's schedulers would die, and the trainer with them."""
-    longest = rig.b.status().engines[0].max_prompt
-    refuses_what_does_not_fit(rig.b.engines[0], rig.model.config.vocab_size, longest)
-
-
-def test_a_caller_waits_as_long_as_it_said(rig: Any) -> None:
-    stop = bridge.Sampling(max_tokens=90, temperature=0.0)
-    started = time.monotonic()
-    with pytest.raises(DeadlineExceeded):
-        rig.b.engines[0].generate([[5]] * 8, stop, timeout_s=0.02)
-    assert time.monotonic() - started < 5
-    until = time.monotonic() + 10
-    while rig.engine.tokenizer_manager.rid_to_state and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not rig.engine.tokenizer_manager.rid_to_state, "what has not finished is ended"
 
 
 def unattached(rig: Any) -> None:

@@ -26,13 +26,12 @@ from bridge.api import examine
 from bridge.cli import commands
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
 from engine_side.engines.common.hosting import Leavings
+from tests.families import make_model, perturb
 from tests.ray.conftest import eventually, gone
-from tests.rigs import difference
+from tests.rigs import PROMPTS, difference
 from tests.servers import Answers, free_port
-from tests.sglang.conftest import SHIMS
 from tests.sglang.inside import ACTION
-from tests.sglang.rig import LOADER, PROMPTS
-from tests.vllm.families import make_model, perturb
+from tests.sglang.rig import LOADER, SHIMS
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(400)

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rigs import difference
-from tests.vllm.families import FAMILIES, WITH_LORA, make_model
-from tests.vllm.rig import PROMPTS
+from tests.families import FAMILIES, WITH_LORA, make_model
+from tests.rigs import PROMPTS, difference
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(300)

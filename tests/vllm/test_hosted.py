@@ -15,9 +15,9 @@ import pytest
 import bridge
 from bridge.errors import ConfigError, PeerLost
 from engine_side.engines.registry import host
+from tests.families import make_model, perturb
 from tests.ray.conftest import Home, eventually, gone, home  # noqa: F401
-from tests.vllm.families import make_model, perturb
-from tests.vllm.rig import PROMPTS
+from tests.rigs import PROMPTS
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(400)

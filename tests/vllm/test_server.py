@@ -24,11 +24,10 @@ import bridge
 from bridge.api import examine
 from bridge.cli import commands
 from bridge.errors import Busy, ConfigError, EngineQuarantined, PushAborted
+from tests.families import make_model, perturb
 from tests.ray.conftest import eventually, gone
-from tests.rigs import difference
+from tests.rigs import PROMPTS, difference
 from tests.servers import Answers, free_port
-from tests.vllm.families import make_model, perturb
-from tests.vllm.rig import PROMPTS
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(400)
