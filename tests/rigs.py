@@ -1,5 +1,5 @@
-"""What the rigs around engines share: `EngineRig`, one engine at a time, variables for its start, how far answers are
-apart."""
+"""`EngineRig`, the interface through which tests of every engine see one; how one engine at a time is kept; faults and
+comparisons that rigs share."""
 
 from __future__ import annotations
 
@@ -42,40 +42,50 @@ class Answer:
 class EngineRig(ABC):
     """One engine, the bridge into it and the trainer's model: all that `tests/contract` knows of an engine.
 
-    A reason in one of the `no_...` fields says what an engine cannot do; the scenario then asserts what it does.
+    The reason in a `no_...` field says why the engine lacks something; scenarios assert what it does instead.
+
+    Attributes:
+        families: the families, with ways of starting the engine, for which `tests/contract` checks pushes.
+        lora_families: the same for LoRAs.
+        lora_targets: by family, modules that take a LoRA, where they are not those of `tests/contract`.
+        config_changes: by family, what the engine needs otherwise in the model's configuration.
+        largest_noise: mean nats that the engine's bf16 arithmetic may differ from transformers' on the same weights;
+            above it a comparison between them says nothing.
+        last_write: number of the last write of a push into "qwen2-tied".
+        in_flight_tokens: tokens of a request that still runs when the push that follows it pauses the engine.
+        no_spans: why an answer names only the first of its versions.
+        no_torn_error: why a rollout inside an engine that is torn ends with an answer.
+        no_fresh: why `right` compares with transformers and starts no second engine.
+        no_user_loras: why users load no LoRA of their own.
     """
 
     families: Sequence[Case]
-    """Families, and ways of starting the engine, that the contract holds for."""
     lora_families: Sequence[Case]
     lora_targets: Mapping[str, Sequence[str]] = {}
-    """Modules that take a LoRA, where they are not `LORA_TARGETS`."""
     config_changes: Mapping[str, Mapping[str, Any]] = {}
-    """By family: what the engine needs otherwise in the model's configuration."""
     largest_noise: float
-    """Mean nats that the engine's bf16 arithmetic may differ from transformers' on the same weights: above it a
-    comparison between them says nothing."""
     last_write: int
-    """Number of the last write of a push into "qwen2-tied"."""
     in_flight_tokens: int
-    """Tokens of a request that is still running when the push that follows it pauses the engine."""
     no_spans = ""
-    """Why an answer names the first of its versions only."""
     no_torn_error = ""
-    """Why a rollout that ends when the engine is torn does so with an answer."""
     no_fresh = ""
-    """Why no second engine of this kind is started to compare with."""
     no_user_loras = ""
-    """Why users load no LoRA of their own."""
 
     def __init__(self, folder: Path, family: str, **changes: Any) -> None:
+        """Make the trainer's model and its checkpoint; the engine's own rig then starts the engine and attaches.
+
+        Args:
+            folder: where the checkpoint goes; deleted by `close`.
+            family: a name in `tests.families`.
+            changes: to the model's configuration.
+        """
         self.family, self.folder = family, folder
         self.model = make_model(family, **{**self.config_changes.get(family, {}), **changes})
         if hasattr(self.model.config, "hidden_activation"):  # as checkpoints have it; SGLang reads the older name
             self.model.config.hidden_act = self.model.config.hidden_activation
         self.model.save_pretrained(folder)
         self._first = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
-        self._known: Logprobs = []
+        self._known: dict[int, Logprobs] = {}
         self._seed = 0
 
     # -- each engine in its own way ----------------------------------------------------------------------------------
@@ -83,7 +93,7 @@ class EngineRig(ABC):
     @property
     @abstractmethod
     def handle(self) -> Any:
-        """What a user gives to `bridge.attach`."""
+        """The object that a user gives to `bridge.attach`."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -91,11 +101,11 @@ class EngineRig(ABC):
 
     @abstractmethod
     def said(self, lora: Any = None) -> Logprobs:
-        """Prompt log-probabilities through the engine's own `generate`: of the base, or of a LoRA."""
+        """Compute prompt log-probabilities through the engine's own `generate`, of the base or of a LoRA."""
 
     @abstractmethod
     def fresh(self) -> Logprobs:
-        """What an engine says that was started from a checkpoint of the trainer's weights."""
+        """Compute the same in a second engine, started from a checkpoint of the trainer's weights."""
 
     @property
     @abstractmethod
@@ -109,7 +119,7 @@ class EngineRig(ABC):
 
     @abstractmethod
     def bits(self) -> Mapping[str, Any]:
-        """The exact value of every live parameter."""
+        """Read the exact value of every live parameter."""
 
     @abstractmethod
     def scale(self, path: str, factor: float) -> None:
@@ -117,63 +127,63 @@ class EngineRig(ABC):
 
     @abstractmethod
     def begin(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-        """A user's requests, asked of the engine and not of the bridge; each has some of its tokens."""
+        """Start a user's requests at the engine, not at the bridge; returns when each has some of its tokens."""
 
     @abstractmethod
     def finish(self) -> list[Answer]:
-        """How those that `begin` has begun have ended."""
+        """Wait for the requests that `begin` started, in order."""
 
     @property
     @abstractmethod
     def busy(self) -> bool:
-        """A request is inside the engine."""
+        """True while a request is inside the engine; also on a quarantined one."""
 
     @property
     @abstractmethod
     def gate_shut(self) -> bool:
-        """Callers wait for a push."""
+        """True while a push makes callers wait."""
 
     @abstractmethod
     def hooks(self) -> Mapping[str, Any]:
-        """All that a bridge may leave on the engine's objects."""
+        """Read all that a bridge may leave on the engine's objects."""
 
     @abstractmethod
     def broken_writes(self, k: int, *, always: bool = False) -> AbstractContextManager[None]:
-        """Inside, the k-th write of a load fails, with `always` every load after it, too. It has to strike."""
+        """Make the k-th write of a load fail, with `always` every load after it, too. Asserts that it struck."""
 
     @abstractmethod
     def stale_caches(self) -> AbstractContextManager[None]:
-        """Inside, the engine says that it has reset its prefix cache and has not."""
+        """Make the engine report a reset of its prefix cache that it does not do."""
 
     @abstractmethod
     def wrong_absorption(self) -> AbstractContextManager[None]:
-        """Inside, the step that absorbs projections of latent attention goes wrong on the live model, and once more at
-        a second try, for two layers."""
+        """Break the step that absorbs projections of latent attention on the live model: for both layers, and again at
+        a second try."""
 
     @abstractmethod
     def wake(self) -> None:
-        """What a user may call by accident, and what lets requests go on that wait."""
+        """Let requests go on, as a user may by accident while the engine is quarantined."""
 
     def free(self) -> Mapping[str, Any]:
-        """What is free in an engine without requests."""
+        """Read what an engine without requests has free: equal before and after every test."""
         return {"busy": self.busy}
 
     def user_lora(self, folder: Path) -> Any:
-        """Load a LoRA as users do; the argument of `said` that asks for it."""
+        """Load a LoRA as users do; returns the argument of `said` that asks for it."""
         raise NotImplementedError(self.no_user_loras)
 
     @abstractmethod
     def our_lora(self, receipt: bridge.Receipt) -> Any:
-        """The argument of `said` that asks for the LoRA that a push has brought."""
+        """Make the argument of `said` that asks for the LoRA of this push."""
 
     @abstractmethod
     def loras(self) -> list[str]:
-        """The LoRAs that are loaded."""
+        """List the LoRAs that are loaded."""
 
     # -- all alike ---------------------------------------------------------------------------------------------------
 
-    def attach(self, **options: Any) -> None:
-        self.b = bridge.attach(self.handle, model=self.model, **options)
+    def attach(self) -> None:
+        self.b = bridge.attach(self.handle, model=self.model)
 
     def close(self) -> None:
         self.b.close()
@@ -181,16 +191,17 @@ class EngineRig(ABC):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wanted(self) -> Logprobs:
+        """Compute prompt log-probabilities of the trainer's weights with transformers."""
         wanted: Logprobs = reference_logprobs(self.model, PROMPTS)
         return wanted
 
     def off(self) -> float:
-        """Mean |difference| to transformers in nats."""
+        """Compute the mean |difference| between the engine and transformers in nats."""
         return difference(self.said(), self.wanted())
 
     def step(self, seed: int | None = None) -> None:
-        """Other weights, as far from the checkpoint's each time: noise between engines grows with them. `seed` 0 is
-        never used otherwise."""
+        """Give the trainer other weights, as far from the checkpoint's each time: noise between engines grows with
+        them. Without a seed they are new in this rig; seed 0 is never used then."""
         self._seed += 1
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
@@ -202,33 +213,30 @@ class EngineRig(ABC):
         return receipt
 
     def right(self) -> None:
-        """It serves the trainer's weights: exactly, where a second engine is there to compare with."""
+        """Assert that the engine serves the trainer's weights: bit for bit as a second engine does, which is asked once
+        for the same weights; where none is started, as near to transformers as the engine is."""
         if self.no_fresh:
             assert self.off() < self.largest_noise
-        else:
-            assert self.said() == self.fresh()
-
-    def right_at_home(self) -> None:
-        """As `right`, for the weights of `step(0)`: a second engine is asked once."""
-        if self.no_fresh:
-            assert self.off() < self.largest_noise
-        else:
-            self._known = self._known or self.fresh()
-            assert self.said() == self._known
+            return
+        weights = hash(tuple(bits_of(self.model).values()))
+        if weights not in self._known:
+            self._known[weights] = self.fresh()
+        assert self.said() == self._known[weights]
 
 
 def ignore_what_engines_leave_open(config: pytest.Config) -> None:
-    """For `pytest_configure` where a real engine is installed: what it leaves open fails no test.
+    """Let no test fail over what a closed vLLM or SGLang has left open. For `pytest_configure` where one is installed.
 
-    Engines leave sockets, files and contexts of a closed engine to the collector, which finds them in some later test.
-    They are not ours to close; what is ours is watched by the tests of the other folders, where nothing is ignored.
+    They leave sockets, files and contexts to the collector, which finds them in some later test: vLLM alone, without a
+    bridge, never closes the zmq context of an engine core in another process. What is ours is watched by the tests of
+    the other folders, and by `tests/contract` over the embedded engine, where nothing is ignored.
     """
     for warning in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
         config.addinivalue_line("filterwarnings", f"ignore::{warning}")
 
 
 class Rigs:
-    """Makes rigs of one engine, and keeps the last one: tests are grouped by how theirs was started, and two engines
+    """Makes rigs of one engine and keeps the last: tests are grouped by how their engine was started, and two engines
     would not fit two cores."""
 
     def __init__(self, kind: type[EngineRig]) -> None:
@@ -253,27 +261,29 @@ class Rigs:
 
 @cache
 def rigs_of(kind: type[EngineRig]) -> Rigs:
-    """The same in every folder of tests of one session."""
+    """Find the rigs that all folders of one session share."""
     return Rigs(kind)
 
 
-def one_version(rigs: Rigs) -> Iterator[Any]:
-    """For a fixture: a dense family with tied embeddings, whose head vLLM packs twice, with a version of its own; it is
-    as it was after the test."""
-    made = rigs.get("qwen2-tied")
+def one_version(rigs: Rigs, family: str = "qwen2-tied") -> Iterator[Any]:
+    """Give a fixture a rig with a version of its own, and assert after the test that the engine is as it was before.
+
+    "qwen2-tied" is dense, with tied embeddings, whose head vLLM packs twice.
+    """
+    made = rigs.get(family)
     made.step()
     assert made.push().verified is True
     free = made.free()
     yield made
     made.step(0)
     assert made.push().verified is True, "a good push works after every test"
-    made.right_at_home()
+    made.right()
     assert made.free() == free, "no request is left, and nothing that one had"
 
 
 @contextmanager
 def broken_writes_here(k: int, *, always: bool = False) -> Iterator[None]:
-    """`EngineRig.broken_writes` where the engine's rank 0 is in this process."""
+    """Do `EngineRig.broken_writes` where the engine's rank 0 is in this process."""
     from tests.push.faults import Breaker
 
     with pytest.MonkeyPatch.context() as patch:
@@ -284,8 +294,8 @@ def broken_writes_here(k: int, *, always: bool = False) -> Iterator[None]:
 
 @contextmanager
 def doubled_after_post_load(host: type, model: torch.nn.Module, attribute: str, times: int) -> Iterator[None]:
-    """`EngineRig.wrong_absorption` where rank 0 is in this process: a derived tensor of live modules has double values
-    after post-load, `times` times."""
+    """Do `EngineRig.wrong_absorption` where rank 0 is in this process: double a derived tensor of live modules after
+    post-load, `times` times."""
     live = {id(module) for module in model.modules()}
     post_load, left = host.post_load, [times]  # type: ignore[attr-defined]
 
@@ -303,19 +313,19 @@ def doubled_after_post_load(host: type, model: torch.nn.Module, attribute: str, 
 
 
 def bits_of(model: torch.nn.Module) -> dict[str, bytes]:
-    """Bytes of every parameter of a model in this process."""
+    """Read the bytes of every parameter of a model in this process."""
     return {n: t.detach().view(torch.uint8).numpy().tobytes() for n, t in model.named_parameters() if t.numel()}
 
 
 def difference(a: Logprobs, b: Logprobs) -> float:
-    """Mean |difference| in nats."""
+    """Compute the mean |difference| in nats."""
     values = [abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
     return sum(values) / len(values)
 
 
 @contextmanager
 def variables(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for as long as an engine starts."""
+    """Set environment variables while an engine starts."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -329,7 +339,7 @@ def variables(wanted: Mapping[str, str]) -> Iterator[None]:
 
 
 def refuses_what_does_not_fit(engine: EngineHandle, vocabulary: int, longest: int) -> None:
-    """Prompts and samplings that an engine may die of are refused in words, and it answers the next one."""
+    """Assert that prompts and samplings that may end an engine are refused in words, and that it answers the next."""
     short = bridge.Sampling(max_tokens=1, temperature=0.0)
     bad: list[tuple[Any, bridge.Sampling, str]] = [
         ([[5], []], short, "prompt 1"),

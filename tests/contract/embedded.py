@@ -51,8 +51,7 @@ class EmbeddedRig(EngineRig):
         self.engine.close()
 
     def said(self, lora: Any = None) -> Logprobs:
-        """Once the engine lets its callers in."""
-        self.engine.generate(PROMPTS[:1], bridge.Sampling(max_tokens=1), lora or BASE)
+        self.engine.generate(PROMPTS[:1], bridge.Sampling(max_tokens=1), lora or BASE)  # waits, and is refused
         return self.engine.prompt_logprobs(PROMPTS, lora or BASE)
 
     def fresh(self) -> Logprobs:
@@ -91,11 +90,14 @@ class EmbeddedRig(EngineRig):
 
     @property
     def busy(self) -> bool:
-        return bool(self.engine._everything())
+        """As in `EngineRig`: an engine with requests takes steps."""
+        steps = self.engine.steps
+        time.sleep(0.05)
+        return self.engine.steps > steps
 
     @property
     def gate_shut(self) -> bool:
-        return not self.engine._gate_open
+        return self.engine.paused
 
     def hooks(self) -> Mapping[str, Any]:
         return {name: value for name, value in vars(self.engine).items() if name != "steps"}

@@ -1,4 +1,4 @@
-"""Steps that several scenarios share."""
+"""Steps that several tests of the contract, and of the engines' own folders, share."""
 
 from __future__ import annotations
 
@@ -11,41 +11,17 @@ import pytest
 import torch
 
 from bridge.errors import EngineQuarantined
-from tests.rigs import EngineRig, difference
-
-
-def check_family(rig: EngineRig) -> None:
-    """Two pushes and a rollback: verified without the canary's help, as near to transformers as the engine is, and
-    equal to an engine that was started from a checkpoint of the same weights."""
-    serving = rig.b.status().engines[0].serving or 0
-    said = [rig.said()]
-    for version in (serving + 1, serving + 2):
-        rig.step()
-        assert rig.off() > 2 * rig.largest_noise, "the step must show"
-        receipt = rig.push()
-        assert receipt.verified is True
-        assert rig.version == str(version)
-        for rank in receipt.engines[0].ranks:
-            assert not rank.canary_only
-            assert "native" not in rank.strategies
-        said.append(rig.said())
-        assert rig.off() < rig.largest_noise
-    rig.b.rollback()
-    assert rig.said() == said[1] != said[0]
-    assert rig.version == str(serving + 1)
-    assert difference(said[2], said[1]) > 3 * difference(said[2], rig.wanted()), "the step must show"
-    if not rig.no_fresh or rig.b.status().engines[0].ranks == 1:  # four of SGLang's schedulers are too many here
-        assert said[2] == rig.fresh()
+from tests.rigs import EngineRig
 
 
 def quarantine(rig: EngineRig, **options: Any) -> None:
-    """A push, after a step, whose way back breaks as well."""
+    """Do a push that breaks, after a step, and whose way back breaks as well."""
     with rig.broken_writes(5, always=True), pytest.raises(EngineQuarantined):
         rig.push(**options)
 
 
 def jiggle(model: Any, seed: int) -> None:
-    """Other values in every LoRA tensor: a fresh B is zero and would hide everything."""
+    """Give every LoRA tensor other values: a fresh B is zero and would hide everything."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -54,6 +30,7 @@ def jiggle(model: Any, seed: int) -> None:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Poll until the condition holds; fails after the seconds."""
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -62,7 +39,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @contextmanager
 def closed(rig: EngineRig) -> Iterator[None]:
-    """Inside, no bridge drives the engine; another one does afterwards."""
+    """Close the bridge inside; another one is attached afterwards."""
     rig.b.close()
     yield
     rig.attach()

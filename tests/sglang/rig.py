@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +40,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0
 
 
 def start(folder: Path, *, tp: int = 1, lora: bool = False, radix: bool = True, **more: Any) -> Any:
-    """An Engine on CPU as the facts about SGLang recommend it."""
+    """Start an Engine on CPU as the facts about SGLang recommend it."""
     import sglang
 
     if lora:
@@ -66,12 +66,10 @@ class SglangRig(EngineRig):
     families = [
         ("deepseek", {}),
         ("llama", {"disable_overlap_schedule": False}),  # SGLang's default, unlike what `start` recommends for CPU
-        *[(family, {}) for family in ("qwen3", "phi3", "gemma2", "qwen3-moe")],
-        ("qwen3-moe", {"tp": 2}),
+        *[(family, {}) for family in ("qwen2", "qwen3", "phi3", "gemma2", "qwen3-moe")],
+        *[(family, {"tp": 2}) for family in ("qwen3-moe", "qwen2-tied")],
         ("qwen2-tied", {}),
     ]
-    """The others are beside tests that share their engine: qwen2 (`test_defects`), qwen2-tied with two ranks
-    (`test_ranks`)."""
     lora_families = [
         *[(family, {"lora": True}) for family in ("qwen2", "qwen2-tied", "llama", "qwen3", "phi3", "gemma2")],
         ("qwen2", {"lora": True, "tp": 2}),
@@ -98,6 +96,7 @@ class SglangRig(EngineRig):
         self._leavings = Leavings()
         self._ways = {"tp": tp, "lora": lora, **more}
         self.engine = start(folder, **self._ways)
+        self._users = ThreadPoolExecutor(len(PROMPTS))
         self._begun: list[Future[Any]] = []
         self.attach()
 
@@ -106,6 +105,7 @@ class SglangRig(EngineRig):
         return self.engine
 
     def stop(self) -> None:
+        self._users.shutdown()
         self._leavings.note()
         self.engine.shutdown()
         del self.engine
@@ -115,7 +115,7 @@ class SglangRig(EngineRig):
         return said_by(self.engine, lora)
 
     def fresh(self) -> Logprobs:
-        """In a process of its own, since the end of one engine ends every child of the process that it is in."""
+        """Start it in a process of its own: the end of one engine ends every child of the process that it is in."""
         folder = self.folder / "fresh"
         self.model.save_pretrained(folder)
         with ProcessPoolExecutor(1, get_context("spawn")) as other:
@@ -140,11 +140,11 @@ class SglangRig(EngineRig):
     def begin(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
         sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
 
-        async def user(ids: Sequence[int]) -> Any:
-            return await self.engine.async_generate(input_ids=list(ids), sampling_params=sampling)
+        def user(ids: Sequence[int]) -> Any:
+            return asyncio.run(self.engine.async_generate(input_ids=list(ids), sampling_params=sampling))
 
-        loop, states = self.engine.loop._channel.loop, self.engine.tokenizer_manager.rid_to_state
-        self._begun = [asyncio.run_coroutine_threadsafe(user(ids), loop) for ids in prompts]
+        states = self.engine.tokenizer_manager.rid_to_state
+        self._begun = [self._users.submit(user, ids) for ids in prompts]
         until = time.monotonic() + 60
         while len(states) < len(prompts) or any(len(state.output_ids) < 3 for state in list(states.values())):
             assert time.monotonic() < until
@@ -167,7 +167,7 @@ class SglangRig(EngineRig):
 
     @property
     def gate_shut(self) -> bool:
-        return bool(vars(self.engine.tokenizer_manager)["_weighbridge_front"]._gate.shut)
+        return bool(self.engine.tokenizer_manager.is_pause_cond.shut)
 
     def hooks(self) -> Mapping[str, Any]:
         threads = [thread for thread in threading.enumerate() if thread.name == "weighbridge-sglang"]
@@ -205,7 +205,7 @@ class SglangRig(EngineRig):
         self.engine.loop.run_until_complete(self.engine.tokenizer_manager.continue_generation(words))
 
     def free(self) -> Mapping[str, Any]:
-        """Rows, and slots of the KV cache, too."""
+        """As in `EngineRig`; rows, and slots of the KV cache, too."""
         return {**super().free(), **self.inside("pools")}
 
     def user_lora(self, folder: Path) -> Any:
@@ -228,7 +228,7 @@ class SglangRig(EngineRig):
         return json.loads(message)
 
     def own_update(self, tensors: list[tuple[str, torch.Tensor]]) -> tuple[bool, str]:
-        """SGLang's own in-memory update; what it says."""
+        """Do SGLang's own in-memory update; returns what it says."""
         self.engine.begin_weight_update()
         answer = self.engine.update_weights_from_tensor(tensors)
         self.engine.end_weight_update()
@@ -247,7 +247,7 @@ def _said_by_fresh(folder: Path, ways: dict[str, Any]) -> Logprobs:
 
 
 def said_by(engine: Any, adapter: str | None = None) -> Logprobs:
-    """Prompt log-probabilities of an engine, through SGLang's own `generate`."""
+    """Compute prompt log-probabilities through SGLang's own `generate`."""
     outputs = [
         engine.generate(
             input_ids=[ids],

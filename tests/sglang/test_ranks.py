@@ -7,13 +7,8 @@ from typing import Any
 import pytest
 
 from bridge.errors import PushAborted
-from tests.contract.scenarios import check_family
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def test_a_family(rigs: Any) -> None:
-    check_family(rigs.get("qwen2-tied", tp=2))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -28,4 +23,4 @@ def test_a_rank_that_fails_midway_leads_all_back(rigs: Any, rank: int) -> None:
     assert rig.bits() == before
     assert (rig.said(), rig.version) == (said, version)
     assert rig.push().verified is True
-    assert rig.off() < 0.025
+    assert rig.off() < rig.largest_noise

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bridge
+from engine_side.engines.common.hosting import Leavings
 from tests.families import FAMILIES, WITH_LORA
 from tests.rigs import (
     PROMPTS,
@@ -33,7 +34,7 @@ class VllmRig(EngineRig):
     """`how` is "inproc", "mp" (an engine core of its own) or "tp2"; `lora` gives the engine three adapter slots.
     Faults are for "inproc" alone."""
 
-    families = [
+    families = [  # the first and the last share their engine with the tests before and after
         ("deepseek", {}),
         *[(family, {"how": "tp2"}) for family in ("qwen2-tied", "qwen3-moe")],
         *[(family, {"lora": True}) for family in WITH_LORA],
@@ -53,13 +54,13 @@ class VllmRig(EngineRig):
     def __init__(self, folder: Path, family: str, *, how: str = "inproc", lora: bool = False, **changes: Any) -> None:
         super().__init__(folder, family, **changes)
         self.how = how
-        more: dict[str, Any] = {}
+        self._more: dict[str, Any] = {}
         if lora:
-            more.update(enable_lora=True, max_lora_rank=8, max_loras=3)
+            self._more.update(enable_lora=True, max_lora_rank=8, max_loras=3)
         if how == "tp2":
-            more.update(tensor_parallel_size=2, distributed_executor_backend="mp")
-        self._more = more
-        self.llm = start(folder, how, **more)
+            self._more.update(tensor_parallel_size=2, distributed_executor_backend="mp")
+        self._leavings = Leavings()
+        self.llm = start(folder, how, **self._more)
         self._others: list[Any] = []
         self.attach()
 
@@ -68,31 +69,26 @@ class VllmRig(EngineRig):
         return self.llm
 
     def fresh(self) -> Logprobs:
-        """It lives in this process, as long as this rig: its end would be that of the parallel groups of this process.
+        """Start it in this process, for as long as this rig: its end would be that of this process's parallel groups.
         Two ranks add in another order than one does, and two such engines are too much for two cores: "tp2" is started
         anew, and the rig is of no use for pushes any more."""
         folder = self.folder / f"fresh{len(self._others)}"
         self.model.save_pretrained(folder)
         if self.how == "tp2":
             self.b.close()
-            self.llm.llm_engine.engine_core.shutdown()
+            self.stop()
             self.llm = start(folder, self.how, **self._more)
             return self.said()
         self._others.append(start(folder, "inproc"))
         return said_by(self._others[-1])
 
-    def close(self) -> None:
-        before = set(os.listdir("/dev/shm"))
-        super().close()
-        for name in before & set(os.listdir("/dev/shm")):
-            if name.startswith("vllm_dist_"):  # vLLM's own: its workers are gone
-                os.unlink(f"/dev/shm/{name}")
-
     def stop(self) -> None:
+        self._leavings.note()
         for llm in (*self._others, self.llm):
             llm.llm_engine.engine_core.shutdown()
         self._others.clear()
         del self.llm
+        self._leavings.remove()
 
     def said(self, lora: Any = None) -> Logprobs:
         return said_by(self.llm, lora)
@@ -106,7 +102,7 @@ class VllmRig(EngineRig):
         return int(self.llm.llm_engine.vllm_config.model_config.max_model_len) - 1
 
     def rank(self) -> Any:
-        """The rank object of an engine core in this process."""
+        """Find the rank object of an engine core in this process."""
         core = self.llm.llm_engine.engine_core.engine_core
         return core.model_executor.driver_worker.worker.weight_transfer_engine.rank
 
@@ -132,13 +128,14 @@ class VllmRig(EngineRig):
 
     @property
     def busy(self) -> bool:
-        """Past the gate, which refuses to say so on a quarantined engine."""
         engine = self.llm.llm_engine
-        return bool(type(engine).has_unfinished_requests(engine))
+        return bool(type(engine).has_unfinished_requests(engine))  # past the gate, which refuses
 
     @property
     def gate_shut(self) -> bool:
-        return bool(vars(self.llm.llm_engine)["_weighbridge_gate"].held)
+        from engine_side.engines.vllm.gate import VllmGate
+
+        return VllmGate.of(self.llm.llm_engine).held
 
     def hooks(self) -> Mapping[str, Any]:
         return dict(vars(self.llm.llm_engine))
@@ -166,7 +163,7 @@ class VllmRig(EngineRig):
         return LoRARequest("mine", 7, str(folder))
 
     def our_lora(self, receipt: bridge.Receipt) -> Any:
-        """vLLM does not look at the folder of a LoRA that it holds."""
+        """As in `EngineRig`; vLLM does not look at the folder of a LoRA that it holds."""
         from vllm.lora.request import LoRARequest
 
         (number,) = set(self.llm.llm_engine.list_loras()) - {7}
@@ -177,7 +174,7 @@ class VllmRig(EngineRig):
 
 
 def said_by(llm: Any, lora: Any = None) -> Logprobs:
-    """Prompt log-probabilities of an engine, through vLLM's own `generate`."""
+    """Compute prompt log-probabilities through vLLM's own `generate`."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import bridge
-from tests.contract.scenarios import jiggle
+from tests.contract.scenarios import jiggle, wait_for
 from tests.families import make_model
 from tests.rigs import PROMPTS
 
@@ -67,8 +67,7 @@ def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> Non
     asked = bridge.Sampling(max_tokens=200, temperature=0.0)
     with ThreadPoolExecutor(1) as pool:
         rolling = pool.submit(rig.b.engines[0].generate, PROMPTS[:1], asked)
-        while not (rig.llm.llm_engine.has_unfinished_requests() or rolling.done()):
-            pass
+        wait_for(lambda: rig.busy or rolling.done())
         assert rig.b.push(model.named_parameters(), mode="merged", inflight="keep").verified is True
         (said,) = rolling.result(60)
     model.unload()

@@ -11,7 +11,8 @@ import pytest
 import bridge
 from bridge.errors import ConfigError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.protocol.deadline import Deadline
-from tests.contract.scenarios import quarantine
+from engine_side.engines.vllm.gate import VllmGate
+from tests.contract.scenarios import quarantine, wait_for
 from tests.rigs import PROMPTS, Rigs, one_version
 
 pytestmark = pytest.mark.timeout(300)
@@ -64,7 +65,7 @@ def largest(a: list[float], b: list[float]) -> float:
 
 
 def test_a_caller_behind_the_gate_waits_as_long_as_it_said(rig: Any) -> None:
-    gate = vars(rig.llm.llm_engine)["_weighbridge_gate"]
+    gate = VllmGate.of(rig.llm.llm_engine)
     gate.hold(Deadline.after(10))
     try:
         with pytest.raises(DeadlineExceeded):
@@ -91,8 +92,7 @@ def test_callers_that_overlapped_are_refused_like_everybody(rig: Any) -> None:
 
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         first = one.submit(roll, 20)
-        while not (rig.llm.llm_engine.has_unfinished_requests() or first.done()):
-            pass
+        wait_for(lambda: rig.busy or first.done())
         second = other.submit(roll, 200)
         first.result(60)
         assert not second.done()
@@ -120,8 +120,7 @@ def test_users_requests_inside_are_ended(rig: Any, monkeypatch: pytest.MonkeyPat
         patch.setattr("engine_side.driver.service.EngineService._load_back", torn)
         rig.step()
         quarantine(rig, inflight="keep")
-    engine = rig.llm.llm_engine
-    unfinished = type(engine).has_unfinished_requests(engine)
+    unfinished = rig.busy
     assert rig.push().verified is True
     (output,) = rig.llm.wait_for_completion(use_tqdm=False)
     assert not unfinished
