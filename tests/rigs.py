@@ -1,5 +1,5 @@
-"""`EngineRig`, the interface through which tests of every engine see one; how one engine at a time is kept; faults and
-comparisons that rigs share."""
+"""`EngineRig`, the interface through which the tests that all engines have to pass see one; how one engine at a time is
+kept; faults and comparisons that rigs share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -39,7 +40,99 @@ class Answer:
     versions: list[int]
 
 
-class EngineRig(ABC):
+@dataclass(frozen=True)
+class Hosting:
+    """How the contract's tests through Ray start an engine.
+
+    Attributes:
+        scheme: of the engine's spec.
+        arguments: each is a `--set` of `weighbridge up`.
+        variables: of the environment of `up`, and so of Ray.
+        wrong: arguments that are refused, and what the refusal says.
+        model: changes to the model's configuration.
+        longest: tokens of a rollout that a push or `down` ends.
+        in_flight_tokens: tokens of one that still runs when a push comes 0.3 s later, and ends soon.
+        leaves_files: its processes map files in shared memory.
+    """
+
+    scheme: str
+    arguments: Mapping[str, Any]
+    variables: Mapping[str, str]
+    wrong: Sequence[tuple[Mapping[str, Any], str]]
+    model: Mapping[str, Any]
+    longest: int
+    in_flight_tokens: int
+    leaves_files: bool
+
+
+class TrainerRig(ABC):
+    """A trainer's model, its checkpoint, and a bridge from it into one engine."""
+
+    b: bridge.Bridge
+    name: str | None = None
+    """Of the bridge."""
+
+    def __init__(self, folder: Path, family: str, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Make the trainer's model and its checkpoint; subclasses then start the engine and attach.
+
+        Args:
+            folder: where the checkpoint goes; deleted by `close`.
+            family: a name in `tests.families`.
+            changes: to the model's configuration.
+        """
+        self.family, self.folder = family, folder
+        self.model = make_model(family, **changes)
+        if hasattr(self.model.config, "hidden_activation"):  # as checkpoints have it; SGLang reads the older name
+            self.model.config.hidden_act = self.model.config.hidden_activation
+        self.model.save_pretrained(folder)
+        self._first = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+        self._seed = 0
+
+    @property
+    @abstractmethod
+    def handle(self) -> Any:
+        """The object that a user gives to `bridge.attach`."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the engine."""
+
+    @abstractmethod
+    def said(self, lora: Any = None) -> Logprobs:
+        """Compute prompt log-probabilities through the engine's own `generate`, of the base or of a LoRA."""
+
+    def attach(self) -> None:
+        self.b = bridge.attach(self.handle, name=self.name, model=self.model)
+
+    def close(self) -> None:
+        self.b.close()
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def wanted(self) -> Logprobs:
+        """Compute prompt log-probabilities of the trainer's weights with transformers."""
+        wanted: Logprobs = reference_logprobs(self.model, PROMPTS)
+        return wanted
+
+    def off(self) -> float:
+        """Compute the mean |difference| between the engine and transformers in nats."""
+        return difference(self.said(), self.wanted())
+
+    def step(self, seed: int | None = None) -> None:
+        """Give the trainer other weights, as far from the checkpoint's each time: noise between engines grows with
+        them. Without a seed they are new in this rig; seed 0 is never used then."""
+        self._seed += 1
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(self._first[name])
+        perturb(self.model, self._seed if seed is None else seed)
+
+    def push(self, **options: Any) -> bridge.Receipt:
+        receipt: bridge.Receipt = self.b.push(self.model.named_parameters(), **options)
+        return receipt
+
+
+class EngineRig(TrainerRig):
     """One engine, the bridge into it and the trainer's model: all that `tests/contract` knows of an engine.
 
     The reason in a `no_...` field says why the engine lacks something; scenarios assert what it does instead.
@@ -72,40 +165,12 @@ class EngineRig(ABC):
     no_user_loras = ""
 
     def __init__(self, folder: Path, family: str, **changes: Any) -> None:
-        """Make the trainer's model and its checkpoint; the engine's own rig then starts the engine and attaches.
-
-        Args:
-            folder: where the checkpoint goes; deleted by `close`.
-            family: a name in `tests.families`.
-            changes: to the model's configuration.
-        """
-        self.family, self.folder = family, folder
-        self.model = make_model(family, **{**self.config_changes.get(family, {}), **changes})
-        if hasattr(self.model.config, "hidden_activation"):  # as checkpoints have it; SGLang reads the older name
-            self.model.config.hidden_act = self.model.config.hidden_activation
-        self.model.save_pretrained(folder)
-        self._first = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+        super().__init__(folder, family, {**self.config_changes.get(family, {}), **changes})
         self._known: dict[int, Logprobs] = {}
-        self._seed = 0
-
-    # -- each engine in its own way ----------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def handle(self) -> Any:
-        """The object that a user gives to `bridge.attach`."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """End the engine."""
-
-    @abstractmethod
-    def said(self, lora: Any = None) -> Logprobs:
-        """Compute prompt log-probabilities through the engine's own `generate`, of the base or of a LoRA."""
 
     @abstractmethod
     def fresh(self) -> Logprobs:
-        """Compute the same in a second engine, started from a checkpoint of the trainer's weights."""
+        """Compute what `said` gives, in a second engine that is started from a checkpoint of the trainer's weights."""
 
     @property
     @abstractmethod
@@ -179,38 +244,6 @@ class EngineRig(ABC):
     @abstractmethod
     def loras(self) -> list[str]:
         """List the LoRAs that are loaded."""
-
-    # -- all alike ---------------------------------------------------------------------------------------------------
-
-    def attach(self) -> None:
-        self.b = bridge.attach(self.handle, model=self.model)
-
-    def close(self) -> None:
-        self.b.close()
-        self.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def wanted(self) -> Logprobs:
-        """Compute prompt log-probabilities of the trainer's weights with transformers."""
-        wanted: Logprobs = reference_logprobs(self.model, PROMPTS)
-        return wanted
-
-    def off(self) -> float:
-        """Compute the mean |difference| between the engine and transformers in nats."""
-        return difference(self.said(), self.wanted())
-
-    def step(self, seed: int | None = None) -> None:
-        """Give the trainer other weights, as far from the checkpoint's each time: noise between engines grows with
-        them. Without a seed they are new in this rig; seed 0 is never used then."""
-        self._seed += 1
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(self._first[name])
-        perturb(self.model, self._seed if seed is None else seed)
-
-    def push(self, **options: Any) -> bridge.Receipt:
-        receipt: bridge.Receipt = self.b.push(self.model.named_parameters(), **options)
-        return receipt
 
     def right(self) -> None:
         """Assert that the engine serves the trainer's weights: bit for bit as a second engine does, which is asked once

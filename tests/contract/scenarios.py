@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridge.errors import EngineQuarantined
-from tests.rigs import EngineRig
+from tests.rigs import EngineRig, TrainerRig
 
 
 def quarantine(rig: EngineRig, **options: Any) -> None:
@@ -38,7 +38,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 @contextmanager
-def closed(rig: EngineRig) -> Iterator[None]:
+def closed(rig: TrainerRig) -> Iterator[None]:
     """Close the bridge inside; another one is attached afterwards."""
     rig.b.close()
     yield

@@ -26,7 +26,7 @@ import torch
 
 import bridge
 from engine_side.engines.common.hosting import Leavings
-from tests.rigs import PROMPTS, Answer, EngineRig, Logprobs, variables
+from tests.rigs import PROMPTS, Answer, EngineRig, Hosting, Logprobs, variables
 from tests.sglang.inside import ACTION
 
 SHIMS = str(Path(__file__).parent / "shims")
@@ -36,6 +36,10 @@ if SHIMS not in sys.path:
 
 LOADER = "engine_side.engines.sglang.load"
 FRESH_S = 200.0
+LORA = {
+    "enable_lora": True, "max_lora_rank": 8, "max_loras_per_batch": 4, "lora_backend": "torch_native",
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
 
 
@@ -44,11 +48,7 @@ def start(folder: Path, *, tp: int = 1, lora: bool = False, radix: bool = True, 
     import sglang
 
     if lora:
-        more = {
-            "enable_lora": True, "max_lora_rank": 8, "max_loras_per_batch": 4, "lora_backend": "torch_native",
-            "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            **more,
-        }  # fmt: skip
+        more = {**LORA, **more}
     arguments: dict[str, Any] = {
         "model_path": str(folder), "device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch",
         "skip_tokenizer_init": True, "dtype": "bfloat16", "disable_cuda_graph": True, "mem_fraction_static": 0.2,
@@ -233,6 +233,34 @@ class SglangRig(EngineRig):
         answer = self.engine.update_weights_from_tensor(tensors)
         self.engine.end_weight_update()
         return bool(answer[0]), str(answer[1])
+
+
+ON_CPU = {
+    "device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_cuda_graph": True,
+    "mem_fraction_static": 0.2, "max_total_tokens": 8192, "context_length": 2048, "disable_overlap_schedule": True,
+}  # fmt: skip
+HOSTING = Hosting(
+    scheme="sglang",
+    arguments={**ON_CPU, **LORA},
+    variables={"PYTHONPATH": os.pathsep.join((SHIMS, str(Path(__file__).parents[2])))},
+    wrong=[
+        ({"tensor_paralel_size": 2}, "tensor_paralel_size"),
+        ({"tp_sise": 2}, "tp_sise.*tp_size"),
+        ({"tp_size": "two"}, "tp_size"),
+        ({"dtype": "bf17"}, "dtype.*bfloat16"),
+        ({"model_path": "elsewhere"}, "model_path"),
+        ({"pp_size": 2}, "pp_size"),
+        ({"custom_weight_loader": ["my.loader"]}, "custom_weight_loader"),
+        ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache.*without"),
+        ({"enable_lmcache": True}, "enable_lmcache.*without"),
+        ({"enable_eplb": True}, "enable_eplb.*without"),
+        ({**ON_CPU, "context_length": 999_999_999}, "context_length"),
+    ],
+    model={"max_position_embeddings": 2048},
+    longest=1200,
+    in_flight_tokens=1200,
+    leaves_files=True,
+)
 
 
 def _said_by_fresh(folder: Path, ways: dict[str, Any]) -> Logprobs:

@@ -18,6 +18,7 @@ from tests.rigs import (
     PROMPTS,
     Answer,
     EngineRig,
+    Hosting,
     Logprobs,
     bits_of,
     broken_writes_here,
@@ -171,6 +172,30 @@ class VllmRig(EngineRig):
 
     def loras(self) -> list[str]:
         return sorted(str(number) for number in self.llm.llm_engine.list_loras())
+
+
+HOSTING = Hosting(
+    scheme="vllm",
+    arguments={"enforce_eager": True, "max_model_len": 4096, "enable_lora": True, "max_lora_rank": 8, "max_loras": 3},
+    variables={"VLLM_CPU_OMP_THREADS_BIND": "0"},  # else rollouts take every core, and pushes come too late
+    wrong=[
+        ({"tensor_paralel_size": 2}, "tensor_paralel_size.*tensor_parallel_size"),
+        ({"max_model_len": -5}, "max_model_len"),
+        ({"dtype": "bf17"}, "dtype"),
+        ({"layout": "packed"}, "layout"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv_transfer_config.*without",
+        ),
+        ({"kv_offloading_size": 0.1}, "kv_offloading_size.*without"),
+    ],
+    model={"eos_token_id": None, "max_position_embeddings": 4096},  # rollouts as long as asked for
+    longest=3000,
+    in_flight_tokens=400,
+    leaves_files=False,
+)
 
 
 def said_by(llm: Any, lora: Any = None) -> Logprobs:
