@@ -31,6 +31,8 @@ class EngineServer(ABC):
         lora_names: names by which a client gets the LoRA that was pushed last; None stands for the engine's own.
         unattachable: answers of a server to its routes, and what the refusal to drive it says.
         paused: what is said about a server that its owner has paused.
+        no_paused_refusal: why a rollout at such a server waits until its time is over.
+        telling_level: the level that examines the weights as the engine uses them.
         without_bridge: what is said about a server of this engine that was started without the bridge.
         positions: of the model.
     """
@@ -41,6 +43,8 @@ class EngineServer(ABC):
     lora_names: ClassVar[Sequence[str | None]]
     unattachable: ClassVar[Sequence[tuple[Mapping[str, Any], str]]]
     paused: ClassVar[str]
+    no_paused_refusal: ClassVar[str] = ""
+    telling_level: ClassVar[str]
     without_bridge: ClassVar[str]
     positions: ClassVar[int]
     stop_signal: ClassVar[signal.Signals]

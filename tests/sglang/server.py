@@ -38,6 +38,8 @@ class SglangServer(EngineServer):
     largest_noise = 0.025
     lora_names = ("current", None)
     paused = "continue_generation"
+    no_paused_refusal = "so do those of its own clients"
+    telling_level = "read-back"  # nothing is packed on CPU
     without_bridge = "custom_weight_loader"
     unattachable = (
         (MODEL, "another kind"),

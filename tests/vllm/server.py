@@ -25,6 +25,7 @@ class VllmServer(EngineServer):
     largest_noise = 0.02
     lora_names = ("current",)
     paused = r"asleep or paused.*resume"
+    telling_level = "probe"
     without_bridge = "weight-transfer-config"
     unattachable = (
         ({}, "another kind"),
