@@ -173,6 +173,11 @@ class EngineServer(ABC):
             return found
 
 
+def numbers(spans: Sequence[Mapping[str, Any]] | None) -> list[int]:
+    """Read the versions off an answer's spans; a server without a bridge has names for them."""
+    return [int(span["version"]) for span in spans or () if str(span["version"]).isdigit()]
+
+
 class ServedRig(TrainerRig):
     """A server with LoRA slots on a tiny qwen2, and the bridge into it."""
 

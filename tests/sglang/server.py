@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.served import PATH, EngineServer
+from tests.contract.served import PATH, EngineServer, numbers
 from tests.rigs import PROMPTS, Answer, Logprobs
 from tests.sglang.inside import ACTION
 from tests.sglang.rig import LOADER, SHIMS
@@ -85,8 +85,7 @@ class SglangServer(EngineServer):
     ) -> Answer:
         answer = self._ask(ids, timeout, lora, max_new_tokens=tokens, ignore_eos=not stops)
         meta = answer["meta_info"]
-        versions = [int(span["version"]) for span in meta.get("weight_versions") or []]
-        return Answer(tuple(answer["output_ids"]), meta["finish_reason"]["type"], versions)
+        return Answer(tuple(answer["output_ids"]), meta["finish_reason"]["type"], numbers(meta.get("weight_versions")))
 
     def said(self) -> Logprobs:
         answers = [self._ask(ids, max_new_tokens=1) for ids in PROMPTS]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.contract.served import PATH, EngineServer
+from tests.contract.served import PATH, EngineServer, numbers
 from tests.rigs import PROMPTS, Answer, Logprobs
 
 FAULTS = Path(__file__).with_name("server_faults.py")
@@ -84,8 +84,7 @@ class VllmServer(EngineServer):
     ) -> Answer:
         more: dict[str, Any] = {"extra_args": {"weighbridge_adapter": lora}} if lora else {}
         (choice,) = self._ask(ids, timeout, max_tokens=tokens, ignore_eos=not stops, **more)["choices"]
-        versions = [int(span["version"]) for span in choice.get("weight_versions") or []]
-        return Answer(tuple(choice["token_ids"]), choice["finish_reason"], versions)
+        return Answer(tuple(choice["token_ids"]), choice["finish_reason"], numbers(choice.get("weight_versions")))
 
     def said(self) -> Logprobs:
         found = []
