@@ -44,7 +44,7 @@ $(VLLM_STAMP): pyproject.toml requirements-vllm.txt
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/contract tests/vllm $(ARGS)
 
 # SGLang pins other versions than vLLM. Its wheel is installed alone: its own list of requirements names kernels that
 # only machines with a GPU can load.
@@ -62,7 +62,7 @@ $(SGLANG_STAMP): pyproject.toml requirements-sglang.txt
 	touch $(SGLANG_STAMP)
 
 test-sglang: $(SGLANG_STAMP)
-	OMP_NUM_THREADS=1 $(SGLANG_BIN)/python -m pytest tests/sglang $(ARGS)
+	OMP_NUM_THREADS=1 $(SGLANG_BIN)/python -m pytest tests/contract tests/sglang $(ARGS)
 
 # .pre-commit-config.yaml runs this very target, so what is checked before a commit and in CI cannot drift apart.
 lint: $(STAMP)

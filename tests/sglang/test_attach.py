@@ -9,8 +9,8 @@ import pytest
 
 import bridge
 from engine_side.engines.common.hosting import Leavings
+from tests.families import make_model
 from tests.sglang.rig import LOADER, start
-from tests.vllm.families import make_model
 
 pytestmark = pytest.mark.timeout(300)
 

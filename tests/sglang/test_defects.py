@@ -11,21 +11,15 @@ import pytest
 import torch
 
 from bridge.errors import MissingTensor, NonFinite, ShapeMismatch, UnexpectedTensor
-from tests.sglang.rig import check_family
-from tests.vllm.families import make_model
+from tests.families import make_model
+from tests.rigs import Rigs, one_version
 
 pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
-def rig(rigs: Any) -> Iterator[Any]:
-    made = rigs.get("qwen2")
-    made.step()
-    assert made.push().verified is True
-    yield made
-    made.step()
-    assert made.push().verified is True, "a good push works after every test"
-    assert made.off() < 0.025
+def rig(rigs: Rigs) -> Iterator[Any]:
+    yield from one_version(rigs, "qwen2")
 
 
 def tensors(rig: Any) -> list[tuple[str, torch.Tensor]]:
@@ -39,10 +33,6 @@ def refused(rig: Any, error: type[Exception], sent: list[tuple[str, torch.Tensor
         rig.b.push(sent)
     assert rig.inside("bits") == before
     assert rig.said() == said
-
-
-def test_qwen2(rig: Any) -> None:
-    check_family(rig)
 
 
 def test_a_part_of_the_tensors(rig: Any) -> None:

@@ -11,12 +11,12 @@ import peft
 import pytest
 
 from bridge.errors import UnexpectedTensor, UnsupportedLora
-from tests.rigs import difference
-from tests.sglang.rig import PROMPTS
-from tests.sglang.test_lora import LIMIT, jiggle
+from tests.contract.scenarios import jiggle
+from tests.rigs import PROMPTS, difference
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(300)
+LIMIT = 0.03
 
 
 @contextmanager
@@ -40,6 +40,18 @@ def test_a_part_of_a_fused_layer(rigs: Any, modules: tuple[str, ...]) -> None:
         said = rig.said(receipt.engines[0].adapter)
         assert difference(said, rig.said()) > 3 * LIMIT
         assert difference(said, reference_logprobs(model, PROMPTS)) < LIMIT
+
+
+def test_own_update_with_the_names_that_a_trainer_has_changes_no_wrapped_layer(rigs: Any) -> None:
+    """SGLang reports success and loads none of them."""
+    rig = rigs.get("qwen2", lora=True)
+    with adapted(rig, "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") as model:
+        before = rig.bits()
+        named = [(n.removeprefix("base_model.model."), p.detach() * 1.06) for n, p in model.named_parameters()]
+        sent = [(n, p) for n, p in named if n.endswith(".base_layer.weight")]
+        assert sent
+        assert rig.own_update(sent)[0] is True
+        assert rig.bits() == before
 
 
 def test_a_module_that_was_not_wrapped(rigs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Latent attention: two projections that come to one layer together, and absorbed ones that no parameter shows."""
+"""Latent attention: two projections that come to one layer together."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ from typing import Any
 
 import pytest
 
-from bridge.errors import PushAborted
-from tests.sglang.rig import check_family
-
 pytestmark = pytest.mark.timeout(300)
-
-
-def test_deepseek(rigs: Any) -> None:
-    check_family(rigs.get("deepseek"))
-
-
-def test_wrong_absorbed_projections_are_found_without_the_canary(rigs: Any) -> None:
-    rig = rigs.get("deepseek")
-    rig.step()
-    assert rig.push().verified is True
-    rig.step()
-    rig.inside("double_absorbed", times=2)
-    with pytest.raises(PushAborted, match="attn"):
-        rig.push(verify="weights")
-    rig.inside("mend")
-    rig.step()
-    assert rig.push(verify="weights").verified is True
-    assert rig.off() < 0.025
 
 
 def test_halves_of_a_fused_projection_in_two_calls(rigs: Any) -> None:

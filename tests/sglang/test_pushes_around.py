@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 import bridge
-from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded
-from tests.rigs import refuses_what_does_not_fit
-from tests.sglang.rig import PROMPTS
+from bridge.errors import BridgeError, Closed, ConfigError
+from tests.contract.scenarios import wait_for
+from tests.rigs import PROMPTS, Rigs, one_version
 
 pytestmark = pytest.mark.timeout(300)
 SHORT = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
@@ -22,14 +22,8 @@ LONG = {"temperature": 0, "max_new_tokens": 90, "ignore_eos": True}
 
 
 @pytest.fixture
-def rig(rigs: Any) -> Iterator[Any]:
-    made = rigs.get("qwen2-tied")
-    made.step()
-    assert made.push().verified is True
-    yield made
-    made.step()
-    assert made.push(timeout_s=60).verified is True, "a good push works after every test"
-    assert made.off() < 0.025
+def rig(rigs: Rigs) -> Iterator[Any]:
+    yield from one_version(rigs)
 
 
 async def ask(rig: Any, sampling: dict[str, Any] = SHORT) -> int:
@@ -65,10 +59,7 @@ def test_streams_in_loops_of_their_own(rig: Any) -> None:
     assert len(lengths) > 3
     assert max(lengths) == 90 or sum(lengths) == 90
     assert len(asyncio.run(streamed(2))) == 2
-    until = time.monotonic() + 10
-    while rig.engine.tokenizer_manager.rid_to_state and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not rig.engine.tokenizer_manager.rid_to_state, "a stream that was left has ended its request"
+    wait_for(lambda: not rig.busy, 10)  # a stream that was left has ended its request
 
 
 def test_a_user_who_stops_waiting_ends_his_request(rig: Any) -> None:
@@ -77,10 +68,7 @@ def test_a_user_who_stops_waiting_ends_his_request(rig: Any) -> None:
 
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(impatient())
-    until = time.monotonic() + 10
-    while rig.engine.tokenizer_manager.rid_to_state and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not rig.engine.tokenizer_manager.rid_to_state
+    wait_for(lambda: not rig.busy, 10)
 
 
 def test_attached_after_the_loop_of_a_rollout_was_closed(rig: Any) -> None:
@@ -91,7 +79,7 @@ def test_attached_after_the_loop_of_a_rollout_was_closed(rig: Any) -> None:
         manager.event_loop = None
         assert runner.run(ask(rig)) == 6
     assert manager.event_loop.is_closed()
-    rig.b = bridge.attach(rig.engine, model=rig.model)
+    rig.attach()
     rig.step()
     assert rig.push(timeout_s=20).verified is True
     assert asyncio.run(ask(rig)) == 6
@@ -152,52 +140,7 @@ def test_closing_from_within_the_engines_own_loop_is_refused_at_once(rig: Any) -
         assert await ask(rig) == 6
 
     asyncio.run(rollout())
-    rig.b = bridge.attach(rig.engine, model=rig.model)
-
-
-def test_a_push_that_is_under_way_can_be_awaited_after_close(rig: Any) -> None:
-    rig.step()
-    pending = rig.push(wait=False)
-    rig.b.close()
-    assert pending.result(60).verified is True
-    assert pending.done()
-    assert rig.off() < 0.025
-    rig.b = bridge.attach(rig.engine, model=rig.model)
-
-
-def test_a_refused_attach_leaves_the_engine_its_loop(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(*args: Any, **options: Any) -> Any:
-        raise RuntimeError("on purpose")
-
-    rig.b.close()
-    loop = rig.engine.loop
-    with pytest.raises(ConfigError, match="not a name"):
-        bridge.attach(rig.engine, name="no/such name")
-    with monkeypatch.context() as patch:
-        patch.setattr("bridge.session.Coordinator", breaks)
-        with pytest.raises(RuntimeError, match="on purpose"):
-            bridge.attach(rig.engine)
-    assert rig.engine.loop is loop
-    assert "weighbridge-sglang" not in [thread.name for thread in threading.enumerate()]
-    rig.b = bridge.attach(rig.engine, model=rig.model)
-
-
-def test_prompts_and_samplings_that_do_not_fit(rig: Any) -> None:
-    """Of some of them SGLang's schedulers would die, and the trainer with them."""
-    longest = rig.b.status().engines[0].max_prompt
-    refuses_what_does_not_fit(rig.b.engines[0], rig.model.config.vocab_size, longest)
-
-
-def test_a_caller_waits_as_long_as_it_said(rig: Any) -> None:
-    stop = bridge.Sampling(max_tokens=90, temperature=0.0)
-    started = time.monotonic()
-    with pytest.raises(DeadlineExceeded):
-        rig.b.engines[0].generate([[5]] * 8, stop, timeout_s=0.02)
-    assert time.monotonic() - started < 5
-    until = time.monotonic() + 10
-    while rig.engine.tokenizer_manager.rid_to_state and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not rig.engine.tokenizer_manager.rid_to_state, "what has not finished is ended"
+    rig.attach()
 
 
 def unattached(rig: Any) -> None:
@@ -233,12 +176,11 @@ def test_a_bridge_that_closes_tells_who_waits_in_another_loop(rig: Any) -> None:
 
     thread = threading.Thread(target=user)
     thread.start()
-    while not rig.engine.tokenizer_manager.rid_to_state:
-        time.sleep(0.01)
+    wait_for(lambda: rig.busy)
     rig.b.close()
     thread.join(10)
     assert isinstance(said[0], Closed) or said == [90]
-    rig.b = bridge.attach(rig.engine, model=rig.model)
+    rig.attach()
 
 
 @pytest.mark.parametrize("delay", [-1.0, 0.03])
@@ -264,7 +206,7 @@ def test_a_scheduler_that_hangs_does_not_outlast_the_deadline(rig: Any, delay: f
         scheduler.resume()
     rig.step()
     assert rig.push(timeout_s=60).verified is True
-    assert rig.off() < 0.025
+    assert rig.off() < rig.largest_noise
 
 
 @pytest.mark.parametrize("verify", ["outputs", "weights"])

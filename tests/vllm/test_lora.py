@@ -1,4 +1,4 @@
-"""With `enable_lora=True`: weights through the wrappers, adapters in memory beside those that the user loaded."""
+"""vLLM's LoRA slots, which users and pushes share, and rollouts that use one."""
 
 from __future__ import annotations
 
@@ -7,74 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import bridge
-from tests.rigs import difference
-from tests.vllm.families import WITH_LORA
-from tests.vllm.rig import PROMPTS
-from trainer_side.reference import reference_logprobs
+from tests.contract.scenarios import jiggle, wait_for
+from tests.families import make_model
+from tests.rigs import PROMPTS
 
 pytestmark = pytest.mark.timeout(300)
-CASES = [*((family, "inproc") for family in WITH_LORA), ("qwen2", "mp"), ("qwen2", "tp2")]
-TARGETS = {
-    "phi3": ["qkv_proj", "o_proj", "down_proj"],
-    "deepseek-dense": ["q_b_proj", "o_proj"],
-}
-"""Some parts of fused layers and not others, where there are parts."""
-LARGEST = 0.025
-
-
-def jiggle(model: Any, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_((torch.randn(parameter.shape, generator=generator) * 0.15).to(parameter.dtype))
-
-
-@pytest.mark.parametrize(("family", "how"), CASES, ids=lambda value: str(value))
-def test_adapters_and_the_base_below_them(rigs: Any, tmp_path: Path, family: str, how: str) -> None:
-    import peft
-    from vllm.lora.request import LoRARequest
-
-    rig = rigs.get(family, how=how, lora=True)
-    rig.b.bind(rig.model)
-    rig.push()  # whatever the test before has left
-    parts = TARGETS.get(family, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=parts)
-    model = peft.get_peft_model(rig.model, config)
-    jiggle(model, 1)
-    model.save_pretrained(tmp_path)
-    users = LoRARequest("mine", 7, str(tmp_path))
-    noise = difference(rig.said(users), reference_logprobs(model, PROMPTS))
-    with model.disable_adapter():
-        noise = max(noise, difference(rig.said(), reference_logprobs(model, PROMPTS)))
-    limit = min(3 * noise, LARGEST)  # vLLM's own noise, with an adapter that it has read itself
-    rig.b.bind(model)
-
-    receipt = rig.b.push(model.named_parameters(), mode="adapter")
-    assert receipt.verified is True
-    assert 7 in rig.llm.llm_engine.list_loras()
-    first = rig.b.engines[0].generate(PROMPTS, bridge.Sampling(max_tokens=4, temperature=0.0))
-    jiggle(model, 2)
-    assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
-    assert len(rig.llm.llm_engine.list_loras()) == 2, "the adapter before was dropped, the user's stays"
-    assert rig.b.engines[0].generate(PROMPTS, bridge.Sampling(max_tokens=4, temperature=0.0)) != first
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" not in name:
-                parameter.mul_(1.06)
-    assert rig.b.push(model.named_parameters(), mode="base").verified is True
-    with model.disable_adapter():
-        assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
-    assert 7 in rig.llm.llm_engine.list_loras()
-    assert difference(rig.said(users), rig.said()) > 0.2, "the user's adapter still acts"
-    jiggle(model, 3)
-    assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
-    assert rig.b.push(model.named_parameters(), mode="merged").verified is True
-    assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
 
 
 def test_users_adapters_that_are_idle_make_room(rigs: Any, tmp_path: Path) -> None:
@@ -83,7 +22,7 @@ def test_users_adapters_that_are_idle_make_room(rigs: Any, tmp_path: Path) -> No
     import peft
     from vllm.lora.request import LoRARequest
 
-    rig = rigs.get("qwen2", lora=True, how="inproc")
+    rig = rigs.get("qwen2", lora=True)
     model = peft.get_peft_model(rig.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     engine = rig.llm.llm_engine
     users = [LoRARequest(f"mine{k}", k, str(tmp_path / str(k))) for k in (11, 12, 13)]
@@ -119,7 +58,7 @@ def test_users_adapters_that_are_idle_make_room(rigs: Any, tmp_path: Path) -> No
 def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> None:
     import peft
 
-    rig = rigs.get("qwen2", lora=True, how="inproc")
+    rig = rigs.get("qwen2", lora=True)
     model = peft.get_peft_model(rig.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     jiggle(model, 5)
     rig.b.bind(model)
@@ -128,8 +67,7 @@ def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> Non
     asked = bridge.Sampling(max_tokens=200, temperature=0.0)
     with ThreadPoolExecutor(1) as pool:
         rolling = pool.submit(rig.b.engines[0].generate, PROMPTS[:1], asked)
-        while not (rig.llm.llm_engine.has_unfinished_requests() or rolling.done()):
-            pass
+        wait_for(lambda: rig.busy or rolling.done())
         assert rig.b.push(model.named_parameters(), mode="merged", inflight="keep").verified is True
         (said,) = rolling.result(60)
     model.unload()
@@ -140,8 +78,6 @@ def test_a_rollout_does_not_outlive_the_base_below_its_adapter(rigs: Any) -> Non
 
 def test_an_llm_without_the_backend_is_told_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import LLM
-
-    from tests.vllm.families import make_model
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     make_model("llama").save_pretrained(tmp_path)

@@ -12,9 +12,9 @@ import torch
 
 import bridge
 from bridge.errors import ConfigError, MissingTensor
-from tests.rigs import difference
-from tests.vllm.families import OTHERS, make_model, perturb
-from tests.vllm.rig import PROMPTS, said_by
+from tests.families import OTHERS, make_model, perturb
+from tests.rigs import PROMPTS, difference
+from tests.vllm.rig import said_by
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(300)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import bridge
-from tests.vllm.rig import PROMPTS
+from tests.rigs import PROMPTS
 
 pytestmark = pytest.mark.timeout(300)
 PUSHES = 25

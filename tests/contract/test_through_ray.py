@@ -1,8 +1,8 @@
-"""vLLM hosted on Ray, as a user has it: `weighbridge up`, a trainer that connects, `weighbridge down`."""
+"""An engine hosted on Ray, as a user has it: `weighbridge up`, a trainer that connects, `weighbridge down`."""
 
 from __future__ import annotations
 
-import os
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -15,13 +15,14 @@ import pytest
 import bridge
 from bridge.errors import ConfigError, PeerLost
 from engine_side.engines.registry import host
+from tests.families import make_model, perturb
 from tests.ray.conftest import Home, eventually, gone, home  # noqa: F401
-from tests.vllm.families import make_model, perturb
-from tests.vllm.rig import PROMPTS
+from tests.rigs import PROMPTS, Hosting, Rigs
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(400)
 GREEDY = bridge.Sampling(max_tokens=6, temperature=0.0)
+LARGEST = 0.03
 
 
 @pytest.fixture(autouse=True)
@@ -31,24 +32,20 @@ def _own_state(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F8
 
 
 class Hosted:
-    """The daemon, the trainer's model (PEFT over qwen2) and what the machine held before."""
+    """The daemon, and the trainer's model (PEFT over qwen2)."""
 
-    def __init__(self, home: Home, folder: Path) -> None:  # noqa: F811
+    def __init__(self, home: Home, folder: Path, hosting: Hosting) -> None:  # noqa: F811
         import peft
 
-        self.home = home
-        model = make_model("qwen2", eos_token_id=None, max_position_embeddings=4096)  # rollouts as long as asked for
+        self.home, self.hosting = home, hosting
+        model = make_model("qwen2", **hosting.model)
         model.save_pretrained(folder)
         targets = ["q_proj", "v_proj", "down_proj"]
         self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
-        self.shm = set(os.listdir("/dev/shm"))
-        settings = ("enforce_eager=true", "max_model_len=4096", "enable_lora=true", "max_lora_rank=8", "max_loras=3")
-        more = [word for setting in settings for word in ("--set", setting)]
-        self.status = home.cli("up", "hosted", "--engine", f"vllm:{folder}", "--dtype", "bf16", *more)
+        more = [word for k, v in hosting.arguments.items() for word in ("--set", f"{k}={json.dumps(v)}")]
+        words = ("up", "hosted", "--engine", f"{hosting.scheme}:{folder}", "--dtype", "bf16", *more)
+        self.status = home.cli(*words, **hosting.variables)
         self.pid = int(self.status["engines"][0]["pid"])
-
-    def step(self, seed: int) -> None:
-        perturb(self.model, seed)
 
     def push(self, mode: str, b: bridge.Bridge, **options: Any) -> bridge.Receipt:
         receipt: bridge.Receipt = b.push(self.model.named_parameters(), mode=mode, **options)
@@ -57,10 +54,9 @@ class Hosted:
 
 
 @pytest.fixture(scope="module")
-def hosted(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")  # else rollouts take every core, and pushes come too late
-        yield Hosted(home, tmp_path_factory.mktemp("checkpoint"))
+def hosted(home: Home, hosting: Hosting, rigs: Rigs, tmp_path_factory: pytest.TempPathFactory) -> Hosted:  # noqa: F811
+    rigs.close()  # two engines at once are too much for a small machine
+    return Hosted(home, tmp_path_factory.mktemp("checkpoint"), hosting)
 
 
 @pytest.fixture
@@ -87,21 +83,20 @@ def off(b: bridge.Bridge, model: Any, adapter: str = "current") -> float:
     return sum(abs(x - y) for x, y in pairs) / len(pairs)
 
 
-def test_base_and_adapter_pushes(hosted: Hosted, b: bridge.Bridge) -> None:
-    assert hosted.status["engines"][0]["kind"] == "vllm"
-    hosted.step(1)
-    receipt = hosted.push("base", b)
-    assert receipt.engines[0].canary is not None
+def test_base_and_lora_pushes(hosted: Hosted, b: bridge.Bridge) -> None:
+    assert hosted.status["engines"][0]["kind"] == hosted.hosting.scheme
+    perturb(hosted.model, 1)
+    assert hosted.push("base", b).engines[0].canary is not None
     with hosted.model.disable_adapter():
-        assert off(b, hosted.model) < 0.03
+        assert off(b, hosted.model) < LARGEST
     first = hosted.push("adapter", b)
-    assert off(b, hosted.model) < 0.03
+    assert off(b, hosted.model) < LARGEST
     with hosted.model.disable_adapter():
-        assert off(b, hosted.model, "base") < 0.03
+        assert off(b, hosted.model, "base") < LARGEST
     with_first = said(b)
-    hosted.step(2)
+    perturb(hosted.model, 2)
     assert hosted.push("merged", b).version > first.version
-    assert off(b, hosted.model) < 0.03
+    assert off(b, hosted.model) < LARGEST
     assert said(b) != with_first
     assert b.engines[0].generate(PROMPTS[:1], GREEDY)[0].weight_version == b.status().committed
 
@@ -109,7 +104,7 @@ def test_base_and_adapter_pushes(hosted: Hosted, b: bridge.Bridge) -> None:
 def test_rollback_and_health(hosted: Hosted, b: bridge.Bridge) -> None:
     before = hosted.push("merged", b)
     old = said(b)
-    hosted.step(3)
+    perturb(hosted.model, 3)
     hosted.push("merged", b)
     assert said(b) != old
     report = hosted.home.cli("health", "hosted")
@@ -122,36 +117,26 @@ def test_rollback_and_health(hosted: Hosted, b: bridge.Bridge) -> None:
 def test_rollouts_of_several_callers_at_once(hosted: Hosted, b: bridge.Bridge, mode: str, reason: str) -> None:
     """They run beside each other; a push meanwhile ends them with what they have, keeps them or waits for them."""
     version = hosted.push("merged", b).version
-    hosted.step(4)
-    asked = bridge.Sampling(max_tokens=3000 if mode == "abort" else 400, temperature=0.0)
-    prompts = [[[k + 5, 6, 7]] for k in range(3)]
+    perturb(hosted.model, 4)
+    tokens = hosted.hosting.longest if mode == "abort" else hosted.hosting.in_flight_tokens
+    asked = bridge.Sampling(max_tokens=tokens, temperature=0.0)
     with ThreadPoolExecutor(3) as pool:
-        rolling = [pool.submit(b.engines[0].generate, prompt, asked) for prompt in prompts]
+        rolling = [pool.submit(b.engines[0].generate, [[k + 5, 6, 7]], asked) for k in range(3)]
         time.sleep(0.3)
         receipt = hosted.push("merged", b, inflight=mode)
-        answers = [future.result(60)[0] for future in rolling]
+        answers = [future.result(120)[0] for future in rolling]
     assert {answer.finish_reason for answer in answers} == {reason}, answers
     assert {answer.weight_version for answer in answers} == {version}
     assert receipt.version == version + 1
 
 
-ARGUMENTS = [
-    ({"tensor_paralel_size": 2}, "tensor_paralel_size.*tensor_parallel_size"),
-    ({"max_model_len": -5}, "max_model_len"),
-    ({"dtype": "bf17"}, "dtype"),
-    ({"layout": "packed"}, "layout"),
-    ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
-    ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
-    ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "kv_transfer_config.*without"),
-    ({"kv_offloading_size": 0.1}, "kv_offloading_size.*without"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "said"), ARGUMENTS, ids=lambda value: next(iter(value), None))
-def test_wrong_arguments_are_named(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
+def test_wrong_arguments_are_named(
+    hosting: Hosting, wrong_argument: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    arguments, said = wrong_argument
     make_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"(?s){said}"):
-        host(f"vllm:{tmp_path}", arguments)
+        host(f"{hosting.scheme}:{tmp_path}", arguments)
 
 
 def test_down_leaves_nothing(hosted: Hosted) -> None:
@@ -163,7 +148,8 @@ def test_down_leaves_nothing(hosted: Hosted) -> None:
 
     def roll() -> None:
         try:
-            b.engines[0].generate([[5, 6]] * 4, bridge.Sampling(max_tokens=3000, temperature=1.0))
+            asked = bridge.Sampling(max_tokens=hosted.hosting.longest, temperature=1.0)
+            b.engines[0].generate([[5, 6]] * 4, asked)
             ended.append(None)
         except bridge.BridgeError as error:
             ended.append(error)
@@ -173,16 +159,17 @@ def test_down_leaves_nothing(hosted: Hosted) -> None:
     time.sleep(0.2)
     family = [hosted.pid, *descendants(hosted.pid)]
     assert len(family) > 1
+    inodes = {inode for pid in family for inode in mapped(pid)}
+    files = {path for path in Path("/dev/shm").iterdir() if path.lstat().st_ino in inodes and path.is_file()}
+    assert files or not hosted.hosting.leaves_files
     hosted.home.cli("down", "hosted")
     b.close()
     ray.shutdown()  # its cluster has gone, and Ray ends processes that notice later, without a word
     thread.join(60)
     assert ended
     assert ended[0] is None or isinstance(ended[0], PeerLost), ended
-    assert eventually(lambda: all(gone(pid) for pid in family)), "a process of vLLM's is left"
-    left = {name for name in set(os.listdir("/dev/shm")) - hosted.shm if name.startswith(("vllm", "psm", "sem."))}
-    mine = {name for name in left if (Path("/dev/shm") / name).stat().st_uid == os.getuid() and not mapped(name)}
-    assert not mine
+    assert eventually(lambda: all(gone(pid) for pid in family)), "a process of the engine's is left"
+    assert not [path for path in files if path.exists()]
     assert hosted.home.files() == []
 
 
@@ -194,12 +181,10 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def mapped(name: str) -> bool:
-    """Somebody else's vLLM may run on this machine."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"/dev/shm/{name}" in (folder / "maps").read_text():
-                return True
-        except OSError:
-            continue
-    return name.startswith("sem.")
+def mapped(pid: int) -> set[int]:
+    """Inodes in shared memory: a semaphore is mapped under a name that it had for a moment only."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:  # it has ended meanwhile
+        return set()
+    return {int(line.split(None, 5)[4]) for line in lines if "/dev/shm/" in line}
