@@ -36,9 +36,7 @@ from bridge.protocol.rank_jobs import (
     BakeJob,
     ExplainJob,
     ForgetJob,
-    MapJob,
     RankBake,
-    RankDone,
     RankExplanation,
     RankLoaded,
     ReadBackJob,
@@ -136,8 +134,7 @@ class Fleet:
 
     def ask_infos(self, deadline: Deadline) -> dict[str, EngineInfo]:
         """Ask every engine for its facts and remember them; one that does not answer is shown as LOST."""
-        requests: dict[str, ToEngine] = dict.fromkeys((port.id for port in self.engines), EngineHello())
-        found = self.ask_each(requests, EngineIs, deadline)
+        found = self.ask_each(dict.fromkeys(self.infos, EngineHello()), EngineIs, deadline)
         self.infos = infos = {
             engine: _lost(self.infos[engine], answer) if isinstance(answer, BridgeError) else answer.info
             for engine, answer in found.items()
@@ -162,15 +159,6 @@ class Fleet:
             port.call(EngineClaim(mailbox, page, owner), EngineIs, deadline)
             page += self.infos[port.id].ranks
 
-    def common_lora(self) -> str | None:
-        """Name the adapter that every engine was left with by a bridge before this one; None when they differ."""
-        names = {info.adapter for info in self.infos.values()}
-        return names.pop() if len(names) == 1 else None
-
-    def holds_lora(self, name: str, deadline: Deadline) -> bool:
-        """Tell whether all engines still hold an adapter."""
-        return all(name in info.adapters for info in self.ask_infos(deadline).values())
-
     def not_serving(self, version: int | None) -> list[str]:
         """List engines that do not serve `version` (None: any), by what they answered last."""
         return [engine for engine, info in self.infos.items() if not _serves(info, version)]
@@ -178,8 +166,8 @@ class Fleet:
     def require_serving(self, version: int | None) -> None:
         """Ask the engines of `not_serving` again, for a short while, since a LoRA adapter goes over weights that every
         engine serves. Raises PeerLost for one that is gone, EngineQuarantined for one that does not serve `version`."""
-        requests: dict[str, ToEngine] = dict.fromkeys(self.not_serving(version), EngineHello())
-        for engine, answer in self.ask_each(requests, EngineIs, Deadline.after(LOST_TIMEOUT_S)).items():
+        hello = dict.fromkeys(self.not_serving(version), EngineHello())
+        for engine, answer in self.ask_each(hello, EngineIs, Deadline.after(LOST_TIMEOUT_S)).items():
             if isinstance(answer, PeerLost):
                 raise answer
             got = str(answer)
@@ -212,15 +200,11 @@ class Fleet:
                 self.floors[engine] = canary.floor_for({dtype for rank in ranks for dtype in rank.dtypes.values()})
         return found
 
-    def map(self, plan: AgreedPlan, keep: tuple[int, ...], deadline: Deadline) -> None:
-        """Have every rank map the plan's arena, and forget plans that are not in `keep`."""
-        self.run_all(MapJob(plan.id, str(plan.arena.path), plan.arena.manifest, keep), RankDone, deadline)
-
     def forget(self, keep: tuple[int, ...], deadline: Deadline) -> None:
         """Have every rank let go of all plans but `keep`. An engine that does not answer keeps the old arena mapped,
         but can no longer load from it."""
-        requests: dict[str, ToEngine] = dict.fromkeys((p.id for p in self.engines), EngineRun(ForgetJob(keep)))
-        for engine, answer in self.ask_each(requests, EngineRan, deadline).items():
+        forget = dict.fromkeys(self.infos, EngineRun(ForgetJob(keep)))
+        for engine, answer in self.ask_each(forget, EngineRan, deadline).items():
             if isinstance(answer, BridgeError):
                 log.warning("%s still maps an older arena: %s", engine, answer)
 
@@ -231,9 +215,10 @@ class Fleet:
         failures = [failure for level in levels for failure in level.failures]
         return tuple(dict.fromkeys(failure.tensor or failure.name for failure in failures))
 
-    def keep_current(self, plan: AgreedPlan, slot: int, held: Held | None, version: int, deadline: Deadline) -> bool:
-        """Put the weights that the engines serve now into `slot` and seal it as `version`. False when they cannot be
-        had, or when the engines do not all serve the same ones; a failing next push then ends in quarantine."""
+    def keep_current(self, plan: AgreedPlan, slot: int, held: Held | None, deadline: Deadline) -> Held | None:
+        """Put the weights that the engines serve now into `slot`, sealed as the version of `held` (None: 0). None when
+        they cannot be had, or when the engines do not all serve the same ones; a failing next push then ends in
+        quarantine."""
         first, arena = self.engines[0], plan.arena
         arena.begin(slot)
         older = (held.plan.id, held.slot) if held is not None else (None, None)
@@ -241,17 +226,18 @@ class Fleet:
         answer = first.call(request, EngineVersionZero, deadline)
         if not answer.ok:
             log.warning("%s: what it serves cannot be kept for a rollback: %s", first.id, answer.reason)
-            return False
-        seal_slot(arena, slot, version, digest_slot(arena, slot))
+            return None
+        version = held.version if held is not None else 0
+        kept = Held(version, plan, slot, seal_slot(arena, slot, version, digest_slot(arena, slot)))
         if len(self.engines) == 1 and answer.source == "live":
-            return True
+            return kept
         found = self.run_all(VerifyJob(plan.id, slot, WEIGHTS_SHOWN), RankLoaded, deadline)
         for engine, ranks in found.items():
             if not all(level.ok for rank in ranks for level in rank.report.levels):
                 log.warning("%s serves other weights than this layout can hold for %s", engine, first.id)
                 arena.begin(slot)
-                return False
-        return True
+                return None
+        return kept
 
     def explain(self, plan: AgreedPlan, name: str, deadline: Deadline) -> tuple[dict[str, str], ...]:
         """Tell where a canonical tensor goes: a row per engine, rank and move."""
@@ -265,8 +251,7 @@ class Fleet:
 
     def close(self, deadline: Deadline) -> None:
         """Have every engine let go of its arenas. One that does not answer is logged and left."""
-        requests: dict[str, ToEngine] = dict.fromkeys((port.id for port in self.engines), EngineClose())
-        for engine, answer in self.ask_each(requests, EngineOk, deadline).items():
+        for engine, answer in self.ask_each(dict.fromkeys(self.infos, EngineClose()), EngineOk, deadline).items():
             if isinstance(answer, BridgeError) and not isinstance(answer, PeerLost):
                 log.warning("%s did not close: %s", engine, answer)
 

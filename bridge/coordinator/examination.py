@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from bridge.coordinator.engines import Fleet
-from bridge.coordinator.reports import both
 from bridge.coordinator.versions import References, Versions
 from bridge.errors import BridgeError, Busy
 from bridge.model import canary
 from bridge.protocol.coordinator_messages import EngineInfo
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import EngineCheck, EngineChecked, ToEngine
+from bridge.protocol.engine_messages import EngineCheck, EngineChecked
 from bridge.protocol.rank_jobs import VerifyJob
 
 LEVELS = ("transfer", "read-back", "probe")
@@ -36,13 +35,13 @@ def examine(fleet: Fleet, versions: Versions, deadline: Deadline) -> list[dict[s
         scored=served.lora_name if references.base is not None else None,
     )
     alive = [engine for engine, info in infos.items() if info.state != "LOST"]
-    requests: dict[str, ToEngine] = dict.fromkeys(alive, weights)
-    answers = fleet.ask_each(requests, EngineChecked, deadline)
+    answers = fleet.ask_each(dict.fromkeys(alive, weights), EngineChecked, deadline)
     if served.lora is not None:
-        job = VerifyJob(served.lora.plan.id, served.lora.slot, LEVELS, served.lora_name)
-        requests = dict.fromkeys(alive, EngineCheck(job, served.version))
-        loaded = fleet.ask_each(requests, EngineChecked, deadline)
-        answers = {engine: both(answer, loaded[engine]) for engine, answer in answers.items()}
+        adapter = EngineCheck(
+            VerifyJob(served.lora.plan.id, served.lora.slot, LEVELS, served.lora_name), served.version
+        )
+        loaded = fleet.ask_each(dict.fromkeys(alive, adapter), EngineChecked, deadline)
+        answers = {engine: _both(answer, loaded[engine]) for engine, answer in answers.items()}
     out = []
     for engine, info in infos.items():
         facts, answer = facts_of(info), answers.get(engine)
@@ -64,6 +63,14 @@ def facts_of(info: EngineInfo) -> dict[str, Any]:
     """Pick the facts of an engine that `health` shows."""
     return {"id": info.id, "kind": info.kind, "state": info.state, "serving": info.serving, "ranks": info.ranks,
             "pid": info.pid, "detail": info.detail}  # fmt: skip
+
+
+def _both(weights: EngineChecked | BridgeError, adapter: EngineChecked | BridgeError) -> EngineChecked | BridgeError:
+    """Join one engine's answers about its weights and its adapter; an error stands for both."""
+    if isinstance(weights, BridgeError) or isinstance(adapter, BridgeError):
+        return weights if isinstance(weights, BridgeError) else adapter
+    ranks = tuple((*a, *b) for a, b in zip(weights.ranks, adapter.ranks, strict=True))
+    return EngineChecked(ranks, weights.scores)
 
 
 def _levels(answer: EngineChecked) -> list[dict[str, Any]]:

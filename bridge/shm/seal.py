@@ -151,11 +151,8 @@ def require_equal(manifest: Manifest, expected: bytes, got: bytes, where: str) -
     )
 
 
-def differing_tensors(arena: Arena, one: int, other: int) -> tuple[int, ...] | None:
-    """Compare two sealed slots by digest: manifest indices of the tensors that differ, in order. None means all of
-    them: every digest differs, or a slot is not sealed."""
-    a, b = arena.seal_of(one), arena.seal_of(other)
-    if a is None or b is None:
-        return None
-    found = differing(a.digests, b.digests)
-    return None if len(found) == len(arena.manifest.tensors) else tuple(found)
+def differing_tensors(one: Seal, other: Seal) -> tuple[int, ...] | None:
+    """Compare two versions of one arena by their seals: manifest indices of the tensors that differ, in order. None
+    means all of them."""
+    found = differing(one.digests, other.digests)
+    return None if len(found) * DIGEST_NBYTES == len(one.digests) else tuple(found)
