@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +17,13 @@ from bridge.ports import TrainerPort
 from bridge.protocol.deadline import Deadline
 from bridge.session import InProcessSession, RaySession, Session
 
-
-@dataclass
-class _MostRecent:
-    """The Bridge that the module-level calls use; weak, for a Bridge that its owner drops must be free to go."""
-
-    bridge: weakref.ref[Bridge] | None = None
-
-
-_most_recent = _MostRecent()
+_most_recent: weakref.ref[Bridge] | None = None
+"""The Bridge that the module-level calls use; weak, for a Bridge that its owner drops must be free to go."""
 
 
 def _open(session: Session, model: torch.nn.Module | None) -> Bridge:
     """A Bridge over a session, bound to `model`; closes the session when that fails."""
+    global _most_recent
     try:
         trainer: TrainerPort = entry_points.load(entry_points.TRAINER)()
         made = Bridge(session, trainer, from_environment())
@@ -39,7 +32,7 @@ def _open(session: Session, model: torch.nn.Module | None) -> Bridge:
     except BaseException:
         session.close()
         raise
-    _most_recent.bridge = weakref.ref(made)
+    _most_recent = weakref.ref(made)
     return made
 
 
@@ -104,9 +97,9 @@ def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
 
 def _current() -> Bridge:
     remedy = "b = bridge.attach(...), bridge.connect(...) or bridge.launch(...), and keep b"
-    if _most_recent.bridge is None:
+    if _most_recent is None:
         raise ConfigError("there is no Bridge yet", remedy=remedy)
-    made = _most_recent.bridge()
+    made = _most_recent()
     if made is None:
         raise ConfigError("the most recent Bridge is gone: nothing referred to it any more", remedy=remedy)
     return made

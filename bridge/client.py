@@ -199,9 +199,7 @@ class Bridge:
         if verify is None and not self._trainer.bound and not self._warned:
             self._warned = True
             log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
-        if self._closed:
-            raise _closed_error(self.name)
-        self._session.begin_push()
+        self._require_open(to_push=True)
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
@@ -320,14 +318,9 @@ class Bridge:
         try:
             begun = self._call(BeginRequest(agreed.planned.plan, version, holder, compare, over), Begun)
         except ProtocolError:  # another trainer has had another layout planned since
-            self._forget_plans()
+            _close_arenas(self._agreed)
             raise
         return None if begun.slot is None else _Slot(begun.version, begun.slot, begun.base)
-
-    def _forget_plans(self) -> None:
-        for agreed in self._agreed.values():
-            agreed.arena.close()
-        self._agreed.clear()
 
     def _compare(self, snapshot: Snapshot) -> Compared:
         """Bring a snapshot into a free slot and have it compared with the weights that every engine serves."""
@@ -394,8 +387,7 @@ class Bridge:
     def rollback(self, timeout_s: float = 300.0) -> Receipt:
         """Serve the version before the last committed one again, verified by bits or probes. One level; version numbers
         go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
-        self._require_open()
-        self._session.hold_lease()
+        self._require_open(to_push=True)
         self._base.forget()
         finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
         version = finished.receipt.version if finished.receipt else 0
@@ -432,14 +424,14 @@ class Bridge:
     def _call(self, request: ToCoordinator, reply: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
         return self._coordinator.call(request, reply, Deadline.after(timeout_s))
 
-    def _require_open(self) -> None:
+    def _require_open(self, to_push: bool = False) -> None:
         if self._closed:
-            raise _closed_error(self.name)
-        self._session.require_usable()
-
-
-def _closed_error(name: str) -> Closed:
-    return Closed("this Bridge was closed", where=name, remedy="bridge.connect(name) or bridge.attach opens a new one")
+            remedy = "bridge.connect(name) or bridge.attach opens a new one"
+            raise Closed("this Bridge was closed", where=self.name, remedy=remedy)
+        if to_push:
+            self._session.hold_lease()
+        else:
+            self._session.require_usable()
 
 
 def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:
@@ -447,10 +439,14 @@ def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed])
     if session.forked:
         return
     trainer.close()
+    _close_arenas(agreed)
+    session.close()
+
+
+def _close_arenas(agreed: dict[bool, _Agreed]) -> None:
     for each in agreed.values():
         each.arena.close()
     agreed.clear()
-    session.close()
 
 
 def _dropped(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:

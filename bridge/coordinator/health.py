@@ -48,7 +48,7 @@ class HealthReport(msgspec.Struct, frozen=True):
 
 def local_facts(shm_dir: Path | None = None) -> dict[str, Any]:
     """Collect what only this node can see: shared memory that a crash left behind. Changes nothing."""
-    return {"orphans": [str(orphan.path) for orphan in find_orphans(shm_dir)]}
+    return {"orphans": list(map(str, find_orphans(shm_dir)))}
 
 
 def assess(facts: Mapping[str, Any], local: Mapping[str, Any]) -> HealthReport:
@@ -59,7 +59,7 @@ def assess(facts: Mapping[str, Any], local: Mapping[str, Any]) -> HealthReport:
         *_versions(facts, engines),
         *_receipt(facts),
         *(check for engine in engines for check in _weights(facts, engine)),
-        *(check for engine in engines for check in _outputs(facts, engine)),
+        *(check for engine in engines for check in _outputs(engine)),
         _orphans(local),
     ]
     return HealthReport(facts["name"], tuple(checks))
@@ -137,7 +137,7 @@ def _weights(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Ch
             yield Check(f"{name}: {tensor}", False, expected, got, remedy)
 
 
-def _outputs(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Check]:
+def _outputs(engine: Mapping[str, Any]) -> Iterator[Check]:
     canary = engine.get("canary")
     name = f"{engine['id']} canary"
     if canary is None:
