@@ -58,7 +58,10 @@ class BridgeError(Exception):
         self.got = got
         self.remedy = remedy
         self.names = tuple(names)
-        super().__init__("; ".join((what, *(f"{label}: {value}" for label, value in self.facts().items()))))
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        return "; ".join((self.what, *(f"{label}: {value}" for label, value in self.facts().items())))
 
     def facts(self) -> dict[str, str]:
         """List where, expected, got and remedy, as far as they are known."""

@@ -154,7 +154,7 @@ def _bench(skip: str | None = None) -> tuple[copy_worker.Bench, CopyingBridge, l
     copy_worker.fill(engine, seed=1)
     made = CopyingBridge(engine, skip)
     copies: list[int] = []
-    sink = copy_worker.ModuleSink(made, engine)  # type: ignore[arg-type]
+    sink = copy_worker.Sink(made, engine)  # type: ignore[arg-type]
     return copy_worker.Bench(_job(), copy_worker.Trainer(trainer), sink, lambda: copies.append(1)), made, copies
 
 
