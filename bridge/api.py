@@ -10,7 +10,7 @@ import torch
 from bridge import entry_points
 from bridge.client import Bridge, Named
 from bridge.config import from_environment
-from bridge.coordinator.health import HealthReport, assess_server, local_facts
+from bridge.coordinator.health import HealthReport, orphaned_memory
 from bridge.errors import ConfigError
 from bridge.journal.state_dir import checked_name
 from bridge.ports import TrainerPort
@@ -92,7 +92,7 @@ def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
     """Examine the engine server at `url`, whoever drives it: does it serve, which version, and do its live weights
     still hold what was loaded last. Blocks; changes nothing. Raises ConfigError as `attach` does."""
     checks = entry_points.load(entry_points.EXAMINE)(url, Deadline.after(timeout_s))
-    return assess_server(url, checks, local_facts(from_environment().shm_dir))
+    return HealthReport(url, (*checks, orphaned_memory(from_environment().shm_dir)))
 
 
 def _current() -> Bridge:

@@ -27,7 +27,7 @@ import torch
 
 from bridge.config import Config
 from bridge.coordinator.base_weights_check import BaseWeightsCheck
-from bridge.coordinator.health import HealthReport, assess, local_facts
+from bridge.coordinator.health import HealthReport, orphaned_memory
 from bridge.errors import (
     BridgeError,
     Busy,
@@ -372,8 +372,8 @@ class Bridge:
         Blocks at most `timeout_s` seconds; writes nothing. It waits for no push: engines that one occupies are not
         examined, and the report says so.
         """
-        facts = self._ask(HealthRequest(), HealthFacts, timeout_s).facts
-        return assess(facts, local_facts(self.config.shm_dir))
+        report = msgspec.convert(self._ask(HealthRequest(), HealthFacts, timeout_s).facts, HealthReport)
+        return HealthReport(report.name, (*report.checks, orphaned_memory(self.config.shm_dir)))
 
     def history(self, last: int = 20) -> list[dict[str, Any]]:
         """The newest receipts from the journal, as plain data, oldest first."""

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from bridge.coordinator.engines import Fleet
-from bridge.coordinator.examination import examine, facts_of
+from bridge.coordinator.examination import examine
+from bridge.coordinator.health import Examined, Facts, HealthReport, assess
 from bridge.coordinator.layouts import Layouts
 from bridge.coordinator.owner_thread import OwnerThread
 from bridge.coordinator.push_run import PushRunner
@@ -57,6 +59,7 @@ from bridge.protocol.coordinator_messages import (
     WaitRequest,
 )
 from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import ExplainJob, RankExplanation
 from bridge.shm.arena import Seal
 from bridge.shm.mailbox import Mailbox
 from bridge.shm.orphans import clean_orphans
@@ -159,7 +162,7 @@ class Coordinator:
                 case RollbackRequest():
                     return self._roll_back(request, deadline)
                 case HealthRequest():
-                    return HealthFacts(self._health(deadline))
+                    return HealthFacts(msgspec.to_builtins(self._health(deadline)))
                 case HistoryRequest():
                     return History(tuple(self.ledger.receipts(request.last)))
                 case ExplainRequest():
@@ -346,14 +349,15 @@ class Coordinator:
         with self._lock:
             self._refuse_when_busy()
             find_rollback(self._versions, self.name, request.timeout_s)  # refuses before it waits for its turn
-        return self._owner.run(lambda: self._run_rollback(request.timeout_s), deadline, "the rollback")
 
-    def _run_rollback(self, timeout_s: float) -> Finished:
-        with self._lock:
-            self._refuse_when_busy()
-            back, held, settings = find_rollback(self._versions, self.name, timeout_s)
-            self._open = push = OpenPush(back.version, held.plan, held.slot, "a rollback", submitted=held)
-        return self._run(push, lambda: self._runner.roll_back(back, held, settings))
+        def in_turn() -> Finished:
+            with self._lock:
+                self._refuse_when_busy()
+                back, held, settings = find_rollback(self._versions, self.name, request.timeout_s)
+                self._open = push = OpenPush(back.version, held.plan, held.slot, "a rollback", submitted=held)
+            return self._run(push, lambda: self._runner.roll_back(back, held, settings))
+
+        return self._owner.run(in_turn, deadline, "the rollback")
 
     def _explain(self, request: ExplainRequest, deadline: Deadline) -> Explained:
         plan, lora = self._layouts.weights, self._layouts.lora
@@ -363,8 +367,14 @@ class Coordinator:
             raise NotFound(
                 "nothing was pushed yet, so there is no plan to explain", where=self.name, remedy="push once"
             )
-        chosen = plan
-        rows = self._owner.run(lambda: self._fleet.explain(chosen, request.name, deadline), deadline, "explaining")
+        job = ExplainJob(plan.id, request.name)
+        found = self._owner.run(lambda: self._fleet.run_all(job, RankExplanation, deadline), deadline, "explaining")
+        rows = tuple(
+            {"engine": engine, "rank": str(rank), **row}
+            for engine, ranks in found.items()
+            for rank, answer in enumerate(ranks)
+            for row in answer.rows
+        )
         if not rows and not any(request.name in (info.name, *info.aliases) for info in plan.tensors):
             raise NotFound(
                 "no such tensor in the plan",
@@ -374,12 +384,12 @@ class Coordinator:
             )
         return Explained(rows)
 
-    def _health(self, deadline: Deadline) -> dict[str, Any]:
-        """Collect the facts for `health.assess`. An engine that a push occupies is not examined, and the facts say so:
-        an examination waits for no push, and no push finds a paused engine waiting for an examination."""
+    def _health(self, deadline: Deadline) -> HealthReport:
+        """Examine the engines, unless a push occupies them, and weigh the findings: an examination waits for no push,
+        and no push finds a paused engine waiting for an examination."""
         push, served = self._open, self._versions.committed
         why = f"version {push.version} is being pushed" if push is not None else "a layout is being planned"
-        engines: list[dict[str, Any]] | None = None
+        engines: list[Examined] | None = None
         if push is None and not self._planning:
             try:
                 served, engines = self._owner.run(
@@ -390,19 +400,17 @@ class Coordinator:
             except DeadlineExceeded as error:
                 why = str(error)
         if engines is None:
-            engines = [{**facts_of(info), "not_examined": why} for info in self._fleet.infos.values()]
-        last = self.ledger.receipts(1)
-        return {
-            "name": self.name,
-            "committed": served.version if served else None,
-            "earlier": self._earlier if served is None or served.version == 0 else None,
-            "highest": self.ledger.highest,
-            "busy": push.version if push else None,
-            "watched": list(served.weights.plan.scope) if served and served.weights else [],
-            "adapter": served.lora_name if served else None,
-            "last_receipt": last[-1] if last else None,
-            "engines": engines,
-        }
+            engines = [Examined(info, Busy(why)) for info in self._fleet.infos.values()]
+        facts = Facts(
+            name=self.name,
+            engines=engines,
+            committed=served.version if served else None,
+            earlier=self._earlier if served is None or served.version == 0 else None,
+            busy=push.version if push else None,
+            watched=served.weights.plan.scope if served and served.weights else (),
+            last_receipt=next(iter(self.ledger.receipts(1)), None),
+        )
+        return assess(facts)
 
     def close(self) -> None:
         """Let a running push end, stop every engine gracefully and unlink the shared memory. Idempotent. Blocks."""

@@ -34,10 +34,8 @@ from bridge.protocol.engine_messages import (
 from bridge.protocol.rank_jobs import (
     AnyJob,
     BakeJob,
-    ExplainJob,
     ForgetJob,
     RankBake,
-    RankExplanation,
     RankLoaded,
     ReadBackJob,
     VerifyJob,
@@ -238,16 +236,6 @@ class Fleet:
                 arena.begin(slot)
                 return None
         return kept
-
-    def explain(self, plan: AgreedPlan, name: str, deadline: Deadline) -> tuple[dict[str, str], ...]:
-        """Tell where a canonical tensor goes: a row per engine, rank and move."""
-        found = self.run_all(ExplainJob(plan.id, name), RankExplanation, deadline)
-        return tuple(
-            {"engine": engine, "rank": str(rank), **row}
-            for engine, ranks in found.items()
-            for rank, answer in enumerate(ranks)
-            for row in answer.rows
-        )
 
     def close(self, deadline: Deadline) -> None:
         """Have every engine let go of its arenas. One that does not answer is logged and left."""
