@@ -216,7 +216,9 @@ class Bridge:
         choice = self._trainer.choose(settings.mode, limits)
         if choice.mode == "full":
             return self._send(named, settings, choice)
-        named = _read_again(named)
+        if not isinstance(named, Mapping | Sequence):  # it may have to be read twice
+            with contextlib.suppress(TypeError):  # left for `collect` to refuse
+                named = list(named)
         try:
             return self._send(named, settings, choice)
         except (UnsupportedLora, UnexpectedTensor, EngineQuarantined) as error:
@@ -468,13 +470,3 @@ def _dropped(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]
     with contextlib.suppress(ConfigError):  # this thread runs the engine's event loop, which the release needs
         session.refuse_caller()
         thread.join(DROPPED_WAIT_S)
-
-
-def _read_again(named: Named) -> Named:
-    """An iterable that can be read more than once; what is none is left for `collect` to refuse."""
-    if isinstance(named, Mapping | Sequence):
-        return named
-    try:
-        return list(named)
-    except TypeError:
-        return named

@@ -190,8 +190,12 @@ def up(
 ) -> None:
     """Start daemon NAME with its engines on Ray (a local Ray is started when none runs) and leave it running."""
     arguments = {**_settings(settings), **{key: value for key, value in given.items() if value is not None}}
+    scheme, colon, path = engine.partition(":")
+    folder = Path(path).expanduser()
+    if colon and folder.exists():  # an actor has another working directory
+        engine = f"{scheme}:{folder.resolve()}"
     with render.progress(f"starting {engines} engine(s) of {engine}"):
-        made = backend.launch(_absolute(engine), name, engines, arguments)
+        made = backend.launch(engine, name, engines, arguments)
     try:
         out.result("up", _status(made), render.show_status)
     finally:
@@ -214,13 +218,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             found[key] = text
     return found
-
-
-def _absolute(spec: str) -> str:
-    """Make the path of a spec absolute: an actor has another working directory."""
-    scheme, colon, path = spec.partition(":")
-    folder = Path(path).expanduser()
-    return f"{scheme}:{folder.resolve()}" if colon and folder.exists() else spec
 
 
 @_command("down")

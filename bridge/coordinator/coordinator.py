@@ -26,6 +26,7 @@ from bridge.coordinator.health import Examined, Facts, HealthReport, assess
 from bridge.coordinator.layouts import Layouts
 from bridge.coordinator.owner_thread import OwnerThread
 from bridge.coordinator.push_run import PushRunner
+from bridge.coordinator.reports import scope_of
 from bridge.coordinator.rollback import find_rollback
 from bridge.coordinator.versions import AgreedPlan, Held, OpenPush, Served, Versions
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, NotFound, ProtocolError
@@ -407,7 +408,7 @@ class Coordinator:
             committed=served.version if served else None,
             earlier=self._earlier if served is None or served.version == 0 else None,
             busy=push.version if push else None,
-            watched=served.weights.plan.scope if served and served.weights else (),
+            watched=scope_of(served.weights.plan) if served and served.weights else (),
             last_receipt=next(iter(self.ledger.receipts(1)), None),
         )
         return assess(facts)

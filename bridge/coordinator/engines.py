@@ -71,7 +71,8 @@ class Fleet:
         self.floors: dict[str, float] = {}
         self.baselines: dict[str, float] = {}
         self.turn = time.time_ns()  # a coordinator that was started again goes on above the turns of the last one
-        self._status = _StatusQuestions()
+        self._asking_lock = threading.Lock()
+        self._asking: dict[str, threading.Thread] = {}  # threads of `current_infos`
 
     # ---- fan-out ----------------------------------------------------------------------------------------------------
 
@@ -141,13 +142,25 @@ class Fleet:
 
     def current_infos(self) -> tuple[EngineInfo, ...]:
         """Tell each engine's facts at once, from any thread: fresh where the engine answers within STATUS_WAIT_S, else
-        the last known ones."""
-        fresh = self._status.ask(self.engines, Deadline.after(STATUS_WAIT_S))
-        out = []
-        for engine, info in self.infos.items():
-            answer = fresh.get(engine, info)
-            out.append(_lost(info, answer) if isinstance(answer, BridgeError) else answer)
-        return tuple(out)
+        the last known ones. An engine that still owes an earlier answer is not asked again."""
+        answers: dict[str, EngineIs | BridgeError] = {}
+        deadline = Deadline.after(STATUS_WAIT_S)
+        with self._asking_lock:
+            for port in self.engines:
+                if port.id not in self._asking or not self._asking[port.id].is_alive():
+                    asked = (port, EngineHello(), EngineIs, Deadline.after(LOST_TIMEOUT_S), answers)
+                    self._asking[port.id] = threading.Thread(target=_ask, args=asked, daemon=True)
+                    self._asking[port.id].start()
+            waiting = list(self._asking.values())
+        for thread in waiting:
+            thread.join(deadline.remaining_s)
+        infos = dict(self.infos)
+        for engine, answer in list(answers.items()):
+            if isinstance(answer, EngineIs):
+                infos[engine] = answer.info
+            elif not isinstance(answer, DeadlineExceeded):
+                infos[engine] = _lost(infos[engine], answer)
+        return tuple(infos.values())
 
     def claim(self, mailbox: str, owner: str, deadline: Deadline) -> None:
         """Claim every engine and give it its pages of the mailbox, in engine order. Raises Busy for an engine that
@@ -242,32 +255,6 @@ class Fleet:
         for engine, answer in self.ask_each(dict.fromkeys(self.infos, EngineClose()), EngineOk, deadline).items():
             if isinstance(answer, BridgeError) and not isinstance(answer, PeerLost):
                 log.warning("%s did not close: %s", engine, answer)
-
-
-class _StatusQuestions:
-    """Asks engines for their facts beside everything else, at most one question per engine at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asking: dict[str, threading.Thread] = {}
-
-    def ask(self, ports: Sequence[EnginePort], deadline: Deadline) -> dict[str, EngineInfo | BridgeError]:
-        """Answers that came in time. An engine that still owes an earlier answer is not asked again."""
-        answers: dict[str, EngineIs | BridgeError] = {}
-        with self._lock:
-            for port in ports:
-                if port.id not in self._asking or not self._asking[port.id].is_alive():
-                    asked = (port, EngineHello(), EngineIs, Deadline.after(LOST_TIMEOUT_S), answers)
-                    self._asking[port.id] = threading.Thread(target=_ask, args=asked, daemon=True)
-                    self._asking[port.id].start()
-            waiting = list(self._asking.values())
-        for thread in waiting:
-            thread.join(deadline.remaining_s)
-        return {
-            engine: answer if isinstance(answer, BridgeError) else answer.info
-            for engine, answer in list(answers.items())
-            if not isinstance(answer, DeadlineExceeded)
-        }
 
 
 def _ask(

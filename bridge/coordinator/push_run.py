@@ -109,7 +109,7 @@ class PushRunner:
 
     def _advance(self, target: PushTarget, entry: str) -> Verdict:
         """Two-phase commit with the journal's entry at the point of no return."""
-        commit = TwoPhaseCommit(self._fleet, target)
+        commit = TwoPhaseCommit(self._fleet, target, Deadline.after(target.settings.timeout_s))
         verdict = commit.load()
         started = time.perf_counter()
         if verdict.error is None:
@@ -136,15 +136,15 @@ class PushRunner:
         """Journal the receipt, and build what the trainer is told."""
         receipt = receipt_of(target, verdict, request)
         error = verdict.error or unserved(receipt)
-        unwritten = self.note("receipt", version=receipt.version, receipt=msgspec.to_builtins(receipt))
-        if unwritten is not None:
-            receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
         self._note_quarantines(receipt.engines)
         for report in receipt.engines if receipt.verified else ():
             if report.canary is not None:  # the first verified sync of an engine sets the scale for its later ones
                 self._fleet.baselines.setdefault(report.id, report.canary.mean_abs)
         lost = any(report.serving is None for report in receipt.engines)
         aborted = verdict.error is not None and (verdict.touched or lost)
+        unwritten = self.note("receipt", version=receipt.version, receipt=msgspec.to_builtins(receipt))
+        if unwritten is not None:
+            receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
         return Finished(receipt, None if error is None else ErrorInfo.of(error), aborted, self._fleet.serving)
 
     def _note_quarantines(self, reports: Iterable[EngineReport]) -> None:

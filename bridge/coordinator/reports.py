@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 
 from bridge.coordinator.two_phase_commit import PushTarget, Verdict
+from bridge.coordinator.versions import AgreedPlan
 from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.model.engine_state import EngineState
 from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
@@ -56,6 +57,12 @@ def _shown(report: EngineReport, version: int) -> Verified:
     return "partial" if report.canary is not None or (weighed and not alone) else False
 
 
+def scope_of(plan: AgreedPlan) -> tuple[str, ...]:
+    """Say what a version of this plan leaves unwatched; nothing for a plan of the whole model."""
+    watched = f"only the {len(plan.tensors)} tensors that were sent are watched"
+    return (f"{watched}; nothing is known of the engine's others",) if plan.partial else ()
+
+
 def receipt_of(target: PushTarget, verdict: Verdict, request: SubmitRequest | None) -> Receipt:
     """Build the receipt of `target`'s push. `request` is the trainer's part; None for a rollback."""
     manifest, settings, reports = target.held.plan.arena.manifest, target.settings, tuple(verdict.reports.values())
@@ -77,5 +84,5 @@ def receipt_of(target: PushTarget, verdict: Verdict, request: SubmitRequest | No
         verified=shown,
         at=time.time(),
         error=None if verdict.error is None else str(verdict.error),
-        notes=(*(request.notes if request else ()), *target.held.plan.scope, *verdict.notes),
+        notes=(*(request.notes if request else ()), *scope_of(target.held.plan), *verdict.notes),
     )

@@ -77,10 +77,10 @@ class TwoPhaseCommit:
     """One attempt to bring a fleet to a target. Made by `push_run` on the owner thread; its methods are called in the
     order of the module's docstring, and block."""
 
-    def __init__(self, fleet: Fleet, target: PushTarget) -> None:
+    def __init__(self, fleet: Fleet, target: PushTarget, deadline: Deadline) -> None:
         self._fleet = fleet
         self._target = target
-        self._deadline = Deadline.after(target.settings.timeout_s)
+        self._deadline = deadline
         fleet.turn += 1
 
     def load(self) -> Verdict:

@@ -21,12 +21,6 @@ class AgreedPlan:
     arena: Arena
     lora: LoraSpec | None = None
 
-    @property
-    def scope(self) -> tuple[str, ...]:
-        """What a version of this plan leaves unwatched; nothing for a plan of the whole model."""
-        watched = f"only the {len(self.tensors)} tensors that were sent are watched"
-        return (f"{watched}; nothing is known of the engine's others",) if self.partial else ()
-
 
 @dataclass(frozen=True)
 class Held:

@@ -190,7 +190,20 @@ class Ledger:
                     "a version that was never issued", where=kind, expected=f"at most {self.highest}",
                     got=str(entry.version),
                 )  # fmt: skip
-            self._append(kind, msgspec.json.encode(entry))
+            body = msgspec.json.encode(entry)
+            durable = kind in _DURABLE
+            try:
+                # FULL syncs the log at COMMIT, and with it every entry before; NORMAL leaves that to the kernel. A
+                # checkpoint syncs twice more: it waits for an entry that is not recorded while engines are paused.
+                self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._database.execute(f"PRAGMA wal_autocheckpoint = {0 if durable else _CHECKPOINT_PAGES}")
+                with self._database:  # COMMIT, or ROLLBACK when anything raises
+                    self._database.execute("BEGIN IMMEDIATE")
+                    row = (kind, body, xxhash.xxh3_64_digest(body))
+                    self._database.execute("INSERT INTO entries (kind, body, sum) VALUES (?, ?, ?)", row)
+                    self._database.execute(_PRUNE, (kind, KEPT_ENTRIES))
+            except sqlite3.Error as error:
+                raise _failure(self.path, error) from error
             self._apply(entry)
 
     def receipts(self, last: int | None = None) -> list[dict[str, Any]]:
@@ -229,21 +242,6 @@ class Ledger:
     def _rows(self, query: str, *values: int) -> list[tuple[object, object]]:
         try:
             return self._database.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            raise _failure(self.path, error) from error
-
-    def _append(self, kind: str, body: bytes) -> None:
-        durable = kind in _DURABLE
-        try:
-            # FULL syncs the log at COMMIT, and with it every entry before; NORMAL leaves that to the kernel. A
-            # checkpoint syncs twice more: it waits for an entry that is not recorded while engines are paused.
-            self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._database.execute(f"PRAGMA wal_autocheckpoint = {0 if durable else _CHECKPOINT_PAGES}")
-            with self._database:  # COMMIT, or ROLLBACK when anything raises
-                self._database.execute("BEGIN IMMEDIATE")
-                row = (kind, body, xxhash.xxh3_64_digest(body))
-                self._database.execute("INSERT INTO entries (kind, body, sum) VALUES (?, ?, ?)", row)
-                self._database.execute(_PRUNE, (kind, KEPT_ENTRIES))
         except sqlite3.Error as error:
             raise _failure(self.path, error) from error
 
