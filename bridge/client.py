@@ -44,6 +44,7 @@ from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import TensorInfo, validate
 from bridge.model.receipt import Receipt
 from bridge.ports import ModeChoice, Snapshot, TrainerPort, Written
+from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import (
     Accepted,
     BeginRequest,
@@ -230,9 +231,7 @@ class Bridge:
                 return self._send(named, settings, ModeChoice("merged", reason, merged.notes))
             except MissingTensor as m:  # only the adapter's tensors came, which would have done for an adapter
                 remedy = f"{m.remedy}; as an adapter it was refused: {error}"
-                raise MissingTensor(
-                    m.what, where=m.where, expected=m.expected, got=m.got, remedy=remedy, names=m.names
-                ) from error
+                raise msgspec.structs.replace(ErrorInfo.of(m), remedy=remedy).rebuild() from error
 
     def _send(self, named: Named, settings: PushSettings, choice: ModeChoice) -> PendingPush:
         """Do everything of a push that needs this process: names, plan, snapshot, seal, and the hand-over."""

@@ -176,8 +176,6 @@ def opened(job: CopyJob, shapes: Shapes) -> Iterator[Sink]:
         with bridge.attach(engine) as made:
             yield Sink(made, engine)
         return
-    from bridge.daemon import actors
-
     with tempfile.TemporaryDirectory(prefix="weighbridge-bench-model-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(QWEN2_05B))
         name = f"bench-{os.getpid()}"
@@ -187,8 +185,7 @@ def opened(job: CopyJob, shapes: Shapes) -> Iterator[Sink]:
         try:
             yield Sink(made, None)
         finally:
-            made.close()
-            actors.stop(name)
+            made.shutdown()
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

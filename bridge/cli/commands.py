@@ -14,7 +14,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -163,15 +163,6 @@ def _command(name: str) -> Callable[[Body], click.Command]:
     return register
 
 
-@contextlib.contextmanager
-def _connected(backend: Backend, name: str) -> Iterator[Bridge]:
-    made = backend.connect(name)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 # ---- a daemon's life -------------------------------------------------------------------------------------------------
 
 
@@ -196,10 +187,8 @@ def up(
         engine = f"{scheme}:{folder.resolve()}"
     with render.progress(f"starting {engines} engine(s) of {engine}"):
         made = backend.launch(engine, name, engines, arguments)
-    try:
+    with made:
         out.result("up", _status(made), render.show_status)
-    finally:
-        made.close()
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -247,7 +236,7 @@ def push(backend: Backend, out: Output, name: str, folder: Path, **options: Any)
     """Push the checkpoint in FOLDER into every engine of NAME. Takes the lease, like any trainer. A LoRA adapter that a
     trainer has pushed before is removed, since it was trained over other weights; the output says so."""
     tensors = backend.named_tensors(folder)
-    with _connected(backend, name) as made, render.progress(f"pushing {folder}"):
+    with backend.connect(name) as made, render.progress(f"pushing {folder}"):
         receipt = made.push(tensors, **options)
     out.result("push", {"name": name, "receipt": receipt.to_dict()}, render.show_receipt)
 
@@ -270,7 +259,7 @@ def health(backend: Backend, out: Output, name: str | None, server: str | None, 
         with render.progress(f"examining {server}"):
             report = backend.examine(server, timeout)
     else:
-        with _connected(backend, str(name)) as made, render.progress(f"examining {name}"):
+        with backend.connect(str(name)) as made, render.progress(f"examining {name}"):
             report = made.health(timeout)
     out.result("health", report.to_dict(), render.show_health)
     return 0 if report.healthy else UNHEALTHY_EXIT
@@ -283,7 +272,7 @@ def status(backend: Backend, out: Output, name: str | None) -> None:
     if name is None:
         out.result("status", {"daemons": [_brief(backend, each) for each in backend.running()]}, render.show_daemons)
         return
-    with _connected(backend, name) as made:
+    with backend.connect(name) as made:
         payload = _status(made)
     out.result("status", payload, render.show_status)
 
@@ -299,7 +288,7 @@ def _status(made: Bridge) -> dict[str, Any]:
 def _brief(backend: Backend, name: str) -> dict[str, Any]:
     """Make one line of the list; a daemon that does not answer is listed with its error."""
     try:
-        with _connected(backend, name) as made:
+        with backend.connect(name) as made:
             return _status(made)
     except BridgeError as error:
         return {"name": name, "error": str(error)}
@@ -310,7 +299,7 @@ def _brief(backend: Backend, name: str) -> dict[str, Any]:
 @click.option("--last", type=click.IntRange(1), default=20, show_default=True, help="Number of receipts.")
 def history(backend: Backend, out: Output, name: str, last: int) -> None:
     """List the newest receipts of NAME from its journal, oldest first."""
-    with _connected(backend, name) as made:
+    with backend.connect(name) as made:
         receipts = made.history(last)
     out.result("history", {"name": name, "receipts": receipts}, render.show_history)
 
@@ -321,7 +310,7 @@ def history(backend: Backend, out: Output, name: str, last: int) -> None:
 def explain(backend: Backend, out: Output, name: str, tensor: str) -> None:
     """Show the destination of TENSOR (its name in a checkpoint) on every engine rank of NAME, how it is loaded there,
     and why so."""
-    with _connected(backend, name) as made:
+    with backend.connect(name) as made:
         rows = made.explain(tensor)
     out.result("explain", {"name": name, "tensor": tensor, "rows": rows}, render.show_explained)
 
