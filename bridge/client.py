@@ -112,6 +112,7 @@ class Bridge:
         self.engines = [EngineHandle(port) for port in session.engines]
         self.config = config
         self._session = session
+        self._threads = config.copy_threads
         self._coordinator = session.coordinator
         self._trainer = trainer
         self._pushing = threading.Lock()
@@ -274,7 +275,7 @@ class Bridge:
             slot.index,
             slot.base,
             allow_nonfinite=settings.allow_nonfinite,
-            threads=self.config.copy_threads,
+            threads=self._threads,
             timeout_s=settings.timeout_s,
         )
 

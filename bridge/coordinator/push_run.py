@@ -136,7 +136,6 @@ class PushRunner:
         """Journal the receipt, and build what the trainer is told."""
         receipt = receipt_of(target, verdict, request)
         error = verdict.error or unserved(receipt)
-        self._note_quarantines(receipt.engines)
         for report in receipt.engines if receipt.verified else ():
             if report.canary is not None:  # the first verified sync of an engine sets the scale for its later ones
                 self._fleet.baselines.setdefault(report.id, report.canary.mean_abs)
@@ -145,6 +144,7 @@ class PushRunner:
         unwritten = self.note("receipt", version=receipt.version, receipt=msgspec.to_builtins(receipt))
         if unwritten is not None:
             receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
+        self._note_quarantines(receipt.engines)
         return Finished(receipt, None if error is None else ErrorInfo.of(error), aborted, self._fleet.serving)
 
     def _note_quarantines(self, reports: Iterable[EngineReport]) -> None:
