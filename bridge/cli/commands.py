@@ -122,11 +122,7 @@ def _epilog() -> str:
     rows = [(0, "done; healthy or degraded"), (UNHEALTHY_EXIT, "ran, and found something unhealthy")]
     rows += [(code, ", ".join(names)) for code, names in sorted(by_code.items())]
     rows += [(BUG_EXIT, "a bug of weighbridge"), (INTERRUPTED_EXIT, "interrupted")]
-    lines = [
-        f"  {code if first else '':>3}  {line}"
-        for code, text in rows
-        for first, line in zip((True, *[False] * len(text)), textwrap.wrap(text, 70))
-    ]
+    lines = [textwrap.fill(text, 77, initial_indent=f"  {code:>3}  ", subsequent_indent=" " * 7) for code, text in rows]
     usage = f"A command line that does not fit exits with {USAGE_EXIT} too."
     return "\b\nExit codes:\n" + "\n".join(lines) + f"\n\n{usage}"
 

@@ -336,6 +336,7 @@ def stop_ray_if_idle() -> None:
     if head is None or not ray.is_initialized():
         return
     # by port: Ray turns the loopback address that it is given into the machine's own
-    if ray.get_runtime_context().gcs_address.rpartition(":")[2] == head.port and not _named_actors():
+    port = head.address.rpartition(":")[2]
+    if ray.get_runtime_context().gcs_address.rpartition(":")[2] == port and not _named_actors():
         ray.shutdown()
         ray_cluster.stop_ray()

@@ -51,10 +51,6 @@ class RayHead(msgspec.Struct, frozen=True):
     def alive(self) -> bool:
         return self.started is not None and started_at(self.pid) == self.started
 
-    @property
-    def port(self) -> str:
-        return self.address.rpartition(":")[2]
-
     def require_listening(self, deadline: Deadline) -> None:
         """Block until it accepts connections. Raises TransportError when the process ends or the time is over."""
         host, _, port = self.address.rpartition(":")

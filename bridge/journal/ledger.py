@@ -144,8 +144,18 @@ class Ledger:
         a folder that cannot be used).
         """
         path = state_dir(name, directory) / JOURNAL
-        lock = _lock_journal(path)
+        # A file of its own: closing any descriptor of the journal itself would drop the locks that SQLite has on it.
         try:
+            lock = os.open(lock_of(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            where = str(lock_of(path))
+            remedy = "set XDG_STATE_HOME"
+            raise ConfigError("the journal cannot be locked", where=where, got=str(error), remedy=remedy) from error
+        try:
+            # The orphan cleaner takes this lock for a moment to learn whether the journal is open.
+            if not take_lock(lock, fcntl.LOCK_EX, _LOCK_RETRY_S):
+                remedy = "stop it, or choose another name"
+                raise Busy("another daemon has this journal open", where=str(path), remedy=remedy)
             return cls(path, lock)
         except BaseException:
             os.close(lock)
@@ -260,22 +270,6 @@ class Ledger:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _damaged(self.path, str(error)) from error
         return entry
-
-
-def _lock_journal(path: Path) -> int:
-    """Lock a journal for this daemon; returns the descriptor that holds the lock."""
-    # A file of its own: closing any descriptor of the journal itself would drop the locks that SQLite has on it.
-    try:
-        fd = os.open(lock_of(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            "the journal cannot be locked", where=str(lock_of(path)), got=str(error), remedy="set XDG_STATE_HOME"
-        ) from error
-    # The orphan cleaner takes this lock for a moment to learn whether the journal is open.
-    if not take_lock(fd, fcntl.LOCK_EX, _LOCK_RETRY_S):
-        os.close(fd)
-        raise Busy("another daemon has this journal open", where=str(path), remedy="stop it, or choose another name")
-    return fd
 
 
 def _create(path: Path) -> None:

@@ -193,15 +193,9 @@ class Arena(files.SharedFile):
         """Return the bytes of each tensor of a slot, in manifest order; made once, the same list each time."""
         self._start(slot)
         if slot not in self._views:
-            base = self.bytes(slot)
-            ends = (self.offsets + self.sizes).tolist()
-            self._views[slot] = [base[start:end] for start, end in zip(self.offsets.tolist(), ends, strict=True)]
+            base, sized = self.bytes(slot), zip(self.manifest.tensors, self.sizes.tolist(), strict=True)
+            self._views[slot] = [base[spec.offset : spec.offset + nbytes] for spec, nbytes in sized]
         return self._views[slot]
-
-    @cached_property
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """Byte offset of each tensor inside a slot, in manifest order."""
-        return np.array([spec.offset for spec in self.manifest.tensors], dtype=np.int64)
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
