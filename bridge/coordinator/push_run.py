@@ -11,13 +11,13 @@ from dataclasses import replace
 import msgspec
 
 from bridge.coordinator.engines import Fleet
-from bridge.coordinator.reports import receipt_of, unserved
+from bridge.coordinator.reports import receipt_of
 from bridge.coordinator.two_phase_commit import PushTarget, TwoPhaseCommit, Verdict, restore
 from bridge.coordinator.versions import Held, References, Served, Versions
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, EngineQuarantined, PeerLost
 from bridge.journal.ledger import Ledger
 from bridge.model.engine_state import EngineState
-from bridge.model.receipt import EngineReport
+from bridge.model.receipt import EngineReport, Receipt
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import Finished, SubmitRequest
 from bridge.protocol.deadline import Deadline
@@ -61,7 +61,7 @@ class PushRunner:
         elif now is not None and now.lora_name is not None and served.lora_name is None:
             gone = f"the adapter {now.lora_name} is not served any more: these weights took the place of its base"
             verdict.notes = (*verdict.notes, gone)
-        return self._finish(target, verdict, request)
+        return self._finish(receipt_of(target, verdict, request), verdict)
 
     def roll_back(self, back: Served, held: Held, settings: PushSettings) -> Finished:
         """Bring the engines back to an earlier version by loading `held`, or leave them as they are. Blocks as `push`
@@ -72,7 +72,8 @@ class PushRunner:
         else:
             lora = self._if_held(back.lora_name)
         target = self._target(replace(back, lora_name=lora), held, settings)
-        return self._finish(target, self._advance(target, "rolled_back"), None)
+        verdict = self._advance(target, "rolled_back")
+        return self._finish(receipt_of(target, verdict, None), verdict)
 
     def give_up(self, version: int, error: BaseException) -> Finished:
         """End a push whose run raised: put every engine back, and answer with the error. Never raises."""
@@ -132,20 +133,19 @@ class PushRunner:
             verdict.notes = (*verdict.notes, "no canary: no engine answers log-probabilities")
         return verdict
 
-    def _finish(self, target: PushTarget, verdict: Verdict, request: SubmitRequest | None) -> Finished:
+    def _finish(self, receipt: Receipt, verdict: Verdict) -> Finished:
         """Journal the receipt, and build what the trainer is told."""
-        receipt = receipt_of(target, verdict, request)
-        error = verdict.error or unserved(receipt)
+        error = verdict.error or _unserved(receipt)
+        serving = {report.id: report.serving for report in receipt.engines}
         for report in receipt.engines if receipt.verified else ():
             if report.canary is not None:  # the first verified sync of an engine sets the scale for its later ones
                 self._fleet.baselines.setdefault(report.id, report.canary.mean_abs)
-        lost = any(report.serving is None for report in receipt.engines)
-        aborted = verdict.error is not None and (verdict.touched or lost)
+        aborted = verdict.error is not None and (verdict.touched or None in serving.values())
         unwritten = self.note("receipt", version=receipt.version, receipt=msgspec.to_builtins(receipt))
         if unwritten is not None:
             receipt = msgspec.structs.replace(receipt, notes=(*receipt.notes, unwritten))
         self._note_quarantines(receipt.engines)
-        return Finished(receipt, None if error is None else ErrorInfo.of(error), aborted, self._fleet.serving)
+        return Finished(receipt, None if error is None else ErrorInfo.of(error), aborted, serving)
 
     def _note_quarantines(self, reports: Iterable[EngineReport]) -> None:
         for report in reports:
@@ -161,3 +161,20 @@ class PushRunner:
             log.error("the journal lacks an entry (%s): %s", kind, error)
             return f"the journal lacks an entry ({kind}): {error}"
         return None
+
+
+def _unserved(receipt: Receipt) -> BridgeError | None:
+    """Build the error for engines that were lost between the commit of a version and their serving it:
+    EngineQuarantined or PeerLost. None when every engine serves it."""
+    version = receipt.version
+    lost = [report for report in receipt.engines if report.serving != version]
+    if not lost:
+        return None
+    kind = EngineQuarantined if any(report.state == EngineState.QUARANTINED.value for report in lost) else PeerLost
+    return kind(
+        f"version {version} is committed, and an engine was lost before it served it",
+        where=", ".join(report.id for report in lost),
+        expected=f"version {version} served by every engine",
+        got="; ".join(f"{report.state}: {report.error or 'no answer'}" for report in lost),
+        remedy="the other engines serve it; what was lost serves nothing until a verified push",
+    )

@@ -1,4 +1,4 @@
-"""Reports of engines, and the receipt that they add up to: is a version verified, which engines were lost? Pure."""
+"""Reports of engines, and the receipt that they add up to: is a version verified? Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 from bridge.coordinator.two_phase_commit import PushTarget, Verdict
 from bridge.coordinator.versions import AgreedPlan
-from bridge.errors import BridgeError, EngineQuarantined, PeerLost
-from bridge.model.engine_state import EngineState
 from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
 from bridge.model.receipt import EngineReport, Receipt, Verified
 from bridge.protocol.coordinator_messages import SubmitRequest
@@ -24,23 +22,6 @@ def verified(version: int, reports: Iterable[EngineReport]) -> Verified:
     if not found or not all(found):
         return False
     return True if all(shown is True for shown in found) else "partial"
-
-
-def unserved(receipt: Receipt) -> BridgeError | None:
-    """Build the error for engines that were lost between the commit of a version and their serving it:
-    EngineQuarantined or PeerLost. None when every engine serves it."""
-    version = receipt.version
-    lost = [report for report in receipt.engines if report.serving != version]
-    if not lost:
-        return None
-    kind = EngineQuarantined if any(report.state == EngineState.QUARANTINED.value for report in lost) else PeerLost
-    return kind(
-        f"version {version} is committed, and an engine was lost before it served it",
-        where=", ".join(report.id for report in lost),
-        expected=f"version {version} served by every engine",
-        got="; ".join(f"{report.state}: {report.error or 'no answer'}" for report in lost),
-        remedy="the other engines serve it; what was lost serves nothing until a verified push",
-    )
 
 
 def _shown(report: EngineReport, version: int) -> Verified:
