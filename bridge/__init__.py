@@ -94,30 +94,21 @@ __all__ = [
 ]
 
 _ON_USE = {
-    "Bridge": "bridge.client",
-    "Check": "bridge.coordinator.health",
-    "Completion": "bridge.protocol.codec",
-    "EngineHandle": "bridge.handles",
-    "EngineReport": "bridge.model.receipt",
-    "HealthReport": "bridge.coordinator.health",
-    "PendingPush": "bridge.handles",
-    "Receipt": "bridge.model.receipt",
-    "Sampling": "bridge.protocol.codec",
-    "attach": "bridge.api",
-    "bind": "bridge.api",
-    "connect": "bridge.api",
-    "health": "bridge.api",
-    "launch": "bridge.api",
-    "push": "bridge.api",
+    "bridge.api": ("attach", "bind", "connect", "health", "launch", "push"),
+    "bridge.client": ("Bridge",),
+    "bridge.coordinator.health": ("Check", "HealthReport"),
+    "bridge.handles": ("EngineHandle", "PendingPush"),
+    "bridge.model.receipt": ("EngineReport", "Receipt"),
+    "bridge.protocol.codec": ("Completion", "Sampling"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_ON_USE[name]), name)
-    globals()[name] = value
-    return value
+    for module, names in _ON_USE.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(module), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

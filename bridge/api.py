@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,26 +10,20 @@ import torch
 from bridge import entry_points
 from bridge.client import Bridge, Named
 from bridge.config import from_environment
-from bridge.coordinator.health import HealthReport, assess_server, local_facts
+from bridge.coordinator.health import HealthReport, orphaned_memory
 from bridge.errors import ConfigError
 from bridge.journal.state_dir import checked_name
 from bridge.ports import TrainerPort
 from bridge.protocol.deadline import Deadline
 from bridge.session import InProcessSession, RaySession, Session
 
-
-@dataclass
-class _MostRecent:
-    """The Bridge that the module-level calls use; weak, for a Bridge that its owner drops must be free to go."""
-
-    bridge: weakref.ref[Bridge] | None = None
-
-
-_most_recent = _MostRecent()
+_most_recent: weakref.ref[Bridge] | None = None
+"""The Bridge that the module-level calls use; weak, for a Bridge that its owner drops must be free to go."""
 
 
 def _open(session: Session, model: torch.nn.Module | None) -> Bridge:
     """A Bridge over a session, bound to `model`; closes the session when that fails."""
+    global _most_recent
     try:
         trainer: TrainerPort = entry_points.load(entry_points.TRAINER)()
         made = Bridge(session, trainer, from_environment())
@@ -39,7 +32,7 @@ def _open(session: Session, model: torch.nn.Module | None) -> Bridge:
     except BaseException:
         session.close()
         raise
-    _most_recent.bridge = weakref.ref(made)
+    _most_recent = weakref.ref(made)
     return made
 
 
@@ -99,14 +92,14 @@ def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
     """Examine the engine server at `url`, whoever drives it: does it serve, which version, and do its live weights
     still hold what was loaded last. Blocks; changes nothing. Raises ConfigError as `attach` does."""
     checks = entry_points.load(entry_points.EXAMINE)(url, Deadline.after(timeout_s))
-    return assess_server(url, checks, local_facts(from_environment().shm_dir))
+    return HealthReport(url, (*checks, orphaned_memory(from_environment().shm_dir)))
 
 
 def _current() -> Bridge:
     remedy = "b = bridge.attach(...), bridge.connect(...) or bridge.launch(...), and keep b"
-    if _most_recent.bridge is None:
+    if _most_recent is None:
         raise ConfigError("there is no Bridge yet", remedy=remedy)
-    made = _most_recent.bridge()
+    made = _most_recent()
     if made is None:
         raise ConfigError("the most recent Bridge is gone: nothing referred to it any more", remedy=remedy)
     return made

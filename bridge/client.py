@@ -27,7 +27,7 @@ import torch
 
 from bridge.config import Config
 from bridge.coordinator.base_weights_check import BaseWeightsCheck
-from bridge.coordinator.health import HealthReport, assess, local_facts
+from bridge.coordinator.health import HealthReport, orphaned_memory
 from bridge.errors import (
     BridgeError,
     Busy,
@@ -44,6 +44,7 @@ from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import TensorInfo, validate
 from bridge.model.receipt import Receipt
 from bridge.ports import ModeChoice, Snapshot, TrainerPort, Written
+from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import (
     Accepted,
     BeginRequest,
@@ -199,9 +200,7 @@ class Bridge:
         if verify is None and not self._trainer.bound and not self._warned:
             self._warned = True
             log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
-        if self._closed:
-            raise _closed_error(self.name)
-        self._session.begin_push()
+        self._require_open(to_push=True)
         if not self._pushing.acquire(blocking=False):
             raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
         try:
@@ -218,7 +217,9 @@ class Bridge:
         choice = self._trainer.choose(settings.mode, limits)
         if choice.mode == "full":
             return self._send(named, settings, choice)
-        named = _read_again(named)
+        if not isinstance(named, Mapping | Sequence):  # it may have to be read twice
+            with contextlib.suppress(TypeError):  # left for `collect` to refuse
+                named = list(named)
         try:
             return self._send(named, settings, choice)
         except (UnsupportedLora, UnexpectedTensor, EngineQuarantined) as error:
@@ -230,9 +231,7 @@ class Bridge:
                 return self._send(named, settings, ModeChoice("merged", reason, merged.notes))
             except MissingTensor as m:  # only the adapter's tensors came, which would have done for an adapter
                 remedy = f"{m.remedy}; as an adapter it was refused: {error}"
-                raise MissingTensor(
-                    m.what, where=m.where, expected=m.expected, got=m.got, remedy=remedy, names=m.names
-                ) from error
+                raise msgspec.structs.replace(ErrorInfo.of(m), remedy=remedy).rebuild() from error
 
     def _send(self, named: Named, settings: PushSettings, choice: ModeChoice) -> PendingPush:
         """Do everything of a push that needs this process: names, plan, snapshot, seal, and the hand-over."""
@@ -320,14 +319,9 @@ class Bridge:
         try:
             begun = self._call(BeginRequest(agreed.planned.plan, version, holder, compare, over), Begun)
         except ProtocolError:  # another trainer has had another layout planned since
-            self._forget_plans()
+            _close_arenas(self._agreed)
             raise
         return None if begun.slot is None else _Slot(begun.version, begun.slot, begun.base)
-
-    def _forget_plans(self) -> None:
-        for agreed in self._agreed.values():
-            agreed.arena.close()
-        self._agreed.clear()
 
     def _compare(self, snapshot: Snapshot) -> Compared:
         """Bring a snapshot into a free slot and have it compared with the weights that every engine serves."""
@@ -379,8 +373,8 @@ class Bridge:
         Blocks at most `timeout_s` seconds; writes nothing. It waits for no push: engines that one occupies are not
         examined, and the report says so.
         """
-        facts = self._ask(HealthRequest(), HealthFacts, timeout_s).facts
-        return assess(facts, local_facts(self.config.shm_dir))
+        report = msgspec.convert(self._ask(HealthRequest(), HealthFacts, timeout_s).facts, HealthReport)
+        return HealthReport(report.name, (*report.checks, orphaned_memory(self.config.shm_dir)))
 
     def history(self, last: int = 20) -> list[dict[str, Any]]:
         """The newest receipts from the journal, as plain data, oldest first."""
@@ -394,8 +388,7 @@ class Bridge:
     def rollback(self, timeout_s: float = 300.0) -> Receipt:
         """Serve the version before the last committed one again, verified by bits or probes. One level; version numbers
         go on from the highest ever issued. Raises StaleVersion when there is none, Busy during a push."""
-        self._require_open()
-        self._session.hold_lease()
+        self._require_open(to_push=True)
         self._base.forget()
         finished = self._call(RollbackRequest(timeout_s), Finished, timeout_s + CALL_TIMEOUT_S)
         version = finished.receipt.version if finished.receipt else 0
@@ -432,14 +425,14 @@ class Bridge:
     def _call(self, request: ToCoordinator, reply: type[T], timeout_s: float = CALL_TIMEOUT_S) -> T:
         return self._coordinator.call(request, reply, Deadline.after(timeout_s))
 
-    def _require_open(self) -> None:
+    def _require_open(self, to_push: bool = False) -> None:
         if self._closed:
-            raise _closed_error(self.name)
-        self._session.require_usable()
-
-
-def _closed_error(name: str) -> Closed:
-    return Closed("this Bridge was closed", where=name, remedy="bridge.connect(name) or bridge.attach opens a new one")
+            remedy = "bridge.connect(name) or bridge.attach opens a new one"
+            raise Closed("this Bridge was closed", where=self.name, remedy=remedy)
+        if to_push:
+            self._session.hold_lease()
+        else:
+            self._session.require_usable()
 
 
 def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:
@@ -447,10 +440,14 @@ def _let_go(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed])
     if session.forked:
         return
     trainer.close()
+    _close_arenas(agreed)
+    session.close()
+
+
+def _close_arenas(agreed: dict[bool, _Agreed]) -> None:
     for each in agreed.values():
         each.arena.close()
     agreed.clear()
-    session.close()
 
 
 def _dropped(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]) -> None:
@@ -472,13 +469,3 @@ def _dropped(session: Session, trainer: TrainerPort, agreed: dict[bool, _Agreed]
     with contextlib.suppress(ConfigError):  # this thread runs the engine's event loop, which the release needs
         session.refuse_caller()
         thread.join(DROPPED_WAIT_S)
-
-
-def _read_again(named: Named) -> Named:
-    """An iterable that can be read more than once; what is none is left for `collect` to refuse."""
-    if isinstance(named, Mapping | Sequence):
-        return named
-    try:
-        return list(named)
-    except TypeError:
-        return named

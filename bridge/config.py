@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -35,10 +34,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.threads or min(2, len(os.sched_getaffinity(0)))
 
 
-def from_environment(environ: Mapping[str, str] | None = None) -> Config:
+def from_environment() -> Config:
     """Read `WEIGHBRIDGE_*`. Raises ConfigError, naming the variable, for a value that does not fit its field."""
-    env = os.environ if environ is None else environ
-    given = {f: env[f"WEIGHBRIDGE_{f.upper()}"] for f in Config.__struct_fields__ if f"WEIGHBRIDGE_{f.upper()}" in env}
+    variables = {field: f"WEIGHBRIDGE_{field.upper()}" for field in Config.__struct_fields__}
+    given = {field: os.environ[name] for field, name in variables.items() if name in os.environ}
     try:
         return msgspec.convert(given, Config, strict=False, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:

@@ -16,7 +16,7 @@ the exit code that the command line uses for it. Errors cross process boundaries
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -195,11 +195,7 @@ class EngineQuarantined(PushAborted):
     """An engine holds unverified weights; it refuses to generate."""
 
 
-def _tree(root: type[BridgeError]) -> Iterator[type[BridgeError]]:
-    yield root
-    for child in root.__subclasses__():
-        yield from _tree(child)
-
-
-ERRORS_BY_NAME: Mapping[str, type[BridgeError]] = {cls.__name__: cls for cls in _tree(BridgeError)}
+ERRORS_BY_NAME: Mapping[str, type[BridgeError]] = {
+    name: cls for name, cls in list(vars().items()) if isinstance(cls, type) and issubclass(cls, BridgeError)
+}
 """Class name -> class, for errors that arrive as data from another process."""

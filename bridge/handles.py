@@ -114,13 +114,7 @@ def receipt_or_raise(finished: Finished, version: int) -> Receipt:
     lost = [engine for engine, serving in finished.serving.items() if serving is None]
     kind = EngineQuarantined if lost else PushAborted
     now = ", ".join(f"{e}: {'nothing' if v is None else f'version {v}'}" for e, v in finished.serving.items())
-    raise kind(
-        f"the push of version {version} was aborted: {cause.what}",
-        receipt=finished.receipt,
-        serving=finished.serving,
-        where=cause.where,
-        expected=cause.expected,
-        got=cause.got,
-        remedy=f"engines now serve {now}; {cause.remedy or 'mend the cause and push again'}",
-        names=cause.names,
-    ) from cause
+    what = f"the push of version {version} was aborted: {cause.what}"
+    remedy = f"engines now serve {now}; {cause.remedy or 'mend the cause and push again'}"
+    facts = {**cause.facts(), "remedy": remedy}
+    raise kind(what, receipt=finished.receipt, serving=finished.serving, names=cause.names, **facts) from cause

@@ -18,26 +18,23 @@ from bridge.protocol.engine_messages import ToEngine
 from bridge.shm.arena import Arena
 
 T = TypeVar("T")
+R = TypeVar("R", contravariant=True)
 
 
-class EnginePort(Protocol):
-    """Carries requests to one engine's service, wherever that lives."""
+class Port(Protocol[R]):
+    """Carries requests to one engine's service or to the coordinator, wherever that lives."""
 
     @property
     def id(self) -> str: ...
 
-    def call(self, request: ToEngine, reply: type[T], deadline: Deadline) -> T:
+    def call(self, request: R, reply: type[T], deadline: Deadline) -> T:
         """Send a request and wait for its reply. Blocks. Raises what the service raises, PeerLost,
         DeadlineExceeded, and ProtocolError for a reply of another kind."""
         ...
 
 
-class CoordinatorPort(Protocol):
-    """Carries requests to the coordinator, wherever that lives."""
-
-    def call(self, request: ToCoordinator, reply: type[T], deadline: Deadline) -> T:
-        """Send a request and wait for its reply. Blocks. Raises as an EnginePort does."""
-        ...
+EnginePort = Port[ToEngine]
+CoordinatorPort = Port[ToCoordinator]
 
 
 def require_own_process(pid: int, where: str) -> None:

@@ -66,17 +66,10 @@ class Session:
             require_own_process(self._pid, self.name)
         self.refuse_caller()
 
-    def begin_push(self) -> None:
-        """Check that this process and thread may push, and take the lease. Raises as `require_usable` and
-        `hold_lease`. Does not block."""
-        if os.getpid() != self._pid:
-            require_own_process(self._pid, self.name)
-        self.refuse_caller()
-        if self._lease is None:
-            self.hold_lease()
-
     def hold_lease(self) -> None:
-        """Take the right to push, unless this session has it. Raises LeaseHeld, naming the holder. Does not block."""
+        """Check that this process and thread may push, and take the right to, unless this session has it. Raises as
+        `require_usable`, and LeaseHeld, naming the holder. Does not block."""
+        self.require_usable()
         if self._lease is None:
             self._lease = Lease.acquire(self.name, directory=self.state)
 

@@ -157,9 +157,9 @@ def run_bench(
     }
 
 
-def environment(job: CopyJob, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment(job: CopyJob) -> dict[str, str]:
     """Make the environment of a measuring process: copy tunable and thread counts."""
-    environ = dict(os.environ if base is None else base)
+    environ = dict(os.environ)
     given = environ.get("GLIBC_TUNABLES", "")
     if COPY_TUNABLE not in given:
         environ["GLIBC_TUNABLES"] = f"{given}:{COPY_TUNABLE}" if given else COPY_TUNABLE

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -31,6 +31,7 @@ import bridge
 from bridge.bench.copy_bench import VARIANTS, CopyJob, Measured, MeasurementFailed, Timed
 from bridge.client import Bridge
 from bridge.errors import BridgeError, DigestMismatch
+from bridge.model.same_bits import same_bits
 from bridge.protocol.codec import ErrorInfo
 from bridge.shm.files import directory
 
@@ -143,46 +144,27 @@ class Trainer:
 # ---- engines ---------------------------------------------------------------------------------------------------
 
 
-class Sink(Protocol):
-    """One engine with its bridge."""
-
-    bridge: Bridge
-
-    def differing(self, trainer: nn.Module, version: int) -> list[str]:
-        """List the tensors whose bytes in the engine are not the trainer's."""
-        ...
-
-
 @dataclass
-class ModuleSink:
-    """One plain module of this process."""
+class Sink:
+    """One engine with its bridge: a plain module of this process, or (None) one in an actor."""
 
     bridge: Bridge
-    engine: nn.Module
+    module: nn.Module | None
 
     def differing(self, trainer: nn.Module, version: int) -> list[str]:
-        there = dict(self.engine.named_parameters())
-        return [name for name, param in trainer.named_parameters() if not _same_bits(param, there[name])]
-
-
-@dataclass
-class HostedSink:
-    """One engine in an actor: its bytes are compared with the arena there, the arena's with the trainer here."""
-
-    bridge: Bridge
-
-    def differing(self, trainer: nn.Module, version: int) -> list[str]:
-        found = [check.name for check in self.bridge.health().checks if "read-back" in check.name and not check.ok]
-        arena = self.bridge.arena
-        if arena is None:
+        """List the tensors whose bytes in the engine are not the trainer's. The bytes of an engine in an actor are
+        compared with the arena there, the arena's with the trainer here."""
+        found: list[str] = []
+        if self.module is not None:
+            there: dict[str, torch.Tensor] = dict(self.module.named_parameters())
+        elif (arena := self.bridge.arena) is None:
             return ["no arena"]
-        slot = next(s for s in range(arena.slots) if (seal := arena.seal_of(s)) is not None and seal.version == version)
-        there = dict(zip(arena.manifest.by_name, arena.tensors(slot), strict=True))
-        return found + [name for name, param in trainer.named_parameters() if not _same_bits(param, there[name])]
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.detach().view(torch.int16), other.detach().view(torch.int16))
+        else:
+            found = [check.name for check in self.bridge.health().checks if "read-back" in check.name and not check.ok]
+            seals = [arena.seal_of(slot) for slot in range(arena.slots)]
+            slot = next(s for s, seal in enumerate(seals) if seal is not None and seal.version == version)
+            there = dict(zip(arena.manifest.by_name, arena.tensors(slot), strict=True))
+        return found + [name for name, param in trainer.named_parameters() if not same_bits(param, there[name])]
 
 
 @contextlib.contextmanager
@@ -192,10 +174,8 @@ def opened(job: CopyJob, shapes: Shapes) -> Iterator[Sink]:
         engine = build(shapes)
         fill(engine, job.seed + 1)
         with bridge.attach(engine) as made:
-            yield ModuleSink(made, engine)
+            yield Sink(made, engine)
         return
-    from bridge.daemon import actors
-
     with tempfile.TemporaryDirectory(prefix="weighbridge-bench-model-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(QWEN2_05B))
         name = f"bench-{os.getpid()}"
@@ -203,10 +183,9 @@ def opened(job: CopyJob, shapes: Shapes) -> Iterator[Sink]:
             f"embedded:{folder}", name=name, load="dummy", dtype="bf16", num_blocks=64, max_seq_len=1024
         )
         try:
-            yield HostedSink(made)
+            yield Sink(made, None)
         finally:
-            made.close()
-            actors.stop(name)
+            made.shutdown()
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

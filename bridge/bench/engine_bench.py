@@ -60,14 +60,7 @@ def run(spec: str, rounds: int, seed: int, *, progress: Callable[[str], None] = 
             remedy="give a checkpoint folder, or qwen2-0.5b, after the colon",
         )  # fmt: skip
     progress(f"starting {scheme}, then {rounds} rounds of {len(PUSHES) + 1} variants, in random order")
-    return _report(_measure(EngineJob(scheme, folder, rounds, seed)))
-
-
-def _measure(job: EngineJob) -> EngineMeasured:
-    return measure_in_process("bridge.bench.engine_worker", job, EngineMeasured, environ)
-
-
-def _report(found: EngineMeasured) -> dict[str, Any]:
+    found = _measure(EngineJob(scheme, folder, rounds, seed))
     own = statistics.median(one.seconds for one in found.variants[found.own])
     return {
         "machine": machine(),
@@ -83,3 +76,7 @@ def _report(found: EngineMeasured) -> dict[str, Any]:
             for name, timed in found.variants.items()
         },
     }
+
+
+def _measure(job: EngineJob) -> EngineMeasured:
+    return measure_in_process("bridge.bench.engine_worker", job, EngineMeasured, environ)

@@ -14,7 +14,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -122,11 +122,7 @@ def _epilog() -> str:
     rows = [(0, "done; healthy or degraded"), (UNHEALTHY_EXIT, "ran, and found something unhealthy")]
     rows += [(code, ", ".join(names)) for code, names in sorted(by_code.items())]
     rows += [(BUG_EXIT, "a bug of weighbridge"), (INTERRUPTED_EXIT, "interrupted")]
-    lines = [
-        f"  {code if first else '':>3}  {line}"
-        for code, text in rows
-        for first, line in zip((True, *[False] * len(text)), textwrap.wrap(text, 70))
-    ]
+    lines = [textwrap.fill(text, 77, initial_indent=f"  {code:>3}  ", subsequent_indent=" " * 7) for code, text in rows]
     usage = f"A command line that does not fit exits with {USAGE_EXIT} too."
     return "\b\nExit codes:\n" + "\n".join(lines) + f"\n\n{usage}"
 
@@ -163,15 +159,6 @@ def _command(name: str) -> Callable[[Body], click.Command]:
     return register
 
 
-@contextlib.contextmanager
-def _connected(backend: Backend, name: str) -> Iterator[Bridge]:
-    made = backend.connect(name)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 # ---- a daemon's life -------------------------------------------------------------------------------------------------
 
 
@@ -190,12 +177,14 @@ def up(
 ) -> None:
     """Start daemon NAME with its engines on Ray (a local Ray is started when none runs) and leave it running."""
     arguments = {**_settings(settings), **{key: value for key, value in given.items() if value is not None}}
+    scheme, colon, path = engine.partition(":")
+    folder = Path(path).expanduser()
+    if colon and folder.exists():  # an actor has another working directory
+        engine = f"{scheme}:{folder.resolve()}"
     with render.progress(f"starting {engines} engine(s) of {engine}"):
-        made = backend.launch(_absolute(engine), name, engines, arguments)
-    try:
+        made = backend.launch(engine, name, engines, arguments)
+    with made:
         out.result("up", _status(made), render.show_status)
-    finally:
-        made.close()
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -214,13 +203,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             found[key] = text
     return found
-
-
-def _absolute(spec: str) -> str:
-    """Make the path of a spec absolute: an actor has another working directory."""
-    scheme, colon, path = spec.partition(":")
-    folder = Path(path).expanduser()
-    return f"{scheme}:{folder.resolve()}" if colon and folder.exists() else spec
 
 
 @_command("down")
@@ -250,7 +232,7 @@ def push(backend: Backend, out: Output, name: str, folder: Path, **options: Any)
     """Push the checkpoint in FOLDER into every engine of NAME. Takes the lease, like any trainer. A LoRA adapter that a
     trainer has pushed before is removed, since it was trained over other weights; the output says so."""
     tensors = backend.named_tensors(folder)
-    with _connected(backend, name) as made, render.progress(f"pushing {folder}"):
+    with backend.connect(name) as made, render.progress(f"pushing {folder}"):
         receipt = made.push(tensors, **options)
     out.result("push", {"name": name, "receipt": receipt.to_dict()}, render.show_receipt)
 
@@ -273,7 +255,7 @@ def health(backend: Backend, out: Output, name: str | None, server: str | None, 
         with render.progress(f"examining {server}"):
             report = backend.examine(server, timeout)
     else:
-        with _connected(backend, str(name)) as made, render.progress(f"examining {name}"):
+        with backend.connect(str(name)) as made, render.progress(f"examining {name}"):
             report = made.health(timeout)
     out.result("health", report.to_dict(), render.show_health)
     return 0 if report.healthy else UNHEALTHY_EXIT
@@ -286,7 +268,7 @@ def status(backend: Backend, out: Output, name: str | None) -> None:
     if name is None:
         out.result("status", {"daemons": [_brief(backend, each) for each in backend.running()]}, render.show_daemons)
         return
-    with _connected(backend, name) as made:
+    with backend.connect(name) as made:
         payload = _status(made)
     out.result("status", payload, render.show_status)
 
@@ -302,7 +284,7 @@ def _status(made: Bridge) -> dict[str, Any]:
 def _brief(backend: Backend, name: str) -> dict[str, Any]:
     """Make one line of the list; a daemon that does not answer is listed with its error."""
     try:
-        with _connected(backend, name) as made:
+        with backend.connect(name) as made:
             return _status(made)
     except BridgeError as error:
         return {"name": name, "error": str(error)}
@@ -313,7 +295,7 @@ def _brief(backend: Backend, name: str) -> dict[str, Any]:
 @click.option("--last", type=click.IntRange(1), default=20, show_default=True, help="Number of receipts.")
 def history(backend: Backend, out: Output, name: str, last: int) -> None:
     """List the newest receipts of NAME from its journal, oldest first."""
-    with _connected(backend, name) as made:
+    with backend.connect(name) as made:
         receipts = made.history(last)
     out.result("history", {"name": name, "receipts": receipts}, render.show_history)
 
@@ -324,7 +306,7 @@ def history(backend: Backend, out: Output, name: str, last: int) -> None:
 def explain(backend: Backend, out: Output, name: str, tensor: str) -> None:
     """Show the destination of TENSOR (its name in a checkpoint) on every engine rank of NAME, how it is loaded there,
     and why so."""
-    with _connected(backend, name) as made:
+    with backend.connect(name) as made:
         rows = made.explain(tensor)
     out.result("explain", {"name": name, "tensor": tensor, "rows": rows}, render.show_explained)
 

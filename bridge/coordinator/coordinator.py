@@ -14,18 +14,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from bridge.coordinator.engines import Fleet
-from bridge.coordinator.examination import examine, facts_of
+from bridge.coordinator.examination import examine
+from bridge.coordinator.health import Examined, Facts, HealthReport, assess
 from bridge.coordinator.layouts import Layouts
 from bridge.coordinator.owner_thread import OwnerThread
 from bridge.coordinator.push_run import PushRunner
 from bridge.coordinator.reports import scope_of
 from bridge.coordinator.rollback import find_rollback
-from bridge.coordinator.versions import AgreedPlan, OpenPush, Served, Versions
+from bridge.coordinator.versions import AgreedPlan, Held, OpenPush, Served, Versions
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, NotFound, ProtocolError
 from bridge.journal.ledger import Ledger
 from bridge.model.lora_format import split
@@ -57,6 +60,8 @@ from bridge.protocol.coordinator_messages import (
     WaitRequest,
 )
 from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import ExplainJob, RankExplanation
+from bridge.shm.arena import Seal
 from bridge.shm.mailbox import Mailbox
 from bridge.shm.orphans import clean_orphans
 from bridge.shm.seal import differing_tensors
@@ -98,9 +103,8 @@ class Coordinator:
         self.node = node
         self._earlier = ledger.committed  # by a daemon of this name before us
         self._lock = threading.Lock()
-        self._finished = threading.Condition(self._lock)
         self._open: OpenPush | None = None
-        self._results: dict[int, Finished] = {}
+        self._results: dict[int, Future[Finished]] = {}
         self._planning = False
         self._closed = False
         self._fleet = Fleet(engines)
@@ -123,8 +127,9 @@ class Coordinator:
             self._mailbox.close()
             self._mailbox.unlink()
             raise
-        left = self._fleet.common_lora()  # by a bridge before this one; its bytes are not ours, but it is served
-        self._versions = Versions(None if left is None else Served(0, None, None, left))
+        # all left with one adapter by a bridge before this one: its bytes are not ours, but it is served
+        left = {info.adapter for info in self._fleet.infos.values()}
+        self._versions = Versions(Served(0, None, None, left.pop()) if len(left) == 1 and None not in left else None)
         self._layouts = Layouts(name, self._fleet, ledger.path, shm_dir)
         self._runner = PushRunner(name, self._fleet, ledger, self._versions)
         self._owner = OwnerThread(f"weighbridge-{name}")
@@ -151,11 +156,14 @@ class Coordinator:
                 case CompareRequest():
                     return self._owner.run(lambda: self._compare(request, deadline), deadline, "the comparison")
                 case CancelRequest():
-                    return self._cancel(request.version)
+                    with self._lock:
+                        if self._open is not None and self._open.version == request.version:
+                            self._drop_open_push()
+                    return Accepted()
                 case RollbackRequest():
                     return self._roll_back(request, deadline)
                 case HealthRequest():
-                    return HealthFacts(self._health(deadline))
+                    return HealthFacts(msgspec.to_builtins(self._health(deadline)))
                 case HistoryRequest():
                     return History(tuple(self.ledger.receipts(request.last)))
                 case ExplainRequest():
@@ -169,17 +177,11 @@ class Coordinator:
             log.exception("request %s failed", type(request).__name__)
             raise ErrorInfo.of(error).rebuild(self.name) from error
 
-    def _cancel(self, version: int) -> Accepted:
-        with self._lock:
-            if self._open is not None and self._open.version == version and not self._open.submitted:
-                self._drop_open_push()
-        return Accepted()
-
     def _status(self) -> DaemonStatus:
         """Tell the state as it is known now. Waits for no lock and no push, and for engines at most a moment."""
         push, served = self._open, self._versions.committed
         # while a push occupies the engines, its own reports are the newest facts
-        occupied = self._planning or (push is not None and push.submitted)
+        occupied = self._planning or (push is not None and push.submitted is not None)
         lora = served.lora if served is not None and served.lora_name is not None else None
         return DaemonStatus(
             name=self.name,
@@ -223,7 +225,7 @@ class Coordinator:
         holder = self.ledger.holder
         # who pushes holds the lease: once another process has it, the one that began is gone
         gone = time.monotonic() - push.since > LEASE_GRACE_S if holder is None else str(holder) != push.holder
-        if push.submitted or not gone:
+        if push.submitted is not None or not gone:
             raise Busy(
                 "another push is in flight",
                 where=self.name,
@@ -234,49 +236,56 @@ class Coordinator:
         self._drop_open_push()
 
     def _drop_open_push(self) -> None:
-        push, self._open = self._open, None
-        if push is not None and push.version:
-            self._runner.note("aborted", version=push.version, reason="dropped before it was sealed")
+        """Drop the open push, unless it was submitted. Called under the lock."""
+        push = self._open
+        if push is not None and push.submitted is None:
+            self._open = None
+            if push.version:
+                self._runner.note("aborted", version=push.version, reason="dropped before it was sealed")
 
     def _begin(self, request: BeginRequest, deadline: Deadline) -> Begun:
         with self._lock:
             self._refuse_when_busy()
-        if self._planning:  # which may replace the plan that this push means
-            return self._owner.run(lambda: self._begin_now(request), deadline, "planning the layout")
-        if self._layouts.current(request.plan).lora is not None:
-            committed = self._versions.committed
-            served = committed.version if committed is not None else None
-            if self._fleet.not_serving(served):
-                self._owner.run(lambda: self._fleet.require_serving(served), deadline, "asking the engines again")
-        return self._begin_now(request)
+            if not self._planning:  # which may replace the plan that this push means
+                plan = self._layouts.current(request.plan)
+                if plan.lora is None or not self._fleet.not_serving(self._versions.committed_version):
+                    return self._open_push(plan, request)
 
-    def _begin_now(self, request: BeginRequest) -> Begun:
+        def after_planning() -> None:
+            if self._layouts.current(request.plan).lora is not None:  # it goes over weights that every engine serves
+                self._fleet.require_serving(self._versions.committed_version)
+
+        what = "planning the layout" if self._planning else "asking the engines again"
+        self._owner.run(after_planning, deadline, what)
         with self._lock:
             self._refuse_when_busy()
-            plan, versions = self._layouts.current(request.plan), self._versions
-            if request.over is not None and request.over != versions.weights_version:
-                return Begun(0, None, None)
-            version = 0 if request.compare else self.ledger.issue(request.version)
-            kept = versions.committed.held_in(plan) if versions.committed is not None else None
-            taken = kept.slot if kept is not None else None
-            slot = next(s for s in range(plan.arena.slots) if s != taken)
-            versions.previous = None  # its bytes are about to be overwritten
-            self._open = OpenPush(version, plan, slot, request.holder)
-            return Begun(version, slot, taken)
+            return self._open_push(self._layouts.current(request.plan), request)
+
+    def _open_push(self, plan: AgreedPlan, request: BeginRequest) -> Begun:
+        versions = self._versions
+        if request.over is not None and request.over != versions.weights_version:
+            return Begun(0, None, None)
+        version = 0 if request.compare else self.ledger.issue(request.version)
+        kept = versions.committed.held_in(plan) if versions.committed is not None else None
+        base = kept.slot if kept is not None else None
+        slot = 0 if base is None else (base + 1) % plan.arena.slots
+        versions.previous = None  # its bytes are about to be overwritten
+        self._open = OpenPush(version, plan, slot, request.holder)
+        return Begun(version, slot, base)
 
     def _compare(self, request: CompareRequest, deadline: Deadline) -> Compared:
         with self._lock:
             push = self._open
-            if push is None or push.version != 0 or push.submitted:
+            if push is None or push.version != 0 or push.submitted is not None:
                 raise ProtocolError("nothing was begun to compare with", where=self.name)
-            _require_sealed(push, request.root)
+            seal = _require_sealed(push, request.root)
             self._open = None
         committed = self._versions.committed
         kept = committed.held_in(push.plan) if committed is not None else None
         if kept is None:
             return Compared(False)
         specs = push.plan.arena.manifest.tensors
-        found = differing_tensors(push.plan.arena, kept.slot, push.slot)
+        found = differing_tensors(kept.seal, seal)
         names = tuple(specs[k].name for k in (range(len(specs)) if found is None else found))
         if not names:  # what was verified once may have been written to since
             names = self._fleet.differing_weights(push.plan, push.slot, deadline)
@@ -285,12 +294,12 @@ class Coordinator:
     def _submit(self, request: SubmitRequest) -> Accepted:
         with self._lock:
             push = self._open
-            if push is None or push.version != request.version or push.submitted:
+            if push is None or push.version != request.version or push.submitted is not None:
                 raise ProtocolError(
                     "this push was not begun, or was dropped", where=self.name, got=f"version {request.version}",
                     remedy="push again",
                 )  # fmt: skip
-            _require_sealed(push, request.root)
+            seal = _require_sealed(push, request.root)
             now, settings = self._versions.committed, request.settings
             lora = now.lora_name if now is not None else None
             if push.plan.lora is None and settings.mode != "base" and lora is not None and settings.partial:
@@ -303,37 +312,37 @@ class Coordinator:
                 )
             arena = str(push.plan.arena.path)
             self.ledger.record("sealed", version=push.version, root=request.root.hex(), slot=push.slot, arena=arena)
-            push.submitted = True
-            self._owner.submit(lambda: self._run(push, request))
+            push.submitted = held = Held(push.version, push.plan, push.slot, seal)
+            self._results[push.version] = self._owner.submit(
+                lambda: self._run(push, lambda: self._runner.push(held, request))
+            )
+            for old in sorted(self._results)[:-RESULTS_KEPT]:
+                del self._results[old]
             return Accepted()
 
-    def _run(self, push: OpenPush, request: SubmitRequest) -> None:
-        """Run a submitted push on the owner thread. It always leaves a result, and the coordinator free."""
-        result: Finished | None = None
+    def _run(self, push: OpenPush, bring: Callable[[], Finished]) -> Finished:
+        """Run a push or a rollback on the owner thread. It always has a result, and leaves the coordinator free."""
         try:
             if self._layouts.outdated:
                 self._layouts.drop_unheld(self._versions, push.plan)
-            result = self._runner.push(push, request)
-        except Exception as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
-            result = self._runner.give_up(push.version, error)
+            return bring()
+        except BaseException as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
+            return self._runner.give_up(push.version, error)
         finally:
-            with self._finished:
-                self._results[push.version] = result or Finished(None, ErrorInfo("BridgeError", "the push broke off"))
-                for old in sorted(self._results)[:-RESULTS_KEPT]:
-                    del self._results[old]
+            with self._lock:
                 self._open = None
-                self._finished.notify_all()
 
     def _wait(self, request: WaitRequest) -> Finished:
-        version = request.version
-        with self._finished:
-            if version not in self._results and (self._open is None or self._open.version != version):
-                raise NotFound(
-                    "no such push", where=self.name, got=f"version {version}",
-                    remedy="b.history() lists the pushes that have ended",
-                )  # fmt: skip
-            self._finished.wait_for(lambda: version in self._results, request.timeout_s)
-            return self._results.get(version, Finished(None))
+        result = self._results.get(request.version)
+        if result is None:
+            raise NotFound(
+                "no such push", where=self.name, got=f"version {request.version}",
+                remedy="b.history() lists the pushes that have ended",
+            )  # fmt: skip
+        try:
+            return result.result(request.timeout_s)
+        except TimeoutError:
+            return Finished(None)
 
     # ---- rollback, questions, end -----------------------------------------------------------------------------------
 
@@ -341,22 +350,15 @@ class Coordinator:
         with self._lock:
             self._refuse_when_busy()
             find_rollback(self._versions, self.name, request.timeout_s)  # refuses before it waits for its turn
-        return self._owner.run(lambda: self._run_rollback(request.timeout_s), deadline, "the rollback")
 
-    def _run_rollback(self, timeout_s: float) -> Finished:
-        """Roll back on the owner thread; the coordinator is free again whatever happens."""
-        with self._lock:
-            self._refuse_when_busy()
-            rollback = find_rollback(self._versions, self.name, timeout_s)
-            back, held = rollback.back, rollback.held
-            self._open = OpenPush(back.version, held.plan, held.slot, "a rollback", submitted=True)
-        try:
-            return self._runner.roll_back(rollback)
-        except Exception as error:  # thread boundary, as in `_run`: engines are not left paused
-            return self._runner.give_up(back.version, error)
-        finally:
+        def in_turn() -> Finished:
             with self._lock:
-                self._open = None
+                self._refuse_when_busy()
+                back, held, settings = find_rollback(self._versions, self.name, request.timeout_s)
+                self._open = push = OpenPush(back.version, held.plan, held.slot, "a rollback", submitted=held)
+            return self._run(push, lambda: self._runner.roll_back(back, held, settings))
+
+        return self._owner.run(in_turn, deadline, "the rollback")
 
     def _explain(self, request: ExplainRequest, deadline: Deadline) -> Explained:
         plan, lora = self._layouts.weights, self._layouts.lora
@@ -366,8 +368,14 @@ class Coordinator:
             raise NotFound(
                 "nothing was pushed yet, so there is no plan to explain", where=self.name, remedy="push once"
             )
-        chosen = plan
-        rows = self._owner.run(lambda: self._fleet.explain(chosen, request.name, deadline), deadline, "explaining")
+        job = ExplainJob(plan.id, request.name)
+        found = self._owner.run(lambda: self._fleet.run_all(job, RankExplanation, deadline), deadline, "explaining")
+        rows = tuple(
+            {"engine": engine, "rank": str(rank), **row}
+            for engine, ranks in found.items()
+            for rank, answer in enumerate(ranks)
+            for row in answer.rows
+        )
         if not rows and not any(request.name in (info.name, *info.aliases) for info in plan.tensors):
             raise NotFound(
                 "no such tensor in the plan",
@@ -377,12 +385,12 @@ class Coordinator:
             )
         return Explained(rows)
 
-    def _health(self, deadline: Deadline) -> dict[str, Any]:
-        """Collect the facts for `health.assess`. An engine that a push occupies is not examined, and the facts say so:
-        an examination waits for no push, and no push finds a paused engine waiting for an examination."""
+    def _health(self, deadline: Deadline) -> HealthReport:
+        """Examine the engines, unless a push occupies them, and weigh the findings: an examination waits for no push,
+        and no push finds a paused engine waiting for an examination."""
         push, served = self._open, self._versions.committed
         why = f"version {push.version} is being pushed" if push is not None else "a layout is being planned"
-        engines: list[dict[str, Any]] | None = None
+        engines: list[Examined] | None = None
         if push is None and not self._planning:
             try:
                 served, engines = self._owner.run(
@@ -393,19 +401,17 @@ class Coordinator:
             except DeadlineExceeded as error:
                 why = str(error)
         if engines is None:
-            engines = [{**facts_of(info), "not_examined": why} for info in self._fleet.infos.values()]
-        last = self.ledger.receipts(1)
-        return {
-            "name": self.name,
-            "committed": served.version if served else None,
-            "earlier": self._earlier if served is None or served.version == 0 else None,
-            "highest": self.ledger.highest,
-            "busy": push.version if push else None,
-            "watched": list(scope_of(served.weights.plan)) if served and served.weights else [],
-            "adapter": served.lora_name if served else None,
-            "last_receipt": last[-1] if last else None,
-            "engines": engines,
-        }
+            engines = [Examined(info, Busy(why)) for info in self._fleet.infos.values()]
+        facts = Facts(
+            name=self.name,
+            engines=engines,
+            committed=served.version if served else None,
+            earlier=self._earlier if served is None or served.version == 0 else None,
+            busy=push.version if push else None,
+            watched=scope_of(served.weights.plan) if served and served.weights else (),
+            last_receipt=next(iter(self.ledger.receipts(1)), None),
+        )
+        return assess(facts)
 
     def close(self) -> None:
         """Let a running push end, stop every engine gracefully and unlink the shared memory. Idempotent. Blocks."""
@@ -422,7 +428,8 @@ class Coordinator:
         self.ledger.close()
 
 
-def _require_sealed(push: OpenPush, root: bytes) -> None:
+def _require_sealed(push: OpenPush, root: bytes) -> Seal:
     seal = push.plan.arena.seal_of(push.slot)
     if seal is None or seal.version != push.version or seal.root != root:
         raise ProtocolError("the slot is not sealed as announced", where=f"version {push.version}", remedy="push again")
+    return seal

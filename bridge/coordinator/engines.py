@@ -34,12 +34,8 @@ from bridge.protocol.engine_messages import (
 from bridge.protocol.rank_jobs import (
     AnyJob,
     BakeJob,
-    ExplainJob,
     ForgetJob,
-    MapJob,
     RankBake,
-    RankDone,
-    RankExplanation,
     RankLoaded,
     ReadBackJob,
     VerifyJob,
@@ -75,7 +71,8 @@ class Fleet:
         self.floors: dict[str, float] = {}
         self.baselines: dict[str, float] = {}
         self.turn = time.time_ns()  # a coordinator that was started again goes on above the turns of the last one
-        self._status = _StatusQuestions()
+        self._asking_lock = threading.Lock()
+        self._asking: dict[str, threading.Thread] = {}  # threads of `current_infos`
 
     # ---- fan-out ----------------------------------------------------------------------------------------------------
 
@@ -136,8 +133,7 @@ class Fleet:
 
     def ask_infos(self, deadline: Deadline) -> dict[str, EngineInfo]:
         """Ask every engine for its facts and remember them; one that does not answer is shown as LOST."""
-        requests: dict[str, ToEngine] = dict.fromkeys((port.id for port in self.engines), EngineHello())
-        found = self.ask_each(requests, EngineIs, deadline)
+        found = self.ask_each(dict.fromkeys(self.infos, EngineHello()), EngineIs, deadline)
         self.infos = infos = {
             engine: _lost(self.infos[engine], answer) if isinstance(answer, BridgeError) else answer.info
             for engine, answer in found.items()
@@ -146,13 +142,25 @@ class Fleet:
 
     def current_infos(self) -> tuple[EngineInfo, ...]:
         """Tell each engine's facts at once, from any thread: fresh where the engine answers within STATUS_WAIT_S, else
-        the last known ones."""
-        fresh = self._status.ask(self.engines, Deadline.after(STATUS_WAIT_S))
-        out = []
-        for engine, info in self.infos.items():
-            answer = fresh.get(engine, info)
-            out.append(_lost(info, answer) if isinstance(answer, BridgeError) else answer)
-        return tuple(out)
+        the last known ones. An engine that still owes an earlier answer is not asked again."""
+        answers: dict[str, EngineIs | BridgeError] = {}
+        deadline = Deadline.after(STATUS_WAIT_S)
+        with self._asking_lock:
+            for port in self.engines:
+                if port.id not in self._asking or not self._asking[port.id].is_alive():
+                    asked = (port, EngineHello(), EngineIs, Deadline.after(LOST_TIMEOUT_S), answers)
+                    self._asking[port.id] = threading.Thread(target=_ask, args=asked, daemon=True)
+                    self._asking[port.id].start()
+            waiting = list(self._asking.values())
+        for thread in waiting:
+            thread.join(deadline.remaining_s)
+        infos = dict(self.infos)
+        for engine, answer in list(answers.items()):
+            if isinstance(answer, EngineIs):
+                infos[engine] = answer.info
+            elif not isinstance(answer, DeadlineExceeded):
+                infos[engine] = _lost(infos[engine], answer)
+        return tuple(infos.values())
 
     def claim(self, mailbox: str, owner: str, deadline: Deadline) -> None:
         """Claim every engine and give it its pages of the mailbox, in engine order. Raises Busy for an engine that
@@ -162,15 +170,6 @@ class Fleet:
             port.call(EngineClaim(mailbox, page, owner), EngineIs, deadline)
             page += self.infos[port.id].ranks
 
-    def common_lora(self) -> str | None:
-        """Name the adapter that every engine was left with by a bridge before this one; None when they differ."""
-        names = {info.adapter for info in self.infos.values()}
-        return names.pop() if len(names) == 1 else None
-
-    def holds_lora(self, name: str, deadline: Deadline) -> bool:
-        """Tell whether all engines still hold an adapter."""
-        return all(name in info.adapters for info in self.ask_infos(deadline).values())
-
     def not_serving(self, version: int | None) -> list[str]:
         """List engines that do not serve `version` (None: any), by what they answered last."""
         return [engine for engine, info in self.infos.items() if not _serves(info, version)]
@@ -178,8 +177,8 @@ class Fleet:
     def require_serving(self, version: int | None) -> None:
         """Ask the engines of `not_serving` again, for a short while, since a LoRA adapter goes over weights that every
         engine serves. Raises PeerLost for one that is gone, EngineQuarantined for one that does not serve `version`."""
-        requests: dict[str, ToEngine] = dict.fromkeys(self.not_serving(version), EngineHello())
-        for engine, answer in self.ask_each(requests, EngineIs, Deadline.after(LOST_TIMEOUT_S)).items():
+        hello = dict.fromkeys(self.not_serving(version), EngineHello())
+        for engine, answer in self.ask_each(hello, EngineIs, Deadline.after(LOST_TIMEOUT_S)).items():
             if isinstance(answer, PeerLost):
                 raise answer
             got = str(answer)
@@ -212,15 +211,11 @@ class Fleet:
                 self.floors[engine] = canary.floor_for({dtype for rank in ranks for dtype in rank.dtypes.values()})
         return found
 
-    def map(self, plan: AgreedPlan, keep: tuple[int, ...], deadline: Deadline) -> None:
-        """Have every rank map the plan's arena, and forget plans that are not in `keep`."""
-        self.run_all(MapJob(plan.id, str(plan.arena.path), plan.arena.manifest, keep), RankDone, deadline)
-
     def forget(self, keep: tuple[int, ...], deadline: Deadline) -> None:
         """Have every rank let go of all plans but `keep`. An engine that does not answer keeps the old arena mapped,
         but can no longer load from it."""
-        requests: dict[str, ToEngine] = dict.fromkeys((p.id for p in self.engines), EngineRun(ForgetJob(keep)))
-        for engine, answer in self.ask_each(requests, EngineRan, deadline).items():
+        forget = dict.fromkeys(self.infos, EngineRun(ForgetJob(keep)))
+        for engine, answer in self.ask_each(forget, EngineRan, deadline).items():
             if isinstance(answer, BridgeError):
                 log.warning("%s still maps an older arena: %s", engine, answer)
 
@@ -231,9 +226,10 @@ class Fleet:
         failures = [failure for level in levels for failure in level.failures]
         return tuple(dict.fromkeys(failure.tensor or failure.name for failure in failures))
 
-    def keep_current(self, plan: AgreedPlan, slot: int, held: Held | None, version: int, deadline: Deadline) -> bool:
-        """Put the weights that the engines serve now into `slot` and seal it as `version`. False when they cannot be
-        had, or when the engines do not all serve the same ones; a failing next push then ends in quarantine."""
+    def keep_current(self, plan: AgreedPlan, slot: int, held: Held | None, deadline: Deadline) -> Held | None:
+        """Put the weights that the engines serve now into `slot`, sealed as the version of `held` (None: 0). None when
+        they cannot be had, or when the engines do not all serve the same ones; a failing next push then ends in
+        quarantine."""
         first, arena = self.engines[0], plan.arena
         arena.begin(slot)
         older = (held.plan.id, held.slot) if held is not None else (None, None)
@@ -241,60 +237,24 @@ class Fleet:
         answer = first.call(request, EngineVersionZero, deadline)
         if not answer.ok:
             log.warning("%s: what it serves cannot be kept for a rollback: %s", first.id, answer.reason)
-            return False
-        seal_slot(arena, slot, version, digest_slot(arena, slot))
+            return None
+        version = held.version if held is not None else 0
+        kept = Held(version, plan, slot, seal_slot(arena, slot, version, digest_slot(arena, slot)))
         if len(self.engines) == 1 and answer.source == "live":
-            return True
+            return kept
         found = self.run_all(VerifyJob(plan.id, slot, WEIGHTS_SHOWN), RankLoaded, deadline)
         for engine, ranks in found.items():
             if not all(level.ok for rank in ranks for level in rank.report.levels):
                 log.warning("%s serves other weights than this layout can hold for %s", engine, first.id)
                 arena.begin(slot)
-                return False
-        return True
-
-    def explain(self, plan: AgreedPlan, name: str, deadline: Deadline) -> tuple[dict[str, str], ...]:
-        """Tell where a canonical tensor goes: a row per engine, rank and move."""
-        found = self.run_all(ExplainJob(plan.id, name), RankExplanation, deadline)
-        return tuple(
-            {"engine": engine, "rank": str(rank), **row}
-            for engine, ranks in found.items()
-            for rank, answer in enumerate(ranks)
-            for row in answer.rows
-        )
+                return None
+        return kept
 
     def close(self, deadline: Deadline) -> None:
         """Have every engine let go of its arenas. One that does not answer is logged and left."""
-        requests: dict[str, ToEngine] = dict.fromkeys((port.id for port in self.engines), EngineClose())
-        for engine, answer in self.ask_each(requests, EngineOk, deadline).items():
+        for engine, answer in self.ask_each(dict.fromkeys(self.infos, EngineClose()), EngineOk, deadline).items():
             if isinstance(answer, BridgeError) and not isinstance(answer, PeerLost):
                 log.warning("%s did not close: %s", engine, answer)
-
-
-class _StatusQuestions:
-    """Asks engines for their facts beside everything else, at most one question per engine at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asking: dict[str, threading.Thread] = {}
-
-    def ask(self, ports: Sequence[EnginePort], deadline: Deadline) -> dict[str, EngineInfo | BridgeError]:
-        """Answers that came in time. An engine that still owes an earlier answer is not asked again."""
-        answers: dict[str, EngineIs | BridgeError] = {}
-        with self._lock:
-            for port in ports:
-                if port.id not in self._asking or not self._asking[port.id].is_alive():
-                    asked = (port, EngineHello(), EngineIs, Deadline.after(LOST_TIMEOUT_S), answers)
-                    self._asking[port.id] = threading.Thread(target=_ask, args=asked, daemon=True)
-                    self._asking[port.id].start()
-            waiting = list(self._asking.values())
-        for thread in waiting:
-            thread.join(deadline.remaining_s)
-        return {
-            engine: answer if isinstance(answer, BridgeError) else answer.info
-            for engine, answer in list(answers.items())
-            if not isinstance(answer, DeadlineExceeded)
-        }
 
 
 def _ask(

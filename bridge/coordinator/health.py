@@ -1,13 +1,18 @@
-"""Health: weigh the facts of a live run. Pure: the coordinator collects the facts, the command line prints."""
+"""Health: weigh the facts of a live run, which the coordinator collects. Pure but for `orphaned_memory`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from bridge.errors import BridgeError, Busy
+from bridge.model.receipt import CanaryResult
+from bridge.protocol.coordinator_messages import EngineInfo
+from bridge.protocol.engine_messages import EngineChecked
 from bridge.shm.orphans import find_orphans
 
 
@@ -46,113 +51,132 @@ class HealthReport(msgspec.Struct, frozen=True):
         return {**plain, "healthy": self.healthy, "status": self.status}
 
 
-def local_facts(shm_dir: Path | None = None) -> dict[str, Any]:
-    """Collect what only this node can see: shared memory that a crash left behind. Changes nothing."""
-    return {"orphans": [str(orphan.path) for orphan in find_orphans(shm_dir)]}
+@dataclass(frozen=True)
+class Examined:
+    """One engine's facts, and the findings of its examination.
+
+    Attributes:
+        answer: its weights compared with the arena; Busy when it was not examined, another error when it could not
+            be; None where there is nothing to compare with.
+        canary: its fresh log-probabilities compared with the stored reference, if there is one.
+    """
+
+    info: EngineInfo
+    answer: EngineChecked | BridgeError | None = None
+    canary: CanaryResult | None = None
 
 
-def assess(facts: Mapping[str, Any], local: Mapping[str, Any]) -> HealthReport:
-    """Weigh the facts of the coordinator and of this node."""
-    engines = facts["engines"]
+@dataclass(frozen=True)
+class Facts:
+    """Facts of a live run.
+
+    Attributes:
+        earlier: version that was committed before this daemon started, as long as it has committed none.
+        busy: version of the push in flight.
+        watched: what the served version leaves unwatched.
+    """
+
+    name: str
+    engines: Sequence[Examined]
+    committed: int | None
+    earlier: int | None
+    busy: int | None
+    watched: tuple[str, ...]
+    last_receipt: Mapping[str, Any] | None
+
+
+def assess(facts: Facts) -> HealthReport:
+    """Weigh the facts that the coordinator collected."""
     checks = [
-        *_alive(engines),
-        *_versions(facts, engines),
+        *_alive(facts),
+        *_versions(facts),
         *_receipt(facts),
-        *(check for engine in engines for check in _weights(facts, engine)),
-        *(check for engine in engines for check in _outputs(facts, engine)),
-        _orphans(local),
+        *(check for engine in facts.engines for check in _weights(facts, engine)),
+        *(check for engine in facts.engines for check in _outputs(engine)),
     ]
-    return HealthReport(facts["name"], tuple(checks))
+    return HealthReport(facts.name, tuple(checks))
 
 
-def assess_server(url: str, checks: Iterable[Check], local: Mapping[str, Any]) -> HealthReport:
-    """Build the report about a server that no bridge has to drive: its driver's checks, and what this node sees."""
-    return HealthReport(url, (*checks, _orphans(local)))
+def orphaned_memory(shm_dir: Path | None) -> Check:
+    """Look for shared memory on this node that a crash left behind. Changes nothing."""
+    orphans = list(map(str, find_orphans(shm_dir)))
+    got = ", ".join(orphans[:3]) or "none"
+    return Check("orphaned shared memory", not orphans, "none", got, "the next start removes them" if orphans else "")
 
 
-def _alive(engines: list[dict[str, Any]]) -> Iterator[Check]:
-    for engine in engines:
-        alive = engine["state"] != "LOST"
-        got = f"pid {engine['pid']}, {engine['ranks']} rank(s)" if alive else engine["detail"]
-        yield Check(f"{engine['id']} alive", alive, "answers", got, "" if alive else "restart it: weighbridge up")
+def _alive(facts: Facts) -> Iterator[Check]:
+    for info in (engine.info for engine in facts.engines):
+        alive = info.state != "LOST"
+        got = f"pid {info.pid}, {info.ranks} rank(s)" if alive else info.detail
+        yield Check(f"{info.id} alive", alive, "answers", got, "" if alive else "restart it: weighbridge up")
 
 
-def _versions(facts: Mapping[str, Any], engines: list[dict[str, Any]]) -> Iterator[Check]:
-    committed = facts["committed"]
-    for engine in engines:
-        if engine["state"] == "LOST":
+def _versions(facts: Facts) -> Iterator[Check]:
+    committed = facts.committed or 0
+    for info in (engine.info for engine in facts.engines):
+        if info.state == "LOST":
             continue
-        right = engine["state"] == "SERVING" and engine["serving"] == (committed if committed is not None else 0)
-        got = f"{engine['state']}, version {engine['serving']}"
-        if engine["detail"]:
-            got += f" ({engine['detail']})"
-        if right and facts["earlier"] is not None:
-            before = f"version {facts['earlier']} was committed before this daemon started"
-            yield Check(f"{engine['id']} version", True, before, got, "push once", degraded=True)
+        right = info.state == "SERVING" and info.serving == committed
+        got = f"{info.state}, version {info.serving}" + (f" ({info.detail})" if info.detail else "")
+        if right and facts.earlier is not None:
+            before = f"version {facts.earlier} was committed before this daemon started"
+            yield Check(f"{info.id} version", True, before, got, "push once", degraded=True)
             continue
         yield Check(
-            f"{engine['id']} version", right or facts["busy"] is not None, f"SERVING, version {committed or 0}", got,
+            f"{info.id} version", right or facts.busy is not None, f"SERVING, version {committed}", got,
             "" if right else "push a version that verifies",
         )  # fmt: skip
 
 
-def _receipt(facts: Mapping[str, Any]) -> Iterator[Check]:
-    last = facts["last_receipt"]
-    for scope in facts["watched"]:
+def _receipt(facts: Facts) -> Iterator[Check]:
+    last = facts.last_receipt
+    for scope in facts.watched:
         yield Check("scope", True, "every tensor of the engine", scope, "push the whole model once", degraded=True)
     if last is None:
         yield Check("last receipt", True, "a verified push", "nothing was pushed yet", "push once", degraded=True)
         return
     what = f"version {last['version']}, verify={last['verify']}, verified={last['verified']}"
-    failed = last["error"] is not None
-    if failed:
+    if last["error"] is not None:
         yield Check(
             "last receipt", False, "a verified push", f"{what}: {last['error']}", "mend the cause and push again"
         )
         return
     whole = last["verified"] is True and all(e["canary"] is not None for e in last["engines"])
     missing = "bind the model and push with verify='outputs'" if not whole else ""
-    if facts["earlier"] is not None:
+    if facts.earlier is not None:
         what, whole, missing = f"{what}; of an earlier daemon", False, "push once"
     verified = last["verified"] is not False
     yield Check("last receipt", verified, "verified weights", what, missing, degraded=not whole)
 
 
-def _weights(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Check]:
-    if "not_examined" in engine:
+def _weights(facts: Facts, engine: Examined) -> Iterator[Check]:
+    name, answer = engine.info.id, engine.answer
+    if isinstance(answer, Busy):
         yield Check(
-            f"{engine['id']} weights", True, "weights compared with the arena",
-            f"not examined: {engine['not_examined']}", "ask again when it has ended", degraded=True,
+            f"{name} weights", True, "weights compared with the arena", f"not examined: {answer}",
+            "ask again when it has ended", degraded=True,
         )  # fmt: skip
-    if "error" in engine:
-        yield Check(f"{engine['id']} weights", False, "weights that can be read back", engine["error"], "see its log")
-    for level in engine.get("levels", ()):
-        name = f"{engine['id']} rank {level['rank']} {level['level']}"
-        if level["ok"]:
-            got = level["note"] or f"{level['checked']} checked"
-            yield Check(name, True, f"version {facts['committed']} bit for bit", got)
-            continue
-        for tensor, expected, got in level["failures"][:20]:
-            remedy = "something changed it after the sync: push again, or b.rollback()"
-            yield Check(f"{name}: {tensor}", False, expected, got, remedy)
+    elif isinstance(answer, BridgeError):
+        yield Check(f"{name} weights", False, "weights that can be read back", str(answer), "see its log")
+    elif answer is not None:
+        for rank, level in ((rank, level) for rank, levels in enumerate(answer.ranks) for level in levels):
+            label = f"{name} rank {rank} {level.level}"
+            if level.ok:
+                got = level.note or f"{level.checked} checked"
+                yield Check(label, True, f"version {facts.committed} bit for bit", got)
+                continue
+            for failure in level.failures[:20]:
+                remedy = "something changed it after the sync: push again, or b.rollback()"
+                yield Check(f"{label}: {failure.name}", False, failure.expected, failure.got, remedy)
 
 
-def _outputs(facts: Mapping[str, Any], engine: Mapping[str, Any]) -> Iterator[Check]:
-    canary = engine.get("canary")
-    name = f"{engine['id']} canary"
-    if canary is None:
-        if engine["state"] != "LOST" and "not_examined" not in engine:
-            yield Check(
-                name, True, "a fresh canary", "no stored reference", "bind the model before the push", degraded=True
-            )
-        return
-    ok = canary["mean_abs"] <= canary["limit"]
-    got = f"mean {canary['mean_abs']:.4f}, max {canary['max_abs']:.4f} nats"
-    remedy = "" if ok else "the weights' bits are listed above; if they are right, derived state or caches are not"
-    yield Check(name, ok, f"mean |difference| <= {canary['limit']:.4f} nats", got, remedy)
-
-
-def _orphans(local: Mapping[str, Any]) -> Check:
-    orphans = local["orphans"]
-    got = ", ".join(orphans[:3]) or "none"
-    return Check("orphaned shared memory", not orphans, "none", got, "the next start removes them" if orphans else "")
+def _outputs(engine: Examined) -> Iterator[Check]:
+    canary, name = engine.canary, f"{engine.info.id} canary"
+    if canary is not None:
+        got = f"mean {canary.mean_abs:.4f}, max {canary.max_abs:.4f} nats"
+        remedy = "the weights' bits are listed above; if they are right, derived state or caches are not"
+        limit = f"mean |difference| <= {canary.limit:.4f} nats"
+        yield Check(name, canary.ok, limit, got, "" if canary.ok else remedy)
+    elif engine.info.state != "LOST" and not isinstance(engine.answer, Busy):
+        missing = "bind the model before the push"
+        yield Check(name, True, "a fresh canary", "no stored reference", missing, degraded=True)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from bridge.coordinator import manifest_agreement
 from bridge.coordinator.engines import Fleet
-from bridge.coordinator.versions import AgreedPlan, Held, Served, Versions
+from bridge.coordinator.versions import AgreedPlan, Served, Versions
 from bridge.errors import ProtocolError
 from bridge.protocol.coordinator_messages import PlanRequest
 from bridge.protocol.deadline import Deadline
+from bridge.protocol.rank_jobs import MapJob, RankDone
 from bridge.shm.arena import Arena
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class Layouts:
             manifest = manifest_agreement.agree(request, self._fleet.bake(plan_id, request, deadline))
             arena = Arena.create(manifest, name=self._name, directory=self._shm_dir, journal=self._journal)
             plan = AgreedPlan(plan_id, request.tensors, request.partial, arena, request.lora)
-            self._fleet.map(plan, tuple(self._plans), deadline)
+            self._fleet.run_all(MapJob(plan_id, str(arena.path), manifest, tuple(self._plans)), RankDone, deadline)
             if plan.lora is None:
                 carried = self._carry(plan, versions.committed, deadline)
                 if carried is not versions.committed:
@@ -95,18 +97,13 @@ class Layouts:
         tensor that the new plan writes.
         """
         weights = served.weights if served is not None else None
-        brought = weights.version if weights is not None else 0
-        if self._fleet.keep_current(plan, CARRY_SLOT, weights, brought, deadline):
-            held = Held(brought, plan, CARRY_SLOT)
-            if served is None:
-                return Served(0, held)
-            return Served(served.version, held, served.lora, served.lora_name, served.mode)
+        kept = self._fleet.keep_current(plan, CARRY_SLOT, weights, deadline)
+        if kept is not None:
+            return Served(0, kept) if served is None else replace(served, weights=kept)
         if weights is None or manifest_agreement.holds(weights.plan.arena.manifest, plan.arena.manifest):
             return served
-        log.warning("version %d cannot be restored once the new layout was pushed", brought)
-        if served is None or served.lora is None:
-            return None
-        return Served(served.version, None, served.lora, served.lora_name, served.mode)
+        log.warning("version %d cannot be restored once the new layout was pushed", weights.version)
+        return None if served is None or served.lora is None else replace(served, weights=None)
 
     def drop_unheld(self, versions: Versions, in_use: AgreedPlan | None) -> None:
         """Unlink the arenas that no version and no push needs any more, here and in the engines. `in_use` is the plan

@@ -55,7 +55,9 @@ def _all_used(engine: str, request: PlanRequest, ranks: Sequence[RankBake]) -> N
             where=f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} -> {engine}",
             expected="only names that the engine's own loader uses",
             got=f"{len(names)} unused of {len(request.tensors)} sent",
-            remedy=_unbound_advice(request),
+            remedy="leave them out of the push, or check that the engine runs this model"
+            if request.bound
+            else "bind the model (b.bind(model)) so that live names become checkpoint names, or leave them out",
             names=names,
         )
     partly = [info for info in request.tensors if any(info.name in rank.read for rank in ranks)]
@@ -78,12 +80,6 @@ def _all_used(engine: str, request: PlanRequest, ranks: Sequence[RankBake]) -> N
                 remedy="check that trainer and engine run the same model configuration",
                 names=(info.name,),
             )
-
-
-def _unbound_advice(request: PlanRequest) -> str:
-    if request.bound:
-        return "leave them out of the push, or check that the engine runs this model"
-    return "bind the model (b.bind(model)) so that live names become checkpoint names, or leave them out"
 
 
 def holds(old: Manifest, new: Manifest) -> bool:

@@ -6,7 +6,6 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
 from bridge.errors import Closed, DeadlineExceeded
@@ -48,7 +47,7 @@ class OwnerThread:
         future = self.submit(job)
         try:
             return future.result(deadline.remaining_s + GRACE_S)
-        except FutureTimeoutError:
+        except TimeoutError:
             if not future.cancel() and future.done():  # it ended just now, or raised a TimeoutError of its own
                 return future.result()
             raise DeadlineExceeded(

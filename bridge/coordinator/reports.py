@@ -1,25 +1,15 @@
-"""Reports of engines, and the receipt that they add up to: is a version verified, which engines were lost? Pure."""
+"""Reports of engines, and the receipt that they add up to: is a version verified? Pure."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from bridge.coordinator.two_phase_commit import PushTarget, Verdict
 from bridge.coordinator.versions import AgreedPlan
-from bridge.errors import BridgeError, EngineQuarantined, PeerLost
-from bridge.model.engine_state import EngineState
 from bridge.model.levels import LORA_LEVELS, WEIGHT_LEVELS
 from bridge.model.receipt import EngineReport, Receipt, Verified
-from bridge.protocol.engine_messages import EngineChecked
-
-
-def both(weights: EngineChecked | BridgeError, adapter: EngineChecked | BridgeError) -> EngineChecked | BridgeError:
-    """Join one engine's answers about its weights and its adapter; an error stands for both."""
-    if isinstance(weights, BridgeError) or isinstance(adapter, BridgeError):
-        return weights if isinstance(weights, BridgeError) else adapter
-    ranks = tuple((*a, *b) for a, b in zip(weights.ranks, adapter.ranks, strict=True))
-    return EngineChecked(ranks, weights.scores)
+from bridge.protocol.coordinator_messages import SubmitRequest
 
 
 def verified(version: int, reports: Iterable[EngineReport]) -> Verified:
@@ -32,22 +22,6 @@ def verified(version: int, reports: Iterable[EngineReport]) -> Verified:
     if not found or not all(found):
         return False
     return True if all(shown is True for shown in found) else "partial"
-
-
-def unserved(version: int, reports: Iterable[EngineReport]) -> BridgeError | None:
-    """Build the error for engines that were lost between the commit of a version and their serving it:
-    EngineQuarantined or PeerLost. None when every engine serves it."""
-    lost = [report for report in reports if report.serving != version]
-    if not lost:
-        return None
-    kind = EngineQuarantined if any(report.state == EngineState.QUARANTINED.value for report in lost) else PeerLost
-    return kind(
-        f"version {version} is committed, and an engine was lost before it served it",
-        where=", ".join(report.id for report in lost),
-        expected=f"version {version} served by every engine",
-        got="; ".join(f"{report.state}: {report.error or 'no answer'}" for report in lost),
-        remedy="the other engines serve it; what was lost serves nothing until a verified push",
-    )
 
 
 def _shown(report: EngineReport, version: int) -> Verified:
@@ -66,36 +40,30 @@ def _shown(report: EngineReport, version: int) -> Verified:
 
 def scope_of(plan: AgreedPlan) -> tuple[str, ...]:
     """Say what a version of this plan leaves unwatched; nothing for a plan of the whole model."""
-    if not plan.partial:
-        return ()
-    return (
-        f"only the {len(plan.tensors)} tensors that were sent are watched; nothing is known of the engine's others",
-    )
+    watched = f"only the {len(plan.tensors)} tensors that were sent are watched"
+    return (f"{watched}; nothing is known of the engine's others",) if plan.partial else ()
 
 
-def receipt_of(
-    target: PushTarget,
-    verdict: Verdict,
-    phases: Mapping[str, float] | None = None,
-    wire_nbytes: int = 0,
-    notes: tuple[str, ...] = (),
-) -> Receipt:
-    """Build the receipt of `target`'s push. `phases`, `wire_nbytes` and `notes` are the trainer's part."""
-    manifest, settings = target.held.plan.arena.manifest, target.settings
+def receipt_of(target: PushTarget, verdict: Verdict, request: SubmitRequest | None) -> Receipt:
+    """Build the receipt of `target`'s push. `request` is the trainer's part; None for a rollback."""
+    manifest, settings, reports = target.held.plan.arena.manifest, target.settings, tuple(verdict.reports.values())
+    shown = verdict.error is None and verified(target.served.version, reports)
+    if shown and request is not None and not request.base_proven:
+        shown = "partial"
     return Receipt(
-        version=target.version,
-        previous=target.base,
+        version=target.served.version,
+        previous=target.now.version if target.now else None,
         mode=settings.mode,
         reason=settings.reason,
         tensors=len(manifest.tensors),
         nbytes=manifest.payload_nbytes,
-        wire_nbytes=wire_nbytes,
-        phases={**(phases or {}), **verdict.phases},
-        pause_s=max((report.pause_s for report in verdict.reports), default=0.0),
-        engines=verdict.reports,
+        wire_nbytes=request.wire_nbytes if request else 0,
+        phases={**(request.phases if request else {}), **verdict.phases},
+        pause_s=max((report.pause_s for report in reports), default=0.0),
+        engines=reports,
         verify=settings.verify,
-        verified=verdict.verified,
+        verified=shown,
         at=time.time(),
         error=None if verdict.error is None else str(verdict.error),
-        notes=(*notes, *scope_of(target.held.plan), *verdict.notes),
+        notes=(*(request.notes if request else ()), *scope_of(target.held.plan), *verdict.notes),
     )

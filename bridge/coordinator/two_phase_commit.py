@@ -11,17 +11,17 @@ Engines are asked side by side, so the slowest engine decides, not the sum.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from bridge.coordinator.engines import LOST_TIMEOUT_S, Fleet
-from bridge.coordinator.versions import Held, Served
-from bridge.errors import BridgeError, ProtocolError, TransportError
+from bridge.coordinator.versions import Held, References, Served
+from bridge.errors import BridgeError, TransportError
 from bridge.model import canary
 from bridge.model.engine_state import EngineState
-from bridge.model.receipt import EngineReport, Verified
-from bridge.protocol.coordinator_messages import Reference
+from bridge.model.receipt import EngineReport
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import (
     EngineCommit,
@@ -46,22 +46,18 @@ class PushTarget:
     """A sealed slot on its way into the engines.
 
     Attributes:
-        version: the version to be served.
-        held, root: the slot, and the root digest of its seal.
-        reference, base_reference: the trainer's canary, and for an adapter its answers without it.
-        lora: name of the adapter that "current" means once the version serves.
-        base: version that the engines serve now. `changed` (manifest indices, None: all) and `previous` (slot) refer
-            to what they hold at that version.
+        served: the version to be served, and the adapter that "current" means then.
+        held: the slot.
+        now: what the engines serve now. `changed` (manifest indices, None: all) and `previous` (slot) refer to what
+            they hold at that version.
+        references: the trainer's canary, and for an adapter its answers without it.
     """
 
-    version: int
+    served: Served
     held: Held
-    root: bytes
+    now: Served | None
     settings: PushSettings
-    reference: Reference | None
-    base_reference: Reference | None
-    lora: str | None
-    base: int | None
+    references: References
     changed: tuple[int, ...] | None
     previous: int | None
 
@@ -70,11 +66,10 @@ class PushTarget:
 class Verdict:
     """Outcome of a push so far. `error` None: every engine agrees. `touched`: some engine had been written to."""
 
-    reports: tuple[EngineReport, ...] = ()
+    reports: dict[str, EngineReport] = field(default_factory=dict)
     error: BridgeError | None = None
     touched: bool = False
     phases: dict[str, float] = field(default_factory=dict)
-    verified: Verified = False
     notes: tuple[str, ...] = ()
 
 
@@ -82,31 +77,30 @@ class TwoPhaseCommit:
     """One attempt to bring a fleet to a target. Made by `push_run` on the owner thread; its methods are called in the
     order of the module's docstring, and block."""
 
-    def __init__(self, fleet: Fleet, target: PushTarget) -> None:
+    def __init__(self, fleet: Fleet, target: PushTarget, deadline: Deadline) -> None:
         self._fleet = fleet
         self._target = target
-        self._deadline = Deadline.after(target.settings.timeout_s)
+        self._deadline = deadline
         fleet.turn += 1
 
     def load(self) -> Verdict:
         """Load the target into every engine and collect the first vote."""
         answers = self._fleet.ask_each(self._load_requests(), EngineLoaded, self._deadline)
-        verdict, reports = Verdict(), []
+        verdict = Verdict()
         for engine, answer in answers.items():
             if isinstance(answer, BridgeError):
                 # it may have begun to write before it was lost or ran out of time
                 verdict.touched = True
                 verdict.error = verdict.error or answer
-                reports.append(_stale(self._fleet, engine, answer))
+                verdict.reports[engine] = _stale(self._fleet, engine, answer)
                 continue
             verdict.touched |= answer.touched
             verdict.notes = (*verdict.notes, *answer.notes)
-            reports.append(answer.report)
+            verdict.reports[engine] = answer.report
             for name, seconds in answer.phases.items():
                 verdict.phases[name] = max(verdict.phases.get(name, 0.0), seconds)
             if answer.error is not None:
                 verdict.error = verdict.error or answer.error.rebuild()
-        verdict.reports = tuple(reports)
         return verdict
 
     def _load_requests(self) -> dict[str, ToEngine]:
@@ -114,7 +108,11 @@ class TwoPhaseCommit:
         requests: dict[str, ToEngine] = {}
         for engine, info in fleet.infos.items():
             # skipping unchanged tensors is only safe where read-back then compares all of them
-            current = info.state == EngineState.SERVING.value and info.serving == target.base
+            current = (
+                info.state == EngineState.SERVING.value
+                and target.now is not None
+                and info.serving == target.now.version
+            )
             skipping = current and "read-back" in target.settings.levels
             brings_lora = target.held.plan.lora is not None
             requests[engine] = EngineLoad(
@@ -124,79 +122,72 @@ class TwoPhaseCommit:
                     settings=target.settings,
                     changed=target.changed if skipping else None,
                     previous=target.previous if current else None,
-                    lora=target.lora if brings_lora else None,
+                    lora=target.served.lora_name if brings_lora else None,
                 ),
-                version=target.version,
+                version=target.served.version,
                 sealed=target.held.version,
-                root=target.root,
+                root=target.held.seal.root,
                 # engines of one node share the arena: the first of them digests it
                 check="transfer" in target.settings.levels and info.node not in checked,
-                reference=target.reference,
-                base=target.base_reference,
+                reference=target.references.served,
+                base=target.references.base,
                 canary_floor=fleet.floors.get(engine, canary.DEFAULT_FLOOR),
                 canary_baseline=fleet.baselines.get(engine),
                 turn=fleet.turn,
-                keeps=None if brings_lora else target.lora,
+                keeps=None if brings_lora else target.served.lora_name,
             )
             checked.add(info.node)
         return requests
 
     def vote(self, verdict: Verdict) -> None:
         """Have every engine reset and check its caches; a failure becomes the verdict's error."""
-        commit = EngineCommit(self._target.version, self._target.settings, self._fleet.turn)
+        commit = EngineCommit(self._target.served.version, self._target.settings, self._fleet.turn)
         answers = self._fleet.ask_each(dict.fromkeys(self._fleet.infos, commit), EngineOk, self._deadline)
-        reports = {report.id: report for report in verdict.reports}
         for engine, answer in answers.items():
             if not isinstance(answer, BridgeError):
-                reports[engine] = _merge(reports[engine], answer.report)
+                verdict.reports[engine] = _merge(verdict.reports[engine], answer.report)
                 continue
             verdict.error = verdict.error or answer
             if isinstance(answer, TransportError):  # it may hang: the others' way back does not wait for it
-                reports[engine] = _merge(reports[engine], _stale(self._fleet, engine, answer))
-        verdict.reports = tuple(reports.values())
+                verdict.reports[engine] = _merge(verdict.reports[engine], _stale(self._fleet, engine, answer))
 
-    def resume(self, verdict: Verdict, weights: Held | None) -> None:
+    def resume(self, verdict: Verdict) -> None:
         """Have every engine serve the committed version.
 
-        Nothing is undone from here on: an engine that does not resume is loaded anew (an adapter's over `weights`), or
-        refuses, or is STALE where it does not answer at all; the others serve.
+        Nothing is undone from here on: an engine that does not resume is loaded anew (an adapter's over the weights
+        that are served), or refuses, or is STALE where it does not answer at all; the others serve.
         """
-        resume = EngineResume(self._target.version, self._fleet.turn, self._target.lora)
+        resume = EngineResume(self._target.served.version, self._fleet.turn, self._target.served.lora_name)
         deadline = Deadline.after(RESTORE_TIMEOUT_S)
         answers = self._fleet.ask_each(dict.fromkeys(self._fleet.infos, resume), EngineOk, deadline)
-        reports = {report.id: report for report in verdict.reports}
         for engine, answer in answers.items():
             if isinstance(answer, BridgeError):
                 verdict.notes = (*verdict.notes, f"{engine} did not resume after the commit: {answer}")
-                report = self._load_again(engine, resume, weights, str(answer))
+                report = self._load_again(engine, resume, str(answer))
             else:
                 report = answer.report
-            reports[engine] = _merge(reports[engine], report)
+            verdict.reports[engine] = _merge(verdict.reports[engine], report)
             self._fleet.note(report)
-        verdict.reports = tuple(reports.values())
 
-    def _load_again(self, engine: str, resume: EngineResume, weights: Held | None, why: str) -> EngineReport:
+    def _load_again(self, engine: str, resume: EngineResume, why: str) -> EngineReport:
         """Ask an engine that did not resume once more, then have it load the version from the arena."""
         deadline, fleet, target = Deadline.after(RESTORE_TIMEOUT_S), self._fleet, self._target
         answer = fleet.ask_each({engine: resume}, EngineOk, deadline)[engine]
         if isinstance(answer, BridgeError) and not isinstance(answer, TransportError):
-            job = _restore_job(weights if target.held.plan.lora is not None else target.held)
-            message = EngineRestore(job, target.version, why, RESTORE_TIMEOUT_S, fleet.turn, target.lora)
+            message = _restore_message(target.served, why, fleet.turn)
             answer = fleet.ask_each({engine: message}, EngineOk, deadline)[engine]
         return _stale(fleet, engine, answer) if isinstance(answer, BridgeError) else answer.report
 
 
 def restore(
-    fleet: Fleet, back: Served | None, reports: tuple[EngineReport, ...], reason: str
-) -> tuple[EngineReport, ...]:
+    fleet: Fleet, back: Served | None, reports: Mapping[str, EngineReport], reason: str
+) -> dict[str, EngineReport]:
     """Have every engine return to `back`, verified, or be quarantined. Blocks; engines that `reports` shows as STALE
     are not waited for."""
     fleet.turn += 1  # what an engine that hung has not begun yet must not be done after it was told to go back
-    job = _restore_job(back.weights if back else None)
-    version, lora = (back.version, back.lora_name) if back else (None, None)
-    message = EngineRestore(job, version, reason, RESTORE_TIMEOUT_S, fleet.turn, lora)
-    lost = {report.id for report in reports if report.state == EngineState.STALE.value}
-    merged = {report.id: report for report in reports}
+    message = _restore_message(back, reason, fleet.turn)
+    lost = {engine for engine, report in reports.items() if report.state == EngineState.STALE.value}
+    merged = dict(reports)
     for engines, seconds in ((fleet.infos.keys() - lost, RESTORE_TIMEOUT_S), (lost, LOST_TIMEOUT_S)):
         answers = fleet.ask_each(dict.fromkeys(engines, message), EngineOk, Deadline.after(seconds))
         for engine, answer in answers.items():
@@ -205,11 +196,14 @@ def restore(
             else:
                 merged[engine] = _merge(merged.get(engine, answer.report), answer.report)
                 fleet.note(answer.report)
-    return tuple(merged.values())
+    return merged
 
 
-def _restore_job(weights: Held | None) -> LoadJob | None:
-    return None if weights is None else LoadJob(weights.plan.id, weights.slot, _RESTORE)
+def _restore_message(back: Served | None, reason: str, turn: int) -> EngineRestore:
+    weights = back.weights if back is not None else None
+    job = None if weights is None else LoadJob(weights.plan.id, weights.slot, _RESTORE)
+    version, lora = (back.version, back.lora_name) if back is not None else (None, None)
+    return EngineRestore(job, version, reason, RESTORE_TIMEOUT_S, turn, lora)
 
 
 def _stale(fleet: Fleet, engine: str, error: BridgeError) -> EngineReport:
@@ -220,16 +214,12 @@ def _stale(fleet: Fleet, engine: str, error: BridgeError) -> EngineReport:
 
 def _merge(before: EngineReport, after: EngineReport) -> EngineReport:
     """Join two reports of one engine: the later one's state over the earlier one's findings."""
-    if before.id != after.id:
-        raise ProtocolError("reports of different engines", expected=before.id, got=after.id)
     extra = {rank.rank: rank.levels for rank in after.ranks}
     ranks = tuple(
         msgspec.structs.replace(rank, levels=(*rank.levels, *extra.get(rank.rank, ()))) for rank in before.ranks
     )
-    return EngineReport(
-        id=after.id,
-        state=after.state,
-        serving=after.serving,
+    return msgspec.structs.replace(
+        after,
         ranks=ranks or after.ranks,
         canary=before.canary or after.canary,
         adapter=after.adapter or before.adapter,

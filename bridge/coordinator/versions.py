@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Reference
-from bridge.shm.arena import Arena
+from bridge.shm.arena import Arena, Seal
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +24,12 @@ class AgreedPlan:
 
 @dataclass(frozen=True)
 class Held:
-    """The bytes that one push brought: its version, and where they lie."""
+    """The bytes that one push brought: its version, where they lie, and the seal that closed them."""
 
     version: int
     plan: AgreedPlan
     slot: int
+    seal: Seal
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class References:
 
 @dataclass
 class OpenPush:
-    """The one push in flight. `submitted` False: the trainer is still writing its snapshot. A push of version 0 only
+    """The one push in flight. `submitted` None: the trainer is still writing its snapshot. A push of version 0 only
     compares and is never submitted."""
 
     version: int
     plan: AgreedPlan
     slot: int
     holder: str
-    submitted: bool = False
+    submitted: Held | None = None
     since: float = field(default_factory=time.monotonic)
 
 
@@ -99,6 +100,11 @@ class Versions:
         """The bytes of every version that can be returned to."""
         found = [h for s in (self.committed, self.previous) if s is not None for h in (s.weights, s.lora)]
         return tuple(held for held in found if held is not None)
+
+    @property
+    def committed_version(self) -> int | None:
+        """The committed version's number; None before the first."""
+        return self.committed.version if self.committed is not None else None
 
     @property
     def weights_version(self) -> int | None:

@@ -19,6 +19,7 @@ from bridge.config import Config
 from bridge.daemon import ray_cluster
 from bridge.daemon.ray_cluster import NAMESPACE
 from bridge.errors import BridgeError, Busy, Closed, DeadlineExceeded, NotFound, PeerLost, TransportError
+from bridge.file_locks import take_lock
 from bridge.journal.ledger import Ledger
 from bridge.journal.state_dir import checked_name, state_dir
 from bridge.ports import expect, require_own_process
@@ -132,9 +133,18 @@ def start(name: str, specs: Sequence[tuple[str, Mapping[str, Any]]], config: Con
         Busy: a daemon of that name runs, or is being started.
         BridgeError: an engine or the coordinator could not be started; the error that its own process raised.
     """
-    checked_name(name)
-    with _starting(name):
-        _require_free(name)
+    with _starting(checked_name(name)):
+        found = _actors_of(name)
+        trainer = found.get(f"{name}:{_TRAINER}")
+        if trainer is not None and _runs(name, trainer):
+            raise Busy(
+                "a daemon of that name runs already",
+                where=name,
+                remedy=f"bridge.connect({name!r}), weighbridge down {name}, or another name",
+            )
+        if found:
+            log.warning("%s: removing what a daemon that crashed left behind: %s", name, ", ".join(sorted(found)))
+            _remove(found, name)
         return _start_actors(name, specs, config)
 
 
@@ -144,32 +154,15 @@ def _starting(name: str) -> Iterator[None]:
     about to start theirs. The kernel gives the lock back however this process ends."""
     descriptor = os.open(state_dir(name) / "start.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(descriptor, fcntl.LOCK_EX):
             raise Busy(
                 "another process is starting a daemon of that name",
                 where=name,
                 remedy="wait for it, then connect to it",
-            ) from None
+            )
         yield
     finally:
         os.close(descriptor)
-
-
-def _require_free(name: str) -> None:
-    """Remove what a crashed daemon of that name left. Raises Busy for one that runs."""
-    found = _actors_of(name)
-    trainer = found.get(f"{name}:{_TRAINER}")
-    if trainer is not None and _runs(name, trainer):
-        raise Busy(
-            "a daemon of that name runs already",
-            where=name,
-            remedy=f"bridge.connect({name!r}), weighbridge down {name}, or another name",
-        )
-    if found:
-        log.warning("%s: removing what a daemon that crashed left behind: %s", name, ", ".join(sorted(found)))
-        _remove(found, name)
 
 
 def _runs(name: str, trainer: Any) -> bool:
@@ -348,7 +341,8 @@ def stop_ray_if_idle() -> None:
     if head is None or not ray.is_initialized():
         return
     # by port: Ray turns the loopback address that it is given into the machine's own
-    if ray.get_runtime_context().gcs_address.rpartition(":")[2] != head.port or _named_actors():
+    port = head.address.rpartition(":")[2]
+    if ray.get_runtime_context().gcs_address.rpartition(":")[2] != port or _named_actors():
         return
     drivers = ray_cluster.other_drivers()
     if drivers:

@@ -51,13 +51,12 @@ class RayHead(msgspec.Struct, frozen=True):
     def alive(self) -> bool:
         return self.started is not None and started_at(self.pid) == self.started
 
-    @property
-    def port(self) -> str:
-        return self.address.rpartition(":")[2]
-
     def require_listening(self, deadline: Deadline) -> None:
         """Block until it accepts connections. Raises TransportError when the process ends or the time is over."""
-        while not _listens(self.address):
+        host, _, port = self.address.rpartition(":")
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=0.5):
+                return
             if deadline.expired or not self.alive:
                 raise TransportError(
                     "a local Ray could not be started",
@@ -149,13 +148,6 @@ def _require_answer(address: str) -> None:
         raise TransportError(
             "no Ray answers there", where=address, got=str(error), remedy="unset RAY_ADDRESS, or start that cluster"
         ) from error
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return bool(probe.connect_ex((host, int(port))) == 0)
 
 
 def _authenticate() -> None:

@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -35,13 +34,7 @@ class Holder(msgspec.Struct, frozen=True):
         return f"pid {self.pid} on {self.host}"
 
 
-@dataclass(frozen=True)
-class _LeaseLock:
-    pid: int
-    fd: int
-
-
-_registry: dict[Path, _LeaseLock] = {}
+_registry: dict[Path, Lease] = {}
 """Leases of this process by lock file: POSIX locks belong to the whole process, so the registry does, too."""
 _registry_lock = threading.Lock()
 
@@ -49,9 +42,11 @@ _registry_lock = threading.Lock()
 class Lease:
     """A lease that this process holds until `release` or its end."""
 
-    def __init__(self, path: Path, held: _LeaseLock) -> None:
+    def __init__(self, path: Path, fd: int) -> None:
+        """Use `acquire`. Takes over `fd`, whose file this process has locked."""
         self._path = path
-        self._held = held
+        self._fd = fd
+        self._pid = os.getpid()
 
     @classmethod
     def acquire(cls, name: str, *, directory: Path | None = None) -> Lease:
@@ -62,7 +57,7 @@ class Lease:
         """
         path = state_dir(name, directory) / _LOCK_FILE
         with _registry_lock:
-            if _held_here(path):
+            if path in _registry and _registry[path].held:
                 raise _refusal(name, Holder(os.getpid(), socket.gethostname()))
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
@@ -77,32 +72,31 @@ class Lease:
                     "this folder cannot hold locks", where=str(path), got=str(error),
                     remedy="set XDG_STATE_HOME to a folder on a local disk",
                 ) from error  # fmt: skip
-            held = _registry[path] = _LeaseLock(os.getpid(), fd)
+            lease = _registry[path] = cls(path, fd)
         name_of_holder = msgspec.json.encode(Holder(os.getpid(), socket.gethostname()))
         os.ftruncate(fd, os.pwrite(fd, name_of_holder, 0))
-        return cls(path, held)
+        return lease
 
     @property
     def held(self) -> bool:
         """True while this process holds it; False after `release` and in a forked child."""
-        return self._held.pid == os.getpid() and _registry.get(self._path) is self._held
+        return self._pid == os.getpid() and _registry.get(self._path) is self
 
     def release(self) -> None:
         """Give the lease up. Idempotent; does nothing in a forked child, whose parent keeps it."""
-        if self._held.pid != os.getpid():  # before the lock: a thread that held it at the fork is not in the child
+        if self._pid != os.getpid():  # before the lock: a thread that held it at the fork is not in the child
             return
         with _registry_lock:
-            if not self.held:
-                return
-            del _registry[self._path]
-            os.close(self._held.fd)
+            if self.held:
+                del _registry[self._path]
+                os.close(self._fd)
 
 
 def lease_holder(name: str, *, directory: Path | None = None) -> Holder | None:
     """Look up the process that holds the lease of `name` now, or None. Takes no lock; does not block."""
     path = state_dir(name, directory) / _LOCK_FILE
     with _registry_lock:
-        if _held_here(path):
+        if path in _registry and _registry[path].held:  # not in a forked child, which has the registry without the lock
             return Holder(os.getpid(), socket.gethostname())
         try:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -112,12 +106,6 @@ def lease_holder(name: str, *, directory: Path | None = None) -> Holder | None:
             return _blocker(fd)
         finally:
             os.close(fd)
-
-
-def _held_here(path: Path) -> bool:
-    held = _registry.get(path)
-    # After a fork the child has the registry but not the lock.
-    return held is not None and held.pid == os.getpid()
 
 
 def _blocker(fd: int) -> Holder | None:

@@ -144,8 +144,18 @@ class Ledger:
         a folder that cannot be used).
         """
         path = state_dir(name, directory) / JOURNAL
-        lock = _lock_journal(path)
+        # A file of its own: closing any descriptor of the journal itself would drop the locks that SQLite has on it.
         try:
+            lock = os.open(lock_of(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            where = str(lock_of(path))
+            remedy = "set XDG_STATE_HOME"
+            raise ConfigError("the journal cannot be locked", where=where, got=str(error), remedy=remedy) from error
+        try:
+            # The orphan cleaner takes this lock for a moment to learn whether the journal is open.
+            if not take_lock(lock, fcntl.LOCK_EX, _LOCK_RETRY_S):
+                remedy = "stop it, or choose another name"
+                raise Busy("another daemon has this journal open", where=str(path), remedy=remedy)
             return cls(path, lock)
         except BaseException:
             os.close(lock)
@@ -190,7 +200,20 @@ class Ledger:
                     "a version that was never issued", where=kind, expected=f"at most {self.highest}",
                     got=str(entry.version),
                 )  # fmt: skip
-            self._append(kind, msgspec.json.encode(entry))
+            body = msgspec.json.encode(entry)
+            durable = kind in _DURABLE
+            try:
+                # FULL syncs the log at COMMIT, and with it every entry before; NORMAL leaves that to the kernel. A
+                # checkpoint syncs twice more: it waits for an entry that is not recorded while engines are paused.
+                self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._database.execute(f"PRAGMA wal_autocheckpoint = {0 if durable else _CHECKPOINT_PAGES}")
+                with self._database:  # COMMIT, or ROLLBACK when anything raises
+                    self._database.execute("BEGIN IMMEDIATE")
+                    row = (kind, body, xxhash.xxh3_64_digest(body))
+                    self._database.execute("INSERT INTO entries (kind, body, sum) VALUES (?, ?, ?)", row)
+                    self._database.execute(_PRUNE, (kind, KEPT_ENTRIES))
+            except sqlite3.Error as error:
+                raise _failure(self.path, error) from error
             self._apply(entry)
 
     def receipts(self, last: int | None = None) -> list[dict[str, Any]]:
@@ -232,21 +255,6 @@ class Ledger:
         except sqlite3.Error as error:
             raise _failure(self.path, error) from error
 
-    def _append(self, kind: str, body: bytes) -> None:
-        durable = kind in _DURABLE
-        try:
-            # FULL syncs the log at COMMIT, and with it every entry before; NORMAL leaves that to the kernel. A
-            # checkpoint syncs twice more: it waits for an entry that is not recorded while engines are paused.
-            self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._database.execute(f"PRAGMA wal_autocheckpoint = {0 if durable else _CHECKPOINT_PAGES}")
-            with self._database:  # COMMIT, or ROLLBACK when anything raises
-                self._database.execute("BEGIN IMMEDIATE")
-                row = (kind, body, xxhash.xxh3_64_digest(body))
-                self._database.execute("INSERT INTO entries (kind, body, sum) VALUES (?, ?, ?)", row)
-                self._database.execute(_PRUNE, (kind, KEPT_ENTRIES))
-        except sqlite3.Error as error:
-            raise _failure(self.path, error) from error
-
     def _apply(self, entry: AnyEntry) -> None:
         if isinstance(entry, Issued):
             self.highest = max(self.highest, entry.version)
@@ -262,22 +270,6 @@ class Ledger:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _damaged(self.path, str(error)) from error
         return entry
-
-
-def _lock_journal(path: Path) -> int:
-    """Lock a journal for this daemon; returns the descriptor that holds the lock."""
-    # A file of its own: closing any descriptor of the journal itself would drop the locks that SQLite has on it.
-    try:
-        fd = os.open(lock_of(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            "the journal cannot be locked", where=str(lock_of(path)), got=str(error), remedy="set XDG_STATE_HOME"
-        ) from error
-    # The orphan cleaner takes this lock for a moment to learn whether the journal is open.
-    if not take_lock(fd, fcntl.LOCK_EX, _LOCK_RETRY_S):
-        os.close(fd)
-        raise Busy("another daemon has this journal open", where=str(path), remedy="stop it, or choose another name")
-    return fd
 
 
 def _create(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from types import MappingProxyType
 
 
 class EngineState(enum.Enum):
@@ -25,16 +24,14 @@ class EngineState(enum.Enum):
 
 
 _LOST = (EngineState.STALE, EngineState.QUARANTINED)
-TRANSITIONS: Mapping[EngineState, tuple[EngineState, ...]] = MappingProxyType(
-    {
-        # Back to SERVING: nothing had been written yet.
-        EngineState.STAGING: (EngineState.LOADED, EngineState.SERVING, *_LOST),
-        # Back to STAGING: the previous version is being put back.
-        EngineState.LOADED: (EngineState.VERIFIED, EngineState.STAGING, *_LOST),
-        EngineState.VERIFIED: (EngineState.SERVING, EngineState.STAGING, *_LOST),
-        EngineState.SERVING: (EngineState.STAGING, *_LOST),
-        EngineState.STALE: (EngineState.STAGING, *_LOST),
-        EngineState.QUARANTINED: (EngineState.STAGING, *_LOST),
-    }
-)
+TRANSITIONS: Mapping[EngineState, tuple[EngineState, ...]] = {
+    # Back to SERVING: nothing had been written yet.
+    EngineState.STAGING: (EngineState.LOADED, EngineState.SERVING, *_LOST),
+    # Back to STAGING: the previous version is being put back.
+    EngineState.LOADED: (EngineState.VERIFIED, EngineState.STAGING, *_LOST),
+    EngineState.VERIFIED: (EngineState.SERVING, EngineState.STAGING, *_LOST),
+    EngineState.SERVING: (EngineState.STAGING, *_LOST),
+    EngineState.STALE: (EngineState.STAGING, *_LOST),
+    EngineState.QUARANTINED: (EngineState.STAGING, *_LOST),
+}
 """State -> states that may follow it."""

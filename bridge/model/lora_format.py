@@ -20,8 +20,9 @@ import msgspec
 from bridge.errors import UnexpectedTensor
 from bridge.model.manifest import TensorInfo
 
-LINEAR_A, LINEAR_B = ("lora_A", "weight"), ("lora_B", "weight")
-EMBEDDING_A, EMBEDDING_B = ("lora_embedding_A",), ("lora_embedding_B",)
+LINEAR_A, LINEAR_B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_HALVES = {LINEAR_A: ("A", False), LINEAR_B: ("B", False), EMBEDDING_A: ("A", True), EMBEDDING_B: ("B", True)}
 
 
 class LoraSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,20 +50,14 @@ class LoraPair(msgspec.Struct, frozen=True):
 def names_of(module: str, *, embedding: bool = False) -> tuple[str, str]:
     """Return the names under which a module's A and B travel."""
     a, b = (EMBEDDING_A, EMBEDDING_B) if embedding else (LINEAR_A, LINEAR_B)
-    return ".".join((module, *a)), ".".join((module, *b))
+    return module + a, module + b
 
 
 def split(name: str) -> tuple[str, str, bool] | None:
     """Split the name of a LoRA tensor into module, "A" or "B", and True for an embedding's; None for any other name."""
-    segments = tuple(name.split("."))
-    for suffix, half, embedding in (
-        (LINEAR_A, "A", False),
-        (LINEAR_B, "B", False),
-        (EMBEDDING_A, "A", True),
-        (EMBEDDING_B, "B", True),
-    ):
-        if len(segments) > len(suffix) and segments[-len(suffix) :] == suffix:
-            return ".".join(segments[: -len(suffix)]), half, embedding
+    for suffix, (half, embedding) in _HALVES.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), half, embedding
     return None
 
 

@@ -246,7 +246,7 @@ class Finished(Message, frozen=True):
 
 
 class HealthFacts(Message, frozen=True):
-    """Findings of an examination, for `bridge.coordinator.health.assess`."""
+    """A `bridge.coordinator.health.HealthReport` as plain data."""
 
     facts: dict[str, Any]
 

@@ -93,7 +93,6 @@ class Arena(files.SharedFile):
         name: str,
         directory: Path | None = None,
         slots: int = 2,
-        limit: int | None = None,
         journal: Path | None = None,
     ) -> Arena:
         """Make, lock and pre-fault a new arena; blocks for about a second per GiB.
@@ -101,7 +100,6 @@ class Arena(files.SharedFile):
         Args:
             name: readable part of the file name, sanitised.
             directory: a tmpfs folder; default WEIGHBRIDGE_SHM_DIR, then /dev/shm.
-            limit: cap in bytes on the file's size (also WEIGHBRIDGE_SHM_LIMIT).
             journal: the daemon's journal; while a daemon has that open, the arena is no orphan.
 
         Raises ArenaFull, with the sizes, before anything is created; ConfigError for a bad name, folder or slot count.
@@ -115,21 +113,16 @@ class Arena(files.SharedFile):
             KIND, manifest.digest, slots, _slot_nbytes(manifest), nbytes, os.getpid(), str(journal or "")
         )
         page = files.encode_header(header)
-        files.require_room(nbytes, folder, limit)
+        files.require_room(nbytes, folder)
         fd = files.create_file(path, nbytes)
         try:
             _reserve(fd, nbytes, folder)
             arena = cls(path, fd, manifest, slots, writable=True)
-        except BaseException:
-            os.close(fd)
-            path.unlink(missing_ok=True)
-            raise
-        try:
             arena._populate()
             os.pwrite(fd, page, 0)
         except BaseException:
-            arena.close()
-            arena.unlink()
+            os.close(fd)
+            path.unlink(missing_ok=True)
             raise
         return arena
 
@@ -200,15 +193,9 @@ class Arena(files.SharedFile):
         """Return the bytes of each tensor of a slot, in manifest order; made once, the same list each time."""
         self._start(slot)
         if slot not in self._views:
-            base = self.bytes(slot)
-            ends = (self.offsets + self.sizes).tolist()
-            self._views[slot] = [base[start:end] for start, end in zip(self.offsets.tolist(), ends, strict=True)]
+            base, sized = self.bytes(slot), zip(self.manifest.tensors, self.sizes.tolist(), strict=True)
+            self._views[slot] = [base[spec.offset : spec.offset + nbytes] for spec, nbytes in sized]
         return self._views[slot]
-
-    @cached_property
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """Byte offset of each tensor inside a slot, in manifest order."""
-        return np.array([spec.offset for spec in self.manifest.tensors], dtype=np.int64)
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:

@@ -17,7 +17,6 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -97,9 +96,7 @@ class SharedFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _descriptor(self) -> int:
@@ -233,12 +230,12 @@ def _check_owner(info: os.stat_result, path: Path) -> None:
         )  # fmt: skip
 
 
-def require_room(nbytes: int, folder: Path, limit: int | None = None) -> None:
+def require_room(nbytes: int, folder: Path) -> None:
     """Refuse a new file of `nbytes` that would not fit, before it is created. Raises ArenaFull with both sizes,
     ConfigError for a folder that does not exist."""
     if not folder.is_dir():
         raise ConfigError("the shared memory folder does not exist", where=str(folder), remedy=_NO_FOLDER)
-    room = min(_rooms(folder, limit), key=lambda r: r.nbytes)
+    room = min(_rooms(folder), key=lambda room: room.nbytes)
     if nbytes > room.nbytes:
         raise ArenaFull(
             "not enough shared memory for the arena",
@@ -249,13 +246,11 @@ def require_room(nbytes: int, folder: Path, limit: int | None = None) -> None:
         )
 
 
-def _rooms(folder: Path, limit: int | None) -> Iterator[Room]:
+def _rooms(folder: Path) -> Iterator[Room]:
     space = os.statvfs(folder)
     yield Room(space.f_bavail * space.f_frsize, f"the file system of {folder}")
     yield Room(psutil.virtual_memory().available - MEMORY_MARGIN, "MemAvailable")
     yield from cgroup_rooms(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    if limit is not None:
-        yield Room(limit, "the caller's limit")
     from_env = os.environ.get(LIMIT_ENV)
     if from_env:
         if not from_env.isdecimal():

@@ -12,22 +12,17 @@ from collections.abc import Callable, Iterator
 
 _libc = ctypes.CDLL(None)
 
-
-def _entry(name: str) -> int:
-    return ctypes.cast(getattr(_libc, name), ctypes.c_void_p).value or 0
-
-
 memmove: Callable[[int, int, int], object] = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-)(_entry("memmove"))
+)(("memmove", _libc))
 """(to, from, nbytes); releases the GIL."""
 memcmp: Callable[[int, int, int], int] = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-)(_entry("memcmp"))
+)(("memcmp", _libc))
 """(a, b, nbytes) -> 0 when equal; releases the GIL."""
 memcmp_held: Callable[[int, int, int], int] = ctypes.PYFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-)(_entry("memcmp"))
+)(("memcmp", _libc))
 """Like memcmp, for a few kilobytes: keeps the GIL, since getting it back can take 5 ms while another thread runs."""
 
 

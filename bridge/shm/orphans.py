@@ -13,7 +13,6 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,61 +24,63 @@ from bridge.shm import files
 MIN_AGE_S = 60.0
 
 
-@dataclass(frozen=True)
-class Orphan:
-    """A file that no process has: its size in bytes on the file system and its age in seconds."""
+def find_orphans(directory: Path | None = None, *, remove: bool = False) -> list[Path]:
+    """List the orphaned arenas and mailboxes of this user. Changes nothing without `remove`; does not block.
 
-    path: Path
-    nbytes: int
-    age_s: float
-
-
-def find_orphans(directory: Path | None = None, *, min_age_s: float = MIN_AGE_S) -> list[Orphan]:
-    """List the orphaned arenas and mailboxes of this user, by path. Changes nothing; does not block.
-
-    `directory`: default WEIGHBRIDGE_SHM_DIR, then /dev/shm; a folder that does not exist holds none.
+    Args:
+        directory: default WEIGHBRIDGE_SHM_DIR, then /dev/shm; a folder that does not exist holds none.
+        remove: unlink each orphan under its exclusive lock.
     """
-    return _sweep(files.directory(directory), min_age_s, remove=False)
-
-
-def clean_orphans(directory: Path | None = None, *, min_age_s: float = MIN_AGE_S) -> list[Orphan]:
-    """Unlink the orphans, each under its exclusive lock; returns them. Called whenever a bridge starts."""
-    return _sweep(files.directory(directory), min_age_s, remove=True)
-
-
-def _sweep(folder: Path, min_age_s: float, *, remove: bool) -> list[Orphan]:
-    candidates = list(_candidates(folder, min_age_s))
-    if not candidates:
-        return []
-    mapped = _mapped_files()
+    candidates = [path for path, info in own_files(directory) if _age_s(info) >= MIN_AGE_S]
+    mapped = _mapped_files() if candidates else set()
     found = []
     for path in candidates:
-        with _exclusively(path) as fd:
-            if fd is None:
+        with contextlib.suppress(OSError), opened(path) as fd:  # removed meanwhile
+            if not take_lock(fd, fcntl.LOCK_EX):
                 continue
             info = os.fstat(fd)
-            age = _age_s(info)
-            if (info.st_dev, info.st_ino) in mapped or age < min_age_s or _journal_open(fd):
+            if not os.path.samestat(info, path.lstat()) or _age_s(info) < MIN_AGE_S:
+                continue
+            if (info.st_dev, info.st_ino) in mapped or _journal_open(fd):
                 continue
             if remove:
                 path.unlink(missing_ok=True)
-            found.append(Orphan(path, info.st_blocks * 512, age))
+            found.append(path)
     return found
 
 
-def _candidates(folder: Path, min_age_s: float) -> Iterator[Path]:
+def clean_orphans(directory: Path | None = None) -> list[Path]:
+    """Unlink the orphans; returns them. Called whenever a bridge starts."""
+    return find_orphans(directory, remove=True)
+
+
+def own_files(directory: Path | None) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the arenas and mailboxes of this user, by path."""
+    folder = files.directory(directory)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if files.FILE_PATTERN.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                info = path.lstat()
+                if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
+                    yield path, info
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a file to look at it; yields its descriptor. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        names = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for name in names:
-        path = folder / name
-        if not files.FILE_PATTERN.fullmatch(name):
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            info = path.lstat()
-            if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid() and _age_s(info) >= min_age_s:
-                yield path
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def journal_of(fd: int) -> str:
+    """Read the journal that a shared file's header names; "" for none, a file still in the making, another version."""
+    try:
+        return files.decode_header(os.pread(fd, files.HEADER_NBYTES, 0), "").journal
+    except ProtocolError:
+        return ""
 
 
 def _age_s(info: os.stat_result) -> float:
@@ -87,34 +88,15 @@ def _age_s(info: os.stat_result) -> float:
     return time.time() - max(info.st_mtime, info.st_ctime)
 
 
-@contextlib.contextmanager
-def _exclusively(path: Path) -> Iterator[int | None]:
-    """Yield the descriptor of a file whose exclusive lock could be had and that still has its name, else None."""
-    with contextlib.ExitStack() as stack:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            stack.callback(os.close, fd)
-            ours = take_lock(fd, fcntl.LOCK_EX) and os.path.samestat(os.fstat(fd), path.lstat())
-        except OSError:
-            ours = False
-        yield fd if ours else None
-
-
 def _journal_open(fd: int) -> bool:
-    try:
-        journal = files.decode_header(os.pread(fd, files.HEADER_NBYTES, 0), "").journal
-    except ProtocolError:
-        return False  # never finished, or of another version: lock, maps and age decide
-    if not journal:
+    journal = journal_of(fd)
+    if not journal:  # then lock, maps and age decide
         return False
     try:
-        lock = os.open(lock_of(Path(journal)), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+        with opened(lock_of(Path(journal))) as lock:
+            return not take_lock(lock, fcntl.LOCK_SH)
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    try:
-        return not take_lock(lock, fcntl.LOCK_SH)
-    finally:
-        os.close(lock)
 
 
 def _mapped_files() -> set[tuple[int, int]]:

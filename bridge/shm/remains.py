@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 from pathlib import Path
 
-from bridge.errors import ProtocolError
-from bridge.shm import files
+from bridge.shm.orphans import journal_of, opened, own_files
 
 log = logging.getLogger(__name__)
 
@@ -21,24 +20,12 @@ def remove_remains(journal: Path, directory: Path | None = None) -> list[Path]:
         journal: the path as the ledger gives it.
         directory: default WEIGHBRIDGE_SHM_DIR, then /dev/shm.
     """
-    folder = files.directory(directory)
     removed: list[Path] = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not files.FILE_PATTERN.fullmatch(path.name):
-            continue
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            continue  # somebody else's, or just removed
-        try:
-            named = files.decode_header(os.pread(fd, files.HEADER_NBYTES, 0), str(path)).journal
-        except ProtocolError:
-            continue  # of another version, or still being made by somebody else
-        finally:
-            os.close(fd)
-        if named == str(journal):
-            path.unlink(missing_ok=True)
-            removed.append(path)
+    for path, _ in own_files(directory):
+        with contextlib.suppress(OSError), opened(path) as fd:  # just removed
+            if journal_of(fd) == str(journal):
+                path.unlink(missing_ok=True)
+                removed.append(path)
     if removed:
         log.warning("removed shared memory of a daemon that crashed: %s", ", ".join(map(str, removed)))
     return removed

@@ -64,39 +64,34 @@ def digest_slot(arena: Arena, slot: int, threads: int = 1) -> bytes:
     sizes = arena.sizes
     small = np.flatnonzero(sizes < _PARALLEL)
     out[small] = np.fromiter((xxhash.xxh3_64_intdigest(views[i]) for i in small.tolist()), dtype="<u8")
-    large = np.flatnonzero(sizes > CHUNK).tolist()
-    pieces = {index: np.empty(-(-int(sizes[index]) // CHUNK), dtype="<u8") for index in large}
     with ThreadPoolExecutor(threads, thread_name_prefix="weighbridge-digest") as pool:
-        jobs = [
-            pool.submit(_digest_piece, views[index][start:end], pieces[index], start // CHUNK)
-            for index in large
-            for start, end in cut(int(sizes[index]), CHUNK)
-        ]
-        jobs += [pool.submit(_digest_batch, views, batch, out) for batch in _batches(sizes)]
-        for job in jobs:
-            job.result()
-    for index in large:
-        out[index] = fold(pieces[index].tolist())
+        pieces = {
+            index: [
+                pool.submit(xxhash.xxh3_64_intdigest, views[index][start:end])
+                for start, end in cut(int(sizes[index]), CHUNK)
+            ]
+            for index in np.flatnonzero(sizes > CHUNK).tolist()
+        }
+        batches = {batch: pool.submit(_digest_batch, views, batch) for batch in _batches(sizes)}
+        for index, jobs in pieces.items():
+            out[index] = fold(job.result() for job in jobs)
+        for batch, job in batches.items():
+            out[list(batch)] = job.result()
     return out.tobytes()
 
 
-def _digest_piece(view: memoryview, out: Digests, at: int) -> None:
-    out[at] = xxhash.xxh3_64_intdigest(view)
+def _digest_batch(views: list[memoryview], batch: tuple[int, ...]) -> list[int]:
+    return [xxhash.xxh3_64_intdigest(views[index]) for index in batch]
 
 
-def _digest_batch(views: list[memoryview], batch: list[int], out: Digests) -> None:
-    for index in batch:
-        out[index] = xxhash.xxh3_64_intdigest(views[index])
-
-
-def _batches(sizes: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+def _batches(sizes: npt.NDArray[np.int64]) -> Iterator[tuple[int, ...]]:
     """Yield the tensors between _PARALLEL and CHUNK, a few megabytes at a time."""
     middle = np.flatnonzero((sizes >= _PARALLEL) & (sizes <= CHUNK))
     if not len(middle):
         return
     bins = np.cumsum(sizes[middle]) // _BATCH
     for part in np.split(middle, np.flatnonzero(np.diff(bins)) + 1):
-        yield part.tolist()
+        yield tuple(part.tolist())
 
 
 def seal_slot(arena: Arena, slot: int, version: int, digests: bytes) -> Seal:
@@ -151,11 +146,8 @@ def require_equal(manifest: Manifest, expected: bytes, got: bytes, where: str) -
     )
 
 
-def differing_tensors(arena: Arena, one: int, other: int) -> tuple[int, ...] | None:
-    """Compare two sealed slots by digest: manifest indices of the tensors that differ, in order. None means all of
-    them: every digest differs, or a slot is not sealed."""
-    a, b = arena.seal_of(one), arena.seal_of(other)
-    if a is None or b is None:
-        return None
-    found = differing(a.digests, b.digests)
-    return None if len(found) == len(arena.manifest.tensors) else tuple(found)
+def differing_tensors(one: Seal, other: Seal) -> tuple[int, ...] | None:
+    """Compare two versions of one arena by their seals: manifest indices of the tensors that differ, in order. None
+    means all of them."""
+    found = differing(one.digests, other.digests)
+    return None if len(found) * DIGEST_NBYTES == len(one.digests) else tuple(found)

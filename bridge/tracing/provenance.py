@@ -19,7 +19,7 @@ NOT_SENT = "reads a value that no sent tensor supplies"
 NOT_AFFINE = "a view too irregular to describe as regions"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Provenance:
     """The sources of a tensor's elements.
 

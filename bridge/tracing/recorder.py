@@ -12,7 +12,6 @@ Nothing here reads values: everything runs on the meta device. Used by the engin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -72,7 +71,13 @@ class Recorder:
         self._layout = {path: region_of(tensor) for path, tensor in self._targets.items()}
         self._first: dict[str, int] = {}
         for path, tensor in self._targets.items():
-            self._add_target(path, tensor)
+            self._first[path] = storage_key(tensor)
+            storage, region = self.track(tensor), region_of(tensor)
+            earlier = next((other for other, place in storage.targets if place == region), None)
+            if earlier is not None:
+                self.ties[path] = earlier
+            else:
+                storage.targets.append((path, region))
         for name, tensor in sources.items():
             self._add_source(name, tensor)
         self._mode = _Mode(self)
@@ -81,11 +86,9 @@ class Recorder:
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        if error is None:
+    def __exit__(self, *exc: object) -> None:
+        self._mode.__exit__(*exc)  # type: ignore[no-untyped-call]
+        if exc[0] is None:
             self._settle_rebound()
 
     def feed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -97,18 +100,16 @@ class Recorder:
     def provenance(self, tensor: torch.Tensor) -> Provenance:
         """Find the sources of a tensor's elements. May be called inside or after the `with` block."""
         other = dense(tuple(tensor.shape))
-        found = self.read(tensor, other)
         result = Provenance([], [], None)
-        taint: str | None = None
-        for write, origin, held in found:
+        for write, origin, held in self.read(tensor, other):
             reason = why_not(write, tensor.dtype)
             if reason is not None:
-                taint = taint or reason
+                result.taint = result.taint or reason
             elif write is not None and write.name is not None:
                 result.pieces.append((write.name, held, origin))
             elif write is not None and write.value is not None:
                 result.fills.append((held, write.value))
-        return Provenance(result.pieces, result.fills, taint)
+        return result
 
     def read(self, tensor: torch.Tensor, other: Region) -> ResolvedWrites:
         """Find the write behind each element of a tensor; the companion region `other` is split alongside."""
@@ -160,15 +161,6 @@ class Recorder:
             )
         whole = dense(tuple(tensor.shape))
         self.track(tensor).log.append(LoggedWrite(whole, 0, whole.numel, name=name, origin=whole, dtype=tensor.dtype))
-
-    def _add_target(self, path: str, tensor: torch.Tensor) -> None:
-        storage, region = self.track(tensor), region_of(tensor)
-        self._first[path] = storage_key(tensor)
-        for earlier, place in storage.targets:
-            if place == region:
-                self.ties[path] = earlier
-                return
-        storage.targets.append((path, region))
 
     def emit(self, storage: StorageLog, entry: LoggedWrite) -> None:
         """Turn one write into moves, fills or taints of the targets whose elements it touches."""

@@ -361,15 +361,17 @@ def test_an_empty_file_is_no_arena(tmp_path: Path) -> None:
 # ---- room ------------------------------------------------------------------------------------------------------------
 
 
-def test_too_little_room_names_both_sizes_and_creates_nothing(tmp_path: Path) -> None:
+def test_too_little_room_names_both_sizes_and_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = file_nbytes(MANIFEST, 2)
+    monkeypatch.setenv("WEIGHBRIDGE_SHM_LIMIT", str(needed - 1))
     with pytest.raises(ArenaFull) as caught:
-        Arena.create(MANIFEST, name="x", directory=tmp_path, limit=needed - 1)
+        Arena.create(MANIFEST, name="x", directory=tmp_path)
     assert str(needed) in (caught.value.expected or "")
     assert str(needed - 1) in (caught.value.got or "")
     assert caught.value.remedy
     assert listed(tmp_path) == []
-    Arena.create(MANIFEST, name="x", directory=tmp_path, limit=needed).close()
+    monkeypatch.setenv("WEIGHBRIDGE_SHM_LIMIT", str(needed))
+    Arena.create(MANIFEST, name="x", directory=tmp_path).close()
 
 
 def test_the_limit_can_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

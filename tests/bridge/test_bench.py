@@ -81,10 +81,12 @@ def test_a_reference_that_varies_is_called_noisy() -> None:
     assert result["noisy"]
 
 
-def test_a_tunable_that_the_user_set_is_kept() -> None:
-    environ = copy_bench.environment(_job(), {"GLIBC_TUNABLES": "glibc.malloc.check=1"})
+def test_a_tunable_that_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    environ = copy_bench.environment(_job())
     assert environ["GLIBC_TUNABLES"] == f"glibc.malloc.check=1:{COPY_TUNABLE}"
-    assert copy_bench.environment(_job(), environ)["GLIBC_TUNABLES"] == environ["GLIBC_TUNABLES"]
+    monkeypatch.setenv("GLIBC_TUNABLES", environ["GLIBC_TUNABLES"])
+    assert copy_bench.environment(_job())["GLIBC_TUNABLES"] == environ["GLIBC_TUNABLES"]
 
 
 def test_options_become_jobs() -> None:
@@ -154,7 +156,7 @@ def _bench(skip: str | None = None) -> tuple[copy_worker.Bench, CopyingBridge, l
     copy_worker.fill(engine, seed=1)
     made = CopyingBridge(engine, skip)
     copies: list[int] = []
-    sink = copy_worker.ModuleSink(made, engine)  # type: ignore[arg-type]
+    sink = copy_worker.Sink(made, engine)  # type: ignore[arg-type]
     return copy_worker.Bench(_job(), copy_worker.Trainer(trainer), sink, lambda: copies.append(1)), made, copies
 
 

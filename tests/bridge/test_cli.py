@@ -66,7 +66,10 @@ class FakeBridge:
         self._called("explain", name)
         return [{"engine": "engine0", "rank": "0", "strategy": "in place [bold]"}]
 
-    def close(self) -> None:
+    def __enter__(self) -> FakeBridge:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self.calls.append(("close", None))
 
 

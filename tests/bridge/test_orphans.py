@@ -40,16 +40,10 @@ def _two_minutes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bridge.shm.orphans.time.time", lambda: now() + 120)
 
 
-def found(folder: Path) -> list[Path]:
-    return [orphan.path for orphan in find_orphans(folder)]
-
-
 def test_what_nobody_has_is_found_and_removed(left_behind: list[Path]) -> None:
     folder = left_behind[0].parent
-    assert found(folder) == sorted(left_behind)
-    assert all(orphan.age_s > 60 for orphan in find_orphans(folder))
-    assert find_orphans(folder)[0].nbytes > 0
-    assert sorted(orphan.path for orphan in clean_orphans(folder)) == sorted(left_behind)
+    assert find_orphans(folder) == sorted(left_behind)
+    assert clean_orphans(folder) == sorted(left_behind)
     assert list(folder.iterdir()) == []
     assert clean_orphans(folder) == []
 
@@ -69,8 +63,8 @@ def test_a_file_that_somebody_locks_is_left(left_behind: list[Path]) -> None:
     arena, mailbox = left_behind
     with arena.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        assert found(arena.parent) == [mailbox]
-    assert found(arena.parent) == sorted(left_behind)
+        assert find_orphans(arena.parent) == [mailbox]
+    assert find_orphans(arena.parent) == sorted(left_behind)
 
 
 def test_a_lock_in_a_child_whose_parent_died_counts(left_behind: list[Path]) -> None:
@@ -89,14 +83,14 @@ def test_a_lock_in_a_child_whose_parent_died_counts(left_behind: list[Path]) -> 
     child = int(parent.stdout.readline())
     parent.wait(20)
     try:
-        assert found(left_behind[0].parent) == [left_behind[1]]
+        assert find_orphans(left_behind[0].parent) == [left_behind[1]]
     finally:
         parent.stdin.close()
         deadline = time.monotonic() + 20
         while Path("/proc", str(child)).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
     parent.stdout.close()
-    assert found(left_behind[0].parent) == sorted(left_behind)
+    assert find_orphans(left_behind[0].parent) == sorted(left_behind)
 
 
 def test_a_file_that_a_process_maps_is_left(left_behind: list[Path]) -> None:
@@ -111,11 +105,11 @@ def test_a_file_that_a_process_maps_is_left(left_behind: list[Path]) -> None:
     assert reader.stdout is not None
     reader.stdout.readline()
     try:
-        assert clean_orphans(left_behind[0].parent)[0].path == left_behind[1]
+        assert clean_orphans(left_behind[0].parent) == [left_behind[1]]
         assert left_behind[0].exists()
     finally:
         reader.communicate(b"\n", timeout=20)
-    assert found(left_behind[0].parent) == [left_behind[0]]
+    assert find_orphans(left_behind[0].parent) == [left_behind[0]]
 
 
 def test_a_file_whose_journal_is_open_is_left(tmp_path: Path) -> None:
@@ -127,13 +121,13 @@ def test_a_file_whose_journal_is_open_is_left(tmp_path: Path) -> None:
     assert clean_orphans(tmp_path) == []
     ledger.issue()  # looking at the journal's lock has not taken it away
     ledger.close()
-    assert sorted(orphan.path for orphan in clean_orphans(tmp_path)) == sorted([arena.path, mailbox.path])
+    assert clean_orphans(tmp_path) == sorted([arena.path, mailbox.path])
 
 
 def test_a_journal_that_is_gone_keeps_nothing(tmp_path: Path) -> None:
     arena = Arena.create(MANIFEST, name="a", directory=tmp_path, journal=tmp_path / "gone.sqlite")
     arena.close()
-    assert [orphan.path for orphan in clean_orphans(tmp_path)] == [arena.path]
+    assert clean_orphans(tmp_path) == [arena.path]
 
 
 def test_a_living_arena_is_left(tmp_path: Path) -> None:
@@ -156,7 +150,7 @@ def test_half_made_files_are_removed_and_strangers_are_left(tmp_path: Path) -> N
     folder.mkdir()
     link = tmp_path / "weighbridge-z-0123456789abcdef.data"
     link.symlink_to(strangers[0])
-    assert [orphan.path for orphan in clean_orphans(tmp_path)] == [half]
+    assert clean_orphans(tmp_path) == [half]
     assert all(path.exists() for path in [*strangers, folder, link])
 
 
