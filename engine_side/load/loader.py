@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, cast
@@ -36,9 +35,8 @@ from engine_side.load.arena_views import ArenaViews
 from engine_side.load.copies import CopyBatch, CopyPair, batches, make_pair, run_all
 from engine_side.load.explain import explain
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
-from engine_side.plan.bake import Baked, bake, bind, side_by_side, stand_ins
+from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
-from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.quant_groups import find_incomplete_groups
 from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
 from engine_side.plan.twins import Twin, graft, redo
@@ -144,7 +142,9 @@ class Loader:
             self.sources_of[path] = frozenset(
                 p for p in self.decided.choices if id(template.get_submodule(p)) in around
             )
-        self.caches = self._forward_caches()
+        found = {path: choice.kept for path, choice in self.decided.choices.items()}
+        pairs = [each for each in side_by_side(template, host.model) if each[0] not in self.decided.derived]
+        self.caches = ForwardCaches(host.model, pairs, found)  # what a loader or post-load sets is no cache
         self._modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
@@ -172,16 +172,6 @@ class Loader:
                     remedy="send the module's other tensors too",
                     names=(target,),
                 )
-
-    def _forward_caches(self) -> ForwardCaches:
-        """Find what forwards of the live modules may have cached. What a loader or post-load sets is no cache."""
-        with experiment_step("building a skeleton", type(self.host.model).__name__):
-            fresh = self.host.skeleton()
-        with suppress(*LOADER_ERRORS):
-            self.host.load_weights(fresh, iter(stand_ins(self.baked.infos).items()))
-        found = {path: choice.kept for path, choice in self.decided.choices.items()}
-        pairs = [each for each in side_by_side(fresh, self.host.model) if each[0] not in self.decided.derived]
-        return ForwardCaches(self.host.model, pairs, found)
 
     # ---- what the driver asks ----------------------------------------------------------------------------------------
 
@@ -476,7 +466,7 @@ class Loader:
             sources = [name for path in cluster.paths for name in self.baked.native_sources.get(path, ())]
             weights = {name: self.mapped.slots[slot][self.mapped.index[name]] for name in dict.fromkeys(sources)}
             with torch.no_grad():
-                self.host.load_weights(decided.twins.skeleton, iter(weights.items()))
+                self.host.load_weights(twin.skeleton, iter(weights.items()))
         else:
             twin = decided.twins.take(decided.alike[choice.path], decided.live)
             with torch.no_grad():

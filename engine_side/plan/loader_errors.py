@@ -169,21 +169,19 @@ def _transposed_that_fits(
     return other if found.moves else None
 
 
-def broadcast_errors(moves: Sequence[Move], infos: Mapping[str, TensorInfo]) -> Iterator[ShapeMismatch]:
+def broadcast_errors(moves: Sequence[Move], infos: Sequence[TensorInfo]) -> Iterator[ShapeMismatch]:
     """Find sent elements that were spread over several engine elements by broadcasting: the loader did not look at
     shapes. A tensor without dimensions is a scale for many and may spread."""
-    seen: set[str] = set()
+    shapes = {info.name: info.shape for info in infos if info.shape}
     for move in moves:
         spread = any(n > 1 and s == 0 for n, s in zip(move.source.shape, move.source.strides, strict=True))
-        info = infos.get(move.tensor)
-        if not spread or info is None or not info.shape or move.tensor in seen:
+        if not spread or move.tensor not in shapes:
             continue
-        seen.add(move.tensor)
         yield ShapeMismatch(
             "a tensor was broadcast into a larger parameter",
             where=f"{move.tensor} -> {move.target}",
             expected=f"a shape that fills {list(move.dest.shape)} element by element",
-            got=f"{list(info.shape)}",
+            got=f"{list(shapes.pop(move.tensor))}",
             remedy="trainer and engine must run the same configuration",
             names=(move.tensor,),
         )

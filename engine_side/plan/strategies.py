@@ -114,12 +114,10 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, when no strategy
     serves a module, or when the engine's code fails in an experiment; OutOfMemory. All name module and class.
     """
-    with experiment_step("building a skeleton", type(host.model).__name__):
-        template = host.skeleton()
-    groups = _groups(template, baked, _clusters(template, baked))
+    groups = _groups(baked)
     paths = [path for group in groups for cluster in group for path in cluster.paths]
-    live = bind(template, host.model, paths)
-    twins = TwinSource(host, template)
+    live = bind(baked.skeleton, host.model, paths)
+    twins = TwinSource(host, baked.skeleton)
     decided = StrategyTable({}, {}, {}, live, (), twins)
     found: dict[str, ModuleStrategy] = {}
     for group in groups:
@@ -133,18 +131,18 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
                 decided.clusters[path] = cluster
                 decided.alike[path] = alike
                 _check_live(live[path], found[path])
-        twins.forget()
+        twins.release()
     order = [path for path in baked.targets.of_module() if path in found]
     decided.choices = {path: found[path] for path in order}
     decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
     with experiment_step("looking for modules with derived state", type(host.model).__name__):
         holders = {path for path, places in baked.targets.of_module().items()
                    if any(place.target not in baked.unloaded for place in places)}  # fmt: skip
-        decided.derived = _derived(host, found.keys() | holders)
+        decided.derived = _derived(twins, found.keys() | holders)
     return decided
 
 
-def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
+def _clusters(baked: Baked) -> list[Cluster]:
     """Group the modules of the plan that hold the same target, in the skeleton's order."""
     wanted = {t.path for t in baked.plan.targets}
     modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
@@ -159,10 +157,10 @@ def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
                 groups.update(dict.fromkeys(other, group))
     order = {path: k for k, path in enumerate(modules)}
     distinct = {id(group): sorted(group, key=order.__getitem__) for group in groups.values()}
-    return [_cluster(template, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
+    return [_cluster(baked, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
 
 
-def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
+def _cluster(baked: Baked, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
     targets: dict[str, int] = {}
     roles: list[Role] = []
     places: list[dict[str, int]] = []
@@ -170,23 +168,23 @@ def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, 
         places.append({})
         for place in modules[path]:
             if place.target not in targets:
-                tensor = require_tensor(template.get_submodule(path), place.name)
+                tensor = baked.targets.tensors[place.target]
                 targets[place.target] = len(roles)
                 roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
             places[-1][place.name] = targets[place.target]
     return Cluster(paths, tuple(targets), tuple(roles), tuple(places))
 
 
-def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> list[list[Cluster]]:
+def _groups(baked: Baked) -> list[list[Cluster]]:
     """Group clusters that are alike in everything an experiment could see; one of them is tried for all."""
     moves: dict[str, list[Move]] = {}
     for move in baked.plan.moves:
         moves.setdefault(move.target, []).append(move)
     groups: dict[object, list[Cluster]] = {}
-    for cluster in clusters:
+    for cluster in _clusters(baked):
         plan = tuple((m.source, m.dest) for target in cluster.targets for m in moves.get(target, ()))
         shape = tuple(tuple(sorted(names.items())) for names in cluster.places)
-        marks = tuple(_marks(template.get_submodule(path)) for path in cluster.paths)
+        marks = tuple(_marks(baked.skeleton.get_submodule(path)) for path in cluster.paths)
         native = tuple(path for path in cluster.paths if path in baked.plan.native)
         groups.setdefault((cluster.roles, shape, plan, marks, native), []).append(cluster)
     return list(groups.values())
@@ -521,19 +519,19 @@ def _check_live(live: nn.Module, choice: ModuleStrategy) -> None:
         )
 
 
-def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ...]:
+def _derived(twins: TwinSource, owners: frozenset[str] | set[str]) -> tuple[str, ...]:
     """List modules without weights of their own that have a post-load step: it derives something from others."""
-    scratch = host.skeleton()
     out: list[str] = []
-    for path, module in scratch.named_modules():
+    for path, module in twins.take_skeleton().named_modules():
         if path in owners:
             continue
         try:
-            has = host.post_load(module)
+            has = twins.host.post_load(module)
         except LOADER_ERRORS as error:
             if is_out_of_memory(error):
                 raise
             has = True
         if has:
             out.append(path)
+    twins.forget()
     return tuple(out)

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 import torch
 
 from bridge.model.receipt import Failure, LevelResult
-from bridge.model.regions import dest_coverage
 from bridge.shm.memcpy import uncollected
 from engine_side.live.inplace import diff, find_tensor
 from engine_side.live.module_tree import Replaced
@@ -39,13 +38,12 @@ SHOWN = 16
 class Verifier:
     """The levels of one mapped Loader.
 
-    Remembers from push to push: plan digests whose coverage is proven, whether every module was probed once since the
-    plan was made, and the work lists of comparisons.
+    Remembers from push to push whether every module was probed once since the plan was made, and the work lists of
+    comparisons.
     """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
-        self._covered: dict[bytes, LevelResult] = {}
         self._probed = False
         self._comparisons: dict[int, tuple[object, list[Comparison]]] = {}
         self._both: dict[int, tuple[object, object, list[tuple[CopyPair, CopyPair]]]] = {}
@@ -123,22 +121,18 @@ class Verifier:
     # ---- levels ------------------------------------------------------------------------------------------------------
 
     def coverage(self) -> LevelResult:
-        """Prove once per plan digest that every element is written exactly once.
+        """Prove that every element is written exactly once.
 
         Raises ConfigError when a module was replaced since the plan was made: then this is no plan of this engine, and
         nothing may be written by it.
         """
         self.loader.require_bound()
-        plan = self.loader.baked.plan
-        key = plan.digest
-        if key not in self._covered:
-            found = dest_coverage(plan)
-            sizes = {t.path: t.numel for t in plan.targets}
-            wrong = [] if self.loader.baked.partial else [(p, f"{n} never written") for p, n in found.holes.items()]
-            wrong += [(path, f"{n} written more than once") for path, n in found.overlaps.items()]
-            failures = [Failure(p, f"{sizes[p]} elements written once", got, parameter=p) for p, got in wrong]
-            self._covered[key] = _result("coverage", len(plan.targets), failures)
-        return self._covered[key]
+        baked = self.loader.baked
+        sizes = {t.path: t.numel for t in baked.plan.targets}
+        wrong = [] if baked.partial else [(p, f"{n} never written") for p, n in baked.coverage.holes.items()]
+        wrong += [(path, f"{n} written more than once") for path, n in baked.coverage.overlaps.items()]
+        failures = [Failure(p, f"{sizes[p]} elements written once", got, parameter=p) for p, got in wrong]
+        return _result("coverage", len(sizes), failures)
 
     def attributes(self, replaced: Sequence[Replaced] | None = None) -> LevelResult:
         """Compare with the last snapshot that held; storage may have moved where loads since then moved it."""
