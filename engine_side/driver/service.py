@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -54,7 +53,7 @@ from bridge.protocol.engine_messages import (
     FromEngine,
     ToEngine,
 )
-from bridge.protocol.rank_jobs import AnyJob, BakeJob, ForgetJob, MapJob, RankBake, RankLoaded, RankReply, Scores
+from bridge.protocol.rank_jobs import ForgetJob, RankLoaded, Scores
 from engine_side.driver.arenas import Arenas
 from engine_side.driver.level_errors import canary_error, level_error
 from engine_side.driver.lora_versions import LoraVersions
@@ -117,8 +116,7 @@ class EngineService:
         self._busy = threading.RLock()
         self._turn = 0
         self._ranks = RankClient(engine_id, driver)
-        self._arenas = Arenas(engine_id, threads)
-        self._coverage: dict[int, tuple[LevelResult, ...]] = {}  # by plan and rank, as the bake proved it
+        self._arenas = Arenas(engine_id, threads, self._ranks)
         self._paused_at: float | None = None
         self._pause_s = 0.0
         self._outputs = OutputChecks(engine_id, driver, self._ranks)
@@ -134,55 +132,57 @@ class EngineService:
                 return self._generate(request)
             if isinstance(request, EngineHello):
                 return EngineIs(self._info())  # a question never waits for a push
-            # a way back has time of its own, counted from its turn: the load that made it necessary may still run
-            turn_s = request.timeout_s if isinstance(request, EngineRestore) else deadline.remaining_s
-            with self._serving_one(turn_s):
-                if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
-                    if request.turn < self._turn:
-                        raise ProtocolError(
-                            "asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}",
-                            got=f"turn {request.turn}", remedy="push again",
-                        )  # fmt: skip
-                    self._turn = request.turn
-                match request:
-                    case EngineLoad():
-                        return self._load(request, deadline)
-                    case EngineCommit():
-                        return self._commit(request, deadline)
-                    case EngineResume():
-                        return self._resume(request, deadline)
-                    case EngineRestore():
-                        return self._restore(request)
-                    case EngineRun():
-                        return EngineRan(tuple(self._run(request.job, deadline)))
-                    case EngineReadBack():
-                        return self._read_back(request, deadline)
-                    case EngineCheck():
-                        return self._check(request, deadline)
-                    case EngineClaim():
-                        return self._claim(request, deadline)
-                    case EngineClose():
-                        self.close()
-                        return EngineOk(self._report())
+            if not self._busy.acquire(blocking=False):
+                self._wait_for_turn(request, deadline)
+            try:
+                return self._answer(request, deadline)
+            finally:
+                self._busy.release()
         except BridgeError:
             raise
         except Exception as error:  # process boundary: the coordinator must get an answer whatever broke here
             log.exception("request %s failed", type(request).__name__)
             raise ErrorInfo.of(error).rebuild(self.id) from error
 
-    @contextmanager
-    def _serving_one(self, seconds: float) -> Iterator[None]:
-        """Wait for the request before this one to end. Raises DeadlineExceeded when it has not after `seconds`."""
+    def _wait_for_turn(self, request: ToEngine, deadline: Deadline) -> None:
+        """Wait until the request before this one has ended. Raises DeadlineExceeded when that takes too long."""
+        # a way back has time of its own, counted from its turn: the load that made it necessary may still run
+        seconds = request.timeout_s if isinstance(request, EngineRestore) else deadline.remaining_s
         if not self._busy.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
             raise DeadlineExceeded(
                 "the engine is still busy with an earlier request", where=self.id,
                 expected=f"free within {seconds:.1f} s", got="a request that hangs or takes longer",
                 remedy="look for a hung engine in its log, or raise the time-out",
             )  # fmt: skip
-        try:
-            yield
-        finally:
-            self._busy.release()
+
+    def _answer(self, request: ToEngine, deadline: Deadline) -> FromEngine:
+        if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
+            if request.turn < self._turn:
+                raise ProtocolError(
+                    "asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}",
+                    got=f"turn {request.turn}", remedy="push again",
+                )  # fmt: skip
+            self._turn = request.turn
+        match request:
+            case EngineLoad():
+                return self._load(request, deadline)
+            case EngineCommit():
+                return self._commit(request, deadline)
+            case EngineResume():
+                return self._resume(request, deadline)
+            case EngineRestore():
+                return self._restore(request)
+            case EngineRun():
+                return EngineRan(tuple(self._arenas.run(request.job, deadline)))
+            case EngineReadBack():
+                return self._read_back(request, deadline)
+            case EngineCheck():
+                return self._check(request, deadline)
+            case EngineClaim():
+                return self._claim(request, deadline)
+            case EngineClose():
+                self.close()
+        return EngineOk(self._report())
 
     def _claim(self, request: EngineClaim, deadline: Deadline) -> EngineIs:
         self.driver.claim(request.owner)
@@ -220,29 +220,11 @@ class EngineService:
         state, serving = self._standing.state.value, self._standing.serving
         return EngineReport(self.id, state, serving, ranks, drift, lora, self._pause_s, error)
 
-    def _run(self, job: AnyJob, deadline: Deadline) -> list[RankReply]:
-        """Run a job on every rank; the driver's side of plans and arenas follows suit."""
-        if isinstance(job, MapJob):
-            self._arenas.open(job)
-        try:
-            answers = self._ranks.run(job, deadline)
-        except BaseException:
-            if isinstance(job, MapJob):
-                self._arenas.close(job.plan)
-            raise
-        if isinstance(job, BakeJob):
-            self._coverage[job.plan] = tuple(answer.coverage for answer in answers if isinstance(answer, RankBake))
-        if isinstance(job, MapJob | ForgetJob):
-            keep = (job.plan, *job.keep) if isinstance(job, MapJob) else job.keep
-            self._arenas.close_all_but(keep)
-            self._coverage = {plan: levels for plan, levels in self._coverage.items() if plan in keep}
-        return answers
-
     def _read_back(self, request: EngineReadBack, deadline: Deadline) -> EngineVersionZero:
         if self._standing.state is not EngineState.SERVING:
             reason = f"it is {self._standing.state.value}: nobody verified what it holds"
             return EngineVersionZero(False, "none", reason)
-        return self._arenas.read_back(request, self._ranks, self.driver.checkpoint, deadline)
+        return self._arenas.read_back(request, self.driver.checkpoint, deadline)
 
     # ---- load and verify --------------------------------------------------------------------------------------------
 
@@ -260,8 +242,13 @@ class EngineService:
             self._standing.move(EngineState.STAGING)
         outputs = bool({"canary", "cache"} & set(settings.levels))
         try:
-            self._loras.begin_load(request.keeps)
-            ranks = self._stage(request, phases)
+            if self._loras.staged is not None:  # committed by others: this engine never resumed with it
+                self._loras.settle()
+            if request.keeps is not None:
+                self._loras.require(request.keeps)
+            started = time.perf_counter()
+            ranks = self._arenas.stage(request, self.driver.ranks)
+            phases["transfer"] = time.perf_counter() - started
             self._require_passed(ranks)
             serving = self._standing.serving
             if outputs and (lora is None or not self._loras.lost):
@@ -297,21 +284,6 @@ class EngineService:
                 got=f"{self._standing.state.value} {self._detail}".strip(),
                 remedy="push the weights first: mode='base'",
             )
-
-    def _stage(self, request: EngineLoad, phases: dict[str, float]) -> tuple[RankReport, ...]:
-        """Before anything is written: the announced version is sealed, its bytes are what was sealed, and the plan
-        covers this engine (as its ranks proved when they baked it)."""
-        job, wanted = request.job, request.job.settings.levels
-        started = time.perf_counter()
-        arena = self._arenas.stage(request)
-        levels: tuple[LevelResult, ...] = ()
-        if "transfer" in wanted:
-            note = "" if request.check else "digests were checked by another engine of this node"
-            levels = (LevelResult("transfer", True, len(arena.manifest.tensors), note=note),)
-        phases["transfer"] = time.perf_counter() - started
-        if "coverage" not in wanted:
-            return tuple(RankReport(rank, levels) for rank in range(self.driver.ranks))
-        return tuple(RankReport(rank, (*levels, found)) for rank, found in enumerate(self._coverage[job.plan]))
 
     def _require_passed(self, ranks: Iterable[RankReport]) -> None:
         """Raise the error of the first failed level, by rank."""
@@ -377,7 +349,8 @@ class EngineService:
             raise ProtocolError(
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
-        self._outputs.note_served(request.version)
+        if self.driver.can_generate:
+            self._outputs.note_served(request.version)
         try:
             self._serve(request.version, request.lora, deadline)
         except TransportError as error:  # nobody may wait at the gate of an engine that does not answer
@@ -419,7 +392,8 @@ class EngineService:
                 if self._standing.state is not EngineState.SERVING:
                     self._serve(self._standing.serving or 0, self._loras.current, deadline)
                 return EngineOk(self._report())
-            self._loras.require(request.lora)
+            if request.lora is not None:
+                self._loras.require(request.lora)
             self._load_back(request, deadline)
         except Exception as error:  # the engine's own code runs here: whatever broke, nothing may be served
             if not isinstance(error, BridgeError):
@@ -479,23 +453,17 @@ class EngineService:
         found = self._ranks.ask(request.job, RankLoaded, deadline)
         scores: Scores = ()
         if request.prompts and self.driver.can_generate:
-            with self._holding_requests(deadline):
-                scores = self._outputs.scores(request.prompts, deadline, request.scored)
+            scores = self._examine(request, deadline)
         return EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
 
-    @contextmanager
-    def _holding_requests(self, deadline: Deadline) -> Iterator[None]:
-        """Pause a serving engine for prompt log-probabilities, keeping its requests: they take KV blocks that running
-        requests may hold."""
+    def _examine(self, request: EngineCheck, deadline: Deadline) -> Scores:
+        """Compute prompt log-probabilities. A serving engine is paused for it, keeping its requests: they take KV
+        blocks that running requests may hold."""
         serving = self._standing.state is EngineState.SERVING and self._paused_at is None
-        if serving:
-            try:
-                self.driver.pause("keep", deadline)
-            except Exception:  # it may still fall asleep, or have closed its gate
-                self._end_examination()
-                raise
         try:
-            yield
+            if serving:  # one that raises may still fall asleep, or have closed its gate
+                self.driver.pause("keep", deadline)
+            return self._outputs.scores(request.prompts, deadline, request.scored)
         finally:
             if serving:
                 self._end_examination()

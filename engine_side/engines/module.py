@@ -44,8 +44,10 @@ class ModuleDriver:
         self.module = module
         self._canonical = canonical
         self._run: Callable[[bytes], None] | None = None
-        self._bindings: _Bindings | None = None
         self._apart: frozenset[int] | None = None
+        self._registries: list[Mapping[str, torch.Tensor | None]] = []
+        self._seen: list[torch.Tensor | None] = []
+        self._addresses: list[int] = []
 
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
         """Run the job in the calling thread; blocks until it is done. Raises DeadlineExceeded only before it."""
@@ -118,8 +120,10 @@ class ModuleDriver:
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Raise ConfigError when one of these storage addresses is the module's own. Looked up again only when the
-        trainer's storages, or the module's tensors, have changed since the last call."""
-        if storages is self._apart and self._bindings is not None and self._bindings.unchanged():
+        trainer's storages, or the module's tensors, have changed since the last call; about 0.4 us per tensor."""
+        now = [tensor for registry in self._registries for tensor in registry.values()]
+        same = storages is self._apart and len(now) == len(self._seen) and all(map(is_, now, self._seen))
+        if same and self._addresses == [t.data_ptr() for t in now if t is not None and t.device.type != "meta"]:
             return
         shared = sorted(name for name, address in storages_of(self.module).items() if address in storages)
         if shared:
@@ -131,7 +135,10 @@ class ModuleDriver:
                 remedy="attach a copy (copy.deepcopy(module))",
                 names=tuple(shared),
             )
-        self._apart, self._bindings = storages, _Bindings(self.module)
+        self._apart = storages
+        self._registries = [r for m in self.module.modules() for r in (m._parameters, m._buffers) if r]
+        self._seen = [tensor for registry in self._registries for tensor in registry.values()]
+        self._addresses = [t.data_ptr() for t in self._seen if t is not None and t.device.type != "meta"]
 
     def close(self) -> None:
         """Give up the claim. The module stays as it is, gated if it holds unverified weights."""
@@ -144,18 +151,14 @@ class ModuleRankHost:
     rank = 0
 
     def __init__(self, module: nn.Module, canonical: CanonicalRoutes | None = None) -> None:
-        self._module = module
+        self.model = module
         self._canonical = canonical
         self._routes: Routes | None = None
         self._routes_of: dict[str, torch.Size] = {}
 
-    @property
-    def model(self) -> nn.Module:
-        return self._module
-
     def skeleton(self) -> nn.Module:
         """Copy the module tree with meta tensors: same classes, same attributes by reference, no hooks, no memory."""
-        return _mirror(self._module, {}, {})
+        return _mirror(self.model, {}, {})
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy checkpoint tensors into the skeleton. Strict: raises UnexpectedTensor for an unknown name, ShapeMismatch
@@ -182,9 +185,9 @@ class ModuleRankHost:
         """Computed again only when the module's tensors have changed (a resized embedding)."""
         if self._canonical is None:
             return None
-        shapes = {name: tensor.shape for name, tensor in _by_name(self._module).items()}
+        shapes = {name: tensor.shape for name, tensor in _by_name(self.model).items()}
         if self._routes is None or shapes != self._routes_of:
-            self._routes, self._routes_of = self._canonical(self._module), shapes
+            self._routes, self._routes_of = self._canonical(self.model), shapes
         return self._routes
 
     def post_load(self, module: nn.Module) -> bool:
@@ -234,11 +237,17 @@ class ModuleRankHost:
 
     def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
         """Raise UnsupportedLora: a plain module has no LoRA slots."""
-        raise self._unsupported()
+        raise UnsupportedLora(
+            "a plain module takes no LoRA",
+            where=type(self.model).__name__,
+            expected="an engine with LoRA slots",
+            got="torch.nn.Module",
+            remedy="push merged weights (mode='merged')",
+        )
 
     def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
-        """Raise UnsupportedLora."""
-        raise self._unsupported()
+        """Raise NotFound: `plan_lora` has refused before."""
+        raise _no_lora(name)
 
     def lora_views(self, name: str) -> Sequence[LoraView]:
         """Raise NotFound: a plain module has no LoRA slots."""
@@ -246,15 +255,6 @@ class ModuleRankHost:
 
     def remove_lora(self, name: str) -> None:
         """Do nothing: there are none."""
-
-    def _unsupported(self) -> UnsupportedLora:
-        return UnsupportedLora(
-            "a plain module takes no LoRA",
-            where=type(self._module).__name__,
-            expected="an engine with LoRA slots",
-            got="torch.nn.Module",
-            remedy="push merged weights (mode='merged')",
-        )
 
 
 def _no_lora(name: str) -> NotFound:
@@ -271,28 +271,6 @@ def storages_of(module: nn.Module) -> dict[str, int]:
     """Return name -> storage address of every parameter and buffer that has memory."""
     tensors = _by_name(module).items()
     return {name: t.untyped_storage().data_ptr() for name, t in tensors if t.device.type != "meta" and t.numel()}
-
-
-class _Bindings:
-    """The tensors of a tree's modules and their addresses, to notice changes cheaply."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._registries = [r for m in module.modules() for r in (m._parameters, m._buffers) if r]
-        self._values = self._current()
-        self._tensors = [v for v in self._values if isinstance(v, torch.Tensor) and v.device.type != "meta"]
-        self._addresses = [t.data_ptr() for t in self._tensors]
-
-    def _current(self) -> list[object]:
-        return [value for registry in self._registries for value in registry.values()]
-
-    def unchanged(self) -> bool:
-        """About 0.4 us per tensor."""
-        now = self._current()
-        return (
-            len(now) == len(self._values)
-            and all(map(is_, now, self._values))
-            and [t.data_ptr() for t in self._tensors] == self._addresses
-        )
 
 
 class _Gate:

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, cast
 
 import torch
+from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
-from bridge.model.manifest import Manifest, TensorInfo
+from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
 from engine_side.live.forward_caches import ForwardCaches
@@ -74,22 +74,13 @@ class _DirectCopies:
 
 @dataclass
 class ArenaMap:
-    """A plan on an arena. `slots` keep the mapping's tensors alive; `index` gives a tensor's place in a slot."""
+    """A plan on an arena, empty before `map`. `slots` keep the mapping alive; `index` gives a tensor's place in one."""
 
-    manifest: Manifest
-    slots: list[ArenaSlot]
-    index: Mapping[str, int]
+    manifest: Manifest = field(default_factory=lambda: lay_out(()))
+    slots: list[ArenaSlot] = field(default_factory=list)
+    index: Mapping[str, int] = field(default_factory=dict)
     direct: dict[int, _DirectCopies] = field(default_factory=dict)
     readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
-
-
-class _NotMapped:
-    """Stands for the mapping of a plan that has none: reading a field of ArenaMap from it raises ConfigError."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ArenaMap.__dataclass_fields__:
-            raise ConfigError("this plan is not mapped onto an arena yet", where=name, remedy="push again")
-        raise AttributeError(name)
 
 
 class Loader:
@@ -106,6 +97,10 @@ class Loader:
         derived: (path, live module) of modules without weights whose post-load step derives something from others.
         sources_of: path of a derived module -> paths of the modules that it may derive something from.
         caches: the forward caches of the live model.
+        modules: the modules of the live tree to which the plan is bound.
+        rebuilt: the modules whose storage cannot be written directly.
+        feeds: path of a module -> manifest indices of the tensors that reach it, once mapped.
+        absent: ("module.name", manifest indices) of live parameters that were gone when the plan was last compiled.
 
     Raises ConfigError when a module has no strategy or the live model is not what the skeleton becomes; OutOfMemory.
     """
@@ -122,7 +117,7 @@ class Loader:
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
-        self.mapped = cast(ArenaMap, _NotMapped())
+        self.mapped = ArenaMap()
         self.began_to_write = False
         """The last `apply` came as far as live storage, whether or not it ended."""
         self._views: ArenaViews | None = None
@@ -132,8 +127,8 @@ class Loader:
             self.decided: StrategyTable = decide(host, self.baked)
         self.canonical = CanonicalTensors(self.baked, self.decided, self.pool, self.threads)
         self.problems = tuple(self._packed_in_part()) if partial else ()
-        self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
-        self._feeds: dict[str, frozenset[int]] = {}
+        self.rebuilt = [c for c in self.decided.choices.values() if not c.direct]
+        self.feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
         self.derived = tuple(bind(template, host.model, self.decided.derived).items())
         self.sources_of: dict[str, frozenset[str]] = {}
@@ -145,14 +140,14 @@ class Loader:
         found = {path: choice.kept for path, choice in self.decided.choices.items()}
         pairs = [each for each in side_by_side(template, host.model) if each[0] not in self.decided.derived]
         self.caches = ForwardCaches(host.model, pairs, found)  # what a loader or post-load sets is no cache
-        self._modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
+        self.modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
     def close(self) -> None:
         """Stop the threads and let go of the arena. Idempotent."""
-        if isinstance(self.mapped, ArenaMap):
+        if not self.problems:
             self.canonical.map((), {})
-        self.mapped = cast(ArenaMap, _NotMapped())
+        self.mapped = ArenaMap()
         self._use_views(None)
         self.pool.shutdown(wait=True)
 
@@ -199,26 +194,14 @@ class Loader:
         """Describe where one canonical tensor goes: a row per move, see `explain.explain`."""
         return explain(self.baked, self.canonical, name)
 
-    def replaced(self) -> list[Replaced]:
-        """List places of the live tree with other modules than the plan was bound to. About 60 ns per module."""
-        return self._modules.replaced(self.host.model)
-
     def modules_below(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
         """List the modules of the plan that hang, or hung, below replaced ones."""
-        below = self._modules.below(replaced)
+        below = self.modules.below(replaced)
         return [c for c in self.decided.choices.values() if id(self.decided.live[c.path]) in below]
-
-    def absent_parameters(self) -> list[tuple[str, frozenset[int]]]:
-        """List ("module.name", manifest indices) of live parameters that were gone when the plan was last compiled."""
-        index = self.mapped.index
-        return [
-            (f"{choice.path}.{name}", frozenset(index[move.tensor] for move in self.canonical.moves.get(target, ())))
-            for choice, name, target in self._absent
-        ]
 
     def require_bound(self) -> None:
         """Raise ConfigError when a module was replaced since the plan was made: nothing would reach an output of it."""
-        found = self._modules.replaced(self.host.model)
+        found = self.modules.replaced(self.host.model)
         if found:
             first, more = found[0], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise ConfigError(
@@ -229,10 +212,6 @@ class Loader:
                 remedy="close this bridge and attach the engine again",
                 names=tuple(each.path for each in found),
             )
-
-    def feeds(self, path: str) -> frozenset[int]:
-        """Manifest indices of the tensors that reach the module at `path`."""
-        return self._feeds[path]
 
     # ---- compile -----------------------------------------------------------------------------------------------------
 
@@ -265,7 +244,7 @@ class Loader:
                 targets = [target for _, target, _ in self.canonical.parts(choice)]
                 names = {move.tensor for target in targets for move in self.canonical.moves.get(target, ())}
                 names.update(self.baked.native_sources.get(choice.path, ()))
-                self._feeds[choice.path] = frozenset(index[name] for name in names)
+                self.feeds[choice.path] = frozenset(index[name] for name in names)
             bound = {id(module) for module in self.decided.live.values()}
             self.snapshot = AttributeSnapshot(self.host.model, bound)
             self._bind_tensors()
@@ -277,15 +256,19 @@ class Loader:
 
     def _bind_tensors(self) -> None:
         """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
-        self._absent: list[tuple[ModuleStrategy, str, str]] = []
+        self.absent: list[tuple[str, frozenset[int]]] = []
+        self._gone: list[tuple[nn.Module, str]] = []
         places: list[tuple[str, TensorRegistry, str]] = []
         for choice in self.decided.choices.values():
             for name, target, _ in self.canonical.parts(choice) if choice.direct else ():
-                registry = find_registry(self.decided.live[choice.path], name)
+                module = self.decided.live[choice.path]
+                registry = find_registry(module, name)
                 if registry is not None:
                     places.append((f"{choice.path}.{name}", registry, name))
                 elif choice.stored[name].readable:
-                    self._absent.append((choice, name, target))
+                    sent = [self.mapped.index[move.tensor] for move in self.canonical.moves.get(target, ())]
+                    self.absent.append((f"{choice.path}.{name}", frozenset(sent)))
+                    self._gone.append((module, name))
         self._direct = BoundTensors(places)
         for slot in range(len(self.mapped.slots)):
             self._compile(slot)
@@ -320,7 +303,7 @@ class Loader:
         if cache is None:
             compiled = mapped.direct.get(slot)
             known = () if compiled is None else compiled.pairs
-            rest = self.decided.choices.values() if compiled is None else self._rebuilt
+            rest = self.decided.choices.values() if compiled is None else self.rebuilt
             cache = mapped.readable[slot] = {}
             for item in chain(known, self._pairs(rest, slot)):
                 cache.setdefault(item.module, []).append(item)
@@ -344,8 +327,7 @@ class Loader:
         Parameters under which the engine itself swapped the storage are reported by the next load; parameters that are
         other objects now are left to the attributes level. About 0.4 us per tensor when nothing moved.
         """
-        live = self.decided.live
-        if self._direct.in_place() and all(find_tensor(live[c.path], name) is None for c, name, _ in self._absent):
+        if self._direct.in_place() and not any(find_registry(module, name) for module, name in self._gone):
             return
         self._moved |= dict.fromkeys(self._direct.swapped())
         self._bind_tensors()
@@ -382,7 +364,7 @@ class Loader:
         loaded = time.perf_counter()
         written = sum([batch.nbytes for batch in work])
         outcomes, post_loaded = dict[str, Outcome](), list[str]()
-        if self._rebuilt or self.derived:
+        if self.rebuilt or self.derived:
             try:
                 written += self._rebuild(slot, wanted, outcomes, post_loaded)
             except BaseException:  # what it did move is told by the next load
@@ -407,15 +389,15 @@ class Loader:
         """
         written = 0
         self.canonical.begin(frozenset(self._direct.addresses))
-        for choice in self._rebuilt:
-            if wanted is not None and wanted.isdisjoint(self._feeds[choice.path]):
+        for choice in self.rebuilt:
+            if wanted is not None and wanted.isdisjoint(self.feeds[choice.path]):
                 continue
             with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})", memory_only=True):
                 found, nbytes = self._rebuild_one(choice, slot)
             outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
             written += nbytes
             done.append(choice.path)
-        touched = {p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
+        touched = {p for p, feeds in self.feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
         for path, module in self.derived:
             if not touched.isdisjoint(self.sources_of[path]):
                 with experiment_step("deriving state", f"{path} ({type(module).__name__})", memory_only=True):

@@ -47,7 +47,6 @@ class Verifier:
         self._probed = False
         self._comparisons: dict[int, tuple[object, list[Comparison]]] = {}
         self._both: dict[int, tuple[object, object, list[tuple[CopyPair, CopyPair]]]] = {}
-        self._packed = [choice for choice in loader.decided.choices.values() if not choice.direct]
         self._derived = DerivedState(loader)
         self._proven: set[str] = set()
         """Modules whose output passed its probe in this run: it is the new version's, so it cannot be the former's."""
@@ -72,13 +71,14 @@ class Verifier:
             previous: slot of the version before; None leaves "change" out.
             changed: manifest indices whose bits differ between the two; None when unknown, then all are compared.
         """
-        out: list[LevelResult] = []
+        out, loader = list[LevelResult](), self.loader
         self._proven.clear()
         if outcome is not None:
             self._moved.update(outcome.rebound, outcome.created)
         if "coverage" in levels:
             out.append(self.coverage())
-        replaced = self.loader.replaced() if "attributes" in levels or "read-back" in levels else []
+        watched = "attributes" in levels or "read-back" in levels
+        replaced = loader.modules.replaced(loader.host.model) if watched else []
         if "attributes" in levels:
             out.append(self.attributes(replaced))
         if "read-back" in levels:
@@ -102,7 +102,7 @@ class Verifier:
         written, index = set(changed), self.loader.mapped.index
         for level, failure in bad:
             if failure.parameter in self.loader.decided.choices and not failure.tensor:
-                skipped = written.isdisjoint(self.loader.feeds(failure.parameter))
+                skipped = written.isdisjoint(self.loader.feeds[failure.parameter])
             else:
                 tensor = index.get(failure.tensor or failure.name)
                 skipped = tensor is not None and tensor not in written
@@ -114,7 +114,7 @@ class Verifier:
         """Modules that neither read-back nor a probe can check."""
         return tuple(
             choice.path
-            for choice in self._packed
+            for choice in self.loader.rebuilt
             if not choice.probes and reachable(self.loader.decided.live[choice.path])[1]
         )
 
@@ -134,10 +134,9 @@ class Verifier:
         failures = [Failure(p, f"{sizes[p]} elements written once", got, parameter=p) for p, got in wrong]
         return _result("coverage", len(sizes), failures)
 
-    def attributes(self, replaced: Sequence[Replaced] | None = None) -> LevelResult:
+    def attributes(self, replaced: Sequence[Replaced] = ()) -> LevelResult:
         """Compare with the last snapshot that held; storage may have moved where loads since then moved it."""
         before = self.loader.snapshot
-        replaced = self.loader.replaced() if replaced is None else replaced
         if replaced:
             failures = [Failure(each.path, each.expected, each.got, parameter=each.path) for each in replaced]
             return _result("attributes", len(before.entries), failures)
@@ -156,7 +155,7 @@ class Verifier:
         failures = [Failure(d.path, f"{d.what} {d.before}", d.after, parameter=d.path) for d in found]
         return _result("attributes", len(before.entries), failures)
 
-    def read_back(self, slot: int, replaced: Sequence[Replaced] | None = None) -> LevelResult:
+    def read_back(self, slot: int, replaced: Sequence[Replaced] = ()) -> LevelResult:
         """Compare the tensors that hang in the live tree now, and constants (vocabulary padding), bit for bit.
 
         A tensor whose module is no longer there is a failure.
@@ -170,16 +169,15 @@ class Verifier:
             self._comparisons[slot] = cached = (readable, comparisons(pairs, loader.threads))
         run_all(loader.pool, [work.compare for work in cached[1]])
         names = [spec.name for spec in loader.mapped.manifest.tensors]
-        replaced = loader.replaced() if replaced is None else replaced
         expected, got = "the module that was attached, in the live tree", "it was replaced"
         failures = [
             Failure.between(names[k], choice.path, expected, got)
             for choice in (loader.modules_below(replaced) if replaced else ())
-            for k in sorted(loader.feeds(choice.path))
+            for k in sorted(loader.feeds[choice.path])
         ]
         failures += [
             Failure.between(names[k], path, "a live tensor", "gone")
-            for path, feeds in loader.absent_parameters()
+            for path, feeds in loader.absent
             for k in sorted(feeds)
         ]
         wrong = {id(pair): pair for work in cached[1] for pair in work.differing}
@@ -198,12 +196,13 @@ class Verifier:
 
     def probe(self, slot: int, *, every: bool = False) -> LevelResult:
         """Call the modules whose storage does not show their weights (`every`: all that can be called)."""
-        wanted, failures = self._packed, list[Failure]()
+        wanted, failures = self.loader.rebuilt, list[Failure]()
         if every:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
         if not wanted and not self.loader.derived:
             return _result("probe", 0, [], "nothing is packed: read-back shows every weight")
-        lost = {choice.path for choice in self.loader.modules_below(self.loader.replaced())}
+        replaced = self.loader.modules.replaced(self.loader.host.model)
+        lost = {choice.path for choice in self.loader.modules_below(replaced)}
         with uncollected(), self._remembering():
             for choice in wanted:
                 with experiment_step("probing a module", f"{choice.path} ({choice.cls})"):
@@ -224,10 +223,10 @@ class Verifier:
         still = self._unmoved_tensors(slot, previous, wanted) if wanted else []
         expected, got = "bits of the new version", "still those of the version before"
         failures = [Failure(names[k], expected, got, tensor=names[k]) for k in still]
-        if self._packed:
+        if self.loader.rebuilt:
             with self._remembering():
-                for choice in self._packed:
-                    if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
+                for choice in self.loader.rebuilt:
+                    if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds[choice.path]):
                         continue
                     for probe in choice.probes:
                         with experiment_step("comparing with the former version", f"{choice.path} ({choice.cls})"):

@@ -56,22 +56,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class MappedPlan:
-    """A baked plan of this rank and, once mapped, its arena."""
+    """A baked plan of this rank, of weights (`part` is then a Verifier) or of a LoRA; once mapped, with its arena."""
 
-    loader: Loader | LoraLoader
+    part: Verifier | LoraLoader
     bake: RankBake
     arena: Arena | None = None
-    verifier: Verifier | None = None
 
-    def mapped(self) -> Verifier:
-        """The verifier of a mapped plan. Raises ProtocolError before the plan is mapped onto an arena."""
-        if self.verifier is None:
-            raise ProtocolError("this plan is not mapped onto an arena yet")
-        return self.verifier
+    @property
+    def loader(self) -> Loader | LoraLoader:
+        return self.part if isinstance(self.part, LoraLoader) else self.part.loader
 
     def close(self) -> None:
         """Let go of loader and arena."""
-        self.verifier = None
         self.loader.close()
         if self.arena is not None:
             self.arena.close()
@@ -86,7 +82,7 @@ class Rank:
         self._threads = threads or from_environment().copy_threads
         self._plans: dict[int, MappedPlan] = {}
         self._mailbox: Mailbox | None = None
-        self._loading: Loader | None = None
+        self._loading: Loader | None = None  # the load under way
         self._lost: AttributeSnapshot | None = None
         self._loaded: tuple[int, int] | None = None
         """(plan, slot) of the weights that were loaded last."""
@@ -99,18 +95,14 @@ class Rank:
                 self._mailbox.close()
             self._mailbox = Mailbox.open(Path(job.mailbox))
         mailbox = self._mailbox
-        self._loading = None
         try:
             answer = self._answer(job.job)
         except Exception as error:  # process boundary: a worker must answer by value whatever broke
             if not isinstance(error, BridgeError):
                 log.exception("rank %d: %s failed", self.host.rank, type(job.job).__name__)
-            answer = RankFailed(ErrorInfo.of(error), self._has_written())
+            touched = self._loading is not None and self._loading.began_to_write
+            answer = RankFailed(ErrorInfo.of(error), touched)
         mailbox.post(job.page + self.host.rank, job.nonce, pack(RankAnswer(self.host.rank, job.nonce, answer)))
-
-    def _has_written(self) -> bool:
-        """True when the job under way is a load that came as far as live storage."""
-        return self._loading is not None and self._loading.began_to_write
 
     def close(self) -> None:
         """Let go of arenas and mailbox. Idempotent."""
@@ -122,6 +114,7 @@ class Rank:
             self._mailbox = None
 
     def _answer(self, job: AnyJob) -> AnyAnswer:
+        self._loading = None
         match job:
             case BakeJob():
                 return self._bake(job)
@@ -143,27 +136,27 @@ class Rank:
             case ExamineJob():
                 return RankLoaded(self._examine(job))
             case ExplainJob():
-                return RankExplanation(self._planned(job.plan).loader.explain(job.name))
+                return RankExplanation(self._planned(job.plan, mapped=False).loader.explain(job.name))
 
-    def _planned(self, plan: int) -> MappedPlan:
-        try:
-            return self._plans[plan]
-        except KeyError:
-            raise ProtocolError("this rank does not know that plan", got=str(plan)) from None
+    def _planned(self, plan: int, *, mapped: bool = True) -> MappedPlan:
+        """Find a plan. Raises ProtocolError for an unknown one, and unless `mapped` is False for one without arena."""
+        planned = self._plans.get(plan)
+        if planned is None:
+            raise ProtocolError("this rank does not know that plan", got=str(plan))
+        if mapped and planned.arena is None:
+            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(plan))
+        return planned
 
     def _bake(self, job: BakeJob) -> RankBake:
         loader = self._loader(job)
         try:
             # the plan is proven to cover this rank once, here: no push changes it
-            if isinstance(loader, LoraLoader):
-                (coverage,) = loader.verify(0, None, ("coverage",))
-            else:
-                coverage = Verifier(loader.check()).coverage()
-            bake = msgspec.structs.replace(loader.rank_bake(), coverage=coverage)
+            part = loader if isinstance(loader, LoraLoader) else Verifier(loader.check())
+            bake = msgspec.structs.replace(loader.rank_bake(), coverage=part.coverage())
         except BaseException:
             loader.close()
             raise
-        self._plans[job.plan] = MappedPlan(loader, bake)
+        self._plans[job.plan] = MappedPlan(part, bake)
         return bake
 
     def _loader(self, job: BakeJob) -> Loader | LoraLoader:
@@ -178,15 +171,13 @@ class Rank:
         return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
 
     def _map(self, job: MapJob) -> RankDone:
-        planned = self._planned(job.plan)
-        arena = Arena.open(Path(job.path), validate(job.manifest))
+        planned = self._planned(job.plan, mapped=False)
+        planned.arena = arena = Arena.open(Path(job.path), validate(job.manifest))
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
-        planned.arena = arena
-        if isinstance(planned.loader, Loader):
-            planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
-            planned.verifier = Verifier(planned.loader)
-        else:
+        if isinstance(planned.loader, LoraLoader):
             planned.loader.map(job.manifest, slots)
+        else:
+            planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
         return self._forget((job.plan, *job.keep))
 
     def _forget(self, keep: tuple[int, ...]) -> RankDone:
@@ -196,13 +187,12 @@ class Rank:
 
     def _load(self, job: LoadJob) -> RankReport:
         planned = self._planned(job.plan)
-        loader = planned.loader
-        if isinstance(loader, LoraLoader):
+        verifier = planned.part
+        if isinstance(verifier, LoraLoader):
             if job.lora is None:
                 raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
-            return loader.load(job.slot, job.lora, job.settings.levels, job.previous)
-        verifier = planned.mapped()
-        self._loading = loader
+            return verifier.load(job.slot, job.lora, job.settings.levels, job.previous)
+        loader = self._loading = verifier.loader
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
@@ -210,11 +200,9 @@ class Rank:
         outcome = loader.apply(job.slot, job.changed)
         self._loaded = (job.plan, job.slot)
         started = time.perf_counter()
-        wanted = [level for level in job.settings.levels if level != "coverage"]  # answered with the bake
+        wanted = set(job.settings.levels) - {"coverage"}  # answered with the bake
         levels = verifier.run(wanted, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
-        if any(level.level == "attributes" and not level.ok for level in levels):
-            self._lost = loader.snapshot
-        return RankReport(
+        report = RankReport(
             rank=self.host.rank,
             levels=levels,
             strategies=planned.bake.strategies,
@@ -226,6 +214,9 @@ class Rank:
             postload_s=outcome.postload_s,
             verify_s=time.perf_counter() - started,
         )
+        if any(level.level == "attributes" and not level.ok for level in levels):
+            self._lost = loader.snapshot
+        return report
 
     def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
         """Run a forward without the forward caches; where it fails (in every rank alike), once more with them."""
@@ -245,11 +236,11 @@ class Rank:
 
     def _verify(self, job: VerifyJob) -> RankReport:
         started = time.perf_counter()
-        loader = self._planned(job.plan).loader
-        if isinstance(loader, LoraLoader):
-            levels = loader.verify(job.slot, job.lora, job.levels)
+        part = self._planned(job.plan).part
+        if isinstance(part, LoraLoader):
+            levels = part.verify(job.slot, job.lora, job.levels)
         else:
-            levels = self._planned(job.plan).mapped().run(job.levels, job.slot)
+            levels = part.run(job.levels, job.slot)
         return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
 
     def _examine(self, job: ExamineJob) -> RankReport:
@@ -261,6 +252,6 @@ class Rank:
     def _read_back(self, job: ReadBackJob) -> RankReadBack:
         planned = self._planned(job.plan)
         if planned.arena is None or isinstance(planned.loader, LoraLoader):
-            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(job.plan))
+            raise ProtocolError("the plan of an adapter has no weights to read back", got=str(job.plan))
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
             return RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))
