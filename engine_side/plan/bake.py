@@ -83,7 +83,7 @@ class Baked:
         unread: sent tensors this rank does not touch: another rank may.
         read: source regions of tensors that this rank reads only in part.
         native_sources: module path -> tensors that its native load needs.
-        offenders: errors of the tensors at which the loader raised.
+        problems: errors that make the plan unusable, most telling first. Empty in a sound plan.
         partial: a subset of the model was meant.
         skeleton: the one on which the loader was traced, so that all of its stand-ins are loaded.
         unloaded: targets of the skeleton that no checkpoint fills; they are not part of the plan.
@@ -96,7 +96,7 @@ class Baked:
     unread: tuple[str, ...]
     read: dict[str, tuple[Region, ...]]
     native_sources: dict[str, tuple[str, ...]]
-    offenders: tuple[BridgeError, ...]
+    problems: tuple[BridgeError, ...]
     partial: bool
     skeleton: nn.Module
     unloaded: frozenset[str] = frozenset()
@@ -105,14 +105,6 @@ class Baked:
     def coverage(self) -> Coverage:
         """Holes and overlaps per target, empty in a sound plan."""
         return dest_coverage(self.plan)
-
-    @cached_property
-    def problems(self) -> tuple[BridgeError, ...]:
-        """Errors that make the plan unusable, most telling first. Empty in a sound plan."""
-        problems = list(self.offenders)
-        problems.extend(loader_errors.broadcast_errors(self.plan.moves, self.infos))
-        problems.extend(loader_errors.coverage_errors(self.plan, self.coverage, self.infos, self.partial))
-        return loader_errors.merge_names(problems)
 
     def check(self) -> Baked:
         """Raise the first problem."""
@@ -149,6 +141,9 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     reached = {move.target for move in found.moves}.union(found.tainted)
     unloaded = host.unloaded() - reached if isinstance(host, NamesUnloaded) else frozenset[str]()
     plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial, unloaded)
+    problems = list(offenders.values())
+    problems.extend(loader_errors.broadcast_errors(plan.moves, wanted))
+    problems.extend(loader_errors.coverage_errors(plan, dest_coverage(plan), wanted, partial))
     sources = {path: names for path, (_, names) in native.items()}
     used = {move.tensor for move in plan.moves}.union(offenders, *sources.values())
     return Baked(
@@ -159,7 +154,7 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
         unread=tuple(i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0),
         read=_partly_read(wanted, plan.moves, sources),
         native_sources=sources,
-        offenders=tuple(offenders.values()),
+        problems=loader_errors.merge_names(problems),
         partial=partial,
         skeleton=found.skeleton,
         unloaded=unloaded,
