@@ -31,8 +31,8 @@ class Answers:
 
 
 class OutputChecks:
-    """Output checks of one engine over its pushes. Called by its service, in the order of a push; every call blocks for
-    forwards of the engine."""
+    """Output checks of one engine that generates, over its pushes. Called by its service, in the order of a push; every
+    call blocks for forwards of the engine."""
 
     def __init__(self, engine_id: str, driver: EngineDriver, ranks: RankClient) -> None:
         self._id = engine_id
@@ -53,9 +53,7 @@ class OutputChecks:
         """Before the pause, put the old weights' KV of one canary prompt into the prefix cache, so that `check_cache`
         has something to find stale. Only a serving engine can; the prompt runs beside users' requests."""
         self._cached, self._expected, self._fresh = [], (), None
-        wanted = (
-            "cache" in request.job.settings.levels and request.job.settings.kv == "reset" and self._driver.can_generate
-        )
+        wanted = "cache" in request.job.settings.levels and request.job.settings.kv == "reset"
         if wanted and request.reference is not None and serving is not None:
             tokens = [token for row in request.reference.prompts for token in row]
             # repeated until it fills a block of the cache and can be continued by one token, within the engine's limit
@@ -72,8 +70,7 @@ class OutputChecks:
     def remember(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the first write, note the log-probabilities of the version that serves now, unless its own canary has
         given them. Bits and probes do not show derived state, so a version that is put back is compared with these."""
-        asked = "canary" in request.job.settings.levels and self._driver.can_generate
-        asked &= self._served is None and not self._ranks.touched
+        asked = "canary" in request.job.settings.levels and self._served is None and not self._ranks.touched
         if asked and request.reference is not None and serving is not None:
             prompts = request.reference.prompts
             self._served = Answers(serving, prompts, self.scores(prompts, deadline), request.canary_floor)
@@ -85,7 +82,7 @@ class OutputChecks:
         CanaryMismatch when the base differs, or when the adapter changes nothing.
         """
         self._loaded = None
-        if "canary" not in request.job.settings.levels or request.reference is None or not self._driver.can_generate:
+        if "canary" not in request.job.settings.levels or request.reference is None:
             return None
         alone = request.reference if request.base is None else request.base
         scores = self._scores_with_cached(alone.prompts, deadline)

@@ -240,7 +240,7 @@ class EngineService:
             self._require_weights()
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
-        outputs = bool({"canary", "cache"} & set(settings.levels))
+        outputs = self.driver.can_generate and bool({"canary", "cache"} & set(settings.levels))
         try:
             if self._loras.staged is not None:  # committed by others: this engine never resumed with it
                 self._loras.settle()

@@ -9,16 +9,17 @@ time; blocks; no collectives of its own (an engine's post-load may have some, so
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
+from bridge.model.regions import Region, dense
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
 from engine_side.live.forward_caches import ForwardCaches
@@ -33,7 +34,6 @@ from engine_side.live.inplace import (
 from engine_side.live.module_tree import BoundModules, Replaced
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.copies import CopyBatch, CopyPair, batches, make_pair, run_all
-from engine_side.load.explain import explain
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
@@ -50,14 +50,12 @@ class LoadOutcome:
     Attributes:
         written: bytes copied into live or temporary storage, or packed from the arena.
         rebound: "module.name" of parameters whose storage moved; `created`: of those that were not there before.
-        post_loaded: modules whose post-load step ran again.
         dropped: "module.name" of forward caches that were cleared; the next forward computes them anew.
     """
 
     written: int
     rebound: tuple[str, ...]
     created: tuple[str, ...]
-    post_loaded: tuple[str, ...]
     load_s: float
     postload_s: float
     dropped: tuple[str, ...] = ()
@@ -80,7 +78,7 @@ class ArenaMap:
     slots: list[ArenaSlot] = field(default_factory=list)
     index: Mapping[str, int] = field(default_factory=dict)
     direct: dict[int, _DirectCopies] = field(default_factory=dict)
-    readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
+    readable: dict[int, list[CopyPair]] = field(default_factory=dict)
 
 
 class Loader:
@@ -138,7 +136,7 @@ class Loader:
                 p for p in self.decided.choices if id(template.get_submodule(p)) in around
             )
         found = {path: choice.kept for path, choice in self.decided.choices.items()}
-        pairs = [each for each in side_by_side(template, host.model) if each[0] not in self.decided.derived]
+        pairs = [each for each in side_by_side(self.baked.skeleton, host.model) if each[0] not in self.decided.derived]
         self.caches = ForwardCaches(host.model, pairs, found)  # what a loader or post-load sets is no cache
         self.modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
@@ -179,20 +177,39 @@ class Loader:
     def rank_bake(self) -> RankBake:
         """Summarise the plan: the answer to a BakeJob. Raises the first problem of the plan."""
         self.check()
-        baked = self.baked
+        baked, choices = self.baked, self.decided.choices
         return RankBake(
             digest=baked.plan.digest,
             dtypes=baked.dtypes,
             unread=baked.unread,
             read=baked.read,
-            strategies=self.decided.counts(),
-            native=self.decided.native,
+            strategies=dict(Counter([choice.strategy.value for choice in choices.values()])),
+            native={path: c.reason for path, c in choices.items() if c.strategy is Strategy.NATIVE},
             moves=len(baked.plan.moves),
         )
 
     def explain(self, name: str) -> tuple[dict[str, str], ...]:
-        """Describe where one canonical tensor goes: a row per move, see `explain.explain`."""
-        return explain(self.baked, self.canonical, name)
+        """Describe which way one canonical tensor takes: a row per move of it, or of the tensor that it is an alias of.
+
+        A row has tensor, parameter, source, dest, module, strategy and reason. No rows for a name that the plan lacks.
+        """
+        aliases = {alias: info.name for info in self.baked.infos for alias in info.aliases}
+        wanted = aliases.get(name, name)
+        return tuple(
+            {
+                "tensor": name,
+                "parameter": f"{choice.path}.{attribute}",
+                "source": _describe(move.source),
+                "dest": _describe(move.dest),
+                "module": choice.cls,
+                "strategy": choice.strategy.value,
+                "reason": choice.reason,
+            }
+            for choice in self.decided.choices.values()
+            for attribute, target, _ in self.canonical.parts(choice)
+            for move in self.canonical.moves.get(target, ())
+            if move.tensor == wanted
+        )
 
     def modules_below(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
         """List the modules of the plan that hang, or hung, below replaced ones."""
@@ -292,22 +309,19 @@ class Loader:
                     tensor = self.mapped.index[move.tensor]
                     sent = self.mapped.slots[slot][tensor]
                     for at, of in stored.locate(move.dest, move.source) or ():
-                        made = make_pair(live, at, sent, of, tensor, target, choice.path)
+                        made = make_pair(live, at, sent, of, tensor, target)
                         if made is not None:
                             yield made
 
-    def readable_pairs(self, slot: int) -> dict[str, list[CopyPair]]:
-        """Module path -> pairs of all its tensors that can be read back, whatever the strategy."""
+    def readable_pairs(self, slot: int) -> list[CopyPair]:
+        """Pairs of all tensors that can be read back, whatever the strategy, in the same order for every slot."""
         mapped = self.mapped
-        cache = mapped.readable.get(slot)
-        if cache is None:
-            compiled = mapped.direct.get(slot)
-            known = () if compiled is None else compiled.pairs
-            rest = self.decided.choices.values() if compiled is None else self.rebuilt
-            cache = mapped.readable[slot] = {}
-            for item in chain(known, self._pairs(rest, slot)):
-                cache.setdefault(item.module, []).append(item)
-        return cache
+        if slot not in mapped.readable:
+            direct = mapped.direct.get(slot)
+            known = () if direct is None else direct.pairs
+            rest = self.decided.choices.values() if direct is None else self.rebuilt
+            mapped.readable[slot] = [*known, *self._pairs(rest, slot)]
+        return mapped.readable[slot]
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor, float]]:
         """Yield (target, live view, value) of every fill that lies in readable storage."""
@@ -363,10 +377,10 @@ class Loader:
                     view.fill_(value)
         loaded = time.perf_counter()
         written = sum([batch.nbytes for batch in work])
-        outcomes, post_loaded = dict[str, Outcome](), list[str]()
+        outcomes: dict[str, Outcome] = {}
         if self.rebuilt or self.derived:
             try:
-                written += self._rebuild(slot, wanted, outcomes, post_loaded)
+                written += self._rebuild(slot, wanted, outcomes)
             except BaseException:  # what it did move is told by the next load
                 self._moved |= dict.fromkeys(n for n, what in outcomes.items() if what is not Outcome.COPIED)
                 raise
@@ -376,16 +390,15 @@ class Loader:
             written,
             (*moved, *[name for name, what in outcomes.items() if what is Outcome.REBOUND]),
             tuple([name for name, what in outcomes.items() if what is Outcome.CREATED]),
-            tuple(post_loaded),
             loaded - began,
             done - loaded,
             dropped,
         )
 
-    def _rebuild(self, slot: int, wanted: set[int] | None, outcomes: dict[str, Outcome], done: list[str]) -> int:
+    def _rebuild(self, slot: int, wanted: set[int] | None, outcomes: dict[str, Outcome]) -> int:
         """Rebuild redo, twin and native modules, then the modules that derive something from touched ones.
 
-        Adds to `outcomes` ("module.name" -> what happened to it) and `done` (paths). Returns the bytes written.
+        Adds to `outcomes` ("module.name" -> what happened to it). Returns the bytes written.
         """
         written = 0
         self.canonical.begin(frozenset(self._direct.addresses))
@@ -396,16 +409,14 @@ class Loader:
                 found, nbytes = self._rebuild_one(choice, slot)
             outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
             written += nbytes
-            done.append(choice.path)
+            self.mapped.readable.clear()
         touched = {p for p, feeds in self.feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
         for path, module in self.derived:
             if not touched.isdisjoint(self.sources_of[path]):
                 with experiment_step("deriving state", f"{path} ({type(module).__name__})", memory_only=True):
                     self.host.post_load(module)
-                done.append(path)
+                self.mapped.readable.clear()
         self.decided.twins.forget()
-        if done:
-            self.mapped.readable.clear()
         return written
 
     def _rebuild_one(self, choice: ModuleStrategy, slot: int) -> tuple[dict[str, Outcome], int]:
@@ -470,7 +481,7 @@ class Loader:
         mapped, slot = self.mapped, len(self.mapped.slots)
         mapped.slots.append(into)
         try:
-            pairs = [p for items in self.readable_pairs(slot).values() for p in items]
+            pairs = self.readable_pairs(slot)
         finally:
             mapped.slots.pop()
             mapped.readable.pop(slot, None)
@@ -483,3 +494,8 @@ class Loader:
             turned = [pair.turned() for pair in pairs]
             run_all(self.pool, [batch.copy for batch in batches(turned, self.threads)])
         return tuple(name for name in names if name in lost)
+
+
+def _describe(region: Region) -> str:
+    whole = "" if region != dense(region.shape, region.offset) else " dense"
+    return f"{list(region.shape)} at {region.offset} strides {list(region.strides)}{whole}"

@@ -48,7 +48,6 @@ class TargetPlace:
     module: str
     name: str
     target: str
-    buffer: bool
 
     @property
     def path(self) -> str:
@@ -105,12 +104,6 @@ class Baked:
     def coverage(self) -> Coverage:
         """Holes and overlaps per target, empty in a sound plan."""
         return dest_coverage(self.plan)
-
-    def check(self) -> Baked:
-        """Raise the first problem."""
-        if self.problems:
-            raise self.problems[0]
-        return self
 
 
 @dataclass(frozen=True)
@@ -200,7 +193,7 @@ def collect_targets(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -
                 )
             key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
             first = seen.setdefault(key, path) if tensor.numel() else path
-            places.append(TargetPlace(module_path, name, first, buffer))
+            places.append(TargetPlace(module_path, name, first))
             if first == path:
                 tensors[path] = tensor
                 targets.append(

@@ -88,11 +88,12 @@ def explain_raise(
     error = raised.error
     if isinstance(error, DtypeMismatch) and error.names:
         return error
+    turned = _transposed_that_fits(host, name, weight, trace)
     if isinstance(error, (UnexpectedTensor, ShapeMismatch)) and error.names:
         remedy, expected = other, error.expected
         if isinstance(error, UnexpectedTensor):
             remedy, expected = unknown, expected or "a name of the checkpoint that this engine runs"
-        if _transposed_that_fits(host, name, weight, trace) is not None:
+        if turned is not None:
             remedy = "the transpose was sent"
         return amended(error, error.what, expected=expected, remedy=remedy)
     try:
@@ -102,7 +103,6 @@ def explain_raise(
         alone = again if again.tensor in (name, None) else raised
     said = f"{type(error).__name__}: {error}"
     shape = tuple(weight.shape)
-    turned = _transposed_that_fits(host, name, weight, trace)
     if alone.target is None and turned is None:
         return UnexpectedTensor(
             "the engine's loader does not know this tensor",

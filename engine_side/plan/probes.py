@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bridge.model.same_bits import same_bits
 from engine_side.live import storage_layout
 from engine_side.plan.experiment_errors import is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
@@ -132,9 +133,6 @@ def _wide_product(rows: torch.Tensor, blocks: Sequence[torch.Tensor]) -> tuple[t
 
 def _widened(rows: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     count, size = weight.shape
-    if weight.numel() <= _PART:
-        block = weight.to(wide)
-        return rows @ block.t(), block.norm(dim=1)
     out = torch.empty(rows.shape[0], count, dtype=wide, device=weight.device)
     norms = torch.empty(count, dtype=wide, device=weight.device)
     step = max(1, _PART // max(size, 1))
@@ -309,7 +307,7 @@ def is_tiled(tensor: torch.Tensor, tile: torch.Tensor) -> bool:
     """True when a dense tensor of the tile's dtype holds, bit for bit, the values that `tile_into` writes."""
     flat = storage_layout.flat(tensor)
     return all(
-        storage_layout.same_bits(part, tile[: len(part)])
+        same_bits(part, tile[: len(part)])
         for part in (flat[start : start + len(tile)] for start in range(0, len(flat), max(len(tile), 1)))
     )
 

@@ -10,9 +10,8 @@ strategy wrote must show in the module's output as they do in a freshly loaded t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -75,11 +74,6 @@ class ModuleStrategy:
     kept: frozenset[str] = frozenset()
 
     @property
-    def probe(self) -> Probe | None:
-        """The first way to call the module."""
-        return self.probes[0] if self.probes else None
-
-    @property
     def direct(self) -> bool:
         return self.strategy in (Strategy.IN_PLACE, Strategy.PERMUTED)
 
@@ -92,7 +86,6 @@ class StrategyTable:
         choices: in the skeleton's order.
         alike: path -> the clusters for which the same experiment was made.
         derived: modules without weights that have a post-load step.
-        native: path -> why the module can only be filled by the engine's own loader.
     """
 
     choices: dict[str, ModuleStrategy]
@@ -101,11 +94,6 @@ class StrategyTable:
     live: dict[str, nn.Module]
     derived: tuple[str, ...]
     twins: TwinSource
-    native: dict[str, str] = field(default_factory=dict)
-
-    def counts(self) -> dict[str, int]:
-        """Count the modules per strategy."""
-        return dict(Counter([choice.strategy.value for choice in self.choices.values()]))
 
 
 def decide(host: RankHost, baked: Baked) -> StrategyTable:
@@ -114,16 +102,16 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, when no strategy
     serves a module, or when the engine's code fails in an experiment; OutOfMemory. All name module and class.
     """
-    groups = _groups(baked)
+    twins = TwinSource(host)
+    groups = _groups(twins.template, baked)
     paths = [path for group in groups for cluster in group for path in cluster.paths]
-    live = bind(baked.skeleton, host.model, paths)
-    twins = TwinSource(host, baked.skeleton)
+    live = bind(twins.template, host.model, paths)
     decided = StrategyTable({}, {}, {}, live, (), twins)
     found: dict[str, ModuleStrategy] = {}
     for group in groups:
         path = group[0].paths[0]
         with experiment_step("looking for a strategy", f"{path} ({type(live[path]).__name__})", group[0].nbytes):
-            chosen = _Experiment(host, baked, group, live, twins).run()
+            chosen = _Experiment(baked, group, live, twins).run()
         alike = tuple(group)
         for cluster in group:
             for path, choice in zip(cluster.paths, chosen, strict=True):
@@ -134,7 +122,6 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
         twins.release()
     order = [path for path in baked.targets.of_module() if path in found]
     decided.choices = {path: found[path] for path in order}
-    decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
     with experiment_step("looking for modules with derived state", type(host.model).__name__):
         holders = {path for path, places in baked.targets.of_module().items()
                    if any(place.target not in baked.unloaded for place in places)}  # fmt: skip
@@ -175,7 +162,7 @@ def _cluster(baked: Baked, paths: tuple[str, ...], modules: Mapping[str, Sequenc
     return Cluster(paths, tuple(targets), tuple(roles), tuple(places))
 
 
-def _groups(baked: Baked) -> list[list[Cluster]]:
+def _groups(template: nn.Module, baked: Baked) -> list[list[Cluster]]:
     """Group clusters that are alike in everything an experiment could see; one of them is tried for all."""
     moves: dict[str, list[Move]] = {}
     for move in baked.plan.moves:
@@ -184,7 +171,7 @@ def _groups(baked: Baked) -> list[list[Cluster]]:
     for cluster in _clusters(baked):
         plan = tuple((m.source, m.dest) for target in cluster.targets for m in moves.get(target, ()))
         shape = tuple(tuple(sorted(names.items())) for names in cluster.places)
-        marks = tuple(_marks(baked.skeleton.get_submodule(path)) for path in cluster.paths)
+        marks = tuple(_marks(template.get_submodule(path)) for path in cluster.paths)
         native = tuple(path for path in cluster.paths if path in baked.plan.native)
         groups.setdefault((cluster.roles, shape, plan, marks, native), []).append(cluster)
     return list(groups.values())
@@ -209,14 +196,9 @@ class _Experiment:
     """The experiments on one group of alike clusters."""
 
     def __init__(
-        self,
-        host: RankHost,
-        baked: Baked,
-        group: Sequence[Cluster],
-        live: Mapping[str, nn.Module],
-        twins: TwinSource,
+        self, baked: Baked, group: Sequence[Cluster], live: Mapping[str, nn.Module], twins: TwinSource
     ) -> None:
-        self.host, self.baked, self.group, self.live, self.twins = host, baked, group, live, twins
+        self.host, self.baked, self.group, self.live, self.twins = twins.host, baked, group, live, twins
         self.cluster = group[0]
         self.device = device_of(live[self.cluster.paths[0]])
         self.probes: list[tuple[Probe, ...]] = []
@@ -374,16 +356,17 @@ class _Experiment:
     ) -> None:
         """Bring `new` into a post-loaded twin as a load would into the live module."""
         module, values = twin.modules[k], self._named(k, new)
+        template = self.twins.template.get_submodule(twin.cluster.paths[k])
         if strategy in (Strategy.IN_PLACE, Strategy.PERMUTED):
             for name, value in values.items():
                 live, new_value = stored[name].side_by_side(require_tensor(module, name), value)
                 live.copy_(new_value)
         elif strategy is Strategy.REDO:
-            redo(self.host, module, twin.templates[k], values)
+            redo(self.host, module, template, values)
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
-        ForwardCaches(module, [("", twin.templates[k], module)], {"": self.kept[k]}).clear()
+        ForwardCaches(module, [("", template, module)], {"": self.kept[k]}).clear()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
         """Find the layout of each canonical tensor after post-load; and the twin, where nothing was done to it."""

@@ -61,16 +61,13 @@ class Twin:
     cluster: Cluster
     skeleton: nn.Module
     modules: list[nn.Module]
-    templates: list[nn.Module]
     before: list[ModuleState] = field(default_factory=list)
     memory: list[torch.Tensor] = field(default_factory=list)
 
     def fill(self, values: Sequence[torch.Tensor]) -> None:
         """Put canonical values (one per role) into the modules, as a loader would."""
-        with torch.no_grad():
-            for module, names in zip(self.modules, self.cluster.places, strict=True):
-                for name, role in names.items():
-                    require_tensor(module, name).detach().copy_(values[role])
+        for into, value in zip(self.by_role(), values, strict=True):
+            into.copy_(value)
 
     def by_role(self) -> list[torch.Tensor]:
         """List the tensor of every role. Before post-load only."""
@@ -92,14 +89,18 @@ class Twin:
 
 
 class TwinSource:
-    """Hands out twins; asks the host for another skeleton only when all suitable modules of those at hand are used."""
+    """Hands out twins; asks the host for another skeleton only when all suitable modules of those at hand are used.
 
-    def __init__(self, host: RankHost, template: nn.Module) -> None:
+    Attributes:
+        template: a skeleton from which no twin is taken and which no loader has touched.
+    """
+
+    def __init__(self, host: RankHost) -> None:
         self.host = host
-        self.template = template
         self._pool: list[tuple[nn.Module, set[str]]] = []  # skeletons, and the paths of their used modules
         self._lent: list[tuple[nn.Module, dict[str, Any]]] = []
         self._spare: Spare = {}
+        self.template = self.take_skeleton()
 
     def take(self, options: Sequence[Cluster], live: Mapping[str, nn.Module]) -> Twin:
         """Make a fresh twin of any one of `options`, which are alike. Raises OutOfMemory.
@@ -111,7 +112,6 @@ class TwinSource:
         choice, skeleton, used = next(free, None) or (options[0], *self._grow())
         used.update(choice.paths)
         modules = [skeleton.get_submodule(path) for path in choice.paths]
-        templates = [self.template.get_submodule(path) for path in choice.paths]
         for module in modules:
             registries = {name: dict(getattr(module, name)) for name in ("_parameters", "_buffers", "_modules")}
             self._lent.append((module, {**module.__dict__, **registries}))
@@ -120,10 +120,10 @@ class TwinSource:
         with experiment_step("building a twin", choice.paths[0], choice.nbytes):
             for path, module in zip(choice.paths, modules, strict=True):
                 materialise(module, live[path], made, self._spare, memory)
-        return Twin(choice, skeleton, modules, templates, memory=memory)
+        return Twin(choice, skeleton, modules, memory=memory)
 
     def _grow(self) -> tuple[nn.Module, set[str]]:
-        with experiment_step("building a skeleton", type(self.template).__name__):
+        with experiment_step("building a skeleton", type(self.host.model).__name__):
             self._pool.append((self.host.skeleton(), set()))
         return self._pool[-1]
 
@@ -202,11 +202,8 @@ def materialise(
 
 def device_of(module: nn.Module) -> torch.device:
     """Find the device of a live module's tensors; cpu for a module that has none left."""
-    for registry in (module._parameters, module._buffers):
-        for tensor in registry.values():
-            if tensor is not None and tensor.device.type != "meta":
-                return tensor.device
-    return next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
+    tensors = (*module._parameters.values(), *module._buffers.values(), *module.parameters())
+    return next((t.device for t in tensors if t is not None and t.device.type != "meta"), torch.device("cpu"))
 
 
 def require_tensor(module: nn.Module, name: str) -> torch.Tensor:

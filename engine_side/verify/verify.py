@@ -18,11 +18,11 @@ from contextlib import contextmanager
 import torch
 
 from bridge.model.receipt import Failure, LevelResult
+from bridge.model.same_bits import same_bits
 from bridge.shm.memcpy import uncollected
 from engine_side.live.inplace import diff, find_tensor
 from engine_side.live.module_tree import Replaced
-from engine_side.live.storage_layout import same_bits
-from engine_side.load.copies import Comparison, CopyPair, comparisons, run_all
+from engine_side.load.copies import Comparison, comparisons, run_all
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step
@@ -46,7 +46,6 @@ class Verifier:
         self.loader = loader
         self._probed = False
         self._comparisons: dict[int, tuple[object, list[Comparison]]] = {}
-        self._both: dict[int, tuple[object, object, list[tuple[CopyPair, CopyPair]]]] = {}
         self._derived = DerivedState(loader)
         self._proven: set[str] = set()
         """Modules whose output passed its probe in this run: it is the new version's, so it cannot be the former's."""
@@ -165,8 +164,7 @@ class Verifier:
         readable = loader.readable_pairs(slot)
         cached = self._comparisons.get(slot)
         if cached is None or cached[0] is not readable:
-            pairs = [p for items in readable.values() for p in items]
-            self._comparisons[slot] = cached = (readable, comparisons(pairs, loader.threads))
+            self._comparisons[slot] = cached = (readable, comparisons(readable, loader.threads))
         run_all(loader.pool, [work.compare for work in cached[1]])
         names = [spec.name for spec in loader.mapped.manifest.tensors]
         expected, got = "the module that was attached, in the live tree", "it was replaced"
@@ -192,7 +190,7 @@ class Verifier:
             for target, view, value in loader.mapped.direct[slot].constants
             if not bool((view == view.new_full((), value)).all())
         ]
-        return _result("read-back", len({p.tensor for items in readable.values() for p in items}), failures)
+        return _result("read-back", len({pair.tensor for pair in readable}), failures)
 
     def probe(self, slot: int, *, every: bool = False) -> LevelResult:
         """Call the modules whose storage does not show their weights (`every`: all that can be called)."""
@@ -254,19 +252,15 @@ class Verifier:
     def _unmoved_tensors(self, slot: int, previous: int, wanted: set[int]) -> list[int]:
         """Manifest indices of tensors that changed in the arena, of which no readable part changed in the engine."""
         now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
-        cached = self._both.get(slot)
-        if cached is None or cached[0] is not now or cached[1] is not before:
-            both = [pair for path, items in now.items() for pair in zip(items, before[path], strict=True)]
-            self._both[slot] = cached = (now, before, both)
         moved: set[int] = set()
         still: set[int] = set()
-        for new, old in cached[2]:
+        for new, old in zip(now, before, strict=True):
             tensor = new.tensor
             if tensor in moved or tensor not in wanted:
                 continue
             if not old.same_bits():
                 moved.add(tensor)
-            elif not same_bits(*[pair.sent.to(pair.live).contiguous() for pair in (new, old)]):
+            elif not same_bits(new.sent.to(new.live), old.sent.to(old.live)):
                 still.add(tensor)
         return sorted(still - moved)
 

@@ -17,8 +17,8 @@ from bridge.errors import UnsupportedLora
 from bridge.model import lora_format
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Failure, LevelResult, RankReport
+from bridge.model.same_bits import same_bits
 from bridge.protocol.rank_jobs import RankBake
-from engine_side.live.storage_layout import same_bits
 from engine_side.protocol import LoraView, RankHost
 
 SHOWN = 16
@@ -116,7 +116,7 @@ class LoraLoader:
             wanted = tensors[view.name][view.index].to(view.live.dtype)
             if wanted.shape != view.live.shape:
                 wrong.append((view.name, str(list(wanted.shape)), f"a slot of {list(view.live.shape)}"))
-            elif not same_bits(view.live.contiguous(), wanted.contiguous().to(view.live.device)):
+            elif not same_bits(view.live, wanted):
                 wrong.append((view.name, "the arena's bits", "others in the engine's slot"))
             if any(bool(pad.count_nonzero()) for pad in view.padding):
                 wrong.append((view.name, "zeros around it in the slot", "other values"))
