@@ -338,11 +338,9 @@ class EngineService:
         elif "cache" in settings.levels:
             why = "kv='keep': caches hold what the version before computed" if driver.can_generate else "no cache"
             level = LevelResult("cache", True, 0, note=why)
-        if level is None:
-            return EngineOk(self._report())
-        if not level.ok:
-            raise level_error(self.id, 0, level)
-        return EngineOk(self._report((RankReport(0, (level,)),)))
+        ranks = () if level is None else (RankReport(0, (level,)),)
+        self._require_passed(ranks)
+        return EngineOk(self._report(ranks))
 
     def _resume(self, request: EngineResume, deadline: Deadline) -> EngineOk:
         if self._standing.state is not EngineState.VERIFIED:

@@ -215,10 +215,7 @@ class _Experiment:
         old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
         fresh = self._loaded(new)
         unused = [names_set(module) for module in fresh.modules]
-        self.probes = [
-            probes.find_probes(self.host, module, self._named(k, new), self._first_rows(k))
-            for k, module in enumerate(fresh.modules)
-        ]
+        self.probes = self._find_probes(fresh, new)
         self.kept = [tensors_set_since(module, unused[k]) for k, module in enumerate(fresh.modules)]
         want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
         self.twins.retire(fresh)
@@ -256,30 +253,30 @@ class _Experiment:
         written, so that a copy kept by a first call would show.
         """
         values = twin.by_role()
-        found: list[tuple[Probe, ...]] = []
-        before: list[list[torch.Tensor]] = []
-        for version in (1, 2):
-            for role, value in enumerate(values):
-                probes.tile_into(value, probes.random_tile(value, (version, role)))
-            for k, module in enumerate(twin.modules):
-                named = self._named(k, values)
-                if version == 1:
-                    ways = probes.find_probes(self.host, module, named, self._first_rows(k))
-                    if not ways or any(probe.form == "twin" for probe in ways):
-                        return False
-                    found.append(ways)
-                    before.append([])
-                for i, probe in enumerate(found[k]):
-                    x = probe.inputs(self.device)
-                    y = probes.call_module(self.host, module, x)
-                    if y is None:
-                        return False
-                    if version == 1:
-                        before[k].append(y)
-                    elif torch.equal(y, before[k][i]) or probes.mismatch(probe, x, y, named) is not None:
-                        return False
+        probes.randomise(values, 1)
+        found = self._find_probes(twin, values)
+        if not all(ways and all(probe.form != "twin" for probe in ways) for ways in found):
+            return False
+        calls = [
+            (k, module, probe, probe.inputs(self.device)) for k, module in enumerate(twin.modules) for probe in found[k]
+        ]
+        before = [probes.call_module(self.host, module, x) for _, module, _, x in calls]
+        probes.randomise(values, 2)
+        for (k, module, probe, x), earlier in zip(calls, before, strict=True):
+            y = probes.call_module(self.host, module, x)
+            if y is None or earlier is None or torch.equal(y, earlier):
+                return False
+            if probes.mismatch(probe, x, y, self._named(k, values)) is not None:
+                return False
         self.probes = found
         return True
+
+    def _find_probes(self, twin: Twin, values: Sequence[torch.Tensor]) -> list[tuple[Probe, ...]]:
+        """Find the ways to call each module of a twin that holds `values`."""
+        return [
+            probes.find_probes(self.host, module, self._named(k, values), self._first_rows(k))
+            for k, module in enumerate(twin.modules)
+        ]
 
     def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> ModuleStrategy:
         ways = self.probes[k]
