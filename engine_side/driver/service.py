@@ -28,31 +28,10 @@ from bridge.errors import (
 )
 from bridge.model.engine_state import TRANSITIONS, EngineState
 from bridge.model.receipt import CanaryResult, EngineReport, LevelResult, RankReport
+from bridge.protocol import engine_messages as msg
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import EngineInfo
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import (
-    EngineCheck,
-    EngineChecked,
-    EngineClaim,
-    EngineClose,
-    EngineCommit,
-    EngineGenerate,
-    EngineGenerated,
-    EngineHello,
-    EngineIs,
-    EngineLoad,
-    EngineLoaded,
-    EngineOk,
-    EngineRan,
-    EngineReadBack,
-    EngineRestore,
-    EngineResume,
-    EngineRun,
-    EngineVersionZero,
-    FromEngine,
-    ToEngine,
-)
 from bridge.protocol.rank_jobs import ForgetJob, RankLoaded, Scores
 from engine_side.driver.arenas import Arenas
 from engine_side.driver.level_errors import canary_error, level_error
@@ -124,14 +103,14 @@ class EngineService:
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
-    def handle(self, request: ToEngine, deadline: Deadline) -> FromEngine:
+    def handle(self, request: msg.ToEngine, deadline: Deadline) -> msg.FromEngine:
         """Answer one request. Blocks, at most until the deadline as far as the engine lets go. Raises errors of our
         tree; anything else is a bug, and is raised as a BridgeError that says so."""
         try:
-            if isinstance(request, EngineGenerate):
+            if isinstance(request, msg.EngineGenerate):
                 return self._generate(request)
-            if isinstance(request, EngineHello):
-                return EngineIs(self._info())  # a question never waits for a push
+            if isinstance(request, msg.EngineHello):
+                return msg.EngineIs(self._info())  # a question never waits for a push
             if not self._busy.acquire(blocking=False):
                 self._wait_for_turn(request, deadline)
             try:
@@ -144,10 +123,10 @@ class EngineService:
             log.exception("request %s failed", type(request).__name__)
             raise ErrorInfo.of(error).rebuild(self.id) from error
 
-    def _wait_for_turn(self, request: ToEngine, deadline: Deadline) -> None:
+    def _wait_for_turn(self, request: msg.ToEngine, deadline: Deadline) -> None:
         """Wait until the request before this one has ended. Raises DeadlineExceeded when that takes too long."""
         # a way back has time of its own, counted from its turn: the load that made it necessary may still run
-        seconds = request.timeout_s if isinstance(request, EngineRestore) else deadline.remaining_s
+        seconds = request.timeout_s if isinstance(request, msg.EngineRestore) else deadline.remaining_s
         if not self._busy.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
             raise DeadlineExceeded(
                 "the engine is still busy with an earlier request", where=self.id,
@@ -155,8 +134,8 @@ class EngineService:
                 remedy="look for a hung engine in its log, or raise the time-out",
             )  # fmt: skip
 
-    def _answer(self, request: ToEngine, deadline: Deadline) -> FromEngine:
-        if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
+    def _answer(self, request: msg.ToEngine, deadline: Deadline) -> msg.FromEngine:
+        if isinstance(request, msg.EngineLoad | msg.EngineCommit | msg.EngineResume | msg.EngineRestore):
             if request.turn < self._turn:
                 raise ProtocolError(
                     "asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}",
@@ -164,27 +143,27 @@ class EngineService:
                 )  # fmt: skip
             self._turn = request.turn
         match request:
-            case EngineLoad():
+            case msg.EngineLoad():
                 return self._load(request, deadline)
-            case EngineCommit():
+            case msg.EngineCommit():
                 return self._commit(request, deadline)
-            case EngineResume():
+            case msg.EngineResume():
                 return self._resume(request, deadline)
-            case EngineRestore():
+            case msg.EngineRestore():
                 return self._restore(request)
-            case EngineRun():
-                return EngineRan(tuple(self._arenas.run(request.job, deadline)))
-            case EngineReadBack():
+            case msg.EngineRun():
+                return msg.EngineRan(tuple(self._arenas.run(request.job, deadline)))
+            case msg.EngineReadBack():
                 return self._read_back(request, deadline)
-            case EngineCheck():
+            case msg.EngineCheck():
                 return self._check(request, deadline)
-            case EngineClaim():
+            case msg.EngineClaim():
                 return self._claim(request, deadline)
-            case EngineClose():
+            case msg.EngineClose():
                 self.close()
-        return EngineOk(self._report())
+        return msg.EngineOk(self._report())
 
-    def _claim(self, request: EngineClaim, deadline: Deadline) -> EngineIs:
+    def _claim(self, request: msg.EngineClaim, deadline: Deadline) -> msg.EngineIs:
         self.driver.claim(request.owner)
         self._ranks.assign(Path(request.mailbox), request.page)
         try:
@@ -193,7 +172,7 @@ class EngineService:
             self._ranks.close()
             self.driver.close()
             raise
-        return EngineIs(self._info())
+        return msg.EngineIs(self._info())
 
     def _info(self) -> EngineInfo:
         driver = self.driver
@@ -220,15 +199,15 @@ class EngineService:
         state, serving = self._standing.state.value, self._standing.serving
         return EngineReport(self.id, state, serving, ranks, drift, lora, self._pause_s, error)
 
-    def _read_back(self, request: EngineReadBack, deadline: Deadline) -> EngineVersionZero:
+    def _read_back(self, request: msg.EngineReadBack, deadline: Deadline) -> msg.EngineVersionZero:
         if self._standing.state is not EngineState.SERVING:
             reason = f"it is {self._standing.state.value}: nobody verified what it holds"
-            return EngineVersionZero(False, "none", reason)
+            return msg.EngineVersionZero(False, "none", reason)
         return self._arenas.read_back(request, self.driver.checkpoint, deadline)
 
     # ---- load and verify --------------------------------------------------------------------------------------------
 
-    def _load(self, request: EngineLoad, deadline: Deadline) -> EngineLoaded:
+    def _load(self, request: msg.EngineLoad, deadline: Deadline) -> msg.EngineLoaded:
         # an engine that hung may still be in the middle of the push before this one: what it wrote then still counts
         self._ranks.touched &= self._standing.state is not EngineState.SERVING
         lora, settings = request.job.lora, request.job.settings
@@ -272,8 +251,8 @@ class EngineService:
         except BridgeError as error:
             report = self._report(ranks, str(error), drift)
             touched = self._ranks.touched or (written and lora is not None)
-            return EngineLoaded(report, touched, ErrorInfo.of(error), phases)
-        return EngineLoaded(self._report(ranks, None, drift, lora), True, None, phases, notes)
+            return msg.EngineLoaded(report, touched, ErrorInfo.of(error), phases)
+        return msg.EngineLoaded(self._report(ranks, None, drift, lora), True, None, phases, notes)
 
     def _require_weights(self) -> None:
         """Refuse an adapter over weights that nobody verified."""
@@ -293,7 +272,7 @@ class EngineService:
                     raise level_error(self.id, report.rank, level)
 
     def _write(
-        self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
+        self, request: msg.EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
     ) -> tuple[tuple[RankReport, ...], tuple[str, ...]]:
         """Load and verify on every rank: their reports over the staged ones, and notes for the receipt."""
         job = request.job
@@ -320,7 +299,7 @@ class EngineService:
             self._pause_s = 0.0
         self.driver.pause(inflight, deadline)
 
-    def _commit(self, request: EngineCommit, deadline: Deadline) -> EngineOk:
+    def _commit(self, request: msg.EngineCommit, deadline: Deadline) -> msg.EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
                 "a commit of a version that was not verified", where=self.id, got=self._standing.state.value
@@ -340,9 +319,9 @@ class EngineService:
             level = LevelResult("cache", True, 0, note=why)
         ranks = () if level is None else (RankReport(0, (level,)),)
         self._require_passed(ranks)
-        return EngineOk(self._report(ranks))
+        return msg.EngineOk(self._report(ranks))
 
-    def _resume(self, request: EngineResume, deadline: Deadline) -> EngineOk:
+    def _resume(self, request: msg.EngineResume, deadline: Deadline) -> msg.EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
@@ -353,8 +332,8 @@ class EngineService:
             self._serve(request.version, request.lora, deadline)
         except TransportError as error:  # nobody may wait at the gate of an engine that does not answer
             self._quarantine(f"lost when version {request.version} was to be served: {error}")
-            return EngineOk(self._report(error=self._detail))
-        return EngineOk(self._report())
+            return msg.EngineOk(self._report(error=self._detail))
+        return msg.EngineOk(self._report())
 
     def _serve(self, version: int, lora: str | None, deadline: Deadline) -> None:
         """Publish, resume, and retire adapters of earlier pushes. A connection that broke is tried a second time,
@@ -379,7 +358,7 @@ class EngineService:
 
     # ---- put back ---------------------------------------------------------------------------------------------------
 
-    def _restore(self, request: EngineRestore) -> EngineOk:
+    def _restore(self, request: msg.EngineRestore) -> msg.EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
         deadline = Deadline.after(request.timeout_s)
         try:
@@ -389,7 +368,7 @@ class EngineService:
                     self._standing.move(EngineState.STAGING)  # an adapter that did not pass: the weights never moved
                 if self._standing.state is not EngineState.SERVING:
                     self._serve(self._standing.serving or 0, self._loras.current, deadline)
-                return EngineOk(self._report())
+                return msg.EngineOk(self._report())
             if request.lora is not None:
                 self._loras.require(request.lora)
             self._load_back(request, deadline)
@@ -397,10 +376,10 @@ class EngineService:
             if not isinstance(error, BridgeError):
                 log.exception("%s: the way back failed", self.id)
             self._quarantine(f"{request.reason}; then the way back failed: {error}")
-            return EngineOk(self._report(error=self._detail))
-        return EngineOk(self._report(error=request.reason))
+            return msg.EngineOk(self._report(error=self._detail))
+        return msg.EngineOk(self._report(error=request.reason))
 
-    def _stands_at(self, request: EngineRestore) -> bool:
+    def _stands_at(self, request: msg.EngineRestore) -> bool:
         """True when nothing was written here and the engine serves what it should return to. An engine that has missed
         a commit must not serve what came before it."""
         if self._ranks.touched or self._standing.serving is None:
@@ -409,7 +388,7 @@ class EngineService:
             return True
         return request.version == self._standing.serving and request.lora == self._loras.current
 
-    def _load_back(self, request: EngineRestore, deadline: Deadline) -> None:
+    def _load_back(self, request: msg.EngineRestore, deadline: Deadline) -> None:
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
         if request.job is None or request.version is None:
@@ -439,7 +418,7 @@ class EngineService:
 
     # ---- health, generation, end ------------------------------------------------------------------------------------
 
-    def _check(self, request: EngineCheck, deadline: Deadline) -> EngineChecked:
+    def _check(self, request: msg.EngineCheck, deadline: Deadline) -> msg.EngineChecked:
         if self._standing.serving not in (None, request.version):
             raise Busy(
                 "another version serves meanwhile", where=self.id, expected=f"version {request.version}",
@@ -452,9 +431,9 @@ class EngineService:
         scores: Scores = ()
         if request.prompts and self.driver.can_generate:
             scores = self._examine(request, deadline)
-        return EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
+        return msg.EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
 
-    def _examine(self, request: EngineCheck, deadline: Deadline) -> Scores:
+    def _examine(self, request: msg.EngineCheck, deadline: Deadline) -> Scores:
         """Compute prompt log-probabilities. A serving engine is paused for it, keeping its requests: they take KV
         blocks that running requests may hold."""
         serving = self._standing.state is EngineState.SERVING and self._paused_at is None
@@ -478,7 +457,7 @@ class EngineService:
             self._quarantine(f"lost after an examination: {error}")
             raise
 
-    def _generate(self, request: EngineGenerate) -> EngineGenerated:
+    def _generate(self, request: msg.EngineGenerate) -> msg.EngineGenerated:
         if self._standing.state is EngineState.QUARANTINED:
             raise EngineQuarantined(
                 "this engine holds weights that nobody verified and serves nothing",
@@ -494,7 +473,7 @@ class EngineService:
             require_fit(self.driver, request.prompts)
         deadline = Deadline.after(request.timeout_s)
         completions = self.driver.generate(request.prompts, request.sampling, request.adapter, deadline=deadline)
-        return EngineGenerated(tuple(completions))
+        return msg.EngineGenerated(tuple(completions))
 
     def refuse_caller(self) -> None:
         """Raise ConfigError when this thread may not wait for the engine, because the engine would wait for it."""

@@ -17,30 +17,8 @@ from bridge.config import from_environment
 from bridge.errors import BridgeError, ProtocolError
 from bridge.model.manifest import validate
 from bridge.model.receipt import RankReport
+from bridge.protocol import rank_jobs as jobs
 from bridge.protocol.codec import ErrorInfo, pack, unpack
-from bridge.protocol.rank_jobs import (
-    AnyAnswer,
-    AnyJob,
-    BakeJob,
-    DropLoraJob,
-    ExamineJob,
-    ExplainJob,
-    ForgetJob,
-    LoadJob,
-    LogprobsJob,
-    MapJob,
-    RankAnswer,
-    RankBake,
-    RankDone,
-    RankExplanation,
-    RankFailed,
-    RankJob,
-    RankLoaded,
-    RankReadBack,
-    RankScores,
-    ReadBackJob,
-    VerifyJob,
-)
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
 from engine_side.live.inplace import AttributeSnapshot
@@ -59,7 +37,7 @@ class MappedPlan:
     """A baked plan of this rank, of weights (`part` is then a Verifier) or of a LoRA; once mapped, with its arena."""
 
     part: Verifier | LoraLoader
-    bake: RankBake
+    bake: jobs.RankBake
     arena: Arena | None = None
 
     @property
@@ -89,7 +67,7 @@ class Rank:
 
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
-        job = unpack(frame, RankJob)
+        job = unpack(frame, jobs.RankJob)
         if self._mailbox is None or str(self._mailbox.path) != job.mailbox:
             if self._mailbox is not None:
                 self._mailbox.close()
@@ -101,8 +79,8 @@ class Rank:
             if not isinstance(error, BridgeError):
                 log.exception("rank %d: %s failed", self.host.rank, type(job.job).__name__)
             touched = self._loading is not None and self._loading.began_to_write
-            answer = RankFailed(ErrorInfo.of(error), touched)
-        mailbox.post(job.page + self.host.rank, job.nonce, pack(RankAnswer(self.host.rank, job.nonce, answer)))
+            answer = jobs.RankFailed(ErrorInfo.of(error), touched)
+        mailbox.post(job.page + self.host.rank, job.nonce, pack(jobs.RankAnswer(self.host.rank, job.nonce, answer)))
 
     def close(self) -> None:
         """Let go of arenas and mailbox. Idempotent."""
@@ -113,30 +91,30 @@ class Rank:
             self._mailbox.close()
             self._mailbox = None
 
-    def _answer(self, job: AnyJob) -> AnyAnswer:
+    def _answer(self, job: jobs.AnyJob) -> jobs.AnyAnswer:
         self._loading = None
         match job:
-            case BakeJob():
+            case jobs.BakeJob():
                 return self._bake(job)
-            case MapJob():
+            case jobs.MapJob():
                 return self._map(job)
-            case ForgetJob():
+            case jobs.ForgetJob():
                 return self._forget(job.keep)
-            case LoadJob():
-                return RankLoaded(self._load(job))
-            case VerifyJob():
-                return RankLoaded(self._verify(job))
-            case LogprobsJob():
-                return RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
-            case DropLoraJob():
+            case jobs.LoadJob():
+                return jobs.RankLoaded(self._load(job))
+            case jobs.VerifyJob():
+                return jobs.RankLoaded(self._verify(job))
+            case jobs.LogprobsJob():
+                return jobs.RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
+            case jobs.DropLoraJob():
                 self.host.remove_lora(job.lora)
-                return RankDone()
-            case ReadBackJob():
+                return jobs.RankDone()
+            case jobs.ReadBackJob():
                 return self._read_back(job)
-            case ExamineJob():
-                return RankLoaded(self._examine(job))
-            case ExplainJob():
-                return RankExplanation(self._planned(job.plan, mapped=False).loader.explain(job.name))
+            case jobs.ExamineJob():
+                return jobs.RankLoaded(self._examine(job))
+            case jobs.ExplainJob():
+                return jobs.RankExplanation(self._planned(job.plan, mapped=False).loader.explain(job.name))
 
     def _planned(self, plan: int, *, mapped: bool = True) -> MappedPlan:
         """Find a plan. Raises ProtocolError for an unknown one, and unless `mapped` is False for one without arena."""
@@ -147,7 +125,7 @@ class Rank:
             raise ProtocolError("this plan is not mapped onto an arena yet", got=str(plan))
         return planned
 
-    def _bake(self, job: BakeJob) -> RankBake:
+    def _bake(self, job: jobs.BakeJob) -> jobs.RankBake:
         loader = self._loader(job)
         try:
             # the plan is proven to cover this rank once, here: no push changes it
@@ -159,7 +137,7 @@ class Rank:
         self._plans[job.plan] = MappedPlan(part, bake)
         return bake
 
-    def _loader(self, job: BakeJob) -> Loader | LoraLoader:
+    def _loader(self, job: jobs.BakeJob) -> Loader | LoraLoader:
         if job.lora is not None:
             return LoraLoader(self.host, job.tensors, job.lora)
         loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
@@ -170,7 +148,7 @@ class Rank:
         loader.close()
         return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
 
-    def _map(self, job: MapJob) -> RankDone:
+    def _map(self, job: jobs.MapJob) -> jobs.RankDone:
         planned = self._planned(job.plan, mapped=False)
         planned.arena = arena = Arena.open(Path(job.path), validate(job.manifest))
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
@@ -180,12 +158,12 @@ class Rank:
             planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
         return self._forget((job.plan, *job.keep))
 
-    def _forget(self, keep: tuple[int, ...]) -> RankDone:
+    def _forget(self, keep: tuple[int, ...]) -> jobs.RankDone:
         for plan in [p for p in self._plans if p not in keep]:
             self._plans.pop(plan).close()
-        return RankDone()
+        return jobs.RankDone()
 
-    def _load(self, job: LoadJob) -> RankReport:
+    def _load(self, job: jobs.LoadJob) -> RankReport:
         planned = self._planned(job.plan)
         verifier = planned.part
         if isinstance(verifier, LoraLoader):
@@ -218,7 +196,7 @@ class Rank:
             self._lost = loader.snapshot
         return report
 
-    def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
+    def _prompt_logprobs(self, job: jobs.LogprobsJob) -> list[list[float]]:
         """Run a forward without the forward caches; where it fails (in every rank alike), once more with them."""
         caches = [p.loader.caches for p in self._plans.values() if isinstance(p.loader, Loader)]
         for each in caches:
@@ -234,7 +212,7 @@ class Rank:
             each.confirm()
         return scores
 
-    def _verify(self, job: VerifyJob) -> RankReport:
+    def _verify(self, job: jobs.VerifyJob) -> RankReport:
         started = time.perf_counter()
         part = self._planned(job.plan).part
         if isinstance(part, LoraLoader):
@@ -243,15 +221,15 @@ class Rank:
             levels = part.run(job.levels, job.slot)
         return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
 
-    def _examine(self, job: ExamineJob) -> RankReport:
+    def _examine(self, job: jobs.ExamineJob) -> RankReport:
         if self._loaded is None or self._loaded[0] not in self._plans:
             return RankReport(rank=self.host.rank)
         plan, slot = self._loaded
-        return self._verify(VerifyJob(plan, slot, job.levels))
+        return self._verify(jobs.VerifyJob(plan, slot, job.levels))
 
-    def _read_back(self, job: ReadBackJob) -> RankReadBack:
+    def _read_back(self, job: jobs.ReadBackJob) -> jobs.RankReadBack:
         planned = self._planned(job.plan)
         if planned.arena is None or isinstance(planned.loader, LoraLoader):
             raise ProtocolError("the plan of an adapter has no weights to read back", got=str(job.plan))
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
-            return RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))
+            return jobs.RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))
