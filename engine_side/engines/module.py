@@ -246,8 +246,8 @@ class ModuleRankHost:
         )
 
     def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
-        """Raise NotFound: `plan_lora` has refused before."""
-        raise _no_lora(name)
+        """Raise UnsupportedLora, as `plan_lora`."""
+        self.plan_lora((), spec)
 
     def lora_views(self, name: str) -> Sequence[LoraView]:
         """Raise NotFound: a plain module has no LoRA slots."""
