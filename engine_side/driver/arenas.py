@@ -1,4 +1,4 @@
-"""Arenas of one engine service, by plan: opened, checked, and filled with what the engine serves."""
+"""Plans of one engine service: each one's arena, and the proof that it covers the engine's ranks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from bridge.errors import DigestMismatch, ProtocolError
-from bridge.model.receipt import Failure, LevelResult
+from bridge.model.receipt import Failure, LevelResult, RankReport
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineLoad, EngineReadBack, EngineVersionZero
-from bridge.protocol.rank_jobs import MapJob, RankReadBack
+from bridge.protocol.rank_jobs import AnyJob, BakeJob, ForgetJob, MapJob, RankBake, RankReadBack, RankReply
 from bridge.shm.arena import Arena
 from bridge.shm.seal import check_slot
 from engine_side.driver.rank_client import RankClient
@@ -17,12 +17,14 @@ from engine_side.load.checkpoint import write_checkpoint, write_held
 
 
 class Arenas:
-    """Arenas that the driver's side has mapped. Used by one service, one request at a time."""
+    """Arenas that the driver's side has mapped, by plan. Used by one service, one request at a time."""
 
-    def __init__(self, engine_id: str, threads: int) -> None:
+    def __init__(self, engine_id: str, threads: int, ranks: RankClient) -> None:
         self._id = engine_id
         self._threads = threads
+        self._ranks = ranks
         self._arenas: dict[int, Arena] = {}
+        self._coverage: dict[int, tuple[LevelResult, ...]] = {}  # by plan and rank, as the bake proved it
 
     def __len__(self) -> int:
         return len(self._arenas)
@@ -33,26 +35,36 @@ class Arenas:
         except KeyError:
             raise ProtocolError("this engine does not know that plan", where=self._id, got=str(plan)) from None
 
-    def open(self, job: MapJob) -> None:
-        """Map the arena that ranks are about to map."""
-        self._arenas[job.plan] = Arena.open(Path(job.path), job.manifest)
-
-    def close(self, plan: int) -> None:
-        """Let go of one plan's arena."""
-        self._arenas.pop(plan).close()
+    def run(self, job: AnyJob, deadline: Deadline) -> list[RankReply]:
+        """Run a job on every rank; what the ranks map or forget is mapped or forgotten here too. Blocks and raises as
+        `RankClient.run`."""
+        if isinstance(job, MapJob):
+            self._arenas[job.plan] = Arena.open(Path(job.path), job.manifest)
+        try:
+            answers = self._ranks.run(job, deadline)
+        except BaseException:
+            if isinstance(job, MapJob):
+                self._arenas.pop(job.plan).close()
+            raise
+        if isinstance(job, BakeJob):
+            self._coverage[job.plan] = tuple(answer.coverage for answer in answers if isinstance(answer, RankBake))
+        if isinstance(job, MapJob | ForgetJob):
+            self.close_all_but((job.plan, *job.keep) if isinstance(job, MapJob) else job.keep)
+        return answers
 
     def close_all_but(self, keep: Collection[int]) -> None:
-        """Let go of the arenas of all plans but `keep`."""
+        """Let go of all plans but `keep`, and of their arenas."""
         for plan in [p for p in self._arenas if p not in keep]:
-            self.close(plan)
+            self._arenas.pop(plan).close()
+        self._coverage = {plan: levels for plan, levels in self._coverage.items() if plan in keep}
 
-    def stage(self, request: EngineLoad) -> Arena:
-        """Find the arena of a load, and digest the slot again if the request says so. Blocks for that pass.
+    def stage(self, request: EngineLoad, ranks: int) -> tuple[RankReport, ...]:
+        """Check a load before anything is written: the slot holds the announced version, its bytes are what was sealed
+        (digested again if the request says so), and the plan covers every rank. Blocks for that pass.
 
-        Raises ProtocolError unless the slot holds the announced version, DigestMismatch unless its bytes are what was
-        sealed.
+        Raises ProtocolError for another version, DigestMismatch for other bytes.
         """
-        arena, slot = self[request.job.plan], request.job.slot
+        arena, slot, levels = self[request.job.plan], request.job.slot, request.job.settings.levels
         seal = arena.seal_of(slot)
         if seal is None or seal.root != request.root or seal.version != request.sealed:
             raise ProtocolError(
@@ -62,9 +74,16 @@ class Arenas:
                 got="unsealed" if seal is None else f"version {seal.version}, root {seal.root.hex()}",
                 remedy="push again",
             )
+        note = "digests were checked by another engine of this node"
         if request.check:
             check_slot(arena, slot, self._threads, seal)
-        return arena
+            note = ""
+        total = len(arena.manifest.tensors)
+        transfer = (LevelResult("transfer", True, total, note=note),) if "transfer" in levels else ()
+        if "coverage" not in levels:
+            return tuple(RankReport(rank, transfer) for rank in range(ranks))
+        proven = self._coverage[request.job.plan]
+        return tuple(RankReport(rank, (*transfer, found)) for rank, found in enumerate(proven))
 
     def check_level(self, plan: int, slot: int) -> LevelResult:
         """Digest a slot again, as the transfer level."""
@@ -76,12 +95,10 @@ class Arenas:
             return LevelResult("transfer", False, total, failures)
         return LevelResult("transfer", True, total)
 
-    def read_back(
-        self, request: EngineReadBack, ranks: RankClient, checkpoint: Path | None, deadline: Deadline
-    ) -> EngineVersionZero:
+    def read_back(self, request: EngineReadBack, checkpoint: Path | None, deadline: Deadline) -> EngineVersionZero:
         """Write live weights into the slot. Tensors that post-load work packed away come from the last commit, and
         those that no push has brought from the engine's own checkpoint. Blocks for the ranks."""
-        found = ranks.ask(request.job, RankReadBack, deadline)
+        found = self._ranks.ask(request.job, RankReadBack, deadline)
         unreadable = {name for answer in found for name in answer.unreadable}
         arena, slot = self[request.job.plan], request.job.slot
         missing = list(arena.manifest.by_name)

@@ -41,17 +41,9 @@ class LoraVersions:
         not."""
         return self.current is not None and self.current not in self._driver.loaded_loras()
 
-    def begin_load(self, keep: str | None) -> None:
-        """Begin a load over which the adapter `keep` will be served. A staged adapter that others have committed, and
-        with which this engine never resumed, counts among this bridge's own. Raises NotFound as `require`."""
-        if self.staged is not None:
-            self.settle()
-        if keep is not None:
-            self.require(keep)
-
-    def require(self, name: str | None) -> None:
+    def require(self, name: str) -> None:
         """Raise NotFound when the adapter that is to be served is not loaded."""
-        if name is not None and name not in self.loaded:
+        if name not in self.loaded:
             raise NotFound(
                 "this engine does not hold the adapter that would be served",
                 where=name,

@@ -31,8 +31,8 @@ class Answers:
 
 
 class OutputChecks:
-    """Output checks of one engine over its pushes. Called by its service, in the order of a push; every call blocks for
-    forwards of the engine."""
+    """Output checks of one engine that generates, over its pushes. Called by its service, in the order of a push; every
+    call blocks for forwards of the engine."""
 
     def __init__(self, engine_id: str, driver: EngineDriver, ranks: RankClient) -> None:
         self._id = engine_id
@@ -53,11 +53,12 @@ class OutputChecks:
         """Before the pause, put the old weights' KV of one canary prompt into the prefix cache, so that `check_cache`
         has something to find stale. Only a serving engine can; the prompt runs beside users' requests."""
         self._cached, self._expected, self._fresh = [], (), None
-        wanted = (
-            "cache" in request.job.settings.levels and request.job.settings.kv == "reset" and self._driver.can_generate
-        )
+        wanted = "cache" in request.job.settings.levels and request.job.settings.kv == "reset"
         if wanted and request.reference is not None and serving is not None:
-            prompt = self._long_enough([token for row in request.reference.prompts for token in row])
+            tokens = [token for row in request.reference.prompts for token in row]
+            # repeated until it fills a block of the cache and can be continued by one token, within the engine's limit
+            length = max(self._driver.cache_grain, canary.TOKENS) + 2
+            prompt = (tokens * -(-length // max(len(tokens), 1)))[:length][: self._driver.max_prompt]
             self._floor = request.canary_floor
             which = "base" if request.job.lora is None else "current"
             try:
@@ -66,18 +67,10 @@ class OutputChecks:
                 return
             self._cached, self._expected = prompt, said.token_ids
 
-    def _long_enough(self, tokens: list[int]) -> list[int]:
-        """Repeat tokens until the prompt fills a block of the cache and can be continued by one token, within the
-        engine's limit."""
-        wanted = max(self._driver.cache_grain, canary.TOKENS) + 2
-        prompt = (tokens * -(-wanted // max(len(tokens), 1)))[: max(wanted, 1)]
-        return prompt[: self._driver.max_prompt]
-
     def remember(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the first write, note the log-probabilities of the version that serves now, unless its own canary has
         given them. Bits and probes do not show derived state, so a version that is put back is compared with these."""
-        asked = "canary" in request.job.settings.levels and self._driver.can_generate
-        asked &= self._served is None and not self._ranks.touched
+        asked = "canary" in request.job.settings.levels and self._served is None and not self._ranks.touched
         if asked and request.reference is not None and serving is not None:
             prompts = request.reference.prompts
             self._served = Answers(serving, prompts, self.scores(prompts, deadline), request.canary_floor)
@@ -89,7 +82,7 @@ class OutputChecks:
         CanaryMismatch when the base differs, or when the adapter changes nothing.
         """
         self._loaded = None
-        if "canary" not in request.job.settings.levels or request.reference is None or not self._driver.can_generate:
+        if "canary" not in request.job.settings.levels or request.reference is None:
             return None
         alone = request.reference if request.base is None else request.base
         scores = self._scores_with_cached(alone.prompts, deadline)
@@ -160,18 +153,16 @@ class OutputChecks:
         if not again.token_ids:
             failure = Failure("cached prompt", "one token", f"none ({again.finish_reason})")
             return LevelResult("cache", False, 1, (failure,))
-        fresh = self._past_cache(again.token_ids[0], deadline, lora)
+        token = again.token_ids[0]
+        if self._fresh is not None and self._fresh[0] == token:
+            fresh = self._fresh[1]
+        else:
+            fresh = self.scores(((*self._cached, token),), deadline, lora)[0][-1]
         weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
         if not weighed.ok:
             failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")
             return LevelResult("cache", False, 2, (failure,))
         return LevelResult("cache", True, 2)
-
-    def _past_cache(self, token: int, deadline: Deadline, lora: str | None) -> float:
-        """Score `token` after the cached prompt, past the cache."""
-        if self._fresh is not None and self._fresh[0] == token:
-            return self._fresh[1]
-        return self.scores(((*self._cached, token),), deadline, lora)[0][-1]
 
     def note_served(self, version: int) -> None:
         """Note that the loaded version serves now."""

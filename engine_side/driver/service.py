@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -29,32 +28,11 @@ from bridge.errors import (
 )
 from bridge.model.engine_state import TRANSITIONS, EngineState
 from bridge.model.receipt import CanaryResult, EngineReport, LevelResult, RankReport
+from bridge.protocol import engine_messages as msg
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import EngineInfo
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.engine_messages import (
-    EngineCheck,
-    EngineChecked,
-    EngineClaim,
-    EngineClose,
-    EngineCommit,
-    EngineGenerate,
-    EngineGenerated,
-    EngineHello,
-    EngineIs,
-    EngineLoad,
-    EngineLoaded,
-    EngineOk,
-    EngineRan,
-    EngineReadBack,
-    EngineRestore,
-    EngineResume,
-    EngineRun,
-    EngineVersionZero,
-    FromEngine,
-    ToEngine,
-)
-from bridge.protocol.rank_jobs import AnyJob, BakeJob, ForgetJob, MapJob, RankBake, RankLoaded, RankReply, Scores
+from bridge.protocol.rank_jobs import ForgetJob, RankLoaded, Scores
 from engine_side.driver.arenas import Arenas
 from engine_side.driver.level_errors import canary_error, level_error
 from engine_side.driver.lora_versions import LoraVersions
@@ -117,8 +95,7 @@ class EngineService:
         self._busy = threading.RLock()
         self._turn = 0
         self._ranks = RankClient(engine_id, driver)
-        self._arenas = Arenas(engine_id, threads)
-        self._coverage: dict[int, tuple[LevelResult, ...]] = {}  # by plan and rank, as the bake proved it
+        self._arenas = Arenas(engine_id, threads, self._ranks)
         self._paused_at: float | None = None
         self._pause_s = 0.0
         self._outputs = OutputChecks(engine_id, driver, self._ranks)
@@ -126,65 +103,67 @@ class EngineService:
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
-    def handle(self, request: ToEngine, deadline: Deadline) -> FromEngine:
+    def handle(self, request: msg.ToEngine, deadline: Deadline) -> msg.FromEngine:
         """Answer one request. Blocks, at most until the deadline as far as the engine lets go. Raises errors of our
         tree; anything else is a bug, and is raised as a BridgeError that says so."""
         try:
-            if isinstance(request, EngineGenerate):
+            if isinstance(request, msg.EngineGenerate):
                 return self._generate(request)
-            if isinstance(request, EngineHello):
-                return EngineIs(self._info())  # a question never waits for a push
-            # a way back has time of its own, counted from its turn: the load that made it necessary may still run
-            turn_s = request.timeout_s if isinstance(request, EngineRestore) else deadline.remaining_s
-            with self._serving_one(turn_s):
-                if isinstance(request, EngineLoad | EngineCommit | EngineResume | EngineRestore):
-                    if request.turn < self._turn:
-                        raise ProtocolError(
-                            "asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}",
-                            got=f"turn {request.turn}", remedy="push again",
-                        )  # fmt: skip
-                    self._turn = request.turn
-                match request:
-                    case EngineLoad():
-                        return self._load(request, deadline)
-                    case EngineCommit():
-                        return self._commit(request, deadline)
-                    case EngineResume():
-                        return self._resume(request, deadline)
-                    case EngineRestore():
-                        return self._restore(request)
-                    case EngineRun():
-                        return EngineRan(tuple(self._run(request.job, deadline)))
-                    case EngineReadBack():
-                        return self._read_back(request, deadline)
-                    case EngineCheck():
-                        return self._check(request, deadline)
-                    case EngineClaim():
-                        return self._claim(request, deadline)
-                    case EngineClose():
-                        self.close()
-                        return EngineOk(self._report())
+            if isinstance(request, msg.EngineHello):
+                return msg.EngineIs(self._info())  # a question never waits for a push
+            if not self._busy.acquire(blocking=False):
+                self._wait_for_turn(request, deadline)
+            try:
+                return self._answer(request, deadline)
+            finally:
+                self._busy.release()
         except BridgeError:
             raise
         except Exception as error:  # process boundary: the coordinator must get an answer whatever broke here
             log.exception("request %s failed", type(request).__name__)
             raise ErrorInfo.of(error).rebuild(self.id) from error
 
-    @contextmanager
-    def _serving_one(self, seconds: float) -> Iterator[None]:
-        """Wait for the request before this one to end. Raises DeadlineExceeded when it has not after `seconds`."""
+    def _wait_for_turn(self, request: msg.ToEngine, deadline: Deadline) -> None:
+        """Wait until the request before this one has ended. Raises DeadlineExceeded when that takes too long."""
+        # a way back has time of its own, counted from its turn: the load that made it necessary may still run
+        seconds = request.timeout_s if isinstance(request, msg.EngineRestore) else deadline.remaining_s
         if not self._busy.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
             raise DeadlineExceeded(
                 "the engine is still busy with an earlier request", where=self.id,
                 expected=f"free within {seconds:.1f} s", got="a request that hangs or takes longer",
                 remedy="look for a hung engine in its log, or raise the time-out",
             )  # fmt: skip
-        try:
-            yield
-        finally:
-            self._busy.release()
 
-    def _claim(self, request: EngineClaim, deadline: Deadline) -> EngineIs:
+    def _answer(self, request: msg.ToEngine, deadline: Deadline) -> msg.FromEngine:
+        if isinstance(request, msg.EngineLoad | msg.EngineCommit | msg.EngineResume | msg.EngineRestore):
+            if request.turn < self._turn:
+                raise ProtocolError(
+                    "asked for in a push that has ended", where=self.id, expected=f"turn {self._turn}",
+                    got=f"turn {request.turn}", remedy="push again",
+                )  # fmt: skip
+            self._turn = request.turn
+        match request:
+            case msg.EngineLoad():
+                return self._load(request, deadline)
+            case msg.EngineCommit():
+                return self._commit(request, deadline)
+            case msg.EngineResume():
+                return self._resume(request, deadline)
+            case msg.EngineRestore():
+                return self._restore(request)
+            case msg.EngineRun():
+                return msg.EngineRan(tuple(self._arenas.run(request.job, deadline)))
+            case msg.EngineReadBack():
+                return self._read_back(request, deadline)
+            case msg.EngineCheck():
+                return self._check(request, deadline)
+            case msg.EngineClaim():
+                return self._claim(request, deadline)
+            case msg.EngineClose():
+                self.close()
+        return msg.EngineOk(self._report())
+
+    def _claim(self, request: msg.EngineClaim, deadline: Deadline) -> msg.EngineIs:
         self.driver.claim(request.owner)
         self._ranks.assign(Path(request.mailbox), request.page)
         try:
@@ -193,7 +172,7 @@ class EngineService:
             self._ranks.close()
             self.driver.close()
             raise
-        return EngineIs(self._info())
+        return msg.EngineIs(self._info())
 
     def _info(self) -> EngineInfo:
         driver = self.driver
@@ -220,33 +199,15 @@ class EngineService:
         state, serving = self._standing.state.value, self._standing.serving
         return EngineReport(self.id, state, serving, ranks, drift, lora, self._pause_s, error)
 
-    def _run(self, job: AnyJob, deadline: Deadline) -> list[RankReply]:
-        """Run a job on every rank; the driver's side of plans and arenas follows suit."""
-        if isinstance(job, MapJob):
-            self._arenas.open(job)
-        try:
-            answers = self._ranks.run(job, deadline)
-        except BaseException:
-            if isinstance(job, MapJob):
-                self._arenas.close(job.plan)
-            raise
-        if isinstance(job, BakeJob):
-            self._coverage[job.plan] = tuple(answer.coverage for answer in answers if isinstance(answer, RankBake))
-        if isinstance(job, MapJob | ForgetJob):
-            keep = (job.plan, *job.keep) if isinstance(job, MapJob) else job.keep
-            self._arenas.close_all_but(keep)
-            self._coverage = {plan: levels for plan, levels in self._coverage.items() if plan in keep}
-        return answers
-
-    def _read_back(self, request: EngineReadBack, deadline: Deadline) -> EngineVersionZero:
+    def _read_back(self, request: msg.EngineReadBack, deadline: Deadline) -> msg.EngineVersionZero:
         if self._standing.state is not EngineState.SERVING:
             reason = f"it is {self._standing.state.value}: nobody verified what it holds"
-            return EngineVersionZero(False, "none", reason)
-        return self._arenas.read_back(request, self._ranks, self.driver.checkpoint, deadline)
+            return msg.EngineVersionZero(False, "none", reason)
+        return self._arenas.read_back(request, self.driver.checkpoint, deadline)
 
     # ---- load and verify --------------------------------------------------------------------------------------------
 
-    def _load(self, request: EngineLoad, deadline: Deadline) -> EngineLoaded:
+    def _load(self, request: msg.EngineLoad, deadline: Deadline) -> msg.EngineLoaded:
         # an engine that hung may still be in the middle of the push before this one: what it wrote then still counts
         self._ranks.touched &= self._standing.state is not EngineState.SERVING
         lora, settings = request.job.lora, request.job.settings
@@ -258,10 +219,15 @@ class EngineService:
             self._require_weights()
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
-        outputs = bool({"canary", "cache"} & set(settings.levels))
+        outputs = self.driver.can_generate and bool({"canary", "cache"} & set(settings.levels))
         try:
-            self._loras.begin_load(request.keeps)
-            ranks = self._stage(request, phases)
+            if self._loras.staged is not None:  # committed by others: this engine never resumed with it
+                self._loras.settle()
+            if request.keeps is not None:
+                self._loras.require(request.keeps)
+            started = time.perf_counter()
+            ranks = self._arenas.stage(request, self.driver.ranks)
+            phases["transfer"] = time.perf_counter() - started
             self._require_passed(ranks)
             serving = self._standing.serving
             if outputs and (lora is None or not self._loras.lost):
@@ -285,8 +251,8 @@ class EngineService:
         except BridgeError as error:
             report = self._report(ranks, str(error), drift)
             touched = self._ranks.touched or (written and lora is not None)
-            return EngineLoaded(report, touched, ErrorInfo.of(error), phases)
-        return EngineLoaded(self._report(ranks, None, drift, lora), True, None, phases, notes)
+            return msg.EngineLoaded(report, touched, ErrorInfo.of(error), phases)
+        return msg.EngineLoaded(self._report(ranks, None, drift, lora), True, None, phases, notes)
 
     def _require_weights(self) -> None:
         """Refuse an adapter over weights that nobody verified."""
@@ -298,21 +264,6 @@ class EngineService:
                 remedy="push the weights first: mode='base'",
             )
 
-    def _stage(self, request: EngineLoad, phases: dict[str, float]) -> tuple[RankReport, ...]:
-        """Before anything is written: the announced version is sealed, its bytes are what was sealed, and the plan
-        covers this engine (as its ranks proved when they baked it)."""
-        job, wanted = request.job, request.job.settings.levels
-        started = time.perf_counter()
-        arena = self._arenas.stage(request)
-        levels: tuple[LevelResult, ...] = ()
-        if "transfer" in wanted:
-            note = "" if request.check else "digests were checked by another engine of this node"
-            levels = (LevelResult("transfer", True, len(arena.manifest.tensors), note=note),)
-        phases["transfer"] = time.perf_counter() - started
-        if "coverage" not in wanted:
-            return tuple(RankReport(rank, levels) for rank in range(self.driver.ranks))
-        return tuple(RankReport(rank, (*levels, found)) for rank, found in enumerate(self._coverage[job.plan]))
-
     def _require_passed(self, ranks: Iterable[RankReport]) -> None:
         """Raise the error of the first failed level, by rank."""
         for report in ranks:
@@ -321,7 +272,7 @@ class EngineService:
                     raise level_error(self.id, report.rank, level)
 
     def _write(
-        self, request: EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
+        self, request: msg.EngineLoad, staged: tuple[RankReport, ...], phases: dict[str, float], deadline: Deadline
     ) -> tuple[tuple[RankReport, ...], tuple[str, ...]]:
         """Load and verify on every rank: their reports over the staged ones, and notes for the receipt."""
         job = request.job
@@ -348,7 +299,7 @@ class EngineService:
             self._pause_s = 0.0
         self.driver.pause(inflight, deadline)
 
-    def _commit(self, request: EngineCommit, deadline: Deadline) -> EngineOk:
+    def _commit(self, request: msg.EngineCommit, deadline: Deadline) -> msg.EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
                 "a commit of a version that was not verified", where=self.id, got=self._standing.state.value
@@ -366,24 +317,23 @@ class EngineService:
         elif "cache" in settings.levels:
             why = "kv='keep': caches hold what the version before computed" if driver.can_generate else "no cache"
             level = LevelResult("cache", True, 0, note=why)
-        if level is None:
-            return EngineOk(self._report())
-        if not level.ok:
-            raise level_error(self.id, 0, level)
-        return EngineOk(self._report((RankReport(0, (level,)),)))
+        ranks = () if level is None else (RankReport(0, (level,)),)
+        self._require_passed(ranks)
+        return msg.EngineOk(self._report(ranks))
 
-    def _resume(self, request: EngineResume, deadline: Deadline) -> EngineOk:
+    def _resume(self, request: msg.EngineResume, deadline: Deadline) -> msg.EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
                 "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
             )
-        self._outputs.note_served(request.version)
+        if self.driver.can_generate:
+            self._outputs.note_served(request.version)
         try:
             self._serve(request.version, request.lora, deadline)
         except TransportError as error:  # nobody may wait at the gate of an engine that does not answer
             self._quarantine(f"lost when version {request.version} was to be served: {error}")
-            return EngineOk(self._report(error=self._detail))
-        return EngineOk(self._report())
+            return msg.EngineOk(self._report(error=self._detail))
+        return msg.EngineOk(self._report())
 
     def _serve(self, version: int, lora: str | None, deadline: Deadline) -> None:
         """Publish, resume, and retire adapters of earlier pushes. A connection that broke is tried a second time,
@@ -408,7 +358,7 @@ class EngineService:
 
     # ---- put back ---------------------------------------------------------------------------------------------------
 
-    def _restore(self, request: EngineRestore) -> EngineOk:
+    def _restore(self, request: msg.EngineRestore) -> msg.EngineOk:
         """Serve the previous version again, proven by bits or probes, or nothing at all."""
         deadline = Deadline.after(request.timeout_s)
         try:
@@ -418,17 +368,18 @@ class EngineService:
                     self._standing.move(EngineState.STAGING)  # an adapter that did not pass: the weights never moved
                 if self._standing.state is not EngineState.SERVING:
                     self._serve(self._standing.serving or 0, self._loras.current, deadline)
-                return EngineOk(self._report())
-            self._loras.require(request.lora)
+                return msg.EngineOk(self._report())
+            if request.lora is not None:
+                self._loras.require(request.lora)
             self._load_back(request, deadline)
         except Exception as error:  # the engine's own code runs here: whatever broke, nothing may be served
             if not isinstance(error, BridgeError):
                 log.exception("%s: the way back failed", self.id)
             self._quarantine(f"{request.reason}; then the way back failed: {error}")
-            return EngineOk(self._report(error=self._detail))
-        return EngineOk(self._report(error=request.reason))
+            return msg.EngineOk(self._report(error=self._detail))
+        return msg.EngineOk(self._report(error=request.reason))
 
-    def _stands_at(self, request: EngineRestore) -> bool:
+    def _stands_at(self, request: msg.EngineRestore) -> bool:
         """True when nothing was written here and the engine serves what it should return to. An engine that has missed
         a commit must not serve what came before it."""
         if self._ranks.touched or self._standing.serving is None:
@@ -437,7 +388,7 @@ class EngineService:
             return True
         return request.version == self._standing.serving and request.lora == self._loras.current
 
-    def _load_back(self, request: EngineRestore, deadline: Deadline) -> None:
+    def _load_back(self, request: msg.EngineRestore, deadline: Deadline) -> None:
         if self._standing.state is not EngineState.STAGING:
             self._standing.move(EngineState.STAGING)
         if request.job is None or request.version is None:
@@ -467,7 +418,7 @@ class EngineService:
 
     # ---- health, generation, end ------------------------------------------------------------------------------------
 
-    def _check(self, request: EngineCheck, deadline: Deadline) -> EngineChecked:
+    def _check(self, request: msg.EngineCheck, deadline: Deadline) -> msg.EngineChecked:
         if self._standing.serving not in (None, request.version):
             raise Busy(
                 "another version serves meanwhile", where=self.id, expected=f"version {request.version}",
@@ -479,23 +430,17 @@ class EngineService:
         found = self._ranks.ask(request.job, RankLoaded, deadline)
         scores: Scores = ()
         if request.prompts and self.driver.can_generate:
-            with self._holding_requests(deadline):
-                scores = self._outputs.scores(request.prompts, deadline, request.scored)
-        return EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
+            scores = self._examine(request, deadline)
+        return msg.EngineChecked(tuple((*transfer, *answer.report.levels) for answer in found), scores)
 
-    @contextmanager
-    def _holding_requests(self, deadline: Deadline) -> Iterator[None]:
-        """Pause a serving engine for prompt log-probabilities, keeping its requests: they take KV blocks that running
-        requests may hold."""
+    def _examine(self, request: msg.EngineCheck, deadline: Deadline) -> Scores:
+        """Compute prompt log-probabilities. A serving engine is paused for it, keeping its requests: they take KV
+        blocks that running requests may hold."""
         serving = self._standing.state is EngineState.SERVING and self._paused_at is None
-        if serving:
-            try:
-                self.driver.pause("keep", deadline)
-            except Exception:  # it may still fall asleep, or have closed its gate
-                self._end_examination()
-                raise
         try:
-            yield
+            if serving:  # one that raises may still fall asleep, or have closed its gate
+                self.driver.pause("keep", deadline)
+            return self._outputs.scores(request.prompts, deadline, request.scored)
         finally:
             if serving:
                 self._end_examination()
@@ -512,7 +457,7 @@ class EngineService:
             self._quarantine(f"lost after an examination: {error}")
             raise
 
-    def _generate(self, request: EngineGenerate) -> EngineGenerated:
+    def _generate(self, request: msg.EngineGenerate) -> msg.EngineGenerated:
         if self._standing.state is EngineState.QUARANTINED:
             raise EngineQuarantined(
                 "this engine holds weights that nobody verified and serves nothing",
@@ -528,7 +473,7 @@ class EngineService:
             require_fit(self.driver, request.prompts)
         deadline = Deadline.after(request.timeout_s)
         completions = self.driver.generate(request.prompts, request.sampling, request.adapter, deadline=deadline)
-        return EngineGenerated(tuple(completions))
+        return msg.EngineGenerated(tuple(completions))
 
     def refuse_caller(self) -> None:
         """Raise ConfigError when this thread may not wait for the engine, because the engine would wait for it."""

@@ -195,9 +195,8 @@ def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:
     return Rank(EmbeddedRankHost(runner)).run
 
 
-def attach(engine: object, canonical: object = None) -> EmbeddedDriver | None:
-    """Return the driver of an Engine of this process; None for any other object. `canonical` is not used: the engine
-    has a loader of its own."""
+def attach(engine: object) -> EmbeddedDriver | None:
+    """Return the driver of an Engine of this process; None for any other object."""
     return EmbeddedDriver(engine) if isinstance(engine, Engine) else None
 
 

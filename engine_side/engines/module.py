@@ -45,8 +45,10 @@ class ModuleDriver:
         self.module = module
         self._canonical = canonical
         self._run: Callable[[bytes], None] | None = None
-        self._bindings: _Bindings | None = None
         self._apart: frozenset[int] | None = None
+        self._registries: list[Mapping[str, torch.Tensor | None]] = []
+        self._seen: list[torch.Tensor | None] = []
+        self._addresses: list[int] = []
 
     def dispatch(self, job: bytes, deadline: Deadline) -> None:
         """Run the job in the calling thread; blocks until it is done. Raises DeadlineExceeded only before it."""
@@ -119,12 +121,17 @@ class ModuleDriver:
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Raise ConfigError when one of these storage addresses is the module's own. Looked up again only when the
-        trainer's storages, or the module's tensors, have changed since the last call."""
-        if storages is self._apart and self._bindings is not None and self._bindings.unchanged():
+        trainer's storages, or the module's tensors, have changed since the last call; about 0.4 us per tensor."""
+        now = [tensor for registry in self._registries for tensor in registry.values()]
+        same = storages is self._apart and len(now) == len(self._seen) and all(map(is_, now, self._seen))
+        if same and self._addresses == [t.data_ptr() for t in now if t is not None and t.device.type != "meta"]:
             return
         remedy = "attach a copy (copy.deepcopy(module))"
         require_apart(_by_name(self.module).items(), storages, "attached module", remedy)
-        self._apart, self._bindings = storages, _Bindings(self.module)
+        self._apart = storages
+        self._registries = [r for m in self.module.modules() for r in (m._parameters, m._buffers) if r]
+        self._seen = [tensor for registry in self._registries for tensor in registry.values()]
+        self._addresses = [t.data_ptr() for t in self._seen if t is not None and t.device.type != "meta"]
 
     def close(self) -> None:
         """Give up the claim. The module stays as it is, gated if it holds unverified weights."""
@@ -137,18 +144,14 @@ class ModuleRankHost:
     rank = 0
 
     def __init__(self, module: nn.Module, canonical: CanonicalRoutes | None = None) -> None:
-        self._module = module
+        self.model = module
         self._canonical = canonical
         self._routes: Routes | None = None
         self._routes_of: dict[str, torch.Size] = {}
 
-    @property
-    def model(self) -> nn.Module:
-        return self._module
-
     def skeleton(self) -> nn.Module:
         """Copy the module tree with meta tensors: same classes, same attributes by reference, no hooks, no memory."""
-        return _mirror(self._module, {}, {})
+        return _mirror(self.model, {}, {})
 
     def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy checkpoint tensors into the skeleton. Strict: raises UnexpectedTensor for an unknown name, ShapeMismatch
@@ -172,9 +175,9 @@ class ModuleRankHost:
         """Computed again only when the module's tensors have changed (a resized embedding)."""
         if self._canonical is None:
             return None
-        shapes = {name: tensor.shape for name, tensor in _by_name(self._module).items()}
+        shapes = {name: tensor.shape for name, tensor in _by_name(self.model).items()}
         if self._routes is None or shapes != self._routes_of:
-            self._routes, self._routes_of = self._canonical(self._module), shapes
+            self._routes, self._routes_of = self._canonical(self.model), shapes
         return self._routes
 
     def post_load(self, module: nn.Module) -> bool:
@@ -224,11 +227,17 @@ class ModuleRankHost:
 
     def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
         """Raise UnsupportedLora: a plain module has no LoRA slots."""
-        raise self._unsupported()
+        raise UnsupportedLora(
+            "a plain module takes no LoRA",
+            where=type(self.model).__name__,
+            expected="an engine with LoRA slots",
+            got="torch.nn.Module",
+            remedy="push merged weights (mode='merged')",
+        )
 
     def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
-        """Raise UnsupportedLora."""
-        raise self._unsupported()
+        """Raise UnsupportedLora, as `plan_lora`."""
+        self.plan_lora((), spec)
 
     def lora_views(self, name: str) -> Sequence[LoraView]:
         """Raise NotFound: a plain module has no LoRA slots."""
@@ -236,15 +245,6 @@ class ModuleRankHost:
 
     def remove_lora(self, name: str) -> None:
         """Do nothing: there are none."""
-
-    def _unsupported(self) -> UnsupportedLora:
-        return UnsupportedLora(
-            "a plain module takes no LoRA",
-            where=type(self._module).__name__,
-            expected="an engine with LoRA slots",
-            got="torch.nn.Module",
-            remedy="push merged weights (mode='merged')",
-        )
 
 
 def _no_lora(name: str) -> NotFound:
@@ -255,28 +255,6 @@ def _no_lora(name: str) -> NotFound:
 def attach(engine: object, canonical: CanonicalRoutes | None = None) -> ModuleDriver | None:
     """Return the driver of a module of this process; None for any other object."""
     return ModuleDriver(engine, canonical) if isinstance(engine, nn.Module) else None
-
-
-class _Bindings:
-    """The tensors of a tree's modules and their addresses, to notice changes cheaply."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._registries = [r for m in module.modules() for r in (m._parameters, m._buffers) if r]
-        self._values = self._current()
-        self._tensors = [v for v in self._values if isinstance(v, torch.Tensor) and v.device.type != "meta"]
-        self._addresses = [t.data_ptr() for t in self._tensors]
-
-    def _current(self) -> list[object]:
-        return [value for registry in self._registries for value in registry.values()]
-
-    def unchanged(self) -> bool:
-        """About 0.4 us per tensor."""
-        now = self._current()
-        return (
-            len(now) == len(self._values)
-            and all(map(is_, now, self._values))
-            and [t.data_ptr() for t in self._tensors] == self._addresses
-        )
 
 
 class _Gate:

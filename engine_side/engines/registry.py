@@ -28,9 +28,8 @@ ATTACHED: tuple[str, ...] = (
     "engine_side.engines.embedded:attach",
     "engine_side.engines.vllm.driver:attach",
     "engine_side.engines.sglang.driver:attach",
-    "engine_side.engines.module:attach",
 )
-"""Factories, tried in order: (object, canonical) -> driver, or None for an object of another kind."""
+"""Factories, tried in order: object -> driver, or None for an object of another kind. Modules are tried after them."""
 
 
 def host(spec: str, arguments: Mapping[str, Any]) -> EngineDriver:
@@ -73,10 +72,14 @@ def adapt(engine: object, canonical: CanonicalRoutes | None = None) -> EngineDri
     """
     if is_url(engine):
         return attach_server(str(engine))
+    driver: EngineDriver | None
     for target in ATTACHED:
-        driver: EngineDriver | None = load(target)(engine, canonical)
+        driver = load(target)(engine)
         if driver is not None:
             return driver
+    driver = load("engine_side.engines.module:attach")(engine, canonical)
+    if driver is not None:
+        return driver
     raise ConfigError(
         "nobody knows how to push into this object",
         where="engine",

@@ -60,7 +60,10 @@ def copy_or_rebind_param(
         return Outcome.CREATED
     swapped = _transposed_dims(old, new)
     if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
-        _copy_in(old, new)
+        live = old.detach()
+        shared = live.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+        if not shared or live.data_ptr() != new.data_ptr() or live.stride() != new.stride():
+            live.copy_(new.clone() if shared else new)  # a view of itself would be read while it is written
         outcome = Outcome.COPIED
     else:
         _swap_storage(old, new, f"{type(module).__name__}.{name}")
@@ -129,19 +132,6 @@ def reflect(value: object, swap: Mapping[int, torch.Tensor], depth: int = 4) -> 
         same = all(a is b for a, b in zip(listed, value, strict=True))  # type: ignore[call-overload]
         return value if same else type(value)(listed)  # type: ignore[call-arg]
     return value
-
-
-def _copy_in(old: torch.Tensor, new: torch.Tensor) -> None:
-    """Copy `new` over `old`, of the same shape, dtype and device; it may be a view of the same storage."""
-    live = old.detach()
-    if live.numel() == 0:
-        return
-    if live.untyped_storage().data_ptr() == new.untyped_storage().data_ptr():
-        if live.data_ptr() == new.data_ptr() and live.stride() == new.stride():
-            return
-        new = new.clone()  # a view of itself would be read while it is written
-    with torch.no_grad():
-        live.copy_(new)
 
 
 def _swap_storage(old: torch.Tensor, new: torch.Tensor, where: str) -> None:

@@ -8,13 +8,14 @@ is derived from a handful of positions and then proven on every element; it is k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bridge.errors import ConfigError
 from bridge.model.regions import Region, follow
+from bridge.model.same_bits import same_bits
 
 PROBE_RANGE = 256
 """Digits are below this: bf16 and fp16 hold these integers exactly, smaller types fewer (`exact_base`)."""
@@ -100,25 +101,17 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """True when the elements fill a stretch of memory without gaps or overlaps."""
+    return _is_gapless((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+
+
+def _is_gapless(dims: Iterable[tuple[int, int]]) -> bool:
+    """True when dimensions, as (stride, size), reach every element of one stretch once."""
     reach = 1
-    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+    for stride, size in sorted(dims):
         if stride != reach:
             return False
         reach *= size
     return True
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """View the elements as integers of their size: NaN equals itself, -0 differs from +0."""
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if tensor.dtype.is_complex:
-        return torch.view_as_real(tensor).view(sizes[tensor.element_size() // 2])
-    return tensor.view(sizes[tensor.element_size()])
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True when two contiguous tensors of one dtype and device hold the same bits."""
-    return torch.equal(bits(a), bits(b))
 
 
 def affine(shown: Sequence[torch.Tensor], base: int) -> tuple[Region, Region] | None:
@@ -132,13 +125,8 @@ def affine(shown: Sequence[torch.Tensor], base: int) -> tuple[Region, Region] | 
         return sum(int(seen[position].item()) * base**k for k, seen in enumerate(shown))
 
     levels = _levels(decode, numel)
-    if levels is None:
+    if levels is None or not _is_gapless((step, size) for size, step, _ in levels):
         return None
-    reach = 1
-    for step, size in sorted((step, size) for size, step, _ in levels):
-        if step != reach:
-            return None  # the canonical strides leave gaps, or overlap
-        reach *= size
     shape = tuple(size for size, _, _ in reversed(levels))
     canonical = Region(0, shape, tuple(step for _, step, _ in reversed(levels)))
     live = Region(0, shape, tuple(at for _, _, at in reversed(levels)))

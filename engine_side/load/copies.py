@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from bridge.model.regions import Region
+from bridge.model.same_bits import bits_of
 from bridge.shm.memcpy import memcmp, memcmp_held, memmove
-from engine_side.live.storage_layout import bits
 
 SMALL = 32 << 10
 """Bytes below which a piece is cheaper inside a batched copy."""
@@ -37,7 +37,6 @@ class CopyPair:
         live, sent: the view of the engine's tensor, the view of the arena's.
         tensor: index of the sent tensor in the manifest.
         target: path of the parameter in the plan.
-        module: path of the module that is written.
         run: the same stretch as addresses, where both sides allow it.
     """
 
@@ -45,7 +44,6 @@ class CopyPair:
     sent: torch.Tensor
     tensor: int
     target: str
-    module: str
     run: MemoryRun | None
 
     @property
@@ -55,7 +53,7 @@ class CopyPair:
     def turned(self) -> CopyPair:
         """Swap the sides, for a copy from the engine into the arena."""
         run = None if self.run is None else (self.run[1], self.run[0], self.run[2])
-        return CopyPair(self.sent, self.live, self.tensor, self.target, self.module, run)
+        return CopyPair(self.sent, self.live, self.tensor, self.target, run)
 
     def same_bits(self) -> bool:
         """True when the live side holds exactly the bits of the sent side, after the cast to the live dtype."""
@@ -72,7 +70,7 @@ class CopyPair:
         for start in range(0, live.shape[0], rows):
             have = live[start : start + rows].contiguous().reshape(-1)
             want = sent[start : start + rows].to(device=have.device, dtype=have.dtype).contiguous().reshape(-1)
-            differs = bits(have) != bits(want)
+            differs = bits_of(have) != bits_of(want)
             if bool(differs.any()):
                 k = int(differs.to(torch.uint8).argmax())
                 return position + k, float(want[k]), float(have[k])
@@ -81,7 +79,7 @@ class CopyPair:
 
 
 def make_pair(
-    live: torch.Tensor, at: Region, sent: torch.Tensor, of: Region, tensor: int, target: str, module: str
+    live: torch.Tensor, at: Region, sent: torch.Tensor, of: Region, tensor: int, target: str
 ) -> CopyPair | None:
     """Pair region `at` of `live` with region `of` of `sent`, relative to each tensor's first element; None when empty.
 
@@ -103,7 +101,7 @@ def make_pair(
     run = None
     if a.device.type == b.device.type == "cpu" and a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype:
         run = (a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
-    return CopyPair(a, b, tensor, target, module, run)
+    return CopyPair(a, b, tensor, target, run)
 
 
 @dataclass
@@ -176,17 +174,17 @@ def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], object]]) -> N
 class Comparison:
     """The comparisons of one thread; pairs that differ are added to `differing`."""
 
-    runs: list[tuple[CopyPair, MemoryRun]] = field(default_factory=list)
-    by_value: list[CopyPair] = field(default_factory=list)
-    small: list[CopyPair] = field(default_factory=list)
+    pieces: list[tuple[CopyPair, MemoryRun | None]] = field(default_factory=list)
+    small: list[tuple[CopyPair, MemoryRun]] = field(default_factory=list)
     differing: list[CopyPair] = field(default_factory=list)
 
     def compare(self) -> None:
         """Compare everything anew. Called by a thread of the loader's pool."""
         self.differing.clear()
-        self.differing.extend([pair for pair, run in self.runs if memcmp(*run)])
-        self.differing.extend([pair for pair in self.by_value if pair.first_difference() is not None])
-        self.differing.extend([pair for pair in self.small if pair.run is not None and memcmp_held(*pair.run)])
+        for pair, run in self.pieces:
+            if memcmp(*run) if run is not None else pair.first_difference() is not None:
+                self.differing.append(pair)
+        self.differing.extend([pair for pair, run in self.small if memcmp_held(*run)])
 
 
 def comparisons(pairs: Iterable[CopyPair], threads: int) -> list[Comparison]:
@@ -196,12 +194,12 @@ def comparisons(pairs: Iterable[CopyPair], threads: int) -> list[Comparison]:
     and fro.
     """
     cut: list[tuple[int, CopyPair, MemoryRun | None]] = []
-    small: list[CopyPair] = []
+    small: list[tuple[CopyPair, MemoryRun]] = []
     for item in pairs:
         if item.run is None:
             cut.append((item.nbytes * 4, item, None))  # casting or strided: slower per byte
         elif item.nbytes < SMALL:
-            small.append(item)
+            small.append((item, item.run))
         else:
             a, b, nbytes = item.run
             for at in range(0, nbytes, CHUNK):
@@ -211,11 +209,7 @@ def comparisons(pairs: Iterable[CopyPair], threads: int) -> list[Comparison]:
     share = max(1, -(-sum(nbytes for nbytes, _, _ in cut) // threads))
     filled = 0
     for nbytes, item, run in cut:
-        work = out[min(filled // share, threads - 1)]
-        if run is None:
-            work.by_value.append(item)
-        else:
-            work.runs.append((item, run))
+        out[min(filled // share, threads - 1)].pieces.append((item, run))
         filled += nbytes
     out[-1].small.extend(small)
-    return [work for work in out if work.runs or work.by_value or work.small]
+    return [work for work in out if work.pieces or work.small]

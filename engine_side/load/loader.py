@@ -9,17 +9,17 @@ time; blocks; no collectives of its own (an engine's post-load may have some, so
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, cast
 
 import torch
+from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
-from bridge.model.manifest import Manifest, TensorInfo
+from bridge.model.manifest import Manifest, TensorInfo, lay_out
+from bridge.model.regions import Region, dense
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
 from engine_side.live.forward_caches import ForwardCaches
@@ -34,11 +34,9 @@ from engine_side.live.inplace import (
 from engine_side.live.module_tree import BoundModules, Replaced
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.copies import CopyBatch, CopyPair, batches, make_pair, run_all
-from engine_side.load.explain import explain
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
-from engine_side.plan.bake import Baked, bake, bind, side_by_side, stand_ins
+from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
-from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.quant_groups import find_incomplete_groups
 from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
 from engine_side.plan.twins import Twin, graft, redo
@@ -52,14 +50,12 @@ class LoadOutcome:
     Attributes:
         written: bytes copied into live or temporary storage, or packed from the arena.
         rebound: "module.name" of parameters whose storage moved; `created`: of those that were not there before.
-        post_loaded: modules whose post-load step ran again.
         dropped: "module.name" of forward caches that were cleared; the next forward computes them anew.
     """
 
     written: int
     rebound: tuple[str, ...]
     created: tuple[str, ...]
-    post_loaded: tuple[str, ...]
     load_s: float
     postload_s: float
     dropped: tuple[str, ...] = ()
@@ -76,22 +72,13 @@ class _DirectCopies:
 
 @dataclass
 class ArenaMap:
-    """A plan on an arena. `slots` keep the mapping's tensors alive; `index` gives a tensor's place in a slot."""
+    """A plan on an arena, empty before `map`. `slots` keep the mapping alive; `index` gives a tensor's place in one."""
 
-    manifest: Manifest
-    slots: list[ArenaSlot]
-    index: Mapping[str, int]
+    manifest: Manifest = field(default_factory=lambda: lay_out(()))
+    slots: list[ArenaSlot] = field(default_factory=list)
+    index: Mapping[str, int] = field(default_factory=dict)
     direct: dict[int, _DirectCopies] = field(default_factory=dict)
-    readable: dict[int, dict[str, list[CopyPair]]] = field(default_factory=dict)
-
-
-class _NotMapped:
-    """Stands for the mapping of a plan that has none: reading a field of ArenaMap from it raises ConfigError."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ArenaMap.__dataclass_fields__:
-            raise ConfigError("this plan is not mapped onto an arena yet", where=name, remedy="push again")
-        raise AttributeError(name)
+    readable: dict[int, list[CopyPair]] = field(default_factory=dict)
 
 
 class Loader:
@@ -108,6 +95,10 @@ class Loader:
         derived: (path, live module) of modules without weights whose post-load step derives something from others.
         sources_of: path of a derived module -> paths of the modules that it may derive something from.
         caches: the forward caches of the live model.
+        modules: the modules of the live tree to which the plan is bound.
+        rebuilt: the modules whose storage cannot be written directly.
+        feeds: path of a module -> manifest indices of the tensors that reach it, once mapped.
+        absent: ("module.name", manifest indices) of live parameters that were gone when the plan was last compiled.
 
     Raises ConfigError when a module has no strategy or the live model is not what the skeleton becomes; OutOfMemory.
     """
@@ -124,7 +115,7 @@ class Loader:
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
-        self.mapped = cast(ArenaMap, _NotMapped())
+        self.mapped = ArenaMap()
         self.began_to_write = False
         """The last `apply` came as far as live storage, whether or not it ended."""
         self._views: ArenaViews | None = None
@@ -134,8 +125,8 @@ class Loader:
             self.decided: StrategyTable = decide(host, self.baked)
         self.canonical = CanonicalTensors(self.baked, self.decided, self.pool, self.threads)
         self.problems = tuple(self._packed_in_part()) if partial else ()
-        self._rebuilt = [c for c in self.decided.choices.values() if not c.direct]
-        self._feeds: dict[str, frozenset[int]] = {}
+        self.rebuilt = [c for c in self.decided.choices.values() if not c.direct]
+        self.feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
         self.derived = tuple(bind(template, host.model, self.decided.derived).items())
         self.sources_of: dict[str, frozenset[str]] = {}
@@ -144,15 +135,17 @@ class Loader:
             self.sources_of[path] = frozenset(
                 p for p in self.decided.choices if id(template.get_submodule(p)) in around
             )
-        self.caches = self._forward_caches()
-        self._modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
+        found = {path: choice.kept for path, choice in self.decided.choices.items()}
+        pairs = [each for each in side_by_side(self.baked.skeleton, host.model) if each[0] not in self.decided.derived]
+        self.caches = ForwardCaches(host.model, pairs, found)  # what a loader or post-load sets is no cache
+        self.modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
     def close(self) -> None:
         """Stop the threads and let go of the arena. Idempotent."""
-        if isinstance(self.mapped, ArenaMap):
+        if not self.problems:
             self.canonical.map((), {})
-        self.mapped = cast(ArenaMap, _NotMapped())
+        self.mapped = ArenaMap()
         self._use_views(None)
         self.pool.shutdown(wait=True)
 
@@ -173,16 +166,6 @@ class Loader:
                     names=(target,),
                 )
 
-    def _forward_caches(self) -> ForwardCaches:
-        """Find what forwards of the live modules may have cached. What a loader or post-load sets is no cache."""
-        with experiment_step("building a skeleton", type(self.host.model).__name__):
-            fresh = self.host.skeleton()
-        with suppress(*LOADER_ERRORS):
-            self.host.load_weights(fresh, iter(stand_ins(self.baked.infos).items()))
-        found = {path: choice.kept for path, choice in self.decided.choices.items()}
-        pairs = [each for each in side_by_side(fresh, self.host.model) if each[0] not in self.decided.derived]
-        return ForwardCaches(self.host.model, pairs, found)
-
     # ---- what the driver asks ----------------------------------------------------------------------------------------
 
     def check(self) -> Loader:
@@ -194,41 +177,48 @@ class Loader:
     def rank_bake(self) -> RankBake:
         """Summarise the plan: the answer to a BakeJob. Raises the first problem of the plan."""
         self.check()
-        baked = self.baked
+        baked, choices = self.baked, self.decided.choices
         return RankBake(
             digest=baked.plan.digest,
             dtypes=baked.dtypes,
             unread=baked.unread,
             read=baked.read,
-            strategies=self.decided.counts(),
-            native=self.decided.native,
+            strategies=dict(Counter([choice.strategy.value for choice in choices.values()])),
+            native={path: c.reason for path, c in choices.items() if c.strategy is Strategy.NATIVE},
             moves=len(baked.plan.moves),
         )
 
     def explain(self, name: str) -> tuple[dict[str, str], ...]:
-        """Describe where one canonical tensor goes: a row per move, see `explain.explain`."""
-        return explain(self.baked, self.canonical, name)
+        """Describe which way one canonical tensor takes: a row per move of it, or of the tensor that it is an alias of.
 
-    def replaced(self) -> list[Replaced]:
-        """List places of the live tree with other modules than the plan was bound to. About 60 ns per module."""
-        return self._modules.replaced(self.host.model)
+        A row has tensor, parameter, source, dest, module, strategy and reason. No rows for a name that the plan lacks.
+        """
+        aliases = {alias: info.name for info in self.baked.infos for alias in info.aliases}
+        wanted = aliases.get(name, name)
+        return tuple(
+            {
+                "tensor": name,
+                "parameter": f"{choice.path}.{attribute}",
+                "source": _describe(move.source),
+                "dest": _describe(move.dest),
+                "module": choice.cls,
+                "strategy": choice.strategy.value,
+                "reason": choice.reason,
+            }
+            for choice in self.decided.choices.values()
+            for attribute, target, _ in self.canonical.parts(choice)
+            for move in self.canonical.moves.get(target, ())
+            if move.tensor == wanted
+        )
 
     def modules_below(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
         """List the modules of the plan that hang, or hung, below replaced ones."""
-        below = self._modules.below(replaced)
+        below = self.modules.below(replaced)
         return [c for c in self.decided.choices.values() if id(self.decided.live[c.path]) in below]
-
-    def absent_parameters(self) -> list[tuple[str, frozenset[int]]]:
-        """List ("module.name", manifest indices) of live parameters that were gone when the plan was last compiled."""
-        index = self.mapped.index
-        return [
-            (f"{choice.path}.{name}", frozenset(index[move.tensor] for move in self.canonical.moves.get(target, ())))
-            for choice, name, target in self._absent
-        ]
 
     def require_bound(self) -> None:
         """Raise ConfigError when a module was replaced since the plan was made: nothing would reach an output of it."""
-        found = self._modules.replaced(self.host.model)
+        found = self.modules.replaced(self.host.model)
         if found:
             first, more = found[0], f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise ConfigError(
@@ -239,10 +229,6 @@ class Loader:
                 remedy="close this bridge and attach the engine again",
                 names=tuple(each.path for each in found),
             )
-
-    def feeds(self, path: str) -> frozenset[int]:
-        """Manifest indices of the tensors that reach the module at `path`."""
-        return self._feeds[path]
 
     # ---- compile -----------------------------------------------------------------------------------------------------
 
@@ -275,7 +261,7 @@ class Loader:
                 targets = [target for _, target, _ in self.canonical.parts(choice)]
                 names = {move.tensor for target in targets for move in self.canonical.moves.get(target, ())}
                 names.update(self.baked.native_sources.get(choice.path, ()))
-                self._feeds[choice.path] = frozenset(index[name] for name in names)
+                self.feeds[choice.path] = frozenset(index[name] for name in names)
             bound = {id(module) for module in self.decided.live.values()}
             self.snapshot = AttributeSnapshot(self.host.model, bound)
             self._bind_tensors()
@@ -287,15 +273,19 @@ class Loader:
 
     def _bind_tensors(self) -> None:
         """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
-        self._absent: list[tuple[ModuleStrategy, str, str]] = []
+        self.absent: list[tuple[str, frozenset[int]]] = []
+        self._gone: list[tuple[nn.Module, str]] = []
         places: list[tuple[str, TensorRegistry, str]] = []
         for choice in self.decided.choices.values():
             for name, target, _ in self.canonical.parts(choice) if choice.direct else ():
-                registry = find_registry(self.decided.live[choice.path], name)
+                module = self.decided.live[choice.path]
+                registry = find_registry(module, name)
                 if registry is not None:
                     places.append((f"{choice.path}.{name}", registry, name))
                 elif choice.stored[name].readable:
-                    self._absent.append((choice, name, target))
+                    sent = [self.mapped.index[move.tensor] for move in self.canonical.moves.get(target, ())]
+                    self.absent.append((f"{choice.path}.{name}", frozenset(sent)))
+                    self._gone.append((module, name))
         self._direct = BoundTensors(places)
         for slot in range(len(self.mapped.slots)):
             self._compile(slot)
@@ -319,22 +309,19 @@ class Loader:
                     tensor = self.mapped.index[move.tensor]
                     sent = self.mapped.slots[slot][tensor]
                     for at, of in stored.locate(move.dest, move.source) or ():
-                        made = make_pair(live, at, sent, of, tensor, target, choice.path)
+                        made = make_pair(live, at, sent, of, tensor, target)
                         if made is not None:
                             yield made
 
-    def readable_pairs(self, slot: int) -> dict[str, list[CopyPair]]:
-        """Module path -> pairs of all its tensors that can be read back, whatever the strategy."""
+    def readable_pairs(self, slot: int) -> list[CopyPair]:
+        """Pairs of all tensors that can be read back, whatever the strategy, in the same order for every slot."""
         mapped = self.mapped
-        cache = mapped.readable.get(slot)
-        if cache is None:
-            compiled = mapped.direct.get(slot)
-            known = () if compiled is None else compiled.pairs
-            rest = self.decided.choices.values() if compiled is None else self._rebuilt
-            cache = mapped.readable[slot] = {}
-            for item in chain(known, self._pairs(rest, slot)):
-                cache.setdefault(item.module, []).append(item)
-        return cache
+        if slot not in mapped.readable:
+            direct = mapped.direct.get(slot)
+            known = () if direct is None else direct.pairs
+            rest = self.decided.choices.values() if direct is None else self.rebuilt
+            mapped.readable[slot] = [*known, *self._pairs(rest, slot)]
+        return mapped.readable[slot]
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor, float]]:
         """Yield (target, live view, value) of every fill that lies in readable storage."""
@@ -354,8 +341,7 @@ class Loader:
         Parameters under which the engine itself swapped the storage are reported by the next load; parameters that are
         other objects now are left to the attributes level. About 0.4 us per tensor when nothing moved.
         """
-        live = self.decided.live
-        if self._direct.in_place() and all(find_tensor(live[c.path], name) is None for c, name, _ in self._absent):
+        if self._direct.in_place() and not any(find_registry(module, name) for module, name in self._gone):
             return
         self._moved |= dict.fromkeys(self._direct.swapped())
         self._bind_tensors()
@@ -391,10 +377,10 @@ class Loader:
                     view.fill_(value)
         loaded = time.perf_counter()
         written = sum([batch.nbytes for batch in work])
-        outcomes, post_loaded = dict[str, Outcome](), list[str]()
-        if self._rebuilt or self.derived:
+        outcomes: dict[str, Outcome] = {}
+        if self.rebuilt or self.derived:
             try:
-                written += self._rebuild(slot, wanted, outcomes, post_loaded)
+                written += self._rebuild(slot, wanted, outcomes)
             except BaseException:  # what it did move is told by the next load
                 self._moved |= dict.fromkeys(n for n, what in outcomes.items() if what is not Outcome.COPIED)
                 raise
@@ -404,36 +390,33 @@ class Loader:
             written,
             (*moved, *[name for name, what in outcomes.items() if what is Outcome.REBOUND]),
             tuple([name for name, what in outcomes.items() if what is Outcome.CREATED]),
-            tuple(post_loaded),
             loaded - began,
             done - loaded,
             dropped,
         )
 
-    def _rebuild(self, slot: int, wanted: set[int] | None, outcomes: dict[str, Outcome], done: list[str]) -> int:
+    def _rebuild(self, slot: int, wanted: set[int] | None, outcomes: dict[str, Outcome]) -> int:
         """Rebuild redo, twin and native modules, then the modules that derive something from touched ones.
 
-        Adds to `outcomes` ("module.name" -> what happened to it) and `done` (paths). Returns the bytes written.
+        Adds to `outcomes` ("module.name" -> what happened to it). Returns the bytes written.
         """
         written = 0
         self.canonical.begin(frozenset(self._direct.addresses))
-        for choice in self._rebuilt:
-            if wanted is not None and wanted.isdisjoint(self._feeds[choice.path]):
+        for choice in self.rebuilt:
+            if wanted is not None and wanted.isdisjoint(self.feeds[choice.path]):
                 continue
             with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})", memory_only=True):
                 found, nbytes = self._rebuild_one(choice, slot)
             outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
             written += nbytes
-            done.append(choice.path)
-        touched = {p for p, feeds in self._feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
+            self.mapped.readable.clear()
+        touched = {p for p, feeds in self.feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
         for path, module in self.derived:
             if not touched.isdisjoint(self.sources_of[path]):
                 with experiment_step("deriving state", f"{path} ({type(module).__name__})", memory_only=True):
                     self.host.post_load(module)
-                done.append(path)
+                self.mapped.readable.clear()
         self.decided.twins.forget()
-        if done:
-            self.mapped.readable.clear()
         return written
 
     def _rebuild_one(self, choice: ModuleStrategy, slot: int) -> tuple[dict[str, Outcome], int]:
@@ -476,7 +459,7 @@ class Loader:
             sources = [name for path in cluster.paths for name in self.baked.native_sources.get(path, ())]
             weights = {name: self.mapped.slots[slot][self.mapped.index[name]] for name in dict.fromkeys(sources)}
             with torch.no_grad():
-                self.host.load_weights(decided.twins.skeleton, iter(weights.items()))
+                self.host.load_weights(twin.skeleton, iter(weights.items()))
         else:
             twin = decided.twins.take(decided.alike[choice.path], decided.live)
             with torch.no_grad():
@@ -498,7 +481,7 @@ class Loader:
         mapped, slot = self.mapped, len(self.mapped.slots)
         mapped.slots.append(into)
         try:
-            pairs = [p for items in self.readable_pairs(slot).values() for p in items]
+            pairs = self.readable_pairs(slot)
         finally:
             mapped.slots.pop()
             mapped.readable.pop(slot, None)
@@ -511,3 +494,8 @@ class Loader:
             turned = [pair.turned() for pair in pairs]
             run_all(self.pool, [batch.copy for batch in batches(turned, self.threads)])
         return tuple(name for name in names if name in lost)
+
+
+def _describe(region: Region) -> str:
+    whole = "" if region != dense(region.shape, region.offset) else " dense"
+    return f"{list(region.shape)} at {region.offset} strides {list(region.strides)}{whole}"

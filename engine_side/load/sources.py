@@ -45,6 +45,9 @@ class CanonicalTensors:
             self.fills.setdefault(fill.target, []).append(fill)
         self.whole = {t.path for t in baked.plan.targets} - baked.coverage.holes.keys()
         self._parts: dict[str, list[tuple[str, str, Role]]] = {}
+        for path, cluster in decided.clusters.items():
+            names = cluster.places[cluster.paths.index(path)]
+            self._parts[path] = [(name, cluster.targets[role], cluster.roles[role]) for name, role in names.items()]
         self._slots: Sequence[ArenaSlot] = ()
         self._index: Mapping[str, int] = {}
         self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
@@ -63,13 +66,7 @@ class CanonicalTensors:
 
     def parts(self, choice: ModuleStrategy) -> list[tuple[str, str, Role]]:
         """List (attribute, target of the plan, form) of a module's canonical tensors."""
-        found = self._parts.get(choice.path)
-        if found is None:
-            cluster = self.decided.clusters[choice.path]
-            names = cluster.places[cluster.paths.index(choice.path)]
-            found = [(name, cluster.targets[role], cluster.roles[role]) for name, role in names.items()]
-            self._parts[choice.path] = found
-        return found
+        return self._parts[choice.path]
 
     def sent(self, move: Move, slot: int) -> torch.Tensor:
         """The arena's tensor from which a move reads. Raises ConfigError before `map`."""
@@ -168,7 +165,7 @@ class CanonicalTensors:
                 at = fill.dest
                 value.as_strided(at.shape, at.strides, value.storage_offset() + at.offset).fill_(fill.value)
             made = [
-                make_pair(value, move.dest, self.sent(move, slot), move.source, self._index[move.tensor], target, "")
+                make_pair(value, move.dest, self.sent(move, slot), move.source, self._index[move.tensor], target)
                 for move in self.moves.get(target, ())
             ]
             pairs = [pair for pair in made if pair is not None]

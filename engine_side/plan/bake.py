@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -47,7 +48,6 @@ class TargetPlace:
     module: str
     name: str
     target: str
-    buffer: bool
 
     @property
     def path(self) -> str:
@@ -78,39 +78,39 @@ class Baked:
         plan: the moves; `targets` says which module holds what.
         targets: every place of the skeleton, also those that a partial plan leaves out.
         infos: the tensors that it was baked for.
-        coverage: holes and overlaps per target, empty in a sound plan.
         dtypes: sent tensor -> wire name of the dtype it lands in; absent when it lands in several.
         unread: sent tensors this rank does not touch: another rank may.
         read: source regions of tensors that this rank reads only in part.
         native_sources: module path -> tensors that its native load needs.
         problems: errors that make the plan unusable, most telling first. Empty in a sound plan.
         partial: a subset of the model was meant.
+        skeleton: the one on which the loader was traced, so that all of its stand-ins are loaded.
         unloaded: targets of the skeleton that no checkpoint fills; they are not part of the plan.
     """
 
     plan: RankPlan
     targets: Targets
     infos: tuple[TensorInfo, ...]
-    coverage: Coverage
     dtypes: dict[str, str]
     unread: tuple[str, ...]
     read: dict[str, tuple[Region, ...]]
     native_sources: dict[str, tuple[str, ...]]
     problems: tuple[BridgeError, ...]
     partial: bool
+    skeleton: nn.Module
     unloaded: frozenset[str] = frozenset()
 
-    def check(self) -> Baked:
-        """Raise the first problem."""
-        if self.problems:
-            raise self.problems[0]
-        return self
+    @cached_property
+    def coverage(self) -> Coverage:
+        """Holes and overlaps per target, empty in a sound plan."""
+        return dest_coverage(self.plan)
 
 
 @dataclass(frozen=True)
 class Trace:
     """The record of one run of a loader; `tainted` maps targets to why their values cannot be followed."""
 
+    skeleton: nn.Module
     targets: Targets
     moves: tuple[Move, ...]
     fills: tuple[Fill, ...]
@@ -134,23 +134,22 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     reached = {move.target for move in found.moves}.union(found.tainted)
     unloaded = host.unloaded() - reached if isinstance(host, NamesUnloaded) else frozenset[str]()
     plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial, unloaded)
-    coverage = dest_coverage(plan)
     problems = list(offenders.values())
-    problems.extend(loader_errors.broadcast_errors(plan.moves, {i.name: i for i in wanted}))
-    problems.extend(loader_errors.coverage_errors(plan, coverage, wanted, partial))
+    problems.extend(loader_errors.broadcast_errors(plan.moves, wanted))
+    problems.extend(loader_errors.coverage_errors(plan, dest_coverage(plan), wanted, partial))
     sources = {path: names for path, (_, names) in native.items()}
     used = {move.tensor for move in plan.moves}.union(offenders, *sources.values())
     return Baked(
         plan=plan,
         targets=found.targets,
         infos=wanted,
-        coverage=coverage,
         dtypes=_landing_dtypes(plan),
         unread=tuple(i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0),
         read=_partly_read(wanted, plan.moves, sources),
         native_sources=sources,
         problems=loader_errors.merge_names(problems),
         partial=partial,
+        skeleton=found.skeleton,
         unloaded=unloaded,
     )
 
@@ -194,7 +193,7 @@ def collect_targets(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -
                 )
             key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
             first = seen.setdefault(key, path) if tensor.numel() else path
-            places.append(TargetPlace(module_path, name, first, buffer))
+            places.append(TargetPlace(module_path, name, first))
             if first == path:
                 tensors[path] = tensor
                 targets.append(
@@ -232,7 +231,7 @@ def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
         raise
     except loader_errors.LOADER_ERRORS as error:
         raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
-    return Trace(targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))
+    return Trace(skeleton, targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))
 
 
 def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
@@ -297,7 +296,7 @@ def _offer_aliases(
         if left < open_elements and not coverage.overlaps:
             best, offered, open_elements = found, attempt, left
     moves = tuple(Move(owner.get(m.tensor, m.tensor), m.source, m.target, m.dest) for m in best.moves)
-    return Trace(best.targets, moves, best.fills, best.tainted)
+    return replace(best, moves=moves)
 
 
 def _native(

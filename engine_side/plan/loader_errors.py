@@ -88,11 +88,12 @@ def explain_raise(
     error = raised.error
     if isinstance(error, DtypeMismatch) and error.names:
         return error
+    turned = _transposed_that_fits(host, name, weight, trace)
     if isinstance(error, (UnexpectedTensor, ShapeMismatch)) and error.names:
         remedy, expected = other, error.expected
         if isinstance(error, UnexpectedTensor):
             remedy, expected = unknown, expected or "a name of the checkpoint that this engine runs"
-        if _transposed_that_fits(host, name, weight, trace) is not None:
+        if turned is not None:
             remedy = "the transpose was sent"
         return amended(error, error.what, expected=expected, remedy=remedy)
     try:
@@ -102,7 +103,6 @@ def explain_raise(
         alone = again if again.tensor in (name, None) else raised
     said = f"{type(error).__name__}: {error}"
     shape = tuple(weight.shape)
-    turned = _transposed_that_fits(host, name, weight, trace)
     if alone.target is None and turned is None:
         return UnexpectedTensor(
             "the engine's loader does not know this tensor",
@@ -169,21 +169,19 @@ def _transposed_that_fits(
     return other if found.moves else None
 
 
-def broadcast_errors(moves: Sequence[Move], infos: Mapping[str, TensorInfo]) -> Iterator[ShapeMismatch]:
+def broadcast_errors(moves: Sequence[Move], infos: Sequence[TensorInfo]) -> Iterator[ShapeMismatch]:
     """Find sent elements that were spread over several engine elements by broadcasting: the loader did not look at
     shapes. A tensor without dimensions is a scale for many and may spread."""
-    seen: set[str] = set()
+    shapes = {info.name: info.shape for info in infos if info.shape}
     for move in moves:
         spread = any(n > 1 and s == 0 for n, s in zip(move.source.shape, move.source.strides, strict=True))
-        info = infos.get(move.tensor)
-        if not spread or info is None or not info.shape or move.tensor in seen:
+        if not spread or move.tensor not in shapes:
             continue
-        seen.add(move.tensor)
         yield ShapeMismatch(
             "a tensor was broadcast into a larger parameter",
             where=f"{move.tensor} -> {move.target}",
             expected=f"a shape that fills {list(move.dest.shape)} element by element",
-            got=f"{list(info.shape)}",
+            got=f"{list(shapes.pop(move.tensor))}",
             remedy="trainer and engine must run the same configuration",
             names=(move.tensor,),
         )

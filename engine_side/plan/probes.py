@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bridge.model.same_bits import same_bits
 from engine_side.live import storage_layout
 from engine_side.plan.experiment_errors import is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
@@ -126,25 +127,17 @@ def _native_product(
 
 def _wide_product(rows: torch.Tensor, blocks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute (x W^T, norm of each row of W) in the dtype of `rows`, a cacheful of W at a time through one buffer."""
-    found = [_widened(rows, block, rows.dtype) for block in blocks]
-    return torch.cat([out for out, _ in found], dim=1), torch.cat([norms for _, norms in found])
-
-
-def _widened(rows: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    count, size = weight.shape
-    if weight.numel() <= _PART:
-        block = weight.to(wide)
-        return rows @ block.t(), block.norm(dim=1)
-    out = torch.empty(rows.shape[0], count, dtype=wide, device=weight.device)
-    norms = torch.empty(count, dtype=wide, device=weight.device)
-    step = max(1, _PART // max(size, 1))
-    buffer = torch.empty(min(step, count), size, dtype=wide, device=weight.device)
-    for start in range(0, count, step):
-        part = weight[start : start + step]
-        block = buffer[: len(part)].copy_(part)
-        out[:, start : start + step] = rows @ block.t()
-        torch.linalg.vector_norm(block, dim=1, out=norms[start : start + step])
-    return out, norms
+    out, norms = list[torch.Tensor](), list[torch.Tensor]()
+    for weight in blocks:
+        count, size = weight.shape
+        step = max(1, _PART // max(size, 1))
+        buffer = torch.empty(min(step, count), size, dtype=rows.dtype, device=weight.device)
+        for start in range(0, max(count, 1), step):
+            part = weight[start : start + step]
+            block = buffer[: len(part)].copy_(part)
+            out.append(rows @ block.t())
+            norms.append(torch.linalg.vector_norm(block, dim=1))
+    return torch.cat(out, dim=1), torch.cat(norms)
 
 
 def twin_tolerance(reference: torch.Tensor) -> torch.Tensor:
@@ -281,9 +274,14 @@ def state_deviation(have: Mapping[str, torch.Tensor], want: Mapping[str, torch.T
 def random_values(shapes: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
     """Make values of about unit variance, different for each seed, by which experiments tell versions apart."""
     out = [torch.empty_like(like) for like in shapes]
-    for k, value in enumerate(out):
-        tile_into(value, random_tile(value, (seed, k)))
+    randomise(out, seed)
     return out
+
+
+def randomise(values: Sequence[torch.Tensor], seed: int) -> None:
+    """Fill dense tensors with the values of `random_values`."""
+    for k, value in enumerate(values):
+        tile_into(value, random_tile(value, (seed, k)))
 
 
 def random_tile(like: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
@@ -309,7 +307,7 @@ def is_tiled(tensor: torch.Tensor, tile: torch.Tensor) -> bool:
     """True when a dense tensor of the tile's dtype holds, bit for bit, the values that `tile_into` writes."""
     flat = storage_layout.flat(tensor)
     return all(
-        storage_layout.same_bits(part, tile[: len(part)])
+        same_bits(part, tile[: len(part)])
         for part in (flat[start : start + len(tile)] for start in range(0, len(flat), max(len(tile), 1)))
     )
 

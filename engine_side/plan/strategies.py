@@ -10,9 +10,8 @@ strategy wrote must show in the module's output as they do in a freshly loaded t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -75,11 +74,6 @@ class ModuleStrategy:
     kept: frozenset[str] = frozenset()
 
     @property
-    def probe(self) -> Probe | None:
-        """The first way to call the module."""
-        return self.probes[0] if self.probes else None
-
-    @property
     def direct(self) -> bool:
         return self.strategy in (Strategy.IN_PLACE, Strategy.PERMUTED)
 
@@ -92,7 +86,6 @@ class StrategyTable:
         choices: in the skeleton's order.
         alike: path -> the clusters for which the same experiment was made.
         derived: modules without weights that have a post-load step.
-        native: path -> why the module can only be filled by the engine's own loader.
     """
 
     choices: dict[str, ModuleStrategy]
@@ -101,11 +94,6 @@ class StrategyTable:
     live: dict[str, nn.Module]
     derived: tuple[str, ...]
     twins: TwinSource
-    native: dict[str, str] = field(default_factory=dict)
-
-    def counts(self) -> dict[str, int]:
-        """Count the modules per strategy."""
-        return dict(Counter([choice.strategy.value for choice in self.choices.values()]))
 
 
 def decide(host: RankHost, baked: Baked) -> StrategyTable:
@@ -114,18 +102,16 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     Raises ConfigError when a live module is not what the engine's post-load makes of its skeleton, when no strategy
     serves a module, or when the engine's code fails in an experiment; OutOfMemory. All name module and class.
     """
-    with experiment_step("building a skeleton", type(host.model).__name__):
-        template = host.skeleton()
-    groups = _groups(template, baked, _clusters(template, baked))
+    twins = TwinSource(host)
+    groups = _groups(twins.template, baked)
     paths = [path for group in groups for cluster in group for path in cluster.paths]
-    live = bind(template, host.model, paths)
-    twins = TwinSource(host, template)
+    live = bind(twins.template, host.model, paths)
     decided = StrategyTable({}, {}, {}, live, (), twins)
     found: dict[str, ModuleStrategy] = {}
     for group in groups:
         path = group[0].paths[0]
         with experiment_step("looking for a strategy", f"{path} ({type(live[path]).__name__})", group[0].nbytes):
-            chosen = _Experiment(host, baked, group, live, twins).run()
+            chosen = _Experiment(baked, group, live, twins).run()
         alike = tuple(group)
         for cluster in group:
             for path, choice in zip(cluster.paths, chosen, strict=True):
@@ -133,18 +119,17 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
                 decided.clusters[path] = cluster
                 decided.alike[path] = alike
                 _check_live(live[path], found[path])
-        twins.forget()
+        twins.release()
     order = [path for path in baked.targets.of_module() if path in found]
     decided.choices = {path: found[path] for path in order}
-    decided.native = {p: c.reason for p, c in decided.choices.items() if c.strategy is Strategy.NATIVE}
     with experiment_step("looking for modules with derived state", type(host.model).__name__):
         holders = {path for path, places in baked.targets.of_module().items()
                    if any(place.target not in baked.unloaded for place in places)}  # fmt: skip
-        decided.derived = _derived(host, found.keys() | holders)
+        decided.derived = _derived(twins, found.keys() | holders)
     return decided
 
 
-def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
+def _clusters(baked: Baked) -> list[Cluster]:
     """Group the modules of the plan that hold the same target, in the skeleton's order."""
     wanted = {t.path for t in baked.plan.targets}
     modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
@@ -159,10 +144,10 @@ def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
                 groups.update(dict.fromkeys(other, group))
     order = {path: k for k, path in enumerate(modules)}
     distinct = {id(group): sorted(group, key=order.__getitem__) for group in groups.values()}
-    return [_cluster(template, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
+    return [_cluster(baked, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
 
 
-def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
+def _cluster(baked: Baked, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
     targets: dict[str, int] = {}
     roles: list[Role] = []
     places: list[dict[str, int]] = []
@@ -170,20 +155,20 @@ def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, 
         places.append({})
         for place in modules[path]:
             if place.target not in targets:
-                tensor = require_tensor(template.get_submodule(path), place.name)
+                tensor = baked.targets.tensors[place.target]
                 targets[place.target] = len(roles)
                 roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
             places[-1][place.name] = targets[place.target]
     return Cluster(paths, tuple(targets), tuple(roles), tuple(places))
 
 
-def _groups(template: nn.Module, baked: Baked, clusters: Sequence[Cluster]) -> list[list[Cluster]]:
+def _groups(template: nn.Module, baked: Baked) -> list[list[Cluster]]:
     """Group clusters that are alike in everything an experiment could see; one of them is tried for all."""
     moves: dict[str, list[Move]] = {}
     for move in baked.plan.moves:
         moves.setdefault(move.target, []).append(move)
     groups: dict[object, list[Cluster]] = {}
-    for cluster in clusters:
+    for cluster in _clusters(baked):
         plan = tuple((m.source, m.dest) for target in cluster.targets for m in moves.get(target, ()))
         shape = tuple(tuple(sorted(names.items())) for names in cluster.places)
         marks = tuple(_marks(template.get_submodule(path)) for path in cluster.paths)
@@ -211,14 +196,9 @@ class _Experiment:
     """The experiments on one group of alike clusters."""
 
     def __init__(
-        self,
-        host: RankHost,
-        baked: Baked,
-        group: Sequence[Cluster],
-        live: Mapping[str, nn.Module],
-        twins: TwinSource,
+        self, baked: Baked, group: Sequence[Cluster], live: Mapping[str, nn.Module], twins: TwinSource
     ) -> None:
-        self.host, self.baked, self.group, self.live, self.twins = host, baked, group, live, twins
+        self.host, self.baked, self.group, self.live, self.twins = twins.host, baked, group, live, twins
         self.cluster = group[0]
         self.device = device_of(live[self.cluster.paths[0]])
         self.probes: list[tuple[Probe, ...]] = []
@@ -235,10 +215,7 @@ class _Experiment:
         old, new = probes.random_values(self.blank, 1), probes.random_values(self.blank, 2)
         fresh = self._loaded(new)
         unused = [names_set(module) for module in fresh.modules]
-        self.probes = [
-            probes.find_probes(self.host, module, self._named(k, new), self._first_rows(k))
-            for k, module in enumerate(fresh.modules)
-        ]
+        self.probes = self._find_probes(fresh, new)
         self.kept = [tensors_set_since(module, unused[k]) for k, module in enumerate(fresh.modules)]
         want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
         self.twins.retire(fresh)
@@ -276,30 +253,30 @@ class _Experiment:
         written, so that a copy kept by a first call would show.
         """
         values = twin.by_role()
-        found: list[tuple[Probe, ...]] = []
-        before: list[list[torch.Tensor]] = []
-        for version in (1, 2):
-            for role, value in enumerate(values):
-                probes.tile_into(value, probes.random_tile(value, (version, role)))
-            for k, module in enumerate(twin.modules):
-                named = self._named(k, values)
-                if version == 1:
-                    ways = probes.find_probes(self.host, module, named, self._first_rows(k))
-                    if not ways or any(probe.form == "twin" for probe in ways):
-                        return False
-                    found.append(ways)
-                    before.append([])
-                for i, probe in enumerate(found[k]):
-                    x = probe.inputs(self.device)
-                    y = probes.call_module(self.host, module, x)
-                    if y is None:
-                        return False
-                    if version == 1:
-                        before[k].append(y)
-                    elif torch.equal(y, before[k][i]) or probes.mismatch(probe, x, y, named) is not None:
-                        return False
+        probes.randomise(values, 1)
+        found = self._find_probes(twin, values)
+        if not all(ways and all(probe.form != "twin" for probe in ways) for ways in found):
+            return False
+        calls = [
+            (k, module, probe, probe.inputs(self.device)) for k, module in enumerate(twin.modules) for probe in found[k]
+        ]
+        before = [probes.call_module(self.host, module, x) for _, module, _, x in calls]
+        probes.randomise(values, 2)
+        for (k, module, probe, x), earlier in zip(calls, before, strict=True):
+            y = probes.call_module(self.host, module, x)
+            if y is None or earlier is None or torch.equal(y, earlier):
+                return False
+            if probes.mismatch(probe, x, y, self._named(k, values)) is not None:
+                return False
         self.probes = found
         return True
+
+    def _find_probes(self, twin: Twin, values: Sequence[torch.Tensor]) -> list[tuple[Probe, ...]]:
+        """Find the ways to call each module of a twin that holds `values`."""
+        return [
+            probes.find_probes(self.host, module, self._named(k, values), self._first_rows(k))
+            for k, module in enumerate(twin.modules)
+        ]
 
     def _choice(self, k: int, strategy: Strategy, reason: str, stored: Mapping[str, Stored]) -> ModuleStrategy:
         ways = self.probes[k]
@@ -376,16 +353,17 @@ class _Experiment:
     ) -> None:
         """Bring `new` into a post-loaded twin as a load would into the live module."""
         module, values = twin.modules[k], self._named(k, new)
+        template = self.twins.template.get_submodule(twin.cluster.paths[k])
         if strategy in (Strategy.IN_PLACE, Strategy.PERMUTED):
             for name, value in values.items():
                 live, new_value = stored[name].side_by_side(require_tensor(module, name), value)
                 live.copy_(new_value)
         elif strategy is Strategy.REDO:
-            redo(self.host, module, twin.templates[k], values)
+            redo(self.host, module, template, values)
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)
-        ForwardCaches(module, [("", twin.templates[k], module)], {"": self.kept[k]}).clear()
+        ForwardCaches(module, [("", template, module)], {"": self.kept[k]}).clear()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:
         """Find the layout of each canonical tensor after post-load; and the twin, where nothing was done to it."""
@@ -521,19 +499,19 @@ def _check_live(live: nn.Module, choice: ModuleStrategy) -> None:
         )
 
 
-def _derived(host: RankHost, owners: frozenset[str] | set[str]) -> tuple[str, ...]:
+def _derived(twins: TwinSource, owners: frozenset[str] | set[str]) -> tuple[str, ...]:
     """List modules without weights of their own that have a post-load step: it derives something from others."""
-    scratch = host.skeleton()
     out: list[str] = []
-    for path, module in scratch.named_modules():
+    for path, module in twins.take_skeleton().named_modules():
         if path in owners:
             continue
         try:
-            has = host.post_load(module)
+            has = twins.host.post_load(module)
         except LOADER_ERRORS as error:
             if is_out_of_memory(error):
                 raise
             has = True
         if has:
             out.append(path)
+    twins.forget()
     return tuple(out)

@@ -59,17 +59,15 @@ class Twin:
     """The modules of one cluster, with memory of their own; `before` is their state before post-load."""
 
     cluster: Cluster
+    skeleton: nn.Module
     modules: list[nn.Module]
-    templates: list[nn.Module]
     before: list[ModuleState] = field(default_factory=list)
     memory: list[torch.Tensor] = field(default_factory=list)
 
     def fill(self, values: Sequence[torch.Tensor]) -> None:
         """Put canonical values (one per role) into the modules, as a loader would."""
-        with torch.no_grad():
-            for module, names in zip(self.modules, self.cluster.places, strict=True):
-                for name, role in names.items():
-                    require_tensor(module, name).detach().copy_(values[role])
+        for into, value in zip(self.by_role(), values, strict=True):
+            into.copy_(value)
 
     def by_role(self) -> list[torch.Tensor]:
         """List the tensor of every role. Before post-load only."""
@@ -91,14 +89,18 @@ class Twin:
 
 
 class TwinSource:
-    """Hands out twins; asks the host for another skeleton only when all suitable modules of the last are used."""
+    """Hands out twins; asks the host for another skeleton only when all suitable modules of those at hand are used.
 
-    def __init__(self, host: RankHost, template: nn.Module) -> None:
+    Attributes:
+        template: a skeleton from which no twin is taken and which no loader has touched.
+    """
+
+    def __init__(self, host: RankHost) -> None:
         self.host = host
-        self.template = template
-        self._skeleton: nn.Module | None = None
-        self._used: set[str] = set()
+        self._pool: list[tuple[nn.Module, set[str]]] = []  # skeletons, and the paths of their used modules
+        self._lent: list[tuple[nn.Module, dict[str, Any]]] = []
         self._spare: Spare = {}
+        self.template = self.take_skeleton()
 
     def take(self, options: Sequence[Cluster], live: Mapping[str, nn.Module]) -> Twin:
         """Make a fresh twin of any one of `options`, which are alike. Raises OutOfMemory.
@@ -106,19 +108,24 @@ class TwinSource:
         Args:
             live: module path -> live module, from which device and derived buffers come.
         """
-        choice = next((c for c in options if self._used.isdisjoint(c.paths)), None)
-        if self._skeleton is None or choice is None:
-            with experiment_step("building a skeleton", type(self.template).__name__):
-                self._skeleton, self._used, choice = self.host.skeleton(), set(), options[0]
-        self._used.update(choice.paths)
-        modules = [self._skeleton.get_submodule(path) for path in choice.paths]
-        templates = [self.template.get_submodule(path) for path in choice.paths]
+        free = ((c, skeleton, used) for skeleton, used in self._pool for c in options if used.isdisjoint(c.paths))
+        choice, skeleton, used = next(free, None) or (options[0], *self._grow())
+        used.update(choice.paths)
+        modules = [skeleton.get_submodule(path) for path in choice.paths]
+        for module in modules:
+            registries = {name: dict(getattr(module, name)) for name in ("_parameters", "_buffers", "_modules")}
+            self._lent.append((module, {**module.__dict__, **registries}))
         made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
         memory: list[torch.Tensor] = []
         with experiment_step("building a twin", choice.paths[0], choice.nbytes):
             for path, module in zip(choice.paths, modules, strict=True):
                 materialise(module, live[path], made, self._spare, memory)
-        return Twin(choice, modules, templates, memory=memory)
+        return Twin(choice, skeleton, modules, memory=memory)
+
+    def _grow(self) -> tuple[nn.Module, set[str]]:
+        with experiment_step("building a skeleton", type(self.host.model).__name__):
+            self._pool.append((self.host.skeleton(), set()))
+        return self._pool[-1]
 
     def retire(self, twin: Twin) -> None:
         """Hand the memory of a twin that is no longer used to the next ones, which spares them fresh pages."""
@@ -126,16 +133,26 @@ class TwinSource:
             self._spare.setdefault((data.shape, data.stride(), data.dtype, data.device), []).append(data)
         twin.memory = []
 
-    @property
-    def skeleton(self) -> nn.Module:
-        """The skeleton from which the last twin was taken."""
-        if self._skeleton is None:
-            raise ConfigError("no twin was taken yet")
-        return self._skeleton
+    def take_skeleton(self) -> nn.Module:
+        """Hand out a whole skeleton, from which twins may have been taken; no twin will be taken from it any more."""
+        if not self._pool:
+            self._grow()
+        return self._pool.pop()[0]
+
+    def release(self) -> None:
+        """Let the memory of used twins go, nothing of which was grafted. Their modules are then as the skeleton had
+        them, for the post-load steps of others that look at them; they are not taken again, since their own steps may
+        have left a mark elsewhere."""
+        for module, state in self._lent:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        self._lent.clear()
+        self._spare.clear()
 
     def forget(self) -> None:
-        """Let the memory of used twins go."""
-        self._skeleton, self._used = None, set()
+        """Let used twins go as they are, and all skeletons: the next twin is taken from a fresh one."""
+        self._pool.clear()
+        self._lent.clear()
         self._spare.clear()
 
 
@@ -185,11 +202,8 @@ def materialise(
 
 def device_of(module: nn.Module) -> torch.device:
     """Find the device of a live module's tensors; cpu for a module that has none left."""
-    for registry in (module._parameters, module._buffers):
-        for tensor in registry.values():
-            if tensor is not None and tensor.device.type != "meta":
-                return tensor.device
-    return next((t.device for t in module.parameters() if t.device.type != "meta"), torch.device("cpu"))
+    tensors = (*module._parameters.values(), *module._buffers.values(), *module.parameters())
+    return next((t.device for t in tensors if t is not None and t.device.type != "meta"), torch.device("cpu"))
 
 
 def require_tensor(module: nn.Module, name: str) -> torch.Tensor:

@@ -53,7 +53,12 @@ class DerivedState:
                 skeleton, used = self._loader.host.skeleton(), set()
             used |= sources
             with experiment_step("building derived state on a skeleton", f"{path} ({type(live).__name__})"):
-                made = self._made(skeleton, path, live, slot)
+                try:
+                    made = self._build(skeleton, path, live, slot)
+                except LOADER_ERRORS as error:
+                    if path in self._tried or is_out_of_memory(error):
+                        raise
+                    made = {}
             if not made:
                 self._forget_its_like(path, live)
                 continue
@@ -62,16 +67,8 @@ class DerivedState:
             if why is not None:
                 yield path, type(live).__name__, why
 
-    def _made(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
-        """Run the step on the arena's weights and return the tensors that it makes; none where that cannot be done."""
-        try:
-            return self._build(skeleton, path, live, slot)
-        except LOADER_ERRORS as error:
-            if path in self._tried or is_out_of_memory(error):
-                raise
-            return {}
-
     def _build(self, skeleton: nn.Module, path: str, live: nn.Module, slot: int) -> dict[str, torch.Tensor]:
+        """Run the step on the arena's weights and return the tensors that it makes."""
         module, host = skeleton.get_submodule(path), self._loader.host
         materialise(module, live, {}, {}, [])
         with torch.no_grad():

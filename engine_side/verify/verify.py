@@ -18,12 +18,11 @@ from contextlib import contextmanager
 import torch
 
 from bridge.model.receipt import Failure, LevelResult
-from bridge.model.regions import dest_coverage
+from bridge.model.same_bits import same_bits
 from bridge.shm.memcpy import uncollected
 from engine_side.live.inplace import diff, find_tensor
 from engine_side.live.module_tree import Replaced
-from engine_side.live.storage_layout import same_bits
-from engine_side.load.copies import Comparison, CopyPair, comparisons, run_all
+from engine_side.load.copies import Comparison, comparisons, run_all
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step
@@ -39,17 +38,14 @@ SHOWN = 16
 class Verifier:
     """The levels of one mapped Loader.
 
-    Remembers from push to push: plan digests whose coverage is proven, whether every module was probed once since the
-    plan was made, and the work lists of comparisons.
+    Remembers from push to push whether every module was probed once since the plan was made, and the work lists of
+    comparisons.
     """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
-        self._covered: dict[bytes, LevelResult] = {}
         self._probed = False
         self._comparisons: dict[int, tuple[object, list[Comparison]]] = {}
-        self._both: dict[int, tuple[object, object, list[tuple[CopyPair, CopyPair]]]] = {}
-        self._packed = [choice for choice in loader.decided.choices.values() if not choice.direct]
         self._derived = DerivedState(loader)
         self._proven: set[str] = set()
         """Modules whose output passed its probe in this run: it is the new version's, so it cannot be the former's."""
@@ -74,13 +70,14 @@ class Verifier:
             previous: slot of the version before; None leaves "change" out.
             changed: manifest indices whose bits differ between the two; None when unknown, then all are compared.
         """
-        out: list[LevelResult] = []
+        out, loader = list[LevelResult](), self.loader
         self._proven.clear()
         if outcome is not None:
             self._moved.update(outcome.rebound, outcome.created)
         if "coverage" in levels:
             out.append(self.coverage())
-        replaced = self.loader.replaced() if "attributes" in levels or "read-back" in levels else []
+        watched = "attributes" in levels or "read-back" in levels
+        replaced = loader.modules.replaced(loader.host.model) if watched else []
         if "attributes" in levels:
             out.append(self.attributes(replaced))
         if "read-back" in levels:
@@ -104,7 +101,7 @@ class Verifier:
         written, index = set(changed), self.loader.mapped.index
         for level, failure in bad:
             if failure.parameter in self.loader.decided.choices and not failure.tensor:
-                skipped = written.isdisjoint(self.loader.feeds(failure.parameter))
+                skipped = written.isdisjoint(self.loader.feeds[failure.parameter])
             else:
                 tensor = index.get(failure.tensor or failure.name)
                 skipped = tensor is not None and tensor not in written
@@ -116,34 +113,29 @@ class Verifier:
         """Modules that neither read-back nor a probe can check."""
         return tuple(
             choice.path
-            for choice in self._packed
+            for choice in self.loader.rebuilt
             if not choice.probes and reachable(self.loader.decided.live[choice.path])[1]
         )
 
     # ---- levels ------------------------------------------------------------------------------------------------------
 
     def coverage(self) -> LevelResult:
-        """Prove once per plan digest that every element is written exactly once.
+        """Prove that every element is written exactly once.
 
         Raises ConfigError when a module was replaced since the plan was made: then this is no plan of this engine, and
         nothing may be written by it.
         """
         self.loader.require_bound()
-        plan = self.loader.baked.plan
-        key = plan.digest
-        if key not in self._covered:
-            found = dest_coverage(plan)
-            sizes = {t.path: t.numel for t in plan.targets}
-            wrong = [] if self.loader.baked.partial else [(p, f"{n} never written") for p, n in found.holes.items()]
-            wrong += [(path, f"{n} written more than once") for path, n in found.overlaps.items()]
-            failures = [Failure(p, f"{sizes[p]} elements written once", got, parameter=p) for p, got in wrong]
-            self._covered[key] = _result("coverage", len(plan.targets), failures)
-        return self._covered[key]
+        baked = self.loader.baked
+        sizes = {t.path: t.numel for t in baked.plan.targets}
+        wrong = [] if baked.partial else [(p, f"{n} never written") for p, n in baked.coverage.holes.items()]
+        wrong += [(path, f"{n} written more than once") for path, n in baked.coverage.overlaps.items()]
+        failures = [Failure(p, f"{sizes[p]} elements written once", got, parameter=p) for p, got in wrong]
+        return _result("coverage", len(sizes), failures)
 
-    def attributes(self, replaced: Sequence[Replaced] | None = None) -> LevelResult:
+    def attributes(self, replaced: Sequence[Replaced] = ()) -> LevelResult:
         """Compare with the last snapshot that held; storage may have moved where loads since then moved it."""
         before = self.loader.snapshot
-        replaced = self.loader.replaced() if replaced is None else replaced
         if replaced:
             failures = [Failure(each.path, each.expected, each.got, parameter=each.path) for each in replaced]
             return _result("attributes", len(before.entries), failures)
@@ -162,7 +154,7 @@ class Verifier:
         failures = [Failure(d.path, f"{d.what} {d.before}", d.after, parameter=d.path) for d in found]
         return _result("attributes", len(before.entries), failures)
 
-    def read_back(self, slot: int, replaced: Sequence[Replaced] | None = None) -> LevelResult:
+    def read_back(self, slot: int, replaced: Sequence[Replaced] = ()) -> LevelResult:
         """Compare the tensors that hang in the live tree now, and constants (vocabulary padding), bit for bit.
 
         A tensor whose module is no longer there is a failure.
@@ -172,20 +164,18 @@ class Verifier:
         readable = loader.readable_pairs(slot)
         cached = self._comparisons.get(slot)
         if cached is None or cached[0] is not readable:
-            pairs = [p for items in readable.values() for p in items]
-            self._comparisons[slot] = cached = (readable, comparisons(pairs, loader.threads))
+            self._comparisons[slot] = cached = (readable, comparisons(readable, loader.threads))
         run_all(loader.pool, [work.compare for work in cached[1]])
         names = [spec.name for spec in loader.mapped.manifest.tensors]
-        replaced = loader.replaced() if replaced is None else replaced
         expected, got = "the module that was attached, in the live tree", "it was replaced"
         failures = [
             Failure.between(names[k], choice.path, expected, got)
             for choice in (loader.modules_below(replaced) if replaced else ())
-            for k in sorted(loader.feeds(choice.path))
+            for k in sorted(loader.feeds[choice.path])
         ]
         failures += [
             Failure.between(names[k], path, "a live tensor", "gone")
-            for path, feeds in loader.absent_parameters()
+            for path, feeds in loader.absent
             for k in sorted(feeds)
         ]
         wrong = {id(pair): pair for work in cached[1] for pair in work.differing}
@@ -200,16 +190,17 @@ class Verifier:
             for target, view, value in loader.mapped.direct[slot].constants
             if not bool((view == view.new_full((), value)).all())
         ]
-        return _result("read-back", len({p.tensor for items in readable.values() for p in items}), failures)
+        return _result("read-back", len({pair.tensor for pair in readable}), failures)
 
     def probe(self, slot: int, *, every: bool = False) -> LevelResult:
         """Call the modules whose storage does not show their weights (`every`: all that can be called)."""
-        wanted, failures = self._packed, list[Failure]()
+        wanted, failures = self.loader.rebuilt, list[Failure]()
         if every:
             wanted = [c for c in self.loader.decided.choices.values() if not c.direct or c.probes]
         if not wanted and not self.loader.derived:
             return _result("probe", 0, [], "nothing is packed: read-back shows every weight")
-        lost = {choice.path for choice in self.loader.modules_below(self.loader.replaced())}
+        replaced = self.loader.modules.replaced(self.loader.host.model)
+        lost = {choice.path for choice in self.loader.modules_below(replaced)}
         with uncollected(), self._remembering():
             for choice in wanted:
                 with experiment_step("probing a module", f"{choice.path} ({choice.cls})"):
@@ -230,10 +221,10 @@ class Verifier:
         still = self._unmoved_tensors(slot, previous, wanted) if wanted else []
         expected, got = "bits of the new version", "still those of the version before"
         failures = [Failure(names[k], expected, got, tensor=names[k]) for k in still]
-        if self._packed:
+        if self.loader.rebuilt:
             with self._remembering():
-                for choice in self._packed:
-                    if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds(choice.path)):
+                for choice in self.loader.rebuilt:
+                    if choice.path in self._proven or wanted.isdisjoint(self.loader.feeds[choice.path]):
                         continue
                     for probe in choice.probes:
                         with experiment_step("comparing with the former version", f"{choice.path} ({choice.cls})"):
@@ -261,19 +252,15 @@ class Verifier:
     def _unmoved_tensors(self, slot: int, previous: int, wanted: set[int]) -> list[int]:
         """Manifest indices of tensors that changed in the arena, of which no readable part changed in the engine."""
         now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
-        cached = self._both.get(slot)
-        if cached is None or cached[0] is not now or cached[1] is not before:
-            both = [pair for path, items in now.items() for pair in zip(items, before[path], strict=True)]
-            self._both[slot] = cached = (now, before, both)
         moved: set[int] = set()
         still: set[int] = set()
-        for new, old in cached[2]:
+        for new, old in zip(now, before, strict=True):
             tensor = new.tensor
             if tensor in moved or tensor not in wanted:
                 continue
             if not old.same_bits():
                 moved.add(tensor)
-            elif not same_bits(*[pair.sent.to(pair.live).contiguous() for pair in (new, old)]):
+            elif not same_bits(new.sent.to(new.live), old.sent.to(old.live)):
                 still.add(tensor)
         return sorted(still - moved)
 

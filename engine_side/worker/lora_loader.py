@@ -8,17 +8,17 @@ compared with the arena bit for bit, and the slot's padding with zero.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import xxhash
 
-from bridge.errors import ProtocolError, UnsupportedLora
+from bridge.errors import UnsupportedLora
 from bridge.model import lora_format
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Failure, LevelResult, RankReport
+from bridge.model.same_bits import same_bits
 from bridge.protocol.rank_jobs import RankBake
-from engine_side.live.storage_layout import same_bits
 from engine_side.protocol import LoraView, RankHost
 
 SHOWN = 16
@@ -44,35 +44,33 @@ class LoraLoader:
                 remedy="check the adapter's target modules, or push mode='merged'",
             )
         self.dtypes = dict(host.plan_lora(tensors, spec))
-        self._tensors = tuple(tensors)
-        self._manifest: Manifest | None = None
-        self._slots: list[Sequence[torch.Tensor]] = []
+        self._names = [info.name for info in tensors]
+        self._slots: Sequence[Mapping[str, torch.Tensor]] = ()
 
     def rank_bake(self) -> RankBake:
         """Summarise the plan; tensors that lie on no part of this rank are unread."""
-        names = [info.name for info in self._tensors]
-        digest = xxhash.xxh3_128_digest("\n".join(f"{n} {self.dtypes.get(n)}" for n in names).encode())
-        unread = tuple(name for name in names if name not in self.dtypes)
+        digest = xxhash.xxh3_128_digest("\n".join(f"{n} {self.dtypes.get(n)}" for n in self._names).encode())
+        unread = tuple(name for name in self._names if name not in self.dtypes)
         return RankBake(digest, self.dtypes, unread, strategies={"adapter": len(self.pairs)}, moves=len(self.dtypes))
 
     def map(self, manifest: Manifest, slots: Sequence[Sequence[torch.Tensor]]) -> None:
         """Use this arena from now on."""
-        self._manifest, self._slots = manifest, list(slots)
+        self._slots = [dict(zip(manifest.by_name, slot, strict=True)) for slot in slots]
 
     def close(self) -> None:
         """Let go of the arena. Idempotent."""
-        self._slots, self._manifest = [], None
+        self._slots = ()
 
     def load(self, slot: int, name: str, levels: Collection[str], previous: int | None) -> RankReport:
         """Write the slot's LoRA under `name` and run the levels. Raises what the engine's loader raises."""
         started = time.perf_counter()
-        tensors = self._tensors_of(slot)
+        tensors = self._slots[slot]
         self.host.load_lora(name, {n: tensors[n] for n in self.dtypes}, self.spec)
         loaded_at = time.perf_counter()
         found = self.verify(slot, name, levels)
         if "change" in levels and previous is not None:
             # bits were read back; the open question is whether the trainer's changed at all
-            before = self._tensors_of(previous)
+            before = self._slots[previous]
             same = all(same_bits(tensor, before[n]) for n, tensor in tensors.items())
             note = "the trainer's adapter did not change" if same else ""
             found = (*found, LevelResult("change", True, len(tensors), note=note))
@@ -87,13 +85,11 @@ class LoraLoader:
 
     def verify(self, slot: int, name: str | None, levels: Collection[str]) -> tuple[LevelResult, ...]:
         """Run the levels of this rank. Without a `name` nothing is loaded yet, and coverage checks the plan alone."""
-        out: list[LevelResult] = []
-        views = () if name is None else tuple(self.host.lora_views(name))
-        if "coverage" in levels or name is not None:
-            out.append(self._coverage(None if name is None else views))
-        if "read-back" in levels and name is not None:
-            out.append(self._read_back(slot, views))
-        return tuple(out)
+        if name is None:
+            return (self.coverage(),) if "coverage" in levels else ()
+        views = self.host.lora_views(name)
+        covered = self.coverage(views)
+        return (covered, self._read_back(slot, views)) if "read-back" in levels else (covered,)
 
     def explain(self, name: str) -> tuple[dict[str, str], ...]:
         """Describe to which module a tensor goes, and in which dtype its slot keeps it."""
@@ -105,7 +101,7 @@ class LoraLoader:
 
     # ---- levels ------------------------------------------------------------------------------------------------------
 
-    def _coverage(self, views: Sequence[LoraView] | None) -> LevelResult:
+    def coverage(self, views: Sequence[LoraView] | None = None) -> LevelResult:
         """Check that every module of the LoRA is bound: by the plan before the load, by the slots after it."""
         bound = set(self.dtypes) if views is None else {view.name for view in views if view.live.numel()}
         missing = [n for pair in self.pairs for n in (pair.a.name, pair.b.name) if n in self.dtypes and n not in bound]
@@ -114,20 +110,15 @@ class LoraLoader:
         return LevelResult("coverage", not missing and bool(bound), len(self.pairs), failures, note)
 
     def _read_back(self, slot: int, views: Sequence[LoraView]) -> LevelResult:
-        tensors = self._tensors_of(slot)
+        tensors = self._slots[slot]
         wrong: list[tuple[str, str, str]] = []
         for view in views:
             wanted = tensors[view.name][view.index].to(view.live.dtype)
             if wanted.shape != view.live.shape:
                 wrong.append((view.name, str(list(wanted.shape)), f"a slot of {list(view.live.shape)}"))
-            elif not same_bits(view.live.contiguous(), wanted.contiguous().to(view.live.device)):
+            elif not same_bits(view.live, wanted):
                 wrong.append((view.name, "the arena's bits", "others in the engine's slot"))
             if any(bool(pad.count_nonzero()) for pad in view.padding):
                 wrong.append((view.name, "zeros around it in the slot", "other values"))
         failures = tuple(Failure(name, expected, got, tensor=name) for name, expected, got in wrong[:SHOWN])
         return LevelResult("read-back", not wrong, len(views), failures)
-
-    def _tensors_of(self, slot: int) -> dict[str, torch.Tensor]:
-        if self._manifest is None:
-            raise ProtocolError("this plan is not mapped onto an arena yet")
-        return {spec.name: t for spec, t in zip(self._manifest.tensors, self._slots[slot], strict=True)}

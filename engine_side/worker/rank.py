@@ -17,30 +17,8 @@ from bridge.config import from_environment
 from bridge.errors import BridgeError, ProtocolError
 from bridge.model.manifest import validate
 from bridge.model.receipt import RankReport
+from bridge.protocol import rank_jobs as jobs
 from bridge.protocol.codec import ErrorInfo, pack, unpack
-from bridge.protocol.rank_jobs import (
-    AnyAnswer,
-    AnyJob,
-    BakeJob,
-    DropLoraJob,
-    ExamineJob,
-    ExplainJob,
-    ForgetJob,
-    LoadJob,
-    LogprobsJob,
-    MapJob,
-    RankAnswer,
-    RankBake,
-    RankDone,
-    RankExplanation,
-    RankFailed,
-    RankJob,
-    RankLoaded,
-    RankReadBack,
-    RankScores,
-    ReadBackJob,
-    VerifyJob,
-)
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
 from engine_side.live.inplace import AttributeSnapshot
@@ -56,22 +34,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class MappedPlan:
-    """A baked plan of this rank and, once mapped, its arena."""
+    """A baked plan of this rank, of weights (`part` is then a Verifier) or of a LoRA; once mapped, with its arena."""
 
-    loader: Loader | LoraLoader
-    bake: RankBake
+    part: Verifier | LoraLoader
+    bake: jobs.RankBake
     arena: Arena | None = None
-    verifier: Verifier | None = None
 
-    def mapped(self) -> Verifier:
-        """The verifier of a mapped plan. Raises ProtocolError before the plan is mapped onto an arena."""
-        if self.verifier is None:
-            raise ProtocolError("this plan is not mapped onto an arena yet")
-        return self.verifier
+    @property
+    def loader(self) -> Loader | LoraLoader:
+        return self.part if isinstance(self.part, LoraLoader) else self.part.loader
 
     def close(self) -> None:
         """Let go of loader and arena."""
-        self.verifier = None
         self.loader.close()
         if self.arena is not None:
             self.arena.close()
@@ -86,31 +60,27 @@ class Rank:
         self._threads = threads or from_environment().copy_threads
         self._plans: dict[int, MappedPlan] = {}
         self._mailbox: Mailbox | None = None
-        self._loading: Loader | None = None
+        self._loading: Loader | None = None  # the load under way
         self._lost: AttributeSnapshot | None = None
         self._loaded: tuple[int, int] | None = None
         """(plan, slot) of the weights that were loaded last."""
 
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
-        job = unpack(frame, RankJob)
+        job = unpack(frame, jobs.RankJob)
         if self._mailbox is None or str(self._mailbox.path) != job.mailbox:
             if self._mailbox is not None:
                 self._mailbox.close()
             self._mailbox = Mailbox.open(Path(job.mailbox))
         mailbox = self._mailbox
-        self._loading = None
         try:
             answer = self._answer(job.job)
         except Exception as error:  # process boundary: a worker must answer by value whatever broke
             if not isinstance(error, BridgeError):
                 log.exception("rank %d: %s failed", self.host.rank, type(job.job).__name__)
-            answer = RankFailed(ErrorInfo.of(error), self._has_written())
-        mailbox.post(job.page + self.host.rank, job.nonce, pack(RankAnswer(self.host.rank, job.nonce, answer)))
-
-    def _has_written(self) -> bool:
-        """True when the job under way is a load that came as far as live storage."""
-        return self._loading is not None and self._loading.began_to_write
+            touched = self._loading is not None and self._loading.began_to_write
+            answer = jobs.RankFailed(ErrorInfo.of(error), touched)
+        mailbox.post(job.page + self.host.rank, job.nonce, pack(jobs.RankAnswer(self.host.rank, job.nonce, answer)))
 
     def close(self) -> None:
         """Let go of arenas and mailbox. Idempotent."""
@@ -121,52 +91,53 @@ class Rank:
             self._mailbox.close()
             self._mailbox = None
 
-    def _answer(self, job: AnyJob) -> AnyAnswer:
+    def _answer(self, job: jobs.AnyJob) -> jobs.AnyAnswer:
+        self._loading = None
         match job:
-            case BakeJob():
+            case jobs.BakeJob():
                 return self._bake(job)
-            case MapJob():
+            case jobs.MapJob():
                 return self._map(job)
-            case ForgetJob():
+            case jobs.ForgetJob():
                 return self._forget(job.keep)
-            case LoadJob():
-                return RankLoaded(self._load(job))
-            case VerifyJob():
-                return RankLoaded(self._verify(job))
-            case LogprobsJob():
-                return RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
-            case DropLoraJob():
+            case jobs.LoadJob():
+                return jobs.RankLoaded(self._load(job))
+            case jobs.VerifyJob():
+                return jobs.RankLoaded(self._verify(job))
+            case jobs.LogprobsJob():
+                return jobs.RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
+            case jobs.DropLoraJob():
                 self.host.remove_lora(job.lora)
-                return RankDone()
-            case ReadBackJob():
+                return jobs.RankDone()
+            case jobs.ReadBackJob():
                 return self._read_back(job)
-            case ExamineJob():
-                return RankLoaded(self._examine(job))
-            case ExplainJob():
-                return RankExplanation(self._planned(job.plan).loader.explain(job.name))
+            case jobs.ExamineJob():
+                return jobs.RankLoaded(self._examine(job))
+            case jobs.ExplainJob():
+                return jobs.RankExplanation(self._planned(job.plan, mapped=False).loader.explain(job.name))
 
-    def _planned(self, plan: int) -> MappedPlan:
-        try:
-            return self._plans[plan]
-        except KeyError:
-            raise ProtocolError("this rank does not know that plan", got=str(plan)) from None
+    def _planned(self, plan: int, *, mapped: bool = True) -> MappedPlan:
+        """Find a plan. Raises ProtocolError for an unknown one, and unless `mapped` is False for one without arena."""
+        planned = self._plans.get(plan)
+        if planned is None:
+            raise ProtocolError("this rank does not know that plan", got=str(plan))
+        if mapped and planned.arena is None:
+            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(plan))
+        return planned
 
-    def _bake(self, job: BakeJob) -> RankBake:
+    def _bake(self, job: jobs.BakeJob) -> jobs.RankBake:
         loader = self._loader(job)
         try:
             # the plan is proven to cover this rank once, here: no push changes it
-            if isinstance(loader, LoraLoader):
-                (coverage,) = loader.verify(0, None, ("coverage",))
-            else:
-                coverage = Verifier(loader.check()).coverage()
-            bake = msgspec.structs.replace(loader.rank_bake(), coverage=coverage)
+            part = loader if isinstance(loader, LoraLoader) else Verifier(loader.check())
+            bake = msgspec.structs.replace(loader.rank_bake(), coverage=part.coverage())
         except BaseException:
             loader.close()
             raise
-        self._plans[job.plan] = MappedPlan(loader, bake)
+        self._plans[job.plan] = MappedPlan(part, bake)
         return bake
 
-    def _loader(self, job: BakeJob) -> Loader | LoraLoader:
+    def _loader(self, job: jobs.BakeJob) -> Loader | LoraLoader:
         if job.lora is not None:
             return LoraLoader(self.host, job.tensors, job.lora)
         loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
@@ -177,32 +148,29 @@ class Rank:
         loader.close()
         return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
 
-    def _map(self, job: MapJob) -> RankDone:
-        planned = self._planned(job.plan)
-        arena = Arena.open(Path(job.path), validate(job.manifest))
+    def _map(self, job: jobs.MapJob) -> jobs.RankDone:
+        planned = self._planned(job.plan, mapped=False)
+        planned.arena = arena = Arena.open(Path(job.path), validate(job.manifest))
         slots = [arena.tensors(slot) for slot in range(arena.slots)]
-        planned.arena = arena
-        if isinstance(planned.loader, Loader):
-            planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
-            planned.verifier = Verifier(planned.loader)
-        else:
+        if isinstance(planned.loader, LoraLoader):
             planned.loader.map(job.manifest, slots)
+        else:
+            planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
         return self._forget((job.plan, *job.keep))
 
-    def _forget(self, keep: tuple[int, ...]) -> RankDone:
+    def _forget(self, keep: tuple[int, ...]) -> jobs.RankDone:
         for plan in [p for p in self._plans if p not in keep]:
             self._plans.pop(plan).close()
-        return RankDone()
+        return jobs.RankDone()
 
-    def _load(self, job: LoadJob) -> RankReport:
+    def _load(self, job: jobs.LoadJob) -> RankReport:
         planned = self._planned(job.plan)
-        loader = planned.loader
-        if isinstance(loader, LoraLoader):
+        verifier = planned.part
+        if isinstance(verifier, LoraLoader):
             if job.lora is None:
                 raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
-            return loader.load(job.slot, job.lora, job.settings.levels, job.previous)
-        verifier = planned.mapped()
-        self._loading = loader
+            return verifier.load(job.slot, job.lora, job.settings.levels, job.previous)
+        loader = self._loading = verifier.loader
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
@@ -210,11 +178,9 @@ class Rank:
         outcome = loader.apply(job.slot, job.changed)
         self._loaded = (job.plan, job.slot)
         started = time.perf_counter()
-        wanted = [level for level in job.settings.levels if level != "coverage"]  # answered with the bake
+        wanted = set(job.settings.levels) - {"coverage"}  # answered with the bake
         levels = verifier.run(wanted, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
-        if any(level.level == "attributes" and not level.ok for level in levels):
-            self._lost = loader.snapshot
-        return RankReport(
+        report = RankReport(
             rank=self.host.rank,
             levels=levels,
             strategies=planned.bake.strategies,
@@ -226,8 +192,11 @@ class Rank:
             postload_s=outcome.postload_s,
             verify_s=time.perf_counter() - started,
         )
+        if any(level.level == "attributes" and not level.ok for level in levels):
+            self._lost = loader.snapshot
+        return report
 
-    def _prompt_logprobs(self, job: LogprobsJob) -> list[list[float]]:
+    def _prompt_logprobs(self, job: jobs.LogprobsJob) -> list[list[float]]:
         """Run a forward without the forward caches; where it fails (in every rank alike), once more with them."""
         caches = [p.loader.caches for p in self._plans.values() if isinstance(p.loader, Loader)]
         for each in caches:
@@ -243,24 +212,24 @@ class Rank:
             each.confirm()
         return scores
 
-    def _verify(self, job: VerifyJob) -> RankReport:
+    def _verify(self, job: jobs.VerifyJob) -> RankReport:
         started = time.perf_counter()
-        loader = self._planned(job.plan).loader
-        if isinstance(loader, LoraLoader):
-            levels = loader.verify(job.slot, job.lora, job.levels)
+        part = self._planned(job.plan).part
+        if isinstance(part, LoraLoader):
+            levels = part.verify(job.slot, job.lora, job.levels)
         else:
-            levels = self._planned(job.plan).mapped().run(job.levels, job.slot)
+            levels = part.run(job.levels, job.slot)
         return RankReport(rank=self.host.rank, levels=levels, verify_s=time.perf_counter() - started)
 
-    def _examine(self, job: ExamineJob) -> RankReport:
+    def _examine(self, job: jobs.ExamineJob) -> RankReport:
         if self._loaded is None or self._loaded[0] not in self._plans:
             return RankReport(rank=self.host.rank)
         plan, slot = self._loaded
-        return self._verify(VerifyJob(plan, slot, job.levels))
+        return self._verify(jobs.VerifyJob(plan, slot, job.levels))
 
-    def _read_back(self, job: ReadBackJob) -> RankReadBack:
+    def _read_back(self, job: jobs.ReadBackJob) -> jobs.RankReadBack:
         planned = self._planned(job.plan)
         if planned.arena is None or isinstance(planned.loader, LoraLoader):
-            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(job.plan))
+            raise ProtocolError("the plan of an adapter has no weights to read back", got=str(job.plan))
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
-            return RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))
+            return jobs.RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))

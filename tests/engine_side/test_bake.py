@@ -25,7 +25,7 @@ def reshaped(infos: Iterable[TensorInfo], name: str, shape: tuple[int, ...]) -> 
 
 def test_a_sound_plan() -> None:
     host = toy.ToyHost()
-    baked = bake(host, host.infos).check()
+    baked = toy.checked(bake(host, host.infos))
     assert baked.coverage.complete
     assert not baked.unread
     assert not baked.read
@@ -48,16 +48,16 @@ def test_an_untied_engine_gets_the_primary_under_its_alias() -> None:
         TensorInfo(i.name, i.dtype, i.shape, ("head.weight",)) if i.name == "embed.weight" else i
         for i in toy.announced(tied=True)
     ]
-    baked = bake(host, infos).check()
+    baked = toy.checked(bake(host, infos))
     assert {m.target for m in baked.plan.moves if m.tensor == "embed.weight"} == {"embed.weight", "head.weight"}
-    assert bake(toy.ToyHost(tied=True), infos).check().coverage.complete
+    assert toy.checked(bake(toy.ToyHost(tied=True), infos)).coverage.complete
 
 
 def test_missing_tensor_names_the_likely_name_and_the_target() -> None:
     host = toy.ToyHost()
     for name, target in (("layers.0.k.bias", "layers.0.qkv.bias"), ("layers.1.norm.weight", "layers.1.norm.weight")):
         with pytest.raises(MissingTensor) as caught:
-            bake(host, without(host.infos, name)).check()
+            toy.checked(bake(host, without(host.infos, name)))
         assert name in caught.value.names
         assert name in str(caught.value)
         assert target in str(caught.value)
@@ -66,7 +66,7 @@ def test_missing_tensor_names_the_likely_name_and_the_target() -> None:
 def test_missing_buffer_says_to_bind() -> None:
     host = toy.ToyHost()
     with pytest.raises(MissingTensor, match="bind"):
-        bake(host, without(host.infos, "layers.0.scale", "layers.1.scale")).check()
+        toy.checked(bake(host, without(host.infos, "layers.0.scale", "layers.1.scale")))
 
 
 def test_unknown_names_are_all_found() -> None:
@@ -90,7 +90,7 @@ def test_unknown_names_are_all_found() -> None:
 def test_wrong_shapes(name: str, shape: tuple[int, ...], words: str) -> None:
     host = toy.ToyHost()
     with pytest.raises(ShapeMismatch) as caught:
-        bake(host, reshaped(host.infos, name, shape)).check()
+        toy.checked(bake(host, reshaped(host.infos, name, shape)))
     assert caught.value.names == (name,)
     assert words in str(caught.value)
     assert str(list(shape)) in str(caught.value)
@@ -99,7 +99,7 @@ def test_wrong_shapes(name: str, shape: tuple[int, ...], words: str) -> None:
 def test_a_broadcast_is_a_wrong_shape() -> None:
     host = toy.ToyHost()
     with pytest.raises(ShapeMismatch, match="broadcast"):
-        bake(host, reshaped(host.infos, "layers.0.scale", (1,))).check()
+        toy.checked(bake(host, reshaped(host.infos, "layers.0.scale", (1,))))
 
 
 class Careless(toy.ToyHost):
@@ -130,7 +130,7 @@ class Doubling(toy.ToyHost):
 def test_an_element_written_twice() -> None:
     host = Doubling()
     with pytest.raises(DuplicateTensor, match=r"embed\.weight"):
-        bake(host, host.infos).check()
+        toy.checked(bake(host, host.infos))
 
 
 class Clearing(toy.ToyHost):
@@ -142,7 +142,7 @@ class Clearing(toy.ToyHost):
 
 
 def test_clearing_before_copying_is_not_a_double_write() -> None:
-    baked = bake(Clearing(), toy.announced()).check()
+    baked = toy.checked(bake(Clearing(), toy.announced()))
     assert not baked.plan.fills
 
 
@@ -164,7 +164,7 @@ def test_a_loader_that_fails_for_its_own_reasons() -> None:
 
 def test_arithmetic_marks_the_module_native_and_keeps_its_tensor() -> None:
     host = toy.ToyHost(decay=True)
-    baked = bake(host, host.infos).check()
+    baked = toy.checked(bake(host, host.infos))
     assert list(baked.plan.native) == ["decay"]
     assert baked.native_sources == {"decay": ("decay.A",)}
     assert "decay.A" not in baked.unread
@@ -172,7 +172,7 @@ def test_arithmetic_marks_the_module_native_and_keeps_its_tensor() -> None:
 
 def test_partial_covers_only_what_is_sent() -> None:
     host = toy.ToyHost()
-    baked = bake(host, without(host.infos, "embed.weight"), partial=True).check()
+    baked = toy.checked(bake(host, without(host.infos, "embed.weight"), partial=True))
     assert "embed.weight" not in {t.path for t in baked.plan.targets}
 
 

@@ -56,7 +56,7 @@ METHODS = [toy.Plain, toy.Transposed, toy.Packed, toy.HiddenCopy, toy.Latched]
 @pytest.mark.parametrize("method", METHODS)
 def test_no_memory_for_an_experiment_is_said_so(method: Any) -> None:
     host = toy.ToyHost(method=method, layers=1)
-    baked = bake(host, host.infos).check()
+    baked = toy.checked(bake(host, host.infos))
     for k in failing_runs(lambda: decide(host, baked), 40):
         with pytest.raises(OutOfMemory, match=r"memory ran out while \w+.*where: .*20\.00 MiB.*remedy") as caught, \
                 FailingAllocator(k):  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_step_that_fails_on_every_twin_names_module_and_step() -> None:
     host = toy.ToyHost(method=toy.Plain)
     host.options["method"] = MissingKernel
     with pytest.raises(ConfigError, match=r"while running post-load on a twin.*layers\.\d\.qkv.*kernels"):
-        decide(host, bake(host, host.infos).check())
+        decide(host, toy.checked(bake(host, host.infos)))
 
 
 def test_memory_that_ran_out_is_known_behind_another_exception() -> None:

@@ -62,7 +62,7 @@ def test_a_push_makes_the_copy_answer_as_the_original() -> None:
     assert torch.equal(live(ids), source(ids))
     assert objects == {n: (id(p), p.data_ptr()) for n, p in live.named_parameters()}
     assert all(r.ok for r in verifier.run(RANK_LEVELS, 0))
-    assert set(loader.decided.counts()) == {"in place"}
+    assert set(loader.rank_bake().strategies) == {"in place"}
     assert verifier.canary_only() == ()
     live.body[0].bias.data[2] += 1
     assert [r.level for r in verifier.run(RANK_LEVELS, 0) if not r.ok] == ["read-back"]

@@ -13,6 +13,7 @@ from bridge.errors import NotFound, UnsupportedLora
 from bridge.model.dtypes import dtype_name
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
+from engine_side.plan.bake import Baked
 from engine_side.protocol import LoraView
 
 Method = Callable[[], Any]
@@ -304,3 +305,10 @@ def arena(infos: Iterable[TensorInfo], *seeds: int) -> tuple[Manifest, list[list
 
 def manifest_infos(manifest: Manifest) -> list[TensorInfo]:
     return [TensorInfo(s.name, s.dtype, s.shape, s.aliases) for s in manifest.tensors]
+
+
+def checked(baked: Baked) -> Baked:
+    """A plan without problems; raises the first one otherwise."""
+    if baked.problems:
+        raise baked.problems[0]
+    return baked

@@ -81,7 +81,7 @@ class SglangEngineDriver(SglangDriver):
             super().close()
 
 
-def attach(engine: object, canonical: object = None) -> SglangEngineDriver | None:
+def attach(engine: object) -> SglangEngineDriver | None:
     """Return the driver of a `sglang.Engine` of this process; None for any other object. Does not import SGLang. Blocks
     and raises as `SglangEngineDriver`."""
     module = sys.modules.get("sglang.srt.entrypoints.engine")

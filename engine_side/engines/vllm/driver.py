@@ -278,7 +278,7 @@ class LLMDriver(VllmDriver):
             retiring.discard(name)
 
 
-def attach(engine: object, canonical: object = None) -> LLMDriver | None:
+def attach(engine: object) -> LLMDriver | None:
     """Make the driver of a `vllm.LLM` of this process; None for any other object. Does not import vLLM.
 
     Raises:
