@@ -16,8 +16,9 @@ from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.ports import ModeChoice
 from trainer_side.lora import modes
 from trainer_side.lora.base_fingerprint import base_fingerprint
-from trainer_side.lora.capability import MODES, Feature, Finding, refusal_error, refused_by
-from trainer_side.lora.findings import Features, survey
+from trainer_side.lora.capability import refusal_error, refused_by
+from trainer_side.lora.findings import survey
+from trainer_side.lora.layers.features import MODES, Feature, Finding
 from trainer_side.lora.layers.module_tree import BaseTensor, TreeTensor, read_tree
 from trainer_side.lora.modes import BakedMode
 from trainer_side.lora.select import (
@@ -165,10 +166,10 @@ class LoraModel:
     def changed_since(self, view: ModeView) -> bool:
         """Compare the LoRA layers, and the stored tensors under them, with what they were when this view was made.
 
-        Called after the snapshot. Tensors that were computed for the view were compared one by one with
-        `LoraState.require`. Those that travel as they stand (the base in base mode, a layer that is merged) are covered
-        by this alone: a merge or unmerge that was taken back in between is seen by the rounding errors it left in some
-        elements of every weight, so a small one in a small model may go unseen.
+        Called after the snapshot. Tensors that were computed for the view were read by `LoraState.read_chain`, which
+        compares. Those that travel as they stand (the base in base mode, a layer that is merged) are covered by this
+        alone: a merge or unmerge that was taken back in between is seen by the rounding errors it left in some elements
+        of every weight, so a small one in a small model may go unseen.
         """
         return self.state() != view.state or _fingerprint(view.watched) != view.fingerprint
 
@@ -182,7 +183,7 @@ class LoraModel:
 
     def _forget(self) -> None:
         self._tree = read_tree(self.model)
-        self._findings: OrderedDict[Hashable, Features] = OrderedDict()
+        self._findings: OrderedDict[Hashable, tuple[tuple[Finding, ...], tuple[str, ...]]] = OrderedDict()
         self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
         self._ends: CanonicalMap | None = None
         self._items: tuple[list[str], list[TreeTensor]] = ([], [])
@@ -203,34 +204,39 @@ class LoraModel:
 
     def _find(self, mode: str, now: LoraState, limits: LoraLimitsPerEngine) -> list[Finding]:
         """List every feature that matters to a mode."""
-        features = self._features(now)
-        found = [*features.common, *features.merged] if mode == "merged" else list(features.common)
+        found = list(self._survey(now)[0])
         if mode != "adapter" or refused_by(mode, found):
             return found
         portable = self._bake("adapter", now).portable
-        found += [Finding(Feature.NO_ROWS, path, (path,)) for path in (portable.unfit if portable else ())]
+        subject = "an adapter of this weight"
+        found += [
+            Finding(Feature.NO_ROWS, path, (path,), subject=subject) for path in (portable.unfit if portable else ())
+        ]
         if limits is None:
             return found
         ranks = [limit.max_rank for limit in limits if limit is not None]
-        if not limits or len(ranks) < len(limits):
-            found.append(Finding(Feature.RANK, reason="started without LoRA" if limits else "no engine is attached"))
+        reason = ""
+        if len(ranks) < len(limits) or not limits:
+            reason = "started without LoRA" if limits else "no engine is attached"
         elif portable and portable.rank > min(ranks):
-            found.append(Finding(Feature.RANK, reason=f"rank {portable.rank} where {min(ranks)} is the most"))
-        return found
+            reason = f"rank {portable.rank} where {min(ranks)} is the most"
+        return [*found, Finding(Feature.RANK, reason=reason, subject="this adapter")] if reason else found
 
-    def _features(self, now: LoraState) -> Features:
+    def _survey(self, now: LoraState) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+        """Find the features of the model in this state, and the notes for a push in merged mode; holds no tensor."""
         trained = tuple([tensor.requires_grad for p in self._tree.places if (tensor := p.tensor()) is not None])
         # factors that somebody resized in place may no longer fit
         shapes = tuple([tensor.shape for e in self._tree.extras if (tensor := e.tensor()) is not None])
         key = now.unscaled, trained, shapes
         found = self._findings.get(key)
         if found is None:
-            found = survey(self._tree, now).features
+            read = survey(self._tree, now)
+            found = read.findings, read.notes
         _remember(self._findings, key, found)
         return found
 
     def _notes(self, mode: str, now: LoraState) -> tuple[str, ...]:
-        return self._features(now).notes if mode == "merged" else ()
+        return self._survey(now)[1] if mode == "merged" else ()
 
     def _bake(self, mode: str, now: LoraState) -> BakedMode:
         """Bake what the mode sends in this state; again when shapes or dtypes changed."""

@@ -22,7 +22,6 @@ from trainer_side.lora.layers.effective import effective_bias, effective_identit
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.layers.values import SentValues
-from trainer_side.lora.layers.wrapper_chain import read_chain
 from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import CanonicalMap, LiveEntry, bake_entries, identity_of
 from trainer_side.names.tensor_layout import Computed
@@ -64,8 +63,7 @@ class EffectiveTensor:
 
         Raises IntegrityError when the layer is set to something else than in the state `began`.
         """
-        chain = read_chain(self.module)
-        began.require(chain)
+        chain = began.read_chain(self.module)
         if self.bias:
             found = effective_bias(self.module, dtype, given, copies=self.copies, chain=chain)
         else:
@@ -168,7 +166,7 @@ def bake_lora(tree: LoraTree, survey: Survey, ends: CanonicalMap) -> BakedMode:
         if parameters is not None and parameters.loras:
             wrapper = layers[0].wrapper
             acting.append(lora_form.ActingLayer(wrapper.path, wrapper.module, parameters, place.clean))
-            needs += [e for layer in layers for e in layer.extras if e.lora in layer.loras]
+            needs += [need for layer in layers for need in layer.needs]
     return BakedMode(None, (), (), tuple(needs), _forms(needs), lora_form.plan_pairs(acting, ends))
 
 
@@ -214,11 +212,11 @@ def _effective(place: BaseTensor, survey: Survey) -> EffectiveTensor | None:
     if not claims:
         return None
     (outer, role), acting = claims[0], [layer for layer, _ in claims if layer.acts]
-    needs = tuple(e for layer in acting for e in layer.extras if e.lora in layer.loras)
+    needs = tuple(need for layer in acting for need in layer.needs)
     module, copies = outer.wrapper.module, outer.wrapper.copies
     if role == "bias":
         # PEFT's token layer around a linear one loses the bias.
-        if not any(layer.has_bias or layer.wrapper.kind is WrapperKind.TOKENS for layer in acting):
+        if not any(layer.biases or layer.wrapper.kind is WrapperKind.TOKENS for layer in acting):
             return None
         return _of(place, tensor, module, needs, copies, bias=True)
     packs = outer.parameters is not None and is_packed(outer.parameters)

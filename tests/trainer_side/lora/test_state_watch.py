@@ -12,6 +12,7 @@ from torch import nn
 from bridge.errors import IntegrityError
 from tests.trainer_side.lora.peft_rows import ROWS, build
 from trainer_side.lora import model as models
+from trainer_side.lora import state as states
 from trainer_side.lora.layers.module_tree import read_tree
 from trainer_side.lora.layers.refusals import reason_of
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, read_chain
@@ -46,19 +47,21 @@ def test_a_survey_of_another_state_is_not_remembered(monkeypatch: pytest.MonkeyP
         assert lora.view(mode, lora.tensors()).computed, "the acting adapters were baked as if they did not act"
 
 
-def test_a_reading_is_compared_not_the_layer() -> None:
+def test_a_reading_is_compared_not_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer went back to what it was, but it was read in between."""
     model: Any = build(ROW)
     began = LoraModel(model).state()
     layer = next(module for module in model.modules() if is_lora(module))
-    began.require(read_chain(layer))
+    began.read_chain(layer)
     layer.scale_layer(2.0)
     read = read_chain(layer)
     assert read.levels[-1].loras
     layer.scale_layer(0.5)
-    with pytest.raises(IntegrityError):
-        began.require(read)
-    began.require(read_chain(layer))
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "read_chain", lambda module: read)
+        with pytest.raises(IntegrityError):
+            began.read_chain(layer)
+    began.read_chain(layer)
 
 
 def test_one_reading_has_one_scaling() -> None:
@@ -139,4 +142,4 @@ def test_the_first_reason_of_a_layer() -> None:
     nn.utils.parametrizations.weight_norm(layer.base_layer)
     reason = reason_of(read_chain(layer))
     assert reason is not None
-    assert (reason.subject, reason.by_mode) == ("LoRA on a parametrized weight", False)
+    assert (reason.subject, reason.way_out) == ("LoRA on a parametrized weight", "remove the parametrization first")

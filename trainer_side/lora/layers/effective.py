@@ -51,7 +51,7 @@ def effective_weight(
 
     Where no adapter acts the result may share memory with the live parameter: do not write to it.
 
-    Raises UnsupportedLora as `refusal` explains, ConfigError for a module without that weight.
+    Raises UnsupportedLora for what `reason_of` finds, ConfigError for a module without that weight.
     """
     chain = chain or read_chain(module)
     name = attribute or chain.attribute
@@ -94,14 +94,6 @@ def effective_bias(
         raise reason.error(type(module).__name__)
     with torch.no_grad(), torch.autocast(bias.device.type, enabled=False):
         return _bias(chain, name, bias, dtype, given or as_stored, copies)
-
-
-def is_inexact(module: nn.Module) -> bool:
-    """Tell whether merged adapters have to be taken out of the stored weight again.
-
-    The rounding errors of the merge then stay in the effective weight, as they do in PEFT's own next forward.
-    """
-    return any(level.state is LayerState.MERGED_DISABLED and not level.tokens for level in read_chain(module).levels)
 
 
 def attention_output(module: nn.Module) -> nn.Module | None:
