@@ -114,7 +114,9 @@ def _found(layer: Layer, parameters: LoraParameters, tree: LoraTree) -> Iterator
     elif parameters.state is LayerState.MERGED_DISABLED:
         subject = "a layer with merged, disabled adapters"
         yield Finding(Feature.MERGED_DISABLED, wrapper.path, layer.names, merged, subject)
-        if wrapper.kind is WrapperKind.LORA and _shared(parameters.weight, tree):
+        own = identity_of("", parameters.weight)
+        alike = {p.clean for p in tree.places if (t := p.tensor()) is not None and identity_of("", t) == own}
+        if wrapper.kind is WrapperKind.LORA and len(alike) > 1:
             reason = "its weight is tied: what other layers compute with changes when PEFT's next forward unmerges it"
             yield Finding(Feature.UNREADABLE, wrapper.path, layer.names, reason, "this layer")
     if packed(parameters):
@@ -124,16 +126,19 @@ def _found(layer: Layer, parameters: LoraParameters, tree: LoraTree) -> Iterator
         if layer.loras or trained:
             yield Finding(Feature.TOKENS, wrapper.path, trained or layer.names)
         return
-    yield from _uncovered(layer, parameters)
+    # Tensors that cannot be read here, unless a known variant stands for them.
+    known = {lora.name for lora in parameters.loras if lora.variant}
+    strange = tuple(
+        extra.raw
+        for extra in layer.extras
+        if extra.container not in LORA_SEGMENTS and not extra.buffer and extra.lora not in known
+        and (_trains(extra) or layer.acts)
+    )  # fmt: skip
+    if strange:
+        subject = f"tensors of {type(wrapper.module).__name__} that plain LoRA does not have"
+        yield Finding(Feature.UNKNOWN, wrapper.path, strange, subject=subject)
     if layer.acts:
         yield from _acting(layer, parameters)
-
-
-def _shared(weight: torch.Tensor, tree: LoraTree) -> bool:
-    """Tell whether a weight is tied: its elements stand at several places of the model."""
-    own = identity_of("", weight)
-    same = {p.clean for p in tree.places if (t := p.tensor()) is not None and identity_of("", t) == own}
-    return len(same) > 1
 
 
 def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
@@ -146,21 +151,6 @@ def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
     idle = tuple(p.raw for p in trained if p not in acting)
     if idle and acting:
         yield Finding(Feature.UNKNOWN, wrapper.path, idle, subject="a copy that is trained but not active")
-
-
-def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
-    """Find tensors of a LoRA layer that cannot be read here, unless a known variant stands for them."""
-    known = {lora.name for lora in parameters.loras if lora.variant}
-    strange = tuple(
-        extra.raw
-        for extra in layer.extras
-        if extra.container not in LORA_SEGMENTS and not extra.buffer and extra.lora not in known
-        and (_trains(extra) or layer.acts)
-    )  # fmt: skip
-    if strange:
-        kind = type(layer.wrapper.module).__name__
-        found = f"tensors of {kind} that plain LoRA does not have"
-        yield Finding(Feature.UNKNOWN, layer.wrapper.path, strange, subject=found)
 
 
 def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +19,9 @@ from torch import nn
 from bridge.model.lora_format import names_of
 from trainer_side.lora.layers.expert_slices import find_slice
 from trainer_side.lora.layers.factors import expert_factors, low_rank, wide_dtype
+from trainer_side.lora.layers.module_tree import Wrapper
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.values import ActiveLora, LoraParameters, SentValues, as_stored
+from trainer_side.lora.layers.values import ActiveLora, LoraParameters, SentValues
 from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_layout import Computed
@@ -57,12 +59,10 @@ class PortableLora:
     unfit: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ActingLayer:
-    """A wrapper whose adapters act now: where it stands, its reading, the name of its weight's live tensor."""
+class ActingLayer(NamedTuple):
+    """A wrapper whose adapters act now, its reading, and the name of its weight's live tensor."""
 
-    path: str
-    layer: nn.Module
+    wrapper: Wrapper
     parameters: LoraParameters
     weight: str
 
@@ -89,7 +89,7 @@ def plan_pairs(acting: Sequence[ActingLayer], known: CanonicalMap) -> PortableLo
         if fits and len(fits) == len(found):
             pairs += fits
         else:
-            unfit.append(one.path)
+            unfit.append(one.wrapper.path)
     return PortableLora(tuple(pairs), rank, tuple(unfit))
 
 
@@ -113,10 +113,10 @@ def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> Factor
     a = torch.empty((rank, inputs), dtype=dtype, device="meta")
     b = torch.empty((outputs, rank), dtype=dtype, device="meta")
     embedding = parameters.kind == "embedding"
-    return FactorPair(module, one.layer, embedding, part.expert, rows, columns, flipped, a, b)
+    return FactorPair(module, one.wrapper.module, embedding, part.expert, rows, columns, flipped, a, b)
 
 
-def list_computed(portable: PortableLora, given: SentValues | None, began: LoraState) -> list[Computed]:
+def list_computed(portable: PortableLora, given: SentValues, began: LoraState) -> list[Computed]:
     """List the tensors of the LoRA, A and B of each module in turn; computed in the state `began`."""
 
     @cache  # each layer is read once per push, for all copying threads: reading twice would do no harm
@@ -126,7 +126,7 @@ def list_computed(portable: PortableLora, given: SentValues | None, began: LoraS
     found: list[Computed] = []
     for pair in portable.pairs:
         name_a, name_b = names_of(pair.module, embedding=pair.embedding)
-        half = partial(_compute_half, pair, portable.rank, read, given or as_stored)
+        half = partial(_compute_half, pair, portable.rank, read, given)
         found += [Computed(name_a, pair.a, partial(half, True)), Computed(name_b, pair.b, partial(half, False))]
     return found
 

@@ -19,19 +19,13 @@ from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.capability import refusal_error, refused_by
 from trainer_side.lora.findings import survey
 from trainer_side.lora.layers.features import MODES, Feature, Finding
-from trainer_side.lora.layers.module_tree import BaseTensor, TreeTensor, read_tree
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor
+from trainer_side.lora.layers.values import SentValues, as_stored
 from trainer_side.lora.modes import BakedMode
-from trainer_side.lora.select import (
-    SelectedTensors,
-    SentTensors,
-    match_sent,
-    refuse_base_names,
-    resolve_names,
-    select_tensors,
-)
+from trainer_side.lora.select import SelectedTensors, match_sent, refuse_base_names, resolve_names, select_tensors
 from trainer_side.lora.state import LoraState, changed_meanwhile
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import nothing_sent
+from trainer_side.names.tensor_checks import nothing_sent, require_module
 from trainer_side.names.tensor_layout import Computed
 
 _T = TypeVar("_T")
@@ -69,9 +63,7 @@ class ModeView:
 class _LastView:
     """The resolution of the last push, for the next ones that are alike. Holds no live tensor."""
 
-    mode: str
-    partial: bool
-    state: Hashable
+    key: Hashable
     names: list[str]
     items: list[TreeTensor]
     baked: BakedMode
@@ -86,22 +78,14 @@ class LoraModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                "only a module can be bound",
-                where="the model given to bind",
-                expected="a torch.nn.Module",
-                got=type(model).__name__,
-                remedy="bind the trained model",
-            )
-        self.model = model
+        self.model = require_module(model)
         self._structure = 0
         self._forget()
 
     @staticmethod
     def present(model: nn.Module) -> bool:
         """Tell by structure, without importing peft, whether a model has PEFT-style wrappers or is a PEFT model."""
-        tree = read_tree(model)
+        tree = LoraTree(model)
         return bool(tree.wrappers) or tree.peft_root
 
     def state(self) -> LoraState:
@@ -131,12 +115,19 @@ class LoraModel:
                 '("merged"), the model without its adapters ("base"), or the adapters alone ("adapter")',
             )
         now = self.state()
+        against = ""
         if mode == "auto":
-            return self._choose_automatically(now, limits)
+            bad = refused_by("adapter", self._find("adapter", now, limits))
+            portable = None if bad else self._bake("adapter", now).portable
+            if portable is not None:
+                carried = f"(rank {portable.rank}) and the capability table carries all of it"
+                return ModeChoice("adapter", f"adapter: every engine can hold it {carried}")
+            against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].reason_against('adapter')}"
+            mode = "merged"
         found = self._find(mode, now, limits)
         if refused_by(mode, found):
-            raise refusal_error(found, mode, lambda other: self._find(other, now, limits))
-        return ModeChoice(mode, f"{mode} was asked for", self._notes(mode, now))
+            raise refusal_error(found, mode, lambda other: self._find(other, now, limits), also=against)
+        return ModeChoice(mode, f"{mode}: {against}" if against else f"{mode} was asked for", self._notes(mode, now))
 
     def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> ModeView:
         """Resolve the pairs of a push into the tensors that travel in a mode that `choose` gave.
@@ -156,12 +147,21 @@ class LoraModel:
         if not names:
             raise nothing_sent()
         now = self.state()
-        last = self._last
-        if last is not None and last.mode == mode and last.partial == partial and last.state == now.unscaled:
-            lives = (item.tensor() for item in last.items)
-            if last.names == names and all(map(operator.is_, lives, tensors)) and last.baked.current():
-                return self._view(last.baked, last.selected, None, now, last.notes)
-        return self._resolve(mode, now, names, tensors, partial)
+        key, last = (mode, partial, now.unscaled), self._last
+        alike = last is not None and last.key == key and last.names == names and last.baked.current()
+        if last is not None and alike and all(map(operator.is_, (item.tensor() for item in last.items), tensors)):
+            return _view(last, as_stored, now)
+        items = last.items if last is not None and last.names == names else resolve_names(self._tree, names)
+        sent = match_sent(items, names, tensors)
+        baked = self._bake(mode, now)
+        refuse_base_names(self._tree, baked, items, names)
+        selected = select_tensors(mode, baked, sent, partial=partial)
+        last = self._last = _LastView(key, names, items, baked, selected, self._notes(mode, now))
+        view = _view(last, sent, now)
+        if self.state() != now:  # ties and copies were resolved in between
+            self._forget()
+            raise changed_meanwhile()
+        return view
 
     def changed_since(self, view: ModeView) -> bool:
         """Compare the LoRA layers, and the stored tensors under them, with what they were when this view was made.
@@ -182,25 +182,11 @@ class LoraModel:
     # ---- inside ----
 
     def _forget(self) -> None:
-        self._tree = read_tree(self.model)
+        self._tree = LoraTree(self.model)
         self._findings: OrderedDict[Hashable, tuple[tuple[Finding, ...], tuple[str, ...]]] = OrderedDict()
         self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
         self._ends: CanonicalMap | None = None
-        self._items: tuple[list[str], list[TreeTensor]] = ([], [])
         self._last: _LastView | None = None
-
-    def _choose_automatically(self, now: LoraState, limits: LoraLimitsPerEngine) -> ModeChoice:
-        bad = refused_by("adapter", self._find("adapter", now, limits))
-        if not bad:
-            portable = self._bake("adapter", now).portable
-            rank = portable.rank if portable else 0
-            reason = f"adapter: every engine can hold it (rank {rank}) and the capability table carries all of it"
-            return ModeChoice("adapter", reason)
-        against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].reason_against('adapter')}"
-        merged = self._find("merged", now, limits)
-        if refused_by("merged", merged):
-            raise refusal_error(merged, "merged", lambda other: self._find(other, now, limits), also=against)
-        return ModeChoice("merged", f"merged: {against}", self._notes("merged", now))
 
     def _find(self, mode: str, now: LoraState, limits: LoraLimitsPerEngine) -> list[Finding]:
         """List every feature that matters to a mode."""
@@ -253,40 +239,13 @@ class LoraModel:
         _remember(self._baked, key, found)
         return found
 
-    def _resolve(
-        self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool
-    ) -> ModeView:
-        if self._items[0] != names:
-            self._items = names, resolve_names(self._tree, names)
-        items = self._items[1]
-        sent = match_sent(items, names, tensors)
-        baked = self._bake(mode, now)
-        refuse_base_names(self._tree, baked, items, names)
-        selected = select_tensors(mode, baked, sent, partial=partial)
-        notes = self._notes(mode, now)
-        self._last = None
-        if all(item.tensor() is tensor for item, tensor in zip(items, tensors, strict=True)):
-            kept = SelectedTensors(selected.places, [], selected.computed)
-            self._last = _LastView(mode, partial, now.unscaled, names, items, baked, kept, notes)
-        view = self._view(baked, selected, sent if sent.changed else None, now, notes)
-        if self.state() != now:  # ties and copies were resolved in between
-            self._forget()
-            raise changed_meanwhile()
-        return view
 
-    def _view(
-        self,
-        baked: BakedMode,
-        selected: SelectedTensors,
-        sent: SentTensors | None,
-        now: LoraState,
-        notes: tuple[str, ...],
-    ) -> ModeView:
-        named = selected.named or [(p.clean, tensor) for p in selected.places if (tensor := p.tensor()) is not None]
-        computed = baked.list_computed(sent, now, selected.computed)
-        adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
-        watched = selected.under_wrappers
-        return ModeView(baked.known, named, computed, adapter, now, notes, _fingerprint(watched), watched)
+def _view(last: _LastView, given: SentValues, now: LoraState) -> ModeView:
+    baked, selected, watched = last.baked, last.selected, last.selected.under_wrappers
+    named = [(p.clean, given(tensor)) for p in selected.places if (tensor := p.tensor()) is not None]
+    computed = baked.list_computed(given, now, selected.computed)
+    adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
+    return ModeView(baked.known, named, computed, adapter, now, last.notes, _fingerprint(watched), watched)
 
 
 def _fingerprint(watched: Sequence[BaseTensor]) -> Hashable:

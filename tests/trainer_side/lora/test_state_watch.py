@@ -13,7 +13,7 @@ from bridge.errors import IntegrityError
 from tests.trainer_side.lora.peft_rows import ROWS, build
 from trainer_side.lora import model as models
 from trainer_side.lora import state as states
-from trainer_side.lora.layers.module_tree import read_tree
+from trainer_side.lora.layers.module_tree import LoraTree
 from trainer_side.lora.layers.refusals import reason_of
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, read_chain
 from trainer_side.lora.model import LoraModel
@@ -124,7 +124,7 @@ def keyed() -> nn.ModuleDict:
 def test_ordinary_modules_are_no_wrappers(module: Lookalike) -> None:
     assert not any(is_wrapper(module) for is_wrapper in (is_lora, is_saved, is_token_wrapper))
     assert not LoraModel.present(module)
-    assert {place.clean for place in read_tree(module).places} == set(dict(module.named_parameters()))
+    assert {place.clean for place in LoraTree(module).places} == set(dict(module.named_parameters()))
 
 
 def test_the_names_of_pefts_mixed_model() -> None:
@@ -132,7 +132,7 @@ def test_the_names_of_pefts_mixed_model() -> None:
 
     inner = nn.Sequential(nn.Linear(3, 3))
     model = get_peft_model(inner, LoraConfig(target_modules=["0"]), mixed=True)  # type: ignore[arg-type]
-    assert {place.clean for place in read_tree(model).places} == {"0.weight", "0.bias"}
+    assert {place.clean for place in LoraTree(model).places} == {"0.weight", "0.bias"}
     assert type(copy_without_lora(model)) is nn.Sequential
 
 
