@@ -156,8 +156,8 @@ class LoraModel:
         baked = self._bake(mode, now)
         refuse_base_names(self._tree, baked, items, names)
         selected = select_tensors(mode, baked, sent, partial=partial)
-        last = self._last = _LastView(key, names, items, baked, selected, self._notes(mode, now))
-        view = _view(last, sent, now)
+        self._last = _LastView(key, names, items, baked, selected, self._notes(mode, now))
+        view = _view(self._last, sent, now)
         if self.state() != now:  # ties and copies were resolved in between
             self._forget()
             raise changed_meanwhile()
