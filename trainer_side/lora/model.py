@@ -80,6 +80,7 @@ class LoraModel:
     def __init__(self, model: nn.Module) -> None:
         self.model = require_module(model)
         self._structure = 0
+        self._last: _LastView | None = None
         self._forget()
 
     @staticmethod
@@ -186,7 +187,7 @@ class LoraModel:
         self._findings: OrderedDict[Hashable, tuple[tuple[Finding, ...], tuple[str, ...]]] = OrderedDict()
         self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
         self._ends: CanonicalMap | None = None
-        self._last: _LastView | None = None
+        self._last = None
 
     def _find(self, mode: str, now: LoraState, limits: LoraLimitsPerEngine) -> list[Finding]:
         """List every feature that matters to a mode."""
