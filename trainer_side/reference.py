@@ -35,7 +35,7 @@ def reference_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> li
     scores: list[list[float]] = [[] for _ in prompts]
     lengths = sorted({len(prompt) for prompt in prompts if len(prompt) > 1})
     _check_ids(core, prompts)
-    with torch.no_grad(), _left_as_it_was(core), _no_autocast(core):
+    with torch.no_grad(), _left_as_it_was(core):
         for length in lengths:
             rows = [k for k, prompt in enumerate(prompts) if len(prompt) == length]
             ids = torch.tensor([list(prompts[k]) for k in rows], dtype=torch.long, device=_input_device(core))
@@ -130,17 +130,8 @@ def _not_a_language_model(model: nn.Module, got: str) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _no_autocast(model: nn.Module) -> Iterator[None]:
-    """Leave autocast: weights are compared, so the forward runs in their own dtype."""
-    with contextlib.ExitStack() as stack:
-        for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-@contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Set eval mode inside; put flags, buffers and random states back after."""
+    """Set eval mode inside, without autocast; put flags, buffers and random states back after."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (buffer, None if buffer is None else buffer.detach().clone())
@@ -150,7 +141,10 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     registered = [(module, dict(module._buffers)) for module in model.modules()]
     legacy, plain = np.random.get_state(), random.getstate()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+            # Weights are compared, so the forward runs in their own dtype.
+            stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             # Not `model.eval()`: models override it with more than the flag.
             for module, _ in flags:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import copy_without_lora
-from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, some_names
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
@@ -35,8 +35,8 @@ class TrainerSide:
         self._model: nn.Module | None = None
         self._lora: LoraModel | None = None
         self._source = WeightSource()
-        self._views: dict[str, tuple[CanonicalMap | None, WeightSource]] = {}
-        """Mode -> the names of the LoRA model in that mode, and the source that resolves them."""
+        self._views: dict[str, WeightSource] = {}
+        """Mode -> what resolves the names of the LoRA model in that mode."""
         self._complete: TensorLayout | None = None
         self._snapshotters: dict[bool, Snapshotter] = {}
         """By whether they write a LoRA alone: each kind has an arena of its own."""
@@ -79,7 +79,7 @@ class TrainerSide:
         try:
             collected = self._source.collect(named, partial=partial)
             if collected.layout is not self._complete and not partial:
-                _require_all(self._source, collected.tensors)
+                self._require_all(collected.tensors)
                 self._complete = collected.layout
         except (UnexpectedTensor, MissingTensor) as error:
             if self._model is not None and LoraModel.present(self._model):
@@ -97,28 +97,39 @@ class TrainerSide:
             self._addresses = collected.addresses
         return collected
 
+    def _require_all(self, tensors: tuple[TensorInfo, ...]) -> None:
+        came = {name for info in tensors for name in (info.name, *info.aliases)}
+        expected = self._source.expected or ()
+        missing = tuple(info.name for info in expected if info.name not in came)
+        if missing:
+            raise MissingTensor(
+                "tensors of the bound model were not sent",
+                where=some_names(missing),
+                expected=f"{len(expected)} tensors",
+                got=f"{len(expected) - len(missing)}",
+                remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
+                names=missing,
+            )
+
     def _collect_lora(self, lora: LoraModel, named: NamedTensors, partial: bool, mode: str) -> Collected:
         names, tensors = read_pairs(named)
         self._storages = frozenset(
             t.untyped_storage().data_ptr() for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
         )
         view = lora.view(mode, list(zip(names, tensors, strict=True)), partial=partial)
-        known, source = self._views.get(mode, (None, None))
-        if source is None or known is not view.known:
+        source = self._views.get(mode)
+        if source is None or source.map is not view.known:
             # The names of a LoRA alone are those of `lora_format`: there is no model's name to resolve.
-            source = WeightSource(None if view.known is None else lora.model, view.known)
-            self._views[mode] = (view.known, source)
+            source = self._views[mode] = WeightSource(None if view.known is None else lora.model, view.known)
         collected = source.collect(view.named, partial=partial, computed=view.computed)
-        if not partial and view.adapter is None:
-            _require_all(source, collected.tensors)
-        return dataclasses.replace(collected, adapter=view.adapter, notes=tuple(view.notes), state=view)
+        return dataclasses.replace(collected, adapter=view.adapter, notes=view.notes, state=view)
 
     def collect_base(self) -> Collected:
         """Collect the bound model's base weights as they stand, whatever was pushed last.
 
         Raises ConfigError without a bound model with LoRA, UnsupportedLora for packed weights.
         """
-        if self._lora is None or self._model is None:
+        if self._lora is None:
             raise ConfigError(
                 "only a bound model with LoRA has base weights",
                 where="the bound model",
@@ -128,13 +139,13 @@ class TrainerSide:
             )
         self._lora.choose("base", None)
         kept = self._storages
-        collected = self._collect_lora(self._lora, self._model.named_parameters(), False, "base")
+        collected = self._collect_lora(self._lora, self._lora.model.named_parameters(), False, "base")
         self._storages = kept
         return collected
 
     def base_mark(self, sent: Snapshot | None = None) -> Hashable | None:
         """Fingerprint the bound model's base weights; None without any, or when `sent` holds other values than them."""
-        if self._lora is None or self._model is None:
+        if self._lora is None:
             return None
         view = self._lora.view("base", self._lora.tensors(), partial=False)
         live = [tensor for _, tensor in view.named]
@@ -159,28 +170,20 @@ class TrainerSide:
 
         Raises as `Snapshotter.write`, and IntegrityError when the LoRA layers changed since the tensors were collected.
         """
-        if not isinstance(snapshot, Collected):
-            raise ConfigError(
-                "only what this trainer side collected can be written",
-                where="snapshot",
-                expected="the value that collect() returned",
-                got=type(snapshot).__name__,
-                remedy="call collect() of the same TrainerSide",
-            )
-        kind = snapshot.adapter is not None
+        collected = cast("Collected", snapshot)
+        kind = collected.adapter is not None
         writer = self._snapshotters.get(kind)
         if writer is None or writer.arena is not arena:
             if writer is not None:
                 writer.close()
             writer = self._snapshotters[kind] = Snapshotter(arena, threads)
         try:
-            written = writer.write(slot, snapshot, base=base, allow_nonfinite=allow_nonfinite, timeout_s=timeout_s)
+            written = writer.write(slot, collected, base=base, allow_nonfinite=allow_nonfinite, timeout_s=timeout_s)
         except (BridgeError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             # A layer that another thread takes away while it is read fails anywhere, with errors that help nobody.
-            self._require_unchanged(snapshot, error)
+            self._require_unchanged(collected, error)
             raise
-        if snapshot.state is not None:
-            self._require_unchanged(snapshot)
+        self._require_unchanged(collected)
         return written
 
     def _require_unchanged(self, snapshot: Collected, cause: BaseException | None = None) -> None:
@@ -222,19 +225,3 @@ class TrainerSide:
         for writer in self._snapshotters.values():
             writer.close()
         self._snapshotters.clear()
-
-
-def _require_all(source: WeightSource, tensors: tuple[TensorInfo, ...]) -> None:
-    if source.expected is None:
-        return
-    came = {name for info in tensors for name in (info.name, *info.aliases)}
-    missing = tuple(info.name for info in source.expected if info.name not in came)
-    if missing:
-        raise MissingTensor(
-            "tensors of the bound model were not sent",
-            where=some_names(missing),
-            expected=f"{len(source.expected)} tensors",
-            got=f"{len(source.expected) - len(missing)}",
-            remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
-            names=missing,
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,24 +25,27 @@ TINY = {
 """Qwen2's shape in small: q/k/v biases, two query heads per key/value head. Learns the task in about forty steps."""
 
 
-def require_transformers() -> Any:
-    """Import transformers. Raises ConfigError when it is not installed."""
+def require(module: str, why: str) -> Any:
+    """Import a module of the extra `demo`. Raises ConfigError, with the reason `why`, when it is not installed."""
     try:
-        import transformers
+        return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            "the demo trains a transformers model",
+            why,
             where="this environment",
             expected="the extra `demo`",
             got=str(error),
             remedy="pip install 'weighbridge[demo]'",
         ) from error
-    return transformers
+
+
+def _transformers() -> Any:
+    return require("transformers", "the demo trains a transformers model")
 
 
 def tiny_qwen2(*, seed: int = 0, tied: bool = False, **shape: int) -> nn.Module:
     """Make a random fp32 Qwen2. `shape` overrides `TINY`; the caller's random state stays as it was."""
-    transformers = require_transformers()
+    transformers = _transformers()
     config = transformers.Qwen2Config(**{**TINY, **shape}, tie_word_embeddings=tied, dtype="float32")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,7 +59,7 @@ def tiny_qwen2(*, seed: int = 0, tied: bool = False, **shape: int) -> nn.Module:
 
 def load_policy(path: Path) -> nn.Module:
     """Load the checkpoint in `path` with fp32 master weights, whatever dtype it is stored and served in."""
-    transformers = require_transformers()
+    transformers = _transformers()
     if not (path / "config.json").is_file():
         raise NotFound(
             "no checkpoint there", where=str(path), expected="a folder with config.json and safetensors",
@@ -78,7 +82,7 @@ def save_policy(model: nn.Module, path: Path | str) -> None:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Switch transformers' progress bars off inside: they would tear the demo's own table."""
-    logs = require_transformers().utils.logging
+    logs = _transformers().utils.logging
     shown = logs.is_progress_bar_enabled()
     logs.disable_progress_bar()
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from bridge.errors import ConfigError
 from bridge.model.receipt import Receipt
 from trainer_side.demo.values import DemoOptions, DemoResult, StepRow
 
@@ -100,9 +100,12 @@ class Record:
 
     def step(self, row: StepRow, receipt: Receipt | None) -> None:
         """Append one step, and its receipt when it pushed."""
-        _line(self._steps, row.to_dict())
+        lines = [(self._steps, asdict(row))]
         if receipt is not None:
-            _line(self._receipts, receipt.to_dict())
+            lines.append((self._receipts, receipt.to_dict()))
+        for file, value in lines:
+            file.write(json.dumps(value) + "\n")
+            file.flush()
 
     def result(self, result: DemoResult) -> None:
         """Write the closing figures."""
@@ -114,25 +117,6 @@ class Record:
         """Close the files."""
         self._steps.close()
         self._receipts.close()
-
-
-def _line(file: IO[str], value: dict[str, Any]) -> None:
-    file.write(json.dumps(value) + "\n")
-    file.flush()
-
-
-def require_matplotlib() -> None:
-    """Raise ConfigError when matplotlib, which draws the picture, is not installed; called before the run."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "the demo draws a picture with matplotlib",
-            where="this environment",
-            expected="the extra `demo`",
-            got=str(error),
-            remedy="pip install 'weighbridge[demo]'",
-        ) from error
 
 
 def draw(rows: Sequence[StepRow], result: DemoResult, path: Path) -> None:

@@ -12,14 +12,14 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bridge.model.receipt import Receipt
 from bridge.protocol.codec import Sampling
@@ -28,6 +28,9 @@ from trainer_side.demo.grpo import Grpo, GrpoConfig, make_batch
 from trainer_side.demo.task import Task, grouped_prompts, reward, task_for, uniform_reward
 from trainer_side.demo.values import CheckRow, DemoOptions, DemoResult, StepRow
 
+if TYPE_CHECKING:
+    from bridge.client import Bridge
+
 __all__ = ["DemoOptions", "DemoResult", "StepRow", "print_result", "run_demo"]
 
 COMPLETION_TOKENS = 12
@@ -35,18 +38,7 @@ LARGE_MODEL = 20_000_000
 """Parameters above which rollouts are fewer and passed through the trainer in small pieces."""
 
 
-class SyncBridge(Protocol):
-    """The part of `bridge.Bridge` that the demo uses."""
-
-    @property
-    def engines(self) -> Sequence[Any]: ...
-
-    def push(self, named: Iterable[tuple[str, Tensor]]) -> Receipt: ...
-
-    def health(self) -> Any: ...
-
-
-OpenBridge = Callable[[DemoOptions, Path, nn.Module], AbstractContextManager[SyncBridge]]
+OpenBridge = Callable[[DemoOptions, Path, nn.Module], AbstractContextManager["Bridge"]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ def run_demo(options: DemoOptions, open_bridge: OpenBridge | None = None) -> Dem
         ConfigError: an extra or the checkpoint is missing; nothing was started.
     """
     began = time.monotonic()
-    report.require_matplotlib()
+    policy.require("matplotlib.figure", "the demo draws a picture with matplotlib")
     with report.open_view(options) as view, _one_thread():
         model, checkpoint = _prepare(options)
         task = task_for(policy.vocab_size(model), policy.special_ids(model))
@@ -76,7 +68,8 @@ def run_demo(options: DemoOptions, open_bridge: OpenBridge | None = None) -> Dem
         record = report.Record(options.out_dir)
         with closing(record), (open_bridge or _launched)(options, checkpoint, model) as bridge:
             run = _Run(options, model, task, bridge)
-            for row, receipt in run.steps():
+            for step in range(1, options.steps + 1):
+                row, receipt = run.step(step)
                 record.step(row, receipt)
                 view.row(row)
             result = run.result(began)
@@ -94,25 +87,22 @@ def print_result(result: DemoResult, *, as_json: bool = False) -> None:
 class _Run:
     """One loop's state: the policy, its optimiser, the bridge, and the rows so far."""
 
-    def __init__(self, options: DemoOptions, model: nn.Module, task: Task, bridge: SyncBridge) -> None:
+    def __init__(self, options: DemoOptions, model: nn.Module, task: Task, bridge: Bridge) -> None:
         self.options = options
         self.model = model
         self.task = task
         self.bridge = bridge
         self.rng = random.Random(options.seed)
         self.scale = Scale(groups=8, group_size=8, micro_batch=8) if _is_large(model) else Scale()
-        rate = options.learning_rate if options.learning_rate is not None else _learning_rate(model)
+        config: Any = model.config
+        # 3e-3 at the tiny policy's width, less for wider ones: AdamW's step on a logit grows with the width
+        rate = min(3e-3, 3e-3 * 64 / int(config.get_text_config().hidden_size))
+        rate = rate if options.learning_rate is None else options.learning_rate
         self.grpo = Grpo(model, GrpoConfig(learning_rate=rate, micro_batch=self.scale.micro_batch))
         self.rows: list[StepRow] = []
 
-    def steps(self) -> Iterator[tuple[StepRow, Receipt | None]]:
-        """Run the steps one by one; yields each row and its receipt."""
-        for step in range(1, self.options.steps + 1):
-            row, receipt = self._step(step)
-            self.rows.append(row)
-            yield row, receipt
-
-    def _step(self, step: int) -> tuple[StepRow, Receipt | None]:
+    def step(self, step: int) -> tuple[StepRow, Receipt | None]:
+        """Run one step; its receipt is None when nothing is pushed."""
         prompts = grouped_prompts(self.task, self.rng, self.scale.groups, self.scale.group_size)
         marks = [time.monotonic()]
         sampling = Sampling(max_tokens=COMPLETION_TOKENS, seed=self.options.seed * 1_000_003 + step)
@@ -127,6 +117,7 @@ class _Run:
             rollout_s=marks[1] - marks[0], train_s=marks[2] - marks[1], loss=stats.loss, clipped=stats.clipped,
             **(_sync_columns(receipt, time.monotonic() - marks[2]) if receipt is not None else {}),
         )  # fmt: skip
+        self.rows.append(row)
         return row, receipt
 
     def result(self, began: float) -> DemoResult:
@@ -163,7 +154,7 @@ def _prepare(options: DemoOptions) -> tuple[nn.Module, Path]:
 
 
 @contextmanager
-def _launched(options: DemoOptions, checkpoint: Path, model: nn.Module) -> Iterator[SyncBridge]:
+def _launched(options: DemoOptions, checkpoint: Path, model: nn.Module) -> Iterator[Bridge]:
     """Launch an embedded engine in a Ray actor of its own, and a daemon that ends with the run."""
     import bridge
     from bridge.journal.state_dir import state_dir
@@ -195,12 +186,6 @@ def _sync_columns(receipt: Receipt, seconds: float) -> dict[str, Any]:
 
 def _is_large(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) > LARGE_MODEL
-
-
-def _learning_rate(model: nn.Module) -> float:
-    """Choose 3e-3 at the tiny policy's width, less for wider ones: AdamW's step on a logit grows with the width."""
-    config: Any = model.config
-    return min(3e-3, 3e-3 * 64 / int(config.get_text_config().hidden_size))
 
 
 @contextmanager

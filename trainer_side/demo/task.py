@@ -10,36 +10,28 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 SMALL_VOCABULARY = 256
 """Up to here each token is seen often enough in a short run to learn its successor's class."""
 
 
-class Task(Protocol):
-    """A relation between the tokens of a prompt and of its completion."""
-
-    @property
-    def description(self) -> str: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def prompt(self, rng: random.Random) -> list[int]:
-        """Draw one prompt; all prompts of a task have the same length."""
-        ...
-
-    def hits(self, prompt: Sequence[int], completion: Sequence[int]) -> list[bool]:
-        """Tell for each token of the completion whether it satisfies the relation."""
-        ...
-
-
 @dataclass(frozen=True)
-class _TokenTask:
+class Task:
+    """A relation between the tokens of a prompt and of its completion; all prompts of a task have the same length."""
+
     vocab_size: int
     modulus: int
     prompt_tokens: int = 4
     avoid: frozenset[int] = frozenset()
+
+    @property
+    def description(self) -> str:
+        """The rule, in words."""
+        raise NotImplementedError
+
+    def hits(self, prompt: Sequence[int], completion: Sequence[int]) -> list[bool]:
+        """Tell for each token of the completion whether it satisfies the relation."""
+        raise NotImplementedError
 
     def prompt(self, rng: random.Random) -> list[int]:
         """Draw one prompt without the ids of `avoid`. Raises ValueError when these are the whole vocabulary."""
@@ -54,7 +46,7 @@ class _TokenTask:
 
 
 @dataclass(frozen=True)
-class CountOn(_TokenTask):
+class CountOn(Task):
     """Each token is one more than the token before it, modulo `modulus`; the prompt gives the start."""
 
     modulus: int = 8
@@ -70,7 +62,7 @@ class CountOn(_TokenTask):
 
 
 @dataclass(frozen=True)
-class MultipleOf(_TokenTask):
+class MultipleOf(Task):
     """Every token id is divisible by `modulus`: the relation for vocabularies too large to learn pairs of tokens."""
 
     modulus: int = 4

@@ -57,10 +57,6 @@ class StepRow:
     drift: float | None = None
     verified: bool | str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, ready for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class CheckRow:

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from bridge.model.regions import dense
 from trainer_side.lora.model import LoraModel
-from trainer_side.names.naming import CanonicalTensor
-from trainer_side.names.tensor_layout import Computed
+from trainer_side.names.tensor_layout import Collected, WeightSource
 
 
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -39,41 +37,28 @@ def _tensors(model: nn.Module, mode: str) -> Iterator[tuple[str, torch.Tensor]]:
     lora = LoraModel(model)
     lora.choose(mode, None)
     view = lora.view(mode, lora.tensors())
-    if view.known is None:
-        return ((one.name, _value(one)) for one in view.computed)
-    ties = view.known.ties
-    named = {ties.get(name, name): tensor.detach() for name, tensor in reversed(view.named)}
-    computed = {ties.get(one.name, one.name): one for one in reversed(view.computed)}
-    return _assembled(view.known.tensors, named, computed)
+    source = WeightSource(None if view.known is None else model, view.known)
+    return _assembled(source.collect(view.named, computed=view.computed))
 
 
 @torch.no_grad()
-def _assembled(
-    tensors: tuple[CanonicalTensor, ...], named: dict[str, torch.Tensor], computed: dict[str, Computed]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    held: tuple[str, torch.Tensor] | None = None
-    for tensor in tensors:
-        parts: dict[str, torch.Tensor] = {}
-        for live in {piece.live for piece in tensor.pieces}:
-            if live in computed:
-                # Experts are cut out of one live tensor: it is computed once for all of them.
-                held = held if held is not None and held[0] == live else (live, _value(computed[live]))
-                parts[live] = held[1]
-            else:
-                parts[live] = named[live]
-        first, whole = next(iter(parts.values())), dense(tensor.shape)
-        if tuple(first.shape) == tensor.shape and [(p.source, p.dest) for p in tensor.pieces] == [(whole, whole)]:
-            yield tensor.name, first
-            continue
-        out = torch.empty(tensor.shape, dtype=first.dtype, device=first.device)
-        for piece in tensor.pieces:
-            source, into = piece.source, piece.dest
-            taken = parts[piece.live].contiguous().view(-1)
-            taken = taken.as_strided(source.shape, source.strides, taken.storage_offset() + source.offset)
-            out.view(-1).as_strided(into.shape, into.strides, into.offset).copy_(taken)
-        yield tensor.name, out
+def _assembled(collected: Collected) -> Iterator[tuple[str, torch.Tensor]]:
+    held: dict[int, torch.Tensor] = {}
+    for info, parts in zip(collected.layout.tensors, collected.layout.parts, strict=True):
+        # Experts are cut out of one live tensor: it is computed once for all of them.
+        held = {p.index: held[p.index] if p.index in held else _value(collected, p.index) for p in parts}
+        out = held[parts[0].index]
+        if parts[0].source is not None:
+            out = torch.empty(info.shape, dtype=out.dtype, device=out.device)
+        for part in parts:
+            source, into = part.source, part.dest
+            if source is not None and into is not None:
+                taken = held[part.index].contiguous().view(-1)
+                taken = taken.as_strided(source.shape, source.strides, taken.storage_offset() + source.offset)
+                out.view(-1).as_strided(into.shape, into.strides, into.offset).copy_(taken)
+        yield info.name, out
 
 
-@torch.no_grad()
-def _value(one: Computed) -> torch.Tensor:
-    return one.compute(one.stand_in.dtype).to(one.stand_in.dtype)
+def _value(collected: Collected, index: int) -> torch.Tensor:
+    source, computed = collected.sources[index], collected.computed.get(index)
+    return source.detach() if computed is None else computed.compute(source.dtype).to(source.dtype)

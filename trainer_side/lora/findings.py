@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedLora
-from trainer_side.lora.capability import Feature, Finding
 from trainer_side.lora.layers.dequant import FP8, quant_state
-from trainer_side.lora.layers.effective import is_inexact
+from trainer_side.lora.layers.features import Feature, Finding
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.refusals import DORA_VARIANTS, PER_TOKEN_VARIANTS, PLAIN_VARIANTS, Reason, reason_of
+from trainer_side.lora.layers.refusals import reason_of
 from trainer_side.lora.layers.values import LayerState, LoraParameters
-from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import LORA_SEGMENTS, identity_of
 
@@ -30,7 +28,6 @@ class Layer:
         acts: its effective weight is not the base's.
         loras: names of those that act; their tensors have to be sent.
         extras: all tensors that it adds.
-        chain: the reading that all of this comes from; None where `parameters` is.
     """
 
     wrapper: Wrapper
@@ -38,40 +35,30 @@ class Layer:
     acts: bool
     loras: tuple[str, ...]
     extras: tuple[WrapperTensor, ...]
-    chain: Chain | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """List the names of its acting adapters' tensors; of all its adapters' where none acts."""
-        some = tuple(extra.raw for extra in self.extras if extra.lora in self.loras)
-        return some or tuple(extra.raw for extra in self.extras)
+        return tuple(extra.raw for extra in self.needs or self.extras)
 
     @property
-    def has_bias(self) -> bool:
-        """True when some lora_B has a bias."""
-        return any(extra.container == "lora_B" and extra.attribute == "bias" for extra in self.extras)
+    def needs(self) -> tuple[WrapperTensor, ...]:
+        """List the tensors of its acting adapters."""
+        return tuple(extra for extra in self.extras if extra.lora in self.loras)
 
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """The features of a model in one state; holds no tensor.
-
-    Attributes:
-        merged: those that count in merged mode alone; `common`: the others.
-        notes: for the receipt of a push in merged mode.
-    """
-
-    common: tuple[Finding, ...]
-    merged: tuple[Finding, ...]
-    notes: tuple[str, ...]
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """List the names of all its adapters' `lora_bias` tensors."""
+        return tuple(e.raw for e in self.extras if e.container == "lora_B" and e.attribute == "bias")
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """All layers with wrappers, read once, and the features found in them."""
+    """All layers with wrappers, read once, the features found in them, and the notes for a push in merged mode."""
 
     by_wrapper: Mapping[Wrapper, Layer]
-    features: Features
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
 
 
 def survey(tree: LoraTree, state: LoraState) -> Survey:
@@ -84,77 +71,74 @@ def survey(tree: LoraTree, state: LoraState) -> Survey:
         if extra.wrapper is not None:
             extras.setdefault(id(extra.wrapper), []).append(extra)
     findings: list[Finding] = []
-    merged: list[Finding] = []
-    layers = []
+    layers: list[Layer] = []
     for wrapper in tree.wrappers:
-        layer, problem = _layer(wrapper, tuple(extras.get(id(wrapper), ())), state)
+        layer, found = _read_layer(wrapper, tuple(extras.get(id(wrapper), ())), tree, state)
         layers.append(layer)
-        found = [problem] if problem is not None else list(_found(layer, tree))
         findings += found
-        if layer.acts and layer.parameters is not None and layer.chain is not None:
-            reason = reason_of(layer.chain, wrapper.copies)
-            if reason is not None and not any(f.reason_against("merged") for f in found):
-                # What only merged needs is the values of the base: an adapter does without.
-                packs = packed(layer.parameters) or layer.parameters.weight.dtype in FP8
-                (merged if packs else findings).append(_unreadable(layer, reason))
     findings += _of_model(tree, layers)
-    by_wrapper = {layer.wrapper: layer for layer in layers}
-    return Survey(by_wrapper, Features(tuple(findings), tuple(merged), _notes(layers)))
+    return Survey({layer.wrapper: layer for layer in layers}, tuple(findings), _notes(layers))
 
 
-def _layer(wrapper: Wrapper, extras: tuple[WrapperTensor, ...], state: LoraState) -> tuple[Layer, Finding | None]:
+def _read_layer(
+    wrapper: Wrapper, extras: tuple[WrapperTensor, ...], tree: LoraTree, state: LoraState
+) -> tuple[Layer, list[Finding]]:
     if wrapper.kind is WrapperKind.SAVED:
         copy = state.copy_in_use(wrapper)
-        return Layer(wrapper, None, copy is not None, () if copy is None else (copy,), extras), None
-    if wrapper.kind is WrapperKind.UNKNOWN:
-        kind = type(wrapper.module).__name__
-        layer = Layer(wrapper, None, False, (), extras)
-        return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, subject=f"a tuner's {kind} that is not LoRA")
+        layer = Layer(wrapper, None, copy is not None, () if copy is None else (copy,), extras)
+        return layer, list(_saved(layer, tree))
+    kind = type(wrapper.module).__name__
     try:
-        chain = read_chain(wrapper.module)
-        state.require(chain)
-        parameters = parameters_of(chain, type(wrapper.module).__name__)
+        chain = state.read_chain(wrapper.module)
+        parameters = parameters_of(chain, kind)
     except (UnsupportedLora, ConfigError) as error:
         layer = Layer(wrapper, None, False, (), extras)
-        return layer, Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what)
+        unknown = wrapper.kind is WrapperKind.UNKNOWN
+        subject = f"a tuner's {kind} that is not LoRA" if unknown else "something that is not known here"
+        return layer, [Finding(Feature.UNKNOWN, wrapper.path, layer.names, error.got or error.what, subject)]
     undone = parameters.state is LayerState.MERGED_DISABLED
     acting = parameters.rows if wrapper.kind is WrapperKind.TOKENS else parameters.loras
-    loras = tuple(dict.fromkeys(one.name for one in acting))
-    acts = bool(loras) or undone
-    return Layer(wrapper, parameters, acts, parameters.merged if undone else loras, extras, chain), None
+    loras = parameters.merged if undone else tuple(dict.fromkeys(one.name for one in acting))
+    layer = Layer(wrapper, parameters, undone or bool(loras), loras, extras)
+    found = list(_found(layer, parameters, tree))
+    if layer.acts and not any(finding.reason_against("merged") for finding in found):
+        reason = reason_of(chain, wrapper.copies)
+        found += [] if reason is None else [replace(reason, where=wrapper.path, names=layer.names)]
+    return layer, found
 
 
-def _found(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
-    wrapper, parameters = layer.wrapper, layer.parameters
-    if wrapper.kind is WrapperKind.SAVED:
-        yield from _saved(layer, tree)
-    if parameters is None:
-        return
-    merged = ", ".join(parameters.merged)
+def _found(layer: Layer, parameters: LoraParameters, tree: LoraTree) -> Iterator[Finding]:
+    wrapper, merged = layer.wrapper, ", ".join(parameters.merged)
     if parameters.state is LayerState.MERGED:
-        yield Finding(Feature.MERGED, wrapper.path, layer.names, merged)
+        yield Finding(Feature.MERGED, wrapper.path, layer.names, merged, "a layer with merged adapters")
     elif parameters.state is LayerState.MERGED_DISABLED:
-        yield Finding(Feature.MERGED_DISABLED, wrapper.path, layer.names, merged)
-        if wrapper.kind is WrapperKind.LORA and _shared(parameters.weight, tree):
+        subject = "a layer with merged, disabled adapters"
+        yield Finding(Feature.MERGED_DISABLED, wrapper.path, layer.names, merged, subject)
+        own = identity_of("", parameters.weight)
+        alike = {p.clean for p in tree.places if (t := p.tensor()) is not None and identity_of("", t) == own}
+        if wrapper.kind is WrapperKind.LORA and len(alike) > 1:
             reason = "its weight is tied: what other layers compute with changes when PEFT's next forward unmerges it"
-            yield Finding(Feature.UNREADABLE, wrapper.path, layer.names, reason)
+            yield Finding(Feature.UNREADABLE, wrapper.path, layer.names, reason, "this layer")
     if packed(parameters):
-        yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,))
+        yield Finding(Feature.QUANTISED, wrapper.path, (wrapper.path,), subject="a quantised base")
     if wrapper.kind is WrapperKind.TOKENS:
         trained = tuple(extra.raw for extra in layer.extras if _trains(extra))
         if layer.loras or trained:
             yield Finding(Feature.TOKENS, wrapper.path, trained or layer.names)
         return
-    yield from _uncovered(layer, parameters)
+    # Tensors that cannot be read here, unless a known variant stands for them.
+    known = {lora.name for lora in parameters.loras if lora.variant}
+    strange = tuple(
+        extra.raw
+        for extra in layer.extras
+        if extra.container not in LORA_SEGMENTS and not extra.buffer and extra.lora not in known
+        and (_trains(extra) or layer.acts)
+    )  # fmt: skip
+    if strange:
+        subject = f"tensors of {type(wrapper.module).__name__} that plain LoRA does not have"
+        yield Finding(Feature.UNKNOWN, wrapper.path, strange, subject=subject)
     if layer.acts:
         yield from _acting(layer, parameters)
-
-
-def _shared(weight: torch.Tensor, tree: LoraTree) -> bool:
-    """Tell whether a weight is tied: its elements stand at several places of the model."""
-    own = identity_of("", weight)
-    same = {p.clean for p in tree.places if (t := p.tensor()) is not None and identity_of("", t) == own}
-    return len(same) > 1
 
 
 def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
@@ -169,62 +153,23 @@ def _saved(layer: Layer, tree: LoraTree) -> Iterator[Finding]:
         yield Finding(Feature.UNKNOWN, wrapper.path, idle, subject="a copy that is trained but not active")
 
 
-def _uncovered(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
-    """Find tensors of a LoRA layer that cannot be read here, unless a known variant stands for them."""
-    known = {lora.name for lora in parameters.loras if lora.variant}
-    strange = tuple(
-        extra.raw
-        for extra in layer.extras
-        if extra.container not in LORA_SEGMENTS and not extra.buffer and extra.lora not in known
-        and (_trains(extra) or layer.acts)
-    )  # fmt: skip
-    if strange:
-        kind = type(layer.wrapper.module).__name__
-        found = f"tensors of {kind} that plain LoRA does not have"
-        yield Finding(Feature.UNKNOWN, layer.wrapper.path, strange, subject=found)
-
-
 def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
     path, names = layer.wrapper.path, layer.names
-    empty = tuple(e.raw for e in layer.extras if e.lora in layer.loras and _is_empty(e.tensor()))
+    tensors = [(need.raw, need.tensor()) for need in layer.needs]
+    empty = tuple(raw for raw, tensor in tensors if tensor is None or tensor.is_meta or tensor.numel() == 0)
     if empty:
-        yield Finding(Feature.SHARDED, path, empty, way_out="gather it first")
-    if len(parameters.loras) > 1:
-        yield Finding(Feature.SEVERAL, path, names)
-    if parameters.kind == "embedding":
-        yield Finding(Feature.EMBEDDING, path, names)
-    elif parameters.kind == "conv":
+        subject = "an adapter whose tensors are sharded, empty or on the meta device"
+        yield Finding(Feature.SHARDED, path, empty, subject=subject, way_out="gather it first")
+    if parameters.kind == "conv":
         yield Finding(Feature.CONVOLUTION, path, names)
     elif parameters.kind == "attention":
         yield Finding(Feature.ATTENTION, path, names)
-    experts = parameters.kind == "parameter" and parameters.weight.dim() == 3
-    if experts:
-        yield Finding(Feature.EXPERTS, path, names)
-    for one in parameters.loras:
-        unknown, subject = one.extra.get("unknown"), f"adapter {one.name}"
-        if one.variant in PER_TOKEN_VARIANTS:
-            yield Finding(Feature.PER_TOKEN, path, names, subject=PER_TOKEN_VARIANTS[one.variant])
-        elif unknown:
-            feature = Feature.AMBIGUOUS if experts else Feature.UNKNOWN
-            yield Finding(feature, path, names, f"the layer holds {', '.join(unknown)}", subject)
-        elif one.variant not in PLAIN_VARIANTS | DORA_VARIANTS:
-            yield Finding(Feature.UNKNOWN, path, names, one.variant, subject)
-        elif one.extra.keys() & {"diagonal", "blocks_a", "blocks_b"}:
-            yield Finding(Feature.EXPANDED, path, names, one.variant, subject)
-    biased = tuple(e.raw for e in layer.extras if e.container == "lora_B" and e.attribute == "bias")
     if any(lora.bias is not None for lora in parameters.loras):
-        yield Finding(Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE, path, biased)
+        feature = Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE
+        yield Finding(feature, path, layer.biases, subject="lora_bias")
     if any(lora.magnitude is not None for lora in parameters.loras):
         of = tuple(e.raw for e in layer.extras if e.container == "lora_magnitude_vector")
         yield Finding(Feature.DORA, path, of)
-
-
-def _unreadable(layer: Layer, reason: Reason) -> Finding:
-    conv = layer.parameters is not None and layer.parameters.kind == "conv"
-    feature = Feature.NO_SINGLE_WEIGHT if conv else Feature.UNREADABLE
-    found = reason.why if reason.got in reason.why else f"{reason.why}: {reason.got}"
-    way_out = "" if reason.by_mode else reason.way_out[:1].lower() + reason.way_out[1:]
-    return Finding(feature, layer.wrapper.path, layer.names, found, reason.subject, way_out)
 
 
 def _of_model(tree: LoraTree, layers: Sequence[Layer]) -> Iterator[Finding]:
@@ -236,14 +181,14 @@ def _of_model(tree: LoraTree, layers: Sequence[Layer]) -> Iterator[Finding]:
         yield Finding(Feature.UNKNOWN, "", names, subject=found)
     names = tuple(place.raw for place in tree.places if not place.copies and _trains(place))
     if names:
-        yield Finding(Feature.BASE_TRAINED, "", names)
+        yield Finding(Feature.BASE_TRAINED, "", names, subject="a base tensor that is trained")
     lora = [one.parameters for one in layers if one.wrapper.kind is WrapperKind.LORA and one.parameters is not None]
     if any(one.loras for one in lora):
         return
     if any(one.state is LayerState.DISABLED for one in lora):
-        yield Finding(Feature.DISABLED)
+        yield Finding(Feature.DISABLED, subject="a disabled adapter")
     elif not any(one.merged for one in lora):
-        yield Finding(Feature.INACTIVE)
+        yield Finding(Feature.INACTIVE, subject="an adapter that is not active")
 
 
 def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
@@ -253,7 +198,7 @@ def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
         p = layer.parameters
         if p is None or layer.wrapper.kind is not WrapperKind.LORA:
             continue
-        if p.state is LayerState.MERGED_DISABLED and is_inexact(layer.wrapper.module):
+        if p.state is LayerState.MERGED_DISABLED:
             text = "adapters were merged, then disabled: the delta is taken off again, which is inexact"
         elif p.state is LayerState.MERGED:
             text = f"the base holds the merged adapters [{', '.join(p.merged)}]: sent as it is"
@@ -273,10 +218,6 @@ def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
 def _trains(item: BaseTensor | WrapperTensor) -> bool:
     tensor = item.tensor()
     return tensor is not None and tensor.requires_grad
-
-
-def _is_empty(tensor: torch.Tensor | None) -> bool:
-    return tensor is None or tensor.is_meta or tensor.numel() == 0
 
 
 def packed(parameters: LoraParameters) -> bool:

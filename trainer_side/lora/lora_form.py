@@ -8,9 +8,10 @@ experts     a pair each; a checkpoint tensor that is a block of rows (gate, up) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,9 +19,9 @@ from torch import nn
 from bridge.model.lora_format import names_of
 from trainer_side.lora.layers.expert_slices import find_slice
 from trainer_side.lora.layers.factors import expert_factors, low_rank, wide_dtype
+from trainer_side.lora.layers.module_tree import Wrapper
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.values import LoraParameters, SentValues, as_stored
-from trainer_side.lora.layers.wrapper_chain import read_chain
+from trainer_side.lora.layers.values import ActiveLora, LoraParameters, SentValues
 from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_layout import Computed
@@ -58,12 +59,10 @@ class PortableLora:
     unfit: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ActingLayer:
-    """A wrapper whose adapters act now: where it stands, its reading, the name of its weight's live tensor."""
+class ActingLayer(NamedTuple):
+    """A wrapper whose adapters act now, its reading, and the name of its weight's live tensor."""
 
-    path: str
-    layer: nn.Module
+    wrapper: Wrapper
     parameters: LoraParameters
     weight: str
 
@@ -90,7 +89,7 @@ def plan_pairs(acting: Sequence[ActingLayer], known: CanonicalMap) -> PortableLo
         if fits and len(fits) == len(found):
             pairs += fits
         else:
-            unfit.append(one.path)
+            unfit.append(one.wrapper.path)
     return PortableLora(tuple(pairs), rank, tuple(unfit))
 
 
@@ -114,53 +113,46 @@ def _pair(known: CanonicalMap, name: str, one: ActingLayer, rank: int) -> Factor
     a = torch.empty((rank, inputs), dtype=dtype, device="meta")
     b = torch.empty((outputs, rank), dtype=dtype, device="meta")
     embedding = parameters.kind == "embedding"
-    return FactorPair(module, one.layer, embedding, part.expert, rows, columns, flipped, a, b)
+    return FactorPair(module, one.wrapper.module, embedding, part.expert, rows, columns, flipped, a, b)
 
 
-def list_computed(portable: PortableLora, given: SentValues | None, began: LoraState) -> list[Computed]:
+def list_computed(portable: PortableLora, given: SentValues, began: LoraState) -> list[Computed]:
     """List the tensors of the LoRA, A and B of each module in turn; computed in the state `began`."""
-    reader = _Reader(given or as_stored, began)
+
+    @cache  # each layer is read once per push, for all copying threads: reading twice would do no harm
+    def read(layer: nn.Module) -> tuple[ActiveLora, ...]:
+        return parameters_of(began.read_chain(layer), type(layer).__name__).loras
+
     found: list[Computed] = []
     for pair in portable.pairs:
         name_a, name_b = names_of(pair.module, embedding=pair.embedding)
-        found.append(Computed(name_a, pair.a, partial(_compute_half, pair, portable.rank, reader, True)))
-        found.append(Computed(name_b, pair.b, partial(_compute_half, pair, portable.rank, reader, False)))
+        half = partial(_compute_half, pair, portable.rank, read, given)
+        found += [Computed(name_a, pair.a, partial(half, True)), Computed(name_b, pair.b, partial(half, False))]
     return found
 
 
-class _Reader:
-    """Reads each layer once per push, for all copying threads: reading twice would do no harm."""
-
-    def __init__(self, given: SentValues, began: LoraState) -> None:
-        self.given = given
-        self._began = began
-        self._read: dict[int, LoraParameters] = {}
-
-    def read(self, layer: nn.Module) -> LoraParameters:
-        """Read a layer. Raises IntegrityError as `LoraState.require`."""
-        found = self._read.get(id(layer))
-        if found is None:
-            chain = read_chain(layer)
-            self._began.require(chain)
-            found = self._read[id(layer)] = parameters_of(chain, type(layer).__name__)
-        return found
-
-
 @torch.no_grad()
-def _compute_half(pair: FactorPair, rank: int, reader: _Reader, wanted_a: bool, _dtype: torch.dtype) -> torch.Tensor:
+def _compute_half(
+    pair: FactorPair,
+    rank: int,
+    read: Callable[[nn.Module], tuple[ActiveLora, ...]],
+    given: SentValues,
+    wanted_a: bool,
+    _dtype: torch.dtype,
+) -> torch.Tensor:
     """Compute A or B of a module, (rank, inputs) or (outputs, rank), in the dtype that scaling is multiplied in.
 
     The copy into the arena rounds, so the dtype that travels is not needed.
     """
-    loras = reader.read(pair.layer).loras
+    loras = read(pair.layer)
     wide = wide_dtype([tensor for one in loras for tensor in (one.a, one.b)])
     of_a = wanted_a != pair.flipped  # of a flipped pair A is the transpose of what PEFT calls B
     stacked = []
     for one in loras:
         if "experts" in one.extra:
-            a, b = expert_factors(one, pair.expert, wide, reader.given)
+            a, b = expert_factors(one, pair.expert, wide, given)
         else:
-            a, b = low_rank(one, wide, reader.given)
+            a, b = low_rank(one, wide, given)
         half = a[:, pair.columns] if of_a else b[pair.rows].T
         stacked.append(half if wanted_a else half * one.scaling)
     whole = torch.cat(stacked)

@@ -16,21 +16,16 @@ from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.ports import ModeChoice
 from trainer_side.lora import modes
 from trainer_side.lora.base_fingerprint import base_fingerprint
-from trainer_side.lora.capability import MODES, Feature, Finding, refusal_error, refused_by
-from trainer_side.lora.findings import Features, survey
-from trainer_side.lora.layers.module_tree import BaseTensor, TreeTensor, read_tree
+from trainer_side.lora.capability import refusal_error, refused_by
+from trainer_side.lora.findings import survey
+from trainer_side.lora.layers.features import MODES, Feature, Finding
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor
+from trainer_side.lora.layers.values import SentValues, as_stored
 from trainer_side.lora.modes import BakedMode
-from trainer_side.lora.select import (
-    SelectedTensors,
-    SentTensors,
-    match_sent,
-    refuse_base_names,
-    resolve_names,
-    select_tensors,
-)
+from trainer_side.lora.select import SelectedTensors, match_sent, refuse_base_names, resolve_names, select_tensors
 from trainer_side.lora.state import LoraState, changed_meanwhile
 from trainer_side.names.naming import CanonicalMap
-from trainer_side.names.tensor_checks import nothing_sent
+from trainer_side.names.tensor_checks import nothing_sent, require_module
 from trainer_side.names.tensor_layout import Computed
 
 _T = TypeVar("_T")
@@ -68,9 +63,7 @@ class ModeView:
 class _LastView:
     """The resolution of the last push, for the next ones that are alike. Holds no live tensor."""
 
-    mode: str
-    partial: bool
-    state: Hashable
+    key: Hashable
     names: list[str]
     items: list[TreeTensor]
     baked: BakedMode
@@ -85,22 +78,15 @@ class LoraModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                "only a module can be bound",
-                where="the model given to bind",
-                expected="a torch.nn.Module",
-                got=type(model).__name__,
-                remedy="bind the trained model",
-            )
-        self.model = model
+        self.model = require_module(model)
         self._structure = 0
+        self._last: _LastView | None = None
         self._forget()
 
     @staticmethod
     def present(model: nn.Module) -> bool:
         """Tell by structure, without importing peft, whether a model has PEFT-style wrappers or is a PEFT model."""
-        tree = read_tree(model)
+        tree = LoraTree(model)
         return bool(tree.wrappers) or tree.peft_root
 
     def state(self) -> LoraState:
@@ -130,12 +116,19 @@ class LoraModel:
                 '("merged"), the model without its adapters ("base"), or the adapters alone ("adapter")',
             )
         now = self.state()
+        against = ""
         if mode == "auto":
-            return self._choose_automatically(now, limits)
+            bad = refused_by("adapter", self._find("adapter", now, limits))
+            portable = None if bad else self._bake("adapter", now).portable
+            if portable is not None:
+                carried = f"(rank {portable.rank}) and the capability table carries all of it"
+                return ModeChoice("adapter", f"adapter: every engine can hold it {carried}")
+            against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].reason_against('adapter')}"
+            mode = "merged"
         found = self._find(mode, now, limits)
         if refused_by(mode, found):
-            raise refusal_error(found, mode, lambda other: self._find(other, now, limits))
-        return ModeChoice(mode, f"{mode} was asked for", self._notes(mode, now))
+            raise refusal_error(found, mode, lambda other: self._find(other, now, limits), also=against)
+        return ModeChoice(mode, f"{mode}: {against}" if against else f"{mode} was asked for", self._notes(mode, now))
 
     def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> ModeView:
         """Resolve the pairs of a push into the tensors that travel in a mode that `choose` gave.
@@ -155,20 +148,29 @@ class LoraModel:
         if not names:
             raise nothing_sent()
         now = self.state()
-        last = self._last
-        if last is not None and last.mode == mode and last.partial == partial and last.state == now.unscaled:
-            lives = (item.tensor() for item in last.items)
-            if last.names == names and all(map(operator.is_, lives, tensors)) and last.baked.current():
-                return self._view(last.baked, last.selected, None, now, last.notes)
-        return self._resolve(mode, now, names, tensors, partial)
+        key, last = (mode, partial, now.unscaled), self._last
+        alike = last is not None and last.key == key and last.names == names and last.baked.current()
+        if last is not None and alike and all(map(operator.is_, (item.tensor() for item in last.items), tensors)):
+            return _view(last, as_stored, now)
+        items = last.items if last is not None and last.names == names else resolve_names(self._tree, names)
+        sent = match_sent(items, names, tensors)
+        baked = self._bake(mode, now)
+        refuse_base_names(self._tree, baked, items, names)
+        selected = select_tensors(mode, baked, sent, partial=partial)
+        self._last = _LastView(key, names, items, baked, selected, self._notes(mode, now))
+        view = _view(self._last, sent, now)
+        if self.state() != now:  # ties and copies were resolved in between
+            self._forget()
+            raise changed_meanwhile()
+        return view
 
     def changed_since(self, view: ModeView) -> bool:
         """Compare the LoRA layers, and the stored tensors under them, with what they were when this view was made.
 
-        Called after the snapshot. Tensors that were computed for the view were compared one by one with
-        `LoraState.require`. Those that travel as they stand (the base in base mode, a layer that is merged) are covered
-        by this alone: a merge or unmerge that was taken back in between is seen by the rounding errors it left in some
-        elements of every weight, so a small one in a small model may go unseen.
+        Called after the snapshot. Tensors that were computed for the view were read by `LoraState.read_chain`, which
+        compares. Those that travel as they stand (the base in base mode, a layer that is merged) are covered by this
+        alone: a merge or unmerge that was taken back in between is seen by the rounding errors it left in some elements
+        of every weight, so a small one in a small model may go unseen.
         """
         return self.state() != view.state or _fingerprint(view.watched) != view.fingerprint
 
@@ -181,56 +183,47 @@ class LoraModel:
     # ---- inside ----
 
     def _forget(self) -> None:
-        self._tree = read_tree(self.model)
-        self._findings: OrderedDict[Hashable, Features] = OrderedDict()
+        self._tree = LoraTree(self.model)
+        self._findings: OrderedDict[Hashable, tuple[tuple[Finding, ...], tuple[str, ...]]] = OrderedDict()
         self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
         self._ends: CanonicalMap | None = None
-        self._items: tuple[list[str], list[TreeTensor]] = ([], [])
-        self._last: _LastView | None = None
-
-    def _choose_automatically(self, now: LoraState, limits: LoraLimitsPerEngine) -> ModeChoice:
-        bad = refused_by("adapter", self._find("adapter", now, limits))
-        if not bad:
-            portable = self._bake("adapter", now).portable
-            rank = portable.rank if portable else 0
-            reason = f"adapter: every engine can hold it (rank {rank}) and the capability table carries all of it"
-            return ModeChoice("adapter", reason)
-        against = f"adapter mode cannot carry {bad[0].where or 'the model'}: {bad[0].reason_against('adapter')}"
-        merged = self._find("merged", now, limits)
-        if refused_by("merged", merged):
-            raise refusal_error(merged, "merged", lambda other: self._find(other, now, limits), also=against)
-        return ModeChoice("merged", f"merged: {against}", self._notes("merged", now))
+        self._last = None
 
     def _find(self, mode: str, now: LoraState, limits: LoraLimitsPerEngine) -> list[Finding]:
         """List every feature that matters to a mode."""
-        features = self._features(now)
-        found = [*features.common, *features.merged] if mode == "merged" else list(features.common)
+        found = list(self._survey(now)[0])
         if mode != "adapter" or refused_by(mode, found):
             return found
         portable = self._bake("adapter", now).portable
-        found += [Finding(Feature.NO_ROWS, path, (path,)) for path in (portable.unfit if portable else ())]
+        subject = "an adapter of this weight"
+        found += [
+            Finding(Feature.NO_ROWS, path, (path,), subject=subject) for path in (portable.unfit if portable else ())
+        ]
         if limits is None:
             return found
         ranks = [limit.max_rank for limit in limits if limit is not None]
-        if not limits or len(ranks) < len(limits):
-            found.append(Finding(Feature.RANK, reason="started without LoRA" if limits else "no engine is attached"))
+        reason = ""
+        if len(ranks) < len(limits) or not limits:
+            reason = "started without LoRA" if limits else "no engine is attached"
         elif portable and portable.rank > min(ranks):
-            found.append(Finding(Feature.RANK, reason=f"rank {portable.rank} where {min(ranks)} is the most"))
-        return found
+            reason = f"rank {portable.rank} where {min(ranks)} is the most"
+        return [*found, Finding(Feature.RANK, reason=reason, subject="this adapter")] if reason else found
 
-    def _features(self, now: LoraState) -> Features:
+    def _survey(self, now: LoraState) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+        """Find the features of the model in this state, and the notes for a push in merged mode; holds no tensor."""
         trained = tuple([tensor.requires_grad for p in self._tree.places if (tensor := p.tensor()) is not None])
         # factors that somebody resized in place may no longer fit
         shapes = tuple([tensor.shape for e in self._tree.extras if (tensor := e.tensor()) is not None])
         key = now.unscaled, trained, shapes
         found = self._findings.get(key)
         if found is None:
-            found = survey(self._tree, now).features
+            read = survey(self._tree, now)
+            found = read.findings, read.notes
         _remember(self._findings, key, found)
         return found
 
     def _notes(self, mode: str, now: LoraState) -> tuple[str, ...]:
-        return self._features(now).notes if mode == "merged" else ()
+        return self._survey(now)[1] if mode == "merged" else ()
 
     def _bake(self, mode: str, now: LoraState) -> BakedMode:
         """Bake what the mode sends in this state; again when shapes or dtypes changed."""
@@ -247,40 +240,13 @@ class LoraModel:
         _remember(self._baked, key, found)
         return found
 
-    def _resolve(
-        self, mode: str, now: LoraState, names: list[str], tensors: list[torch.Tensor], partial: bool
-    ) -> ModeView:
-        if self._items[0] != names:
-            self._items = names, resolve_names(self._tree, names)
-        items = self._items[1]
-        sent = match_sent(items, names, tensors)
-        baked = self._bake(mode, now)
-        refuse_base_names(self._tree, baked, items, names)
-        selected = select_tensors(mode, baked, sent, partial=partial)
-        notes = self._notes(mode, now)
-        self._last = None
-        if all(item.tensor() is tensor for item, tensor in zip(items, tensors, strict=True)):
-            kept = SelectedTensors(selected.places, [], selected.computed)
-            self._last = _LastView(mode, partial, now.unscaled, names, items, baked, kept, notes)
-        view = self._view(baked, selected, sent if sent.changed else None, now, notes)
-        if self.state() != now:  # ties and copies were resolved in between
-            self._forget()
-            raise changed_meanwhile()
-        return view
 
-    def _view(
-        self,
-        baked: BakedMode,
-        selected: SelectedTensors,
-        sent: SentTensors | None,
-        now: LoraState,
-        notes: tuple[str, ...],
-    ) -> ModeView:
-        named = selected.named or [(p.clean, tensor) for p in selected.places if (tensor := p.tensor()) is not None]
-        computed = baked.list_computed(sent, now, selected.computed)
-        adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
-        watched = selected.under_wrappers
-        return ModeView(baked.known, named, computed, adapter, now, notes, _fingerprint(watched), watched)
+def _view(last: _LastView, given: SentValues, now: LoraState) -> ModeView:
+    baked, selected, watched = last.baked, last.selected, last.selected.under_wrappers
+    named = [(p.clean, given(tensor)) for p in selected.places if (tensor := p.tensor()) is not None]
+    computed = baked.list_computed(given, now, selected.computed)
+    adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
+    return ModeView(baked.known, named, computed, adapter, now, last.notes, _fingerprint(watched), watched)
 
 
 def _fingerprint(watched: Sequence[BaseTensor]) -> Hashable:

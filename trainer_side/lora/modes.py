@@ -13,7 +13,6 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from bridge.errors import MissingTensor
 from trainer_side.lora import lora_form
 from trainer_side.lora.findings import Layer, Survey, plain_dtype, quantised
 from trainer_side.lora.findings import packed as is_packed
@@ -22,8 +21,7 @@ from trainer_side.lora.layers.effective import effective_bias, effective_identit
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.layers.values import SentValues
-from trainer_side.lora.layers.wrapper_chain import read_chain
-from trainer_side.lora.state import LoraState
+from trainer_side.lora.state import LoraState, changed_meanwhile
 from trainer_side.names.naming import CanonicalMap, LiveEntry, bake_entries, identity_of
 from trainer_side.names.tensor_layout import Computed
 
@@ -59,28 +57,19 @@ class EffectiveTensor:
         """Equal for two tensors that are equal by construction."""
         return effective_identity(self.module, self.place.attribute, copies=self.copies)
 
-    def compute(self, given: SentValues | None, began: LoraState, dtype: torch.dtype) -> torch.Tensor:
+    def compute(self, given: SentValues, began: LoraState, dtype: torch.dtype) -> torch.Tensor:
         """Compute the effective value, in the dtype that `effective_weight` gives.
 
         Raises IntegrityError when the layer is set to something else than in the state `began`.
         """
-        chain = read_chain(self.module)
-        began.require(chain)
-        if self.bias:
-            found = effective_bias(self.module, dtype, given, copies=self.copies, chain=chain)
-        else:
-            at, copies = _attribute(self.place), self.copies
-            found = effective_weight(self.module, dtype, given, attribute=at, copies=copies, chain=chain)
-        if found is None:
-            raise MissingTensor(
-                "a bias of the bound model is gone",
-                where=self.place.clean,
-                expected="the layer as it was when the push began",
-                got="a layer without bias",
-                remedy="bind the model again after changing its layers",
-                names=(self.place.raw,),
-            )
-        return found
+        chain, copies = began.read_chain(self.module), self.copies
+        if not self.bias:
+            at = _attribute(self.place)
+            return effective_weight(self.module, dtype, given, attribute=at, copies=copies, chain=chain)
+        bias = effective_bias(self.module, dtype, given, copies=copies, chain=chain)
+        if bias is None:  # taken away since the push began
+            raise changed_meanwhile()
+        return bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +101,7 @@ class BakedMode:
                 return False
         return all(_pattern(group) == pattern for group, pattern in self.shared) and _forms(self.needs) == self.forms
 
-    def list_computed(
-        self, given: SentValues | None, began: LoraState, only: Iterable[EffectiveTensor]
-    ) -> list[Computed]:
+    def list_computed(self, given: SentValues, began: LoraState, only: Iterable[EffectiveTensor]) -> list[Computed]:
         """List the computed tensors of one push, from the values that were given, in the state in which it began."""
         if self.portable is not None:
             return lora_form.list_computed(self.portable, given, began)
@@ -166,9 +153,8 @@ def bake_lora(tree: LoraTree, survey: Survey, ends: CanonicalMap) -> BakedMode:
         # The outermost wrapper's reading holds all that act on this weight.
         parameters = layers[0].parameters if layers else None
         if parameters is not None and parameters.loras:
-            wrapper = layers[0].wrapper
-            acting.append(lora_form.ActingLayer(wrapper.path, wrapper.module, parameters, place.clean))
-            needs += [e for layer in layers for e in layer.extras if e.lora in layer.loras]
+            acting.append(lora_form.ActingLayer(layers[0].wrapper, parameters, place.clean))
+            needs += [need for layer in layers for need in layer.needs]
     return BakedMode(None, (), (), tuple(needs), _forms(needs), lora_form.plan_pairs(acting, ends))
 
 
@@ -206,42 +192,27 @@ def _effective(place: BaseTensor, survey: Survey) -> EffectiveTensor | None:
     tensor = place.tensor()
     if place.buffer or tensor is None:
         return None
-    plain = quantised(place)
-    if plain is not None:
-        return _of(place, tensor, plain, packed=True)
     layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers]
     claims = [(layer, role) for layer in layers if (role := _role(place, layer)) is not None]
-    if not claims:
-        return None
-    (outer, role), acting = claims[0], [layer for layer, _ in claims if layer.acts]
-    needs = tuple(e for layer in acting for e in layer.extras if e.lora in layer.loras)
-    module, copies = outer.wrapper.module, outer.wrapper.copies
-    if role == "bias":
-        # PEFT's token layer around a linear one loses the bias.
-        if not any(layer.has_bias or layer.wrapper.kind is WrapperKind.TOKENS for layer in acting):
+    acting = [layer for layer, _ in claims if layer.acts]
+    module, copies, bias, packs = quantised(place), None, False, True
+    if module is None:
+        if not claims:
             return None
-        return _of(place, tensor, module, needs, copies, bias=True)
-    packs = outer.parameters is not None and is_packed(outer.parameters)
-    if not acting and not packs:
-        return None
-    return _of(place, tensor, module, needs, copies, packed=packs or tensor.dtype in FP8)
-
-
-def _of(
-    place: BaseTensor,
-    tensor: torch.Tensor,
-    module: nn.Module,
-    needs: tuple[WrapperTensor, ...] = (),
-    copies: int | None = None,
-    *,
-    packed: bool = False,
-    bias: bool = False,
-) -> EffectiveTensor:
+        outer, bias = claims[0][0], claims[0][1] == "bias"
+        module, copies = outer.wrapper.module, outer.wrapper.copies
+        packs = not bias and outer.parameters is not None and is_packed(outer.parameters)
+        # PEFT's token layer around a linear one loses the bias.
+        moves = [one for one in acting if not bias or one.biases or one.wrapper.kind is WrapperKind.TOKENS]
+        if not moves and not packs:
+            return None
+        packs = packs or (not bias and tensor.dtype in FP8)
     shape, dtype = tensor.shape, tensor.dtype
-    if packed:
+    if packs:
         dtype = plain_dtype(lora_parameters(module))
         shape = effective_weight(module, dtype, attribute=_attribute(place), copies=copies).shape
     stand_in = torch.empty(shape, dtype=dtype, device="meta")
+    needs = tuple(need for layer in acting for need in layer.needs)
     return EffectiveTensor(place, module, stand_in, (tensor.shape, tensor.dtype), needs, copies, bias)
 
 

@@ -14,6 +14,13 @@ from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTenso
 from trainer_side.lora.modes import BakedMode, EffectiveTensor
 from trainer_side.names.tensor_checks import NameIndex, check_shape, require_plain, some_names, unknown_name
 
+_CONTENTS = {
+    "base": "every base tensor",
+    "merged": "every base tensor and every tensor of the active adapters",
+    "adapter": "every tensor of the active adapters",
+}
+"""What a mode sends."""
+
 
 @dataclass(frozen=True, eq=False)
 class SentTensors:
@@ -21,17 +28,15 @@ class SentTensors:
 
     Attributes:
         given: every live tensor that came, under any of its names.
-        changed: those whose values were not given as the live tensor's own memory.
         names: as they came.
     """
 
     given: dict[int, torch.Tensor]
-    changed: dict[int, torch.Tensor]
-    names: tuple[str, ...]
+    names: Sequence[str]
 
     def __call__(self, live: torch.Tensor) -> torch.Tensor:
         """Return the values that were sent for a live tensor, or the tensor itself."""
-        return self.changed.get(id(live), live)
+        return self.given.get(id(live), live)
 
     def has(self, item: TreeTensor) -> bool:
         """Tell whether the tensor came, under this name or that of a tied one."""
@@ -43,12 +48,11 @@ class SelectedTensors:
     """The tensors of one push.
 
     Attributes:
-        places: of those that travel as they stand; `named`: their (clean name, tensor) pairs.
+        places: of those that travel as they stand.
         computed: those that are computed while the snapshot is written.
     """
 
     places: tuple[BaseTensor, ...]
-    named: list[tuple[str, torch.Tensor]]
     computed: tuple[EffectiveTensor, ...]
 
     @cached_property
@@ -64,7 +68,7 @@ def resolve_names(tree: LoraTree, names: Sequence[str]) -> list[TreeTensor]:
     index = NameIndex()
     for name in names:
         index.require_text(name)
-        item = tree.find(name) or tree.find_plain(name)
+        item = tree.find(name) or tree.find(name, plain=True)
         if item is None:
             count = len(tree.places) + len(tree.extras)
             raise unknown_name(
@@ -82,27 +86,15 @@ def match_sent(items: Sequence[TreeTensor], names: Sequence[str], tensors: Seque
     different values), and what `require_plain` raises.
     """
     given: dict[int, torch.Tensor] = {}
-    changed: dict[int, torch.Tensor] = {}
     for item, name, tensor in zip(items, names, tensors, strict=True):
         live = item.tensor()
         if live is None:
-            raise UnexpectedTensor(
-                "the live model no longer has this tensor",
-                where=name,
-                expected="the tensors that the bound model has now",
-                got=repr(name),
-                remedy="push model.named_parameters() as it is now, or bind the model again",
-                names=(name,),
-            )
-        key = id(live)
+            raise unknown_name(name, "the tensors that the bound model has now")
         if tensor is not live:
             tensor = require_plain(name, tensor)
             check_shape(name, tensor, tuple(live.shape))
-            if not _same_memory(tensor, live):
-                changed[key] = tensor
-        earlier = given.get(key)
-        same = earlier is None or earlier is tensor or _same_memory(earlier, tensor)
-        if not same and not same_bits(require_plain(name, earlier), require_plain(name, tensor)):
+        earlier = given.setdefault(id(live), tensor)  # the same memory is found to be so without a look at its bits
+        if earlier is not tensor and not same_bits(require_plain(name, earlier), require_plain(name, tensor)):
             raise DuplicateTensor(
                 "one tensor of the bound model came under two names with different values",
                 where=f"{name} ({item.live})",
@@ -111,14 +103,7 @@ def match_sent(items: Sequence[TreeTensor], names: Sequence[str], tensors: Seque
                 remedy="push model.named_parameters()",
                 names=(name,),
             )
-        given[key] = tensor
-    return SentTensors(given, changed, tuple(names))
-
-
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.stride() != b.stride() or a.is_meta or b.is_meta:
-        return False
-    return a.data_ptr() == b.data_ptr() and a.numel() > 0
+    return SentTensors(given, names)
 
 
 def select_tensors(mode: str, baked: BakedMode, sent: SentTensors, *, partial: bool) -> SelectedTensors:
@@ -129,33 +114,31 @@ def select_tensors(mode: str, baked: BakedMode, sent: SentTensors, *, partial: b
     """
     missing: list[str] = []
     places: list[BaseTensor] = []
-    named: list[tuple[str, torch.Tensor]] = []
     for place in baked.direct:
-        live = place.tensor()
-        if live is None:
+        if place.tensor() is None or not (partial or sent.has(place) or not place.registered):
             missing.append(place.raw)
-            continue
-        tensor = sent.given.get(id(live))
-        if tensor is None:
-            if partial:
-                continue
-            if _can_be_sent(place):
-                missing.append(place.raw)
-            tensor = live
-        places.append(place)
-        named.append((place.clean, tensor))
+        elif not partial or sent.has(place):
+            places.append(place)
     computed = [one for one in baked.computed if not partial or any(map(sent.has, one.items))]
     if not partial:
         needed = [*(item for one in computed for item in one.items), *baked.needs]
-        missing += [item.raw for item in needed if _can_be_sent(item) and not sent.has(item)]
+        missing += [item.raw for item in needed if item.registered and not sent.has(item)]
     elif not places and not computed and not any(map(sent.has, baked.needs)):
-        raise _nothing_of_mode(mode, sent.names)
+        others = " or ".join(f'mode="{other}"' for other in ("merged", "base", "adapter") if other != mode)
+        raise MissingTensor(
+            f"nothing that was sent belongs to {'the adapter' if mode == 'adapter' else f'what {mode} mode sends'}",
+            where=some_names(sent.names),
+            expected=_CONTENTS[mode],
+            got=f"{len(sent.names)} other tensor{'s' if len(sent.names) > 1 else ''} of the model",
+            remedy=f"push some of these, or use {others}",
+            names=tuple(sent.names),
+        )
     if missing:
         names = tuple(dict.fromkeys(missing))
         raise MissingTensor(
             f"tensors that {mode} mode sends did not come",
             where=some_names(names),
-            expected=_contents(mode),
+            expected=_CONTENTS[mode],
             got=f"without {len(names)} of them",
             remedy="push all of model.named_parameters(), or say partial=True when a subset is meant",
             names=names,
@@ -163,7 +146,7 @@ def select_tensors(mode: str, baked: BakedMode, sent: SentTensors, *, partial: b
     # Ends that are equal by construction are computed once, under the name that stands for both.
     ties = {} if baked.known is None else baked.known.ties
     standing = {ties.get(one.place.clean, one.place.clean) for one in computed}
-    return SelectedTensors(tuple(places), named, tuple(one for one in baked.computed if one.place.clean in standing))
+    return SelectedTensors(tuple(places), tuple(one for one in baked.computed if one.place.clean in standing))
 
 
 def refuse_base_names(tree: LoraTree, baked: BakedMode, items: Sequence[TreeTensor], names: Sequence[str]) -> None:
@@ -180,27 +163,3 @@ def refuse_base_names(tree: LoraTree, baked: BakedMode, items: Sequence[TreeTens
                 remedy="push model.named_parameters() of the bound model",
                 names=(name,),
             )
-
-
-def _can_be_sent(item: TreeTensor) -> bool:
-    """Tell whether `named_parameters()` yields this tensor: no buffer, and no weight that is a plain attribute."""
-    return not item.buffer and not (isinstance(item, BaseTensor) and not item.registered)
-
-
-def _nothing_of_mode(mode: str, names: tuple[str, ...]) -> MissingTensor:
-    others = " or ".join(f'mode="{other}"' for other in ("merged", "base", "adapter") if other != mode)
-    return MissingTensor(
-        f"nothing that was sent belongs to {'the adapter' if mode == 'adapter' else f'what {mode} mode sends'}",
-        where=some_names(names),
-        expected=_contents(mode),
-        got=f"{len(names)} other tensor{'s' if len(names) > 1 else ''} of the model",
-        remedy=f"push some of these, or use {others}",
-        names=names,
-    )
-
-
-def _contents(mode: str) -> str:
-    if mode == "base":
-        return "every base tensor"
-    acting = "every tensor of the active adapters"
-    return acting if mode == "adapter" else f"every base tensor and {acting}"

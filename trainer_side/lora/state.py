@@ -16,7 +16,7 @@ from bridge.errors import ConfigError, IntegrityError, UnsupportedLora
 from trainer_side.lora.layers.module_tree import Wrapper, WrapperKind
 from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.layers.values import LayerState
-from trainer_side.lora.layers.wrapper_chain import Chain, Setting, acting_copy, setting_of
+from trainer_side.lora.layers.wrapper_chain import Chain, Setting, acting_copy, read_chain, setting_of
 from trainer_side.names.naming import BASE_HOP
 
 _KEYED = {
@@ -70,28 +70,25 @@ class LoraState:
         """All of it but the scalings: what decides which tensors are computed, and from what."""
         return (self.structure, *[(w.setting[:3], w.owned) for w in self.wrappers])
 
-    @property
-    def loras(self) -> tuple[str, ...]:
-        """List PEFT's names of all adapters that some wrapper owns, in order."""
-        return tuple(dict.fromkeys(name for wrapper in self.wrappers for name in wrapper.owned))
-
     @cached_property
     def _settings(self) -> Mapping[int, Setting]:
         return {wrapper.holder: wrapper.setting for wrapper in self.wrappers}
 
-    def require(self, chain: Chain) -> None:
-        """Raise IntegrityError when a layer was read while it was set to something else than in this state.
+    def read_chain(self, module: nn.Module) -> Chain:
+        """Read a layer. Raises IntegrityError when it is set to something else than in this state.
 
         Everything that is computed for a push passes here: another thread may switch adapters off and on again within
         one push, and at its two ends nothing would be seen of it.
         """
+        chain = read_chain(module)
         if any(self._settings.get(id(level.wrapper)) != level.setting for level in chain.levels):
             raise changed_meanwhile()
+        return chain
 
     def copy_in_use(self, wrapper: Wrapper) -> str | None:
         """Name the adapter whose copy a `modules_to_save` wrapper computes with; None: the original module.
 
-        Raises IntegrityError as `require`.
+        Raises IntegrityError as `read_chain`.
         """
         copies = wrapper.module._modules["modules_to_save"]
         acting = acting_copy(wrapper.module)

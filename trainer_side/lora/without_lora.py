@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -17,11 +16,8 @@ from trainer_side.names.naming import ROOT_WRAPPER
 
 _COMPILED = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """Wrappers that compute what their module does: the tree without adapters does without them."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-          "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-          "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-          "_non_persistent_buffers_set")  # fmt: skip
-"""What a module keeps in containers of its own: the copy gets its own ones."""
+_CONTAINERS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+"""What a module keeps in containers of its own (parameters, hooks, children): the copy gets its own ones."""
 
 
 def copy_without_lora(model: nn.Module) -> nn.Module:
@@ -36,18 +32,6 @@ def copy_without_lora(model: nn.Module) -> nn.Module:
     Raises ConfigError for a model whose parameters are sharded (FSDP, DTensor) or wrapped by a tuner that is no LoRA.
     """
     return _Copier().copy(model)
-
-
-def _peft_child(module: nn.Module) -> nn.Module | None:
-    """The module inside a PEFT model or its tuner, by structure."""
-    name = peft_child(module)
-    return None if name is None else module._modules[name]
-
-
-def _parallel_child(module: nn.Module) -> nn.Module | None:
-    """The module inside data parallel wrappers, which hold one child and no parameter."""
-    wrapper = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    return module._modules.get(ROOT_WRAPPER) if wrapper else None
 
 
 class _Copier:
@@ -66,11 +50,13 @@ class _Copier:
         # Known before its children are: a child may refer back to it.
         self._made[id(module)] = double
         held = dict(vars(module))
-        for name in _HOOKS:
+        for name in _CONTAINERS:
             if name in held:
                 held[name] = held[name].copy()
-        held["_parameters"] = _checked(module, held["_parameters"])
-        held["_buffers"] = dict(held["_buffers"])
+        library = sys.modules.get("torch.distributed.tensor")
+        for name, parameter in module._parameters.items():
+            if library is not None and isinstance(parameter, library.DTensor):
+                raise _cannot("a sharded parameter", f"{type(module).__name__}.{name}", "use verify='weights'")
         held["_modules"] = {}
         double.__dict__.update(held)
         for name, child in module._modules.items():
@@ -87,10 +73,9 @@ class _Copier:
             return self.copy(value)
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             owner = self.copy(value.__self__)
-            # A method of a wrapper that is gone: the layer inside answers with its own.
-            return (
-                MethodType(value.__func__, owner) if isinstance(owner, type(value.__self__)) else _method(owner, value)
-            )
+            if isinstance(owner, type(value.__self__)):
+                return MethodType(value.__func__, owner)
+            return getattr(owner, value.__name__)  # of a wrapper that is gone: the layer inside answers with its own
         if type(value) is functools.partial:
             arguments = [self._pointed(a) for a in value.args]
             named = {key: self._pointed(a) for key, a in value.keywords.items()}
@@ -106,17 +91,13 @@ def _points(value: Any) -> bool:
     return isinstance(value, (nn.Module, MethodType, functools.partial))
 
 
-def _method(owner: nn.Module, method: MethodType) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(owner, method.__name__)
-    return found
-
-
 def _inside(module: nn.Module) -> nn.Module:
     """The layer inside any chain of wrappers. Raises ConfigError for a wrapper that cannot be taken off."""
     while True:
         children = module._modules
-        hop = next((name for name in children if name in _COMPILED), None)
-        inside = _peft_child(module) or _parallel_child(module)
+        inside = None
+        data_parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        hop = peft_child(module) or next((name for name in children if name in _COMPILED), None)
         if is_saved(module):
             inside = children["original_module"]
         elif is_token_wrapper(module):
@@ -127,19 +108,11 @@ def _inside(module: nn.Module) -> nn.Module:
             raise _cannot("a tuner that is not LoRA", type(module).__name__, "merge it into the model")
         elif "_fsdp_wrapped_module" in children:
             raise _cannot("a sharded module", type(module).__name__, "use verify='weights'")
-        elif hop is not None:
-            inside = children[hop]
+        elif hop is not None or data_parallel:
+            inside = children.get(hop or ROOT_WRAPPER)
         if inside is None:
             return module
         module = inside
-
-
-def _checked(module: nn.Module, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
-    library = sys.modules.get("torch.distributed.tensor")
-    for name, parameter in parameters.items():
-        if library is not None and isinstance(parameter, library.DTensor):
-            raise _cannot("a sharded parameter", f"{type(module).__name__}.{name}", "use verify='weights'")
-    return dict(parameters)
 
 
 def _cannot(what: str, where: str, remedy: str) -> ConfigError:

@@ -12,19 +12,19 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, IntegrityError, MissingTensor
+from bridge.errors import ConfigError, IntegrityError
 from bridge.model.dtypes import dtype_name
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Move, Region, Routes, dense, follow
 from bridge.tracing.recorder import Recorder
-from trainer_side.names.tensor_checks import require_initialised
+from trainer_side.names.tensor_checks import require_initialised, require_module
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +67,12 @@ class CanonicalTensor:
     pieces: tuple[Piece, ...]
     aliases: tuple[str, ...] = ()
 
-    @property
-    def info(self) -> TensorInfo:
-        return TensorInfo(self.name, dtype_name(self.dtype, self.name), self.shape, self.aliases)
-
 
 @dataclass(frozen=True, slots=True)
 class LiveTensor:
-    """A parameter or persistent buffer as the model holds it, by its name without wrappers."""
+    """A parameter or persistent buffer as the model holds it."""
 
-    name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
     buffer: bool
 
 
@@ -120,21 +114,17 @@ class CanonicalMap:
     @cached_property
     def infos(self) -> tuple[TensorInfo, ...]:
         """List the tensors of a full push of the model."""
-        return tuple(tensor.info for tensor in self.tensors)
+        return tuple(TensorInfo(t.name, dtype_name(t.dtype, t.name), t.shape, t.aliases) for t in self.tensors)
 
     def resolve(self, name: str) -> str | None:
         """Return the clean name of a live tensor, under whatever wrappers it was named; ties are not resolved.
 
         None for a name that is not the model's.
         """
-        clean = self.raw.get(name)
-        if clean is None and (name in self.live or name in self.ties or name in self.ignored):
-            return name
-        if clean is None:
-            short = canonical_unbound(name)
-            if short != name and (short in self.live or short in self.ties or short in self.ignored):
-                clean = short
-        return clean
+        if name in self.raw:
+            return self.raw[name]
+        known = (self.live, self.ties, self.ignored)
+        return next((one for one in (name, canonical_unbound(name)) if any(one in names for names in known)), None)
 
 
 def canonical_unbound(name: str) -> str:
@@ -154,13 +144,6 @@ def canonical_unbound(name: str) -> str:
 def is_lora_name(name: str) -> bool:
     """Tell by whole segments whether a name is that of a LoRA layer's own parameter."""
     return not LORA_SEGMENTS.isdisjoint(name.split("."))
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside any chain of wrappers."""
-    while (inner := wrapped_child(model, root=True)) is not None:
-        model = model.get_submodule(inner)
-    return model
 
 
 def wrapped_child(module: nn.Module, *, root: bool) -> str | None:
@@ -188,15 +171,7 @@ def bake_names(model: nn.Module) -> CanonicalMap:
         IntegrityError, naming the tensor: a lazy module before its first forward; transformers computes a checkpoint
             tensor instead of copying it.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            "only a module can be bound",
-            where="the model given to bind",
-            expected="a torch.nn.Module",
-            got=type(model).__name__,
-            remedy="bind the model that is trained, not its state dict or its trainer",
-        )
-    entries = list(_live_tensors(model))
+    entries = list(_live_tensors(require_module(model)))
     if not entries:
         raise ConfigError(
             "the model has no parameters",
@@ -205,7 +180,9 @@ def bake_names(model: nn.Module) -> CanonicalMap:
             got=type(model).__name__,
             remedy="bind the model itself",
         )
-    return bake_entries(unwrapped(model), entries)
+    while (hop := wrapped_child(model, root=True)) is not None:
+        model = model.get_submodule(hop)
+    return bake_entries(model, entries)
 
 
 def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap:
@@ -216,12 +193,12 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
     """
     tensors = {entry.clean: entry for entry in entries}
     # Names that a transformers model leaves out of its checkpoint.
-    never_saved: Iterable[str] = (
-        getattr(inner, "_keys_to_ignore_on_save", None) or () if _is_transformers(inner) else ()
-    )
-    dropped = set(never_saved) & tensors.keys()
-    ties = _ties({n: e for n, e in tensors.items() if n not in dropped}, _declared_ties(inner))
-    buffers = {entry.clean for entry in entries if entry.buffer}
+    never_saved = getattr(inner, "_keys_to_ignore_on_save", None) if _is_transformers(inner) else None
+    dropped = tensors.keys() & set(never_saved or ())
+    # Names that a transformers model declares as tied to another one: save_pretrained leaves those out.
+    declared = getattr(inner, "all_tied_weights_keys", None)
+    declared = frozenset(map(str, declared)) if isinstance(declared, Mapping) else frozenset()
+    ties = _ties({n: e for n, e in tensors.items() if n not in dropped}, declared)
     kept = {n: e.tensor for n, e in tensors.items() if n not in ties and n not in dropped}
     baked = _bake(inner, kept, ties)
     used = {piece.live for tensor in baked for piece in tensor.pieces}
@@ -229,7 +206,7 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
     baked.sort(key=lambda t: min((order[p.live] for p in t.pieces), default=0))
     return CanonicalMap(
         tensors=tuple(baked),
-        live={n: LiveTensor(n, tuple(t.shape), t.dtype, n in buffers) for n, t in kept.items() if n in used},
+        live={n: LiveTensor(tuple(t.shape), tensors[n].buffer) for n, t in kept.items() if n in used},
         ties={alias: name for alias, name in ties.items() if name in used},
         raw={entry.raw: entry.clean for entry in entries},
         ignored=frozenset(tensors.keys() - used - ties.keys()) | {a for a, n in ties.items() if n not in used},
@@ -281,18 +258,13 @@ def _ties(entries: Mapping[str, LiveEntry], declared: frozenset[str]) -> dict[st
     return ties
 
 
-def identity_of(name: str, tensor: torch.Tensor) -> Hashable:
-    """Return a key that is equal for two tensors that are the same elements of one storage."""
+def identity_of(name: Hashable, tensor: torch.Tensor) -> Hashable:
+    """Return a key that is equal for two tensors that are the same elements of one storage; `name` for an empty one."""
     if tensor.numel() == 0:
         return name
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
-
-
-def _declared_ties(model: nn.Module) -> frozenset[str]:
-    """Names that a transformers model declares as tied to another one: save_pretrained leaves those out."""
-    declared = getattr(model, "all_tied_weights_keys", None)
-    return frozenset(map(str, declared)) if isinstance(declared, Mapping) else frozenset()
+    # The stride of a dimension with one element says nothing.
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), strides, tensor.dtype
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -343,34 +315,20 @@ def _traced(revert: Revert, model: nn.Module, sources: StateDict, state: StateDi
     baked = []
     for name, tensor in results.items():
         found = recorder.provenance(tensor)
-        if found.taint is not None or found.fills:
+        pieces = tuple(Piece(live, origin, held) for live, held, origin in found.pieces)
+        if tensor.numel() == 0 and name in state:  # it has no provenance, and stands for the live tensor of its name
+            pieces = (Piece(name, dense(tuple(state[name].shape)), dense(tuple(tensor.shape))),)
+        if found.taint is not None or found.fills or not pieces:
             raise IntegrityError(
                 "transformers' conversion to checkpoint form computes this tensor instead of copying it",
                 where=name,
                 expected="every element copied from one live tensor",
-                got=found.taint or "a constant",
+                got=found.taint or ("a constant" if found.fills else "an empty tensor without a live one of its name"),
                 remedy="push without binding this model, giving checkpoint names and tensors",
                 names=(name,),
             )
-        pieces = tuple(Piece(live, origin, held) for live, held, origin in found.pieces)
-        if tensor.numel() == 0:
-            pieces = _empty_piece(name, tensor, state)
         baked.append(CanonicalTensor(name, tensor.dtype, tuple(tensor.shape), pieces))
     return baked
-
-
-def _empty_piece(name: str, tensor: torch.Tensor, state: StateDict) -> tuple[Piece, ...]:
-    """A tensor without elements has no provenance; it stands for the live tensor of its name."""
-    if name not in state:
-        raise MissingTensor(
-            "an empty checkpoint tensor has no live tensor of its name",
-            where=name,
-            expected="a live tensor of this name, since an empty tensor cannot be traced",
-            got="none",
-            remedy="push without binding this model, giving checkpoint names and tensors",
-            names=(name,),
-        )
-    return (Piece(name, dense(tuple(state[name].shape)), dense(tuple(tensor.shape))),)
 
 
 # ---- the other way: checkpoint tensors into a module ----------------------------------------------------------------
@@ -391,19 +349,16 @@ def routes_into(module: nn.Module) -> Routes:
         for name in (raw, clean):
             shapes[name] = tuple(tensor.shape)
             routes[name] = list(_moves(name, raw, tensor, whole, whole))
-    for made in _converted(module) if live else ():
+    try:
+        converted = bake_names(module).tensors if live else ()
+    except IntegrityError as error:
+        log.warning("%s takes its live names only: %s", type(module).__name__, error)
+        converted = ()
+    for made in converted:
         for name in (made.name, *made.aliases):
             shapes[name] = made.shape
             routes[name] = [m for p in made.pieces for m in _moves(name, *live[p.live], p.source, p.dest)]
     return Routes(tuple(move for moves in routes.values() for move in moves), shapes)
-
-
-def _converted(module: nn.Module) -> tuple[CanonicalTensor, ...]:
-    try:
-        return bake_names(module).tensors
-    except IntegrityError as error:
-        log.warning("%s takes its live names only: %s", type(module).__name__, error)
-        return ()
 
 
 def _moves(name: str, raw: str, tensor: torch.Tensor, live: Region, sent: Region) -> Iterator[Move]:

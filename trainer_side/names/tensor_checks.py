@@ -21,8 +21,6 @@ from bridge.errors import (
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
-_PLAIN = (torch.Tensor, nn.Parameter)
-
 
 def require_plain(name: str, tensor: object) -> torch.Tensor:
     """Return the plain tensor whose memory holds this tensor's values.
@@ -58,8 +56,35 @@ def require_plain(name: str, tensor: object) -> torch.Tensor:
             remedy="send the dense values (tensor.to_dense(), tensor.dequantize())",
             names=(name,),
         )
-    _require_memory(name, tensor, given)
-    return _without_class(tensor).resolve_neg()
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    if tensor.numel() and addresses_of([tensor]) in (None, [0]):
+        # A wrapper around other tensors, or a tensor whose storage was freed: none of its elements is in memory.
+        dense = "send the dense values (tensor.dequantize(), tensor.full_tensor())"
+        raise IntegrityError(
+            "a tensor has no storage of its own to copy from",
+            where=name,
+            expected="a plain tensor with storage",
+            got=f"{given}, shape {list(tensor.shape)}" + (", nothing allocated" if plain else ""),
+            remedy="bring the weights back (gather, load them) before the push" if plain else dense,
+            names=(name,),
+        )
+    if not plain:  # what a subclass adds has no say in a copy
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            tensor = tensor.detach().as_subclass(torch.Tensor)
+    return tensor.resolve_neg()
+
+
+def require_module(model: object) -> nn.Module:
+    """Return the model that was given to `bind`. Raises ConfigError for an object that is no module."""
+    if isinstance(model, nn.Module):
+        return model
+    raise ConfigError(
+        "only a module can be bound",
+        where="the model given to bind",
+        expected="a torch.nn.Module",
+        got=type(model).__name__,
+        remedy="bind the model that is trained, not its state dict or its trainer",
+    )
 
 
 def require_initialised(name: str, tensor: torch.Tensor) -> None:
@@ -185,30 +210,6 @@ def not_pairs(where: str, got: str) -> ConfigError:
         expected="pairs of str and torch.Tensor",
         got=got,
         remedy="push model.named_parameters()",
-    )
-
-
-def _without_class(tensor: torch.Tensor) -> torch.Tensor:
-    """A subclass that only adds to a tensor, without what it adds: its own functions have no say in a copy."""
-    if type(tensor) in _PLAIN:
-        return tensor
-    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        return tensor.detach().as_subclass(torch.Tensor)
-
-
-def _require_memory(name: str, tensor: torch.Tensor, given: str) -> None:
-    """A wrapper around other tensors, or a tensor whose storage was freed, has elements but none of them in memory."""
-    if not tensor.numel() or addresses_of([tensor]) not in (None, [0]):
-        return
-    freed = type(tensor) in _PLAIN
-    dense = "send the dense values (tensor.dequantize(), tensor.full_tensor())"
-    raise IntegrityError(
-        "a tensor has no storage of its own to copy from",
-        where=name,
-        expected="a plain tensor with storage",
-        got=f"{given}, shape {list(tensor.shape)}" + (", nothing allocated" if freed else ""),
-        remedy="bring the weights back (gather, load them) before the push" if freed else dense,
-        names=(name,),
     )
 
 

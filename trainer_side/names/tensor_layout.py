@@ -90,7 +90,6 @@ class Collected:
 
     Attributes:
         layout: names and geometry.
-        tensors: the layout's: name, trainer dtype, shape and aliases; the same object as last time while the layout is.
         sources: the collected tensors, plain, in the order that `TensorPart.index` counts.
         addresses: where the first element of each lies; 0 where there is none.
         computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
@@ -100,13 +99,17 @@ class Collected:
     """
 
     layout: TensorLayout
-    tensors: tuple[TensorInfo, ...]
     sources: list[torch.Tensor]
     addresses: list[int]
     computed: Mapping[int, Computed] = field(default_factory=dict)
     adapter: LoraSpec | None = None
     notes: tuple[str, ...] = ()
     state: object = None
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The layout's: name, trainer dtype, shape and aliases; the same object as last time while the layout is."""
+        return self.layout.tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +182,11 @@ class WeightSource:
         seen = self._seen
         if seen is not None and seen.partial == partial and seen.names == names and seen.computed == extra:
             sources = tensors + [_current(buffer) for buffer in seen.added] + [c.stand_in for c in computed]
-            addresses = _unchanged(seen, sources)
+            addresses, first = _unchanged(seen, sources), len(sources) - len(computed)
             if addresses is not None:
                 if self.model is not None:
                     check_ties(self.model, seen.ties, sources)
-                first = len(sources) - len(computed)
-                return Collected(seen.layout, seen.layout.tensors, sources, addresses, dict(enumerate(computed, first)))
+                return Collected(seen.layout, sources, addresses, dict(enumerate(computed, first)))
         return self._resolve(names, tensors, partial, computed)
 
     def _resolve(
@@ -217,14 +219,11 @@ class WeightSource:
             check_ties(self.model, ties, sources)
             layout = _bound_layout(self.map, came, sources, pattern)
         last = self._seen
-        if last is not None and last.dtypes == dtypes:
-            same = last.layout.tensors == layout.tensors and last.layout.parts == layout.parts
-            layout = last.layout if same else layout
+        if last is not None and last.dtypes == dtypes and vars(last.layout) == vars(layout):
+            layout = last.layout
         extra = [item.name for item in computed]
         self._seen = _Seen(names, [t.shape for t in sources], dtypes, pattern, partial, added, extra, ties, layout)
-        return Collected(
-            layout, layout.tensors, sources, addresses, dict(enumerate(computed, len(sources) - len(computed)))
-        )
+        return Collected(layout, sources, addresses, dict(enumerate(computed, len(sources) - len(computed))))
 
 
 def _resolve_name(known: CanonicalMap | None, given: str) -> str:
@@ -278,16 +277,14 @@ def _unchanged(seen: _Seen, sources: list[torch.Tensor]) -> list[int] | None:
 
 
 def _unbound_layout(index: Mapping[str, int], sources: Sequence[torch.Tensor], pattern: Sequence[int]) -> TensorLayout:
-    aliases: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name, k in index.items():
-        if pattern[k] not in (k, NO_ADDRESS):
-            aliases.setdefault(pattern[k], []).append(name)
+        names.setdefault(k if pattern[k] == NO_ADDRESS else pattern[k], []).append(name)
     tensors, parts = [], []
-    for name, k in index.items():
-        if pattern[k] in (k, NO_ADDRESS):
-            t = sources[k]
-            tensors.append(TensorInfo(name, dtype_name(t.dtype, name), tuple(t.shape), tuple(aliases.get(k, ()))))
-            parts.append((TensorPart(k),))
+    for k, (name, *aliases) in names.items():
+        t = sources[k]
+        tensors.append(TensorInfo(name, dtype_name(t.dtype, name), tuple(t.shape), tuple(aliases)))
+        parts.append((TensorPart(k),))
     return TensorLayout(tuple(tensors), tuple(parts))
 
 
@@ -295,25 +292,24 @@ def _bound_layout(
     known: CanonicalMap, came: Mapping[str, int], sources: Sequence[torch.Tensor], pattern: Sequence[int]
 ) -> TensorLayout:
     """The canonical tensors whose live tensors came, in the model's order."""
-    infos: dict[object, TensorInfo] = {}
-    parts: dict[object, tuple[TensorPart, ...]] = {}
+    found: dict[object, tuple[TensorInfo, tuple[TensorPart, ...]]] = {}
     for tensor in known.tensors:
         made_of = _parts_of(known, tensor, came)
         if made_of is None:
             continue
         dtypes = {sources[p.index].dtype for p in made_of}
-        dtype = dtypes.pop() if len(dtypes) == 1 else tensor.dtype
+        dtype = dtype_name(dtypes.pop() if len(dtypes) == 1 else tensor.dtype, tensor.name)
         # The iterable may tie what the model does not: the same elements under a second name travel once.
-        key = tuple((pattern[p.index] if pattern[p.index] >= 0 else p.index, p.source, p.dest) for p in made_of)
-        identity: object = (key, tensor.shape) if all(pattern[p.index] >= 0 for p in made_of) else tensor.name
-        earlier = infos.get(identity)
-        if earlier is None:
-            infos[identity] = TensorInfo(tensor.name, dtype_name(dtype, tensor.name), tensor.shape, tensor.aliases)
-            parts[identity] = made_of
-        else:
+        key: object = tensor.name
+        if all(pattern[p.index] >= 0 for p in made_of):
+            key = tensor.shape, tuple((pattern[p.index], p.source, p.dest) for p in made_of)
+        info = TensorInfo(tensor.name, dtype, tensor.shape, tensor.aliases)
+        if key in found:
+            earlier, made_of = found[key]
             aliases = (*earlier.aliases, tensor.name, *tensor.aliases)
-            infos[identity] = TensorInfo(earlier.name, earlier.dtype, earlier.shape, aliases)
-    return TensorLayout(tuple(infos.values()), tuple(parts.values()))
+            info = TensorInfo(earlier.name, earlier.dtype, earlier.shape, aliases)
+        found[key] = info, made_of
+    return TensorLayout(tuple(info for info, _ in found.values()), tuple(made_of for _, made_of in found.values()))
 
 
 def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[TensorPart, ...] | None:

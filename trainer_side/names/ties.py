@@ -40,12 +40,12 @@ def tie_pattern(sources: Sequence[torch.Tensor], addresses: Sequence[int]) -> li
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """Two names that were one tensor when the model was bound, and where each lies in it: segments with wrappers."""
+    """Two names that were one tensor when the model was bound, and the same names with wrappers."""
 
     kept: str
     alias: str
-    kept_path: tuple[str, ...]
-    alias_path: tuple[str, ...]
+    raw_kept: str
+    raw_alias: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class TiesSent:
 
 def list_ties(known: CanonicalMap) -> tuple[Tie, ...]:
     """List the ties of a bound model."""
-    raw = {clean: tuple(given.split(".")) for given, clean in known.raw.items()}
+    raw = {clean: given for given, clean in known.raw.items()}
     return tuple(Tie(kept, alias, raw[kept], raw[alias]) for alias, kept in known.ties.items())
 
 
@@ -100,7 +100,7 @@ def check_ties(model: nn.Module, sent: TiesSent, sources: Sequence[torch.Tensor]
         if not same_bits(sources[travels], sources[other]):
             raise _untied(tie, "the bound model ties two names, but they came as two different tensors")
     for tie in sent.unsent:
-        kept, alias = _at(model, tie.kept_path), _at(model, tie.alias_path)
+        kept, alias = _at(model, tie.raw_kept), _at(model, tie.raw_alias)
         if kept is not alias and kept is not None and alias is not None and _differ(kept, alias):
             raise _untied(tie, "the bound model no longer ties two names, and only one of them came")
 
@@ -115,16 +115,15 @@ def _differ(kept: torch.Tensor, alias: torch.Tensor) -> bool:
     return bool(a.numel() and b.numel()) and not same_bits(a, b)
 
 
-def _at(model: nn.Module, path: tuple[str, ...]) -> torch.Tensor | None:
-    """The parameter or buffer that the model has at a path now; None when its modules were exchanged for others."""
-    module = model
-    for segment in path[:-1]:
-        child = module._modules.get(segment)
-        if child is None:
-            return None
-        module = child
-    found = module._parameters.get(path[-1])
-    return module._buffers.get(path[-1]) if found is None else found
+def _at(model: nn.Module, raw: str) -> torch.Tensor | None:
+    """The parameter or buffer that the model has under a name now; None when its modules were exchanged for others."""
+    path, _, name = raw.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
 
 
 def _untied(tie: Tie, what: str) -> DuplicateTensor:

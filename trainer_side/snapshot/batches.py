@@ -66,6 +66,8 @@ class SnapshotBatch:
     """Small tensors that are copied by one call.
 
     Attributes:
+        indices: manifest index per item.
+        nbytes: of all items.
         spans: stretches of the arena of one floating dtype: its name, bytes from and to, manifest indices from and to
             (exclusive).
         whole: source index per item when every one is one whole tensor, the usual case.
@@ -73,22 +75,16 @@ class SnapshotBatch:
             experts.
         into: slot -> views of what is written there, made once, in the order of `whole` or `splits`.
         seen: slot -> the bytes of each item there, made once.
-        indices: manifest index per item.
-        nbytes: of all items.
     """
 
     items: list[TensorCopy]
+    indices: npt.NDArray[np.int64]
+    nbytes: int
     spans: list[tuple[str, int, int, int, int]]
     whole: list[int] | None
     splits: list[RunSplit] | None
     into: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     seen: dict[int, list[memoryview]] = field(default_factory=dict)
-    indices: npt.NDArray[np.int64] = field(init=False)
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.indices = np.array([item.index for item in self.items], dtype=np.int64)
-        self.nbytes = sum(item.spec.nbytes for item in self.items)
 
 
 @dataclass(slots=True)
@@ -121,9 +117,10 @@ def make_batches(items: Sequence[TensorCopy]) -> Iterator[SnapshotBatch]:
 
 def _batch(items: list[TensorCopy]) -> SnapshotBatch:
     whole = [item.parts[0].index for item in items if len(item.parts) == 1 and item.parts[0].source is None]
-    if len(whole) == len(items):
-        return SnapshotBatch(items, list(_spans(items)), whole, None)
-    return SnapshotBatch(items, list(_spans(items)), None, _splits(items))
+    plain = len(whole) == len(items)
+    indices, nbytes = np.array([item.index for item in items]), sum(item.spec.nbytes for item in items)
+    splits = None if plain else _splits(items)
+    return SnapshotBatch(items, indices, nbytes, list(_spans(items)), whole if plain else None, splits)
 
 
 def _spans(items: Sequence[TensorCopy]) -> Iterator[tuple[str, int, int, int, int]]:

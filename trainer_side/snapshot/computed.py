@@ -6,7 +6,7 @@ into the arena with its one rounding, digested, and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Collected, Computed
 from trainer_side.snapshot.batches import SlotViews, TensorCopy, WriteTally, copy_views
 from trainer_side.snapshot.finite import is_finite
+
+Digests = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -42,29 +44,37 @@ def group_computed(items: Iterable[TensorCopy], computed: Mapping[int, Computed]
 
 
 def write_group(
-    group: ComputedGroup,
-    place: SlotViews,
-    collected: Collected,
-    digests: npt.NDArray[np.uint64],
-    tally: WriteTally,
+    group: ComputedGroup, place: SlotViews, collected: Collected, digests: Digests, tally: WriteTally
 ) -> None:
-    """Compute one group, write its items and fill in their digests. One unit of work of a copying thread.
+    """Compute one group, and write its items. One unit of work of a copying thread.
 
     Raises ShapeMismatch or DtypeMismatch for values that are not what was announced.
     """
     with torch.no_grad():
         values = {index: _compute(collected.computed[index], group.items) for index in group.indices}
-        sources = {p.index: collected.sources[p.index] for item in group.items for p in item.parts} | values
-        into, out_of = copy_views(group.items, place, sources)
-        for dest, source in zip(into, out_of, strict=True):
-            dest.copy_(source)
+    sources = {p.index: collected.sources[p.index] for item in group.items for p in item.parts} | values
+    write_items(group.items, place, sources, digests, tally)
+
+
+def write_items(
+    items: Sequence[TensorCopy],
+    place: SlotViews,
+    sources: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
+    digests: Digests,
+    tally: WriteTally,
+) -> None:
+    """Write whole items, whatever the order of their elements in the trainer, digest and check them."""
+    with torch.no_grad():
+        torch._foreach_copy_(*copy_views(items, place, sources))
     bad = []
-    for item in group.items:
-        raw = place.bytes_of(item.spec)
-        digests[item.index] = fold(xxhash.xxh3_64_intdigest(raw[a:b].data) for a, b in cut(len(raw), CHUNK))
-        if not is_finite(raw, item.spec.dtype):
-            bad.append(item.index)
-    tally.add(sum(item.spec.nbytes for item in group.items), bad)
+    for item in items:
+        raw, finite, chunks = place.bytes_of(item.spec), True, []
+        for start, end in cut(len(raw), CHUNK):
+            chunks.append(xxhash.xxh3_64_intdigest(raw[start:end].data))
+            finite = finite and is_finite(raw[start:end], item.spec.dtype)
+        digests[item.index] = fold(chunks)
+        bad += [] if finite else [item.index]
+    tally.add(sum(item.spec.nbytes for item in items), bad)
 
 
 def _compute(computed: Computed, items: Iterable[TensorCopy]) -> torch.Tensor:

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 
-from bridge.errors import BridgeError, Busy, ConfigError, DeadlineExceeded, ProtocolError
+from bridge.errors import Busy, ConfigError, DeadlineExceeded, ProtocolError
 from bridge.model.dtypes import dtype_of, itemsize
 from bridge.model.manifest import Manifest
-from bridge.model.regions import cut, dense
+from bridge.model.regions import dense
 from bridge.ports import Written
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
@@ -36,10 +35,9 @@ from trainer_side.snapshot.batches import (
     TensorCopy,
     WriteTally,
     batch_views,
-    copy_views,
     make_batches,
 )
-from trainer_side.snapshot.computed import ComputedGroup, group_computed, write_group
+from trainer_side.snapshot.computed import ComputedGroup, Digests, group_computed, write_group, write_items
 from trainer_side.snapshot.finite import ByteArray, is_finite, nonfinite_error
 from trainer_side.snapshot.value_checks import find_inexact_casts, require_fit
 
@@ -142,9 +140,13 @@ class Snapshotter:
         pieces: dict[int, list[int]] = {}
         jobs: list[WriteJob] = [partial(write_group, one, place, collected, digests, tally) for one in program.computed]
         for item in program.big:
+            source = _in_order(item, sources)
+            if source is None:
+                jobs.append(partial(write_items, [item], place, sources, digests, tally))
+                continue
             chunks = pieces[item.index] = [0] * -(-item.spec.nbytes // CHUNK)
-            big = _BigTensor(item, place.bytes_of(item.spec), chunks, known.get(item.index), tally)
-            jobs += big.jobs(place, sources)
+            big = _BigTensor(item, place.bytes_of(item.spec), source, chunks, known.get(item.index), tally)
+            jobs += [partial(big.write_chunk, number) for number in range(len(chunks))]
         jobs += [partial(_write_batch, batch, place, sources, digests, tally) for batch in program.batches]
         self._run(jobs, Deadline.after(timeout_s))
         for index, found in pieces.items():
@@ -191,7 +193,7 @@ class Snapshotter:
         if failed is not None:
             raise failed
 
-    def _carry(self, carried: list[int], slot: int, base: int | None, digests: npt.NDArray[np.uint64]) -> int:
+    def _carry(self, carried: list[int], slot: int, base: int | None, digests: Digests) -> int:
         """Copy the tensors that were not sent from the base slot, with the digests it was sealed with."""
         seal = None if base is None else self.arena.seal_of(base)
         if base is None or seal is None:
@@ -262,7 +264,7 @@ def _write_batch(
     batch: SnapshotBatch,
     place: SlotViews,
     sources: list[torch.Tensor],
-    digests: npt.NDArray[np.uint64],
+    digests: Digests,
     tally: WriteTally,
 ) -> None:
     """Copy, digest and check one batch of small tensors. One unit of work of a copying thread."""
@@ -285,33 +287,30 @@ def _write_batch(
 
 @dataclass(frozen=True, eq=False)
 class _BigTensor:
-    """One big tensor of one push. Its chunks are units of work, or the whole tensor when its elements lie in no order.
+    """One big tensor of one push. Its chunks are units of work.
 
     Attributes:
         raw: its bytes in the arena.
+        source: its elements in the trainer, flat.
         digests: of its chunks, filled in by the units of work.
         known: digests of the chunks that the slot holds now.
     """
 
     item: TensorCopy
     raw: ByteArray
+    source: torch.Tensor
     digests: list[int]
     known: list[int] | None
     tally: WriteTally
 
-    def jobs(self, place: SlotViews, sources: list[torch.Tensor]) -> list[WriteJob]:
-        """List the units of work."""
-        source, step = _in_order(self.item, sources), CHUNK // itemsize(self.item.spec.dtype)
-        if source is None:
-            return [partial(self._write_scattered, *copy_views([self.item], place, sources))]
-        return [partial(self._write_chunk, k, source[k * step : (k + 1) * step]) for k in range(len(self.digests))]
-
-    def _write_chunk(self, number: int, source: torch.Tensor) -> None:
+    def write_chunk(self, number: int) -> None:
         """Bring one chunk into the arena, digest and check it.
 
         Where bytes travel as they are, the digest is of the trainer's own: the arena's may not be in cache, and changes
         meanwhile are found out. What lies in the slot from two versions ago and is the same needs no write.
         """
+        step = CHUNK // itemsize(self.item.spec.dtype)
+        source = self.source[number * step : (number + 1) * step]
         raw, wire = self.raw[number * CHUNK : (number + 1) * CHUNK], dtype_of(self.item.spec.dtype)
         plain = source.dtype == wire and source.device.type == "cpu"
         shown = source.view(torch.uint8).numpy() if plain else raw
@@ -333,16 +332,6 @@ class _BigTensor:
             finite = finite and is_finite(block, self.item.spec.dtype)
         self.digests[number] = hasher.intdigest()
         self.tally.add(copied, () if finite else (self.item.index,))
-
-    def _write_scattered(self, into: list[torch.Tensor], out_of: list[torch.Tensor]) -> None:
-        """Write, digest and check a tensor whose elements lie in some other order in the trainer."""
-        with torch.no_grad():
-            torch._foreach_copy_(into, out_of)
-        finite = True
-        for number, (start, end) in enumerate(cut(len(self.raw), CHUNK)):
-            self.digests[number] = xxhash.xxh3_64_intdigest(self.raw[start:end].data)
-            finite = finite and is_finite(self.raw[start:end], self.item.spec.dtype)
-        self.tally.add(len(self.raw), () if finite else (self.item.index,))
 
 
 def _in_order(item: TensorCopy, sources: list[torch.Tensor]) -> torch.Tensor | None:
@@ -401,19 +390,16 @@ def _single_threaded_pool(threads: int, deadline: Deadline) -> ThreadPoolExecuto
     except (threading.BrokenBarrierError, RuntimeError) as error:  # RuntimeError: the system starts no more threads
         started.abort()
         pool.shutdown(wait=False, cancel_futures=True)
-        raise _not_started(threads, errors[0] if errors else error) from error
+        hung = not errors and isinstance(error, threading.BrokenBarrierError)
+        cause = errors[0] if errors else error
+        kind = DeadlineExceeded if hung else ConfigError
+        raise kind(
+            "the snapshot's copying threads did not start",
+            where="the trainer's process",
+            expected=f"{threads} threads within the push's timeout",
+            got="a thread that hangs" if hung else f"{type(cause).__name__}: {cause}",
+            remedy="lower copy_threads, or look at the limits of this process (ulimit -u, cgroup pids.max)",
+        ) from error
     finally:
         torch.set_num_threads(kept)
     return pool
-
-
-def _not_started(threads: int, error: Exception) -> BridgeError:
-    hung = isinstance(error, threading.BrokenBarrierError)
-    kind = DeadlineExceeded if hung else ConfigError
-    return kind(
-        "the snapshot's copying threads did not start",
-        where="the trainer's process",
-        expected=f"{threads} threads within the push's timeout",
-        got="a thread that hangs" if hung else f"{type(error).__name__}: {error}",
-        remedy="lower copy_threads, or look at the limits of this process (ulimit -u, cgroup pids.max)",
-    )

@@ -25,11 +25,12 @@ from trainer_side.lora.layers.effective import (
     attention_output,
     effective_bias,
     effective_weight,
-    is_inexact,
 )
 from trainer_side.lora.layers.factors import product
-from trainer_side.lora.layers.refusals import refusal
-from trainer_side.lora.layers.wrapper_chain import acting_copy, is_saved
+from trainer_side.lora.layers.read import lora_parameters
+from trainer_side.lora.layers.refusals import reason_of
+from trainer_side.lora.layers.values import LayerState
+from trainer_side.lora.layers.wrapper_chain import acting_copy, is_saved, read_chain
 
 WIDE = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -115,7 +116,7 @@ def merge(model: Any, *names: str) -> None:
 def test_active(row: Row) -> None:
     model = build(row)
     for name in row.layers:
-        assert refusal(layer_of(model, name), name) is None
+        assert reason_of(read_chain(layer_of(model, name))) is None
         check(layer_of(model, name), name)
 
 
@@ -159,7 +160,7 @@ def test_merged_and_disabled(row: Row) -> None:
         if row.unmerges:
             check(layer, name)
             continue
-        assert is_inexact(layer)
+        assert lora_parameters(layer).state is LayerState.MERGED_DISABLED
         with untouched(layer), pytest.raises(UnsupportedLora, match="merged and disabled"):
             effective_weight(layer, WIDE)
 

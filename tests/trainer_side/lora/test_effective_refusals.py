@@ -24,7 +24,8 @@ from tests.trainer_side.lora.peft_rows import (
 )
 from tests.trainer_side.lora.test_reader import stacked
 from trainer_side.lora.layers.effective import effective_bias, effective_weight
-from trainer_side.lora.layers.refusals import refusal
+from trainer_side.lora.layers.refusals import reason_of
+from trainer_side.lora.layers.wrapper_chain import read_chain
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PATH = "model.layers.0.mlp.up_proj"
@@ -32,8 +33,9 @@ PATH = "model.layers.0.mlp.up_proj"
 
 def refused(layer: Any, *words: str, path: str = PATH) -> UnsupportedLora:
     with untouched(layer):
-        error = refusal(layer, path)
-        assert error is not None
+        reason = reason_of(read_chain(layer))
+        assert reason is not None
+        error = reason.error(path)
         with pytest.raises(UnsupportedLora):
             effective_weight(layer, torch.float64)
     text = str(error)
@@ -125,7 +127,7 @@ def test_what_does_not_act_is_no_reason(reason: str) -> None:
     if reason == "inactive":
         layer.set_adapter([])
     layer.lora_variant[DEFAULT] = object()
-    assert refusal(layer, PATH) is None
+    assert reason_of(read_chain(layer)) is None
     assert torch.equal(effective_weight(layer, torch.float64), innermost(layer).weight)
 
 
@@ -196,7 +198,7 @@ def test_a_replaced_forward_of_expert_wrappers_needs_the_marker(monkeypatch: pyt
     monkeypatch.setattr(type(layer), "forward", lambda self, *inputs: None)
     refused(layer, "lora_B_layout")
     layer.lora_B_layout = "grouped_by_expert"
-    assert refusal(layer, PATH) is None
+    assert reason_of(read_chain(layer)) is None
 
 
 def test_a_truncation_that_is_still_to_come() -> None:
@@ -281,7 +283,7 @@ def test_scaled_fp8(scales: str) -> None:
     base.weight = nn.Parameter(values, requires_grad=False)
     base.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
     expected = sum_of(layer, values.float() * spread)
-    assert refusal(layer, PATH) is None
+    assert reason_of(read_chain(layer)) is None
     assert torch.equal(effective_weight(layer, torch.bfloat16), expected.to(torch.bfloat16))
 
 
@@ -340,9 +342,9 @@ def test_packed_weights_without_a_dequantiser(form: str) -> None:
     else:
         del base.weight
         base.weight = packed
-    refused(layer, "no dequantiser", "mode='adapter'")
+    refused(layer, "no dequantiser", "16 bit")
     layer.enable_adapters(False)
-    assert refusal(layer, PATH) is None
+    assert reason_of(read_chain(layer)) is None
     with pytest.raises(UnsupportedLora, match="packed weight"):
         effective_weight(layer, torch.float32)
 

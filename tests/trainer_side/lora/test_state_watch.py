@@ -12,7 +12,8 @@ from torch import nn
 from bridge.errors import IntegrityError
 from tests.trainer_side.lora.peft_rows import ROWS, build
 from trainer_side.lora import model as models
-from trainer_side.lora.layers.module_tree import read_tree
+from trainer_side.lora import state as states
+from trainer_side.lora.layers.module_tree import LoraTree
 from trainer_side.lora.layers.refusals import reason_of
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, read_chain
 from trainer_side.lora.model import LoraModel
@@ -46,19 +47,21 @@ def test_a_survey_of_another_state_is_not_remembered(monkeypatch: pytest.MonkeyP
         assert lora.view(mode, lora.tensors()).computed, "the acting adapters were baked as if they did not act"
 
 
-def test_a_reading_is_compared_not_the_layer() -> None:
+def test_a_reading_is_compared_not_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer went back to what it was, but it was read in between."""
     model: Any = build(ROW)
     began = LoraModel(model).state()
     layer = next(module for module in model.modules() if is_lora(module))
-    began.require(read_chain(layer))
+    began.read_chain(layer)
     layer.scale_layer(2.0)
     read = read_chain(layer)
     assert read.levels[-1].loras
     layer.scale_layer(0.5)
-    with pytest.raises(IntegrityError):
-        began.require(read)
-    began.require(read_chain(layer))
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "read_chain", lambda module: read)
+        with pytest.raises(IntegrityError):
+            began.read_chain(layer)
+    began.read_chain(layer)
 
 
 def test_one_reading_has_one_scaling() -> None:
@@ -121,7 +124,7 @@ def keyed() -> nn.ModuleDict:
 def test_ordinary_modules_are_no_wrappers(module: Lookalike) -> None:
     assert not any(is_wrapper(module) for is_wrapper in (is_lora, is_saved, is_token_wrapper))
     assert not LoraModel.present(module)
-    assert {place.clean for place in read_tree(module).places} == set(dict(module.named_parameters()))
+    assert {place.clean for place in LoraTree(module).places} == set(dict(module.named_parameters()))
 
 
 def test_the_names_of_pefts_mixed_model() -> None:
@@ -129,7 +132,7 @@ def test_the_names_of_pefts_mixed_model() -> None:
 
     inner = nn.Sequential(nn.Linear(3, 3))
     model = get_peft_model(inner, LoraConfig(target_modules=["0"]), mixed=True)  # type: ignore[arg-type]
-    assert {place.clean for place in read_tree(model).places} == {"0.weight", "0.bias"}
+    assert {place.clean for place in LoraTree(model).places} == {"0.weight", "0.bias"}
     assert type(copy_without_lora(model)) is nn.Sequential
 
 
@@ -139,4 +142,4 @@ def test_the_first_reason_of_a_layer() -> None:
     nn.utils.parametrizations.weight_norm(layer.base_layer)
     reason = reason_of(read_chain(layer))
     assert reason is not None
-    assert (reason.subject, reason.by_mode) == ("LoRA on a parametrized weight", False)
+    assert (reason.subject, reason.way_out) == ("LoRA on a parametrized weight", "remove the parametrization first")

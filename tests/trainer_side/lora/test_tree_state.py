@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import tiny_qwen2
 from trainer_side.lora import LoraModel, adapter_tensors, merged_tensors
-from trainer_side.lora.layers.module_tree import BaseTensor, WrapperTensor, read_tree
+from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, WrapperTensor
 
 
 class Odd(nn.Module):
@@ -46,7 +46,7 @@ def test_modules_and_adapters_named_like_peft_segments(adapter: str) -> None:
     plain = Odd()
     wanted = {name for name, _ in plain.named_parameters()} | {name for name, _ in plain.named_buffers()}
     model = wrapped(plain, adapter, target_modules=["default", "lora_gate", "0"])
-    tree = read_tree(model)
+    tree = LoraTree(model)
     assert {place.clean for place in tree.places} == wanted
     assert {extra.lora for extra in tree.extras} == {adapter}
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
@@ -70,7 +70,7 @@ def test_present() -> None:
 
 def test_raw_live_and_clean_names_of_a_wrapped_model() -> None:
     model = nn.DataParallel(wrapped(tiny_qwen2(), "policy", target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    tree = read_tree(model)
+    tree = LoraTree(model)
     raw = "module.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     place = tree.find(raw)
     assert isinstance(place, BaseTensor)
@@ -97,7 +97,7 @@ def test_wrappers_on_every_level() -> None:
     second.q_proj = torch.compile(second.q_proj)
     inner.model.layers[1] = torch.compile(inner.model.layers[1])
     model.base_model.model = torch.compile(inner)
-    tree = read_tree(model)
+    tree = LoraTree(model)
     assert all(tree.find(name) is not None for name, _ in model.named_parameters())
     assert dict(merged_tensors(model)).keys() == wanted
     assert len(dict(adapter_tensors(model))) == 4
@@ -152,8 +152,9 @@ def test_a_changed_structure_is_noticed_and_baked_again() -> None:
     model.merge_and_unload()
     states.append(lora.state())
     assert [s.structure for s in states] == [0, 1, 2, 3, 4]
-    assert states[1].loras == ("default", "second")
-    assert states[2].loras == ("default",)
+    owned = [{name for wrapper in state.wrappers for name in wrapper.owned} for state in states]
+    assert owned[1] == {"default", "second"}
+    assert owned[2] == {"default"}
 
 
 def test_state_of_saved_modules_and_tokens() -> None:

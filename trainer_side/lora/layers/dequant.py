@@ -69,23 +69,22 @@ def dequantize(base: Any, weight: torch.Tensor, given: SentValues) -> torch.Tens
 def _reader(base: Any, weight: torch.Tensor) -> Callable[[SentValues], torch.Tensor] | None:
     state = quant_state(base, weight)
     if weight.dtype == torch.int8 and isinstance(state, torch.Tensor):
-        return lambda given: _int8(given(weight), given(state))
+        # bitsandbytes' row-wise int8: each row's largest magnitude is 127.
+        return lambda given: given(weight).float() * (given(state).to(weight.device).float().reshape(-1, 1) / 127)
     if weight.dtype in FP8 and isinstance(state, torch.Tensor) and weight.dim() == 2:
         blocks = getattr(base, "block_size", None) or getattr(weight, "block_size", None)
         return lambda given: _scaled(given(weight), given(state), blocks)
     if hasattr(state, "absmax") or hasattr(state, "quant_type"):
-        unpack = _bitsandbytes()
-        return None if unpack is None else lambda given: unpack(given(weight), state)
+        if find_spec("bitsandbytes") is None:
+            return None
+        unpack = importlib.import_module("bitsandbytes.functional").dequantize_4bit
+        # Its Parameter subclass quantises itself when moved: the kernel gets the plain tensor.
+        return lambda given: unpack(given(weight).detach().as_subclass(torch.Tensor), state)
     if _reads_itself(weight):
         return lambda given: _own_values(given(weight), weight)
     if state is base and callable(getattr(base, "dequantize", None)):
         return lambda given: _module_values(base)
     return None
-
-
-def _int8(weight: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-    """bitsandbytes' row-wise int8: each row's largest magnitude is 127."""
-    return weight.float() * (row_scale.to(weight.device, torch.float32).reshape(-1, 1) / 127)
 
 
 def _scaled(weight: torch.Tensor, scale: torch.Tensor, blocks: Any) -> torch.Tensor:
@@ -106,14 +105,6 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor, blocks: Any) -> torch.Ten
             remedy="check the layer's block_size, or load the base model in 16 bit",
         )
     return values * spread
-
-
-def _bitsandbytes() -> Callable[[torch.Tensor, Any], torch.Tensor] | None:
-    if find_spec("bitsandbytes") is None:
-        return None
-    unpack = importlib.import_module("bitsandbytes.functional").dequantize_4bit
-    # Its Parameter subclass quantises itself when moved: the kernel gets the plain tensor.
-    return lambda weight, state: unpack(weight.detach().as_subclass(torch.Tensor), state)
 
 
 def _reads_itself(weight: torch.Tensor) -> bool:

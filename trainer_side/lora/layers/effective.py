@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError
 from trainer_side.lora.layers.dequant import dequantize
 from trainer_side.lora.layers.factors import expert_factors, expert_rows, low_rank, product, rows_of, wide_dtype
-from trainer_side.lora.layers.read import is_transposed, kind_of, stored, stored_bias
+from trainer_side.lora.layers.read import is_transposed, kind_of, require_stored, stored, stored_bias
 from trainer_side.lora.layers.refusals import reason_of
 from trainer_side.lora.layers.values import ActiveLora, LayerState, SentValues, as_stored
-from trainer_side.lora.layers.wrapper_chain import Chain, Level, is_attention, read_chain, unwrapped
+from trainer_side.lora.layers.wrapper_chain import Chain, Level, is_attention, read_chain
+from trainer_side.names.naming import identity_of
 
 BLOCK = 1 << 24
 """Elements whose sum is in memory at a time, besides the result."""
@@ -51,22 +50,14 @@ def effective_weight(
 
     Where no adapter acts the result may share memory with the live parameter: do not write to it.
 
-    Raises UnsupportedLora as `refusal` explains, ConfigError for a module without that weight.
+    Raises UnsupportedLora for what `reason_of` finds, ConfigError for a module without that weight.
     """
     chain = chain or read_chain(module)
     name = attribute or chain.attribute
     reason = reason_of(chain, copies, name)
     if reason is not None:
         raise reason.error(type(module).__name__)
-    weight = stored(chain.base, name)
-    if weight is None:
-        raise ConfigError(
-            f"the layer has no parameter {name}",
-            where=type(module).__name__,
-            expected=f"a tensor `{name}`",
-            got=type(unwrapped(chain.base)).__name__,
-            remedy="ask for the layers inside it",
-        )
+    weight = require_stored(chain, name, type(module).__name__)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         return _Weight(chain, name, weight, given or as_stored, copies).compute(dtype)
 
@@ -94,14 +85,6 @@ def effective_bias(
         raise reason.error(type(module).__name__)
     with torch.no_grad(), torch.autocast(bias.device.type, enabled=False):
         return _bias(chain, name, bias, dtype, given or as_stored, copies)
-
-
-def is_inexact(module: nn.Module) -> bool:
-    """Tell whether merged adapters have to be taken out of the stored weight again.
-
-    The rounding errors of the merge then stay in the effective weight, as they do in PEFT's own next forward.
-    """
-    return any(level.state is LayerState.MERGED_DISABLED and not level.tokens for level in read_chain(module).levels)
 
 
 def attention_output(module: nn.Module) -> nn.Module | None:
@@ -171,7 +154,7 @@ class _Weight:
             # The magnitude that was sent; the factors are replaced where they are expanded.
             sent = [a if a.magnitude is None else replace(a, magnitude=given(a.magnitude)) for a in level.loras]
             (self.under if times < 0 or self.kind == "parameter" else self.over).extend((times, a) for a in sent)
-        self.wide = wide_dtype([self.base, *(t for _, a in (*self.under, *self.over) for t in _tensors(a))])
+        self.wide = wide_dtype([self.base, *(t for _, a in (*self.under, *self.over) for t in a.tensors)])
 
     def compute(self, dtype: torch.dtype) -> torch.Tensor:
         """Compute the weight, rounded to `dtype` once; a block of rows at a time: rows do not depend on each other."""
@@ -239,7 +222,7 @@ def _bias(
         # PEFT's token layer around a linear one calls the matrix product without the bias.
         return torch.zeros_like(bias, dtype=dtype)
     acting = [] if name == "in_proj_weight" else [(level, a) for level in levels for a in level.loras]
-    wide = wide_dtype([bias, *(t for _, a in acting for t in _tensors(a))])
+    wide = wide_dtype([bias, *(t for _, a in acting for t in a.tensors)])
     if not any(a.bias is not None for _, a in acting):
         return _rounded(given(bias).detach(), dtype, wide)
     scales = _dora_scales(chain, name, given, copies)
@@ -270,43 +253,23 @@ def _rounded(tensor: torch.Tensor, dtype: torch.dtype, wide: torch.dtype) -> tor
     return tensor.to(dtype) if dtype.itemsize <= wide.itemsize else tensor.to(wide)
 
 
-def _tensors(lora: ActiveLora) -> list[torch.Tensor]:
-    held = (lora.a, lora.b, lora.bias, lora.magnitude, lora.extra.get("diagonal"))
-    return [tensor for tensor in held if tensor is not None]
-
-
 def _level_identity(level: Level, kind: str, transposed: bool, biased: bool) -> Iterator[Hashable]:
     for row in level.rows():
-        yield ("rows", row.indices, _address(row.values))
+        yield "rows", row.indices, _address(row.values)
     for lora in level.loras:
-        effect: Any = (lora.scaling, level.state is LayerState.MERGED_DISABLED, _extra(lora))
+        extra = [(k, _address(v) if isinstance(v, torch.Tensor) else v) for k, v in sorted(lora.extra.items())]
+        effect = (lora.scaling, level.state is LayerState.MERGED_DISABLED, tuple(extra))
         if biased:
             if lora.bias is not None:
-                yield (*effect, _address(lora.bias))
+                yield *effect, _address(lora.bias)
             if lora.magnitude is None:
                 continue
-        left, right = (lora.a.t(), lora.b.t()) if transposed and lora.a.dim() == 2 else (lora.b, lora.a)
+        factors = [identity_of(id(factor), factor) for factor in (lora.b, lora.a)]
+        if transposed and lora.a.dim() == 2:
+            factors = [identity_of(id(factor), factor.t()) for factor in (lora.a, lora.b)]
         norm = None if lora.magnitude is None else (_address(lora.magnitude), kind == "embedding", transposed)
-        yield (*effect, _address(left), _address(right), norm)
-
-
-def _extra(lora: ActiveLora) -> Hashable:
-    return tuple(
-        (key, _address(value) if isinstance(value, torch.Tensor) else value)
-        for key, value in sorted(lora.extra.items())
-    )
+        yield *effect, *factors, norm
 
 
 def _address(tensor: torch.Tensor) -> Hashable:
-    """Return a key that is equal for two tensors that are the same elements in the same order."""
-    if tensor.numel() == 0 or tensor.is_meta:
-        return ("empty", id(tensor))
-    try:
-        pointer = tensor.data_ptr()
-    except RuntimeError:
-        pointer = 0
-    if not pointer:
-        return ("opaque", id(tensor))
-    # The stride of a dimension with one element says nothing.
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (str(tensor.device), pointer, tuple(tensor.shape), strides, tensor.dtype)
+    return identity_of(id(tensor), tensor)

@@ -15,13 +15,10 @@ from bridge.errors import UnsupportedLora
 from trainer_side.lora.layers.values import ActiveLora, SentValues
 from trainer_side.lora.layers.wrapper_chain import BY_EXPERT, RANK_MAJOR
 
-EXACT = torch.float32
-"""Sums are made in this dtype, or in a wider one that a parameter has."""
-
 
 def wide_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     """Choose the dtype in which sums over these tensors are made: at least fp32."""
-    wide = EXACT
+    wide = torch.float32
     for tensor in tensors:
         if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
             wide = torch.promote_types(wide, tensor.dtype)

@@ -13,9 +13,8 @@ Three names of one tensor, by the example of a compiled PEFT model:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,8 +26,6 @@ from trainer_side.names.naming import RESERVED, ROOT_WRAPPER, own_tensors, wrapp
 
 _PREFIXES: tuple[tuple[str, ...], ...] = ((), ("base_model", "model"), ("model",))
 """Beginnings of names that come from a PEFT model, or its tuner, around the model that was bound."""
-
-_T = TypeVar("_T")
 
 
 class WrapperKind(Enum):
@@ -64,27 +61,14 @@ class Wrapper:
 
 
 @dataclass(frozen=True, eq=False)
-class BaseTensor:
-    """One tensor of the base model, or of a copy that `modules_to_save` trains in its stead, by where it lies.
-
-    Attributes:
-        wrappers: those directly around its module, the outermost first.
-        copies: for each `modules_to_save` wrapper on the way the adapter whose copy this is; None: the original's.
-    """
+class TreeTensor:
+    """One tensor of the model, by where it lies: in `attribute` of the module `owner`."""
 
     raw: str
     live: str
-    clean: str
     owner: nn.Module
     attribute: str
     buffer: bool
-    wrappers: tuple[Wrapper, ...] = ()
-    copies: tuple[tuple[Wrapper, str | None], ...] = ()
-
-    @property
-    def original(self) -> bool:
-        """True for the base model's own tensor, and not a copy's."""
-        return all(lora is None for _, lora in self.copies)
 
     @property
     def registered(self) -> bool:
@@ -101,7 +85,26 @@ class BaseTensor:
 
 
 @dataclass(frozen=True, eq=False)
-class WrapperTensor:
+class BaseTensor(TreeTensor):
+    """A tensor of the base model, or of a copy that `modules_to_save` trains in its stead.
+
+    Attributes:
+        wrappers: those directly around its module, the outermost first.
+        copies: for each `modules_to_save` wrapper on the way the adapter whose copy this is; None: the original's.
+    """
+
+    clean: str
+    wrappers: tuple[Wrapper, ...] = ()
+    copies: tuple[tuple[Wrapper, str | None], ...] = ()
+
+    @property
+    def original(self) -> bool:
+        """True for the base model's own tensor, and not a copy's."""
+        return all(lora is None for _, lora in self.copies)
+
+
+@dataclass(frozen=True, eq=False)
+class WrapperTensor(TreeTensor):
     """A tensor that a wrapper adds: an adapter's, or one that is no LoRA's.
 
     Attributes:
@@ -110,98 +113,13 @@ class WrapperTensor:
         lora: the key below it, PEFT's name of an adapter; None where the container is no dictionary.
     """
 
-    raw: str
-    live: str
-    owner: nn.Module
-    attribute: str
-    buffer: bool
     wrapper: Wrapper | None
     container: str
     lora: str | None
 
-    def tensor(self) -> torch.Tensor | None:
-        """Return the live tensor; None when it is gone."""
-        return (self.owner._buffers if self.buffer else self.owner._parameters).get(self.attribute)
 
-
-TreeTensor = BaseTensor | WrapperTensor
 _Shape = tuple[nn.Module, dict[str, nn.Module | None], frozenset[str], tuple[str, ...]]
 """One module as the tree was read: the module, its children, its parameters' names, those that were None."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoraTree:
-    """One reading of a model; `unchanged` tells whether it still holds.
-
-    Attributes:
-        inner: the model inside all wrappers around it.
-        places: tensors of the base model, and of copies that `modules_to_save` trains.
-        extras: tensors that wrappers add.
-        peft_root: the model is a PEFT model, or holds one.
-        names: raw and live names -> tensor.
-        clean: the base model's own names -> tensor.
-    """
-
-    inner: nn.Module
-    places: tuple[BaseTensor, ...]
-    extras: tuple[WrapperTensor, ...]
-    wrappers: tuple[Wrapper, ...]
-    shapes: tuple[_Shape, ...]
-    peft_root: bool
-    names: Mapping[str, TreeTensor] = field(default_factory=dict)
-    clean: Mapping[str, BaseTensor] = field(default_factory=dict)
-
-    def unchanged(self) -> bool:
-        """Tell whether the same modules hold the same parameters as when this was read. Half a microsecond each."""
-        for module, children, names, absent in self.shapes:
-            now = module._parameters
-            if module._modules != children or now.keys() != names:
-                return False
-            if absent and not all(now[name] is None for name in absent):
-                return False
-        return True
-
-    def find(self, name: str) -> TreeTensor | None:
-        """Find the tensor of a name that an iterable over the model, from outside or inside its wrappers, gives."""
-        return _look_up(self.names, name)
-
-    def find_plain(self, name: str) -> BaseTensor | None:
-        """Find the tensor of a name that the base model without any wrapper would give."""
-        return _look_up(self.clean, name)
-
-
-def _look_up(names: Mapping[str, _T], name: str) -> _T | None:
-    found = names.get(name)
-    if found is not None:
-        return found
-    segments = [s for s in name.split(".") if s not in RESERVED]
-    while True:
-        for prefix in _PREFIXES:
-            if tuple(segments[: len(prefix)]) == prefix:
-                found = names.get(".".join(segments[len(prefix) :]))
-                if found is not None:
-                    return found
-        if len(segments) < 2 or segments[0] != ROOT_WRAPPER:
-            return None
-        segments = segments[1:]
-
-
-def read_tree(model: nn.Module) -> LoraTree:
-    """Walk a model. Reads no values and changes nothing; milliseconds."""
-    walker = _Walker()
-    walker.visit(model, _Position(root=True))
-    names: dict[str, TreeTensor] = {}
-    items: list[TreeTensor] = [*walker.places, *walker.extras]
-    for item in items:
-        names.setdefault(item.live, item)
-    # A raw name is exact, so it wins over what another tensor is called from further inside.
-    names.update({item.raw: item for item in items})
-    clean: dict[str, BaseTensor] = {}
-    for place in walker.places:
-        if place.original:
-            clean.setdefault(place.clean, place)
-    places, extras, wrappers = tuple(walker.places), tuple(walker.extras), tuple(walker.wrappers)
-    return LoraTree(inner_model(model), places, extras, wrappers, tuple(walker.shapes), walker.peft_root, names, clean)
 
 
 def kind_of(module: nn.Module) -> WrapperKind | None:
@@ -266,24 +184,66 @@ class _Position:
         return replace(self, raw=f"{self.raw}{name}.", live=f"{self.live}{name}." if live else self.live)
 
 
-class _Walker:
-    """Collects while it goes down the tree."""
+class LoraTree:
+    """One reading of a model; `unchanged` tells whether it still holds. Reads no values, changes nothing; milliseconds.
 
-    def __init__(self) -> None:
+    Attributes:
+        inner: the model inside all wrappers around it.
+        places: tensors of the base model, and of copies that `modules_to_save` trains.
+        extras: tensors that wrappers add.
+        peft_root: the model is a PEFT model, or holds one.
+        names: raw and live names -> tensor.
+        clean: the base model's own names -> tensor.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = inner_model(model)
         self.places: list[BaseTensor] = []
         self.extras: list[WrapperTensor] = []
         self.wrappers: list[Wrapper] = []
-        self.shapes: list[_Shape] = []
         self.peft_root = False
+        self._shapes: list[_Shape] = []
         self._twice: set[int] = set()
+        self._visit(model, _Position(root=True))
+        # A raw name is exact, so it wins over what another tensor is called from further inside.
+        items: list[TreeTensor] = [*self.places, *self.extras]
+        self.names = {item.live: item for item in reversed(items)} | {item.raw: item for item in items}
+        self.clean = {place.clean: place for place in reversed(self.places) if place.original}
 
-    def visit(self, module: nn.Module, at: _Position) -> None:
+    def unchanged(self) -> bool:
+        """Tell whether the same modules hold the same parameters as when this was read. Half a microsecond each."""
+        for module, children, names, absent in self._shapes:
+            now = module._parameters
+            if module._modules != children or now.keys() != names:
+                return False
+            if absent and not all(now[name] is None for name in absent):
+                return False
+        return True
+
+    def find(self, name: str, *, plain: bool = False) -> TreeTensor | None:
+        """Find the tensor of a name that an iterable over the model, from outside or inside its wrappers, gives.
+
+        `plain`: of a name that the base model without any wrapper would give.
+        """
+        names: Mapping[str, TreeTensor] = self.clean if plain else self.names
+        found = names.get(name)
+        segments = [s for s in name.split(".") if s not in RESERVED] if found is None else []
+        while found is None:
+            for prefix in _PREFIXES:
+                if found is None and tuple(segments[: len(prefix)]) == prefix:
+                    found = names.get(".".join(segments[len(prefix) :]))
+            if len(segments) < 2 or segments[0] != ROOT_WRAPPER:
+                break
+            segments = segments[1:]
+        return found
+
+    def _visit(self, module: nn.Module, at: _Position) -> None:
         self._remember(module)
         inside, kind = peft_child(module), kind_of(module)
         if inside is not None:
             self.peft_root = True
             self._add_extras(module, at, None, skip=(inside,))
-            self.visit(module.get_submodule(inside), at.hop(inside, live=False))
+            self._visit(module.get_submodule(inside), at.hop(inside, live=False))
         elif kind is not None:
             self._visit_wrapper(module, kind, at)
         else:
@@ -291,12 +251,12 @@ class _Walker:
             hop = wrapped_child(module, root=at.root)
             for name, child in module._modules.items():
                 if child is not None:
-                    self.visit(child, at.hop(name, live=False) if name == hop else at.child(name))
+                    self._visit(child, at.hop(name, live=False) if name == hop else at.child(name))
 
     def _remember(self, module: nn.Module) -> None:
         held = module._parameters
         absent = tuple(name for name, parameter in held.items() if parameter is None)
-        self.shapes.append((module, dict(module._modules), frozenset(held), absent))
+        self._shapes.append((module, dict(module._modules), frozenset(held), absent))
 
     def _add_places(self, module: nn.Module, at: _Position) -> None:
         own = [(name, buffer) for name, _, buffer in own_tensors(module)]
@@ -308,8 +268,8 @@ class _Walker:
             own += [(name, False) for name, value in loose.items() if any(value is weight for weight in weights)]
             own.sort(key=lambda found: found[1])
         for name, buffer in own:
-            names = at.raw + name, at.live + name, at.clean + name
-            self.places.append(BaseTensor(*names, module, name, buffer, at.around, at.copies))
+            raw, live, clean = at.raw + name, at.live + name, at.clean + name
+            self.places.append(BaseTensor(raw, live, module, name, buffer, clean, at.around, at.copies))
 
     def _visit_wrapper(self, module: nn.Module, kind: WrapperKind, at: _Position) -> None:
         attribute = vars(module).get("parameter_name")
@@ -330,13 +290,13 @@ class _Walker:
         if base is None:
             # A flat layer holds its weight and its adapters side by side.
             self._add_places(module, at)
-            self._add_extras(module, at, wrapper, own=False)
+            self._add_extras(module, at, wrapper, skip=tuple(name for name, _, _ in own_tensors(module)))
             return
         self._add_extras(module, at, wrapper, skip=("base_layer",))
         output = attention_output(module) if kind is WrapperKind.LORA else None
         if output is not None:
             self._twice.add(id(output))
-        self.visit(base, at.hop("base_layer", live=True))
+        self._visit(base, at.hop("base_layer", live=True))
 
     def _visit_saved(self, module: nn.Module, wrapper: Wrapper, at: _Position) -> None:
         self._add_extras(module, at, wrapper, skip=("original_module", "modules_to_save"))
@@ -344,41 +304,34 @@ class _Walker:
         at = replace(at, root=False)
         if original is not None:
             inside = at.hop("original_module", live=True)
-            self.visit(original, replace(inside, copies=(*at.copies, (wrapper, None))))
+            self._visit(original, replace(inside, copies=(*at.copies, (wrapper, None))))
         if saved is not None:
             self._remember(saved)
             for lora, copy in saved._modules.items():
                 if copy is not None:
                     inside = at.hop("modules_to_save", live=True).hop(lora, live=True)
-                    self.visit(copy, replace(inside, copies=(*at.copies, (wrapper, lora))))
+                    self._visit(copy, replace(inside, copies=(*at.copies, (wrapper, lora))))
 
     def _add_extras(
-        self, module: nn.Module, at: _Position, wrapper: Wrapper | None, *, skip: tuple[str, ...] = (), own: bool = True
-    ) -> None:
-        """Add everything of a wrapper that is not the model inside."""
-        for name, _, buffer in own_tensors(module) if own else ():
-            names = at.raw + name, at.live + name
-            self.extras.append(WrapperTensor(*names, module, name, buffer, wrapper, name, None))
-        for name, child in module._modules.items():
-            if child is not None and name not in skip:
-                keyed = isinstance(child, (nn.ModuleDict, nn.ParameterDict))
-                self._add_below(child, at.child(name), wrapper, name, None, keyed)
-
-    def _add_below(
         self,
         module: nn.Module,
         at: _Position,
         wrapper: Wrapper | None,
-        container: str,
-        lora: str | None,
-        keyed: bool,
+        *,
+        skip: tuple[str, ...] = (),
+        below: tuple[str, ...] = (),
+        keyed: bool = False,
     ) -> None:
-        self._remember(module)
+        """Add everything of a wrapper that is not the model inside; `below`: the way from the wrapper to `module`."""
+        if below:
+            self._remember(module)
         for name, _, buffer in own_tensors(module):
-            key = name if keyed else lora
-            names = at.raw + name, at.live + name
-            self.extras.append(WrapperTensor(*names, module, name, buffer, wrapper, container, key))
+            way = (*below, name)
+            if way[0] not in skip:
+                raw, live, lora = at.raw + name, at.live + name, way[1] if keyed else None
+                self.extras.append(WrapperTensor(raw, live, module, name, buffer, wrapper, way[0], lora))
         for name, child in module._modules.items():
-            if child is not None:
-                below = at.hop(name, live=name not in RESERVED)
-                self._add_below(child, below, wrapper, container, name if keyed else lora, False)
+            if child is not None and name not in skip:
+                into = at.hop(name, live=name not in RESERVED)
+                keys = keyed if below else isinstance(child, (nn.ModuleDict, nn.ParameterDict))
+                self._add_extras(child, into, wrapper, below=(*below, name), keyed=keys)

@@ -9,12 +9,13 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from trainer_side.lora.layers.dequant import quant_state
-from trainer_side.lora.layers.values import ActiveLora, LayerState, LoraParameters
-from trainer_side.lora.layers.wrapper_chain import Chain, Level, read_chain
+from trainer_side.lora.layers.values import LayerState, LoraParameters
+from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 
 _PACKED = ("qweight", "W_q", "codes")
 """Where layers keep a packed weight that have no `weight`."""
 _SEVERITY = (LayerState.MERGED_DISABLED, LayerState.ACTIVE, LayerState.MERGED, LayerState.DISABLED)
+"""Of a layer whose wrappers are in different states the first: what acts counts before what does not."""
 
 
 def lora_parameters(module: nn.Module) -> LoraParameters:
@@ -33,18 +34,11 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
     """Build the `LoraParameters` of a layer whose wrappers were read; `where` names it in messages."""
     attribute = chain.attribute
     levels = chain.on(attribute)
-    weight = stored(chain.base, attribute)
-    if weight is None:
-        raise ConfigError(
-            "this module has no weight",
-            where=where,
-            expected=f"a layer with a parameter `{attribute}`, or a LoRA wrapper around one",
-            got=type(chain.base).__name__,
-            remedy="ask for the layers inside it",
-        )
+    weight = require_stored(chain, attribute, where)
     acting = tuple(a for level in levels if level.state is LayerState.ACTIVE for a in level.loras)
     first = acting[0] if acting else None
     kind = kind_of(chain, attribute, weight)
+    states = {level.state for level in levels}
     return LoraParameters(
         weight=weight,
         quant_state=quant_state(chain.base, weight),
@@ -53,10 +47,10 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
         scaling=first.scaling if first else None,
         bias=stored_bias(chain.base, attribute),
         loras=acting,
-        state=_state(chain, levels, acting),
+        state=next((state for state in _SEVERITY if state in states), chain.saved or LayerState.PLAIN),
         kind=kind,
         transposed=kind == "linear" and is_transposed(chain, weight),
-        merged=tuple(dict.fromkeys(name for level in levels for name in level.merged)),
+        merged=tuple(dict.fromkeys(name for level in levels for name in level.setting.merged)),
         owned=tuple(dict.fromkeys((*(name for level in levels for name in level.owned), *chain.copies))),
         rows=tuple(row for level in levels if level.state is LayerState.ACTIVE for row in level.rows()),
     )
@@ -71,6 +65,20 @@ def stored(base: Any, attribute: str) -> torch.Tensor | None:
     return None
 
 
+def require_stored(chain: Chain, attribute: str, where: str) -> torch.Tensor:
+    """Return a parameter of a layer's base. Raises ConfigError when it has none; `where` names the layer."""
+    weight = stored(chain.base, attribute)
+    if weight is None:
+        raise ConfigError(
+            f"this module has no {attribute}",
+            where=where,
+            expected=f"a layer with a parameter `{attribute}`, or a LoRA wrapper around one",
+            got=type(chain.base).__name__,
+            remedy="ask for the layers inside it",
+        )
+    return weight
+
+
 def stored_bias(base: Any, attribute: str = "weight") -> torch.Tensor | None:
     """Return the bias that belongs to a parameter of a base layer."""
     found = getattr(base, "in_proj_bias" if attribute == "in_proj_weight" else "bias", None)
@@ -79,7 +87,7 @@ def stored_bias(base: Any, attribute: str = "weight") -> torch.Tensor | None:
 
 def kind_of(chain: Chain, attribute: str, weight: torch.Tensor) -> str:
     """Return the kind of a layer (see `LoraParameters.kind`) by the shape of its adapters, else by the layer itself."""
-    if any(getattr(level.wrapper, "parameter_name", None) == attribute for level in chain.levels):
+    if any(level.of_parameter and level.attribute == attribute for level in chain.levels):
         return "parameter"
     if attribute == "in_proj_weight":
         return "attention"
@@ -98,19 +106,7 @@ def kind_of(chain: Chain, attribute: str, weight: torch.Tensor) -> str:
 def is_transposed(chain: Chain, weight: torch.Tensor) -> bool:
     """Tell whether a linear layer's weight is stored (in, out)."""
     for level in chain.levels:
-        if not level.tokens and getattr(level.wrapper, "parameter_name", None) is None:
+        if not level.tokens and not level.of_parameter:
             return bool(getattr(level.wrapper, "fan_in_fan_out", False))
     # transformers' Conv1D has the number of outputs in `nf`, and keeps them last.
     return getattr(chain.base, "nf", None) == weight.shape[-1] and not hasattr(chain.base, "out_features")
-
-
-def _state(chain: Chain, levels: tuple[Level, ...], acting: tuple[ActiveLora, ...]) -> LayerState:
-    if not levels:
-        return chain.saved or LayerState.PLAIN
-    states = {level.state for level in levels}
-    if len(states) == 1:
-        return states.pop()
-    # Wrappers of one parameter in different states: what acts counts before what does not.
-    if LayerState.MERGED_DISABLED in states:
-        return LayerState.MERGED_DISABLED
-    return LayerState.ACTIVE if acting else next(state for state in _SEVERITY if state in states)

@@ -59,6 +59,12 @@ class ActiveLora:
     variant: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """List the tensors that its effect is computed from."""
+        held = (self.a, self.b, self.bias, self.magnitude, self.extra.get("diagonal"))
+        return [tensor for tensor in held if tensor is not None]
+
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:

@@ -56,9 +56,9 @@ class Level:
         attribute: of the base layer, the parameter that it acts on.
         state: of this wrapper alone.
         owned: names of all adapters it has.
-        merged: names of those that lie in the base's tensors now.
         names: of `owned`, those that the forward adds (ACTIVE), or takes out again first (MERGED_DISABLED).
         tokens: it replaces rows instead of adding a product.
+        of_parameter: it targets a parameter by name, and not the layer.
     """
 
     wrapper: Any
@@ -66,14 +66,9 @@ class Level:
     attribute: str
     state: LayerState
     owned: tuple[str, ...]
-    merged: tuple[str, ...]
     names: tuple[str, ...]
     tokens: bool
-
-    @property
-    def of_parameter(self) -> bool:
-        """True when it targets a parameter by name, and not the layer."""
-        return _own(self.wrapper, "parameter_name") is not None
+    of_parameter: bool
 
     @cached_property
     def loras(self) -> tuple[ActiveLora, ...]:
@@ -262,17 +257,17 @@ def _level(wrapper: Any, base: Any) -> Level:
     keyed = [found for name in containers if (found := getattr(wrapper, name, None)) is not None]
     owned = tuple(dict.fromkeys(chain.from_iterable(found.keys() for found in keyed)))
     setting = setting_of(wrapper, scaled=not tokens)
-    disabled, merged = setting.disabled or (tokens and not setting.active), setting.merged
-    if merged:
-        state = LayerState.MERGED_DISABLED if disabled else LayerState.MERGED
+    if setting.disabled or (tokens and not setting.active):
+        state = LayerState.MERGED_DISABLED if setting.merged else LayerState.DISABLED
     else:
-        state = LayerState.DISABLED if disabled else LayerState.ACTIVE
-    acting = {LayerState.ACTIVE: setting.active, LayerState.MERGED_DISABLED: merged}.get(state, ())
+        state = LayerState.MERGED if setting.merged else LayerState.ACTIVE
+    acting = {LayerState.ACTIVE: setting.active, LayerState.MERGED_DISABLED: setting.merged}.get(state, ())
     names = tuple(name for name in acting if name in owned)
     attribute = _own(wrapper, "parameter_name")
+    of_parameter = attribute is not None
     if not isinstance(attribute, str):
         attribute = "in_proj_weight" if is_attention(base) else "weight"
-    return Level(wrapper, setting, attribute, state, owned, merged, names, tokens)
+    return Level(wrapper, setting, attribute, state, owned, names, tokens, of_parameter)
 
 
 def is_attention(base: Any) -> bool:
