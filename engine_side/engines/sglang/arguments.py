@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge.errors import ConfigError
-from engine_side.engines.common.versions import refuse_arguments
+from engine_side.engines.common.refusals import refuse_arguments
 from engine_side.engines.sglang import LOADER
 
 _REFUSED = {

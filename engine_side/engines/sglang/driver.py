@@ -13,7 +13,7 @@ from bridge.errors import BridgeError, ConfigError, DeadlineExceeded
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim, hosting
 from engine_side.engines.common import frontend_messages as msg
-from engine_side.engines.common.versions import require_version
+from engine_side.engines.common.refusals import require_version
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.arguments import require_supported
 from engine_side.engines.sglang.in_process_channel import InProcessChannel

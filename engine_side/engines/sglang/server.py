@@ -14,7 +14,7 @@ from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
 from engine_side.engines.common.frontend_client import CALL_S
 from engine_side.engines.common.http import HttpClient, HttpStatus, read_field
-from engine_side.engines.common.versions import require_version
+from engine_side.engines.common.refusals import require_version
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.arguments import Arguments
 from engine_side.engines.sglang.remote import SglangDriver

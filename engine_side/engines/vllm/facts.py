@@ -8,7 +8,7 @@ from typing import Any
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Message
-from engine_side.engines.common.versions import refuse_arguments
+from engine_side.engines.common.refusals import refuse_arguments
 from engine_side.engines.vllm.plugin import BACKEND
 
 _PARALLEL = ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size")

@@ -14,7 +14,7 @@ from bridge.errors import BridgeError, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import hosting
-from engine_side.engines.common.versions import require_version
+from engine_side.engines.common.refusals import require_version
 from engine_side.engines.vllm.facts import check_facts, facts_of
 from engine_side.engines.vllm.liveness import died_error, wait_for
 from engine_side.engines.vllm.plugin import BACKEND, register

@@ -16,7 +16,7 @@ from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common import server_checks
 from engine_side.engines.common.http import HttpClient, HttpStatus, read_field
-from engine_side.engines.common.versions import require_version
+from engine_side.engines.common.refusals import require_version
 from engine_side.engines.vllm.facts import VllmFacts, backend_error, check_facts
 from engine_side.engines.vllm.plugin import BACKEND, FRONT
 from engine_side.engines.vllm.remote import AsyncDriver
