@@ -313,18 +313,19 @@ class Coordinator:
             arena = str(push.plan.arena.path)
             self.ledger.record("sealed", version=push.version, root=request.root.hex(), slot=push.slot, arena=arena)
             push.submitted = held = Held(push.version, push.plan, push.slot, seal)
-            self._results[push.version] = self._owner.submit(
-                lambda: self._run(push, lambda: self._runner.push(held, request))
-            )
+            self._results[push.version] = self._owner.submit(lambda: self._run(push, lambda: self._push(held, request)))
             for old in sorted(self._results)[:-RESULTS_KEPT]:
                 del self._results[old]
             return Accepted()
 
+    def _push(self, held: Held, request: SubmitRequest) -> Finished:
+        if self._layouts.outdated:
+            self._layouts.drop_unheld(self._versions, held.plan)
+        return self._runner.push(held, request)
+
     def _run(self, push: OpenPush, bring: Callable[[], Finished]) -> Finished:
         """Run a push or a rollback on the owner thread. It always has a result, and leaves the coordinator free."""
         try:
-            if self._layouts.outdated:
-                self._layouts.drop_unheld(self._versions, push.plan)
             return bring()
         except BaseException as error:  # thread boundary: a waiting trainer must get an answer whatever broke here
             return self._runner.give_up(push.version, error)

@@ -115,13 +115,17 @@ class Arena(files.SharedFile):
         page = files.encode_header(header)
         files.require_room(nbytes, folder)
         fd = files.create_file(path, nbytes)
+        arena: Arena | None = None
         try:
             _reserve(fd, nbytes, folder)
             arena = cls(path, fd, manifest, slots, writable=True)
             arena._populate()
             os.pwrite(fd, page, 0)
         except BaseException:
-            os.close(fd)
+            if arena is None:
+                os.close(fd)
+            else:
+                arena.close()  # the mapping too, which the exception's traceback would keep
             path.unlink(missing_ok=True)
             raise
         return arena

@@ -129,7 +129,7 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     return decided
 
 
-def _clusters(baked: Baked) -> list[Cluster]:
+def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
     """Group the modules of the plan that hold the same target, in the skeleton's order."""
     wanted = {t.path for t in baked.plan.targets}
     modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
@@ -144,10 +144,11 @@ def _clusters(baked: Baked) -> list[Cluster]:
                 groups.update(dict.fromkeys(other, group))
     order = {path: k for k, path in enumerate(modules)}
     distinct = {id(group): sorted(group, key=order.__getitem__) for group in groups.values()}
-    return [_cluster(baked, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
+    return [_cluster(template, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
 
 
-def _cluster(baked: Baked, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
+def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
+    # forms are the template's: a loader that rebinds parameters has changed those of the skeleton that it filled
     targets: dict[str, int] = {}
     roles: list[Role] = []
     places: list[dict[str, int]] = []
@@ -155,7 +156,7 @@ def _cluster(baked: Baked, paths: tuple[str, ...], modules: Mapping[str, Sequenc
         places.append({})
         for place in modules[path]:
             if place.target not in targets:
-                tensor = baked.targets.tensors[place.target]
+                tensor = require_tensor(template.get_submodule(path), place.name)
                 targets[place.target] = len(roles)
                 roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
             places[-1][place.name] = targets[place.target]
@@ -168,7 +169,7 @@ def _groups(template: nn.Module, baked: Baked) -> list[list[Cluster]]:
     for move in baked.plan.moves:
         moves.setdefault(move.target, []).append(move)
     groups: dict[object, list[Cluster]] = {}
-    for cluster in _clusters(baked):
+    for cluster in _clusters(template, baked):
         plan = tuple((m.source, m.dest) for target in cluster.targets for m in moves.get(target, ()))
         shape = tuple(tuple(sorted(names.items())) for names in cluster.places)
         marks = tuple(_marks(template.get_submodule(path)) for path in cluster.paths)

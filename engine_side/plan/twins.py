@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
@@ -20,6 +20,7 @@ from engine_side.protocol import RankHost
 
 _INTERNAL = frozenset(nn.Module().__dict__)
 """Attributes of every module: its registries, its hooks and `training`. Nothing writes these on a live module."""
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _DEPTH = 4
 """Levels of objects, containers and closures that `reachable` looks into."""
 
@@ -88,6 +89,53 @@ class Twin:
         return any(worked)
 
 
+def _shallow_state(module: nn.Module) -> dict[str, Any]:
+    """Copy what a module holds, its registries included, one level deep."""
+    return {**module.__dict__, **{name: dict(getattr(module, name)) for name in _REGISTRIES}}
+
+
+class _PooledSkeleton:
+    """A skeleton from which twins are taken, each module once, and only as long as it is what the skeleton made it: a
+    post-load step may have changed other modules than its own."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._made = {
+            path: (module, _shallow_state(module)) for path, module in root.named_modules(remove_duplicate=False)
+        }
+        self._used: set[str] = set()
+
+    def offers(self, paths: Iterable[str]) -> bool:
+        """True when all these modules are unused and as they were made."""
+        return all(path not in self._used and self._unchanged(path) for path in paths)
+
+    def _unchanged(self, path: str) -> bool:
+        module, made = self._made[path]
+        now = _shallow_state(module)
+        flat = [(now, made), *((now[name], made[name]) for name in _REGISTRIES)]
+        return all(
+            one.keys() == other.keys() and all(one[key] is other[key] for key in one if key not in _REGISTRIES)
+            for one, other in flat
+        )
+
+    def use(self, paths: Iterable[str]) -> list[nn.Module]:
+        """Take these modules."""
+        self._used.update(paths)
+        return [self._made[path][0] for path in paths]
+
+    def unlend(self) -> None:
+        """Make used modules what they were, for the post-load steps of others that look at them."""
+        for path in self._used:
+            module, made = self._made[path]
+            module.__dict__.clear()
+            module.__dict__.update({**made, **{name: dict(made[name]) for name in _REGISTRIES}})
+
+    @property
+    def untouched(self) -> bool:
+        """True when every module is as it was made."""
+        return all(map(self._unchanged, self._made))
+
+
 class TwinSource:
     """Hands out twins; asks the host for another skeleton only when all suitable modules of those at hand are used.
 
@@ -97,8 +145,7 @@ class TwinSource:
 
     def __init__(self, host: RankHost) -> None:
         self.host = host
-        self._pool: list[tuple[nn.Module, set[str]]] = []  # skeletons, and the paths of their used modules
-        self._lent: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._pool: list[_PooledSkeleton] = []
         self._spare: Spare = {}
         self.template = self.take_skeleton()
 
@@ -108,23 +155,19 @@ class TwinSource:
         Args:
             live: module path -> live module, from which device and derived buffers come.
         """
-        free = ((c, skeleton, used) for skeleton, used in self._pool for c in options if used.isdisjoint(c.paths))
-        choice, skeleton, used = next(free, None) or (options[0], *self._grow())
-        used.update(choice.paths)
-        modules = [skeleton.get_submodule(path) for path in choice.paths]
-        for module in modules:
-            registries = {name: dict(getattr(module, name)) for name in ("_parameters", "_buffers", "_modules")}
-            self._lent.append((module, {**module.__dict__, **registries}))
+        free = ((c, skeleton) for skeleton in self._pool for c in options if skeleton.offers(c.paths))
+        choice, skeleton = next(free, None) or (options[0], self._grow())
+        modules = skeleton.use(choice.paths)
         made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
         memory: list[torch.Tensor] = []
         with experiment_step("building a twin", choice.paths[0], choice.nbytes):
             for path, module in zip(choice.paths, modules, strict=True):
                 materialise(module, live[path], made, self._spare, memory)
-        return Twin(choice, skeleton, modules, memory=memory)
+        return Twin(choice, skeleton.root, modules, memory=memory)
 
-    def _grow(self) -> tuple[nn.Module, set[str]]:
+    def _grow(self) -> _PooledSkeleton:
         with experiment_step("building a skeleton", type(self.host.model).__name__):
-            self._pool.append((self.host.skeleton(), set()))
+            self._pool.append(_PooledSkeleton(self.host.skeleton()))
         return self._pool[-1]
 
     def retire(self, twin: Twin) -> None:
@@ -134,25 +177,22 @@ class TwinSource:
         twin.memory = []
 
     def take_skeleton(self) -> nn.Module:
-        """Hand out a whole skeleton, from which twins may have been taken; no twin will be taken from it any more."""
-        if not self._pool:
-            self._grow()
-        return self._pool.pop()[0]
+        """Hand out a whole skeleton, as it was made; no twin will be taken from it."""
+        found = next((each for each in self._pool if each.untouched), None) or self._grow()
+        self._pool.remove(found)
+        return found.root
 
     def release(self) -> None:
         """Let the memory of used twins go, nothing of which was grafted. Their modules are then as the skeleton had
         them, for the post-load steps of others that look at them; they are not taken again, since their own steps may
         have left a mark elsewhere."""
-        for module, state in self._lent:
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        self._lent.clear()
+        for skeleton in self._pool:
+            skeleton.unlend()
         self._spare.clear()
 
     def forget(self) -> None:
         """Let used twins go as they are, and all skeletons: the next twin is taken from a fresh one."""
         self._pool.clear()
-        self._lent.clear()
         self._spare.clear()
 
 

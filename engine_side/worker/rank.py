@@ -150,12 +150,17 @@ class Rank:
 
     def _map(self, job: jobs.MapJob) -> jobs.RankDone:
         planned = self._planned(job.plan, mapped=False)
-        planned.arena = arena = Arena.open(Path(job.path), validate(job.manifest))
-        slots = [arena.tensors(slot) for slot in range(arena.slots)]
-        if isinstance(planned.loader, LoraLoader):
-            planned.loader.map(job.manifest, slots)
-        else:
-            planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
+        arena = Arena.open(Path(job.path), validate(job.manifest))
+        try:
+            slots = [arena.tensors(slot) for slot in range(arena.slots)]
+            if isinstance(planned.loader, LoraLoader):
+                planned.loader.map(job.manifest, slots)
+            else:
+                planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
+        except BaseException:
+            arena.close()
+            raise
+        planned.arena = arena
         return self._forget((job.plan, *job.keep))
 
     def _forget(self, keep: tuple[int, ...]) -> jobs.RankDone:

@@ -374,6 +374,19 @@ def test_too_little_room_names_both_sizes_and_creates_nothing(tmp_path: Path, mo
     Arena.create(MANIFEST, name="x", directory=tmp_path).close()
 
 
+def test_a_create_that_fails_midway_keeps_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Arena) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Arena, "_populate", broken)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        Arena.create(MANIFEST, name="x", directory=tmp_path)
+    assert caught.value.__traceback__ is not None, "it keeps the frames, and what they hold"
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert not [fd for fd in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(fd)]
+    assert listed(tmp_path) == []
+
+
 def test_the_limit_can_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHBRIDGE_SHM_LIMIT", "4096")
     with pytest.raises(ArenaFull, match="WEIGHBRIDGE_SHM_LIMIT"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bridge.errors import ConfigError
+from bridge.model.manifest import TensorInfo
+from engine_side.engines.module import ModuleRankHost
 from engine_side.live import storage_layout
 from engine_side.load.loader import Loader
 from engine_side.plan.bake import bake
@@ -215,3 +218,55 @@ def test_a_graft_leaves_the_mode_of_a_live_module_alone() -> None:
         assert all(module.training for module in host.model.modules())
     finally:
         loader.close()
+
+
+class Rebinding(ModuleRankHost):
+    """Its loader gives a parameter the memory of the checkpoint's tensor, as some engines' do."""
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, weight in weights:
+            skeleton.get_parameter(name).data = weight.to("meta")
+
+
+def test_a_loader_that_rebinds_does_not_decide_what_is_canonical() -> None:
+    host = Rebinding(nn.Sequential(nn.Linear(6, 4, dtype=torch.bfloat16)))
+    infos = [TensorInfo("0.weight", "fp32", (4, 6)), TensorInfo("0.bias", "fp32", (4,))]
+    loader = Loader(host, infos)
+    try:
+        loader.map(*toy.arena(infos, 1))
+        assert loader.apply(0).rebound == ()
+        assert loader.decided.choices["0"].strategy is Strategy.IN_PLACE
+        assert host.model[0].weight.dtype is torch.bfloat16
+    finally:
+        loader.close()
+
+
+class Parent(nn.Module):
+    """Has a weight, and a child whose weight its post-load step transposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+        self.child = nn.Linear(6, 4, bias=False)
+
+
+class Meddling(ModuleRankHost):
+    """Post-load of one module changes another."""
+
+    def post_load(self, module: nn.Module) -> bool:
+        if isinstance(module, Parent):
+            module.child.weight = nn.Parameter(module.child.weight.detach().t().contiguous())
+        return isinstance(module, Parent)
+
+    def skeleton(self) -> nn.Module:
+        with torch.device("meta"):
+            return nn.Sequential(Parent())
+
+
+def test_an_experiment_meets_no_module_that_another_one_has_changed() -> None:
+    host = Meddling(nn.Sequential(Parent()))
+    host.post_load(host.model[0])
+    infos = [TensorInfo("0.weight", "fp32", (4,)), TensorInfo("0.child.weight", "fp32", (4, 6))]
+    with pytest.raises(ConfigError, match="is not what the engine's post-load makes of it") as caught:
+        decide(host, toy.checked(bake(host, infos)))
+    assert "0.child" in str(caught.value)

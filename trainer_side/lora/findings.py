@@ -13,7 +13,7 @@ from trainer_side.lora.layers.dequant import FP8, quant_state
 from trainer_side.lora.layers.features import Feature, Finding
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import parameters_of
-from trainer_side.lora.layers.refusals import reason_of
+from trainer_side.lora.layers.refusals import of_variant, reason_of
 from trainer_side.lora.layers.values import LayerState, LoraParameters
 from trainer_side.lora.state import LoraState
 from trainer_side.names.naming import LORA_SEGMENTS, identity_of
@@ -164,6 +164,9 @@ def _acting(layer: Layer, parameters: LoraParameters) -> Iterator[Finding]:
         yield Finding(Feature.CONVOLUTION, path, names)
     elif parameters.kind == "attention":
         yield Finding(Feature.ATTENTION, path, names)
+    experts = parameters.kind == "parameter" and parameters.weight.dim() == 3
+    for lora in parameters.loras:
+        yield from (replace(found, where=path, names=names) for found in of_variant(lora, experts=experts))
     if any(lora.bias is not None for lora in parameters.loras):
         feature = Feature.LORA_BIAS if parameters.bias is not None else Feature.LORA_BIAS_ALONE
         yield Finding(feature, path, layer.biases, subject="lora_bias")

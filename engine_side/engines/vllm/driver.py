@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError, DeadlineExceeded, PeerLost
@@ -64,7 +64,12 @@ class LLMDriver(VllmDriver):
         )
         self._core = getattr(self._engine.engine_core, "engine_core", None)  # None when it has a process of its own
         self._published: PublishedState = vars(self._engine).setdefault(_PUBLISHED, PublishedState())
-        self.gate = VllmGate.of(self._engine)
+
+    @cached_property
+    def gate(self) -> VllmGate:
+        """The gate of the engine, put up at its first use: the claim comes before, and whoever had it has taken the
+        gate of its own down by then."""
+        return VllmGate.of(self._engine)
 
     # ---- calls of the engine -------------------------------------------------------------------------------------
 

@@ -229,6 +229,25 @@ def test_an_unknown_variant_is_never_taken_for_plain_lora() -> None:
         assert "Strange" in str(verdict)
 
 
+@pytest.mark.parametrize("beside", ["an adapter on the meta device", "a lora_bias that nothing carries"])
+def test_an_unknown_variant_is_found_beside_another_reason(beside: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    class Strange:
+        pass
+
+    biased = beside.startswith("a lora_bias")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(Toy(), LoraConfig(r=3, target_modules=["slim"], lora_bias=biased))
+    layer = model.base_model.model.slim
+    layer.lora_variant["default"] = Strange()
+    if not biased:
+        layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.to("meta"))
+    verdict = allowed(LoraModel(model))["base"]
+    assert "Strange" in str(verdict)
+
+
 def test_alora_is_refused_with_the_mode_that_can() -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -86,6 +86,7 @@ class Finding:
         reason: details of this place, for the row's reason.
         subject: the part of the layer concerned, where the row's title does not make the subject of a sentence.
         way_out: a remedy besides another mode.
+        modes: those of MODES that the remedy may name; the others need the same values.
     """
 
     feature: Feature
@@ -94,6 +95,7 @@ class Finding:
     reason: str = ""
     subject: str = ""
     way_out: str = ""
+    modes: tuple[str, ...] = MODES
 
     def reason_against(self, mode: str) -> str | None:
         """Explain why this mode cannot carry it; None when it can."""
@@ -107,7 +109,7 @@ class Finding:
 
     def error(self, where: str) -> UnsupportedLora:
         """Build the error of a single layer whose effective tensors were asked for; `where` names the layer."""
-        able = " or ".join(f"mode={mode!r}" for mode in MODES if self.feature.reason_against(mode) is None)
+        able = " or ".join(f"mode={mode!r}" for mode in self.modes if self.feature.reason_against(mode) is None)
         ways = (self.way_out.capitalize(), able and f"use {able}")
         return UnsupportedLora(
             f"{self.name} cannot be pushed in merged mode: {self.reason_against('merged')}",

@@ -47,7 +47,7 @@ def reason_of(chain: Chain, copies: int | None = None, attribute: str | None = N
         if found is not None and found.feature is Feature.UNREADABLE and weight is not None:
             # What merged alone needs is the values of the base: an adapter does without.
             packed = quant_state(chain.base, weight) is not None or weight.dtype in FP8
-            return replace(found, feature=Feature.NO_VALUES) if packed else found
+            return replace(found, feature=Feature.NO_VALUES, modes=("adapter",)) if packed else found
         if found is not None:
             return found
     return None
@@ -66,21 +66,22 @@ def _reasons(chain: Chain, name: str, weight: torch.Tensor | None, copies: int |
         return
     for level in levels:
         for lora in level.loras:
-            yield from _of_variant(lora, experts=level.of_parameter and weight.dim() == 3)
+            yield from of_variant(lora, experts=level.of_parameter and weight.dim() == 3)
     where = _elsewhere(weight)
     if where is not None:
-        way_out = "gather it first"
-        yield _unreadable("a sharded, offloaded or empty weight", f"its values are not here ({where})", way_out)
+        reason = f"its values are not here ({where})"
+        found = _unreadable("a sharded, offloaded or empty weight", reason, "gather it first")
+        yield replace(found, modes=())
         return
     yield from _of_base(chain.base, name, weight, levels, copies)
     yield from _of_levels(chain, name, weight, levels, copies)
 
 
-def _of_variant(lora: ActiveLora, *, experts: bool) -> Iterator[Finding]:
+def of_variant(lora: ActiveLora, *, experts: bool) -> Iterator[Finding]:
     """List the reasons that lie in what an adapter computes, whatever the layer."""
     variant, unknown, subject = lora.variant, lora.extra.get("unknown"), f"adapter {lora.name}"
     if variant in PER_TOKEN_VARIANTS:
-        yield Finding(Feature.PER_TOKEN, reason=variant, subject=PER_TOKEN_VARIANTS[variant])
+        yield Finding(Feature.PER_TOKEN, reason=variant, subject=f"{PER_TOKEN_VARIANTS[variant]} {subject}")
     if unknown:
         reason = f"the layer holds something that is not understood: {', '.join(unknown)}"
         yield Finding(Feature.AMBIGUOUS if experts else Feature.UNKNOWN, reason=reason, subject=subject)
