@@ -10,8 +10,8 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -354,6 +354,17 @@ def difference(a: Logprobs, b: Logprobs) -> float:
     """Compute the mean |difference| in nats."""
     values = [abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
     return sum(values) / len(values)
+
+
+def shared_files(pids: Iterable[int]) -> set[Path]:
+    """Find the files in shared memory that these processes map. By inode: a semaphore is mapped under a name that it
+    had for a moment only."""
+    inodes: set[int] = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            inodes.update(int(line.split(None, 5)[4]) for line in lines if "/dev/shm/" in line)
+    return {path for path in Path("/dev/shm").iterdir() if path.lstat().st_ino in inodes and path.is_file()}
 
 
 @contextmanager

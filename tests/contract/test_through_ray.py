@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import bridge
@@ -17,7 +18,7 @@ from bridge.errors import ConfigError, PeerLost
 from engine_side.engines.registry import host
 from tests.families import make_model, perturb
 from tests.ray.conftest import Home, eventually, gone, home  # noqa: F401
-from tests.rigs import PROMPTS, Hosting, Rigs
+from tests.rigs import PROMPTS, Hosting, Rigs, shared_files
 from trainer_side.reference import reference_logprobs
 
 pytestmark = pytest.mark.timeout(400)
@@ -141,8 +142,6 @@ def test_wrong_arguments_are_named(
 
 def test_down_leaves_nothing(hosted: Hosted) -> None:
     """Not even with a rollout that is still running: its caller is told."""
-    import ray
-
     b = bridge.connect("hosted", model=hosted.model)
     ended: list[BaseException | None] = []
 
@@ -157,34 +156,15 @@ def test_down_leaves_nothing(hosted: Hosted) -> None:
     thread = threading.Thread(target=roll)
     thread.start()
     time.sleep(0.2)
-    family = [hosted.pid, *descendants(hosted.pid)]
+    family = [hosted.pid, *(child.pid for child in psutil.Process(hosted.pid).children(recursive=True))]
     assert len(family) > 1
-    inodes = {inode for pid in family for inode in mapped(pid)}
-    files = {path for path in Path("/dev/shm").iterdir() if path.lstat().st_ino in inodes and path.is_file()}
+    files = shared_files(family)
     assert files or not hosted.hosting.leaves_files
     hosted.home.cli("down", "hosted")
     b.close()
-    ray.shutdown()  # its cluster has gone, and Ray ends processes that notice later, without a word
     thread.join(60)
     assert ended
     assert ended[0] is None or isinstance(ended[0], PeerLost), ended
     assert eventually(lambda: all(gone(pid) for pid in family)), "a process of the engine's is left"
     assert not [path for path in files if path.exists()]
     assert hosted.home.files() == []
-
-
-def descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in (Path("/proc") / str(pid) / "task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
-
-
-def mapped(pid: int) -> set[int]:
-    """Inodes in shared memory: a semaphore is mapped under a name that it had for a moment only."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:  # it has ended meanwhile
-        return set()
-    return {int(line.split(None, 5)[4]) for line in lines if "/dev/shm/" in line}

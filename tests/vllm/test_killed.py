@@ -15,6 +15,7 @@ import pytest
 import bridge
 from bridge.errors import BridgeError
 from engine_side.engines.vllm.driver import LLMDriver
+from tests.rigs import shared_files
 
 pytestmark = pytest.mark.timeout(200)
 PUSH_S, GRACE_S = 30.0, 5.0  # vLLM itself takes about 10 s to end a core of which a worker was killed
@@ -27,14 +28,22 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path, rigs: Any) -> Iterator[A
 
     rigs.close()  # while an engine core lives in this process, vLLM remembers that all of them are to
     made = VllmRig(tmp_path, "qwen2-tied", how=request.param)
+    core = core_of(made)
+    left = shared_files([core.pid, *(child.pid for child in core.children(recursive=True))])
     yield made
     made.close()
+    for path in left:  # a killed core takes nothing with it
+        path.unlink(missing_ok=True)
+
+
+def core_of(rig: Any) -> psutil.Process:
+    (core,) = rig.llm.llm_engine.engine_core.resources.engine_manager.processes
+    return psutil.Process(core.pid)
 
 
 def victim_of(rig: Any) -> psutil.Process:
     """The engine core; where it has workers, the last of them."""
-    (core,) = rig.llm.llm_engine.engine_core.resources.engine_manager.processes
-    process = psutil.Process(core.pid)
+    process = core_of(rig)
     if rig.how == "tp2":
         process = [child for child in process.children(recursive=True) if "Worker" in child.name()][-1]
     return process
