@@ -81,11 +81,11 @@ def of_variant(lora: ActiveLora, *, experts: bool) -> Iterator[Finding]:
     """List the reasons that lie in what an adapter computes, whatever the layer."""
     variant, unknown, subject = lora.variant, lora.extra.get("unknown"), f"adapter {lora.name}"
     if variant in PER_TOKEN_VARIANTS:
-        yield Finding(Feature.PER_TOKEN, reason=variant, subject=f"{PER_TOKEN_VARIANTS[variant]} {subject}")
-    if unknown:
+        yield Finding(Feature.PER_TOKEN, reason=f"{subject}, {variant}", subject=PER_TOKEN_VARIANTS[variant])
+    elif unknown:
         reason = f"the layer holds something that is not understood: {', '.join(unknown)}"
         yield Finding(Feature.AMBIGUOUS if experts else Feature.UNKNOWN, reason=reason, subject=subject)
-    if variant not in PLAIN_VARIANTS | DORA_VARIANTS | PER_TOKEN_VARIANTS.keys():
+    elif variant not in PLAIN_VARIANTS | DORA_VARIANTS:
         yield Finding(Feature.UNKNOWN, reason=f"this variant is not known: {variant}", subject=subject)
 
 
