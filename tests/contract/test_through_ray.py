@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,15 @@ def test_rollouts_of_several_callers_at_once(hosted: Hosted, b: bridge.Bridge, m
     with ThreadPoolExecutor(3) as pool:
         rolling = [pool.submit(roll, k) for k in range(3)]
         time.sleep(0.3)
-        receipt = hosted.push("merged", b, inflight=mode)
+        receipts = [hosted.push("merged", b, inflight=mode)]
+        while mode == "abort" and not wait(rolling, 1, FIRST_COMPLETED).done and len(receipts) < 10:
+            receipts.append(hosted.push("merged", b, inflight=mode))  # the last one met nobody between two answers
         pushed.set()
         answers = [future.result(120)[0] for future in rolling]
-    assert {answer.finish_reason for answer in answers} == {reason}, answers
-    assert {answer.weight_version for answer in answers} == {version}
-    assert receipt.version == version + 1
+    ended = [answer for answer in answers if answer.finish_reason == reason]
+    assert ended if mode == "abort" else len(ended) == 3, answers
+    assert all(version <= answer.weight_version < receipts[-1].version for answer in ended)
+    assert receipts[-1].version == version + len(receipts)
 
 
 def test_wrong_arguments_are_named(
