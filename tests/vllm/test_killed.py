@@ -18,7 +18,7 @@ from engine_side.engines.vllm.driver import LLMDriver
 from tests.rigs import shared_files
 
 pytestmark = pytest.mark.timeout(200)
-PUSH_S, GRACE_S = 30.0, 5.0  # vLLM itself takes about 10 s to end a core of which a worker was killed
+PUSH_S, GRACE_S, NOTICED_S = 30.0, 5.0, 15.0  # vLLM itself takes about 10 s to end a core whose worker was killed
 ASKED = bridge.Sampling(max_tokens=200, temperature=0.0)
 
 
@@ -90,7 +90,7 @@ def test_killed_in_the_middle_of_a_push(
         started = time.monotonic()
         with pytest.raises(BridgeError, match=r"died|cannot be reached"):
             rig.push(timeout_s=PUSH_S, inflight="keep")
-        assert time.monotonic() - started < PUSH_S + GRACE_S
+        assert time.monotonic() - started < NOTICED_S
         assert rig.b.status().engines[0].state == "QUARANTINED"
         with pytest.raises(BridgeError):
             rolling.result(GRACE_S)
