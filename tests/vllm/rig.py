@@ -176,7 +176,7 @@ class VllmRig(EngineRig):
 
 HOSTING = Hosting(
     scheme="vllm",
-    arguments={"enforce_eager": True, "max_model_len": 4096, "enable_lora": True, "max_lora_rank": 8, "max_loras": 3},
+    arguments={"enforce_eager": True, "max_model_len": 32768, "enable_lora": True, "max_lora_rank": 8, "max_loras": 3},
     variables={"VLLM_CPU_OMP_THREADS_BIND": "0"},  # else rollouts take every core, and pushes come too late
     wrong=[
         ({"tensor_paralel_size": 2}, "tensor_paralel_size.*tensor_parallel_size"),
@@ -191,8 +191,8 @@ HOSTING = Hosting(
         ),
         ({"kv_offloading_size": 0.1}, "kv_offloading_size.*without"),
     ],
-    model={"eos_token_id": None, "max_position_embeddings": 4096},  # rollouts as long as asked for
-    longest=3000,
+    model={"eos_token_id": None, "max_position_embeddings": 32768},  # rollouts as long as asked for
+    longest=30_000,  # for minutes: a push that waits for a busy machine still meets it
     in_flight_tokens=400,
     leaves_files=False,
 )
