@@ -68,7 +68,7 @@ def test_loras_and_the_base_below_them(rigs: Any, tmp_path: Path, lora_case: Cas
         assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
     assert set(users) <= set(rig.loras())
     if mine is not None:
-        assert difference(rig.said(mine), rig.said()) > 0.1, "the user's LoRA still acts"
+        assert difference(rig.said(mine), rig.said()) > 0.2, "the user's LoRA still acts"
     jiggle(model, 3)
     assert rig.b.push(model.named_parameters(), mode="adapter").verified is True
     assert rig.b.push(model.named_parameters(), mode="merged").verified is True
