@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from bridge.errors import ShapeMismatch, UnexpectedTensor
-from bridge.model.dtypes import CODES
+from bridge.errors import DtypeMismatch, ShapeMismatch, UnexpectedTensor
+from bridge.model.dtypes import CODES, INTEGERS
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense, source_coverage
 from bridge.protocol.coordinator_messages import PlanRequest
@@ -31,13 +31,23 @@ def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest)
 def agree(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -> Manifest:
     """The manifest that all plans agree on: per tensor the dtype that every rank shares, else the trainer's own.
 
-    Raises UnexpectedTensor for a tensor that some engine uses nowhere, ShapeMismatch for one it reads only in part.
+    Raises UnexpectedTensor for a tensor that some engine uses nowhere, ShapeMismatch for one it reads only in part,
+    DtypeMismatch for integers that the engines hold in different dtypes.
     """
     for engine, ranks in baked.items():
         _all_used(engine, request, ranks)
     tensors = []
     for info in request.tensors:
         dtypes = {rank.dtypes[info.name] for ranks in baked.values() for rank in ranks if info.name in rank.dtypes}
+        if len(dtypes) > 1 and info.dtype in INTEGERS:
+            raise DtypeMismatch(
+                "the engines hold these integers in different dtypes, and a snapshot can be checked for one only",
+                where=info.name,
+                expected="one dtype in all engines",
+                got=", ".join(sorted(dtypes)),
+                remedy="drive these engines by bridges of their own",
+                names=(info.name,),
+            )
         dtype = dtypes.pop() if len(dtypes) == 1 else info.dtype
         tensors.append(TensorInfo(info.name, dtype, info.shape, info.aliases))
     return lay_out(tensors)

@@ -130,11 +130,14 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     wanted = tuple(infos)
     offenders: dict[str, BridgeError] = {}
     found = _offer_aliases(host, wanted, _trace_around(host, wanted, offenders), offenders)
-    native = _native(host, wanted, found, offenders)
+    computed = _computed_from(host, wanted, found, offenders)
+    native = _native(found, computed)
     reached = {move.target for move in found.moves}.union(found.tainted)
     unloaded = host.unloaded() - reached if isinstance(host, NamesUnloaded) else frozenset[str]()
     plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial, unloaded)
-    problems = list(offenders.values())
+    # codes without a place for their scales: that the scales have none leads nowhere, so it comes second
+    problems: list[BridgeError] = list(loader_errors.dtype_errors(plan, computed, wanted))
+    problems.extend(offenders.values())
     problems.extend(loader_errors.broadcast_errors(plan.moves, wanted))
     problems.extend(loader_errors.coverage_errors(plan, dest_coverage(plan), wanted, partial))
     sources = {path: names for path, (_, names) in native.items()}
@@ -299,17 +302,13 @@ def _offer_aliases(
     return replace(best, moves=moves)
 
 
-def _native(
+def _computed_from(
     host: RankHost, infos: tuple[TensorInfo, ...], found: Trace, offenders: Mapping[str, BridgeError]
-) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Map modules whose values cannot be followed to (why, the tensors that feed them), by loading one at a time."""
-    out: dict[str, tuple[str, tuple[str, ...]]] = {}
-    if not found.tainted:
-        return out
-    moved = {move.tensor for move in found.moves}
-    weights = stand_ins(infos)
-    fed: dict[str, set[str]] = {}
-    for name, weight in weights.items():
+) -> dict[str, frozenset[str]]:
+    """Map each target whose values cannot be followed to the tensors that they come from, by loading one at a time."""
+    fed: dict[str, set[str]] = {path: set() for path in found.tainted}
+    moved = {move.tensor for move in found.moves} if fed else set()
+    for name, weight in stand_ins(infos).items() if fed else ():
         if name in moved or name in offenders:
             continue
         try:
@@ -317,11 +316,18 @@ def _native(
         except loader_errors.LoaderRaised:
             continue
         for path in alone.tainted:
-            fed.setdefault(path.rpartition(".")[0], set()).add(name)
+            fed.setdefault(path, set()).add(name)
+    return {path: frozenset(names) for path, names in fed.items()}
+
+
+def _native(found: Trace, computed: Mapping[str, frozenset[str]]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Map modules with values that cannot be followed to (why, the tensors that feed them)."""
+    out: dict[str, tuple[str, tuple[str, ...]]] = {}
     for path, reason in found.tainted.items():
         module = path.rpartition(".")[0]
-        names = fed.get(module, set()) | {m.tensor for m in found.moves if m.target.rpartition(".")[0] == module}
-        out.setdefault(module, (f"{path}: {reason}", tuple(sorted(names))))
+        feeding = [names for target, names in computed.items() if target.rpartition(".")[0] == module]
+        moved = {m.tensor for m in found.moves if m.target.rpartition(".")[0] == module}
+        out.setdefault(module, (f"{path}: {reason}", tuple(sorted(moved.union(*feeding)))))
     return out
 
 

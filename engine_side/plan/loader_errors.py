@@ -7,15 +7,16 @@ tells a wrong shape from an unknown name; the likely name of a missing tensor is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bridge.errors import BridgeError, DtypeMismatch, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
-from bridge.model.dtypes import dtype_name
+from bridge.model.dtypes import FLOATS, INTEGERS, NUMBERS, Landing, dtype_name, landing
 from bridge.model.manifest import TensorInfo
-from bridge.model.regions import Coverage, Move, RankPlan, runs_of
+from bridge.model.regions import Coverage, Move, RankPlan, TargetTensor, runs_of
 from engine_side.protocol import RankHost
 
 if TYPE_CHECKING:
@@ -185,6 +186,51 @@ def broadcast_errors(moves: Sequence[Move], infos: Sequence[TensorInfo]) -> Iter
             remedy="trainer and engine must run the same configuration",
             names=(move.tensor,),
         )
+
+
+def dtype_errors(
+    plan: RankPlan, computed: Mapping[str, AbstractSet[str]], infos: Sequence[TensorInfo]
+) -> Iterator[DtypeMismatch]:
+    """Find tensors whose dtype says that they are not what the engine's tensor holds, one error per tensor.
+
+    Args:
+        computed: target -> the sent tensors from which the loader computes it, by itself.
+    """
+    sent = {info.name: info.dtype for info in infos}
+    known = {target.path: target for target in plan.targets}
+    reached: dict[str, dict[str, TargetTensor]] = {}
+    for move in plan.moves:
+        target = known[move.target]
+        reached.setdefault(move.tensor, {}).setdefault(target.dtype, target)
+    for path, names in computed.items():
+        # a loader that is given codes and scales may make values of them, and codes of values; of codes alone it cannot
+        if path in known and known[path].dtype in FLOATS and not NUMBERS & {sent[name] for name in names}:
+            for name in names:
+                reached.setdefault(name, {}).setdefault(known[path].dtype, known[path])
+    for name, targets in reached.items():
+        # one snapshot serves all places of a tensor: it can check that integers survive in one dtype only
+        several = len(targets) > 1 and sent[name] in INTEGERS
+        for into, target in targets.items():
+            found = landing(sent[name], into, buffer=target.buffer)
+            if several or found not in (Landing.CARRIED, Landing.CONVERTED):
+                yield _dtype_error(name, sent[name], target, found)
+                break
+
+
+def _dtype_error(name: str, sent: str, target: TargetTensor, found: Landing) -> DtypeMismatch:
+    if found is Landing.DEQUANTISED:
+        what = "codes of a quantised weight are not its values"
+        remedy = f"push the values (codes times scales) as {target.dtype} without the scales, or start the engine "
+        remedy += "with weights that are quantised in this way"
+    elif found is Landing.QUANTISED:
+        what = "values cannot be stored as codes: only the engine's own quantiser knows them"
+        remedy = f"push the weight as {target.dtype} together with its scales, or start the engine without quantisation"
+    else:
+        what = "a tensor of this dtype is not what the engine's tensor holds"
+        remedy = "check which tensor belongs to this name, and that trainer and engine run the same configuration"
+    return DtypeMismatch(
+        what, where=f"{name} -> {target.path}", expected=target.dtype, got=sent, remedy=remedy, names=(name,)
+    )
 
 
 def coverage_errors(

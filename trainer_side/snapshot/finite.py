@@ -1,7 +1,7 @@
 """Check that all values are finite: exactly, at memory speed, from bit patterns.
 
 In any of the floating formats the patterns that are not finite are, per sign, the largest when read as an integer. So
-two maxima, one signed and one unsigned, decide it.
+two maxima, one signed and one unsigned, decide it. A format without a sign needs only the unsigned one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _LIMITS: dict[str, tuple[type[np.signedinteger[Any]], type[np.unsignedinteger[An
     "fp64": (np.int64, np.uint64, 0x7FF0000000000000),
     "fp8_e4m3": (np.int8, np.uint8, 0x7F),
     "fp8_e5m2": (np.int8, np.uint8, 0x7C),
+    "fp8_e8m0": (np.int8, np.uint8, 0xFF),
 }
 """Wire dtype -> signed and unsigned integer of its size, and the smallest pattern that is not finite, sign bit off."""
 
