@@ -244,7 +244,7 @@ class Bridge:
         planned_at = time.perf_counter()
         try:
             written = self._write(snapshot, agreed, slot, settings)
-            reference, base, settings, notes = self._reference(settings)
+            reference, base, settings, missed = self._reference(settings)
             seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             submit = SubmitRequest(
                 version=slot.version,
@@ -252,10 +252,10 @@ class Bridge:
                 settings=settings,
                 phases={"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at},
                 wire_nbytes=written.nbytes,
-                notes=(*choice.notes, *snapshot.notes, *doubt, *notes),
+                notes=(*choice.notes, *snapshot.notes, *doubt, *missed),
                 reference=reference,
                 base=base,
-                base_proven=not doubt,
+                proven=not doubt and not missed,
             )
             self._call(submit, Accepted)
         except BaseException:
@@ -343,21 +343,19 @@ class Bridge:
     def _reference(
         self, settings: PushSettings
     ) -> tuple[Reference | None, Reference | None, PushSettings, tuple[str, ...]]:
-        """Compute the trainer's canary (for an adapter also the base's), if it is wanted. Where it is wanted only if
-        the model can give one, a refusal lowers the settings to the levels of the weights and becomes a note."""
+        """Compute the trainer's canary (for an adapter also the base's), if it is wanted. Where it is the default and
+        the model cannot give one, the levels of the weights are left and the last answer says why."""
         if settings.canary is False:
             return None, None, settings, ()
+        if settings.canary is None and not any(info.can_generate for info in self._engine_infos or ()):
+            return None, None, msgspec.structs.replace(settings, verify="weights", levels=LEVELS_OF["weights"]), ()
         try:
-            if settings.canary is None and settings.partial:
-                # what was not sent may have moved on in the trainer: then the two models differ, and rightly so
-                raise ConfigError("only a subset was sent", remedy="verify='outputs' when the rest is unchanged")
             longest = [i.max_prompt for i in self._engine_infos or () if i.max_prompt is not None]
             return *self._trainer.reference(min(longest, default=None), settings.mode), settings, ()
         except ConfigError as error:
             if settings.canary:
                 raise
-            lower = msgspec.structs.replace(settings, verify="weights", levels=LEVELS_OF["weights"])
-            return None, None, lower, (f"no canary: {error}",)
+            return None, None, msgspec.structs.replace(settings, levels=LEVELS_OF["weights"]), (f"no canary: {error}",)
 
     # ---- questions --------------------------------------------------------------------------------------------------
 

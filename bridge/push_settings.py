@@ -64,7 +64,8 @@ def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> Pu
 
     Raises ConfigError, naming the argument, what it may be and what came.
     """
-    verify, levels, canary = _levels(given.get("verify"), bound)
+    partial = given.get("partial", False)
+    verify, levels, canary = _levels(given.get("verify"), bound and not partial)
     if canary and not bound:
         raise ConfigError(
             "the canary needs the live model", where="verify", got=verify, remedy="b.bind(model), or verify='weights'"
@@ -82,7 +83,7 @@ def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> Pu
         levels=levels,
         inflight=_one_of("inflight", given.get("inflight", "abort"), INFLIGHT),
         kv=_one_of("kv", given.get("kv", "reset"), KV),
-        partial=given.get("partial", False),
+        partial=partial,
         mode=_one_of("mode", given.get("mode", "auto"), MODES),
         reason="asked for",
         timeout_s=seconds,
@@ -92,11 +93,16 @@ def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> Pu
     )
 
 
-def _levels(verify: str | Iterable[str] | None, bound: bool) -> tuple[str, tuple[str, ...], bool | None]:
-    """Resolve `verify=` into its name, its levels, and whether a canary reference is wanted."""
+def _levels(verify: str | Iterable[str] | None, whole: bool) -> tuple[str, tuple[str, ...], bool | None]:
+    """Resolve `verify=` into its name, its levels, and whether a canary reference is wanted.
+
+    Args:
+        whole: a model is bound and all of it is sent. What is left out may have moved on in the trainer: then the two
+            models differ, and rightly so.
+    """
     if verify is None:
-        name = "outputs" if bound else "weights"
-        return name, LEVELS_OF[name], None if bound else False
+        name = "outputs" if whole else "weights"
+        return name, LEVELS_OF[name], None if whole else False
     if isinstance(verify, str):
         name = _one_of("verify", verify, tuple(LEVELS_OF))
         return name, LEVELS_OF[name], "canary" in LEVELS_OF[name]

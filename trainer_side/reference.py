@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from bridge.model.same_bits import same_bits
+from bridge.model import canary
+from bridge.model.dtypes import DTYPES, dtype_name
+from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
+from trainer_side.shielded.model_copy import shielded_copy
 
 _ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
 _TRANSPARENT = ("_orig_mod", "module")
@@ -20,31 +23,96 @@ _TRANSPARENT = ("_orig_mod", "module")
 An FSDP wrapper cannot be left out, since it gathers the weights."""
 
 
-def reference_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+def reference_logprobs(
+    model: nn.Module, prompts: Sequence[Sequence[int]], double: nn.Module | None = None
+) -> list[list[float]]:
     """Compute the log-probability (nats, from float32 logits) of token i+1 given tokens 0..i of each prompt.
 
-    One no-grad forward per prompt length, in eval mode, outside autocast. *(all ranks when the model is sharded)*
-    Training flags, random states and buffers are put back before it returns or raises. Blocks for the forward.
+    One no-grad forward per prompt length, in eval mode, outside autocast, of a shielded copy: the model itself is left
+    as it was, bit for bit and object for object. Enters no collective. Blocks for the forward.
+
+    A forward that leads back from the copy to the live model (a closure over it, put on the instance) is replaced by
+    that of its class, if the copy with it answers as the live model does.
+
+    Args:
+        double: the copy to call; None: one of the whole model.
 
     Returns len(prompt) - 1 numbers per prompt.
 
-    Raises ConfigError for a model that is not a causal language model (no `logits` of shape [batch, tokens, vocabulary]
-    from `model(input_ids=...)`), or whose vocabulary is smaller than a token id.
+    Raises:
+        ConfigError: a model that is not a causal language model (no `logits` of shape [batch, tokens, vocabulary] from
+            `model(input_ids=...)`), whose vocabulary is smaller than a token id, whose weights are sharded, or whose
+            forward writes to its weights or cannot be called without the live model.
+        IntegrityError: the model changed meanwhile.
     """
     core = _core(model)
-    scores: list[list[float]] = [[] for _ in prompts]
-    lengths = sorted({len(prompt) for prompt in prompts if len(prompt) > 1})
     _check_ids(core, prompts)
-    with torch.no_grad(), _left_as_it_was(core):
-        for length in lengths:
+    before = LiveState(model)
+    try:
+        try:
+            return _score(model, _core(double or shielded_copy(core)), prompts)
+        except LiveTensorReached as reached:
+            _require_class_forward(model, core, prompts, reached.name)
+            return _score(model, _with_class_forwards(_core(double or shielded_copy(core))), prompts)
+    except LiveTensorReached as reached:
+        raise _leads_back(model, reached.name, "the copy reaches the live model by another way too") from reached
+    finally:
+        before.require_unchanged()
+
+
+def _score(model: nn.Module, double: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Run a shielded copy over the prompts. Raises LiveTensorReached."""
+    with ReferenceGuard(model):
+        return _forward(double, prompts)
+
+
+def _forward(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    scores: list[list[float]] = [[] for _ in prompts]
+    with torch.no_grad(), _quiet(model):
+        for length in sorted({len(prompt) for prompt in prompts if len(prompt) > 1}):
             rows = [k for k, prompt in enumerate(prompts) if len(prompt) == length]
-            ids = torch.tensor([list(prompts[k]) for k in rows], dtype=torch.long, device=_input_device(core))
-            logits = _logits(core, ids)
+            ids = torch.tensor([list(prompts[k]) for k in rows], dtype=torch.long, device=_input_device(model))
+            logits = _logits(model, ids)
             values = torch.log_softmax(logits[:, :-1].float(), dim=-1)
             picked = values.gather(-1, ids[:, 1:].to(values.device).unsqueeze(-1)).squeeze(-1)
             for k, row in zip(rows, picked.tolist(), strict=True):
                 scores[k] = row
     return scores
+
+
+def _with_class_forwards(double: nn.Module) -> nn.Module:
+    """Take the forwards off that were put on instances of a copy."""
+    for module in double.modules():
+        vars(module).pop("forward", None)
+    return double
+
+
+def _require_class_forward(model: nn.Module, core: nn.Module, prompts: Sequence[Sequence[int]], reached: str) -> None:
+    """Raise ConfigError unless the classes' forwards answer as the live model, which is called for it, does."""
+    plain = _score(model, _with_class_forwards(shielded_copy(core)), prompts)
+    state = LiveState(model)
+    flags = [(module, module.training) for module in core.modules()]
+    try:
+        with ReferenceGuard(model, live=False):
+            live = _forward(core, prompts)
+    finally:
+        for module, training in flags:
+            module.training = training
+        state.put_back()
+    limit = canary.floor_for(dtype_name(p.dtype) for p in core.parameters() if p.dtype in DTYPES.values())
+    apart = max((abs(x - y) for a, b in zip(plain, live, strict=True) for x, y in zip(a, b, strict=True)), default=0.0)
+    if not apart <= limit:
+        raise _leads_back(model, reached, f"without it the model answers otherwise, by {apart:.3g} nats")
+
+
+def _leads_back(model: nn.Module, name: str, got: str) -> ConfigError:
+    return ConfigError(
+        "a forward that was put on the model calls the live model, so a copy of it gives no canary",
+        where=f"{type(model).__name__}, at {name}",
+        expected="forwards that can be called on a copy",
+        got=got,
+        remedy=_ADVICE,
+    )
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -130,15 +198,8 @@ def _not_a_language_model(model: nn.Module, got: str) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Set eval mode inside, without autocast; put flags, buffers and random states back after."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (buffer, None if buffer is None else buffer.detach().clone())
-        for module in model.modules()
-        for buffer in module._buffers.values()
-    ]
-    registered = [(module, dict(module._buffers)) for module in model.modules()]
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Set eval mode, without autocast; put random states back after."""
     legacy, plain = np.random.get_state(), random.getstate()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
@@ -147,18 +208,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             # Not `model.eval()`: models override it with more than the flag.
-            for module, _ in flags:
+            for module in model.modules():
                 module.training = False
             yield
         finally:
-            for module, training in flags:
-                module.training = training
-            for module, before in registered:
-                if module._buffers.keys() != before.keys() or any(module._buffers[n] is not before[n] for n in before):
-                    module._buffers.clear()
-                    module._buffers.update(before)
-            for buffer, value in buffers:
-                if buffer is not None and value is not None and not same_bits(buffer, value):
-                    buffer.copy_(value)
             np.random.set_state(legacy)
             random.setstate(plain)

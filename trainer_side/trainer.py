@@ -207,14 +207,15 @@ class TrainerSide:
             )
         rows = canary.prompts(vocabulary_size(self._model), max_tokens)
 
-        def answers(model: nn.Module) -> Reference:
-            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows))))
+        def answers(model: nn.Module, double: nn.Module | None = None) -> Reference:
+            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows, double))))
 
         if mode == "base":
-            return answers(copy_without_lora(self._model)), None
+            return answers(self._model, copy_without_lora(self._model)), None
         if self._lora is not None:
             require_still_forward(self._model)
-        return answers(self._model), answers(copy_without_lora(self._model)) if mode == "adapter" else None
+        base = answers(self._model, copy_without_lora(self._model)) if mode == "adapter" else None
+        return answers(self._model), base
 
     def storages(self) -> frozenset[int]:
         """Return the storage addresses of the last collected tensors."""

@@ -48,8 +48,9 @@ def receipt_of(target: PushTarget, verdict: Verdict, request: SubmitRequest | No
     """Build the receipt of `target`'s push. `request` is the trainer's part; None for a rollback."""
     manifest, settings, reports = target.held.plan.arena.manifest, target.settings, tuple(verdict.reports.values())
     shown = verdict.error is None and verified(target.served.version, reports)
-    if shown and request is not None and not request.base_proven:
-        shown = "partial"
+    scored = "canary" not in settings.levels or any(report.canary is not None for report in reports)
+    if shown and not (scored and (request is None or request.proven)):
+        shown = "partial"  # a level that was asked for could not run; the notes say why
     return Receipt(
         version=target.served.version,
         previous=target.now.version if target.now else None,

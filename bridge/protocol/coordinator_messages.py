@@ -111,7 +111,8 @@ class SubmitRequest(Message, frozen=True):
     Attributes:
         phases: seconds that the trainer's side took so far. `wire_nbytes`: bytes written to the arena.
         reference: the trainer's canary. `base`: for an adapter, the trainer's answers without it.
-        base_proven: for an adapter, the engines' base weights were compared with the trainer's.
+        proven: nothing that was to be shown is open: for an adapter, the engines' base weights were compared with the
+            trainer's; the canary has its reference, if it was asked for or is the default.
     """
 
     version: int
@@ -122,7 +123,7 @@ class SubmitRequest(Message, frozen=True):
     notes: tuple[str, ...] = ()
     reference: Reference | None = None
     base: Reference | None = None
-    base_proven: bool = True
+    proven: bool = True
 
 
 class WaitRequest(Message, frozen=True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bridge
-from bridge.errors import ConfigError, MissingTensor
+from bridge.errors import ConfigError, DtypeMismatch
 from tests.families import OTHERS, make_model, perturb
 from tests.rigs import PROMPTS, difference
 from tests.vllm.rig import said_by
@@ -128,7 +128,7 @@ def test_a_quantised_engine_that_experiments_say_can_be_updated(
     llm = start(tmp_path / "first")
     b = bridge.attach(llm)
     try:
-        with pytest.raises(MissingTensor, match="weight_scale"):
+        with pytest.raises(DtypeMismatch, match="as int8 together with its scales"):
             b.push(model.named_parameters())
         perturb(model, 1)
         tensors = quantised(model, int8)

@@ -1,4 +1,4 @@
-"""`copy_without_lora`: the base model over the same Parameters, while the live one keeps its adapters."""
+"""`copy_without_lora`: the base model over the same weights, while the live one keeps its adapters."""
 
 from __future__ import annotations
 
@@ -49,8 +49,11 @@ def test_of_the_same_class_over_the_same_parameters(tied: bool) -> None:
     reference = tiny_qwen2(tied=tied)
     assert type(base) is type(reference)
     assert [name for name, _ in base.named_parameters()] == [name for name, _ in reference.named_parameters()]
-    live = {id(parameter) for parameter in model.parameters()}
-    assert all(id(parameter) in live for parameter in base.parameters())
+    live = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    for parameter in base.parameters():
+        own = live[parameter.data_ptr()]
+        assert parameter is not own
+        assert (type(parameter), parameter.shape, parameter.stride()) == (type(own), own.shape, own.stride())
     assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
     mine = {id(module) for module in base.modules()}
     assert mine.isdisjoint(id(module) for module in model.modules())

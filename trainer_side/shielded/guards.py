@@ -1,0 +1,170 @@
+"""Guards around a forward of a shielded copy: no way back into the live model, no write to its weights, no collective;
+and a comparison of the live model before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bridge.errors import ConfigError, IntegrityError
+from trainer_side.shielded.model_copy import sharded_error
+
+_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem"})
+"""Namespaces of torch's operations that wait for other processes."""
+_NO_FORWARD = "push with verify='weights': read-back and probes need no forward of the trainer"
+
+
+class LiveTensorReached(Exception):
+    """A forward of the copy came back to the live model, for instance through a closure over its forward.
+
+    Attributes:
+        name: the parameter or buffer that it used.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class ReferenceGuard(TorchDispatchMode):
+    """Refuses, before they run, operations of a forward that must not happen beside a live model.
+
+    Args:
+        model: the live model.
+        live: False lets the model's own tensors be read: for its own forward.
+
+    Inside, an operation raises LiveTensorReached when it is given a parameter or buffer object of the model, and
+    ConfigError when it would write to the storage of one, or wait for other processes.
+    """
+
+    def __init__(self, model: nn.Module, *, live: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        named = dict(_tensors(model))
+        self._live: Mapping[int, str] = {id(t): name for name, t in named.items()} if live else {}
+        self._kept = named  # an id says something only while its tensor lives
+        self._storages = {_storage(t): name for name, t in named.items()} if live else {}
+        self._storages.pop(0, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace in _COLLECTIVES:
+            raise sharded_error(f"the forward of the bound model, at {func}")
+        for tensor in _found_in((args, kwargs)):
+            if id(tensor) in self._live:
+                raise LiveTensorReached(self._live[id(tensor)])
+        if self._storages and func._schema.is_mutable and not _only_points_elsewhere(func):
+            self._refuse_writes(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _refuse_writes(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        for k, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[k] if k < len(args) else kwargs.get(argument.name)
+            for tensor in _found_in(given):
+                name = self._storages.get(_storage(tensor))
+                if name is not None:
+                    raise ConfigError(
+                        "a forward of this model would write to its weights, so it gives no canary",
+                        where=name,
+                        expected="a forward that moves nothing",
+                        got=str(func),
+                        remedy=_NO_FORWARD,
+                    )
+
+
+def _only_points_elsewhere(func: Any) -> bool:
+    """True for operations that change which elements a tensor object shows, and no element: `set_`, `transpose_`."""
+    return torch.Tag.inplace_view in func.tags or func.overloadpacket is torch.ops.aten.set_
+
+
+@dataclass(frozen=True)
+class _TensorFacts:
+    """What must be the same after a forward: the object, where it lies, how often it was written, what hangs on it."""
+
+    tensor: torch.Tensor
+    address: int
+    facts: tuple[Any, ...]
+    attributes: dict[str, Any]
+
+
+class LiveState:
+    """The identities of everything in a live model, taken before a forward of its copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._flags = [(module, module.training) for module in model.modules()]
+        self._tensors = {name: _facts(t) for name, t in _tensors(model)}
+
+    def require_unchanged(self) -> None:
+        """Raise IntegrityError, naming what changed, when the model is not as it was."""
+        changed = [type(module).__name__ for module, training in self._flags if module.training != training]
+        now = dict(_tensors(self._model))
+        changed += sorted(self._tensors.keys() ^ now.keys())
+        for name, before in self._tensors.items():
+            if name in now and not _same(before, _facts(now[name])):
+                changed.append(name)
+        if changed:
+            raise IntegrityError(
+                "the bound model changed while the canary's reference was computed",
+                where=", ".join(changed[:5]),
+                expected="every parameter and buffer as it was: object, storage, shape, version and attributes",
+                got=f"{len(changed)} changed",
+                remedy="push between steps: while nothing else uses the model",
+                names=tuple(changed),
+            )
+
+    def put_back(self) -> None:
+        """Undo what a forward of the live model itself has replaced. Values that it overwrote stay overwritten."""
+        for module, training in self._flags:
+            module.training = training
+        for before in self._tensors.values():
+            tensor = before.tensor
+            if not _same(before, _facts(tensor)) and type(tensor.data) is torch.Tensor:
+                tensor.data = before.facts[-1]
+                tensor.__dict__.clear()
+                tensor.__dict__.update(before.attributes)
+
+
+def _facts(tensor: torch.Tensor) -> _TensorFacts:
+    facts = (tensor.shape, tensor.dtype, tensor.device, tensor._version, tensor.requires_grad, tensor.data)
+    return _TensorFacts(tensor, _storage(tensor), facts, dict(vars(tensor)))
+
+
+def _same(one: _TensorFacts, other: _TensorFacts) -> bool:
+    if one.tensor is not other.tensor or one.address != other.address or one.facts[:-1] != other.facts[:-1]:
+        return False
+    mine, theirs = one.attributes, other.attributes
+    return mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every registered parameter and buffer by its live path, without a call of the model's own methods."""
+    for path, module in nn.Module.named_modules(model):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield (f"{path}.{name}" if path else name), tensor
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """The address of a tensor's storage; 0 where it has none (meta, wrappers around other tensors)."""
+    try:
+        return int(tensor.untyped_storage().data_ptr())
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _found_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _found_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _found_in(item)
