@@ -6,8 +6,7 @@ kept: fused experts are cut into runs by one call per live tensor, which is far 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,19 +26,13 @@ _BATCH = 4 << 20
 _BATCH_TENSORS = 2048
 
 
-class WriteTally:
-    """Collects what the copying threads found: tensors that are not finite, and the bytes that had to be written."""
+@dataclass(frozen=True, slots=True)
+class UnitWritten:
+    """Result of one unit of work: the bytes that had to be written, and manifest indices of tensors that it found not
+    to be finite."""
 
-    def __init__(self) -> None:
-        self.nonfinite: set[int] = set()
-        self.nbytes = 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int, nonfinite: Iterable[int]) -> None:
-        """Count what one unit of work wrote, and the manifest indices that it found not to be finite."""
-        with self._lock:
-            self.nbytes += nbytes
-            self.nonfinite.update(nonfinite)
+    nbytes: int
+    nonfinite: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

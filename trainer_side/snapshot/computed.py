@@ -19,7 +19,7 @@ from bridge.model.dtypes import dtype_of
 from bridge.model.regions import cut
 from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Collected, Computed
-from trainer_side.snapshot.batches import SlotViews, TensorCopy, WriteTally, copy_views
+from trainer_side.snapshot.batches import SlotViews, TensorCopy, UnitWritten, copy_views
 from trainer_side.snapshot.finite import is_finite
 
 Digests = npt.NDArray[np.uint64]
@@ -43,9 +43,7 @@ def group_computed(items: Iterable[TensorCopy], computed: Mapping[int, Computed]
     return [ComputedGroup(needs, tuple(made_of)) for needs, made_of in found.items()]
 
 
-def write_group(
-    group: ComputedGroup, place: SlotViews, collected: Collected, digests: Digests, tally: WriteTally
-) -> None:
+def write_group(group: ComputedGroup, place: SlotViews, collected: Collected, digests: Digests) -> UnitWritten:
     """Compute one group, and write its items. One unit of work of a copying thread.
 
     Raises ShapeMismatch or DtypeMismatch for values that are not what was announced.
@@ -53,7 +51,7 @@ def write_group(
     with torch.no_grad():
         values = {index: _compute(collected.computed[index], group.items) for index in group.indices}
     sources = {p.index: collected.sources[p.index] for item in group.items for p in item.parts} | values
-    write_items(group.items, place, sources, digests, tally)
+    return write_items(group.items, place, sources, digests)
 
 
 def write_items(
@@ -61,12 +59,11 @@ def write_items(
     place: SlotViews,
     sources: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
     digests: Digests,
-    tally: WriteTally,
-) -> None:
+) -> UnitWritten:
     """Write whole items, whatever the order of their elements in the trainer, digest and check them."""
     with torch.no_grad():
         torch._foreach_copy_(*copy_views(items, place, sources))
-    bad = []
+    bad: list[int] = []
     for item in items:
         raw, finite, chunks = place.bytes_of(item.spec), True, []
         for start, end in cut(len(raw), CHUNK):
@@ -74,7 +71,7 @@ def write_items(
             finite = finite and is_finite(raw[start:end], item.spec.dtype)
         digests[item.index] = fold(chunks)
         bad += [] if finite else [item.index]
-    tally.add(sum(item.spec.nbytes for item in items), bad)
+    return UnitWritten(sum(item.spec.nbytes for item in items), bad)
 
 
 def _compute(computed: Computed, items: Iterable[TensorCopy]) -> torch.Tensor:

@@ -33,7 +33,7 @@ from trainer_side.snapshot.batches import (
     SlotViews,
     SnapshotBatch,
     TensorCopy,
-    WriteTally,
+    UnitWritten,
     batch_views,
     make_batches,
 )
@@ -47,7 +47,7 @@ BLOCK = 1 << 20
 """Bytes that are copied, digested and checked before the next ones: they fit a core's cache."""
 WRITE_TIMEOUT_S = 300.0
 
-WriteJob = Callable[[], None]
+WriteJob = Callable[[], UnitWritten]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Snapshotter:
         self.manifest: Manifest = arena.manifest
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
-        self._stuck: list[Future[None]] = []
+        self._stuck: list[Future[UnitWritten]] = []
         """Units of an earlier write that had not ended at its deadline."""
         self._slots: dict[int, SlotViews] = {}
         self._program: _Program | None = None
@@ -135,32 +135,33 @@ class Snapshotter:
             for device in {tensor.device for tensor in sources if tensor.is_cuda}:
                 torch.cuda.current_stream(device).synchronize()
         digests = np.zeros(len(self.manifest.tensors), dtype="<u8")
-        tally = WriteTally()
         known = self._known.pop(slot, {})  # gone for good when this write fails
         pieces: dict[int, list[int]] = {}
-        jobs: list[WriteJob] = [partial(write_group, one, place, collected, digests, tally) for one in program.computed]
+        jobs: list[WriteJob] = [partial(write_group, one, place, collected, digests) for one in program.computed]
         for item in program.big:
             source = _in_order(item, sources)
             if source is None:
-                jobs.append(partial(write_items, [item], place, sources, digests, tally))
+                jobs.append(partial(write_items, [item], place, sources, digests))
                 continue
             chunks = pieces[item.index] = [0] * -(-item.spec.nbytes // CHUNK)
-            big = _BigTensor(item, place.bytes_of(item.spec), source, chunks, known.get(item.index), tally)
+            big = _BigTensor(item, place.bytes_of(item.spec), source, chunks, known.get(item.index))
             jobs += [partial(big.write_chunk, number) for number in range(len(chunks))]
-        jobs += [partial(_write_batch, batch, place, sources, digests, tally) for batch in program.batches]
-        self._run(jobs, Deadline.after(timeout_s))
+        jobs += [partial(_write_batch, batch, place, sources, digests) for batch in program.batches]
+        done = self._run(jobs, Deadline.after(timeout_s))
         for index, found in pieces.items():
             digests[index] = fold(found)
         for item in program.inexact:
             require_fit(item, place, sources)
-        if tally.nonfinite and not allow_nonfinite:
-            raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(tally.nonfinite))
-        self._known[slot] = {index: found for index, found in pieces.items() if index not in tally.nonfinite}
+        nonfinite = {index for unit in done for index in unit.nonfinite}
+        if nonfinite and not allow_nonfinite:
+            raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(nonfinite))
+        self._known[slot] = {index: found for index, found in pieces.items() if index not in nonfinite}
         carried = self._carry(program.carried, slot, base, digests) if program.carried else 0
-        return Written(digests.tobytes(), tally.nbytes + carried)
+        return Written(digests.tobytes(), sum(unit.nbytes for unit in done) + carried)
 
-    def _run(self, jobs: list[WriteJob], deadline: Deadline) -> None:
-        """Run all units of work on the copying threads. A failed unit, or the deadline, ends the others."""
+    def _run(self, jobs: list[WriteJob], deadline: Deadline) -> list[UnitWritten]:
+        """Run all units of work on the copying threads; their results in the same order. A failed unit, or the
+        deadline, ends the others."""
         if not all(unit.done() for unit in self._stuck):
             raise Busy(
                 "a copying thread of an earlier push still runs and may still write",
@@ -192,6 +193,7 @@ class Snapshotter:
             ) from failed
         if failed is not None:
             raise failed
+        return [unit.result() for unit in units]
 
     def _carry(self, carried: list[int], slot: int, base: int | None, digests: Digests) -> int:
         """Copy the tensors that were not sent from the base slot, with the digests it was sealed with."""
@@ -265,8 +267,7 @@ def _write_batch(
     place: SlotViews,
     sources: list[torch.Tensor],
     digests: Digests,
-    tally: WriteTally,
-) -> None:
+) -> UnitWritten:
     """Copy, digest and check one batch of small tensors. One unit of work of a copying thread."""
     with torch.no_grad():
         into, out_of = batch_views(batch, place, sources)
@@ -282,7 +283,7 @@ def _write_batch(
         if not is_finite(place.flat[start:end], dtype):
             inside = [item for item in batch.items if first <= item.index < stop]
             bad += [item.index for item in inside if not is_finite(place.bytes_of(item.spec), dtype)]
-    tally.add(copied, bad)
+    return UnitWritten(copied, bad)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,9 +302,8 @@ class _BigTensor:
     source: torch.Tensor
     digests: list[int]
     known: list[int] | None
-    tally: WriteTally
 
-    def write_chunk(self, number: int) -> None:
+    def write_chunk(self, number: int) -> UnitWritten:
         """Bring one chunk into the arena, digest and check it.
 
         Where bytes travel as they are, the digest is of the trainer's own: the arena's may not be in cache, and changes
@@ -317,7 +317,7 @@ class _BigTensor:
         into, to, out_of = torch.from_numpy(raw).view(wire), raw.ctypes.data, shown.ctypes.data
         if plain and self.known is not None and not memcmp(to, out_of, len(raw)):
             self.digests[number] = self.known[number]
-            return
+            return UnitWritten(0)
         hasher, finite, copied = xxhash.xxh3_64(), True, 0
         for start in range(0, len(raw), BLOCK):
             block = shown[start : start + BLOCK]
@@ -331,7 +331,7 @@ class _BigTensor:
             hasher.update(block.data)
             finite = finite and is_finite(block, self.item.spec.dtype)
         self.digests[number] = hasher.intdigest()
-        self.tally.add(copied, () if finite else (self.item.index,))
+        return UnitWritten(copied, () if finite else (self.item.index,))
 
 
 def _in_order(item: TensorCopy, sources: list[torch.Tensor]) -> torch.Tensor | None:
