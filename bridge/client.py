@@ -41,9 +41,9 @@ from bridge.errors import (
 )
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
 from bridge.model.levels import LEVELS_OF
-from bridge.model.manifest import TensorInfo, validate
+from bridge.model.manifest import validate
 from bridge.model.receipt import Receipt
-from bridge.ports import ModeChoice, Snapshot, TrainerPort, Written
+from bridge.ports import ModeChoice, Snapshot, SnapshotLayout, TrainerPort, Written
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import (
     Accepted,
@@ -73,7 +73,6 @@ from bridge.protocol.deadline import Deadline
 from bridge.push_settings import PushArguments, PushSettings, check_settings
 from bridge.session import Session
 from bridge.shm.arena import Arena
-from bridge.shm.seal import seal_slot
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ Named = Iterable[tuple[str, torch.Tensor]]
 class _Agreed:
     """A layout that all engines have planned, and its arena."""
 
-    tensors: tuple[TensorInfo, ...]
+    layout: SnapshotLayout
     partial: bool
     planned: Planned
     arena: Arena
@@ -238,17 +237,16 @@ class Bridge:
         started = time.perf_counter()
         settings = msgspec.structs.replace(settings, mode=choice.mode, reason=choice.reason)
         snapshot = self._trainer.collect(named, partial=settings.partial, mode=choice.mode)
-        self._session.refuse_shared(self._trainer.storages())
+        self._session.refuse_shared(snapshot.storages)
         agreed = self._agree(snapshot, settings.partial and snapshot.adapter is None)
         slot, doubt = self._begin(agreed, settings.version, over_base=snapshot.adapter is not None)
         planned_at = time.perf_counter()
         try:
             written = self._write(snapshot, agreed, slot, settings)
             reference, base, settings, missed = self._reference(settings)
-            seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
             submit = SubmitRequest(
                 version=slot.version,
-                root=seal.root,
+                root=written.seal.root,
                 settings=settings,
                 phases={"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at},
                 wire_nbytes=written.nbytes,
@@ -268,31 +266,31 @@ class Bridge:
         return PendingPush(self._session, slot.version, settings.timeout_s)
 
     def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, settings: PushSettings) -> Written:
-        agreed.arena.begin(slot.index)
         return self._trainer.write(
             snapshot,
             agreed.arena,
             slot.index,
             slot.base,
+            version=slot.version,
             allow_nonfinite=settings.allow_nonfinite,
             threads=self._threads,
-            timeout_s=settings.timeout_s,
+            deadline=Deadline.after(settings.timeout_s),
         )
 
     def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
         """Find the plan for this layout: the last one while nothing changed, else every engine plans it."""
         kind = snapshot.adapter is not None
         last = self._agreed.get(kind)
-        if last is not None and last.tensors is snapshot.tensors and last.partial == partial:
+        if last is not None and last.layout is snapshot.layout and last.partial == partial:
             return last
-        request = PlanRequest(snapshot.tensors, partial, self._trainer.bound, snapshot.adapter)
+        request = PlanRequest(snapshot.layout.tensors, partial, self._trainer.bound, snapshot.adapter)
         planned = self._call(request, Planned, self.config.plan_timeout_s)
         arena = last.arena if last is not None else None
         if arena is None or str(arena.path) != planned.path:
             if arena is not None:
                 arena.close()
             arena = Arena.open(Path(planned.path), validate(planned.manifest), writable=True)
-        agreed = self._agreed[kind] = _Agreed(snapshot.tensors, partial, planned, arena)
+        agreed = self._agreed[kind] = _Agreed(snapshot.layout, partial, planned, arena)
         return agreed
 
     def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[_Slot, tuple[str, ...]]:
@@ -333,8 +331,7 @@ class Bridge:
             written = self._write(
                 snapshot, agreed, slot, PushSettings(allow_nonfinite=True, timeout_s=self.config.push_timeout_s)
             )
-            seal = seal_slot(agreed.arena, slot.index, slot.version, written.digests)
-            return self._call(CompareRequest(seal.root), Compared, self.config.plan_timeout_s)
+            return self._call(CompareRequest(written.seal.root), Compared, self.config.plan_timeout_s)
         except BaseException:
             with contextlib.suppress(BridgeError):
                 self._call(CancelRequest(slot.version), Accepted)

@@ -15,7 +15,7 @@ from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Reference, Refused, ToCoordinator
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import ToEngine
-from bridge.shm.arena import Arena
+from bridge.shm.arena import Arena, Seal
 
 T = TypeVar("T")
 R = TypeVar("R", contravariant=True)
@@ -83,12 +83,26 @@ class InProcessPort:
         return answer if isinstance(answer, reply) else expect(answer, reply)
 
 
-class Snapshot(Protocol):
-    """Tensors of one push, collected but not yet copied: canonical names in a fixed order."""
+class SnapshotLayout(Protocol):
+    """What a plan is made for. Compared by identity: the same object means that nothing of it has changed."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Name, trainer dtype and global shape of each; the same object as last time while the layout is the same."""
+        """Name, trainer dtype and global shape of each tensor, canonical names in a fixed order."""
+        ...
+
+
+class Snapshot(Protocol):
+    """Tensors of one push, collected but not yet copied."""
+
+    @property
+    def layout(self) -> SnapshotLayout:
+        """The layout of the tensors; the same object as last time while it is the same."""
+        ...
+
+    @property
+    def storages(self) -> frozenset[int]:
+        """Addresses of the storages of the tensors, and of the LoRA model that they are computed from."""
         ...
 
     @property
@@ -113,9 +127,9 @@ class ModeChoice:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of writing a snapshot: 8-byte digests in manifest order, and the bytes that had to be written."""
+    """A snapshot in its slot: the seal that closed it, and the bytes that had to be written."""
 
-    digests: bytes
+    seal: Seal
     nbytes: int
 
 
@@ -158,23 +172,21 @@ class TrainerPort(Protocol):
         slot: int,
         base: int | None,
         *,
+        version: int,
         allow_nonfinite: bool,
         threads: int,
-        timeout_s: float,
+        deadline: Deadline,
     ) -> Written:
-        """Cast every tensor into the unsealed slot; tensors that are not in the snapshot are carried over from slot
-        `base`. Blocks for one pass over the bytes. Raises IntegrityError when the model's LoRA state has changed since
-        it was collected, DeadlineExceeded when the copying threads outlast `timeout_s`."""
+        """Open the slot, cast every tensor into it, and seal it as `version`; tensors that are not in the snapshot are
+        carried over from slot `base`. Blocks for one pass over the bytes. Raises IntegrityError when the model's LoRA
+        state has changed since it was collected, DeadlineExceeded when the copying threads outlast the deadline; then
+        the slot is left unsealed."""
         ...
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens.
         For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
         when the model has none."""
-        ...
-
-    def storages(self) -> frozenset[int]:
-        """Addresses of the storages of the bound model and of the last snapshot."""
         ...
 
     def close(self) -> None:

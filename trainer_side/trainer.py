@@ -15,7 +15,9 @@ from bridge.model.lora_format import LoraLimits
 from bridge.model.manifest import TensorInfo
 from bridge.ports import ModeChoice, Snapshot, Written
 from bridge.protocol.coordinator_messages import Reference
+from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
+from bridge.shm.seal import seal_slot
 from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
@@ -23,7 +25,7 @@ from trainer_side.lora.without_lora import copy_without_lora
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, some_names
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
-from trainer_side.snapshot.snapshotter import WRITE_TIMEOUT_S, Snapshotter
+from trainer_side.snapshot.snapshotter import Snapshotter
 
 
 class TrainerSide:
@@ -95,7 +97,7 @@ class TrainerSide:
         if collected.addresses != self._addresses:  # the same tensors as last time lie in the same storages
             self._storages = frozenset(t.untyped_storage().data_ptr() for t in collected.sources if t.numel())
             self._addresses = collected.addresses
-        return collected
+        return dataclasses.replace(collected, storages=self._storages)
 
     def _require_all(self, tensors: tuple[TensorInfo, ...]) -> None:
         came = {name for info in tensors for name in (info.name, *info.aliases)}
@@ -113,7 +115,7 @@ class TrainerSide:
 
     def _collect_lora(self, lora: LoraModel, named: NamedTensors, partial: bool, mode: str) -> Collected:
         names, tensors = read_pairs(named)
-        self._storages = frozenset(
+        storages = frozenset(
             t.untyped_storage().data_ptr() for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
         )
         view = lora.view(mode, list(zip(names, tensors, strict=True)), partial=partial)
@@ -122,7 +124,7 @@ class TrainerSide:
             # The names of a LoRA alone are those of `lora_format`: there is no model's name to resolve.
             source = self._views[mode] = WeightSource(None if view.known is None else lora.model, view.known)
         collected = source.collect(view.named, partial=partial, computed=view.computed)
-        return dataclasses.replace(collected, adapter=view.adapter, notes=view.notes, state=view)
+        return dataclasses.replace(collected, adapter=view.adapter, notes=view.notes, state=view, storages=storages)
 
     def collect_base(self) -> Collected:
         """Collect the bound model's base weights as they stand, whatever was pushed last.
@@ -138,10 +140,7 @@ class TrainerSide:
                 remedy="bind it: b.bind(peft_model)",
             )
         self._lora.choose("base", None)
-        kept = self._storages
-        collected = self._collect_lora(self._lora, self._lora.model.named_parameters(), False, "base")
-        self._storages = kept
-        return collected
+        return self._collect_lora(self._lora, self._lora.model.named_parameters(), False, "base")
 
     def base_mark(self, sent: Snapshot | None = None) -> Hashable | None:
         """Fingerprint the bound model's base weights; None without any, or when `sent` holds other values than them."""
@@ -162,11 +161,12 @@ class TrainerSide:
         slot: int,
         base: int | None,
         *,
+        version: int,
         allow_nonfinite: bool,
         threads: int,
-        timeout_s: float = WRITE_TIMEOUT_S,
+        deadline: Deadline,
     ) -> Written:
-        """Copy the collected tensors into the unsealed slot; blocks for one pass over them, at most `timeout_s`.
+        """Copy the collected tensors into the slot and seal it; blocks for one pass over them, until the deadline.
 
         Raises as `Snapshotter.write`, and IntegrityError when the LoRA layers changed since the tensors were collected.
         """
@@ -177,19 +177,17 @@ class TrainerSide:
             if writer is not None:
                 writer.close()
             writer = self._snapshotters[kind] = Snapshotter(arena, threads)
+        arena.begin(slot)
         try:
-            written = writer.write(slot, collected, base=base, allow_nonfinite=allow_nonfinite, timeout_s=timeout_s)
+            copied = writer.write(slot, collected, base=base, allow_nonfinite=allow_nonfinite, deadline=deadline)
         except (BridgeError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             # A layer that another thread takes away while it is read fails anywhere, with errors that help nobody.
-            self._require_unchanged(collected, error)
+            if self._lora is not None:
+                _require_unchanged(self._lora, collected, error)
             raise
-        self._require_unchanged(collected)
-        return written
-
-    def _require_unchanged(self, snapshot: Collected, cause: BaseException | None = None) -> None:
-        view = snapshot.state
-        if self._lora is not None and isinstance(view, ModeView) and self._lora.changed_since(view):
-            raise changed_meanwhile() from cause
+        if self._lora is not None:
+            _require_unchanged(self._lora, collected)
+        return Written(seal_slot(arena, slot, version, copied.digests), copied.nbytes)
 
     def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model over its prompts, cut to `max_tokens`.
@@ -217,12 +215,14 @@ class TrainerSide:
         base = answers(self._model, copy_without_lora(self._model)) if mode == "adapter" else None
         return answers(self._model), base
 
-    def storages(self) -> frozenset[int]:
-        """Return the storage addresses of the last collected tensors."""
-        return self._storages
-
     def close(self) -> None:
         """Stop the copying threads and let go of the arenas. Idempotent."""
         for writer in self._snapshotters.values():
             writer.close()
         self._snapshotters.clear()
+
+
+def _require_unchanged(lora: LoraModel, snapshot: Collected, cause: BaseException | None = None) -> None:
+    """Raise IntegrityError when another thread changed the LoRA layers since the tensors were collected."""
+    if isinstance(snapshot.state, ModeView) and lora.changed_since(snapshot.state):
+        raise changed_meanwhile() from cause

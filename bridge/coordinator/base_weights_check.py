@@ -82,7 +82,7 @@ class BaseWeightsCheck:
             "the engines do not serve the base weights that this adapter was trained on",
             where=", ".join(names[:3]) + (" ..." if len(names) > 3 else "") or "the engines' weights",
             expected="the bound model's base, bit for bit",
-            got=f"{len(names)} of {len(snapshot.tensors)} tensors differ"
+            got=f"{len(names)} of {len(snapshot.layout.tensors)} tensors differ"
             if compared.known
             else "weights that cannot be read back",
             remedy="push mode='base' once (it brings a base that its initialisation changed as well), then the adapter",

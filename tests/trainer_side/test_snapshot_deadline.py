@@ -16,6 +16,7 @@ from torch import nn
 import bridge
 from bridge.errors import BridgeError, Busy, ConfigError, DeadlineExceeded
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from trainer_side.names.tensor_layout import WeightSource
 from trainer_side.snapshot import snapshotter
@@ -56,7 +57,7 @@ def in_time(writer: Snapshotter, timeout_s: float) -> BridgeError:
     """The error of a write; it has to come soon after the timeout."""
     started = time.monotonic()
     with pytest.raises(BridgeError) as caught:
-        writer.write(0, WeightSource().collect(PAIRS), timeout_s=timeout_s)
+        writer.write(0, WeightSource().collect(PAIRS), deadline=Deadline.after(timeout_s))
     assert time.monotonic() - started < timeout_s + 10
     assert caught.value.remedy
     return caught.value

@@ -96,6 +96,7 @@ class Collected:
         adapter: set when the tensors are those of a LoRA alone.
         notes: for the receipt.
         state: of the model's LoRA layers when this was collected; see `LoraModel.changed_since`.
+        storages: addresses of the storages that the tensors lie in, or are computed from.
     """
 
     layout: TensorLayout
@@ -105,6 +106,7 @@ class Collected:
     adapter: LoraSpec | None = None
     notes: tuple[str, ...] = ()
     state: object = None
+    storages: frozenset[int] = frozenset()
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:

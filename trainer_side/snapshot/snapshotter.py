@@ -22,7 +22,6 @@ from bridge.errors import Busy, ConfigError, DeadlineExceeded, ProtocolError
 from bridge.model.dtypes import dtype_of, itemsize
 from bridge.model.manifest import Manifest
 from bridge.model.regions import dense
-from bridge.ports import Written
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.memcpy import memcmp, memcmp_held, memmove
@@ -69,6 +68,14 @@ class _Program:
     computes: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Copied:
+    """Result of one `write`: 8-byte digests in manifest order, and the bytes that had to be written."""
+
+    digests: bytes
+    nbytes: int
+
+
 class Snapshotter:
     """Writes versions into the slots of one arena. One call at a time.
 
@@ -111,20 +118,20 @@ class Snapshotter:
         *,
         base: int | None = None,
         allow_nonfinite: bool = False,
-        timeout_s: float = WRITE_TIMEOUT_S,
-    ) -> Written:
+        deadline: Deadline | None = None,
+    ) -> Copied:
         """Write every tensor, cast to its wire dtype (`tensor.to(dtype)`), into an unsealed slot; blocks for one pass.
 
         Tensors of the manifest that were not collected are carried over from slot `base`. The caller begins and seals
         the slot; when this raises, the slot's contents are undefined and nothing else has changed. When it returns, the
-        trainer's tensors may change.
+        trainer's tensors may change. The deadline is WRITE_TIMEOUT_S from now when none is given.
 
         Raises:
             NonFinite: the tensors with NaN or infinity after the cast, and where in the first one.
             DtypeMismatch: a value that the wire dtype does not hold, unless both dtypes are floating.
             ProtocolError: a collected tensor that the manifest lacks or holds with another shape; tensors to carry over
                 but no base.
-            DeadlineExceeded: the copying threads did not start, or did not end, within `timeout_s` seconds.
+            DeadlineExceeded: the copying threads did not start, or did not end, in time.
             Busy: a copying thread that outlasted an earlier call's deadline still runs, and may still write.
         """
         if slot not in self._slots:
@@ -147,7 +154,7 @@ class Snapshotter:
             big = _BigTensor(item, place.bytes_of(item.spec), source, chunks, known.get(item.index))
             jobs += [partial(big.write_chunk, number) for number in range(len(chunks))]
         jobs += [partial(_write_batch, batch, place, sources, digests) for batch in program.batches]
-        done = self._run(jobs, Deadline.after(timeout_s))
+        done = self._run(jobs, deadline or Deadline.after(WRITE_TIMEOUT_S))
         for index, found in pieces.items():
             digests[index] = fold(found)
         for item in program.inexact:
@@ -157,7 +164,7 @@ class Snapshotter:
             raise nonfinite_error(self.manifest, self.arena.tensors(slot), sorted(nonfinite))
         self._known[slot] = {index: found for index, found in pieces.items() if index not in nonfinite}
         carried = self._carry(program.carried, slot, base, digests) if program.carried else 0
-        return Written(digests.tobytes(), sum(unit.nbytes for unit in done) + carried)
+        return Copied(digests.tobytes(), sum(unit.nbytes for unit in done) + carried)
 
     def _run(self, jobs: list[WriteJob], deadline: Deadline) -> list[UnitWritten]:
         """Run all units of work on the copying threads; their results in the same order. A failed unit, or the
