@@ -39,7 +39,7 @@ from bridge.errors import (
     UnexpectedTensor,
     UnsupportedLora,
 )
-from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise
+from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise, wait_for_receipt
 from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import validate
 from bridge.model.receipt import Receipt
@@ -206,7 +206,7 @@ class Bridge:
             pending = self._push(named, settings)
         finally:
             self._pushing.release()
-        return pending.result() if wait else pending
+        return wait_for_receipt(pending) if wait else pending
 
     def _push(self, named: Named, settings: PushSettings) -> PendingPush:
         """Choose the mode and send; where "auto" chose an adapter that the engines then refuse, merged weights."""

@@ -74,17 +74,9 @@ class PendingPush:
 
         Raises the errors of `Bridge.push`, and DeadlineExceeded when the push has not ended in time (it goes on).
         """
-        seconds = self._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
         if self._finished is None:  # a result that is known waits for nobody: any thread may take it
             self._session.require_usable()
-        finished = self._poll(seconds)
-        if finished is None:
-            raise DeadlineExceeded(
-                "the push has not ended yet",
-                where=f"version {self.version}",
-                remedy="call result() again with a longer timeout; the push goes on meanwhile",
-            )
-        return receipt_or_raise(finished, self.version)
+        return wait_for_receipt(self, timeout)
 
     def _poll(self, seconds: float) -> Finished | None:
         if self._finished is None:
@@ -93,6 +85,20 @@ class PendingPush:
             if answer.receipt is not None or answer.error is not None:
                 self._finished = answer
         return self._finished
+
+
+def wait_for_receipt(pending: PendingPush, timeout: float | None = None) -> Receipt:
+    """Wait as `PendingPush.result`, in a thread that is known to be allowed to: `Bridge.push` has found that out before
+    it began. Blocks. Raises as `result`."""
+    seconds = pending._timeout_s + CALL_TIMEOUT_S + 120.0 if timeout is None else timeout
+    finished = pending._poll(seconds)
+    if finished is None:
+        raise DeadlineExceeded(
+            "the push has not ended yet",
+            where=f"version {pending.version}",
+            remedy="call result() again with a longer timeout; the push goes on meanwhile",
+        )
+    return receipt_or_raise(finished, pending.version)
 
 
 def receipt_or_raise(finished: Finished, version: int) -> Receipt:
