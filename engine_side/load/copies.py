@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from bridge.model.regions import Region
 from bridge.model.same_bits import bits_of
 from bridge.shm.memcpy import memcmp, memcmp_held, memmove
+
+T = TypeVar("T")
 
 SMALL = 32 << 10
 """Bytes below which a piece is cheaper inside a batched copy."""
@@ -29,7 +32,7 @@ MemoryRun = tuple[int, int, int]
 """(live address, sent address, nbytes): contiguous host memory of one dtype on both sides."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CopyPair:
     """Two views that show the same elements, one for one.
 
@@ -156,35 +159,36 @@ def batches(pairs: Sequence[CopyPair], threads: int) -> list[CopyBatch]:
     return [batch for batch in out if batch.nbytes]
 
 
-def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], object]]) -> None:
-    """Run jobs, the last one in this thread; raises the first error after all have ended. Blocks."""
+def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run jobs, the last one in this thread; their results in order. Raises the first error after all have ended.
+    Blocks."""
     if not jobs:
-        return
+        return []
     futures = [pool.submit(job) for job in jobs[:-1]]
     try:
-        jobs[-1]()
+        last = jobs[-1]()
     finally:
         for future in futures:
             future.exception()
-    for future in futures:
-        future.result()
+    return [*[future.result() for future in futures], last]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The comparisons of one thread; pairs that differ are added to `differing`."""
+    """The comparisons of one thread."""
 
     pieces: list[tuple[CopyPair, MemoryRun | None]] = field(default_factory=list)
     small: list[tuple[CopyPair, MemoryRun]] = field(default_factory=list)
-    differing: list[CopyPair] = field(default_factory=list)
 
-    def compare(self) -> None:
-        """Compare everything anew. Called by a thread of the loader's pool."""
-        self.differing.clear()
-        for pair, run in self.pieces:
-            if memcmp(*run) if run is not None else pair.first_difference() is not None:
-                self.differing.append(pair)
-        self.differing.extend([pair for pair, run in self.small if memcmp_held(*run)])
+    def compare(self) -> list[CopyPair]:
+        """Compare everything; returns the pairs that differ, one of several pieces once for each. Called by a thread
+        of the loader's pool."""
+        differing = [
+            pair
+            for pair, run in self.pieces
+            if (memcmp(*run) if run is not None else pair.first_difference() is not None)
+        ]
+        return differing + [pair for pair, run in self.small if memcmp_held(*run)]
 
 
 def comparisons(pairs: Iterable[CopyPair], threads: int) -> list[Comparison]:

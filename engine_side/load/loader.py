@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from engine_side.live.inplace import (
 )
 from engine_side.live.module_tree import BoundModules, Replaced
 from engine_side.load.arena_views import ArenaViews
-from engine_side.load.copies import CopyBatch, CopyPair, batches, make_pair, run_all
+from engine_side.load.copies import Comparison, CopyBatch, CopyPair, batches, comparisons, make_pair, run_all
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
@@ -71,6 +72,14 @@ class _DirectCopies:
 
 
 @dataclass
+class _Readable:
+    """The pairs of one slot that can be read back, and their comparisons, made when they are first compared."""
+
+    pairs: list[CopyPair]
+    comparisons: list[Comparison] | None = None
+
+
+@dataclass
 class ArenaMap:
     """A plan on an arena, empty before `map`. `slots` keep the mapping alive; `index` gives a tensor's place in one."""
 
@@ -78,7 +87,7 @@ class ArenaMap:
     slots: list[ArenaSlot] = field(default_factory=list)
     index: Mapping[str, int] = field(default_factory=dict)
     direct: dict[int, _DirectCopies] = field(default_factory=dict)
-    readable: dict[int, list[CopyPair]] = field(default_factory=dict)
+    readable: dict[int, _Readable] = field(default_factory=dict)
 
 
 class Loader:
@@ -274,7 +283,7 @@ class Loader:
     def _bind_tensors(self) -> None:
         """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
         self.absent: list[tuple[str, frozenset[int]]] = []
-        self._gone: list[tuple[nn.Module, str]] = []
+        gone: list[tuple[nn.Module, str]] = []
         places: list[tuple[str, TensorRegistry, str]] = []
         for choice in self.decided.choices.values():
             for name, target, _ in self.canonical.parts(choice) if choice.direct else ():
@@ -285,8 +294,8 @@ class Loader:
                 elif choice.stored[name].readable:
                     sent = [self.mapped.index[move.tensor] for move in self.canonical.moves.get(target, ())]
                     self.absent.append((f"{choice.path}.{name}", frozenset(sent)))
-                    self._gone.append((module, name))
-        self._direct = BoundTensors(places)
+                    gone.append((module, name))
+        self._direct = BoundTensors(places, gone)
         for slot in range(len(self.mapped.slots)):
             self._compile(slot)
 
@@ -315,13 +324,27 @@ class Loader:
 
     def readable_pairs(self, slot: int) -> list[CopyPair]:
         """Pairs of all tensors that can be read back, whatever the strategy, in the same order for every slot."""
+        return self._readable(slot).pairs
+
+    def _readable(self, slot: int) -> _Readable:
         mapped = self.mapped
         if slot not in mapped.readable:
             direct = mapped.direct.get(slot)
             known = () if direct is None else direct.pairs
             rest = self.decided.choices.values() if direct is None else self.rebuilt
-            mapped.readable[slot] = [*known, *self._pairs(rest, slot)]
+            mapped.readable[slot] = _Readable([*known, *self._pairs(rest, slot)])
         return mapped.readable[slot]
+
+    def compare(self, slot: int) -> tuple[list[CopyPair], list[CopyPair]]:
+        """Compare the tensors that hang in the live tree now with a slot, bit for bit: all readable pairs, and those
+        of them that differ. Blocks."""
+        if not self._direct.in_place():
+            self._rebind()
+        readable = self._readable(slot)
+        if readable.comparisons is None:
+            readable.comparisons = comparisons(readable.pairs, self.threads)
+        found = run_all(self.pool, [work.compare for work in readable.comparisons])
+        return readable.pairs, list(dict.fromkeys(chain.from_iterable(found)))
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor, float]]:
         """Yield (target, live view, value) of every fill that lies in readable storage."""
@@ -335,14 +358,12 @@ class Loader:
                         view = live.detach().as_strided(at.shape, at.strides, live.storage_offset() + at.offset)
                         yield target, view, fill.value
 
-    def rebind_if_moved(self) -> None:
+    def _rebind(self) -> None:
         """Make the views anew when a bound tensor lies elsewhere: the old ones would write into nowhere.
 
         Parameters under which the engine itself swapped the storage are reported by the next load; parameters that are
-        other objects now are left to the attributes level. About 0.4 us per tensor when nothing moved.
+        other objects now are left to the attributes level.
         """
-        if self._direct.in_place() and not any(find_registry(module, name) for module, name in self._gone):
-            return
         self._moved |= dict.fromkeys(self._direct.swapped())
         self._bind_tensors()
 
@@ -363,42 +384,36 @@ class Loader:
         self.began_to_write = False
         self.require_bound()
         self.began_to_write = True
-        self.rebind_if_moved()
-        moved, self._moved = tuple(self._moved), {}
+        if not self._direct.in_place():
+            self._rebind()
+        rebound, created, self._moved = list(self._moved), list[str](), {}
         wanted = None if changed is None else set(changed)
         direct = self.mapped.direct[slot]
         work = direct.batches
         if wanted is not None:
             work = batches([p for p in direct.pairs if p.tensor in wanted], self.threads)
+        written = sum([batch.nbytes for batch in work])
         with torch.no_grad():
             run_all(self.pool, [batch.copy for batch in work])
             if wanted is None:
                 for _, view, value in direct.constants:
                     view.fill_(value)
         loaded = time.perf_counter()
-        written = sum([batch.nbytes for batch in work])
-        outcomes: dict[str, Outcome] = {}
         if self.rebuilt or self.derived:
             try:
-                written += self._rebuild(slot, wanted, outcomes)
-            except BaseException:  # what it did move is told by the next load
-                self._moved |= dict.fromkeys(n for n, what in outcomes.items() if what is not Outcome.COPIED)
+                written += self._rebuild(slot, wanted, rebound, created)
+            except BaseException:  # what did move is told by the next load
+                self._moved = dict.fromkeys((*rebound, *created))
                 raise
         dropped = self.caches.clear()
         done = time.perf_counter()
-        return LoadOutcome(
-            written,
-            (*moved, *[name for name, what in outcomes.items() if what is Outcome.REBOUND]),
-            tuple([name for name, what in outcomes.items() if what is Outcome.CREATED]),
-            loaded - began,
-            done - loaded,
-            dropped,
-        )
+        return LoadOutcome(written, tuple(rebound), tuple(created), loaded - began, done - loaded, dropped)
 
-    def _rebuild(self, slot: int, wanted: set[int] | None, outcomes: dict[str, Outcome]) -> int:
+    def _rebuild(self, slot: int, wanted: set[int] | None, rebound: list[str], created: list[str]) -> int:
         """Rebuild redo, twin and native modules, then the modules that derive something from touched ones.
 
-        Adds to `outcomes` ("module.name" -> what happened to it). Returns the bytes written.
+        Adds "module.name" of what it moved to `rebound`, of what was not there before to `created`. Returns the bytes
+        written.
         """
         written = 0
         self.canonical.begin(frozenset(self._direct.addresses))
@@ -407,7 +422,8 @@ class Loader:
                 continue
             with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})", memory_only=True):
                 found, nbytes = self._rebuild_one(choice, slot)
-            outcomes.update({f"{choice.path}.{name}": what for name, what in found.items()})
+            rebound += [f"{choice.path}.{name}" for name, what in found.items() if what is Outcome.REBOUND]
+            created += [f"{choice.path}.{name}" for name, what in found.items() if what is Outcome.CREATED]
             written += nbytes
             self.mapped.readable.clear()
         touched = {p for p, feeds in self.feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}

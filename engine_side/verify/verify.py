@@ -22,7 +22,6 @@ from bridge.model.same_bits import same_bits
 from bridge.shm.memcpy import uncollected
 from engine_side.live.inplace import diff, find_tensor
 from engine_side.live.module_tree import Replaced
-from engine_side.load.copies import Comparison, comparisons, run_all
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step
@@ -38,14 +37,12 @@ SHOWN = 16
 class Verifier:
     """The levels of one mapped Loader.
 
-    Remembers from push to push whether every module was probed once since the plan was made, and the work lists of
-    comparisons.
+    Remembers from push to push whether every module was probed once since the plan was made.
     """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
         self._probed = False
-        self._comparisons: dict[int, tuple[object, list[Comparison]]] = {}
         self._derived = DerivedState(loader)
         self._proven: set[str] = set()
         """Modules whose output passed its probe in this run: it is the new version's, so it cannot be the former's."""
@@ -160,12 +157,7 @@ class Verifier:
         A tensor whose module is no longer there is a failure.
         """
         loader = self.loader
-        loader.rebind_if_moved()
-        readable = loader.readable_pairs(slot)
-        cached = self._comparisons.get(slot)
-        if cached is None or cached[0] is not readable:
-            self._comparisons[slot] = cached = (readable, comparisons(readable, loader.threads))
-        run_all(loader.pool, [work.compare for work in cached[1]])
+        readable, wrong = loader.compare(slot)
         names = [spec.name for spec in loader.mapped.manifest.tensors]
         expected, got = "the module that was attached, in the live tree", "it was replaced"
         failures = [
@@ -178,8 +170,7 @@ class Verifier:
             for path, feeds in loader.absent
             for k in sorted(feeds)
         ]
-        wrong = {id(pair): pair for work in cached[1] for pair in work.differing}
-        for pair in wrong.values():
+        for pair in wrong:
             difference = pair.first_difference() if len(failures) < SHOWN else None
             expected, got = "the arena's bits", "other bits"
             if difference is not None:
