@@ -1,15 +1,12 @@
-"""Put a new value under a live parameter without losing its attributes, and prove afterwards that nothing was lost.
+"""Put a new value under a live parameter without losing its attributes.
 
-`copy_or_rebind_param` is the one place where live storage is swapped. `AttributeSnapshot` holds the facts that the
-attributes level compares: object, address, strides, dtype, shape, class, attributes and aliases of every parameter.
+`copy_or_rebind_param` is the one place where live storage is swapped; `bindings` proves that nothing was lost by it.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import is_
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 from weakref import ReferenceType, ref
@@ -178,150 +175,3 @@ def _follow_transpose(param: torch.Tensor, i: int, j: int) -> None:
             if isinstance(dim, int) and not isinstance(dim, bool):
                 at = dim % param.dim()
                 param.__dict__[key] = turn.get(at, at)
-
-
-# ---- attribute snapshot --------------------------------------------------------------------------------------------
-
-_MOVED = frozenset({"address", "shape", "stride", "dtype"})
-"""Facts that a swapped storage explains; nothing explains the others."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One fact about the tensor at `path` that is not what it was."""
-
-    path: str
-    what: str
-    before: str
-    after: str
-
-
-class BoundTensors:
-    """Live tensors with the registries in which they hang and the addresses at which they lie.
-
-    Args:
-        places: (path, registry, name in it) of each tensor.
-        absent: (module, name) of tensors that were looked for and hang nowhere.
-    """
-
-    def __init__(
-        self, places: Sequence[tuple[str, TensorRegistry, str]], absent: Sequence[tuple[nn.Module, str]] = ()
-    ) -> None:
-        self.places = places
-        self._absent = absent
-        self.tensors: list[torch.Tensor] = [registry[name] for _, registry, name in places]
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-
-    def in_place(self) -> bool:
-        """True while every tensor is the same object in the same registry at the same address, and what was absent
-        still is. About 0.4 us each."""
-        now = [registry.get(name) for _, registry, name in self.places]
-        if not all(map(is_, now, self.tensors)) or [t.data_ptr() for t in self.tensors] != self.addresses:
-            return False
-        return not any(find_registry(module, name) for module, name in self._absent)
-
-    def swapped(self) -> list[str]:
-        """Paths of the tensors that are the same objects, with their storage elsewhere."""
-        rows = zip(self.places, self.tensors, self.addresses, strict=True)
-        return [p for (p, registry, name), t, at in rows if registry.get(name) is t and t.data_ptr() != at]
-
-
-class AttributeSnapshot:
-    """Facts about every parameter and buffer under a module, by path. Holds references, so ids stay unique.
-
-    Walks `root` once, at about 10 us per tensor; taken when a plan is compiled.
-
-    Args:
-        root: the live model.
-        modules: ids of modules; restricts the entries to the tensors that hang on these, under all their paths.
-    """
-
-    def __init__(self, root: nn.Module, modules: Container[int] | None = None) -> None:
-        self._root, self._modules = root, modules
-        found = [
-            (f"{prefix}.{name}" if prefix else name, kind, registry, name, id(module))
-            for prefix, module in root.named_modules(remove_duplicate=False)
-            for kind, registry in (("parameter", module._parameters), ("buffer", module._buffers))
-            for name, tensor in registry.items()
-            if tensor is not None
-        ]
-        aliases: dict[int, list[str]] = {}
-        for path, _, registry, name, _ in found:
-            aliases.setdefault(id(registry[name]), []).append(path)
-        if modules is not None:
-            ours = {id(registry[name]) for _, _, registry, name, owner in found if owner in modules}
-            found = [entry for entry in found if id(entry[2][entry[3]]) in ours]
-        self.bound = BoundTensors([(path, registry, name) for path, _, registry, name, _ in found])
-        self._views = [(tensor.dtype, tensor.stride()) for tensor in self.bound.tensors]
-        self._attributes = [dict(tensor.__dict__) for tensor in self.bound.tensors]
-        self.entries = {
-            path: {"kind": kind, **_facts(tensor), "aliases": ", ".join(aliases[id(tensor)])}
-            for (path, kind, *_), tensor in zip(found, self.bound.tensors, strict=True)
-        }
-
-    def unchanged(self) -> bool:
-        """True while every entry is what it was, at about 1 us each. Does not see entries that were added."""
-        tensors = self.bound.tensors
-        if not self.bound.in_place() or [(t.dtype, t.stride()) for t in tensors] != self._views:
-            return False
-        for tensor, attributes in zip(tensors, self._attributes, strict=True):
-            now = tensor.__dict__
-            if len(now) != len(attributes) or not all(map(is_, now.values(), attributes.values())):
-                return False
-        return True
-
-    def put_back(self) -> None:
-        """Put former objects back in their places, with their former attributes: undoes a load that lost some.
-
-        Storage that was swapped under an object stays; values are undefined until the next load.
-        """
-        for (_, registry, name), tensor, attributes in zip(
-            self.bound.places, self.bound.tensors, self._attributes, strict=True
-        ):
-            registry[name] = tensor
-            tensor.__dict__.clear()
-            tensor.__dict__.update(attributes)
-
-    def retake(self) -> AttributeSnapshot:
-        """Look at the same module again."""
-        return AttributeSnapshot(self._root, self._modules)
-
-
-def diff(before: AttributeSnapshot, after: AttributeSnapshot, allowed: Iterable[str] = ()) -> list[Difference]:
-    """List what changed between two snapshots. Moved storage is no difference for the paths in `allowed`."""
-    moved, out = set(allowed), list[Difference]()
-    for path, old in before.entries.items():
-        new = after.entries.get(path)
-        if new is None:
-            out.append(Difference(path, "presence", f"{old['class']} {old['shape']}", "gone"))
-            continue
-        for what in dict.fromkeys((*old, *new)):
-            a, b = old.get(what, "absent"), new.get(what, "absent")
-            if a != b and not (path in moved and what in _MOVED):
-                out.append(Difference(path, what, a, b))
-    for path in after.entries.keys() - before.entries.keys():
-        out.append(Difference(path, "presence", "absent", f"appeared as {after.entries[path]['class']}"))
-    return out
-
-
-def _facts(tensor: torch.Tensor) -> dict[str, str]:
-    """Describe everything about a parameter or buffer that a sync must not change, by name of the fact."""
-    return {
-        "object_id": hex(id(tensor)),
-        "address": hex(tensor.data_ptr()),
-        "shape": str(tuple(tensor.shape)),
-        "stride": str(tensor.stride()),
-        "dtype": str(tensor.dtype),
-        "class": f"{type(tensor).__module__}.{type(tensor).__qualname__}",
-        "requires_grad": str(tensor.requires_grad),
-        **{f"attribute {key}": _identity(item) for key, item in sorted(tensor.__dict__.items())},
-    }
-
-
-def _identity(item: object) -> str:
-    """A text that is equal exactly when the attribute is the same object, or the same plain value."""
-    if isinstance(item, MethodType):
-        return f"{item.__func__.__qualname__} of {type(item.__self__).__name__} at {id(item.__self__):#x}"
-    if item is None or isinstance(item, (bool, int, float, str, torch.dtype)):
-        return repr(item)
-    return f"{type(item).__name__} at {id(item):#x}"

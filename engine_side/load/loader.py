@@ -23,16 +23,9 @@ from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.memcpy import uncollected
+from engine_side.live.bindings import AttributeSnapshot, BoundModules, BoundTensors, Replaced
 from engine_side.live.forward_caches import ForwardCaches
-from engine_side.live.inplace import (
-    AttributeSnapshot,
-    BoundTensors,
-    Outcome,
-    TensorRegistry,
-    find_registry,
-    find_tensor,
-)
-from engine_side.live.module_tree import BoundModules, Replaced
+from engine_side.live.inplace import Outcome, TensorRegistry, find_registry, find_tensor
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.copies import Comparison, CopyBatch, CopyPair, batches, comparisons, make_pair, run_all
 from engine_side.load.sources import ArenaSlot, CanonicalTensors

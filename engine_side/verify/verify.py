@@ -20,8 +20,8 @@ import torch
 from bridge.model.receipt import Failure, LevelResult
 from bridge.model.same_bits import same_bits
 from bridge.shm.memcpy import uncollected
-from engine_side.live.inplace import diff, find_tensor
-from engine_side.live.module_tree import Replaced
+from engine_side.live.bindings import Replaced, diff
+from engine_side.live.inplace import find_tensor
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step

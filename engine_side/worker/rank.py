@@ -21,7 +21,7 @@ from bridge.protocol import rank_jobs as jobs
 from bridge.protocol.codec import ErrorInfo, pack, unpack
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
-from engine_side.live.inplace import AttributeSnapshot
+from engine_side.live.bindings import AttributeSnapshot
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.plan.loader_errors import LOADER_ERRORS

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine_side.live.inplace import AttributeSnapshot, Outcome, copy_or_rebind_param, diff
+from engine_side.live.bindings import AttributeSnapshot, diff
+from engine_side.live.inplace import Outcome, copy_or_rebind_param
 
 
 class Sharded(nn.Parameter):

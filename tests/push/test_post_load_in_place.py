@@ -13,7 +13,8 @@ from torch import nn
 
 from engine_side.embedded import layouts
 from engine_side.embedded.config import LAYOUTS
-from engine_side.live.inplace import AttributeSnapshot, Outcome, copy_or_rebind_param, diff
+from engine_side.live.bindings import AttributeSnapshot, diff
+from engine_side.live.inplace import Outcome, copy_or_rebind_param
 from tests.conftest import tiny_qwen2, tiny_qwen3_moe
 from tests.engine_side.embedded_models import make_model
 from tests.push.lora_rig import LoraRig, at, model_of

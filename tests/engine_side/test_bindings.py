@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.live.module_tree import BoundModules
+from engine_side.live.bindings import BoundModules
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
