@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -159,7 +160,13 @@ def batches(pairs: Sequence[CopyPair], threads: int) -> list[CopyBatch]:
     return [batch for batch in out if batch.nbytes]
 
 
-def run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], T]]) -> list[T]:
+def copy_all(pool: ThreadPoolExecutor, work: Sequence[CopyBatch]) -> int:
+    """Copy batches on the pool's threads; returns their bytes. Blocks."""
+    _run_all(pool, [batch.copy for batch in work])
+    return sum([batch.nbytes for batch in work])
+
+
+def _run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], T]]) -> list[T]:
     """Run jobs, the last one in this thread; their results in order. Raises the first error after all have ended.
     Blocks."""
     if not jobs:
@@ -189,6 +196,12 @@ class Comparison:
             if (memcmp(*run) if run is not None else pair.first_difference() is not None)
         ]
         return differing + [pair for pair, run in self.small if memcmp_held(*run)]
+
+
+def compare_all(pool: ThreadPoolExecutor, work: Sequence[Comparison]) -> list[CopyPair]:
+    """Run comparisons on the pool's threads; returns the pairs that differ, each once. Blocks."""
+    found = _run_all(pool, [each.compare for each in work])
+    return list(dict.fromkeys(chain.from_iterable(found)))
 
 
 def comparisons(pairs: Iterable[CopyPair], threads: int) -> list[Comparison]:

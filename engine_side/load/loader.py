@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import nn
@@ -27,7 +26,16 @@ from engine_side.live.bindings import AttributeSnapshot, BoundModules, BoundTens
 from engine_side.live.forward_caches import ForwardCaches
 from engine_side.live.inplace import Outcome, TensorRegistry, find_registry, find_tensor
 from engine_side.load.arena_views import ArenaViews
-from engine_side.load.copies import Comparison, CopyBatch, CopyPair, batches, comparisons, make_pair, run_all
+from engine_side.load.copies import (
+    Comparison,
+    CopyBatch,
+    CopyPair,
+    batches,
+    compare_all,
+    comparisons,
+    copy_all,
+    make_pair,
+)
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
@@ -336,8 +344,7 @@ class Loader:
         readable = self._readable(slot)
         if readable.comparisons is None:
             readable.comparisons = comparisons(readable.pairs, self.threads)
-        found = run_all(self.pool, [work.compare for work in readable.comparisons])
-        return readable.pairs, list(dict.fromkeys(chain.from_iterable(found)))
+        return readable.pairs, compare_all(self.pool, readable.comparisons)
 
     def constants(self) -> Iterator[tuple[str, torch.Tensor, float]]:
         """Yield (target, live view, value) of every fill that lies in readable storage."""
@@ -385,9 +392,8 @@ class Loader:
         work = direct.batches
         if wanted is not None:
             work = batches([p for p in direct.pairs if p.tensor in wanted], self.threads)
-        written = sum([batch.nbytes for batch in work])
         with torch.no_grad():
-            run_all(self.pool, [batch.copy for batch in work])
+            written = copy_all(self.pool, work)
             if wanted is None:
                 for _, view, value in direct.constants:
                     view.fill_(value)
@@ -500,8 +506,7 @@ class Loader:
         covered = {(p.tensor, p.target) for p in pairs}
         lost |= {m.tensor for m in self.baked.plan.moves if (mapped.index[m.tensor], m.target) not in covered}
         with torch.no_grad():
-            turned = [pair.turned() for pair in pairs]
-            run_all(self.pool, [batch.copy for batch in batches(turned, self.threads)])
+            copy_all(self.pool, batches([pair.turned() for pair in pairs], self.threads))
         return tuple(name for name in names if name in lost)
 
 

@@ -13,7 +13,7 @@ import torch
 from bridge.errors import ConfigError
 from bridge.model.regions import Fill, Move, dense
 from engine_side.live.inplace import find_tensor
-from engine_side.load.copies import batches, make_pair, run_all
+from engine_side.load.copies import batches, copy_all, make_pair
 from engine_side.plan.bake import Baked
 from engine_side.plan.strategies import ModuleStrategy, StrategyTable
 from engine_side.plan.twins import Cluster, Role, device_of
@@ -169,7 +169,7 @@ class CanonicalTensors:
                 for move in self.moves.get(target, ())
             ]
             pairs = [pair for pair in made if pair is not None]
-            run_all(self._pool, [batch.copy for batch in batches(pairs, self._threads)])
+            copy_all(self._pool, batches(pairs, self._threads))
 
     def fill_role(self, cluster: Cluster, role: int, into: torch.Tensor, slot: int) -> None:
         """Fill one canonical tensor of a twin; elements that a partial push leaves alone come from the live module."""
