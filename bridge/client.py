@@ -2,7 +2,7 @@
 
     1. (this process)  lease, names, ties: `TrainerPort.collect`
     2. (everyone)      plan, the first time or when the layout changed: PlanRequest
-    3. (this process)  snapshot into the arena's free slot, digests, finite check, canary reference; seal
+    3. (this process)  snapshot into the arena's free slot, digests, finite check, seal; canary reference
     4. (coordinator)   engines pause, load, verify, commit or go back: SubmitRequest, then WaitRequest
 
 After step 3 the trainer's tensors may change. After SubmitRequest is answered the push no longer needs this process.
