@@ -16,6 +16,7 @@ from bridge.model import canary
 from bridge.model.dtypes import DTYPES, dtype_name
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
 from trainer_side.shielded.model_copy import shielded_copy
+from trainer_side.shielded.undo import Undo
 
 _ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
 _TRANSPARENT = ("_orig_mod", "module")
@@ -90,15 +91,12 @@ def _with_class_forwards(double: nn.Module) -> nn.Module:
 def _require_class_forward(model: nn.Module, core: nn.Module, prompts: Sequence[Sequence[int]], reached: str) -> None:
     """Raise ConfigError unless the classes' forwards answer as the live model, which is called for it, does."""
     plain = _score(model, _with_class_forwards(shielded_copy(core)), prompts)
-    state = LiveState(model)
-    flags = [(module, module.training) for module in core.modules()]
+    undo = Undo(core)
     try:
         with ReferenceGuard(model, live=False):
             live = _forward(core, prompts)
     finally:
-        for module, training in flags:
-            module.training = training
-        state.put_back()
+        undo.put_back()
     limit = canary.floor_for(dtype_name(p.dtype) for p in core.parameters() if p.dtype in DTYPES.values())
     apart = max((abs(x - y) for a, b in zip(plain, live, strict=True) for x, y in zip(a, b, strict=True)), default=0.0)
     if not apart <= limit:

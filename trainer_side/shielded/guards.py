@@ -39,7 +39,7 @@ class ReferenceGuard(TorchDispatchMode):
         live: False lets the model's own tensors be read: for its own forward.
 
     Inside, an operation raises LiveTensorReached when it is given a parameter or buffer object of the model, and
-    ConfigError when it would write to the storage of one, or wait for other processes.
+    ConfigError when it would write to the storage of a parameter, or wait for other processes.
     """
 
     def __init__(self, model: nn.Module, *, live: bool = True) -> None:
@@ -47,7 +47,7 @@ class ReferenceGuard(TorchDispatchMode):
         named = dict(_tensors(model))
         self._live: Mapping[int, str] = {id(t): name for name, t in named.items()} if live else {}
         self._kept = named  # an id says something only while its tensor lives
-        self._storages = {_storage(t): name for name, t in named.items()} if live else {}
+        self._storages = {_storage(t): name for name, t in named.items() if isinstance(t, nn.Parameter)}
         self._storages.pop(0, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,7 +88,6 @@ class _TensorFacts:
     """What must be the same after a forward: the object, where it lies, how often it was written, what hangs on it."""
 
     tensor: torch.Tensor
-    address: int
     facts: tuple[Any, ...]
     attributes: dict[str, Any]
 
@@ -119,25 +118,14 @@ class LiveState:
                 names=tuple(changed),
             )
 
-    def put_back(self) -> None:
-        """Undo what a forward of the live model itself has replaced. Values that it overwrote stay overwritten."""
-        for module, training in self._flags:
-            module.training = training
-        for before in self._tensors.values():
-            tensor = before.tensor
-            if not _same(before, _facts(tensor)) and type(tensor.data) is torch.Tensor:
-                tensor.data = before.facts[-1]
-                tensor.__dict__.clear()
-                tensor.__dict__.update(before.attributes)
-
 
 def _facts(tensor: torch.Tensor) -> _TensorFacts:
-    facts = (tensor.shape, tensor.dtype, tensor.device, tensor._version, tensor.requires_grad, tensor.data)
-    return _TensorFacts(tensor, _storage(tensor), facts, dict(vars(tensor)))
+    facts = (_storage(tensor), tensor.shape, tensor.dtype, tensor.device, tensor._version, tensor.requires_grad)
+    return _TensorFacts(tensor, facts, dict(vars(tensor)))
 
 
 def _same(one: _TensorFacts, other: _TensorFacts) -> bool:
-    if one.tensor is not other.tensor or one.address != other.address or one.facts[:-1] != other.facts[:-1]:
+    if one.tensor is not other.tensor or one.facts != other.facts:
         return False
     mine, theirs = one.attributes, other.attributes
     return mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)

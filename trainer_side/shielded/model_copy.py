@@ -47,7 +47,8 @@ class ModelCopier:
 
     def __init__(self) -> None:
         self._made: dict[int, Any] = {}
-        self._kept: list[Any] = []  # an id says something only while its object lives
+        self.originals: list[Any] = []
+        """What was copied; an id says something only while its object lives."""
 
     def inside(self, module: nn.Module) -> nn.Module:
         """The module to copy in place of `module`: what it wraps, if the wrapper computes nothing itself. Raises
@@ -89,7 +90,7 @@ class ModelCopier:
 
     def _remember(self, original: Any, double: Any) -> None:
         self._made[id(original)] = double
-        self._kept.append(original)
+        self.originals.append(original)
 
     def _weight(self, parameter: torch.Tensor, owner: str) -> torch.Tensor:
         """A Parameter of its own over the same storage, with copies of what hangs on it."""
@@ -149,13 +150,17 @@ class ModelCopier:
 
     def _container(self, value: Any, depth: int) -> Any:
         kind = type(value)
-        if kind in (list, tuple, set):
-            return kind(self._value(item, depth) for item in value)
-        if kind in (dict, OrderedDict):
-            return kind((key, self._value(item, depth)) for key, item in value.items())
-        if kind is defaultdict:
-            return defaultdict(value.default_factory, {k: self._value(item, depth) for k, item in value.items()})
-        return value
+        if kind is tuple:
+            return tuple(self._value(item, depth) for item in value)
+        if kind not in (list, set, dict, OrderedDict, defaultdict):
+            return value
+        double = value.copy()  # a defaultdict keeps its factory
+        self._remember(value, double)
+        if kind is list:
+            double[:] = [self._value(item, depth) for item in value]
+        elif kind is not set:
+            double.update((key, self._value(item, depth)) for key, item in value.items())
+        return double
 
     def _state(self, value: Any, depth: int) -> Any:
         """A shallow copy of an object, made without its own `__copy__`; the object itself where that cannot be had."""
