@@ -327,7 +327,7 @@ def demo(backend: Backend, out: Output, no_push: bool, quiet: bool, **given: Any
     """Train a small policy with GRPO: an engine in its own process samples, every step ends in a verified push."""
     module = backend.demo()
     chosen = {key: value for key, value in given.items() if value is not None}
-    result = module.run_demo(module.DemoOptions(**chosen, push=not no_push, quiet=quiet, json=out.as_json))
+    result = module.run_demo(module.DemoOptions(**chosen, push=not no_push, quiet=quiet))
     if out.as_json:
         out.result("demo", result.to_dict(), render.show_stopped)
     else:

@@ -420,18 +420,16 @@ def test_the_demo_gets_its_options_and_gives_its_exit_code(capsys: pytest.Captur
     assert commands.main(line, backend) == 1
     assert backend.demos == [
         {"steps": 4, "tied": True, "push": False, "out_dir": Path("o"), "model": Path("m"), "layout": "packed",
-         "quiet": False, "json": False}
+         "quiet": False}
     ]  # fmt: skip
     assert commands.main(["demo"], backend) == 1
-    assert backend.demos[1] == {"push": True, "quiet": False, "json": False}, "the demo's own defaults hold"
+    assert backend.demos[1] == {"push": True, "quiet": False}, "the demo's own defaults hold"
 
 
 def test_the_demo_options_exist() -> None:
     from trainer_side.demo.run import DemoOptions, print_result, run_demo
 
-    DemoOptions(
-        model=None, steps=1, seed=1, tied=True, push=False, out_dir=Path("o"), layout="canonical", quiet=True, json=True
-    )
+    DemoOptions(model=None, steps=1, seed=1, tied=True, push=False, out_dir=Path("o"), layout="canonical", quiet=True)
     assert callable(run_demo)
     assert callable(print_result)
 

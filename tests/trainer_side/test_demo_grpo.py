@@ -10,7 +10,7 @@ import torch
 
 from bridge.protocol.codec import Completion
 from trainer_side.demo import policy
-from trainer_side.demo.grpo import Grpo, GrpoConfig, clipped_objective, group_advantages, kl_estimate, make_batch
+from trainer_side.demo.grpo import Grpo, GrpoConfig, clipped_objective, group_advantages, make_batch
 
 
 def test_advantages_are_normalised_within_each_group() -> None:
@@ -25,12 +25,6 @@ def test_the_ratio_is_taken_against_the_behaviour_policy_and_clipped_only_where_
     objective, ratio = clipped_objective(now, then, advantages, clip=0.2)
     assert ratio.tolist() == pytest.approx([1.8, 1.8, 0.2, 0.2])
     assert objective.tolist() == pytest.approx([1.2, -1.8, 0.2, -0.8])
-
-
-def test_kl_estimate_is_zero_for_equal_policies_and_positive_otherwise() -> None:
-    same = torch.tensor([-1.0, -2.0])
-    assert kl_estimate(same, same).tolist() == [0.0, 0.0]
-    assert bool((kl_estimate(same, same - torch.tensor([0.5, -0.5])) > 0).all())
 
 
 def test_batches_pad_ragged_completions_and_mask_the_padding() -> None:
@@ -71,7 +65,7 @@ def test_a_step_makes_rewarded_completions_likelier() -> None:
     with torch.no_grad():
         after = policy.completion_logprobs(model, torch.tensor(prompts[:1]), torch.tensor([completions[0].token_ids]))
     assert float(after.sum()) > sum(before)
-    assert all(math.isfinite(value) for value in (stats.loss, stats.kl, stats.ratio, stats.grad_norm))
+    assert all(math.isfinite(value) for value in (stats.loss, stats.clipped))
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
@@ -94,19 +88,3 @@ def test_stale_rollouts_are_seen_as_off_policy() -> None:
     config = GrpoConfig(epochs=1, learning_rate=0.0)
     assert Grpo(model, config).step(fresh).clipped == 0.0
     assert Grpo(model, config).step(stale).clipped > 0.1
-
-
-def test_the_kl_term_pulls_towards_the_reference_and_needs_one() -> None:
-    model, frozen = policy.tiny_qwen2(seed=6), policy.tiny_qwen2(seed=7)
-    with pytest.raises(ValueError, match="reference"):
-        Grpo(model, GrpoConfig(kl_weight=0.1))
-
-    def reference(prompts: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
-        return policy.completion_logprobs(frozen, prompts, completions)
-
-    grpo = Grpo(model, GrpoConfig(kl_weight=1.0, learning_rate=1e-3, epochs=1), reference)
-    batch = make_batch(*_rollouts(model), [0.5] * 8, 8)  # equal rewards: only the KL term has a gradient
-    first = grpo.step(batch).kl
-    for _ in range(5):
-        last = grpo.step(batch).kl
-    assert last < first

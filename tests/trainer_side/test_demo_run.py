@@ -214,8 +214,9 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(tmp_path: Path, capsys
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "step 4" in shown.err
-    print_result(result, as_json=True)
-    plain = json.loads(capsys.readouterr().out)
+    print_result(result)
+    assert "reward" in capsys.readouterr().out
+    plain = json.loads(json.dumps(result.to_dict()))
     assert plain["schema_version"] == 1
     assert len(plain["rows"]) == 4
 

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: group-normalised advantages, clipped importance ratio, optional KL term.
+"""Group relative policy optimisation: group-normalised advantages, clipped importance ratio.
 
 The behaviour policy is the *engine*: the ratio is taken against the log-probabilities it sampled with, not against a
 recomputation by the trainer, so a rollout from older or slightly different weights is weighed correctly.
@@ -6,7 +6,7 @@ recomputation by the trainer, so a rollout from older or slightly different weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from bridge.protocol.codec import Completion
 from trainer_side.demo.policy import completion_logprobs
-
-LogprobFn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class GrpoConfig:
     clip: float = 0.2
     epochs: int = 2
     micro_batch: int = 256
-    kl_weight: float = 0.0
     max_grad_norm: float = 1.0
 
 
@@ -50,13 +47,10 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class StepStats:
-    """One optimiser step as numbers: loss, share of tokens outside the clip range, mean ratio, KL, gradient norm."""
+    """One optimiser step as numbers: loss, and share of tokens outside the clip range."""
 
     loss: float
     clipped: float
-    ratio: float
-    kl: float
-    grad_norm: float
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
@@ -89,26 +83,12 @@ def clipped_objective(logprobs: Tensor, behaviour: Tensor, advantages: Tensor, c
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), ratio
 
 
-def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Estimate KL(policy || reference) per token by Schulman's k3: unbiased and never negative."""
-    delta = reference - logprobs
-    return delta.exp() - 1 - delta
-
-
 class Grpo:
-    """Owns the optimiser of one policy; one `step` per batch of rollouts.
+    """Owns the optimiser of one policy, to which nothing else writes; one `step` per batch of rollouts."""
 
-    Args:
-        model: the policy that is trained; nothing else writes to it.
-        reference: log-probabilities of a frozen policy for the KL term; needed when `kl_weight` is not 0.
-    """
-
-    def __init__(self, model: nn.Module, config: GrpoConfig, reference: LogprobFn | None = None) -> None:
-        if config.kl_weight and reference is None:
-            raise ValueError("a KL term needs a reference policy")
+    def __init__(self, model: nn.Module, config: GrpoConfig) -> None:
         self.model = model
         self.config = config
-        self.reference = reference
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -123,29 +103,22 @@ class Grpo:
     def _epoch(self, batch: RolloutBatch) -> StepStats:
         self.optimizer.zero_grad(set_to_none=True)
         total = float(batch.mask.sum())
-        sums = torch.zeros(4)
+        sums = torch.zeros(2)
         for start in range(0, len(batch), self.config.micro_batch):
             rows = batch.rows(slice(start, start + self.config.micro_batch))
             loss, numbers = self._loss(rows, total)
             loss.backward()  # type: ignore[no-untyped-call]
             sums += numbers
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        loss_value, clipped, ratio, kl = sums.tolist()
-        return StepStats(loss_value, clipped, ratio, kl, float(norm))
+        return StepStats(*sums.tolist())
 
     def _loss(self, rows: RolloutBatch, total: float) -> tuple[Tensor, Tensor]:
         """Compute this micro-batch's share of the token mean: gradients then add up to those of the whole batch."""
-        config = self.config
+        clip = self.config.clip
         logprobs = completion_logprobs(self.model, rows.prompts, rows.completions)
-        objective, ratio = clipped_objective(logprobs, rows.behaviour, rows.advantages[:, None], config.clip)
-        kl = torch.zeros_like(objective)
-        if self.reference is not None and config.kl_weight:
-            with torch.no_grad():
-                frozen = self.reference(rows.prompts, rows.completions)
-            kl = kl_estimate(logprobs, frozen)
+        objective, ratio = clipped_objective(logprobs, rows.behaviour, rows.advantages[:, None], clip)
         weight = rows.mask / total
-        loss = -((objective - config.kl_weight * kl) * weight).sum()
-        outside = ((ratio - 1).abs() > config.clip).float()
-        means = [(value.detach() * weight).sum() for value in (outside, ratio, kl)]
-        return loss, torch.stack([loss.detach(), *means])
+        loss = -(objective * weight).sum()
+        outside = ((ratio.detach() - 1).abs() > clip).float()
+        return loss, torch.stack([loss.detach(), (outside * weight).sum()])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import secrets
@@ -26,7 +25,7 @@ from bridge.protocol.codec import Sampling
 from trainer_side.demo import policy, report
 from trainer_side.demo.grpo import Grpo, GrpoConfig, make_batch
 from trainer_side.demo.task import Task, grouped_prompts, reward, task_for, uniform_reward
-from trainer_side.demo.values import CheckRow, DemoOptions, DemoResult, StepRow
+from trainer_side.demo.values import DemoOptions, DemoResult, StepRow
 
 if TYPE_CHECKING:
     from bridge.client import Bridge
@@ -78,10 +77,9 @@ def run_demo(options: DemoOptions, open_bridge: OpenBridge | None = None) -> Dem
     return result
 
 
-def print_result(result: DemoResult, *, as_json: bool = False) -> None:
-    """Print the result on stdout, for a person or as one JSON object."""
-    text = json.dumps(result.to_dict()) if as_json else report.closing_text(result)
-    sys.stdout.write(text + "\n")
+def print_result(result: DemoResult) -> None:
+    """Print the result on stdout, for a person."""
+    sys.stdout.write(report.closing_text(result) + "\n")
 
 
 class _Run:
@@ -125,13 +123,13 @@ class _Run:
         rewards = [row.reward for row in self.rows]
         window = max(1, min(5, len(rewards) // 4))
         health = self.bridge.health()
-        checks = tuple(CheckRow(c.name, bool(c.ok), str(c.expected), str(c.got), str(c.remedy)) for c in health.checks)
         return DemoResult(
             task=self.task.description, push=self.options.push, seed=self.options.seed, window=window,
             start=sum(rewards[:window]) / window, end=sum(rewards[-window:]) / window,
             random=uniform_reward(self.task, random.Random(0), samples=8192, tokens=COMPLETION_TOKENS),
             untrained=rewards[0], trainer=self._trainer_reward(), wall_s=time.monotonic() - began,
-            healthy=bool(health.healthy), out_dir=str(self.options.out_dir), health=checks, rows=tuple(self.rows),
+            healthy=health.healthy, health=tuple(health.checks), rows=tuple(self.rows),
+            out_dir=str(self.options.out_dir),
         )  # fmt: skip
 
     def _trainer_reward(self) -> float:

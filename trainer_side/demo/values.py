@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
+
+from bridge.coordinator.health import Check
 
 SCHEMA_VERSION = 1
 
@@ -24,7 +28,6 @@ class DemoOptions:
         learning_rate: None scales with the model's width.
         name: of the bridge; None: one that no other demo uses.
         quiet: no progress on stderr.
-        json: the final result as JSON.
     """
 
     model: Path | None = None
@@ -37,7 +40,6 @@ class DemoOptions:
     learning_rate: float | None = None
     name: str | None = None
     quiet: bool = False
-    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,6 @@ class StepRow:
     gb_per_s: float | None = None
     drift: float | None = None
     verified: bool | str | None = None
-
-
-@dataclass(frozen=True)
-class CheckRow:
-    """One health check after the last step."""
-
-    name: str
-    ok: bool
-    expected: str
-    got: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class DemoResult:
     wall_s: float
     healthy: bool
     out_dir: str
-    health: tuple[CheckRow, ...] = ()
+    health: tuple[Check, ...] = ()
     rows: tuple[StepRow, ...] = field(default=(), repr=False)
 
     @property
@@ -102,4 +93,4 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return {"schema_version": SCHEMA_VERSION, **msgspec.to_builtins(self)}
