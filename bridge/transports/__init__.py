@@ -10,7 +10,7 @@ from bridge.entry_points import load
 from bridge.errors import ConfigError
 from bridge.transports.base import Transport
 
-__all__ = ["TRANSPORTS", "Registry", "Transport"]
+__all__ = ["TRANSPORTS", "Transport", "connect"]
 
 TRANSPORTS: Mapping[str, str] = MappingProxyType(
     {
@@ -22,31 +22,14 @@ TRANSPORTS: Mapping[str, str] = MappingProxyType(
 """Name -> function that connects one end; it raises ConfigError, with the reason, where its backend is missing."""
 
 
-class Registry:
-    """Connects transports by name and remembers, for messages, why one is missing."""
+def connect(name: str, *args: Any, **options: Any) -> Transport:
+    """Connect one end of transport `name`; the arguments are the transport's own.
 
-    def __init__(self, entries: Mapping[str, str] = TRANSPORTS) -> None:
-        self._entries = dict(entries)
-        self._missing: dict[str, str] = {}
-
-    @property
-    def missing(self) -> Mapping[str, str]:
-        """Name -> why it could not be used, for those that were tried."""
-        return dict(self._missing)
-
-    def connect(self, name: str, *args: Any, **options: Any) -> Transport:
-        """Connect one end of transport `name`; the arguments are the transport's own.
-
-        Raises ConfigError for an unknown transport, and with the reason for one that cannot be used here.
-        """
-        if name not in self._entries:
-            raise ConfigError(
-                "no such transport", got=repr(name), expected=", ".join(self._entries), remedy="choose one of these"
-            )
-        try:
-            transport: Transport = load(self._entries[name])(*args, **options)
-        except ConfigError as error:
-            self._missing[name] = str(error)
-            raise
-        self._missing.pop(name, None)
-        return transport
+    Raises ConfigError for an unknown transport, and with the reason for one that cannot be used here.
+    """
+    if name not in TRANSPORTS:
+        raise ConfigError(
+            "no such transport", got=repr(name), expected=", ".join(TRANSPORTS), remedy="choose one of these"
+        )
+    transport: Transport = load(TRANSPORTS[name])(*args, **options)
+    return transport

@@ -20,11 +20,12 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore
 
+from bridge import transports
 from bridge.errors import Closed, ConfigError, DeadlineExceeded, PeerLost, ProtocolError, TransportError
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
-from bridge.transports import TRANSPORTS, Registry
+from bridge.transports import TRANSPORTS, connect
 from bridge.transports.base import torch_errors
 
 WORKER = Path(__file__).with_name("transport_worker.py")
@@ -94,7 +95,7 @@ def usable() -> list[str]:
     names = []
     for name in TRANSPORTS:
         with contextlib.suppress(ConfigError):
-            Registry().connect(name, HashStore(), 0, 2)
+            connect(name, HashStore(), 0, 2)
             names.append(name)
     return names
 
@@ -320,7 +321,7 @@ def test_a_store_whose_host_died_is_a_lost_peer(tmp_path: Path) -> None:
     assert host.stdout is not None
     store = TCPStore("127.0.0.1", int(host.stdout.readline()), is_master=False, timeout=timedelta(seconds=20))
     with Arena.create(MANIFEST, name="x", directory=tmp_path) as arena:
-        transport = Registry().connect("gloo", store, 1, 2)
+        transport = connect("gloo", store, 1, 2)
         host.kill()
         host.communicate(timeout=20)
         with pytest.raises(PeerLost) as caught:
@@ -356,33 +357,30 @@ def test_our_own_errors_pass_unchanged() -> None:
         raise ProtocolError("mine")
 
 
-def test_the_registry_remembers_why_a_transport_is_missing() -> None:
+def test_a_transport_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {"gone": "bridge.transports.nowhere:connect", "typo": "bridge.transports.base:no"}
-    registry = Registry({**TRANSPORTS, **broken})
+    monkeypatch.setattr(transports, "TRANSPORTS", {**TRANSPORTS, **broken})
     for name, reason in (("gone", "nowhere"), ("typo", "no")):
         with pytest.raises(ConfigError, match=reason):
-            registry.connect(name)
-    assert set(registry.missing) == set(broken)
+            connect(name)
     with pytest.raises(ConfigError, match="gloo"):
-        registry.connect("carrier-pigeon")
+        connect("carrier-pigeon")
 
 
 @pytest.mark.parametrize("name", sorted(set(TRANSPORTS) - set(usable())))
 def test_a_backend_that_torch_lacks_says_so(name: str) -> None:
-    registry = Registry()
-    with pytest.raises(ConfigError, match=r"torch|device") as caught:
-        registry.connect(name, HashStore(), 0, 2)
-    assert registry.missing == {name: str(caught.value)}
+    with pytest.raises(ConfigError, match=r"torch|device"):
+        connect(name, HashStore(), 0, 2)
 
 
 @pytest.mark.parametrize(("rank", "world", "source"), [(0, 1, 0), (2, 2, 0), (-1, 2, 0), (0, 2, 2)])
 def test_a_group_of_no_sense_is_refused(rank: int, world: int, source: int) -> None:
     with pytest.raises(ConfigError):
-        Registry().connect("gloo", HashStore(), rank, world, source=source)
+        connect("gloo", HashStore(), rank, world, source=source)
 
 
 def test_a_closed_end_refuses_without_waiting(tmp_path: Path) -> None:
-    transport = Registry().connect("gloo", HashStore(), 1, 2)
+    transport = connect("gloo", HashStore(), 1, 2)
     transport.close()
     with Arena.create(EMPTY, name="x", directory=tmp_path) as arena, pytest.raises(Closed):
         transport.receive(arena, 0, Deadline.after(60))

@@ -26,7 +26,7 @@ from bridge.model.manifest import Manifest
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.seal import check_slot, digest_slot, seal_slot
-from bridge.transports import Registry, Transport
+from bridge.transports import Transport, connect
 
 
 class CorruptingSource:
@@ -104,7 +104,7 @@ class Worker:
         shape = msgspec.convert(manifest, Manifest)
         self.arena = Arena.create(shape, name=f"rank{rank}", directory=self._folder)
         self.arena.unlink()
-        self.transport = Registry().connect(transport, self._store, rank, world, epoch=epoch, **options)
+        self.transport = connect(transport, self._store, rank, world, epoch=epoch, **options)
 
     def fill(self, slot: int, seed: int) -> int:
         filled(self.arena, slot, seed)
