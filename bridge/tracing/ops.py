@@ -1,7 +1,8 @@
 """Follow provenance through each torch operation; used by the recorder only.
 
 An operation that only looks (a view) needs nothing, since provenance goes by storage. One that copies elements as they
-are writes a log entry that points back. Any other taints its result with its own name.
+are writes a log entry that points back, or is carried out by others that do (`REWRITES`). Any other taints its result
+with its own name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from bridge.tracing.provenance import (
     ResolvedWrites,
     constant_write,
     entry_for,
-    pick,
     region_of,
     resolve,
     storage_key,
@@ -42,13 +42,8 @@ def handlers() -> dict[Any, Handler]:
         aten.clone.default: _identity,
         aten._to_copy.default: _to_copy,
         aten.cat.default: _cat,
-        aten.stack.default: _stack,
-        aten.constant_pad_nd.default: _pad,
-        aten.repeat.default: _repeat,
         aten.index_select.default: _index_select,
         aten.index.Tensor: _index,
-        aten.slice_scatter.default: _scatter,
-        aten.select_scatter.default: _scatter,
         aten.fill_.Scalar: _fill,
         aten.fill_.Tensor: _fill,
         aten.zero_.default: _fill,
@@ -205,57 +200,11 @@ def _cat(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
     axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % max(result.dim(), 1)
     # torch lets an empty 1-D tensor take part in any concatenation.
     parts = [t for t in tensors if tuple(t.shape) != (0,) or result.dim() == 1]
-    starts, at = [], 0
-    for part in parts:
-        starts.append((part, window(region_of(result), axis, at, part.shape[axis])))
-        at += part.shape[axis]
-    _assemble(rec, result, starts)
-    return result
-
-
-def _stack(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    result = func(*args, **kwargs)
-    axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.dim()
-    _assemble(rec, result, [(t, pick(region_of(result), axis, k)) for k, t in enumerate(args[0])])
-    return result
-
-
-def _assemble(rec: Recorder, result: torch.Tensor, parts: list[tuple[torch.Tensor, Region]]) -> None:
-    """Log a new tensor made of whole tensors, each at its region of the result's storage."""
-    if not any(rec.knows(part) for part, _ in parts):
-        return
-    for part, held in parts:
+    at = 0
+    for part in parts if any(map(rec.knows, parts)) else ():
+        held = window(region_of(result), axis, at, part.shape[axis])
         rec.write(result, rec.read(part, held) if rec.knows(part) else _foreign(part, held))
-
-
-def _pad(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    result = func(*args, **kwargs)
-    source, pads = args[0], args[1]
-    if not rec.knows(source):
-        return result
-    value = args[2] if len(args) > 2 else kwargs.get("value", 0)
-    whole, inner, taken = region_of(result), region_of(result), source
-    for k in range(len(pads) // 2):
-        axis = source.dim() - 1 - k
-        before, after = pads[2 * k], pads[2 * k + 1]
-        kept = source.shape[axis] + min(before, 0) + min(after, 0)
-        taken = taken.narrow(axis, max(-before, 0), kept)
-        inner = window(inner, axis, max(before, 0), kept)
-    rec.write(result, [(constant_write(whole, float(value)), whole, whole)])
-    rec.write(result, rec.read(taken, inner))
-    return result
-
-
-def _repeat(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    result = func(*args, **kwargs)
-    source: torch.Tensor = args[0]
-    if rec.knows(source) and result.numel():
-        lead = result.dim() - source.dim()
-        shape = [1] * lead + list(source.shape)
-        times = [n // m for n, m in zip(result.shape, shape, strict=True)]
-        blocks = [n for pair in zip(times, shape, strict=True) for n in pair]
-        spread = source.reshape([n for size in shape for n in (1, size)]).expand(blocks)
-        rec.write(result, rec.read(spread, region_of(result.view(blocks))))
+        at += part.shape[axis]
     return result
 
 
@@ -276,38 +225,65 @@ def _gather(
     source: torch.Tensor = args[0]
     if index.device.type == "meta" or not rec.knows(source) or source.dim() == 0:
         return _arithmetic(rec, func, args, kwargs)
-    result = func(source, *_on(source.device, args[1:]), **kwargs)
     rows = [k % source.shape[axis] for k in index.reshape(-1).tolist()]
-    at, axis = 0, axis % source.dim()
+    at, axis, view, pieces = 0, axis % source.dim(), region_of(source), [source.narrow(axis, 0, 0)]
     while at < len(rows):
         step = rows[at + 1] - rows[at] if at + 1 < len(rows) and rows[at + 1] >= rows[at] else 1
         end = at + 1
         while end < len(rows) and rows[end] - rows[end - 1] == step:
             end += 1
-        view = region_of(source)
         strides = (*view.strides[:axis], view.strides[axis] * step, *view.strides[axis + 1 :])
         shape = (*view.shape[:axis], end - at, *view.shape[axis + 1 :])
-        taken = source.as_strided(shape, strides, view.offset + rows[at] * view.strides[axis])
-        rec.write(result, rec.read(taken, window(region_of(result), axis, at, end - at)))
+        pieces.append(source.as_strided(shape, strides, view.offset + rows[at] * view.strides[axis]))
         at = end
+    with rec.mode:
+        return torch.cat(pieces, axis)
+
+
+# ---- operations that are carried out by others, which are recorded -----------------------------------------------
+
+
+def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def _pad(source: torch.Tensor, pad: Sequence[int], value: float = 0) -> torch.Tensor:
+    shape, inner, taken = list(source.shape), [slice(None)] * source.dim(), [slice(None)] * source.dim()
+    for k, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        axis, size = source.dim() - 1 - k, source.shape[source.dim() - 1 - k]
+        shape[axis] = before + size + after
+        inner[axis] = slice(max(before, 0), shape[axis] - max(after, 0))
+        taken[axis] = slice(max(-before, 0), size - max(-after, 0))
+    padded = torch.full(shape, value, dtype=source.dtype, device=source.device)
+    padded[tuple(inner)].copy_(source[tuple(taken)])
+    return padded
+
+
+def _repeat(source: torch.Tensor, repeats: Sequence[int]) -> torch.Tensor:
+    shape = [*[1] * (len(repeats) - source.dim()), *source.shape]
+    blocks = [n for pair in zip(repeats, shape, strict=True) for n in pair]
+    spread = source.reshape([n for size in shape for n in (1, size)]).expand(blocks)
+    whole = [count * size for count, size in zip(repeats, shape, strict=True)]
+    return spread.clone(memory_format=torch.contiguous_format).view(whole)
+
+
+def _slice_scatter(base: torch.Tensor, src: torch.Tensor, *where: Any, **kwargs: Any) -> torch.Tensor:
+    result = base.clone()
+    aten.slice.Tensor(result, *where, **kwargs).copy_(src)
     return result
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    """Move the tensors of a nest of arguments to a device."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device=device) if device.type == "meta" else value.to(device)
-    return type(value)(_on(device, v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _scatter(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Log `slice_scatter` and `select_scatter`: a clone with one window overwritten."""
-    base, part, *where = args
-    result = func(*args, **kwargs)
-    if not (rec.knows(base) or rec.knows(part)):
-        return result
-    view = (aten.slice.Tensor if func is aten.slice_scatter.default else aten.select.int)(result, *where, **kwargs)
-    rec.write(result, rec.read(base, region_of(result)))
-    held = region_of(view)
-    rec.write(result, rec.read(part.expand(view.shape), held) if rec.knows(part) else _foreign(part, held))
+def _select_scatter(base: torch.Tensor, src: torch.Tensor, dim: int, index: int) -> torch.Tensor:
+    result = base.clone()
+    result.select(dim, index).copy_(src)
     return result
+
+
+REWRITES: Mapping[Any, Callable[..., torch.Tensor]] = {
+    aten.stack.default: _stack,
+    aten.constant_pad_nd.default: _pad,
+    aten.repeat.default: _repeat,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+}
+"""Operation -> the same in terms of operations that the recorder follows."""

@@ -152,16 +152,6 @@ def window(region: Region, axis: int, start: int, length: int) -> Region:
     return Region(region.offset + start * region.strides[axis], shape, region.strides)
 
 
-def pick(region: Region, axis: int, index: int) -> Region:
-    """Cut a region as `torch.select` cuts a tensor."""
-    offset = region.offset + index * region.strides[axis]
-    return Region(
-        offset,
-        (*region.shape[:axis], *region.shape[axis + 1 :]),
-        (*region.strides[:axis], *region.strides[axis + 1 :]),
-    )
-
-
 def storage_key(tensor: torch.Tensor) -> int:
     """Identify a tensor's storage by its address; logged storages are kept alive, so it stays theirs."""
     address: int = tensor.untyped_storage()._cdata

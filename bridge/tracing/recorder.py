@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.errors import ConfigError
 from bridge.model.regions import Fill, Move, Region, dense, follow
-from bridge.tracing.ops import default_handler, handlers
+from bridge.tracing.ops import REWRITES, default_handler, handlers
 from bridge.tracing.provenance import (
     NOT_AFFINE,
     NOT_SENT,
@@ -53,6 +53,7 @@ class Recorder:
         tainted: target path -> why its value is not a plain copy of sent elements.
         current: the name last handed out by `feed`, for errors that say at which tensor the loader failed.
         ties: path -> the earlier path that has the same storage.
+        mode: in it operations are recorded; for handlers that carry an operation out by others.
         rebound: target paths whose tensor got another storage (`param.data = ...`); their moves are what the new
             storage held at the end, with `dest` in the target's former layout.
 
@@ -80,14 +81,14 @@ class Recorder:
                 storage.targets.append((path, region))
         for name, tensor in sources.items():
             self._add_source(name, tensor)
-        self._mode = _Mode(self)
+        self.mode = _Mode(self)
 
     def __enter__(self) -> Self:
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self.mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._mode.__exit__(*exc)  # type: ignore[no-untyped-call]
+        self.mode.__exit__(*exc)  # type: ignore[no-untyped-call]
         if exc[0] is None:
             self._settle_rebound()
 
@@ -224,6 +225,10 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        rewrite = REWRITES.get(func)
+        if rewrite is not None:
+            with self:
+                return rewrite(*args, **(kwargs or {}))
         handler = self.handlers.get(func)
         if handler is None:
             handler = self.handlers[func] = default_handler(func)
