@@ -51,13 +51,17 @@ def require_own_process(pid: int, where: str) -> None:
         )
 
 
-def expect(reply: object, kind: type[T]) -> T:
-    """Narrow a reply to its kind. Raises the error that a Refused carries, and ProtocolError for another kind."""
+def expect(reply: object, kind: type[T], where: str | None = None) -> T:
+    """Narrow a reply, of the peer `where`, to its kind. Raises the error that a Refused carries, and ProtocolError for
+    another kind."""
     if isinstance(reply, kind):
         return reply
     if isinstance(reply, Refused):
-        raise reply.error.rebuild()
-    raise ProtocolError("an answer of the wrong kind", expected=kind.__name__, got=type(reply).__name__)
+        raise reply.error.rebuild(where)
+    raise ProtocolError(
+        "an answer of the wrong kind", where=where, expected=kind.__name__, got=type(reply).__name__,
+        remedy="run the same version of weighbridge on both sides",
+    )  # fmt: skip
 
 
 class Handles(Protocol):

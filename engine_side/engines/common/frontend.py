@@ -18,6 +18,7 @@ from typing import Any, Self
 from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined
 from bridge.protocol.codec import Completion, ErrorInfo, pack, unpack
+from bridge.protocol.coordinator_messages import Refused
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.claim import busy_error
 from engine_side.engines.common.published_state import PublishedState
@@ -238,7 +239,7 @@ async def answer(find: Callable[[], Frontend], frame: str) -> str:
     except Exception as error:  # process boundary: the caller gets an answer, whatever broke
         if not isinstance(error, BridgeError):
             log.exception("a call of the bridge failed")
-        reply = msg.FrontendFailed(ErrorInfo.of(error))
+        reply = Refused(ErrorInfo.of(error))
     return base64.b64encode(pack(reply)).decode()
 
 

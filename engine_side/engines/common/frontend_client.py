@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from bridge.daemon.processes import started_at
 from bridge.errors import BridgeError
+from bridge.ports import expect
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
@@ -170,7 +171,7 @@ class FrontendClient:
         self._ask(request, msg.FrontendDone, deadline)
 
     def _ask(self, request: msg.FrontendRequest, kind: type[R], deadline: Deadline | None = None) -> R:
-        return msg.require_kind(self._front(request, deadline or self._until()), kind, self.where)
+        return expect(self._front(request, deadline or self._until()), kind, self.where)
 
     def _until(self) -> Deadline:
         """The deadline of a call that was given none."""

@@ -5,10 +5,10 @@ That process is a server's, or the driver's own.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-from bridge.errors import ProtocolError
-from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling, unpack
+from bridge.protocol.codec import Completion, Message, Sampling, unpack
+from bridge.protocol.coordinator_messages import Refused
 
 
 class Hello(Message, frozen=True):
@@ -128,36 +128,16 @@ class FrontendDone(Message, frozen=True):
     """The request was carried out."""
 
 
-class FrontendFailed(Message, frozen=True):
-    """The request failed with this error."""
-
-    error: ErrorInfo
-
-
 FrontendRequest = (
     Hello | Claim | GiveUp | Hold | Release | Refuse | EndRequests | Retire | Publish | GetState | Generate
 )
-FrontendReply = FrontendIdentity | FrontendState | Completions | FrontendDone | FrontendFailed
-R = TypeVar("R")
+FrontendReply = FrontendIdentity | FrontendState | Completions | FrontendDone | Refused
 
 
 def read_reply(frame: bytes, where: str) -> FrontendReply:
     """Decode a reply that came over HTTP. Raises the error that the frontend answered with, ProtocolError."""
     answer: Any = unpack(frame, FrontendReply)
-    if isinstance(answer, FrontendFailed):
+    if isinstance(answer, Refused):
         raise answer.error.rebuild(where)
     reply: FrontendReply = answer
-    return reply
-
-
-def require_kind(reply: FrontendReply, kind: type[R], where: str) -> R:
-    """Check that a frontend answered with the message that its request asks for. Raises ProtocolError."""
-    if not isinstance(reply, kind):
-        raise ProtocolError(
-            "the engine's frontend answered with another kind of message",
-            where=where,
-            expected=kind.__name__,
-            got=type(reply).__name__,
-            remedy="run the same version of weighbridge beside the engine and here",
-        )
     return reply

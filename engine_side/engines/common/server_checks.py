@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from bridge.config import from_environment
 from bridge.coordinator.health import Check
 from bridge.errors import ConfigError
+from bridge.ports import expect
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import ExamineJob, RankLoaded
 from bridge.shm.files import directory
@@ -34,7 +35,7 @@ def identify(ask: Callable[[msg.Hello], msg.FrontendReply], url: str) -> msg.Fro
     folder = directory(from_environment().shm_dir)
     with tempfile.NamedTemporaryFile(prefix="wb-probe-", dir=folder) as probe:
         reply = ask(msg.Hello(probe.name, *device_and_inode(probe.fileno())))
-    front = msg.require_kind(reply, msg.FrontendIdentity, url)
+    front = expect(reply, msg.FrontendIdentity, url)
     if not front.sees:
         raise ConfigError(
             "this server cannot see the shared memory of this process, through which weights travel",
