@@ -10,9 +10,8 @@ import msgspec
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, NotFound, UnsupportedLora
+from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraSpec
-from bridge.model.manifest import TensorInfo
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
@@ -23,8 +22,9 @@ from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
+from engine_side.engines.common.rank_host import LoraRankHost
 from engine_side.engines.common.shared_storage import require_apart
-from engine_side.protocol import LoraView, PromptBatch
+from engine_side.protocol import PromptBatch
 
 
 class EmbeddedDriver:
@@ -105,11 +105,14 @@ class EmbeddedDriver:
             self.engine.close()
 
 
-class EmbeddedRankHost:
+class EmbeddedRankHost(LoraRankHost[LoraManager]):
     """Gives the bridge's rank the live model of the process that it runs in."""
+
+    lora_remedy = ("EngineConfig", "max_loras=2 (one serves while the next is loaded)")
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        self.loras = runner.lora
 
     @property
     def rank(self) -> int:
@@ -151,10 +154,6 @@ class EmbeddedRankHost:
     def untie(self, names: Sequence[str]) -> bool:
         return self._runner.untie(names)
 
-    def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
-        return self._manager().plan(tensors, spec)
-
-    @torch.no_grad()
     def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
         if name in ("", BASE, CURRENT):
             raise ConfigError(
@@ -164,27 +163,7 @@ class EmbeddedRankHost:
                 got=repr(name),
                 remedy="load it under another name",
             )
-        self._manager().load(name, tensors, spec)
-
-    def lora_views(self, name: str) -> Sequence[LoraView]:
-        if self._runner.lora is None:
-            remedy = "start it with max_loras=2 (one serves while the next is loaded)"
-            raise NotFound("the engine was started without LoRA", where="adapter", got=repr(name), remedy=remedy)
-        return self._runner.lora.views(name)
-
-    def remove_lora(self, name: str) -> None:
-        self._runner.drop_lora(name)
-
-    def _manager(self) -> LoraManager:
-        if self._runner.lora is None:
-            raise UnsupportedLora(
-                "the engine was started without LoRA",
-                where="EngineConfig.max_loras",
-                expected="at least 1",
-                got="0",
-                remedy="start it with max_loras=2 (one serves while the next is loaded), or push mode='merged'",
-            )
-        return self._runner.lora
+        super().load_lora(name, tensors, spec)
 
 
 def rank_run(runner: ModelRunner) -> Callable[[bytes], None]:

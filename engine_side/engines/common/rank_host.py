@@ -1,4 +1,4 @@
-"""The part of a rank host that vLLM and SGLang share: LoRA slots, calls of single modules, no untying."""
+"""Parts that rank hosts share: LoRA slots; and of vLLM's and SGLang's calls of single modules, no untying."""
 
 from __future__ import annotations
 
@@ -34,22 +34,62 @@ class LoraSlots(Protocol):
 L = TypeVar("L", bound=LoraSlots)
 
 
-class EngineRankHost(RankHost, Generic[L]):
-    """Base of the rank hosts of engines with vLLM's layers.
+class LoraRankHost(RankHost, Generic[L]):
+    """Base of the rank hosts of engines that may have LoRA slots.
 
     Attributes:
-        lora_remedy: the call that starts such an engine, and the arguments that LoRA needs besides `enable_lora`.
-        vocabulary_class: the engine's vocabulary layer.
-        method_class: the engine's quantisation methods, the plain one included.
-        checkpoint: the folder that the engine was started from; None for one that was started otherwise.
+        lora_remedy: the call that starts such an engine, and the arguments of it that LoRA needs.
         loras: None for an engine that was started without LoRA.
     """
 
     lora_remedy: ClassVar[tuple[str, str]]
+    loras: L | None = None
+
+    def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
+        """Find a place for every tensor of a LoRA; writes nothing. Raises UnsupportedLora without slots."""
+        return self._slots().plan(tensors, spec)
+
+    def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
+        """Write a LoRA into a free slot, under a name that was never used."""
+        self._slots().load(name, tensors, spec)
+
+    def lora_views(self, name: str) -> Sequence[LoraView]:
+        """Views of the slot of a loaded LoRA, for the read-back. Raises NotFound."""
+        return self._slots(name).views(name)
+
+    def remove_lora(self, name: str) -> None:
+        """Drop a LoRA that no request uses. Unknown names are ignored."""
+        if self.loras is not None:
+            self.loras.remove(name)
+
+    def _slots(self, name: str | None = None) -> L:
+        """The slots of this rank. Where there are none: raises NotFound for a name, UnsupportedLora without one."""
+        if self.loras is not None:
+            return self.loras
+        if name is not None:
+            raise lora_not_loaded(name)
+        where, how = self.lora_remedy
+        raise UnsupportedLora(
+            "the engine was started without LoRA",
+            where=where,
+            expected=how,
+            got="no LoRA slots",
+            remedy=f"start it with {how}, or push mode='merged'",
+        )
+
+
+class EngineRankHost(LoraRankHost[L]):
+    """Base of the rank hosts of engines with vLLM's layers.
+
+    Attributes:
+        vocabulary_class: the engine's vocabulary layer.
+        method_class: the engine's quantisation methods, the plain one included.
+        checkpoint: the folder that the engine was started from; None for one that was started otherwise.
+    """
+
     vocabulary_class: ClassVar[type[Any]]
     method_class: ClassVar[type[Any]]
     checkpoint: Path | None
-    loras: L | None = None
     _unloaded: frozenset[str] | None = None
 
     def unloaded(self) -> frozenset[str]:
@@ -110,40 +150,6 @@ class EngineRankHost(RankHost, Generic[L]):
     @abstractmethod
     def _apply_experts(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Send each row to one expert."""
-
-    # ---- LoRA ----------------------------------------------------------------------------------------------------
-
-    def plan_lora(self, tensors: Sequence[TensorInfo], spec: LoraSpec) -> Mapping[str, str]:
-        """Find a place for every tensor of a LoRA; writes nothing. Raises UnsupportedLora without slots."""
-        return self._slots().plan(tensors, spec)
-
-    def load_lora(self, name: str, tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> None:
-        """Write a LoRA into a free slot, under a name that was never used."""
-        self._slots().load(name, tensors, spec)
-
-    def lora_views(self, name: str) -> Sequence[LoraView]:
-        """Views of the slot of a loaded LoRA, for the read-back. Raises NotFound."""
-        return self._slots(name).views(name)
-
-    def remove_lora(self, name: str) -> None:
-        """Drop a LoRA that no request uses. Unknown names are ignored."""
-        if self.loras is not None:
-            self.loras.remove(name)
-
-    def _slots(self, name: str | None = None) -> L:
-        """The slots of this rank. Where there are none: raises NotFound for a name, UnsupportedLora without one."""
-        if self.loras is not None:
-            return self.loras
-        if name is not None:
-            raise lora_not_loaded(name)
-        where, how = self.lora_remedy
-        raise UnsupportedLora(
-            "the engine was started without LoRA",
-            where=where,
-            expected="enable_lora=True",
-            got="enable_lora=False",
-            remedy=f"start it with enable_lora=True and {how}, or push mode='merged'",
-        )
 
 
 @contextmanager

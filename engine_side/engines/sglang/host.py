@@ -37,7 +37,7 @@ _WHOLE = ("",)
 class SglangRankHost(EngineRankHost[SglangLoraSlots]):
     """The `RankHost` of one `sglang.srt.managers.scheduler.Scheduler`."""
 
-    lora_remedy = ("sglang.Engine", "max_loras_per_batch=3 or more")
+    lora_remedy = ("sglang.Engine", "enable_lora=True and max_loras_per_batch=3 or more")
     vocabulary_class = VocabParallelEmbedding
     method_class = QuantizeMethodBase
 

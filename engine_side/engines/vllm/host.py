@@ -34,7 +34,7 @@ _UNWRITTEN = frozenset({torch.empty, torch.empty_strided})
 class VllmRankHost(EngineRankHost[VllmLoraSlots]):
     """The host of one worker (`vllm.v1.worker.worker_base.WorkerBase`)."""
 
-    lora_remedy = ("vllm.LLM", "max_loras=2 or more")
+    lora_remedy = ("vllm.LLM", "enable_lora=True and max_loras=2 or more")
     vocabulary_class = VocabParallelEmbedding
     method_class = QuantizeMethodBase
 
