@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bridge.entry_points import load
-from bridge.errors import ConfigError
 from engine_side.engines.common.hosting import not_installed
 
 
@@ -30,26 +29,11 @@ class NativeReload:
     stop: Callable[[], None]
 
 
-NATIVE_RELOADS: Mapping[str, str] = {
-    "vllm": "engine_side.engines.vllm.native_reload:start",
-    "sglang": "engine_side.engines.sglang.native_reload:start",
-}
-"""Scheme of an engine spec -> function that starts the engine on a checkpoint folder."""
-
-
 def start(scheme: str, folder: Path) -> NativeReload:
-    """Start an engine for the bench. Blocks until it can serve.
-
-    Raises:
-        ConfigError: no engine of this scheme has such a call, or it is not installed.
-    """
-    if scheme not in NATIVE_RELOADS:
-        raise ConfigError(
-            "no such kind of engine to measure", where="engine", expected=" | ".join(NATIVE_RELOADS), got=repr(scheme),
-            remedy="measure one of these",
-        )  # fmt: skip
+    """Start an engine ("vllm", "sglang") on a checkpoint folder, for the bench. Blocks until it can serve. Raises
+    ConfigError for one that is not installed."""
     try:
-        native: NativeReload = load(NATIVE_RELOADS[scheme])(folder)
+        native: NativeReload = load(f"engine_side.engines.{scheme}.native_reload:start")(folder)
     except ModuleNotFoundError as error:
         raise not_installed(scheme, error) from error
     return native
