@@ -67,8 +67,8 @@ class Timed(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True, tag=True):
     """The measurements of one job. Sizes in bytes: `extra_nbytes` is the arena and the most private memory that warm
     pushes added to the process, `first_extra_nbytes` the same while the first push planned, `shm_nbytes` the arena
-    alone. `steal` is the share of CPU time that the host took away, `others` the average number of cores that other
-    processes kept busy (only for an engine in the measuring process)."""
+    alone. `others` is the average number of cores that other processes, and other guests of the host, kept busy (only
+    for an engine in the measuring process)."""
 
     job: CopyJob
     tensors: int
@@ -80,8 +80,6 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
     first_extra_nbytes: int
     extra_nbytes: int
     shm_nbytes: int
-    load: float
-    steal: float
     others: float = 0.0
 
 
@@ -243,8 +241,6 @@ def _result(group: Sequence[Measured]) -> dict[str, Any]:
             "shm_nbytes": one.shm_nbytes,
         },
         "noisy": reference["spread"] > NOISY or one.others > BUSY,
-        "load": one.load,
-        "steal": one.steal,
         "others": one.others,
     }
 

@@ -266,13 +266,12 @@ def measure(job: CopyJob) -> Measured:
         took, ours = time.perf_counter() - began, time.process_time() - ours
     planning, steady = (shm + peak - private for peak in bench.peaks)
     spent = {name: now - then for name, now, then in zip(cpu._fields, cpu, cpu_before, strict=True)}
-    total = sum(spent.values()) - spent["guest"] - spent["guest_nice"]  # Linux counts these as user time, too
-    busy = total - spent["idle"] - spent["iowait"]
+    idle = sum(spent[name] for name in ("idle", "iowait", "guest", "guest_nice"))  # guests count as users, too
+    busy = sum(spent.values()) - idle
     others = max(0.0, busy - ours) / took if job.engine == "module" else 0.0
     return Measured(
-        job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, planning, steady, shm,
-        os.getloadavg()[0], spent["steal"] / max(total, 0.01), others,
-    )  # fmt: skip
+        job, len(shapes), nbytes, bench.reference, bench.variants, bench.unchanged, first, planning, steady, shm, others
+    )
 
 
 @contextlib.contextmanager

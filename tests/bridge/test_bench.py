@@ -29,7 +29,7 @@ def _measured(job: CopyJob, *, off: float = 0.5, reference: float = 0.1) -> Meas
     copies = [Timed(reference * factor, reference) for factor in (0.99, 1.0, 1.01)]
     variants = {"off": rounds, "weights": [Timed(2 * one.seconds, one.cpu_s) for one in rounds]}
     return Measured(
-        job, job.count, 10**9, copies, variants, rounds[:2], Timed(4.0, 4.0), 3 * 10**9, 2 * 10**9, 2 * 10**9, 0.5, 0.0
+        job, job.count, 10**9, copies, variants, rounds[:2], Timed(4.0, 4.0), 3 * 10**9, 2 * 10**9, 2 * 10**9
     )
 
 
