@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import msgspec
 
@@ -13,8 +13,8 @@ from bridge.model.levels import LEVELS, LEVELS_OF
 
 MAX_VERSION = 1 << 53
 MODES = ("auto", "full", "merged", "base", "adapter")
-INFLIGHT = ("drain", "abort", "keep")
-KV = ("reset", "keep")
+Inflight = Literal["drain", "abort", "keep"]
+Kv = Literal["reset", "keep"]
 
 
 class PushArguments(TypedDict, total=False):
@@ -44,8 +44,8 @@ class PushSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     verify: str = "weights"
     levels: tuple[str, ...] = ()
-    inflight: str = "abort"
-    kv: str = "reset"
+    inflight: Inflight = "abort"
+    kv: Kv = "reset"
     partial: bool = False
     mode: str = "full"
     reason: str = ""
@@ -81,8 +81,8 @@ def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> Pu
     return PushSettings(
         verify=verify,
         levels=levels,
-        inflight=_one_of("inflight", given.get("inflight", "abort"), INFLIGHT),
-        kv=_one_of("kv", given.get("kv", "reset"), KV),
+        inflight=_one_of("inflight", given.get("inflight", "abort"), get_args(Inflight)),
+        kv=_one_of("kv", given.get("kv", "reset"), get_args(Kv)),
         partial=partial,
         mode=_one_of("mode", given.get("mode", "auto"), MODES),
         reason="asked for",
@@ -125,7 +125,7 @@ def _version(value: Any) -> int:
     return number
 
 
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
+def _one_of(what: str, value: Any, allowed: Sequence[str]) -> Any:
     if value not in allowed:
         raise _no_choice(what, allowed, value)
     return value

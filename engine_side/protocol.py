@@ -94,8 +94,7 @@ class EngineDriver(Protocol):
     def pause(self, inflight: str, deadline: Deadline) -> None:
         """Stop scheduling; running requests are drained, aborted or kept ("drain" | "abort" | "keep"). Idempotent.
         A kept request has its tokens so far and goes on under the weights that serve next. vLLM and SGLang compute its
-        KV anew, over all of these tokens: their canary needs the blocks.
-        Raises ConfigError for a mode that this engine cannot do."""
+        KV anew, over all of these tokens: their canary needs the blocks."""
         ...
 
     def resume(self) -> None:

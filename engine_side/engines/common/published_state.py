@@ -9,7 +9,6 @@ from bridge.errors import ConfigError, NotFound, ShapeMismatch
 
 CURRENT, BASE = "current", "base"
 """The published LoRA (or the base model, where a version without one is published), and the base model alone."""
-MODES = ("drain", "abort", "keep")
 
 
 @dataclass
@@ -28,18 +27,6 @@ class PublishedState:
     def resolve_lora(self, name: str) -> str | None:
         """The LoRA that a request means by "current", "base" or a LoRA's name. None: the base model."""
         return self.lora if name == CURRENT else None if name == BASE else name
-
-
-def check_mode(inflight: str) -> None:
-    """Check the option `inflight` of a push. Raises ConfigError for anything but "drain", "abort" and "keep"."""
-    if inflight not in MODES:
-        raise ConfigError(
-            "no such way to treat requests in flight",
-            where="inflight",
-            expected=" | ".join(MODES),
-            got=repr(inflight),
-            remedy='leave it out for "abort"',
-        )
 
 
 def asleep_error(where: str, remedy: str) -> ConfigError:

@@ -16,7 +16,7 @@ from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
-from engine_side.engines.common.published_state import BASE, asleep_error, check_mode
+from engine_side.engines.common.published_state import BASE, asleep_error
 from engine_side.engines.sglang.arguments import Arguments, require_supported
 from engine_side.engines.sglang.scheduler_messages import (
     FACTS,
@@ -176,7 +176,6 @@ class SglangDriver(FrontendClient):
             inflight: "drain" waits for running requests, "abort" ends them, "keep" lets SGLang take them back
                 (its mode "retract") and compute them again under the weights that serve next.
         """
-        check_mode(inflight)
         self._push = deadline
         paused = self.state(deadline).paused
         self._tell(msg.Hold(), deadline)

@@ -18,7 +18,6 @@ from engine_side.engines.common.published_state import (
     CURRENT,
     PublishedState,
     asleep_error,
-    check_mode,
     lora_not_loaded,
     parse_version,
 )
@@ -127,7 +126,6 @@ class LLMDriver(VllmDriver):
     def pause(self, inflight: str, deadline: Deadline) -> None:
         """Hold callers at the gate, drain, abort or keep running requests, then free all KV blocks: the canary needs
         them."""
-        check_mode(inflight)
         self._require_awake()
         paused = self._published.paused
         try:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
-from engine_side.engines.common.published_state import asleep_error, check_mode
+from engine_side.engines.common.published_state import asleep_error
 from engine_side.engines.vllm.common import VllmDriver, kept_requests_error
 from engine_side.engines.vllm.facts import VllmFacts
 
@@ -65,7 +65,6 @@ class AsyncDriver(FrontendClient, VllmDriver):
     def pause(self, inflight: str, deadline: Deadline) -> None:
         """Hold new requests in the frontend, drain, abort or keep the running ones, then free all KV blocks: the canary
         needs them."""
-        check_mode(inflight)
         paused = self.state().paused
         if not paused:
             self._require_awake()
