@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
@@ -22,6 +21,7 @@ from engine_side.embedded.moe import FusedMoE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
+from engine_side.engines.common.hosting import check_names
 from engine_side.engines.common.rank_host import LoraRankHost
 from engine_side.engines.common.shared_storage import require_apart
 from engine_side.protocol import PromptBatch
@@ -181,15 +181,6 @@ def attach(engine: object) -> EmbeddedDriver | None:
 
 def host(path: str, arguments: Mapping[str, Any]) -> EmbeddedDriver:
     """Start an engine from a checkpoint folder in this process. Raises ConfigError, naming the argument, for one that
-    `EngineConfig` does not have."""
-    try:
-        config = msgspec.convert({"path": path, **arguments}, EngineConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            "an engine argument does not fit",
-            where="embedded",
-            expected=", ".join(name for name in EngineConfig.__struct_fields__ if name != "path"),
-            got=str(error),
-            remedy="see EngineConfig for the arguments and their values",
-        ) from error
-    return EmbeddedDriver(Engine(config), owned=True)
+    `EngineConfig` does not have, or not with this value."""
+    check_names("embedded", "EngineConfig", arguments, EngineConfig.__struct_fields__, "path")
+    return EmbeddedDriver(Engine(EngineConfig(path, **arguments)), owned=True)

@@ -463,7 +463,7 @@ def test_the_command_line_tells_of_the_adapter(
 def test_a_wrong_lora_setting(said: Callable[..., dict[str, Any]], start_folder: Path) -> None:
     error = said("up", "wrong", "--engine", f"embedded:{start_folder}", "--set", "lora_targets=5", code=2)["error"]
     assert error["name"] == "ConfigError"
-    assert "lora_targets" in error["got"]
+    assert "lora_targets" in error["where"]
     assert "wrong" not in actors.running()
 
 
