@@ -1,10 +1,12 @@
-"""One rank: the model, its keys and values, and the forwards over them. Runs alike in every rank's process."""
+"""One rank: the model, its first weights, its keys and values, and the forwards over them. Runs alike in every rank's
+process."""
 
 from __future__ import annotations
 
 import logging
 import operator
 import pkgutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, NotFound
+from bridge.errors import ConfigError, IntegrityError, MissingTensor, NotFound
 from bridge.protocol.codec import Count, ErrorInfo, Message
 from engine_side.embedded.attention import CachedAttention, Step
 from engine_side.embedded.config import EngineConfig, EngineLimits, ModelConfig
@@ -21,10 +23,10 @@ from engine_side.embedded.decoder import CausalLM, Weights, model_class
 from engine_side.embedded.kv import KVTensors
 from engine_side.embedded.layers import LayerContext, ParallelLMHead
 from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
-from engine_side.embedded.loading import load_checkpoint, load_dummy
 from engine_side.embedded.lora.manager import LoraManager
 from engine_side.embedded.lora.slots import NO_LORA
 from engine_side.embedded.parallel import Parallel
+from engine_side.embedded.weights import located
 from engine_side.embedded.wrappers import WrappedLayer, unwrap, wrap_linears
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ RANK_EXTENSION = "engine_side.engines.embedded:rank_run"
 """Factory of the function that runs an opaque job in a rank: (runner) -> (job) -> None. Imported by name at the first
 job, as vLLM's worker extensions are: an engine that nobody syncs needs nothing of the bridge."""
 _FRAME_TOKENS = 8192
+_DUMMY_SCALE = 1e-3
 _LOGIT_ROWS = 256
 
 
@@ -245,6 +248,52 @@ class ModelRunner:
             log.debug("a job failed in rank %d", self.tp.rank, exc_info=True)
             return ErrorInfo.of(error)
         return None
+
+
+def checkpoint_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, CPU tensor) of every tensor in the folder's safetensors files, one at a time. Raises NotFound, or
+    ConfigError without safetensors."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ConfigError("reading a checkpoint needs safetensors", remedy="pip install 'weighbridge[hf]'") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        remedy = "save it with save_pretrained, or start with load='dummy'"
+        raise NotFound("no safetensors in the checkpoint folder", where=str(folder), remedy=remedy)
+    for path in files:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name)
+
+
+def load_checkpoint(model: CausalLM, folder: Path) -> None:
+    """Fill `model` from `folder`. Raises MissingTensor, naming the tensors that the checkpoint lacks, and the errors of
+    `load_weights`, with the folder in front."""
+    try:
+        loaded = model.load_weights(checkpoint_weights(folder))
+    except IntegrityError as error:
+        raise located(error, f"{folder}: {error.where}") from error
+    missing = tuple(name for name in model.checkpoint_names() if name not in loaded)
+    if missing:
+        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise MissingTensor(
+            "the checkpoint lacks tensors of its own architecture",
+            where=str(folder),
+            expected=some,
+            got=f"{len(missing)} missing",
+            remedy="save the checkpoint again with save_pretrained, or download it anew",
+            names=missing,
+        )
+
+
+@torch.no_grad()
+def load_dummy(model: nn.Module) -> None:
+    """Fill `model` with small uniform noise, the same for the same parameter path on every start."""
+    for name, param in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.empty(param.shape, dtype=torch.float32).uniform_(-1.0, 1.0, generator=generator)
+        param.copy_(noise * _DUMMY_SCALE)
 
 
 def _shared(model: nn.Module, param: nn.Parameter) -> bool:

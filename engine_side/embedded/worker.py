@@ -16,9 +16,8 @@ import torch
 from bridge.errors import BridgeError, PeerLost
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.deadline import Deadline
-from engine_side.embedded.channel import Channel
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.ranks import CallDone, DropLoraCall, JobCall, LogprobsCall, RankCall, RankSetup
+from engine_side.embedded.ranks import CallDone, Channel, DropLoraCall, JobCall, LogprobsCall, RankCall, RankSetup
 from engine_side.embedded.runner import ModelRunner
 
 _SEND_S = 30.0

@@ -23,7 +23,7 @@ from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
 from engine_side.engines.common.hosting import check_names
 from engine_side.engines.common.rank_host import LoraRankHost
-from engine_side.engines.common.shared_storage import require_apart
+from engine_side.engines.common.refusals import require_apart
 from engine_side.protocol import PromptBatch
 
 

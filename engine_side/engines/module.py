@@ -22,7 +22,7 @@ from bridge.model.regions import Move, Routes
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
-from engine_side.engines.common.shared_storage import require_apart
+from engine_side.engines.common.refusals import require_apart
 from engine_side.live.inplace import reflect, twin_parameter
 from engine_side.protocol import LoraView, PromptBatch
 

@@ -51,7 +51,7 @@ def replace_weights(engine: Engine, tmp_path: Path) -> Any:
     """Other weights in place, by the engine's own loader."""
     other = tiny.make_model("qwen2", seed=99)
     other.save_pretrained(tmp_path / "other")
-    from engine_side.embedded.loading import load_checkpoint
+    from engine_side.embedded.runner import load_checkpoint
 
     load_checkpoint(engine.runner.model, tmp_path / "other")
     return other

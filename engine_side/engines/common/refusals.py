@@ -1,9 +1,12 @@
-"""Refusal of engines that cannot be driven: of versions that were not tried, and of arguments that rule out a push."""
+"""Refusal of engines that cannot be driven: of versions that were not tried, of arguments that rule out a push, and of
+weights in the trainer's own memory."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+
+import torch
 
 from bridge.errors import ConfigError
 
@@ -39,4 +42,25 @@ def refuse_arguments(found: Iterable[tuple[str, str, str, str]]) -> None:
             expected=expected,
             got=got,
             remedy=f"start the engine without {name}",
+        )
+
+
+def require_apart(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    storages: frozenset[int],
+    engine: str = "engine",
+    remedy: str = "clone one of them",
+) -> None:
+    """Check before a push that the engine's live tensors lie in none of the trainer's `storages` (data addresses).
+    Storage without memory, as post-load leaves it, has no address. Raises ConfigError with the names of the shared."""
+    addresses = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors}
+    shared = sorted(name for name, address in addresses.items() if address and address in storages)
+    if shared:
+        raise ConfigError(
+            f"the trainer and the {engine} share storage",
+            where=f"{', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}",
+            expected=f"an {engine} with weights of its own",
+            got=f"{len(shared)} tensors at the same address on both sides",
+            remedy=remedy,
+            names=tuple(shared),
         )

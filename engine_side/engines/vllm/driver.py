@@ -21,8 +21,7 @@ from engine_side.engines.common.published_state import (
     lora_not_loaded,
     parse_version,
 )
-from engine_side.engines.common.refusals import require_version
-from engine_side.engines.common.shared_storage import require_apart
+from engine_side.engines.common.refusals import require_apart, require_version
 from engine_side.engines.vllm.common import (
     VllmDriver,
     kept_requests_error,
