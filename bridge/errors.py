@@ -17,7 +17,7 @@ the exit code that the command line uses for it. Errors cross process boundaries
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from bridge.model.receipt import Receipt
@@ -67,6 +67,11 @@ class BridgeError(Exception):
         """List where, expected, got and remedy, as far as they are known."""
         known = {"where": self.where, "expected": self.expected, "got": self.got, "remedy": self.remedy}
         return {label: value for label, value in known.items() if value is not None}
+
+    def amended(self, **changes: Any) -> Self:
+        """Copy the error with other text, when a caller knows more: `changes` are arguments of the constructor."""
+        fields = {name: getattr(self, name) for name in ("what", "where", "expected", "got", "remedy", "names")}
+        return type(self)(**{**fields, **changes})
 
 
 class ConfigError(BridgeError):

@@ -28,7 +28,7 @@ from engine_side.embedded.moe import (
     SparseMoeBlock,
 )
 from engine_side.embedded.quant import quantise
-from engine_side.embedded.weights import Layer, default_weight_loader, located, stored
+from engine_side.embedded.weights import Layer, default_weight_loader, stored
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -155,7 +155,7 @@ class CausalLM(Layer):
             try:
                 loader(param, tensor, **arguments)
             except (ShapeMismatch, DtypeMismatch) as error:
-                raise located(error, f"{name} -> {target}", name) from error
+                raise error.amended(where=f"{name} -> {target}", names=(name,)) from error
             loaded.add(name)
         return loaded
 

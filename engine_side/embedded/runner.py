@@ -26,7 +26,6 @@ from engine_side.embedded.layouts import POST_LOAD_LAYOUTS
 from engine_side.embedded.lora.manager import LoraManager
 from engine_side.embedded.lora.slots import NO_LORA
 from engine_side.embedded.parallel import Parallel
-from engine_side.embedded.weights import located
 from engine_side.embedded.wrappers import WrappedLayer, unwrap, wrap_linears
 
 log = logging.getLogger(__name__)
@@ -273,7 +272,7 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
     try:
         loaded = model.load_weights(checkpoint_weights(folder))
     except IntegrityError as error:
-        raise located(error, f"{folder}: {error.where}") from error
+        raise error.amended(where=f"{folder}: {error.where}") from error
     missing = tuple(name for name in model.checkpoint_names() if name not in loaded)
     if missing:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bridge.errors import DtypeMismatch, IntegrityError, ShapeMismatch
+from bridge.errors import DtypeMismatch, ShapeMismatch
 from engine_side.embedded.parallel import Parallel, divide
 
 WeightLoader = Callable[..., None]
@@ -135,15 +135,3 @@ def write(dest: torch.Tensor, loaded: torch.Tensor) -> None:
 def default_weight_loader(param: torch.Tensor, loaded: torch.Tensor, shard_id: object = None) -> None:
     """Copy the whole tensor: norms, replicated weights."""
     write(param.data, loaded)
-
-
-def located(error: IntegrityError, where: str, *names: str) -> IntegrityError:
-    """Return the same error with the place, and the tensors if given, that only its catcher knows."""
-    return type(error)(
-        error.what,
-        where=where,
-        expected=error.expected,
-        got=error.got,
-        remedy=error.remedy,
-        names=names or error.names,
-    )

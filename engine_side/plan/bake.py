@@ -269,9 +269,8 @@ def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...], offenders: dict
                 ) from raised.error
             offenders[name] = loader_errors.explain_raise(host, raised, name, weights[name], trace)
     first = next(iter(offenders.values()))
-    raise loader_errors.amended(
-        first,
-        f"{first.what} (and at least {MAX_OFFENDERS} more tensors do not fit)",
+    raise first.amended(
+        what=f"{first.what} (and at least {MAX_OFFENDERS} more tensors do not fit)",
         remedy="check that trainer and engine run the same model configuration",
         names=tuple(offenders),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -96,7 +96,7 @@ def explain_raise(
             remedy, expected = unknown, expected or "a name of the checkpoint that this engine runs"
         if turned is not None:
             remedy = "the transpose was sent"
-        return amended(error, error.what, expected=expected, remedy=remedy)
+        return error.amended(expected=expected, remedy=remedy)
     try:
         trace(host, {name: weight})
         alone = raised
@@ -130,12 +130,6 @@ def explain_raise(
     )
 
 
-def amended(error: BridgeError, what: str, **changes: Any) -> BridgeError:
-    """Copy an error of our tree with other text."""
-    fields = {name: getattr(error, name) for name in ("where", "expected", "got", "remedy", "names")}
-    return type(error)(what, **{**fields, **changes})
-
-
 def merge_names(problems: Sequence[BridgeError]) -> tuple[BridgeError, ...]:
     """Let the first problem of each class name the tensors of all of its class."""
     names: dict[type[BridgeError], list[str]] = {}
@@ -148,7 +142,7 @@ def merge_names(problems: Sequence[BridgeError]) -> tuple[BridgeError, ...]:
         what = problem.what
         if more and not isinstance(problem, MissingTensor):
             what += f" (and {more} more)"
-        out.append(amended(problem, what, names=every))
+        out.append(problem.amended(what=what, names=every))
     return tuple(out)
 
 
