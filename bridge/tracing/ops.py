@@ -8,6 +8,7 @@ with its own name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,12 @@ import torch
 from bridge.model.regions import Region
 from bridge.tracing.provenance import (
     NOT_SENT,
+    LoggedWrite,
     ResolvedWrites,
-    constant_write,
     entry_for,
     region_of,
     resolve,
     storage_key,
-    tainted_write,
     tensors_in,
     window,
 )
@@ -34,34 +34,7 @@ aten: Any = torch.ops.aten
 Handler = Callable[["Recorder", Any, tuple[Any, ...], Mapping[str, Any]], Any]
 
 
-def handlers() -> dict[Any, Handler]:
-    """Map operations to their handlers. Every other operation is a view, or taints its result."""
-    table: dict[Any, Handler] = {
-        aten.copy_.default: _copy,
-        aten._foreach_copy_.default: _foreach_copy,
-        aten.clone.default: _identity,
-        aten._to_copy.default: _to_copy,
-        aten.cat.default: _cat,
-        aten.index_select.default: _index_select,
-        aten.index.Tensor: _index,
-        aten.fill_.Scalar: _fill,
-        aten.fill_.Tensor: _fill,
-        aten.zero_.default: _fill,
-        aten.set_.source_Tensor: _plain,
-        aten.set_.source_Storage_storage_offset: _plain,
-    }
-    for op in (aten.empty_like, aten.new_empty, aten.new_empty_strided):
-        table[op.default] = _plain
-    for op in (aten.zeros, aten.zeros_like, aten.new_zeros):
-        table[op.default] = _constant(lambda args: 0.0)
-    for op in (aten.ones, aten.ones_like, aten.new_ones):
-        table[op.default] = _constant(lambda args: 1.0)
-    table[aten.full.default] = table[aten.full_like.default] = _constant(lambda args: args[1])
-    table[aten.new_full.default] = _constant(lambda args: args[2])
-    table[aten.scalar_tensor.default] = _constant(lambda args: args[0])
-    return table
-
-
+@cache
 def default_handler(func: Any) -> Handler:
     """Classify an operation by its schema, once: a view, a write in place, or something that makes new values."""
     returns = [r.alias_info for r in func._schema.returns]
@@ -83,7 +56,7 @@ def _arithmetic(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping
         for out in tensors_in(result):
             if storage_key(out) not in before:
                 held = region_of(out)
-                rec.write(out, [(tainted_write(held, f"computed by {func}"), held, held)])
+                rec.write(out, [(LoggedWrite(held, taint=f"computed by {func}"), held, held)])
     return result
 
 
@@ -96,7 +69,7 @@ def _arithmetic_in_place(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs
         for out in tensors_in(args[k] if k < len(args) else kwargs.get(argument.name)):
             held = region_of(out)
             if involved or storage_key(out) in rec.storages:
-                rec.write(out, [(tainted_write(held, f"computed in place by {func}"), held, held)])
+                rec.write(out, [(LoggedWrite(held, taint=f"computed in place by {func}"), held, held)])
     return result
 
 
@@ -136,7 +109,7 @@ def _bits(rec: Recorder, dest: torch.Tensor, src: torch.Tensor, held: Region) ->
     if into.dtype == out_of.dtype and into.dtype.itemsize == dest.dtype.itemsize:
         found = resolve(out_of.log, region_of(src), held)
     else:
-        found = [(tainted_write(held, f"reinterprets {out_of.dtype} as {into.dtype}"), held, held)]
+        found = [(LoggedWrite(held, taint=f"reinterprets {out_of.dtype} as {into.dtype}"), held, held)]
     for write, origin, at in found:
         entry = entry_for(write, origin, at, into.dtype)
         into.log.append(entry)
@@ -147,8 +120,8 @@ def _bits(rec: Recorder, dest: torch.Tensor, src: torch.Tensor, held: Region) ->
 def _foreign(src: torch.Tensor, held: Region) -> ResolvedWrites:
     """Log a value that was not sent: a constant when it is a single known number, else a taint."""
     if src.device.type != "meta" and src.untyped_storage().nbytes() == src.element_size():
-        return [(constant_write(held, src.reshape(-1)[:1].item()), held, held)] if held.numel else []
-    return [(tainted_write(held, NOT_SENT), held, held)] if held.numel else []
+        return [(LoggedWrite(held, value=src.reshape(-1)[:1].item()), held, held)] if held.numel else []
+    return [(LoggedWrite(held, taint=NOT_SENT), held, held)] if held.numel else []
 
 
 def _foreach_copy(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -163,7 +136,7 @@ def _fill(rec: Recorder, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
         _store(rec, dest, value, lambda: func(*args, **kwargs))
     elif not isinstance(value, complex):
         held = region_of(dest)
-        rec.write(dest, [(constant_write(held, float(value)), held, held)] if held.numel else [])
+        rec.write(dest, [(LoggedWrite(held, value=float(value)), held, held)] if held.numel else [])
     return func(*args, **kwargs)
 
 
@@ -173,7 +146,7 @@ def _constant(value_of: Callable[[tuple[Any, ...]], Any]) -> Handler:
         value = value_of(args)
         if isinstance(value, (int, float)) and result.numel():
             held = region_of(result)
-            rec.write(result, [(constant_write(held, float(value)), held, held)])
+            rec.write(result, [(LoggedWrite(held, value=float(value)), held, held)])
         return result
 
     return handler
@@ -287,3 +260,24 @@ REWRITES: Mapping[Any, Callable[..., torch.Tensor]] = {
     aten.select_scatter.default: _select_scatter,
 }
 """Operation -> the same in terms of operations that the recorder follows."""
+HANDLERS: dict[Any, Handler] = {
+    aten.copy_.default: _copy,
+    aten._foreach_copy_.default: _foreach_copy,
+    aten.clone.default: _identity,
+    aten._to_copy.default: _to_copy,
+    aten.cat.default: _cat,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.fill_.Scalar: _fill,
+    aten.fill_.Tensor: _fill,
+    aten.zero_.default: _fill,
+    aten.set_.source_Tensor: _plain,
+    aten.set_.source_Storage_storage_offset: _plain,
+    **{op.default: _plain for op in (aten.empty_like, aten.new_empty, aten.new_empty_strided)},
+    **{op.default: _constant(lambda args: 0.0) for op in (aten.zeros, aten.zeros_like, aten.new_zeros)},
+    **{op.default: _constant(lambda args: 1.0) for op in (aten.ones, aten.ones_like, aten.new_ones)},
+    **{op.default: _constant(lambda args: args[1]) for op in (aten.full, aten.full_like)},
+    aten.new_full.default: _constant(lambda args: args[2]),
+    aten.scalar_tensor.default: _constant(lambda args: args[0]),
+}
+"""Operation -> its handler. Every other operation is a view, or taints its result."""

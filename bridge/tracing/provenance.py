@@ -35,20 +35,23 @@ class Provenance:
     taint: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoggedWrite:
     """One entry of a storage's log: `held` holds elements `origin` of source `name` (sent as `dtype`, cast on
-    the way to each of `via`), or `value`, or a tainted value."""
+    the way to each of `via`), or `value`, or a tainted value. All of `held` lies in [low, high)."""
 
     held: Region
-    low: int
-    high: int
     name: str | None = None
     origin: Region | None = None
     dtype: torch.dtype | None = None
     via: frozenset[torch.dtype] = frozenset()
     value: float | None = None
     taint: str | None = None
+    low: int = field(init=False)
+    high: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.low, self.high = self.held.offset, self.held.offset + extent(self.held)
 
 
 @dataclass(slots=True)
@@ -77,7 +80,7 @@ def resolve(log: list[LoggedWrite], view: Region, other: Region) -> ResolvedWrit
                 continue
             split = follow(part, beside, write.held, write.origin or write.held)
             if split is None:
-                found.append((tainted_write(beside, NOT_AFFINE), beside, beside))
+                found.append((LoggedWrite(beside, taint=NOT_AFFINE), beside, beside))
                 continue
             found += [(write, origin, held) for origin, held in split.inside]
             rest += split.outside
@@ -90,13 +93,12 @@ def resolve(log: list[LoggedWrite], view: Region, other: Region) -> ResolvedWrit
 
 def entry_for(write: LoggedWrite | None, origin: Region, held: Region, dtype: torch.dtype) -> LoggedWrite:
     """Make the log entry for a copy: `held` now shows the elements that `write` held, as `dtype`."""
-    low, high = held.offset, held.offset + extent(held)
     if write is None:
-        return LoggedWrite(held, low, high, taint=NOT_SENT)
+        return LoggedWrite(held, taint=NOT_SENT)
     if write.name is None:
-        return LoggedWrite(held, low, high, value=write.value, taint=write.taint)
+        return LoggedWrite(held, value=write.value, taint=write.taint)
     via = write.via if dtype == write.dtype or dtype in write.via else write.via | {dtype}
-    return LoggedWrite(held, low, high, name=write.name, origin=origin, dtype=write.dtype, via=via)
+    return LoggedWrite(held, name=write.name, origin=origin, dtype=write.dtype, via=via)
 
 
 def why_not(write: LoggedWrite | None, final: torch.dtype) -> str | None:
@@ -127,14 +129,6 @@ def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
         return torch.iinfo(narrow).max <= 2 / fine.eps
     coarse = torch.finfo(narrow)
     return fine.eps <= coarse.eps and fine.max >= coarse.max and fine.tiny * fine.eps <= coarse.tiny * coarse.eps
-
-
-def tainted_write(held: Region, reason: str) -> LoggedWrite:
-    return LoggedWrite(held, held.offset, held.offset + extent(held), taint=reason)
-
-
-def constant_write(held: Region, value: float) -> LoggedWrite:
-    return LoggedWrite(held, held.offset, held.offset + extent(held), value=value)
 
 
 def extent(region: Region) -> int:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge.errors import ConfigError
 from bridge.model.regions import Fill, Move, Region, dense, follow
-from bridge.tracing.ops import REWRITES, default_handler, handlers
+from bridge.tracing.ops import HANDLERS, REWRITES, default_handler
 from bridge.tracing.provenance import (
     NOT_AFFINE,
     NOT_SENT,
@@ -32,7 +32,6 @@ from bridge.tracing.provenance import (
     region_of,
     resolve,
     storage_key,
-    tainted_write,
     why_not,
 )
 
@@ -119,7 +118,7 @@ class Recorder:
         if storage is None:
             return [(None, view, other)] if view.numel else []
         if storage.dtype != tensor.dtype:
-            return [(tainted_write(view, f"reinterprets {storage.dtype} as {tensor.dtype}"), view, other)]
+            return [(LoggedWrite(view, taint=f"reinterprets {storage.dtype} as {tensor.dtype}"), view, other)]
         return resolve(storage.log, view, other)
 
     def write(self, dest: torch.Tensor, found: ResolvedWrites) -> None:
@@ -131,7 +130,7 @@ class Recorder:
             storage = self.track(dest)
         if storage.dtype != dest.dtype:
             reason = f"reinterprets {storage.dtype} as {dest.dtype}"
-            found = [(tainted_write(held, reason), held, held) for _, _, held in found]
+            found = [(LoggedWrite(held, taint=reason), held, held) for _, _, held in found]
         for write, origin, held in found:
             entry = entry_for(write, origin, held, dest.dtype)
             storage.log.append(entry)
@@ -161,7 +160,7 @@ class Recorder:
                 got=f"{tensor.device}, strides {tuple(tensor.stride())}, offset {tensor.storage_offset()}",
             )
         whole = dense(tuple(tensor.shape))
-        self.track(tensor).log.append(LoggedWrite(whole, 0, whole.numel, name=name, origin=whole, dtype=tensor.dtype))
+        self.track(tensor).log.append(LoggedWrite(whole, name=name, origin=whole, dtype=tensor.dtype))
 
     def emit(self, storage: StorageLog, entry: LoggedWrite) -> None:
         """Turn one write into moves, fills or taints of the targets whose elements it touches."""
@@ -215,7 +214,6 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
-        self.handlers = handlers()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -229,7 +227,4 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rewrite is not None:
             with self:
                 return rewrite(*args, **(kwargs or {}))
-        handler = self.handlers.get(func)
-        if handler is None:
-            handler = self.handlers[func] = default_handler(func)
-        return handler(self.recorder, func, args, kwargs or {})
+        return (HANDLERS.get(func) or default_handler(func))(self.recorder, func, args, kwargs or {})
