@@ -16,6 +16,8 @@ import sqlite3
 import stat
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,9 +168,7 @@ class Ledger:
 
         Raises StaleVersion for one that is not above every version issued before.
         """
-        if os.getpid() != self._pid:
-            raise self._foreign_process()
-        with self._lock:
+        with self._owned():
             chosen = self.highest + 1 if version is None else version
             if chosen <= self.highest:
                 raise StaleVersion(
@@ -188,13 +188,11 @@ class Ledger:
         Raises ProtocolError for an unknown kind, wrong fields or a version that was never issued; TransportError when
         the journal cannot be written. Then nothing was recorded.
         """
-        if os.getpid() != self._pid:
-            raise self._foreign_process()
         try:
             entry = msgspec.convert({"at": time.time(), **fields, "kind": kind}, AnyEntry)
         except msgspec.ValidationError as error:
             raise ProtocolError("not an entry of the journal", where=kind, got=str(error)) from error
-        with self._lock:
+        with self._owned():
             if isinstance(entry, Committed | RolledBack | Sealed) and entry.version > self.highest:
                 raise ProtocolError(
                     "a version that was never issued", where=kind, expected=f"at most {self.highest}",
@@ -219,10 +217,8 @@ class Ledger:
     def receipts(self, last: int | None = None) -> list[dict[str, Any]]:
         """The newest receipts, oldest first, as plain data; every kept one without `last`. Raises ProtocolError for a
         journal that was damaged meanwhile."""
-        if os.getpid() != self._pid:
-            raise self._foreign_process()
         query = "SELECT body, sum FROM entries WHERE kind = 'receipt' ORDER BY id DESC LIMIT ?"
-        with self._lock:
+        with self._owned():
             rows = self._rows(query, -1 if last is None else last)
         entries = [self._decoded(*row) for row in reversed(rows)]
         return [entry.receipt for entry in entries if isinstance(entry, ReceiptEntry)]
@@ -242,12 +238,17 @@ class Ledger:
                 self._database.close()
         os.close(lock)
 
-    def _foreign_process(self) -> Closed:
-        # Checked before any lock: a thread that held one at the fork does not exist in the child.
-        return Closed(
-            "this journal belongs to the process that opened it", where=str(self.path), expected=f"pid {self._pid}",
-            got=f"pid {os.getpid()}, a forked child", remedy="push from the parent process",
-        )  # fmt: skip
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Hold the lock inside. Raises Closed in a forked child, before the lock: a thread that held it at the fork
+        does not exist there."""
+        if os.getpid() != self._pid:
+            raise Closed(
+                "this journal belongs to the process that opened it", where=str(self.path), expected=f"pid {self._pid}",
+                got=f"pid {os.getpid()}, a forked child", remedy="push from the parent process",
+            )  # fmt: skip
+        with self._lock:
+            yield
 
     def _rows(self, query: str, *values: int) -> list[tuple[object, object]]:
         try:

@@ -15,17 +15,6 @@ _DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "fl
 _SHM = "/dev/shm/"
 
 
-def not_installed(package: str, error: ModuleNotFoundError) -> ConfigError:
-    """The error for an engine whose package cannot be imported."""
-    return ConfigError(
-        f"{package} is not installed here",
-        where="engine",
-        expected=f"an environment with {package}",
-        got=f"no module named {error.name}",
-        remedy=f"pip install {package.lower()}, or run this in an environment that has it",
-    )
-
-
 def check_names(scheme: str, engine: str, arguments: Mapping[str, Any], known: Collection[str], model: str) -> None:
     """Check the names of engine arguments before an engine is started.
 

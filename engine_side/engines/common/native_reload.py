@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from bridge.entry_points import load
-from engine_side.engines.common.hosting import not_installed
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,6 @@ class NativeReload:
 def start(scheme: str, folder: Path) -> NativeReload:
     """Start an engine ("vllm", "sglang") on a checkpoint folder, for the bench. Blocks until it can serve. Raises
     ConfigError for one that is not installed."""
-    try:
-        native: NativeReload = load(f"engine_side.engines.{scheme}.native_reload:start")(folder)
-    except ModuleNotFoundError as error:
-        raise not_installed(scheme, error) from error
+    load(f"{scheme}:__version__")  # says how to install an engine that is missing
+    native: NativeReload = load(f"engine_side.engines.{scheme}.native_reload:start")(folder)
     return native

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from bridge.entry_points import load
 from bridge.errors import BridgeError, ConfigError, DeadlineExceeded
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim, hosting
@@ -128,11 +129,9 @@ def host(path: str, arguments: Mapping[str, Any]) -> SglangEngineDriver:
 
     Raises ConfigError, naming the argument, for one that SGLang does not have or does not accept.
     """
-    try:
-        import sglang
-    except ModuleNotFoundError as error:
-        raise hosting.not_installed("SGLang", error) from error
-    require_version("SGLang", str(sglang.__version__))
+    require_version("SGLang", load("sglang:__version__"))
+    import sglang
+
     arguments = hosting.with_dtype(arguments)
     leavings, shutdown = hosting.Leavings(), None
     try:

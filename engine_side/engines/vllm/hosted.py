@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError, wait
 from functools import partial
 from typing import Any, TypeVar
 
+from bridge.entry_points import load
 from bridge.errors import BridgeError, PeerLost
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
@@ -101,14 +102,11 @@ def host(path: str, arguments: Mapping[str, Any]) -> AsyncDriver:
         ConfigError: vLLM is not installed, its version was not tried, or it does not have or accept an argument, which
             the message names.
     """
-    try:
-        import vllm
-        from vllm.v1.engine.async_llm import AsyncLLM
-    except ModuleNotFoundError as error:
-        raise hosting.not_installed("vLLM", error) from error
+    require_version("vLLM", load("vllm:__version__"))
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     from engine_side.engines.vllm.frontend import VllmFrontend
 
-    require_version("vLLM", str(vllm.__version__))
     register()  # in an environment where the plugin's entry point is switched off, our own engine has it all the same
     channel, leavings = VllmLoopChannel(), hosting.Leavings()
 
