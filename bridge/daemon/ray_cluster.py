@@ -222,11 +222,10 @@ def other_drivers() -> list[int]:
     return sorted(job.driver_pid for job in jobs.values() if not job.is_dead and job.driver_pid != os.getpid())
 
 
-def stop_ray() -> bool:
-    """Stop the local Ray that we started, and only that one; False when there is none. Blocks until it has ended."""
+def stop_ray() -> None:
+    """Stop the local Ray that we started, and only that one, if it runs. Blocks until it has ended."""
     head = our_ray()
     if head is None:
         _ray_file().unlink(missing_ok=True)
-        return False
-    head.end()
-    return True
+    else:
+        head.end()

@@ -1,5 +1,9 @@
-"""The processes of the other tensor-parallel ranks, seen from rank 0: start, calls, answers, end; and the frames
-between them: length, then MessagePack."""
+"""The processes of the other tensor-parallel ranks: their frames (length, then MessagePack), rank 0's view of them, and
+what runs in each of them, `python -m engine_side.embedded.ranks FD`.
+
+Such a process, started by `RankProcess` only, runs the calls that arrive on the inherited socket until the socket ends:
+when the engine is closed, or when the engine's process ends for whatever reason.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -30,6 +35,7 @@ T = TypeVar("T")
 _HEAD = struct.Struct(">I")
 _GRACE_S = 3.0
 _LOST_GRACE_S = 0.3
+_SEND_S = 30.0
 _START_S = 60.0
 """A process needs this long to import torch on a busy machine, however short the waits are meant to be later."""
 
@@ -152,7 +158,7 @@ class RankProcess:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "engine_side.embedded.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "engine_side.embedded.ranks", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__ if sys.__stderr__ is not None else subprocess.DEVNULL,
@@ -332,3 +338,48 @@ class Ranks:
             # one that was left alone in a collective cannot end by itself before that collective's timeout
             child.end(_GRACE_S if self._lost is None else _LOST_GRACE_S)
         self.children.clear()
+
+
+# ---- the process of another rank ------------------------------------------------------------------------------------
+
+
+def serve(channel: Channel) -> None:
+    """Load the model, join the group, and run calls. Raises PeerLost at the end of the stream."""
+    setup: RankSetup = channel.receive(RankSetup, Deadline.after(_SEND_S))
+    torch.set_num_threads(setup.threads)
+    tp = Parallel(setup.rank, setup.config.tensor_parallel_size, setup.config.timeout_s)
+    runner = ModelRunner(setup.config, tp)
+    channel.send(CallDone(0), Deadline.after(_SEND_S))
+    tp.connect(setup.store)
+    while True:
+        call: RankCall = channel.receive(RankCall, None)
+        if isinstance(call, JobCall):
+            with tp.until(Deadline.after(call.within_s)):
+                error = runner.attempt(call.job)
+            channel.send(CallDone(call.number, error, tp.collectives), Deadline.after(_SEND_S))
+        elif isinstance(call, LogprobsCall):
+            runner.prompt_logprobs(call.prompts, call.lora)
+        elif isinstance(call, DropLoraCall):
+            runner.drop_lora(call.name)
+        else:
+            runner.forward(call)
+
+
+def main() -> int:
+    """Serve; exit code 0 at the end of the stream. Any other error is sent as the last frame."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; it ends us
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])), f"the engine, pid {os.getppid()}")
+    try:
+        serve(channel)
+    except Exception as error:
+        # Rank 0's collective fails as soon as this process ends; then it reads why.
+        try:
+            channel.send(CallDone(0, ErrorInfo.of(error)), Deadline.after(1.0))
+        except PeerLost:
+            return 0
+        return error.exit_code if isinstance(error, BridgeError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
