@@ -40,12 +40,13 @@ def load(target: str) -> Any:
         raise ConfigError(
             f"a package that this needs {'is not installed' if missing else 'cannot be imported'}",
             where=module_name,
+            expected="an environment in which it can be imported",
             got=f"no module named {error.name}" if missing else str(error),
             remedy=install_command(error.name or module_name),
         ) from error
-    if attribute not in vars(module):
+    if not hasattr(module, attribute):
         raise ConfigError("a module does not have this attribute", where=module_name, expected=attribute)
-    return vars(module)[attribute]
+    return getattr(module, attribute)
 
 
 def install_command(module: str) -> str:

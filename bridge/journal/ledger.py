@@ -56,39 +56,39 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     at: float = 0.0
 
 
-class Issued(Entry, frozen=True, tag="issued"):
+class VersionEntry(Entry, frozen=True):
+    """Base of the entries about one version."""
+
+    version: Version
+
+
+class Issued(VersionEntry, frozen=True, tag="issued"):
     """A version was given to a push."""
 
-    version: Version
 
-
-class Sealed(Entry, frozen=True, tag="sealed"):
+class Sealed(VersionEntry, frozen=True, tag="sealed"):
     """The snapshot is complete in the arena; `root` in hex."""
 
-    version: Version
     root: str = ""
     slot: int | None = None
     arena: str | None = None
 
 
-class Committed(Entry, frozen=True, tag="committed"):
+class Committed(VersionEntry, frozen=True, tag="committed"):
     """The version is served from now on."""
 
-    version: Version
     engines: tuple[str, ...] = ()
 
 
-class Aborted(Entry, frozen=True, tag="aborted"):
+class Aborted(VersionEntry, frozen=True, tag="aborted"):
     """The push of this version failed or was dropped."""
 
-    version: Version
     reason: str = ""
 
 
-class RolledBack(Entry, frozen=True, tag="rolled_back"):
+class RolledBack(VersionEntry, frozen=True, tag="rolled_back"):
     """`version` is served again."""
 
-    version: Version
     engines: tuple[str, ...] = ()
 
 
@@ -100,10 +100,9 @@ class Quarantined(Entry, frozen=True, tag="quarantined"):
     version: Version | None = None
 
 
-class ReceiptEntry(Entry, frozen=True, tag="receipt"):
+class ReceiptEntry(VersionEntry, frozen=True, tag="receipt"):
     """The receipt of one push."""
 
-    version: Version
     receipt: dict[str, Any]
 
 

@@ -213,7 +213,7 @@ def _gather(
         return torch.cat(pieces, axis)
 
 
-# ---- operations that are carried out by others, which are recorded -----------------------------------------------
+# ---- operations that are carried out by others, which are recorded --------------------------------------------------
 
 
 def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:

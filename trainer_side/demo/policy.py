@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridge.errors import ConfigError, NotFound
+from bridge.entry_points import load
+from bridge.errors import NotFound
 
 TINY = {
     "vocab_size": 64,
@@ -25,22 +25,12 @@ TINY = {
 """Qwen2's shape in small: q/k/v biases, two query heads per key/value head. Learns the task in about forty steps."""
 
 
-def require(module: str, why: str) -> Any:
-    """Import a module of the extra `demo`. Raises ConfigError, with the reason `why`, when it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            why,
-            where="this environment",
-            expected="the extra `demo`",
-            got=str(error),
-            remedy="pip install 'weighbridge[demo]'",
-        ) from error
-
-
 def _transformers() -> Any:
-    return require("transformers", "the demo trains a transformers model")
+    """Import transformers. Raises ConfigError, with the command that installs it, when it is missing."""
+    load("transformers:__version__")
+    import transformers
+
+    return transformers
 
 
 def tiny_qwen2(*, seed: int = 0, tied: bool = False, **shape: int) -> nn.Module:

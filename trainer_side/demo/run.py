@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bridge.entry_points import load
 from bridge.model.receipt import Receipt
 from bridge.protocol.codec import Sampling
 from trainer_side.demo import policy, report
@@ -59,7 +60,7 @@ def run_demo(options: DemoOptions, open_bridge: OpenBridge | None = None) -> Dem
         ConfigError: an extra or the checkpoint is missing; nothing was started.
     """
     began = time.monotonic()
-    policy.require("matplotlib.figure", "the demo draws a picture with matplotlib")
+    load("matplotlib.figure:Figure")  # the picture at the end: what is missing is said before anything starts
     with report.open_view(options) as view, _one_thread():
         model, checkpoint = _prepare(options)
         task = task_for(policy.vocab_size(model), policy.special_ids(model))

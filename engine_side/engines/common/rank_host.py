@@ -1,4 +1,5 @@
-"""Parts that rank hosts share: LoRA slots; and of vLLM's and SGLang's calls of single modules, no untying."""
+"""Parts that rank hosts share: LoRA slots for every engine that has them, and what vLLM's and SGLang's have in common:
+calls of single modules, and no untying."""
 
 from __future__ import annotations
 
