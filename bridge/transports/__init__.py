@@ -1,16 +1,21 @@
-"""Transports by name. Entries are strings, imported on use; a backend that cannot be used here says why."""
+"""Transports: one sealed version of one arena arrives, checked, in an arena of another process.
+
+A transport knows bytes and digests, not the meaning of tensors; the coordinator decides which rank sends when, and what
+follows from a failure. One contract test runs on all of them. They are found by name: entries are strings, imported on
+use; a backend that cannot be used here says why.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from bridge.entry_points import load
-from bridge.errors import ConfigError
-from bridge.transports.base import Transport
-
-__all__ = ["TRANSPORTS", "Transport", "connect"]
+from bridge.errors import ConfigError, DeadlineExceeded, PeerLost, TransportError
+from bridge.protocol.deadline import Deadline
+from bridge.shm.arena import Arena
 
 TRANSPORTS: Mapping[str, str] = MappingProxyType(
     {
@@ -20,6 +25,57 @@ TRANSPORTS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Name -> function that connects one end; it raises ConfigError, with the reason, where its backend is missing."""
+
+
+class Transport(Protocol):
+    """One end of a group of one source and its receivers. Called from one thread at a time.
+
+    Each round is one `send` at the source and one `receive` at every receiver, in the same order on all of them, on
+    arenas of the same manifest. A failed transfer may end the group: later calls then raise Closed, and the
+    coordinator makes a new group (a new epoch) of the ranks that live.
+    """
+
+    def send(self, arena: Arena, slot: int, deadline: Deadline) -> None:
+        """*(source)* Replicate a sealed slot, which must not be written meanwhile. Blocks until every receiver has
+        checked and sealed it.
+
+        Raises ProtocolError (the slot is not sealed, or a receiver's arena has another manifest), DigestMismatch (a
+        receiver got other bytes), DeadlineExceeded (naming the receivers that did not come), PeerLost, Closed.
+        """
+        ...
+
+    def receive(self, arena: Arena, slot: int, deadline: Deadline) -> int:
+        """*(receiver)* Receive the source's next version into `slot` of a writable arena, check it there and seal it;
+        returns the version.
+
+        The slot's seal is removed just before the first byte, and set again when every digest is right: after any error
+        the slot is either as it was or open. Raises as `send`, and TransportError when the round was called off because
+        another receiver failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave the group and let go of its memory. Idempotent; never waits for a peer."""
+        ...
+
+
+@contextmanager
+def torch_errors(what: str, deadline: Deadline) -> Iterator[None]:
+    """Turn errors of torch.distributed (RuntimeError and its Dist* subclasses) into TransportErrors.
+
+    Past the deadline it is a DeadlineExceeded, before it a PeerLost: the connections of a dead process close at once.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        if deadline.expired:
+            raise DeadlineExceeded(
+                f"{what} outlasted its deadline", got=text, remedy="raise timeout_s, or look for a hung peer"
+            ) from error
+        raise PeerLost(f"{what} lost its peer", got=text, remedy="make a new group of the ranks that live") from error
+    except OSError as error:
+        raise TransportError(f"{what} failed", got=str(error), remedy="see the network of this node") from error
 
 
 def connect(name: str, *args: Any, **options: Any) -> Transport:

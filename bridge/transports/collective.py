@@ -40,7 +40,7 @@ from bridge.protocol.codec import Count, ErrorInfo, Message, pack, unpack
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import DIGEST_NBYTES, Arena, Seal
 from bridge.shm.seal import digest_slot, require_equal, root_digest
-from bridge.transports.base import Transport, torch_errors
+from bridge.transports import Transport, torch_errors
 
 CHUNK_NBYTES = 16 << 20
 """Bytes per broadcast; several are under way at once."""

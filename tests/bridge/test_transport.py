@@ -25,8 +25,7 @@ from bridge.errors import Closed, ConfigError, DeadlineExceeded, PeerLost, Proto
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
-from bridge.transports import TRANSPORTS, connect
-from bridge.transports.base import torch_errors
+from bridge.transports import TRANSPORTS, connect, torch_errors
 
 WORKER = Path(__file__).with_name("transport_worker.py")
 CHUNK = 64 << 10
@@ -358,7 +357,7 @@ def test_our_own_errors_pass_unchanged() -> None:
 
 
 def test_a_transport_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {"gone": "bridge.transports.nowhere:connect", "typo": "bridge.transports.base:no"}
+    broken = {"gone": "bridge.transports.nowhere:connect", "typo": "bridge.transports.collective:no"}
     monkeypatch.setattr(transports, "TRANSPORTS", {**TRANSPORTS, **broken})
     for name, reason in (("gone", "nowhere"), ("typo", "no")):
         with pytest.raises(ConfigError, match=reason):
