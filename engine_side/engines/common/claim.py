@@ -37,12 +37,15 @@ def take(engine: object, driver: object, owner: str) -> None:
     vars(engine)[_KEY] = mine
 
 
-def give_up(engine: object, driver: object) -> bool:
-    """Remove the mark if it is this driver's. True when nobody drives the engine any more. Idempotent."""
-    holder = _driver_of(vars(engine).get(_KEY))
-    if holder is driver:
+def is_others(engine: object, driver: object) -> bool:
+    """True while another driver than this one has claimed `engine`."""
+    return _driver_of(vars(engine).get(_KEY)) not in (None, driver)
+
+
+def give_up(engine: object, driver: object) -> None:
+    """Remove the mark if it is this driver's. Idempotent."""
+    if _driver_of(vars(engine).get(_KEY)) is driver:
         del vars(engine)[_KEY]
-    return holder is None or holder is driver
 
 
 def busy_error(engine: str, asked_by: str, held_by: str, process: int | None = None) -> Busy:

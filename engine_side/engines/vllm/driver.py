@@ -65,8 +65,7 @@ class LLMDriver(VllmDriver):
 
     @cached_property
     def gate(self) -> VllmGate:
-        """The gate of the engine, put up at its first use: the claim comes before, and whoever had it has taken the
-        gate of its own down by then."""
+        """The gate of the engine, put up at its first use. Before the claim it may be that of another bridge."""
         return VllmGate.of(self._engine)
 
     # ---- calls of the engine -------------------------------------------------------------------------------------
@@ -165,6 +164,7 @@ class LLMDriver(VllmDriver):
     def claim(self, owner: str) -> None:
         """Raises Busy, and ConfigError for an engine that is asleep: it has no weights to read."""
         claim.take(self.llm, self, owner)
+        self.gate = VllmGate.of(self._engine)  # the one that was looked at before may have been taken down since
         if self.refusal is None and self._is_asleep():
             claim.give_up(self.llm, self)
             raise asleep_error(self.where, "llm.wake_up(), then try again")
@@ -203,8 +203,9 @@ class LLMDriver(VllmDriver):
 
     def close(self) -> None:
         """Give up the claim. The engine runs on, or goes on refusing."""
-        if claim.give_up(self.llm, self):  # else the gate is that of another bridge, which has refused us
-            self.gate.lift()
+        if not claim.is_others(self.llm, self):  # else the gate is that of another bridge, which has refused us
+            self.gate.lift()  # while the claim still stands: whoever takes it next puts up one of their own
+        claim.give_up(self.llm, self)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
