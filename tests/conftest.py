@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -62,6 +63,16 @@ def _own_shared_memory() -> Iterator[None]:
         os.environ["WEIGHBRIDGE_SHM_DIR"] = before
     if left:
         raise AssertionError(f"left in shared memory: {sorted(left)}")
+
+
+def unlinked_and_held(folder: Path) -> list[str]:
+    """Paths of files that are gone from a folder and that this process still has open or mapped."""
+    found = [line.partition(" /")[2] for line in Path("/proc/self/maps").read_text().splitlines()]
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them is closed by now
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix("/"))
+    gone = (f"/{path}".removesuffix(" (deleted)") for path in found if path.endswith(" (deleted)"))
+    return [path for path in gone if Path(path).is_relative_to(folder)]
 
 
 @pytest.fixture

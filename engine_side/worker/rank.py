@@ -69,8 +69,7 @@ class Rank:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
         job = unpack(frame, jobs.RankJob)
         if self._mailbox is None or str(self._mailbox.path) != job.mailbox:
-            if self._mailbox is not None:
-                self._mailbox.close()
+            self._close_mailbox()
             self._mailbox = Mailbox.open(Path(job.mailbox))
         mailbox = self._mailbox
         try:
@@ -81,12 +80,17 @@ class Rank:
             touched = self._loading is not None and self._loading.began_to_write
             answer = jobs.RankFailed(ErrorInfo.of(error), touched)
         mailbox.post(job.page + self.host.rank, job.nonce, pack(jobs.RankAnswer(self.host.rank, job.nonce, answer)))
+        if isinstance(job.job, jobs.ForgetJob) and not job.job.keep:
+            self._close_mailbox()  # the last job of a bridge that closes; an open file keeps its memory
 
     def close(self) -> None:
         """Let go of arenas and mailbox. Idempotent."""
         for planned in self._plans.values():
             planned.close()
         self._plans.clear()
+        self._close_mailbox()
+
+    def _close_mailbox(self) -> None:
         if self._mailbox is not None:
             self._mailbox.close()
             self._mailbox = None

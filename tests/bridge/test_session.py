@@ -22,7 +22,7 @@ import bridge
 from bridge.errors import TransportError
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
-from tests.conftest import tiny_qwen2
+from tests.conftest import tiny_qwen2, unlinked_and_held
 
 WORKER = Path(__file__).with_name("fork_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -115,6 +115,21 @@ def test_a_bridge_that_is_dropped_lets_go_of_everything(shm: Path) -> None:
     del again, model, live
     gc.collect()
     assert [ref() for ref in seen] == [None] * 3
+
+
+@pytest.mark.parametrize("kind", ["module", "embedded"])
+def test_an_engine_that_runs_on_keeps_no_file_of_a_bridge_that_closed(
+    shm: Path, checkpoint: Callable[..., Path], kind: str
+) -> None:
+    """One that is open keeps its memory, name or not."""
+    model = net() if kind == "module" else tiny_qwen2()
+    live = net() if kind == "module" else Engine(EngineConfig(str(checkpoint(model))))
+    for _ in range(2):
+        with bridge.attach(live) as b:
+            assert b.push(model.named_parameters()).verified is True
+        assert (os.listdir(shm), unlinked_and_held(shm)) == ([], [])
+    if isinstance(live, Engine):
+        live.close()
 
 
 def test_an_engine_of_a_bridge_that_was_dropped_can_be_collected(shm: Path, checkpoint: Callable[..., Path]) -> None:
