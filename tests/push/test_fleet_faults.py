@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import socket
 import threading
 import time
@@ -21,13 +22,15 @@ from bridge.client import Bridge
 from bridge.config import from_environment
 from bridge.coordinator.coordinator import Coordinator
 from bridge.coordinator.owner_thread import OwnerThread
-from bridge.errors import Closed, ConfigError, DeadlineExceeded, PushAborted, UnexpectedTensor
+from bridge.errors import Closed, ConfigError, DeadlineExceeded, PushAborted, TransportError, UnexpectedTensor
 from bridge.journal.ledger import Ledger
 from bridge.ports import InProcessPort
 from bridge.protocol.deadline import Deadline
 from bridge.session import Session
 from engine_side.driver.service import EngineService
 from engine_side.engines.registry import adapt
+from engine_side.load.loader import Loader
+from tests.conftest import unlinked_and_held
 
 
 def net(seed: int) -> nn.Module:
@@ -180,6 +183,32 @@ def test_a_plan_that_fails_takes_nothing_else_away(fleet: Fleet, monkeypatch: py
     monkeypatch.undo()
     assert push(made, 4).verified is True
     assert [len(service._arenas) for service in session.services] == plans
+
+
+def test_a_rank_that_cannot_map_an_arena_is_named_and_keeps_nothing_of_it(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, made = fleet
+    version = push(made, 2).version
+    wider = [(name, tensor.detach().double()) for name, tensor in net(3).named_parameters()]
+    map_onto, torn = Loader.map, session.services[1].driver.module
+
+    def breaks(loader: Loader, *args: Any) -> None:
+        map_onto(loader, *args)
+        if loader.host.model is torn:
+            raise TransportError("no room to map it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "map", breaks)
+        for _ in range(2):
+            with pytest.raises(TransportError, match="no room to map it") as caught:
+                made.push(wider)
+            assert "engine1 rank 0" in str(caught.value.where)
+    assert states(made) == [("SERVING", version)] * 2
+    assert push(made, 4).verified is True
+    assert made.push(wider).verified is True
+    made.push(wider)  # now nothing holds the first layout either
+    assert [path for path in unlinked_and_held(Path(os.environ["WEIGHBRIDGE_SHM_DIR"])) if path.endswith(".data")] == []
 
 
 def refuse_to_read_back(*_: Any) -> Any:
