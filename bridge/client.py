@@ -288,6 +288,7 @@ class Bridge:
         arena = last.arena if last is not None else None
         if arena is None or str(arena.path) != planned.path:
             if arena is not None:
+                self._agreed.pop(kind, None)  # engines have left it, whether or not the next one can be opened
                 arena.close()
             arena = Arena.open(Path(planned.path), validate(planned.manifest), writable=True)
         agreed = self._agreed[kind] = _Agreed(snapshot.layout, partial, planned, arena)

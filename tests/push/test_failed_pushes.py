@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 import bridge
 from bridge.errors import TransportError
 from bridge.journal.ledger import Ledger
+from bridge.shm.arena import Arena
 from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2
+from tests.push.lora_rig import LoraRig
 from tests.push.rig import drift
 
 
@@ -88,3 +92,24 @@ def test_a_full_disk_neither_blocks_nor_lies(attached: Any, monkeypatch: pytest.
     monkeypatch.setattr(Ledger, "record", real)
     b.push(model.named_parameters())
     assert drift(engine, model) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Model has:UserWarning")
+def test_a_trainer_that_cannot_map_a_new_arena_can_go_on_with_the_layout_before(
+    make: Callable[..., LoraRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two layouts differ: LoRA on one end of a tied model makes two tensors of it, and its base is one."""
+    rig = make(tiny_qwen2(tied=True), target_modules=["q_proj", "lm_head"])
+    assert rig.push(mode="merged").verified is True
+
+    def full(*_: Any, **__: Any) -> Arena:
+        raise TransportError("an arena cannot be mapped", got="no address space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bridge.client.Arena", SimpleNamespace(open=full))
+        with pytest.raises(TransportError, match="no address space"):
+            rig.push(mode="base")
+    assert rig.push(mode="merged").verified is True
+    assert rig.serves(rig.truth())
+    assert rig.push(mode="base").verified is True
+    assert rig.serves(rig.base_truth())
