@@ -63,6 +63,18 @@ def test_a_module_that_nothing_can_update_is_an_error_with_its_class() -> None:
         chosen(toy.Elsewhere)
 
 
+class Mute(toy.Plain):
+    """Answers every input alike, whatever its weights are."""
+
+    def apply(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return super().apply(layer, x) * 0
+
+
+def test_a_module_whose_answers_say_nothing_about_its_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing that can be seen depends on its weights"):
+        chosen(Mute)
+
+
 def test_native_has_its_reason() -> None:
     found = chosen(toy.Plain, decay=True)
     assert found.choices["decay"].strategy is Strategy.NATIVE
