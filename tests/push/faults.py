@@ -13,6 +13,10 @@ import torch
 import engine_side.load.loader
 from bridge.model.regions import Move
 from bridge.protocol.coordinator_messages import SubmitRequest
+from bridge.protocol.deadline import Deadline
+from bridge.protocol.engine_messages import EngineLoad, EngineLoaded
+from bridge.shm.seal import seal_slot
+from engine_side.driver.service import EngineService
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.copies import CopyBatch
 from engine_side.load.loader import Loader, LoadOutcome
@@ -50,20 +54,43 @@ def around_apply(
 # ---- one per level --------------------------------------------------------------------------------------------------
 
 
-def corrupt_a_byte(rig: Rig, patch: Patch) -> None:
-    """The sign of one weight flips in the arena, after the version was sealed."""
+def on_submit(rig: Rig, patch: Patch, change: Callable[[SubmitRequest], SubmitRequest]) -> None:
+    """What the trainer hands over is changed on its way to the coordinator."""
     inner = rig.b._coordinator
 
     class Port:
         def call(self, request: Any, reply: Any, deadline: Any) -> Any:
-            if isinstance(request, SubmitRequest):
-                arena = rig.b.arena
-                assert arena is not None
-                slot = next(s for s in range(arena.slots) if getattr(arena.seal_of(s), "version", 0) == request.version)
-                arena.flat(slot)[arena.manifest.by_name[DOWN].offset + 3] ^= 0x80
-            return inner.call(request, reply, deadline)
+            return inner.call(change(request) if isinstance(request, SubmitRequest) else request, reply, deadline)
 
     patch.setattr(rig.b, "_coordinator", Port())
+
+
+def corrupt_a_byte(rig: Rig, patch: Patch) -> None:
+    """The sign of one weight flips in the arena, after the version was sealed."""
+
+    def corrupt(request: SubmitRequest) -> SubmitRequest:
+        arena = rig.b.arena
+        assert arena is not None
+        slot = next(s for s in range(arena.slots) if getattr(arena.seal_of(s), "version", 0) == request.version)
+        arena.flat(slot)[arena.manifest.by_name[DOWN].offset + 3] ^= 0x80
+        return request
+
+    on_submit(rig, patch, corrupt)
+
+
+def seal_anew(rig: Rig, patch: Patch) -> None:
+    """Somebody seals the slot as another version before the engine loads it."""
+    load = EngineService._load
+
+    def faulty(service: EngineService, request: EngineLoad, deadline: Deadline) -> EngineLoaded:
+        arena = rig.b.arena
+        assert arena is not None
+        seal = arena.seal_of(request.job.slot)
+        assert seal is not None
+        seal_slot(arena, request.job.slot, request.sealed + 1, seal.digests)
+        return load(service, request, deadline)
+
+    patch.setattr(EngineService, "_load", faulty)
 
 
 def with_moves(patch: Patch, change: Callable[[Move], Move | None]) -> None:

@@ -60,10 +60,14 @@ class FleetSession(Session):
 Fleet = tuple[FleetSession, Bridge]
 
 
+def bridge_over(session: FleetSession) -> Bridge:
+    return Bridge(session, entry_points.load(entry_points.TRAINER)(), from_environment())
+
+
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
     session = FleetSession([net(1), net(1)], tmp_path)
-    made = Bridge(session, entry_points.load(entry_points.TRAINER)(), from_environment())
+    made = bridge_over(session)
     yield session, made
     made.close()
 
@@ -168,6 +172,32 @@ def test_an_engine_that_is_lost_on_the_way_back_is_told_although_nothing_was_wri
             push(made, 3)
     assert caught.value.serving["engine1"] is None
     assert push(made, 4).verified is True
+
+
+def test_engines_that_differ_are_not_put_back_to_the_weights_of_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No version 0 is true of both, so none of them may serve what the other one held."""
+    modules = [net(1), net(2)]
+    apply = Loader.apply
+
+    def breaks(loader: Loader, slot: int, changed: Any = None) -> Any:
+        outcome = apply(loader, slot, changed)
+        if loader.host.model is modules[0]:
+            raise TransportError("on purpose")
+        return outcome
+
+    made = bridge_over(FleetSession(modules, tmp_path))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Loader, "apply", breaks)
+            with pytest.raises(bridge.EngineQuarantined, match="on purpose"):
+                push(made, 3)
+        assert states(made) == [("QUARANTINED", None)] * 2
+        assert push(made, 4).verified is True
+        assert states(made) == [("SERVING", 2)] * 2
+    finally:
+        made.close()
 
 
 def test_a_plan_that_fails_takes_nothing_else_away(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from bridge.errors import (
     EngineQuarantined,
     IntegrityError,
     MissingTensor,
+    ProtocolError,
     PushAborted,
 )
 from bridge.model import canary
@@ -226,6 +228,31 @@ def test_verify_off_says_so(rigs: Callable[[str], Rig]) -> None:
         assert not rig.b.health().healthy
     rig.good_push()
     assert rig.b.health().healthy
+
+
+# ---- a slot that is not what was announced --------------------------------------------------------------------------
+
+
+def test_a_slot_that_is_not_sealed_as_announced_is_not_pushed(
+    rigs: Callable[[str], Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = rigs("canonical")
+    rig.step()
+    with rig.unmoved(then_push=False), monkeypatch.context() as patch:
+        faults.on_submit(rig, patch, lambda request: msgspec.structs.replace(request, root=bytes(16)))
+        with pytest.raises(ProtocolError, match="not sealed as announced"):
+            rig.push()
+    rig.good_push()
+
+
+def test_a_slot_that_was_sealed_anew_is_not_loaded(rigs: Callable[[str], Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = rigs("canonical")
+    rig.step()
+    with rig.unmoved(then_push=False), monkeypatch.context() as patch:
+        faults.seal_anew(rig, patch)
+        with pytest.raises(ProtocolError, match="does not hold the announced version"):
+            rig.push()
+    rig.good_push()
 
 
 # ---- a write that fails ---------------------------------------------------------------------------------------------
