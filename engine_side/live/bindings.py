@@ -163,7 +163,7 @@ class AttributeSnapshot:
             ours = {id(registry[name]) for _, _, registry, name, owner in found if owner in modules}
             found = [entry for entry in found if id(entry[2][entry[3]]) in ours]
         self.bound = BoundTensors([(path, registry, name) for path, _, registry, name, _ in found])
-        self._views = [(tensor.dtype, tensor.stride()) for tensor in self.bound.tensors]
+        self._views = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in self.bound.tensors]
         self._attributes = [dict(tensor.__dict__) for tensor in self.bound.tensors]
         self.entries = {
             path: {"kind": kind, **_facts(tensor), "aliases": ", ".join(aliases[id(tensor)])}
@@ -173,7 +173,7 @@ class AttributeSnapshot:
     def unchanged(self) -> bool:
         """True while every entry is what it was, at about 1 us each. Does not see entries that were added."""
         tensors = self.bound.tensors
-        if not self.bound.in_place() or [(t.dtype, t.stride()) for t in tensors] != self._views:
+        if not self.bound.in_place() or [(t.dtype, t.shape, t.stride()) for t in tensors] != self._views:
             return False
         for tensor, attributes in zip(tensors, self._attributes, strict=True):
             now = tensor.__dict__

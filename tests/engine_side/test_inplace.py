@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -168,6 +170,18 @@ def test_snapshot_sees_what_a_sync_must_not_change() -> None:
     assert ("weight", "address") in changes(layer(), lambda m: setattr(m.weight, "data", torch.zeros(4, 6)))
     assert changes(layer(), lambda m: setattr(m.weight, "data", torch.zeros(4, 6)), ("weight",)) == set()
     assert ("weight", "presence") in changes(layer(), lambda m: delattr(m, "weight"))
+
+
+@pytest.mark.parametrize(
+    ("what", "view"),
+    [
+        ("stride", lambda weight: weight.t()),
+        ("shape", lambda weight: weight[:2]),
+        ("dtype", lambda weight: weight.view(torch.bfloat16)),
+    ],
+)
+def test_snapshot_sees_another_view_of_the_same_memory(what: str, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert ("weight", what) in changes(layer(), lambda m: setattr(m.weight, "data", view(m.weight.data)))
 
 
 def test_snapshot_sees_a_stale_alias() -> None:
