@@ -94,6 +94,32 @@ def test_a_full_disk_neither_blocks_nor_lies(attached: Any, monkeypatch: pytest.
     assert drift(engine, model) < 1e-4
 
 
+def test_a_commit_that_cannot_be_journalled_is_taken_back_before_an_engine_serves_it(
+    attached: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_qwen2()
+    engine, b = attached(model)
+    version = b.push(model.named_parameters()).version
+    before = engine.prompt_logprobs([[1, 2, 3, 4, 5]])
+    real, seen = Ledger.record, list[tuple[bool, int | None]]()
+
+    def full(self: Ledger, what: str, **fields: Any) -> None:
+        if what == "committed":
+            seen.append((engine.paused, b.status().engines[0].serving))
+            raise TransportError("the journal cannot be written", got="no space left")
+        real(self, what, **fields)
+
+    perturb(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record", full)
+        with pytest.raises(bridge.PushAborted, match="no space left"):
+            b.push(model.named_parameters())
+    assert seen == [(True, version)]
+    assert engine.prompt_logprobs([[1, 2, 3, 4, 5]]) == before
+    assert b.status().committed == b.status().engines[0].serving == version
+    assert b.push(model.named_parameters()).verified is True
+
+
 @pytest.mark.filterwarnings("ignore:Model has:UserWarning")
 def test_a_trainer_that_cannot_map_a_new_arena_can_go_on_with_the_layout_before(
     make: Callable[..., LoraRig], monkeypatch: pytest.MonkeyPatch
