@@ -165,8 +165,10 @@ def _weights(facts: Facts, engine: Examined) -> Iterator[Check]:
                 got = level.note or f"{level.checked} checked"
                 yield Check(label, True, f"version {facts.committed} bit for bit", got)
                 continue
+            remedy = "something changed it after the sync: push again, or b.rollback()"
+            if not level.failures:
+                yield Check(label, False, "a level that passes", level.note or "it failed", remedy)
             for failure in level.failures[:20]:
-                remedy = "something changed it after the sync: push again, or b.rollback()"
                 yield Check(f"{label}: {failure.name}", False, failure.expected, failure.got, remedy)
 
 
