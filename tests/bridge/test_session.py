@@ -49,7 +49,12 @@ def forked(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., P
     """What `fork_worker.py` found for every engine, in one process."""
     folder = tmp_path_factory.mktemp("shm")
     state = str(tmp_path_factory.mktemp("state"))
-    environment = {**os.environ, "WEIGHBRIDGE_SHM_DIR": str(folder), "XDG_STATE_HOME": state, "PYTHONPATH": str(ROOT)}
+    places = {
+        "WEIGHBRIDGE_SHM_DIR": str(folder),
+        "XDG_STATE_HOME": state,
+        "TMPDIR": str(tmp_path_factory.mktemp("tmp")),
+    }
+    environment = {**os.environ, **places, "PYTHONPATH": str(ROOT)}
     wanted = [f"{engine}:{child}" for engine, children in FORKED.items() for child in children]
     command = [sys.executable, str(WORKER), str(checkpoint(tiny_qwen2())), *wanted]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
