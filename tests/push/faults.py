@@ -132,15 +132,15 @@ def replace_a_parameter(rig: Rig, patch: Patch) -> None:
     around_apply(patch, None, fault)
 
 
-def swap_rows(rig: Rig, patch: Patch) -> None:
-    """The first head rows of q and k change places in live storage."""
+def swap_rows(rig: Rig, patch: Patch, *, times: int = 1) -> None:
+    """The first head rows of q and k change places in live storage, after each of the next `times` loads."""
 
     def fault() -> None:
         weight = parameter(rig, QKV).detach()
         q, k = weight[0:24].clone(), weight[48:72].clone()
         weight[0:24], weight[48:72] = k, q
 
-    around_apply(patch, None, fault)
+    around_apply(patch, None, fault, times)
 
 
 def skip_post_load(rig: Rig, patch: Patch) -> None:

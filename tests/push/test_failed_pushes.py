@@ -13,10 +13,11 @@ import bridge
 from bridge.errors import TransportError
 from bridge.journal.ledger import Ledger
 from bridge.shm.arena import Arena
+from engine_side.engines.embedded import EmbeddedDriver
 from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.lora_rig import LoraRig
-from tests.push.rig import drift
+from tests.push.rig import GREEDY, drift
 
 
 def test_live_edits_are_not_adopted_as_the_committed_version(attached: Any) -> None:
@@ -118,6 +119,36 @@ def test_a_commit_that_cannot_be_journalled_is_taken_back_before_an_engine_serve
     assert engine.prompt_logprobs([[1, 2, 3, 4, 5]]) == before
     assert b.status().committed == b.status().engines[0].serving == version
     assert b.push(model.named_parameters()).verified is True
+
+
+def test_what_a_version_left_in_the_cache_goes_with_it(attached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second vote generates under the new weights, and puts their KV into the prefix cache."""
+    model = tiny_qwen2()
+    _, b = attached(model)
+    generate, record, asked = EmbeddedDriver.generate, Ledger.record, list[Any]()
+
+    def heard(driver: EmbeddedDriver, prompts: Any, *args: Any, **options: Any) -> Any:
+        asked.extend(prompts if options.get("past_gate") else ())
+        return generate(driver, prompts, *args, **options)
+
+    def full(self: Ledger, what: str, **fields: Any) -> None:
+        if what == "committed":
+            raise TransportError("the journal cannot be written", got="no space left")
+        record(self, what, **fields)
+
+    def answers() -> Any:
+        return b.engines[0].generate([asked[0]], GREEDY)[0].logprobs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddedDriver, "generate", heard)
+        b.push(model.named_parameters())
+    before = answers()
+    perturb(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record", full)
+        with pytest.raises(bridge.PushAborted, match="no space left"):
+            b.push(model.named_parameters())
+    assert answers() == pytest.approx(before, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Model has:UserWarning")

@@ -305,6 +305,21 @@ def quarantine(rig: Rig, patch: pytest.MonkeyPatch) -> EngineQuarantined:
     return caught.value
 
 
+def test_a_way_back_that_brings_other_weights_is_quarantine(
+    fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load that puts the version before back raises nothing, and is wrong. No canary was ever asked for here."""
+    rig = fresh()
+    rig.good_push(verify="weights")
+    rig.step()
+    with monkeypatch.context() as patch:
+        faults.swap_rows(rig, patch, times=2)
+        with pytest.raises(EngineQuarantined, match="the read-back check failed") as caught:
+            rig.push(verify="weights")
+    assert caught.value.serving == {"engine0": None}
+    rig.good_push()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 def test_a_way_back_that_fails_too_is_quarantine(
