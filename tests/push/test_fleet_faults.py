@@ -200,6 +200,31 @@ def test_engines_that_differ_are_not_put_back_to_the_weights_of_one_of_them(
         made.close()
 
 
+def test_a_version_that_no_new_arena_can_hold_is_returned_to_in_its_own(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines that cannot be read back: then the arena of the layout before is the only way back."""
+    session, made = fleet
+    version = push(made, 2).version
+    apply, torn = Loader.apply, session.services[1].driver.module
+    faults = iter([TransportError("on purpose")])
+
+    def breaks(loader: Loader, slot: int, changed: Any = None) -> Any:
+        outcome = apply(loader, slot, changed)
+        fault = next(faults, None) if loader.host.model is torn else None
+        if fault is not None:
+            raise fault
+        return outcome
+
+    monkeypatch.setattr(session.own._fleet, "keep_current", lambda *_: None)
+    monkeypatch.setattr(Loader, "apply", breaks)
+    with pytest.raises(PushAborted, match="on purpose"):
+        made.push([(name, tensor.detach().double()) for name, tensor in net(3).named_parameters()])
+    assert states(made) == [("SERVING", version)] * 2
+    for service in session.services:
+        assert torch.equal(service.driver.module[1].weight, net(2)[1].weight)
+
+
 def test_a_plan_that_fails_takes_nothing_else_away(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     session, made = fleet
     push(made, 2)
@@ -238,7 +263,9 @@ def test_a_rank_that_cannot_map_an_arena_is_named_and_keeps_nothing_of_it(
     assert push(made, 4).verified is True
     assert made.push(wider).verified is True
     made.push(wider)  # now nothing holds the first layout either
-    assert [path for path in unlinked_and_held(Path(os.environ["WEIGHBRIDGE_SHM_DIR"])) if path.endswith(".data")] == []
+    folder = Path(os.environ["WEIGHBRIDGE_SHM_DIR"])
+    assert len(list(folder.glob("weighbridge-fleet-*.data"))) == 1
+    assert [path for path in unlinked_and_held(folder) if path.endswith(".data")] == []
 
 
 def refuse_to_read_back(*_: Any) -> Any:

@@ -230,6 +230,17 @@ def test_verify_off_says_so(rigs: Callable[[str], Rig]) -> None:
     assert rig.b.health().healthy
 
 
+def test_what_nothing_will_read_back_is_written_whole(rigs: Callable[[str], Rig]) -> None:
+    """Tensors that did not change in the trainer too: somebody may have written to them in the engine."""
+    rig = rigs("canonical")
+    rig.good_push()
+    with torch.no_grad():
+        faults.parameter(rig, faults.DOWN)[0, 0] += 5
+    assert not rig.serves(rig.model)
+    rig.push(verify="off")
+    assert rig.serves(rig.model)
+
+
 # ---- a slot that is not what was announced --------------------------------------------------------------------------
 
 
