@@ -225,6 +225,25 @@ def test_a_version_that_no_new_arena_can_hold_is_returned_to_in_its_own(
         assert torch.equal(service.driver.module[1].weight, net(2)[1].weight)
 
 
+def test_an_error_of_ours_between_the_votes_puts_every_engine_back(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, made = fleet
+    version = push(made, 2).version
+
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bridge.coordinator.push_run.TwoPhaseCommit.vote", breaks)
+        with pytest.raises(bridge.BridgeError, match="a bug"):
+            push(made, 3)
+    assert states(made) == [("SERVING", version)] * 2
+    for service in session.services:
+        assert torch.equal(service.driver.module[1].weight, net(2)[1].weight)
+    assert push(made, 4).verified is True
+
+
 def test_a_plan_that_fails_takes_nothing_else_away(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     session, made = fleet
     push(made, 2)
