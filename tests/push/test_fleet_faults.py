@@ -225,6 +225,26 @@ def test_a_version_that_no_new_arena_can_hold_is_returned_to_in_its_own(
         assert torch.equal(service.driver.module[1].weight, net(2)[1].weight)
 
 
+def test_a_subset_is_no_way_back_for_what_it_does_not_hold(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, made = fleet
+    made.push([("0.weight", net(2)[0].weight)], partial=True)
+    apply, faults = Loader.apply, iter([TransportError("on purpose") for _ in session.services])
+
+    def breaks(loader: Loader, slot: int, changed: Any = None) -> Any:
+        outcome = apply(loader, slot, changed)
+        if (fault := next(faults, None)) is not None:
+            raise fault
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.own._fleet, "keep_current", lambda *_: None)
+        patch.setattr(Loader, "apply", breaks)
+        with pytest.raises(bridge.EngineQuarantined, match="on purpose"):
+            push(made, 3)
+    assert states(made) == [("QUARANTINED", None)] * 2
+    assert push(made, 4).verified is True
+
+
 def test_an_error_of_ours_between_the_votes_puts_every_engine_back(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
