@@ -43,10 +43,20 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """`new_folder()` makes an empty folder below pytest's own.
+
+    `tmp_path_factory.mktemp` reads all folders that it has made to number the next: thousands, for every test again.
+    """
+    parent = tmp_path_factory.mktemp("folders")
+    return lambda: Path(tempfile.mkdtemp(dir=parent))
+
+
 @pytest.fixture(autouse=True)
-def _own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_state(new_folder: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Journals of a test never meet those of the user."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    monkeypatch.setenv("XDG_STATE_HOME", str(new_folder()))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -140,11 +150,11 @@ def perturb(model: Any, seed: int = 1, scale: float = 0.05) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def checkpoint(new_folder: Callable[[], Path]) -> Callable[..., Path]:
     """`checkpoint(model)` saves a model once and gives its folder."""
 
     def save(model: Any) -> Path:
-        folder = tmp_path_factory.mktemp("checkpoint")
+        folder = new_folder()
         model.save_pretrained(folder)
         return folder
 
