@@ -115,14 +115,15 @@ def by_multiprocessing(action: str, scene: Scene, answer: int) -> tuple[int, Cal
 
 def scene_of(engine: str, checkpoint: str) -> Scene:
     """An engine with a Bridge that has pushed twice."""
+    if engine != "module":
+        from transformers import Qwen2ForCausalLM
+    gc.freeze()  # what was imported: every child would look through it as it ends
     if engine == "module":
         live: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     else:
-        from transformers import AutoModelForCausalLM
-
         live = Engine(EngineConfig(checkpoint, tensor_parallel_size=int(engine)))
-        model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+        model = Qwen2ForCausalLM.from_pretrained(checkpoint).eval()
     b = bridge.attach(live, model=model if engine != "module" else None)
     b.push(model.named_parameters())
     pending = b.push(model.named_parameters(), wait=False)
