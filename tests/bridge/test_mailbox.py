@@ -170,6 +170,8 @@ def test_readers_never_see_half_a_post_of_another_process(box: Mailbox) -> None:
     writer = subprocess.Popen(
         [sys.executable, "-c", code, str(box.path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
+    while box.read(0, 1) is None and writer.poll() is None:
+        time.sleep(0.001)  # it starts
     seen = set()
     while writer.poll() is None:
         payload = box.read(0, 1)
