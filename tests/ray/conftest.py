@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 import bridge
+from bridge.cli import commands
 from bridge.daemon import actors, ray_cluster
 from tests.conftest import tiny_qwen2
 
@@ -49,7 +52,7 @@ class Home:
         return found
 
     def cli(self, *args: str, code: int = 0, **changed: str) -> dict[str, Any]:
-        """`weighbridge ARGS --json`; its one JSON object."""
+        """`weighbridge ARGS --json` as a user runs it, in a process of its own; its one JSON object."""
         done = subprocess.run(
             [sys.executable, "-m", "bridge", *args, "--json"],
             env={**self.environment, **changed}, capture_output=True, text=True, timeout=180,
@@ -157,6 +160,16 @@ def trainer(home: Home) -> Iterator[Callable[..., Trainer]]:
         each.kill()
         if each.process.stdout is not None:
             each.process.stdout.close()
+
+
+def cli_here(*args: str, code: int = 0) -> dict[str, Any]:
+    """`weighbridge ARGS --json` in this process, which is connected to the room's Ray, for steps on a test's way: most
+    of what a process of its own does is import. Its one JSON object."""
+    ray_cluster.ensure_ray()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert commands.main([*args, "--json"]) == code
+    found: dict[str, Any] = json.loads(output.getvalue())
+    return found
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 import bridge
-from bridge.cli import commands
 from bridge.config import from_environment
 from bridge.daemon import actors, ray_cluster
 from bridge.protocol.deadline import Deadline
@@ -28,7 +26,7 @@ from engine_side.embedded.engine import Engine
 from engine_side.engines.registry import host
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.lora_rig import stir, wrap
-from tests.ray.conftest import Home, Trainer, eventually, gone
+from tests.ray.conftest import Home, Trainer, cli_here, eventually, gone
 from tests.ray.lora_worker import policy
 from trainer_side.trainer import TrainerSide
 
@@ -397,46 +395,30 @@ def test_an_engine_that_hangs_before_the_commit_is_not_waited_for(
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def said(up: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """`weighbridge ARGS --json` in this process, which is connected to Ray already; its one JSON object."""
-
-    def run(*args: str, code: int = 0) -> dict[str, Any]:
-        ray_cluster.ensure_ray()
-        capsys.readouterr()
-        assert commands.main([*args, "--json"]) == code
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    return run
-
-
-def test_the_command_line_tells_of_the_adapter(
-    b: bridge.Bridge, said: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_the_command_line_tells_of_the_adapter(b: bridge.Bridge, tmp_path: Path) -> None:
     model = policy(71)
     b.bind(model)
     weights = b.push(model.named_parameters(), mode="base").version
     receipt = b.push(model.named_parameters(), mode="adapter")
     name = receipt.engines[0].adapter
     assert name is not None
-    status = said("status", "lora")
+    status = cli_here("status", "lora")
     assert (status["mode"], status["committed"]) == ("adapter", receipt.version)
     assert (status["weights"], status["adapter"]) == (weights, receipt.version)
     assert [engine["adapter"] for engine in status["engines"]] == [name] * 2
-    told = said("history", "lora", "--last", "2")["receipts"]
+    told = cli_here("history", "lora", "--last", "2")["receipts"]
     assert [row["mode"] for row in told] == ["base", "adapter"]
     assert told[1]["engines"][0]["adapter"] == name
     tensor = "model.layers.1.self_attn.v_proj.lora_B.weight"
-    rows = said("explain", "lora", tensor)["rows"]
+    rows = cli_here("explain", "lora", tensor)["rows"]
     assert [(row["engine"], row["tensor"], row["strategy"]) for row in rows] == [
         (f"engine{k}", tensor, "adapter") for k in (0, 1)
     ]
-    assert said("health", "lora")["status"] == "healthy"
+    assert cli_here("health", "lora")["status"] == "healthy"
     # the weights below it may change under the adapter, which is then still the one of its own version
     perturb(model.get_base_model().model.norm, seed=70)
     below = b.push(model.named_parameters(), mode="base").version
-    status = said("status", "lora")
+    status = cli_here("status", "lora")
     assert (status["mode"], status["weights"], status["adapter"]) == ("base", below, receipt.version)
     serves(b, below, model)
     b.close()
@@ -445,13 +427,13 @@ def test_the_command_line_tells_of_the_adapter(
     other = tiny_qwen2(seed=0)
     perturb(other, seed=72)
     other.save_pretrained(tmp_path)
-    pushed = said("push", "lora", str(tmp_path))["receipt"]
+    pushed = cli_here("push", "lora", str(tmp_path))["receipt"]
     assert pushed["verified"] is True
     assert any(name in note for note in pushed["notes"]), pushed["notes"]
-    status = said("status", "lora")
+    status = cli_here("status", "lora")
     assert (status["mode"], status["weights"], status["adapter"]) == ("full", pushed["version"], None)
     assert [engine["adapter"] for engine in status["engines"]] == [None] * 2
-    assert not any(name in note for note in said("push", "lora", str(tmp_path))["receipt"]["notes"])
+    assert not any(name in note for note in cli_here("push", "lora", str(tmp_path))["receipt"]["notes"])
     with bridge.connect("lora", model=model) as after:
         serves(after, pushed["version"] + 1, other)
         with pytest.raises(bridge.UnsupportedLora, match="mode='base'"):
@@ -460,8 +442,8 @@ def test_the_command_line_tells_of_the_adapter(
         serves(after, after.push(model.named_parameters(), mode="adapter").version, model)
 
 
-def test_a_wrong_lora_setting(said: Callable[..., dict[str, Any]], start_folder: Path) -> None:
-    error = said("up", "wrong", "--engine", f"embedded:{start_folder}", "--set", "lora_targets=5", code=2)["error"]
+def test_a_wrong_lora_setting(up: dict[str, Any], start_folder: Path) -> None:
+    error = cli_here("up", "wrong", "--engine", f"embedded:{start_folder}", "--set", "lora_targets=5", code=2)["error"]
     assert error["name"] == "ConfigError"
     assert "lora_targets" in error["where"]
     assert "wrong" not in actors.running()

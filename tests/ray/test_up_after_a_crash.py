@@ -21,7 +21,7 @@ from bridge.journal.ledger import Ledger
 from bridge.journal.state_dir import state_dir
 from engine_side.engines.registry import host
 from tests.conftest import perturb, tiny_qwen2
-from tests.ray.conftest import ROOT, Home, eventually, gone
+from tests.ray.conftest import ROOT, Home, cli_here, eventually, gone
 from tests.ray.test_daemon import serves
 
 Up = Callable[..., dict[str, Any]]
@@ -36,11 +36,11 @@ def up(home: Home, run: dict[str, Any], start_folder: Path) -> Iterator[Up]:
     def start(name: str, engines: int = 1, code: int = 0, **changed: str) -> dict[str, Any]:
         names.append(name)
         command = ("up", name, "--engine", f"embedded:{start_folder}", "--engines", str(engines))
-        return home.cli(*command, code=code, **changed)
+        return home.cli(*command, code=code, **changed) if changed else cli_here(*command, code=code)
 
     yield start
     for name in set(names) & set(actors.running()):
-        home.cli("down", name)
+        cli_here("down", name)
     from ray.util import list_named_actors
 
     assert not [actor for actor in list_named_actors(all_namespaces=True) if actor["name"].split(":")[0] in names]
@@ -97,23 +97,23 @@ def test_down_over_a_killed_daemon(up: Up, home: Home) -> None:
     first = up("crash")
     pushed("crash", seed=1)
     kill(first["pid"])
-    error = home.cli("status", "crash", code=2)["error"]
+    error = cli_here("status", "crash", code=2)["error"]
     assert error["name"] == "NotFound"
     assert "crash:engine0" in error["got"]
     with (state_dir("crash") / "start.lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a daemon that is being started has engines and no coordinator either
-        for command in (lambda: up("crash", code=2), lambda: home.cli("down", "crash", code=2)):
+        for command in (lambda: up("crash", code=2), lambda: cli_here("down", "crash", code=2)):
             error = command()["error"]
             assert error["name"] == "Busy"
             assert "is starting a daemon" in error["what"]
     assert not any(gone(engine["pid"]) for engine in first["engines"])
-    assert home.cli("down", "crash")["stopped"] is True
+    assert cli_here("down", "crash")["stopped"] is True
     assert eventually(lambda: all(gone(engine["pid"]) for engine in first["engines"]))
     assert home.files() == before
-    home.cli("down", "crash", code=2)
+    cli_here("down", "crash", code=2)
 
 
-def test_up_over_a_daemon_that_lost_an_engine(up: Up, home: Home) -> None:
+def test_up_over_a_daemon_that_lost_an_engine(up: Up) -> None:
     """It runs: whoever wants its name is told so, and `down` makes way."""
     first = up("crash", engines=2)
     version = pushed("crash", seed=1)
@@ -123,7 +123,7 @@ def test_up_over_a_daemon_that_lost_an_engine(up: Up, home: Home) -> None:
     assert "weighbridge down crash" in error["remedy"]
     assert not gone(first["pid"])
     assert not gone(first["engines"][0]["pid"])
-    home.cli("down", "crash")
+    cli_here("down", "crash")
     assert [engine["state"] for engine in up("crash")["engines"]] == ["SERVING"]
     assert pushed("crash", seed=2) == version + 1
 
@@ -143,12 +143,12 @@ def test_an_error_of_the_coordinators_start_reaches_the_caller(up: Up, home: Hom
     assert "taken" not in actors.running()
 
 
-def test_an_error_of_an_engines_start_reaches_the_caller(up: Up, tmp_path: Path, home: Home) -> None:
+def test_an_error_of_an_engines_start_reaches_the_caller(up: Up, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(bridge.BridgeError) as expected:
         host(f"embedded:{empty}", {})
-    error = home.cli("up", "broken", "--engine", f"embedded:{empty}", code=expected.value.exit_code)["error"]
+    error = cli_here("up", "broken", "--engine", f"embedded:{empty}", code=expected.value.exit_code)["error"]
     assert error["name"] == type(expected.value).__name__
     assert (error["what"], error["where"]) == (expected.value.what, expected.value.where)
     assert error["remedy"] == expected.value.remedy
