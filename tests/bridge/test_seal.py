@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,38 @@ INFOS = [
 MANIFEST = lay_out(INFOS)
 
 
-@pytest.fixture
-def arena(tmp_path: Path) -> Iterator[Arena]:
-    with Arena.create(MANIFEST, name="test", directory=tmp_path) as made:
+@contextmanager
+def sealed(folder: Path) -> Iterator[Arena]:
+    """An arena whose slot 0 holds random bytes, sealed as version 3."""
+    with Arena.create(MANIFEST, name="test", directory=folder) as made:
         rng = np.random.default_rng(0)
         made.flat(0)[:] = rng.integers(0, 256, MANIFEST.nbytes, dtype=np.uint8)
         seal_slot(made, 0, 3, digest_slot(made, 0))
         yield made
     made.unlink()
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    with sealed(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def lasting_arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    """For tests that leave every byte as it was."""
+    with sealed(tmp_path_factory.mktemp("arena")) as made:
+        yield made
+
+
+@contextmanager
+def flipped(arena: Arena, at: int) -> Iterator[None]:
+    """Another bit in slot 0's byte `at`, for as long as this lasts."""
+    arena.flat(0)[at] ^= 1
+    try:
+        yield
+    finally:
+        arena.flat(0)[at] ^= 1
 
 
 def digest_of(data: bytes) -> bytes:
@@ -65,21 +90,20 @@ def test_a_slot_is_digested_tensor_by_tensor(arena: Arena, threads: int) -> None
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-def test_one_flipped_bit_names_its_tensor(arena: Arena, info: TensorInfo, threads: int) -> None:
-    spec = MANIFEST.by_name[info.name]
+def test_one_flipped_bit_names_its_tensor(lasting_arena: Arena, info: TensorInfo, threads: int) -> None:
+    arena, spec = lasting_arena, MANIFEST.by_name[info.name]
     if not spec.nbytes:
         return
     assert check_slot(arena, 0, threads).version == 3
-    arena.flat(0)[spec.offset + spec.nbytes - 1] ^= 1
-    with pytest.raises(DigestMismatch, match=info.name) as caught:
-        check_slot(arena, 0, threads)
-    assert caught.value.names == (info.name,)
     index = MANIFEST.tensors.index(spec)
     seal = arena.seal_of(0)
     assert seal is not None
-    assert caught.value.expected == seal.digests[8 * index : 8 * index + 8].hex()
-    assert caught.value.got == digest_of(bytes(arena.views(0)[index])).hex()
-    arena.flat(0)[spec.offset + spec.nbytes - 1] ^= 1
+    with flipped(arena, spec.offset + spec.nbytes - 1):
+        with pytest.raises(DigestMismatch, match=info.name) as caught:
+            check_slot(arena, 0, threads)
+        assert caught.value.names == (info.name,)
+        assert caught.value.expected == seal.digests[8 * index : 8 * index + 8].hex()
+        assert caught.value.got == digest_of(bytes(arena.views(0)[index])).hex()
 
 
 def test_every_differing_tensor_is_listed(arena: Arena) -> None:
