@@ -30,10 +30,21 @@ LONG = Sampling(max_tokens=200, temperature=0)
 PROMPT = tiny.prompts()[-1]
 
 
+def two_ranks(folder: Path) -> Engine:
+    tiny.save(folder, "qwen2")
+    return Engine(EngineConfig(str(folder), tensor_parallel_size=2, threads=1, timeout_s=20))
+
+
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
-    tiny.save(tmp_path, "qwen2")
-    with Engine(EngineConfig(str(tmp_path), tensor_parallel_size=2, threads=1, timeout_s=20)) as engine:
+    with two_ranks(tmp_path) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def lasting_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """For tests that assert in the end that the engine goes on."""
+    with two_ranks(tmp_path_factory.mktemp("lasting")) as engine:
         yield engine
 
 
@@ -128,25 +139,25 @@ def tolerant_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tolerant_rank_0")
-def test_what_a_child_raises_in_a_job_comes_back(engine: Engine) -> None:
-    before = engine.prompt_logprobs([PROMPT])
+def test_what_a_child_raises_in_a_job_comes_back(lasting_engine: Engine) -> None:
+    before = lasting_engine.prompt_logprobs([PROMPT])
     for _ in range(2):
         with pytest.raises(BridgeError):
-            engine.run_job(b"not a job", Deadline.after(20))
-    assert engine.prompt_logprobs([PROMPT]) == before
+            lasting_engine.run_job(b"not a job", Deadline.after(20))
+    assert lasting_engine.prompt_logprobs([PROMPT]) == before
 
 
 @pytest.mark.usefixtures("tolerant_rank_0")
-def test_ranks_are_in_step_again_after_a_job_that_came_late(engine: Engine) -> None:
-    before = engine.prompt_logprobs([PROMPT])
-    (pid,) = engine.child_pids
+def test_ranks_are_in_step_again_after_a_job_that_came_late(lasting_engine: Engine) -> None:
+    before = lasting_engine.prompt_logprobs([PROMPT])
+    (pid,) = lasting_engine.child_pids
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(DeadlineExceeded, match=str(pid)):
-        engine.run_job(b"not a job", Deadline.after(0.3))
+        lasting_engine.run_job(b"not a job", Deadline.after(0.3))
     threading.Timer(0.3, os.kill, (pid, signal.SIGCONT)).start()
-    assert engine.prompt_logprobs([PROMPT]) == before
+    assert lasting_engine.prompt_logprobs([PROMPT]) == before
     with pytest.raises(BridgeError):
-        engine.run_job(b"not a job", Deadline.after(20))
+        lasting_engine.run_job(b"not a job", Deadline.after(20))
 
 
 @pytest.fixture
@@ -201,16 +212,16 @@ def test_a_collective_that_rank_0_never_joined_loses_the_engine(engine: Engine, 
     assert_lost(engine)
 
 
-def test_a_forked_child_that_closes_the_engine_ends_nothing(engine: Engine) -> None:
+def test_a_forked_child_that_closes_the_engine_ends_nothing(lasting_engine: Engine) -> None:
     pid = os.fork()
     if not pid:
         try:
-            engine.close()
+            lasting_engine.close()
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
-    assert len(engine.generate([PROMPT], GREEDY)[0].token_ids) == 24
-    assert all(alive(child) for child in engine.child_pids)
+    assert len(lasting_engine.generate([PROMPT], GREEDY)[0].token_ids) == 24
+    assert all(alive(child) for child in lasting_engine.child_pids)
 
 
 def test_a_start_that_fails_leaves_no_process(tmp_path: Path) -> None:
