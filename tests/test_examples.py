@@ -64,9 +64,9 @@ def steps(text: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("script", ["grpo.py", "ppo.py", "grpo_adapter.py", "grpo_merged.py"])
 def test_the_training_loops(start: Start, script: str) -> None:
-    rows = steps(start(str(ROOT / "examples" / script), "--steps", "4").stdout)
+    rows = steps(start(str(ROOT / "examples" / script), "--steps", "3").stdout)
     assert [(row["step"], row["version"], row["verified"]) for row in rows] == [
-        (str(k), str(k), "True") for k in (1, 2, 3, 4)
+        (str(k), str(k), "True") for k in (1, 2, 3)
     ]
     assert all(0 <= float(row["reward"]) <= 1 for row in rows)
     assert len({row["reward"] for row in rows}) > 1
