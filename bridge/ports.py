@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bridge.errors import Closed, ProtocolError
 from bridge.model.lora_format import LoraLimits, LoraSpec
@@ -15,7 +13,11 @@ from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Reference, Refused, ToCoordinator
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import ToEngine
-from bridge.shm.arena import Arena, Seal
+
+if TYPE_CHECKING:  # commands speak through ports, and need no torch
+    import torch
+
+    from bridge.shm.arena import Arena, Seal
 
 T = TypeVar("T")
 R = TypeVar("R", contravariant=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from bridge.model import canary
-from bridge.model.dtypes import DTYPES, dtype_name
+from bridge.model.torch_dtypes import DTYPES, dtype_name
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
 from trainer_side.shielded.model_copy import shielded_copy
 from trainer_side.shielded.undo import Undo

@@ -6,25 +6,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
-import torch
-
 from bridge.errors import DtypeMismatch
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-    "fp8_e8m0": torch.float8_e8m0fnu,
-    "int8": torch.int8,
-    "int16": torch.int16,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
+ITEM_SIZES: Mapping[str, int] = {
+    "bf16": 2,
+    "fp16": 2,
+    "fp32": 4,
+    "fp64": 8,
+    "fp8_e4m3": 1,
+    "fp8_e5m2": 1,
+    "fp8_e8m0": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "uint8": 1,
+    "bool": 1,
 }
+"""Wire dtype -> bytes per element. `torch_dtypes` holds torch's own, so that this file does not load torch."""
 CODES = frozenset({"fp8_e4m3", "fp8_e5m2", "int8", "int16", "int32", "uint8"})
 """Dtypes in which quantised weights are stored: codes that mean nothing without their scales."""
 FLOATS = frozenset({"bf16", "fp16", "fp32", "fp64"})
@@ -35,7 +34,6 @@ _POWERS_OF_TWO = "fp8_e8m0"
 _HOLDS_POWERS_OF_TWO = FLOATS - {"fp16"}
 NUMBERS = FLOATS | {_POWERS_OF_TWO}
 """Dtypes of values and of scales, which mean something by themselves."""
-_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Landing(StrEnum):
@@ -77,26 +75,12 @@ def landing(sent: str, into: str, *, buffer: bool = False) -> Landing:
     return Landing.REFUSED
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """Look up the torch dtype of a wire name. Raises DtypeMismatch for a name that is not in the table."""
+def itemsize(name: str) -> int:
+    """Return the bytes per element of a wire dtype. Raises DtypeMismatch for a name that is not in the table."""
     try:
-        return DTYPES[name]
+        return ITEM_SIZES[name]
     except KeyError:
         remedy = "run one version of weighbridge on both sides"
-        raise DtypeMismatch("unknown wire dtype", expected=", ".join(DTYPES), got=repr(name), remedy=remedy) from None
-
-
-def dtype_name(dtype: torch.dtype, where: str | None = None) -> str:
-    """Look up the wire name of a torch dtype. Raises DtypeMismatch, naming `where`, for one that cannot travel."""
-    try:
-        return _NAMES[dtype]
-    except KeyError:
         raise DtypeMismatch(
-            "this dtype cannot travel", where=where, expected=", ".join(DTYPES), got=str(dtype),
-            remedy="convert the tensor to one of the listed dtypes before the push",
-        ) from None  # fmt: skip
-
-
-def itemsize(name: str) -> int:
-    """Return the bytes per element of a wire dtype."""
-    return dtype_of(name).itemsize
+            "unknown wire dtype", expected=", ".join(ITEM_SIZES), got=repr(name), remedy=remedy
+        ) from None

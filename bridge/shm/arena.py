@@ -24,8 +24,8 @@ import torch
 import xxhash
 
 from bridge.errors import ArenaFull, Closed, ConfigError, ProtocolError
-from bridge.model.dtypes import dtype_of
 from bridge.model.manifest import Manifest, TensorSpec, aligned
+from bridge.model.torch_dtypes import dtype_of
 from bridge.shm import files
 
 KIND = 1

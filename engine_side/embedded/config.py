@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from bridge.errors import ConfigError, NotFound
-from bridge.model.dtypes import dtype_of
+from bridge.model.torch_dtypes import dtype_of
 
 T = TypeVar("T")
 LayoutName = Literal["canonical", "transposed", "shuffled", "packed"]

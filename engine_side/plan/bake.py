@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, OutOfMemory
-from bridge.model.dtypes import DTYPES, dtype_of
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import (
     Coverage,
@@ -30,6 +29,7 @@ from bridge.model.regions import (
     follow,
     source_coverage,
 )
+from bridge.model.torch_dtypes import DTYPES, dtype_of
 from bridge.tracing.recorder import Recorder
 from engine_side.live.inplace import twin_parameter
 from engine_side.live.storage_layout import is_dense

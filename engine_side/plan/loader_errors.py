@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridge.errors import BridgeError, DtypeMismatch, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
-from bridge.model.dtypes import FLOATS, INTEGERS, NUMBERS, Landing, dtype_name, landing
+from bridge.model.dtypes import FLOATS, INTEGERS, NUMBERS, Landing, landing
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Coverage, Move, RankPlan, TargetTensor, runs_of
+from bridge.model.torch_dtypes import dtype_name
 from engine_side.protocol import RankHost
 
 if TYPE_CHECKING:

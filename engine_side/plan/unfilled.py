@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bridge.model.dtypes import DTYPES
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import RankPlan, dest_coverage
+from bridge.model.torch_dtypes import DTYPES
 from engine_side.plan import bake
 from engine_side.plan.loader_errors import LoaderRaised
 from engine_side.protocol import RankHost

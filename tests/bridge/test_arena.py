@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.errors import ArenaFull, Closed, ConfigError, NotFound, ProtocolError
-from bridge.model.dtypes import DTYPES
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.torch_dtypes import DTYPES
 from bridge.shm import arena as arena_module
 from bridge.shm import files
 from bridge.shm.arena import Arena, Seal, file_nbytes

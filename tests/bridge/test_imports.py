@@ -92,8 +92,8 @@ def test_everything_public_loads_none_of_the_heavy_packages() -> None:
     assert _loaded(0)[0] == []
 
 
-def test_a_bare_import_does_not_even_load_torch() -> None:
-    assert _python("import bridge, json, sys; print(json.dumps('torch' in sys.modules))") is False
+def test_a_bare_import_and_the_command_that_ends_a_daemon_do_not_even_load_torch() -> None:
+    assert _python("import bridge, bridge.daemon.actors, json, sys; print(json.dumps('torch' in sys.modules))") is False
 
 
 def test_push_and_health_are_functions_whatever_was_imported_first() -> None:

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import DtypeMismatch, DuplicateTensor, ProtocolError
-from bridge.model.dtypes import DTYPES, itemsize
+from bridge.model.dtypes import itemsize
 from bridge.model.manifest import ALIGN, Manifest, Shard, TensorInfo, TensorSpec, lay_out, validate
+from bridge.model.torch_dtypes import DTYPES
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 infos = st.lists(

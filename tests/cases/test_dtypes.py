@@ -12,8 +12,9 @@ from torch import nn
 import bridge
 from bridge.coordinator.manifest_agreement import agree
 from bridge.errors import DtypeMismatch, MissingTensor, UnexpectedTensor
-from bridge.model.dtypes import DTYPES, Landing, landing
+from bridge.model.dtypes import Landing, landing
 from bridge.model.manifest import TensorInfo
+from bridge.model.torch_dtypes import DTYPES
 from bridge.protocol.coordinator_messages import PlanRequest
 from bridge.protocol.rank_jobs import RankBake
 from engine_side.plan.bake import bake

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.errors import ConfigError, DtypeMismatch, MissingTensor, ShapeMismatch
-from bridge.model.dtypes import dtype_name
 from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import source_coverage
+from bridge.model.torch_dtypes import dtype_name
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.layers import LinearBase

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from bridge.errors import BridgeError, ConfigError, NotFound, UnexpectedTensor, UnsupportedLora
-from bridge.model.dtypes import dtype_name
 from bridge.model.lora_format import LoraLimits, LoraSpec, names_of
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.torch_dtypes import dtype_name
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import (

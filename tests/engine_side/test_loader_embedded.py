@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bridge.errors import ShapeMismatch
-from bridge.model.dtypes import dtype_name
 from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import source_coverage
+from bridge.model.torch_dtypes import dtype_name
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner

@@ -25,10 +25,10 @@ from bridge.errors import (
     UnexpectedTensor,
     UnsupportedLora,
 )
-from bridge.model.dtypes import dtype_name
 from bridge.model.levels import RANK_LEVELS
 from bridge.model.lora_format import LoraSpec, names_of
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.torch_dtypes import dtype_name
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, RMSNorm
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from bridge.errors import Busy, ConfigError, EngineQuarantined, ShapeMismatch, UnexpectedTensor
-from bridge.model.dtypes import dtype_name
 from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
 from bridge.model.regions import Move, Routes, dense
+from bridge.model.torch_dtypes import dtype_name
 from bridge.protocol.codec import Sampling
 from engine_side.engines.module import ModuleDriver, ModuleRankHost, attach
 from engine_side.load.loader import Loader

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bridge.errors import NotFound, UnsupportedLora
-from bridge.model.dtypes import dtype_name
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
+from bridge.model.torch_dtypes import dtype_name
 from engine_side.plan.bake import Baked
 from engine_side.protocol import LoraView
 

@@ -22,9 +22,9 @@ from sglang.srt.utils.common import replace_submodule
 from torch import nn
 
 from bridge.errors import BridgeError
-from bridge.model.dtypes import dtype_name
 from bridge.model.levels import RANK_LEVELS
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.torch_dtypes import dtype_name
 from engine_side.engines.sglang.host import SglangRankHost
 from engine_side.load.loader import Loader
 from engine_side.verify.verify import Verifier

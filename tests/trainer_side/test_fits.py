@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bridge.errors import DtypeMismatch
-from bridge.model.dtypes import DTYPES
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.torch_dtypes import DTYPES
 from bridge.shm.arena import Arena
 from trainer_side.names.tensor_layout import Collected, WeightSource
 from trainer_side.snapshot.batches import SMALL

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bridge.errors import ConfigError, NonFinite, ProtocolError
-from bridge.model.dtypes import DTYPES, dtype_of
 from bridge.model.manifest import TensorInfo, lay_out
+from bridge.model.torch_dtypes import DTYPES, dtype_of
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.seal import CHUNK, digest_slot, seal_slot

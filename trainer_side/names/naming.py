@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, IntegrityError
-from bridge.model.dtypes import dtype_name
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Move, Region, Routes, dense, follow
+from bridge.model.torch_dtypes import dtype_name
 from bridge.tracing.recorder import Recorder
 from trainer_side.names.tensor_checks import require_initialised, require_module
 

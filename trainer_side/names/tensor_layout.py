@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from bridge.errors import DuplicateTensor, MissingTensor, UnsupportedLora
-from bridge.model.dtypes import dtype_name
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Region, dense
+from bridge.model.torch_dtypes import dtype_name
 from trainer_side.names.naming import (
     CanonicalMap,
     CanonicalTensor,

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bridge.model.dtypes import dtype_of
 from bridge.model.manifest import TensorSpec
 from bridge.model.regions import Region, dense, follow
+from bridge.model.torch_dtypes import dtype_of
 from trainer_side.names.tensor_layout import TensorPart
 from trainer_side.snapshot.finite import ByteArray, can_be_nonfinite
 

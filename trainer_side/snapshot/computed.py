@@ -15,8 +15,8 @@ import torch
 import xxhash
 
 from bridge.errors import DtypeMismatch, ShapeMismatch
-from bridge.model.dtypes import dtype_of
 from bridge.model.regions import cut
+from bridge.model.torch_dtypes import dtype_of
 from bridge.shm.seal import CHUNK, fold
 from trainer_side.names.tensor_layout import Collected, Computed
 from trainer_side.snapshot.batches import SlotViews, TensorCopy, UnitWritten, copy_views

@@ -19,9 +19,10 @@ import torch
 import xxhash
 
 from bridge.errors import Busy, ConfigError, DeadlineExceeded, ProtocolError
-from bridge.model.dtypes import dtype_of, itemsize
+from bridge.model.dtypes import itemsize
 from bridge.model.manifest import Manifest
 from bridge.model.regions import dense
+from bridge.model.torch_dtypes import dtype_of
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.memcpy import memcmp, memcmp_held, memmove

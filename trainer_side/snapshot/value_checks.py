@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bridge.errors import DtypeMismatch
-from bridge.model.dtypes import dtype_name, dtype_of
+from bridge.model.torch_dtypes import dtype_name, dtype_of
 from bridge.tracing.provenance import exact
 from trainer_side.snapshot.batches import SlotViews, TensorCopy, copy_views
 

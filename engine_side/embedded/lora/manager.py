@@ -20,9 +20,9 @@ from bridge.errors import (
     UnexpectedTensor,
     UnsupportedLora,
 )
-from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.model.lora_format import LoraLimits, LoraPair, LoraSpec, pairs
 from bridge.model.manifest import TensorInfo
+from bridge.model.torch_dtypes import dtype_name, dtype_of
 from engine_side.embedded.decoder import CausalLM
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, wrap, wrapper_of
 from engine_side.embedded.lora.slots import LoraContext, LoraPart

@@ -21,9 +21,9 @@ from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.lora_registry import LoRARef
 
 from bridge.errors import ConfigError, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.model.dtypes import dtype_name, dtype_of
 from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
+from bridge.model.torch_dtypes import dtype_name, dtype_of
 from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
 from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
 from engine_side.plan import bake

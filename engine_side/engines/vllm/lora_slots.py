@@ -20,10 +20,10 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from bridge.errors import BridgeError, ConfigError, ShapeMismatch, UnexpectedTensor, UnsupportedLora
-from bridge.model.dtypes import dtype_name
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Fill, Move, Region
+from bridge.model.torch_dtypes import dtype_name
 from bridge.tracing.recorder import Recorder
 from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
 from engine_side.plan.bake import stand_ins, uncovered_fills
