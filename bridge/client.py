@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 import msgspec
 import torch
 
+from bridge.collection import Collection
 from bridge.config import Config
 from bridge.coordinator.base_weights_check import BaseWeightsCheck
 from bridge.coordinator.health import HealthReport, orphaned_memory
@@ -207,6 +208,27 @@ class Bridge:
         finally:
             self._pushing.release()
         return wait_for_receipt(pending) if wait else pending
+
+    def collect(self, **options: Unpack[PushArguments]) -> Collection:
+        """Collect buckets, or a stream that does not fit into memory at once, into one push.
+
+            with b.collect(version=7) as push:
+                for bucket in buckets:
+                    push.add(bucket)
+            push.receipt
+
+        Holds one copy of what was added in host memory until its snapshot is taken. Nothing is asked of the engines
+        before the block ends; a block that raises is no push.
+
+        Args:
+            options: those of `push`, without `wait`.
+        """
+        return Collection(self, options)
+
+    def keep(self, named: Named) -> list[tuple[str, torch.Tensor]]:
+        """Copy named tensors to host memory, for a push that comes later. Raises as `Collection.add`."""
+        self._require_open()
+        return self._trainer.keep(named)
 
     def _push(self, named: Named, settings: PushSettings) -> PendingPush:
         """Choose the mode and send; where "auto" chose an adapter that the engines then refuse, merged weights."""

@@ -161,6 +161,10 @@ class TrainerPort(Protocol):
         """Exhaust the iterable, hold references, and turn live names into the canonical ones of a mode."""
         ...
 
+    def keep(self, named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Copy tensors to host memory as they come, one by one. Raises as `collect` for what is no plain tensor."""
+        ...
+
     def collect_base(self) -> Snapshot:
         """Collect the bound model's base weights as they stand, whatever was sent. Raises UnsupportedLora when they are
         packed in a format that no engine's weights can be compared with."""

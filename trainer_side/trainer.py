@@ -22,7 +22,7 @@ from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import copy_without_lora
-from trainer_side.names.tensor_checks import NamedTensors, read_pairs, some_names
+from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
 from trainer_side.snapshot.snapshotter import Snapshotter
@@ -125,6 +125,10 @@ class TrainerSide:
             source = self._views[mode] = WeightSource(None if view.known is None else lora.model, view.known)
         collected = source.collect(view.named, partial=partial, computed=view.computed)
         return dataclasses.replace(collected, adapter=view.adapter, notes=view.notes, state=view, storages=storages)
+
+    def keep(self, named: NamedTensors) -> list[tuple[str, torch.Tensor]]:
+        """Copy tensors to host memory as they come. Raises ConfigError for what is no pair, and as `require_plain`."""
+        return [(name, require_plain(name, t).detach().to("cpu", copy=True)) for name, t in stream_pairs(named)]
 
     def collect_base(self) -> Collected:
         """Collect the bound model's base weights as they stand, whatever was pushed last.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -108,22 +108,28 @@ def addresses_of(sources: Sequence[torch.Tensor]) -> list[int] | None:
         return None
 
 
-def read_pairs(named: NamedTensors) -> tuple[list[str], list[torch.Tensor]]:
-    """Exhaust the iterable given to `push` into names and tensors. Raises ConfigError when it holds no pairs."""
+def stream_pairs(named: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the iterable given to `push`, one pair at a time. Raises ConfigError when it holds no pairs."""
     if isinstance(named, Mapping):
         named = named.items()
-    names: list[str] = []
-    tensors: list[torch.Tensor] = []
     try:
         stream = iter(named)
     except TypeError as error:
         raise not_pairs("the argument of push", str(error)) from error
-    # Two plain lists: thousands of kept tuples would set the garbage collector off in every push.
-    for item in stream:
+    for count, item in enumerate(stream):
         try:
             name, tensor = item
         except (TypeError, ValueError) as error:
-            raise not_pairs(f"item {len(names)}", f"{type(item).__name__}: {error}") from error
+            raise not_pairs(f"item {count}", f"{type(item).__name__}: {error}") from error
+        yield name, tensor
+
+
+def read_pairs(named: NamedTensors) -> tuple[list[str], list[torch.Tensor]]:
+    """Exhaust the iterable given to `push` into names and tensors. Raises ConfigError when it holds no pairs."""
+    names: list[str] = []
+    tensors: list[torch.Tensor] = []
+    # Two plain lists: thousands of kept tuples would set the garbage collector off in every push.
+    for name, tensor in stream_pairs(named):
         names.append(name)
         tensors.append(tensor)
     return names, tensors
