@@ -275,7 +275,7 @@ class Bridge:
                 notes=(*choice.notes, *snapshot.notes, *doubt, *missed),
                 reference=reference,
                 base=base,
-                proven=not doubt and not missed,
+                proven=not (snapshot.doubts or doubt or missed),
             )
             self._call(submit, Accepted)
         except BaseException:

@@ -121,6 +121,11 @@ class Snapshot(Protocol):
         """Notes about the tensors, for the receipt."""
         ...
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Of the notes, those that say what of the tensors could not be proven: the push is then "partial"."""
+        ...
+
 
 @dataclass(frozen=True)
 class ModeChoice:

@@ -51,6 +51,17 @@ def everything(model: Any) -> dict[str, Any]:
     return found
 
 
+def forward_logprobs(twin: Any, prompts: list[list[int]]) -> list[list[float]]:
+    """What a model's own forward gives, which may write to its weights: of a twin that nobody needs any more."""
+    twin.eval()
+    rows = []
+    for prompt in prompts:
+        with torch.no_grad():
+            values = torch.log_softmax(twin(input_ids=torch.tensor([prompt])).logits[0, :-1].float(), -1)
+        rows.append(values.gather(-1, torch.tensor(prompt[1:]).unsqueeze(-1)).squeeze(-1).tolist())
+    return rows
+
+
 def apart(a: list[list[float]], b: list[list[float]]) -> float:
     return max(abs(x - y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
 
@@ -82,7 +93,7 @@ class LoraRig:
         return receipt
 
     def truth(self, model: Any = None) -> list[list[float]]:
-        return reference_logprobs(self.model if model is None else model, PROMPTS)
+        return reference_logprobs(self.model, PROMPTS) if model is None else forward_logprobs(model, PROMPTS)
 
     def base_truth(self) -> list[list[float]]:
         """The model without its adapters, on a copy."""

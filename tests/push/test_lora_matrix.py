@@ -21,11 +21,10 @@ import bridge
 from bridge.errors import UnsupportedLora
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
-from tests.push.lora_rig import apart
+from tests.push.lora_rig import apart, forward_logprobs
 from tests.push.rig import PROMPTS
 from tests.trainer_side.lora.oracle import TOLERANCE, untouched
 from tests.trainer_side.lora.peft_rows import CAUSAL, ROWS, Row, Toy, build
-from trainer_side.reference import reference_logprobs
 
 State = Callable[[Any], None]
 Toys = Callable[[torch.dtype], tuple[Toy, bridge.Bridge]]
@@ -259,7 +258,7 @@ def test_language_models_in_every_state(row: Row, checkpoint: Callable[[Any], Pa
             for mode in ("base", "adapter", "merged"):
                 if _value(b, engine, model, row, state, mode):
                     # made once more: tied weights under merged adapters cannot be copied
-                    truth = reference_logprobs(_truthful(_reached(row, state, dtype), mode), PROMPTS)
+                    truth = forward_logprobs(_truthful(_reached(row, state, dtype), mode), PROMPTS)
                     # not 1e-9: norms and rotary angles are float32 on both sides
                     assert apart(engine.prompt_logprobs(PROMPTS), truth) < limit, (row, state, mode)
                     values += 1

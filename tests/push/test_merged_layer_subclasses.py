@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.embedded import loading
+from engine_side.embedded import runner
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.layers import LinearBase, MergedColumnParallelLinear
 from engine_side.embedded.lora.layers import BaseLayerWithLoRA, LinearLayerWithLoRA
@@ -150,7 +150,7 @@ class Unwrappable(nn.Module):
 def test_vllm_35077_an_unwrappable_module_that_nobody_asked_for_is_a_warning(
     checkpoint: Callable[[Any], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = loading.load_checkpoint
+    load = runner.load_checkpoint
 
     def with_a_stranger(model: Any, folder: Path) -> None:
         load(model, folder)

@@ -18,6 +18,7 @@ from trainer_side.lora import modes
 from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.capability import refusal_error, refused_by
 from trainer_side.lora.findings import survey
+from trainer_side.lora.layer_proof import LayerProof
 from trainer_side.lora.layers.features import MODES, Feature, Finding
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor
 from trainer_side.lora.layers.values import SentValues, as_stored
@@ -46,6 +47,7 @@ class ModeView:
         adapter: rank of a LoRA that travels alone.
         state: of the LoRA layers when the push began.
         notes: for the receipt.
+        doubts: of the notes, those that say what could not be proven.
         fingerprint: of the stored tensors that a merge would move; see `LoraModel.changed_since`.
     """
 
@@ -55,6 +57,7 @@ class ModeView:
     adapter: LoraSpec | None
     state: LoraState
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     fingerprint: Hashable = None
     watched: tuple[BaseTensor, ...] = field(default=(), repr=False)
 
@@ -72,7 +75,7 @@ class _LastView:
 
 
 class LoraModel:
-    """Made once when a model is bound. Not thread safe; never writes to the model and runs none of its forwards.
+    """Made once when a model is bound. Not thread safe; never writes to the model, and calls copies of its layers only.
 
     Raises ConfigError for an object that is no module.
     """
@@ -81,6 +84,7 @@ class LoraModel:
         self.model = require_module(model)
         self._structure = 0
         self._last: _LastView | None = None
+        self._proof = LayerProof()
         self._forget()
 
     @staticmethod
@@ -151,14 +155,14 @@ class LoraModel:
         key, last = (mode, partial, now.unscaled), self._last
         alike = last is not None and last.key == key and last.names == names and last.baked.current()
         if last is not None and alike and all(map(operator.is_, (item.tensor() for item in last.items), tensors)):
-            return _view(last, as_stored, now)
+            return self._view(last, as_stored, now)
         items = last.items if last is not None and last.names == names else resolve_names(self._tree, names)
         sent = match_sent(items, names, tensors)
         baked = self._bake(mode, now)
         refuse_base_names(self._tree, baked, items, names)
         selected = select_tensors(mode, baked, sent, partial=partial)
         self._last = _LastView(key, names, items, baked, selected, self._notes(mode, now))
-        view = _view(self._last, sent, now)
+        view = self._view(self._last, sent, now)
         if self.state() != now:  # ties and copies were resolved in between
             self._forget()
             raise changed_meanwhile()
@@ -240,13 +244,14 @@ class LoraModel:
         _remember(self._baked, key, found)
         return found
 
-
-def _view(last: _LastView, given: SentValues, now: LoraState) -> ModeView:
-    baked, selected, watched = last.baked, last.selected, last.selected.under_wrappers
-    named = [(p.clean, given(tensor)) for p in selected.places if (tensor := p.tensor()) is not None]
-    computed = baked.list_computed(given, now, selected.computed)
-    adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
-    return ModeView(baked.known, named, computed, adapter, now, last.notes, _fingerprint(watched), watched)
+    def _view(self, last: _LastView, given: SentValues, now: LoraState) -> ModeView:
+        baked, selected, watched = last.baked, last.selected, last.selected.under_wrappers
+        doubts = self._proof.require(selected.computed, now)
+        named = [(p.clean, given(tensor)) for p in selected.places if (tensor := p.tensor()) is not None]
+        computed = baked.list_computed(given, now, selected.computed)
+        adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
+        notes = (*last.notes, *doubts)
+        return ModeView(baked.known, named, computed, adapter, now, notes, doubts, _fingerprint(watched), watched)
 
 
 def _fingerprint(watched: Sequence[BaseTensor]) -> Hashable:
