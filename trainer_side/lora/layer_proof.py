@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError, UnsupportedLora
-from trainer_side.lora.findings import packed
-from trainer_side.lora.layers.effective import effective_bias
+from trainer_side.lora.layers.effective import BLOCK, effective_bias
 from trainer_side.lora.layers.read import lora_parameters
 from trainer_side.lora.layers.values import LoraParameters, as_stored
 from trainer_side.lora.layers.wrapper_chain import Chain
 from trainer_side.lora.modes import EffectiveTensor
 from trainer_side.lora.state import LoraState
+from trainer_side.names.tensor_checks import addresses_of
 from trainer_side.shielded.guards import LiveTensorReached, ReferenceGuard
 from trainer_side.shielded.model_copy import shielded_copy
 
@@ -40,68 +40,88 @@ class LayerProof:
     """Which structures of layers are proven. One per bound model; used by one push at a time.
 
     A structure is everything of a layer but its values: classes, quantisation state, storage, shape, adapters that act,
-    their scaling and whether they are merged.
+    their scaling and whether they are merged. A packed weight that lies elsewhere than it did, or whose attributes have
+    changed, was packed anew: it is compared itself.
     """
 
     def __init__(self) -> None:
         self._proven: set[Hashable] = set()
         self._open: dict[Hashable, str] = {}
-        self._last: tuple[Sequence[EffectiveTensor], LoraState, tuple[str, ...]] | None = None
+        self._last: tuple[Sequence[EffectiveTensor], LoraState] | None = None
+        self._lies: dict[EffectiveTensor, Hashable] = {}
+        self._reasons: dict[EffectiveTensor, str] = {}
         self._turn = 0
 
     def require(self, computed: Sequence[EffectiveTensor], began: LoraState) -> tuple[str, ...]:
-        """Compare one layer of each structure that is not proven yet, and of many layers one more.
+        """Compare one layer of each structure that is not proven yet, each packed one that was packed anew, and of many
+        layers one more.
 
         Returns why packed weights could not be compared, one reason for each structure. Raises UnsupportedLora, naming
         layer and quantiser, for a difference.
         """
-        last = self._last
-        if last is None or last[0] is not computed or last[1] != began:
-            reasons = [self._prove(one, began) for one in computed if not one.bias]
-            last = self._last = (computed, began, tuple(dict.fromkeys(r for r in reasons if r is not None)))
-        elif len(computed) >= EVERY:
-            self._turn += 1
-            one = computed[self._turn % len(computed)]
-            if not one.bias:
-                _compare(one, began.read_chain(one.module), lora_parameters(one.module), began)
-        return last[2]
+        alike = self._last is not None and self._last[0] is computed and self._last[1] == began
+        if not alike:
+            self._last, self._lies, self._reasons = None, {}, {}
+        self._turn += 1
+        for k, one in enumerate(computed):
+            sampled = len(computed) >= EVERY and k == self._turn % len(computed)
+            if one.bias or (alike and not sampled and one not in self._lies):
+                continue
+            parameters = lora_parameters(one.module)
+            lies = _lies(parameters) if parameters.quant_state is not None else None
+            moved = alike and self._lies.get(one) != lies
+            if not alike or moved or sampled:
+                self._prove(one, parameters, began, afresh=moved or sampled)
+            if lies is not None:
+                self._lies[one] = lies
+        self._last = (computed, began)
+        return tuple(dict.fromkeys(self._reasons.values()))
 
-    def _prove(self, one: EffectiveTensor, began: LoraState) -> str | None:
-        """Compare a layer whose structure is new; why that cannot be done, for a packed weight."""
-        chain, parameters = began.read_chain(one.module), lora_parameters(one.module)
+    def _prove(self, one: EffectiveTensor, parameters: LoraParameters, began: LoraState, *, afresh: bool) -> None:
+        """Compare a layer whose structure is new, or any layer `afresh`."""
+        chain = began.read_chain(one.module)
         key = _structure(one, chain, parameters)
-        if key not in self._proven and key not in self._open:
+        if afresh or (key not in self._proven and key not in self._open):
             reason = _compare(one, chain, parameters, began)
-            if reason is None or not packed(parameters):
+            if reason is None or parameters.quant_state is None:
                 self._proven.add(key)
             else:
                 self._open[key] = f"{one.place.clean} and layers like it: {reason}"
-        return self._open.get(key)
+        if key in self._open:
+            self._reasons[one] = self._open[key]
 
 
 def _compare(one: EffectiveTensor, chain: Chain, parameters: LoraParameters, began: LoraState) -> str | None:
     """Call a copy of the layer; None when it agrees, else why it could not be asked. Raises UnsupportedLora."""
     if parameters.kind not in ("linear", "embedding") or one.copies is not None or len(one.stand_in.shape) != 2:
         return f"a layer of kind {parameters.kind} cannot be called alone"
-    computed = one.compute(as_stored, began, torch.float64)
-    transposed = parameters.kind == "linear" and parameters.transposed
-    weight = computed.double().t() if transposed else computed.double()
-    inputs, rows = _inputs(parameters, weight, one)
+    if not one.stand_in.numel():
+        return None
     try:
-        got = _call(one.module, inputs)
-        bias = None if rows else effective_bias(one.module, torch.float64, chain=chain)
+        with ReferenceGuard(one.module, live=False):  # of a sharded layer nothing is computed alone
+            computed = one.compute(as_stored, began, one.stand_in.dtype)
     except _NO_CALL as error:
-        return f"its forward cannot be called on a copy ({type(error).__name__}: {error})"
+        return f"its values cannot be computed here ({type(error).__name__}: {error})"
+    weight = computed.t() if parameters.kind == "linear" and parameters.transposed else computed
+    rows = parameters.kind == "embedding"
+    inputs = _ids(weight) if rows else _signs(weight)
+    got = _call(one, inputs)
+    if isinstance(got, str):
+        return got
+    wide = torch.promote_types(computed.dtype, torch.float32)
+    bias = None if rows else effective_bias(one.module, wide, chain=chain)
     if rows:
-        wanted = weight[inputs] * float(getattr(chain.base, "embed_scale", 1.0))
+        wanted = weight[inputs].to(wide) * float(getattr(chain.base, "embed_scale", 1.0))
     else:
-        wanted = inputs.double() @ weight.t() + (0.0 if bias is None else bias.double())
+        wanted = _product(inputs.to(wide), weight, wide) + (0.0 if bias is None else bias.to(wide))
     if got.shape != wanted.shape:
         return f"its forward gives {list(got.shape)} for {list(inputs.shape)}"
-    finite = wanted.isfinite()  # what is not is refused by name when it is sent
-    apart = float((got.double() - wanted)[finite].abs().amax()) if finite.any() else 0.0
+    largest = max(float(torch.stack(t.aminmax()).abs().amax()) for t in (weight, bias) if t is not None)
+    if not math.isfinite(largest):
+        return None  # refused by name when it is sent
+    apart = float((got.to(wide) - wanted).abs().amax())
     eps = max(torch.finfo(t.dtype).eps for t in (got, computed))
-    limit = SLACK * math.sqrt(1 if rows else weight.shape[1]) * eps * _largest(weight, bias)
+    limit = SLACK * math.sqrt(1 if rows else weight.shape[1]) * eps * largest
     if not apart <= limit:
         raise UnsupportedLora(
             "what is computed for a layer is not what the layer computes",
@@ -114,43 +134,58 @@ def _compare(one: EffectiveTensor, chain: Chain, parameters: LoraParameters, beg
     return None
 
 
-def _largest(*tensors: torch.Tensor | None) -> float:
-    found = [t[t.isfinite()].abs() for t in tensors if t is not None]
-    return max((float(t.amax()) for t in found if t.numel()), default=0.0)
+def _product(inputs: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """Multiply in `wide`, a block of outputs at a time: no copy of a whole weight is made."""
+    step = max(1, BLOCK // max(1, weight.shape[1]))
+    return torch.cat([inputs @ block.to(wide).t() for block in torch.split(weight, step)], dim=1)
 
 
-def _inputs(parameters: LoraParameters, weight: torch.Tensor, one: EffectiveTensor) -> tuple[torch.Tensor, bool]:
-    """Inputs for the layer, and whether they are token ids."""
+def _signs(weight: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    if parameters.kind == "embedding":
-        ids = torch.randint(0, weight.shape[0], (ROWS,), generator=generator)
-        return ids.to(weight.device), True
-    signs = torch.randint(0, 2, (ROWS, weight.shape[1]), generator=generator) * 2 - 1
-    return signs.to(weight.device, one.stand_in.dtype), False
+    return (torch.randint(0, 2, (ROWS, weight.shape[1]), generator=generator) * 2 - 1).to(weight.device, torch.float64)
 
 
-def _call(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    double = shielded_copy(module)
-    for each in double.modules():
-        each.training = False
-        each._forward_hooks.clear()
-        each._forward_pre_hooks.clear()
-    with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False), ReferenceGuard(module):
-        out: Any = double(inputs)
-    if not isinstance(out, torch.Tensor) or not out.is_floating_point():
-        raise TypeError(f"its output is {type(out).__name__}")
-    return out
+def _ids(weight: torch.Tensor) -> torch.Tensor:
+    return torch.randint(0, weight.shape[0], (ROWS,), generator=torch.Generator().manual_seed(0)).to(weight.device)
+
+
+def _call(one: EffectiveTensor, inputs: torch.Tensor) -> torch.Tensor | str:
+    """Call a copy of the layer, in the first dtype that it takes; why it cannot be called, if it takes none."""
+    reason = ""
+    dtypes = dict.fromkeys((one.stand_in.dtype, torch.float32, torch.bfloat16, torch.float16))
+    for dtype in dtypes if inputs.is_floating_point() else (inputs.dtype,):
+        try:
+            double = shielded_copy(one.module)
+            for each in double.modules():
+                each.training = False
+                each._forward_hooks.clear()
+                each._forward_pre_hooks.clear()
+            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False), ReferenceGuard(one.module):
+                out: Any = double(inputs.to(dtype))
+        except _NO_CALL as error:
+            reason = reason or f"its forward cannot be called on a copy ({type(error).__name__}: {error})"
+            continue
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            return out
+        reason = reason or f"its forward gives {type(out).__name__}"
+    return reason
 
 
 def _structure(one: EffectiveTensor, chain: Chain, parameters: LoraParameters) -> Hashable:
     levels = tuple((type(lv.wrapper), lv.state, lv.names, lv.owned, lv.setting, lv.tokens) for lv in chain.levels)
     weight = parameters.weight
-    held = (type(weight), weight.dtype, weight.shape, tuple(sorted(vars(weight))), parameters.bias is not None)
+    held = (_words(weight), weight.dtype, weight.shape, tuple(sorted(vars(weight))), parameters.bias is not None)
     return type(chain.base), levels, held, _words(parameters.quant_state), one.place.attribute, one.copies
 
 
+def _lies(parameters: LoraParameters) -> Hashable:
+    """Where a packed weight lies and what its library has noted on it."""
+    weight, state = parameters.weight, parameters.quant_state
+    return tuple(addresses_of([weight]) or ()), weight.shape, weight.dtype, _words(weight), _words(state)
+
+
 def _words(state: Any) -> Hashable:
-    """A quantisation state's class and settings, without its tensors."""
+    """The class of a quantisation state or weight and the settings on it, without its tensors."""
     found = vars(state).items() if hasattr(state, "__dict__") and not isinstance(state, nn.Module) else ()
     return type(state), tuple(sorted((k, str(v)) for k, v in found if isinstance(v, _WORDS)))
 

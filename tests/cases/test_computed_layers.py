@@ -1,0 +1,165 @@
+"""What is computed for a layer is compared with that layer: a misread quantised base is refused, never verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bridge.errors import UnsupportedLora
+from tests.conftest import tiny_qwen2
+from tests.push.lora_rig import LoraRig, everything, stir, wrap
+
+MIDDLE = 128
+
+
+class Codes(nn.Parameter):
+    """Stands in for a quantisation library's weight: 8-bit codes that can read themselves, as long as they lie as they
+    lay when they were made."""
+
+    scale: float
+    packed: bool
+
+    def dequantize(self) -> torch.Tensor:
+        return values_of(self.detach().as_subclass(torch.Tensor), self.scale)
+
+
+def values_of(codes: torch.Tensor, scale: float) -> torch.Tensor:
+    return (codes.float() - MIDDLE) * scale
+
+
+class QuantisedLinear(nn.Linear):
+    """Stands in for the library's layer, which re-packs its codes in its first forward in eval mode, and then knows."""
+
+    repacks = True
+    callable_alone = True
+
+    @classmethod
+    def take_over(cls, linear: nn.Linear) -> None:
+        scale = float(linear.weight.detach().abs().max()) / 120
+        codes = (linear.weight.detach() / scale).round().add(MIDDLE).to(torch.uint8)
+        weight = torch.Tensor._make_subclass(Codes, codes, False)
+        weight.scale, weight.packed = scale, False  # type: ignore[attr-defined]
+        linear.__class__ = cls
+        linear.weight = weight  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        if not self.callable_alone and x.dim() < 3:
+            raise ValueError("batches of sequences only")
+        if not self.training and self.repacks and not weight.packed:
+            weight.data = weight.data.flip(0)
+            weight.packed = True
+        codes = weight.data.as_subclass(torch.Tensor)
+        return nn.functional.linear(x, values_of(codes.flip(0) if weight.packed else codes, weight.scale), self.bias)
+
+
+class Whole(QuantisedLinear):
+    callable_alone = False
+
+
+def quantise(model: Any, kind: type[QuantisedLinear] = QuantisedLinear) -> Any:
+    for module in list(model.modules()):
+        if (
+            type(module) is nn.Linear
+            and hasattr(module, "weight")
+            and module.weight.shape[0] > 8
+            and not module.weight.requires_grad
+        ):
+            kind.take_over(module)
+    return model
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Any]:
+    rigs: list[LoraRig] = []
+
+    def make(kind: type[QuantisedLinear] = QuantisedLinear, **changes: Any) -> LoraRig:
+        base = tiny_qwen2(**changes)
+        base.save_pretrained(tmp_path)
+        rigs.append(LoraRig(tmp_path, quantise(wrap(base), kind)))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+def repack(rig: LoraRig) -> None:
+    """An evaluation of the trainer's own: the library re-packs the live weights."""
+    rig.model.eval()
+    with torch.no_grad():
+        rig.model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("verify", ["weights", None])
+def test_a_quantised_base_that_is_read_rightly_is_merged(made: Any, verify: str | None) -> None:
+    rig = made()
+    for seed in range(2):
+        stir(rig.model, seed=seed)
+        before = everything(rig.model)
+        assert rig.push(mode="merged", verify=verify).verified is True
+        assert everything(rig.model) == before
+        assert not any(w.packed for w in rig.model.parameters() if isinstance(w, Codes))
+        assert rig.serves(rig.truth(), limit=5e-3)
+
+
+@pytest.mark.parametrize("verify", ["off", "transfer", "weights", None])
+def test_codes_that_were_repacked_behind_the_dequantiser_are_refused(made: Any, verify: str | None) -> None:
+    rig = made()
+    assert rig.push(mode="merged", verify="weights").verified is True
+    answers = rig.answers()
+    repack(rig)
+    with pytest.raises(UnsupportedLora, match=r"not what the layer computes.*QuantisedLinear.*Codes") as caught:
+        rig.push(mode="merged", verify=verify)
+    assert caught.value.names[0].endswith("proj.weight")
+    assert rig.answers() == answers
+
+
+def test_a_packed_layer_that_cannot_be_called_alone_makes_the_push_partial(made: Any) -> None:
+    rig = made(Whole)
+    receipt = rig.push(mode="merged")
+    assert receipt.verified == "partial"
+    assert any("cannot be called on a copy (ValueError: batches of sequences only)" in note for note in receipt.notes)
+    assert rig.serves(rig.truth(), limit=5e-3)
+
+
+def test_one_layer_of_many_that_is_misread_is_found_within_a_round(made: Any) -> None:
+    """Structures are proven once, not layers: of many, each push looks at another one."""
+    rig = made(num_hidden_layers=3)
+    assert rig.push(mode="merged", verify="weights").verified is True
+    layers = [m for m in rig.model.modules() if isinstance(m, QuantisedLinear)]
+    broken = layers[-2]
+    broken.weight.data = broken.weight.data.flip(0)  # re-packed, and nothing on it says so
+    broken.forward = MethodType(reads_from_the_end, broken)
+
+    def a_round() -> None:
+        for _ in layers:
+            rig.push(mode="merged", verify="off")
+
+    with pytest.raises(UnsupportedLora, match=r"where: .*layers\.2\."):
+        a_round()
+
+
+def reads_from_the_end(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    codes = layer.weight.data.as_subclass(torch.Tensor).flip(0)
+    return nn.functional.linear(x, values_of(codes, layer.weight.scale), layer.bias)
+
+
+def test_plain_layers_are_not_called(tmp_path: Path) -> None:
+    base = tiny_qwen2()
+    base.save_pretrained(tmp_path)
+    rig = LoraRig(tmp_path, wrap(base, target_modules=["q_proj"]))
+    try:
+        called: list[str] = []
+        for name, module in rig.model.named_modules():
+            module.register_forward_hook(lambda *_, at=name: called.append(at))
+        rig.push(mode="base", verify="weights")
+        assert called == []
+    finally:
+        rig.close()
