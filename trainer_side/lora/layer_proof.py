@@ -28,7 +28,8 @@ from trainer_side.shielded.model_copy import shielded_copy
 ROWS = 8
 """Inputs of one comparison."""
 SLACK = 8.0
-"""How much more than sqrt(inputs) x eps x the largest weight a layer may round: its kernels sum in their own order."""
+"""How much more than sqrt(inputs) x eps x the largest weight a layer may round: its kernels sum in their own order, and
+those of quantised layers in bfloat16 whatever they return (bitsandbytes on CPUs with avx512_bf16)."""
 EVERY = 20
 """From so many computed layers on, each push compares one more, which is a few percent of the work."""
 _NO_CALL = (AttributeError, ConfigError, LiveTensorReached, LookupError, RuntimeError, TypeError, ValueError)
@@ -120,7 +121,8 @@ def _compare(one: EffectiveTensor, chain: Chain, parameters: LoraParameters, beg
     if not math.isfinite(largest):
         return None  # refused by name when it is sent
     apart = float((got.to(wide) - wanted).abs().amax())
-    eps = max(torch.finfo(t.dtype).eps for t in (got, computed))
+    coarse = [got.dtype, computed.dtype, *([torch.bfloat16] if parameters.quant_state is not None else [])]
+    eps = max(torch.finfo(dtype).eps for dtype in coarse)
     limit = SLACK * math.sqrt(1 if rows else weight.shape[1]) * eps * largest
     if not apart <= limit:
         raise UnsupportedLora(
