@@ -15,7 +15,7 @@ from bridge.errors import ConfigError
 from bridge.model import canary
 from bridge.model.torch_dtypes import DTYPES, dtype_name
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
-from trainer_side.shielded.model_copy import shielded_copy
+from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.shielded.undo import Undo
 
 _ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
@@ -25,7 +25,7 @@ An FSDP wrapper cannot be left out, since it gathers the weights."""
 
 
 def reference_logprobs(
-    model: nn.Module, prompts: Sequence[Sequence[int]], double: nn.Module | None = None
+    model: nn.Module, prompts: Sequence[Sequence[int]], copier: type[ModelCopier] = ModelCopier
 ) -> list[list[float]]:
     """Compute the log-probability (nats, from float32 logits) of token i+1 given tokens 0..i of each prompt.
 
@@ -36,7 +36,7 @@ def reference_logprobs(
     that of its class, if the copy with it answers as the live model does.
 
     Args:
-        double: the copy to call; None: one of the whole model.
+        copier: makes the copy that is called.
 
     Returns len(prompt) - 1 numbers per prompt.
 
@@ -51,19 +51,32 @@ def reference_logprobs(
     before = LiveState(model)
     try:
         try:
-            return _score(model, _core(double or shielded_copy(core)), prompts)
+            return _score(model, core, copier, prompts)
         except LiveTensorReached as reached:
             _require_class_forward(model, core, prompts, reached.name)
-            return _score(model, _with_class_forwards(_core(double or shielded_copy(core))), prompts)
+            return _score(model, core, copier, prompts, class_forwards=True)
     except LiveTensorReached as reached:
         raise _leads_back(model, reached.name, "the copy reaches the live model by another way too") from reached
     finally:
         before.require_unchanged()
 
 
-def _score(model: nn.Module, double: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Run a shielded copy over the prompts. Raises LiveTensorReached."""
-    with ReferenceGuard(model):
+def _score(
+    model: nn.Module,
+    core: nn.Module,
+    copier: type[ModelCopier],
+    prompts: Sequence[Sequence[int]],
+    *,
+    class_forwards: bool = False,
+) -> list[list[float]]:
+    """Run a shielded copy over the prompts; with `class_forwards` without the forwards that were put on instances.
+    Raises LiveTensorReached."""
+    copying = copier()  # lives as long as the copy, which may refer to some of it weakly
+    double = _core(copying.copy(core))
+    if class_forwards:
+        for module in double.modules():
+            vars(module).pop("forward", None)
+    with ReferenceGuard(model, copying.lent):
         return _forward(double, prompts)
 
 
@@ -81,19 +94,12 @@ def _forward(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[fl
     return scores
 
 
-def _with_class_forwards(double: nn.Module) -> nn.Module:
-    """Take the forwards off that were put on instances of a copy."""
-    for module in double.modules():
-        vars(module).pop("forward", None)
-    return double
-
-
 def _require_class_forward(model: nn.Module, core: nn.Module, prompts: Sequence[Sequence[int]], reached: str) -> None:
     """Raise ConfigError unless the classes' forwards answer as the live model, which is called for it, does."""
-    plain = _score(model, _with_class_forwards(shielded_copy(core)), prompts)
+    plain = _score(model, core, ModelCopier, prompts, class_forwards=True)
     undo = Undo(core)
     try:
-        with ReferenceGuard(model, live=False):
+        with ReferenceGuard(model, undo.lent, live=False):
             live = _forward(core, prompts)
     finally:
         undo.put_back()

@@ -21,10 +21,11 @@ from bridge.shm.seal import seal_slot
 from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
-from trainer_side.lora.without_lora import copy_without_lora
+from trainer_side.lora.without_lora import WithoutLora
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
+from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.snapshot.snapshotter import Snapshotter
 
 
@@ -211,14 +212,14 @@ class TrainerSide:
             )
         rows = canary.prompts(vocabulary_size(self._model), max_tokens)
 
-        def answers(model: nn.Module, double: nn.Module | None = None) -> Reference:
-            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows, double))))
+        def answers(model: nn.Module, copier: type[ModelCopier] = ModelCopier) -> Reference:
+            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows, copier))))
 
         if mode == "base":
-            return answers(self._model, copy_without_lora(self._model)), None
+            return answers(self._model, WithoutLora), None
         if self._lora is not None:
             require_still_forward(self._model)
-        base = answers(self._model, copy_without_lora(self._model)) if mode == "adapter" else None
+        base = answers(self._model, WithoutLora) if mode == "adapter" else None
         return answers(self._model), base
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A second module tree over the same parameters, without adapters: `copy_without_lora`."""
+"""A second module tree over the same parameters, without adapters: `WithoutLora`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,14 @@ from trainer_side.names.naming import ROOT_WRAPPER
 from trainer_side.shielded.model_copy import ModelCopier
 
 
-def copy_without_lora(model: nn.Module) -> nn.Module:
-    """The base model as it is without adapters: a `shielded_copy` in which every LoRA wrapper (any chain of
-    `base_layer`), `modules_to_save` and token wrapper is replaced by the layer or original module inside, a PEFT model
-    by the model inside.
+class WithoutLora(ModelCopier):
+    """Copies the base model as it is without adapters: a copy in which every LoRA wrapper (any chain of `base_layer`),
+    `modules_to_save` and token wrapper is replaced by the layer or original module inside, a PEFT model by the model
+    inside.
 
-    Its forward is the base model's forward (where adapters are merged, with the tensors as they are).
-
-    Raises ConfigError for a model whose parameters are sharded (FSDP, DTensor) or wrapped by a tuner that is no LoRA.
+    Its forward is the base model's forward (where adapters are merged, with the tensors as they are). `copy` also
+    raises ConfigError for a model that is wrapped by a tuner that is no LoRA.
     """
-    return _WithoutLora().copy(model)
-
-
-class _WithoutLora(ModelCopier):
-    """Copies the layer inside of each wrapper."""
 
     def inside(self, module: nn.Module) -> nn.Module:
         """The layer inside any chain of wrappers. Raises ConfigError for a wrapper that cannot be taken off."""

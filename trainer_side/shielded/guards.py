@@ -3,13 +3,15 @@ and a comparison of the live model before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from bridge.errors import ConfigError, IntegrityError
 from trainer_side.shielded.model_copy import sharded_error
@@ -36,46 +38,57 @@ class ReferenceGuard(TorchDispatchMode):
 
     Args:
         model: the live model.
+        lent: tensors of the model, registered or not, whose storage a copy uses.
         live: False lets the model's own tensors be read: for its own forward.
 
     Inside, an operation raises LiveTensorReached when it is given a parameter or buffer object of the model, and
-    ConfigError when it would write to the storage of a parameter, or wait for other processes.
+    ConfigError when it would write to the storage of a parameter or of a lent tensor, or wait for other processes.
     """
 
-    def __init__(self, model: nn.Module, *, live: bool = True) -> None:
+    def __init__(self, model: nn.Module, lent: Iterable[torch.Tensor] = (), *, live: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         named = dict(_tensors(model))
         self._live: Mapping[int, str] = {id(t): name for name, t in named.items()} if live else {}
         self._kept = named  # an id says something only while its tensor lives
-        self._storages = {_storage(t): name for name, t in named.items() if isinstance(t, nn.Parameter)}
-        self._storages.pop(0, None)
+        self._storages = {address: "a tensor that hangs on the model" for t in lent for address in _storages(t)}
+        weights = {name: t for name, t in named.items() if isinstance(t, nn.Parameter)}
+        self._storages |= {address: name for name, t in weights.items() for address in _storages(t)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in _COLLECTIVES:
+        if isinstance(func, OpOverload) and func.namespace in _COLLECTIVES:
             raise sharded_error(f"the forward of the bound model, at {func}")
-        for tensor in _found_in((args, kwargs)):
+        for tensor in _found_in((args, kwargs)) if self._live else ():
             if id(tensor) in self._live:
                 raise LiveTensorReached(self._live[id(tensor)])
-        if self._storages and func._schema.is_mutable and not _only_points_elsewhere(func):
-            self._refuse_writes(func, args, kwargs)
+        if isinstance(func, OpOverload) and self._storages:
+            for place, key in _written(func):
+                self._refuse_write(func, args[place] if place < len(args) else kwargs.get(key))
         return func(*args, **kwargs)
 
-    def _refuse_writes(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        for k, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = args[k] if k < len(args) else kwargs.get(argument.name)
-            for tensor in _found_in(given):
-                name = self._storages.get(_storage(tensor))
-                if name is not None:
-                    raise ConfigError(
-                        "a forward of this model would write to its weights, so it gives no canary",
-                        where=name,
-                        expected="a forward that moves nothing",
-                        got=str(func),
-                        remedy=_NO_FORWARD,
-                    )
+    def _refuse_write(self, func: Any, given: Any) -> None:
+        for tensor in _found_in(given):
+            name = next((self._storages[a] for a in _storages(tensor) if a in self._storages), None)
+            if name is not None:
+                raise ConfigError(
+                    "a forward of this model would write to its weights, so it gives no canary",
+                    where=name,
+                    expected="a forward that moves nothing",
+                    got=str(func),
+                    remedy=_NO_FORWARD,
+                )
+
+
+@functools.cache
+def _written(func: OpOverload) -> tuple[tuple[int, str], ...]:
+    """The arguments (place, name) of an operation whose elements it writes."""
+    if not func._schema.is_mutable or _only_points_elsewhere(func):
+        return ()
+    return tuple(
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 def _only_points_elsewhere(func: Any) -> bool:
@@ -120,7 +133,8 @@ class LiveState:
 
 
 def _facts(tensor: torch.Tensor) -> _TensorFacts:
-    facts = (_storage(tensor), tensor.shape, tensor.dtype, tensor.device, tensor._version, tensor.requires_grad)
+    version = None if tensor.is_inference() else tensor._version  # inference tensors count no writes
+    facts = (tuple(_storages(tensor)), tensor.shape, tensor.dtype, tensor.device, version, tensor.requires_grad)
     return _TensorFacts(tensor, facts, dict(vars(tensor)))
 
 
@@ -134,17 +148,29 @@ def _same(one: _TensorFacts, other: _TensorFacts) -> bool:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every registered parameter and buffer by its live path, without a call of the model's own methods."""
     for path, module in nn.Module.named_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # makes other tensor objects each time; `ModelCopier` refuses it
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield (f"{path}.{name}" if path else name), tensor
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage; 0 where it has none (meta, wrappers around other tensors)."""
+def _storages(tensor: torch.Tensor) -> Iterator[int]:
+    """The address of a tensor's storage, of a wrapper those of the tensors inside it; none where it has none (meta)."""
+    wraps: bool = is_traceable_wrapper_subclass(tensor)  # a flag of its own: mypy knows no such subclass
+    if wraps:
+        held: Any = tensor
+        inner = [getattr(held, name) for name in held.__tensor_flatten__()[0]]  # a device mesh may be among them
+        for part in inner:
+            if isinstance(part, torch.Tensor):
+                yield from _storages(part)
+        return
     try:
-        return int(tensor.untyped_storage().data_ptr())
+        address = int(tensor.untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):
-        return 0
+        return
+    if address:
+        yield address
 
 
 def _found_in(value: Any) -> Iterator[torch.Tensor]:

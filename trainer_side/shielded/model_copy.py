@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import sys
+import types
 import weakref
-from collections import OrderedDict, defaultdict
 from enum import Enum
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -15,40 +14,58 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader, Dataset
 
-from bridge.errors import ConfigError
+from bridge.errors import BridgeError, ConfigError
+from trainer_side.shielded.values import (
+    DUPLICATES,
+    container_base,
+    contents,
+    empty_container,
+    fill_container,
+    slots_of,
+)
 
 _COMPILED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Wrappers that compute what their module does; a compiled one would find its way back into the live tree."""
-_CONTAINERS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-"""What a module keeps in containers of its own (parameters, hooks, children): the copy gets its own ones."""
 _CONSTANTS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size, Enum)
-_SHARED = (type, FunctionType, ModuleType, torch.Generator)
-"""Attributes that are no state of a layer."""
-_DEPTH = 2
-"""Objects within objects that are copied: a quantisation state may hold another."""
-
-
-def shielded_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model for one forward; nothing that the forward sets is set on the model.
-
-    New are: every module; every Parameter, over the same storage, of the same class, with its attributes; every buffer
-    and plain tensor attribute, by value; every container, and every object that hangs on a module or a parameter
-    (quantisation states). References to modules and parameters lead into the copy. A write into the weights themselves
-    reaches the model: `ReferenceGuard` refuses it. Calls nothing of the model, not its `state_dict` either.
-
-    Raises ConfigError for a model whose parameters are sharded (FSDP, DTensor).
-    """
-    return ModelCopier().copy(model)
+_SHARED = (type, FunctionType, ModuleType, torch.optim.Optimizer, Dataset, DataLoader)
+"""What may hang on a model, is no state of its layers and may hold as much memory as they do."""
+_WEAK_DICTS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+_DEPTH = 4
+"""Objects within objects that are copied: a cache for two kinds of attention holds two that hold layers. A limit,
+because an object may lead from the model to all of the program."""
+_NO_FORWARD = "push with verify='weights': read-back and probes need no forward of the trainer"
 
 
 class ModelCopier:
-    """Copies a tree once; every module, parameter and state by identity once."""
+    """Copies the modules of a model for one forward; nothing that the forward sets is set on the model.
+
+    New are: every module; every Parameter, over the same storage, of the same class, with its attributes; every buffer
+    and plain tensor attribute, by value; every container, and every object that hangs on a module or a parameter
+    (quantisation states), down to a depth. References to modules and parameters lead into the copy. A write into the
+    weights themselves reaches the model: `ReferenceGuard` refuses it. Calls nothing of the model, not its `state_dict`
+    either. Copies each thing once; must live as long as the copy is used, which may refer to some of it weakly.
+
+    Attributes:
+        originals: what was copied.
+        lent: tensors of the model whose storage the copy uses.
+    """
 
     def __init__(self) -> None:
         self._made: dict[int, Any] = {}
-        self.originals: list[Any] = []
-        """What was copied; an id says something only while its object lives."""
+        self.originals: list[Any] = []  # an id says something only while its object lives
+        self.lent: list[torch.Tensor] = []
+
+    def copy(self, model: nn.Module) -> nn.Module:
+        """The copy of a model, or of the one inside it. Raises ConfigError for one whose parameters are sharded (FSDP,
+        DTensor), and for one that cannot be copied."""
+        try:
+            return self._module(model)
+        except BridgeError:
+            raise
+        except Exception as error:  # attributes of a model are objects of any class
+            raise _not_copied(model, f"{type(error).__name__}: {error}") from error
 
     def inside(self, module: nn.Module) -> nn.Module:
         """The module to copy in place of `module`: what it wraps, if the wrapper computes nothing itself. Raises
@@ -61,31 +78,29 @@ class ModelCopier:
                 return module
             module = inner
 
-    def copy(self, module: nn.Module) -> nn.Module:
-        """The copy of a module, or of the one inside it."""
+    def _module(self, module: nn.Module) -> nn.Module:
         module = self.inside(module)
         made = self._made.get(id(module))
         if made is not None:
             return made  # type: ignore[no-any-return]
-        double: nn.Module = object.__new__(type(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            raise _not_copied(module, "a module of TorchScript")
+        double: nn.Module = object.__new__(_without_end(type(module)))
         self._remember(module, double)  # known before its children are: a child may refer back to it
         held = dict(vars(module))
-        for name in _CONTAINERS:
-            if name in held:
-                held[name] = held[name].copy()
-        held["_modules"] = {}
-        held["_compiled_call_impl"] = None
-        double.__dict__.update(held)
+        # registries come first: attributes that refer back to this module look things up in them
+        double.__dict__.update(_parameters={}, _buffers={}, _modules={})
         for name, parameter in module._parameters.items():
             weight: Any = None if parameter is None else self._weight(parameter, type(module).__name__)
             double._parameters[name] = weight
         for name, buffer in module._buffers.items():
             double._buffers[name] = None if buffer is None else self._value(buffer, 0)
         for name, child in module._modules.items():
-            double._modules[name] = None if child is None else self.copy(child)
+            double._modules[name] = None if child is None else self._module(child)
         for name, value in held.items():
             if name not in ("_parameters", "_buffers", "_modules"):
                 double.__dict__[name] = self._value(value, 0)
+        double.__dict__["_compiled_call_impl"] = None
         return double
 
     def _remember(self, original: Any, double: Any) -> None:
@@ -103,33 +118,47 @@ class ModelCopier:
         double = parameter if is_lazy(parameter) else _alias(parameter)
         self._remember(parameter, double)
         if double is not parameter:
+            self.lent.append(parameter)
             for name, value in vars(parameter).items():
-                double.__dict__.setdefault(name, self._value(value, 0))
+                double.__dict__.setdefault(name, self._beside(value, parameter))
         return double
+
+    def _beside(self, value: Any, parameter: torch.Tensor) -> Any:
+        """An attribute of a parameter. Gradients and moments that hang there are as large as the model: lent too."""
+        plain = type(value) is torch.Tensor and id(value) not in self._made
+        if not plain or value.numel() < max(parameter.numel(), 2):
+            return self._value(value, 0)
+        self._remember(value, value.detach())
+        self.lent.append(value)
+        return self._made[id(value)]
 
     def _value(self, value: Any, depth: int) -> Any:
         """An attribute as the copy holds it: a forward must neither find its way back into the live tree nor change
         what hangs there."""
-        if isinstance(value, (*_CONSTANTS, *_SHARED)):
+        kind = type(value)  # not `isinstance`, which asks the object, and believes a proxy
+        if issubclass(kind, _CONSTANTS) or issubclass(kind, _SHARED):
             return value
         made = self._made.get(id(value))
         if made is not None:
             return made
-        if isinstance(value, nn.Module):
-            return self.copy(value)
-        if isinstance(value, torch.Tensor):
+        if issubclass(kind, nn.Module):
+            return self._module(value)
+        if issubclass(kind, torch.Tensor):
             return self._tensor(value)
-        if isinstance(value, MethodType):
+        if kind is MethodType:
             return self._method(value, depth)
-        if isinstance(value, functools.partial):
+        if issubclass(kind, functools.partial):
             arguments = [self._value(a, depth) for a in value.args]
             named = {key: self._value(a, depth) for key, a in value.keywords.items()}
             return functools.partial(self._value(value.func, depth), *arguments, **named)
-        if type(value) is weakref.ref:
-            target = value()
-            return weakref.ref(self.copy(target)) if isinstance(target, nn.Module) else value
-        if isinstance(value, (list, tuple, set, dict)):
+        if kind in (weakref.ref, weakref.WeakMethod, *weakref.ProxyTypes):
+            return self._reference(value, depth)
+        if issubclass(kind, (tuple, frozenset)) or container_base(kind) is not None:
             return self._container(value, depth)
+        if kind in DUPLICATES:
+            double = DUPLICATES[kind](value)
+            self._remember(value, double)
+            return double
         return self._state(value, depth)
 
     def _tensor(self, value: torch.Tensor) -> torch.Tensor:
@@ -142,42 +171,101 @@ class ModelCopier:
     def _method(self, value: MethodType, depth: int) -> Any:
         owner = value.__self__
         if not isinstance(owner, nn.Module):
-            return MethodType(value.__func__, self._value(owner, depth)) if id(owner) in self._made else value
-        double = self.copy(owner)
+            return MethodType(value.__func__, self._value(owner, depth))
+        double = self._module(owner)
         if isinstance(double, type(owner)):
             return MethodType(value.__func__, double)
         return getattr(double, value.__name__)  # of a wrapper that is gone: the layer inside answers with its own
 
+    def _reference(self, value: Any, depth: int) -> Any:
+        """A weak reference, or proxy, to the copy of what the model's one refers to, if that is copied."""
+        if isinstance(value, weakref.ref):
+            target = value()
+        elif isinstance(value, nn.Module):  # a proxy answers as what it stands for, and so do its methods
+            method: Any = value._get_name
+            target = method.__self__
+        else:
+            return value
+        if isinstance(target, nn.Module):
+            double: Any = self._module(target)
+        elif isinstance(value, weakref.WeakMethod) and isinstance(target, MethodType):
+            return weakref.WeakMethod(self._method(target, depth))
+        elif id(target) in self._made:
+            double = self._made[id(target)]
+        else:
+            return value
+        return weakref.ref(double) if isinstance(value, weakref.ref) else weakref.proxy(double)
+
+    def _key(self, value: Any) -> Any:
+        """A key, or an element of a set: what is looked up by identity is looked up in the copy."""
+        kinds = (nn.Module, torch.Tensor, MethodType)
+        return self._value(value, 0) if issubclass(type(value), kinds) else value
+
     def _container(self, value: Any, depth: int) -> Any:
         kind = type(value)
-        if kind is tuple:
-            return tuple(self._value(item, depth) for item in value)
-        if kind not in (list, set, dict, OrderedDict, defaultdict):
-            return value
-        double = value.copy()  # a defaultdict keeps its factory
+        if issubclass(kind, tuple):
+            items = tuple(self._value(item, depth) for item in tuple.__iter__(value))
+            return items if kind is tuple else tuple.__new__(kind, items)
+        if issubclass(kind, frozenset):
+            return frozenset.__new__(kind, (self._key(item) for item in frozenset.__iter__(value)))
+        double = empty_container(value)
         self._remember(value, double)
-        if kind is list:
-            double[:] = [self._value(item, depth) for item in value]
-        elif kind is not set:
-            double.update((key, self._value(item, depth)) for key, item in value.items())
+        if issubclass(kind, dict):
+            fill_container(double, ((self._key(k), self._value(item, depth)) for k, item in contents(value)))
+        elif issubclass(kind, set):
+            fill_container(double, (self._key(item) for item in contents(value)))
+        else:
+            fill_container(double, (self._value(item, depth) for item in contents(value)))
+        if hasattr(double, "__dict__"):
+            double.__dict__.update((name, self._value(item, depth)) for name, item in vars(value).items())
         return double
 
     def _state(self, value: Any, depth: int) -> Any:
-        """A shallow copy of an object, made without its own `__copy__`; the object itself where that cannot be had."""
-        slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
-        if depth >= _DEPTH or not (hasattr(value, "__dict__") or slots):
+        """A shallow copy of an object, made without its own `__copy__`; the object itself where that cannot be had, or
+        where the end of a copy would do something: its `__del__` closes what the model still uses."""
+        kind = type(value)
+        if depth >= _DEPTH or hasattr(kind, "__del__"):
+            return value
+        if kind in _WEAK_DICTS:
+            return self._weak_dict(value, depth)
+        slots = slots_of(value)
+        if not (slots or hasattr(value, "__dict__")):
             return value
         try:
-            double = object.__new__(type(value))
+            double = object.__new__(kind)
         except TypeError:  # built on a type with a layout of its own
             return value
         self._remember(value, double)
         for name, item in vars(value).items() if hasattr(value, "__dict__") else ():
             double.__dict__[name] = self._value(item, depth + 1)
-        for name in slots:
-            if hasattr(value, name):
-                object.__setattr__(double, name, self._value(getattr(value, name), depth + 1))
+        for name, item in slots.items():
+            object.__setattr__(double, name, self._value(item, depth + 1))
         return double
+
+    def _weak_dict(self, value: Any, depth: int) -> Any:
+        double = type(value)()
+        self._remember(value, double)
+        for key, item in value.items():
+            double[self._key(key)] = self._value(item, depth)
+        return double
+
+
+def _without_end(kind: Any) -> Any:
+    """The class itself; of one with a `__del__` a class that has none: a copy owns nothing that its end could free."""
+    if not hasattr(kind, "__del__"):
+        return kind
+    body = {"__del__": lambda _: None, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return types.new_class(kind.__name__, (kind,), exec_body=lambda namespace: namespace.update(body))
+
+
+def _not_copied(model: nn.Module, got: str) -> ConfigError:
+    return ConfigError(
+        "the canary's forward runs on a copy of the model's modules, and these cannot be copied",
+        where=type(model).__name__,
+        expected="modules and attributes of plain Python classes",
+        got=got,
+        remedy=_NO_FORWARD,
+    )
 
 
 def sharded_error(where: str) -> ConfigError:
@@ -187,13 +275,14 @@ def sharded_error(where: str) -> ConfigError:
         where=where,
         expected="a model whose weights lie whole in this process",
         got="sharded parameters",
-        remedy="push with verify='weights': read-back and probes need no forward of the trainer",
+        remedy=_NO_FORWARD,
     )
 
 
 def _alias(parameter: torch.Tensor) -> torch.Tensor:
     """A tensor object of its own over a parameter's storage, of the same class, with a version counter of its own."""
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    inference = torch.inference_mode(parameter.is_inference())
+    with torch.no_grad(), inference, torch._C.DisableTorchFunctionSubclass():
         wraps: bool = is_traceable_wrapper_subclass(parameter)  # a flag of its own: mypy knows no such subclass
         if wraps:
             inner: torch.Tensor = parameter.detach()

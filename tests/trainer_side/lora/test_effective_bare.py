@@ -1,4 +1,4 @@
-"""`copy_without_lora`: the base model over the same weights, while the live one keeps its adapters."""
+"""`WithoutLora`: the base model over the same weights, while the live one keeps its adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bridge.errors import ConfigError
 from tests.conftest import tiny_qwen2
 from tests.trainer_side.lora.oracle import live_output, untouched
 from tests.trainer_side.lora.peft_rows import CAUSAL, HIDDEN, ROWS, VOCABULARY, Toy, build
-from trainer_side.lora.without_lora import copy_without_lora
+from trainer_side.lora.without_lora import WithoutLora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 IDS = torch.tensor([[1, 5, 130, 7]])
@@ -31,7 +31,7 @@ def test_computes_what_the_base_model_computes(row: Any) -> None:
     model = build(row, torch.float32)
     with_lora = logits(model)
     with untouched(model):
-        base = copy_without_lora(model)
+        base = WithoutLora().copy(model)
         plain = logits(base)
     model.base_model.disable_adapter_layers()
     assert torch.equal(plain, logits(model))
@@ -44,7 +44,7 @@ def test_of_the_same_class_over_the_same_parameters(tied: bool) -> None:
     row = next(r for r in CAUSAL if r.name == ("tied, both ends alike" if tied else "all linear"))
     model = build(row, torch.float32)
     with untouched(model):
-        base: Any = copy_without_lora(model)
+        base: Any = WithoutLora().copy(model)
         base.eval()
     reference = tiny_qwen2(tied=tied)
     assert type(base) is type(reference)
@@ -63,7 +63,7 @@ def test_of_the_same_class_over_the_same_parameters(tied: bool) -> None:
 def test_follows_an_optimizer_step_and_leaves_flags_alone() -> None:
     model = build(next(r for r in CAUSAL if r.name == "all linear"), torch.float32)
     model.train()
-    base = copy_without_lora(model)
+    base = WithoutLora().copy(model)
     with untouched(model):
         base.eval()
         for module in base.modules():
@@ -86,7 +86,7 @@ def test_adapters_injected_without_a_peft_model() -> None:
     settings = LoraConfig(r=3, lora_alpha=32, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     inject_adapter_in_model(settings, model)
     with untouched(model):
-        assert torch.equal(logits(copy_without_lora(model)), before)
+        assert torch.equal(logits(WithoutLora().copy(model)), before)
     assert not torch.allclose(logits(model), before, atol=1e-3)
 
 
@@ -94,7 +94,7 @@ def test_adapters_injected_without_a_peft_model() -> None:
 def test_every_wrapper_is_taken_off(row: Any) -> None:
     model = build(row)
     with untouched(model):
-        base: Any = copy_without_lora(model)
+        base: Any = WithoutLora().copy(model)
     assert type(base) is Toy
     for module in base.modules():
         assert not {"base_layer", "lora_A", "modules_to_save", "token_adapter"} & module._modules.keys()
@@ -107,7 +107,7 @@ def test_attention() -> None:
     layer = model.base_model.model.attention
     x = torch.randn(2, 5, HIDDEN, dtype=torch.float64)
     with untouched(layer), torch.no_grad():
-        found = copy_without_lora(layer)(x, x, x)[0]
+        found = WithoutLora().copy(layer)(x, x, x)[0]
     layer.enable_adapters(False)
     assert torch.equal(found, live_output(layer, x, x, x)[0])
 
@@ -123,7 +123,7 @@ def test_shared_modules_stay_shared_and_references_stay_inside() -> None:
     toy.kept = [toy.linear, toy.head]
     toy.plain.method = MethodType(weight_of, toy.plain)
     with untouched(model):
-        base: Any = copy_without_lora(model)
+        base: Any = WithoutLora().copy(model)
     assert base.again is base.linear
     assert base.linear is not toy.linear
     assert base.kept == [base.linear, base.head]
@@ -147,8 +147,8 @@ def weight_of(module: Any) -> Any:
 def test_inside_data_parallel_and_compiled_models() -> None:
     model = build(next(r for r in CAUSAL if r.name == "all linear"), torch.float32)
     compiled = torch.compile(model, backend="eager")
-    assert torch.equal(logits(copy_without_lora(compiled)), logits(copy_without_lora(model)))
-    assert torch.equal(logits(copy_without_lora(nn.DataParallel(model))), logits(copy_without_lora(model)))
+    assert torch.equal(logits(WithoutLora().copy(compiled)), logits(WithoutLora().copy(model)))
+    assert torch.equal(logits(WithoutLora().copy(nn.DataParallel(model))), logits(WithoutLora().copy(model)))
 
 
 def test_a_tuner_that_is_no_lora_cannot_be_taken_off() -> None:
@@ -156,4 +156,4 @@ def test_a_tuner_that_is_no_lora_cannot_be_taken_off() -> None:
 
     model = get_peft_model(Toy(), IA3Config(target_modules=["linear"], feedforward_modules=[]))
     with pytest.raises(ConfigError, match="not LoRA"):
-        copy_without_lora(model)
+        WithoutLora().copy(model)

@@ -17,7 +17,7 @@ from trainer_side.lora.layers.module_tree import LoraTree
 from trainer_side.lora.layers.refusals import reason_of
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, read_chain
 from trainer_side.lora.model import LoraModel
-from trainer_side.lora.without_lora import copy_without_lora
+from trainer_side.lora.without_lora import WithoutLora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ROW = next(row for row in ROWS if row.name == "linear")
@@ -133,7 +133,7 @@ def test_the_names_of_pefts_mixed_model() -> None:
     inner = nn.Sequential(nn.Linear(3, 3))
     model = get_peft_model(inner, LoraConfig(target_modules=["0"]), mixed=True)  # type: ignore[arg-type]
     assert {place.clean for place in LoraTree(model).places} == {"0.weight", "0.bias"}
-    assert type(copy_without_lora(model)) is nn.Sequential
+    assert type(WithoutLora().copy(model)) is nn.Sequential
 
 
 def test_the_first_reason_of_a_layer() -> None:
