@@ -281,3 +281,30 @@ def test_gradients_and_optimizers_that_hang_on_the_model_take_no_memory() -> Non
         reference_logprobs(model, PROMPTS)
     assert not model.lm_head.weight.main_grad.any()
     assert everything(model) == before
+
+
+def test_functions_that_the_trainer_compiles_are_compiled_after_a_push_too() -> None:
+    """Dynamo never again compiles code that it first met under a dispatch mode, such as the guard is."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    doubled = torch.compile(lambda x: x * 2, backend=backend)
+    model = tiny_qwen2()
+    model.lm_head.register_forward_pre_hook(lambda _, given: (doubled(given[0]) / 2,))
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend=backend)
+    assert apart(reference_logprobs(model, PROMPTS), reference_logprobs(tiny_qwen2(), PROMPTS)) < 1e-5
+    assert not compiled
+    with torch.no_grad():
+        model(input_ids=torch.tensor(PROMPTS[:1]))
+    assert len(compiled) >= 2
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_that_is_an_operator_of_higher_order() -> None:
+    model = tiny_qwen2()
+    plain = reference_logprobs(model, PROMPTS)
+    model.set_attn_implementation("flex_attention")
+    assert apart(reference_logprobs(model, PROMPTS), plain) < 1e-4

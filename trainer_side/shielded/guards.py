@@ -41,9 +41,13 @@ class ReferenceGuard(TorchDispatchMode):
         lent: tensors of the model, registered or not, whose storage a copy uses.
         live: False lets the model's own tensors be read: for its own forward.
 
+    Enter it with compiled functions run eagerly: Dynamo sees the mode, and would never compile them again.
+
     Inside, an operation raises LiveTensorReached when it is given a parameter or buffer object of the model, and
     ConfigError when it would write to the storage of a parameter or of a lent tensor, or wait for other processes.
     """
+
+    supports_higher_order_operators = True  # torch refuses them else; they have no schema to judge by
 
     def __init__(self, model: nn.Module, lent: Iterable[torch.Tensor] = (), *, live: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -53,6 +57,10 @@ class ReferenceGuard(TorchDispatchMode):
         self._storages = {address: "a tensor that hangs on the model" for t in lent for address in _storages(t)}
         weights = {name: t for name, t in named.items() if isinstance(t, nn.Parameter)}
         self._storages |= {address: name for name, t in weights.items() for address in _storages(t)}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # everything is eager: without this torch leaves Dynamo anew at every operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
