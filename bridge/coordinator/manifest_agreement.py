@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from bridge.errors import DtypeMismatch, ShapeMismatch, UnexpectedTensor
-from bridge.model.dtypes import CODES, INTEGERS
+from bridge.model.dtypes import CODES, FLOATS, INTEGERS
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense, source_coverage
 from bridge.protocol.coordinator_messages import PlanRequest
@@ -17,15 +17,21 @@ def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest)
     """Decide whether an existing plan can carry this request.
 
     The same announcement can, unless that plan was made for a subset and the whole model is meant now; so can a subset
-    of it, when a subset is meant. A subset of quantised weights is asked about anew: only the engines know which scales
-    belong to which weights, and none may come without the others.
+    of it, when a subset is meant: in the same dtypes, or in floats for floats, which the snapshot converts. Any other
+    dtype means something else, and only the engines know whether they can take that. A subset of quantised weights is
+    asked about anew too: only the engines know which scales belong to which weights, and none may come without the
+    others.
     """
     if not request.partial:
         return planned == request.tensors and not partial
     if any(info.dtype in CODES for info in planned):
         return planned == request.tensors
-    known = {(info.name, info.shape) for info in planned}
-    return all((info.name, info.shape) in known for info in request.tensors)
+    known = {info.name: info for info in planned}
+    return all(info.name in known and _alike(info, known[info.name]) for info in request.tensors)
+
+
+def _alike(one: TensorInfo, other: TensorInfo) -> bool:
+    return one.shape == other.shape and (one.dtype == other.dtype or {one.dtype, other.dtype} <= FLOATS)
 
 
 def agree(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -> Manifest:

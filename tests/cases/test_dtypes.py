@@ -135,6 +135,25 @@ def test_fp8_without_a_place_for_its_scales_ends_as_values(
     assert torch.equal(live.weight, meant.bfloat16())
 
 
+@pytest.mark.parametrize("sent", ["fp8_e4m3", "fp8_e5m2", "int8", "uint8", "int64", "bool"])
+def test_a_subset_after_the_whole_model_is_decided_by_its_own_dtypes(sent: str) -> None:
+    """The plan of the whole model knows the names: it must not carry what it was not made for."""
+    live = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).bfloat16()
+    whole = {name: torch.randn(8, 8) for name in live.state_dict()}
+    with bridge.attach(live) as b:
+        b.push(whole.items())
+        before = bits(live)
+        with pytest.raises(DtypeMismatch) as caught:
+            b.push([("0.weight", sendable(sent))], partial=True)
+        assert (caught.value.got, caught.value.expected) == (sent, "bf16")
+        assert bits(live) == before
+        for dtype in (torch.float64, torch.bfloat16):
+            half = torch.full((8, 8), 0.5, dtype=dtype)
+            assert b.push([("0.weight", half)], partial=True).verified is True
+            assert torch.equal(live[0].weight.double(), half.double())
+        assert b.push(whole.items()).verified is True
+
+
 class ScaledLinear(nn.Module):
     """Weights in fp8 with one scale for the tensor, as engines hold them."""
 
