@@ -21,6 +21,7 @@ from bridge.errors import (
     ShapeMismatch,
     UnexpectedTensor,
 )
+from bridge.model.dtypes import dtype_name
 from bridge.model.regions import dense
 from trainer_side.names.tensor_layout import Collected, TensorPart, WeightSource
 
@@ -244,6 +245,21 @@ def test_half_of_what_a_checkpoint_tensor_is_made_of(converts: Callable[[Any], N
     assert names(source.collect(model.named_parameters())) == ["ab"]
     with pytest.raises(MissingTensor, match=r"where: ab; expected: a, b; got: without b"):
         source.collect([("a", model["a"])], partial=True)
+
+
+def test_values_and_codes_do_not_make_one_checkpoint_tensor(converts: Callable[[Any], None]) -> None:
+    def revert(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"ab": torch.cat([state["a"], state["b"]])}
+
+    converts(revert)
+    model = nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(3)})
+    source = WeightSource(model)
+    for codes in (torch.int8, torch.float8_e4m3fn, torch.bool):
+        with pytest.raises(DtypeMismatch, match=r"where: ab; expected: parts of one dtype"):
+            source.collect([("a", model["a"]), ("b", torch.ones(3).to(codes))])
+        both = source.collect([("a", torch.ones(2).to(codes)), ("b", torch.ones(3).to(codes))])
+        assert both.tensors[0].dtype == dtype_name(codes)
+    assert source.collect([("a", torch.ones(2).half()), ("b", torch.ones(3).bfloat16())]).tensors[0].dtype == "fp32"
 
 
 @pytest.mark.parametrize("bad", [[("a", 3)], [(3, torch.ones(1))], [torch.ones(3)], [torch.ones(1)], 7, [("a",)]])

@@ -23,7 +23,7 @@ from trainer_side.lora.modes import EffectiveTensor
 from trainer_side.lora.state import LoraState
 from trainer_side.names.tensor_checks import addresses_of
 from trainer_side.shielded.guards import LiveTensorReached, ReferenceGuard
-from trainer_side.shielded.model_copy import shielded_copy
+from trainer_side.shielded.model_copy import ModelCopier
 
 ROWS = 8
 """Inputs of one comparison."""
@@ -157,12 +157,13 @@ def _call(one: EffectiveTensor, inputs: torch.Tensor) -> torch.Tensor | str:
     dtypes = dict.fromkeys((one.stand_in.dtype, torch.float32, torch.bfloat16, torch.float16))
     for dtype in dtypes if inputs.is_floating_point() else (inputs.dtype,):
         try:
-            double = shielded_copy(one.module)
+            copier = ModelCopier()
+            double = copier.copy(one.module)
             for each in double.modules():
                 each.training = False
                 each._forward_hooks.clear()
                 each._forward_pre_hooks.clear()
-            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False), ReferenceGuard(one.module):
+            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False), ReferenceGuard(one.module, copier.lent):
                 out: Any = double(inputs.to(dtype))
         except _NO_CALL as error:
             reason = reason or f"its forward cannot be called on a copy ({type(error).__name__}: {error})"

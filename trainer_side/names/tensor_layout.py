@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bridge.errors import DuplicateTensor, MissingTensor, UnsupportedLora
+from bridge.errors import DtypeMismatch, DuplicateTensor, MissingTensor, UnsupportedLora
+from bridge.model.dtypes import FLOATS
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Region, dense
@@ -301,8 +302,7 @@ def _bound_layout(
         made_of = _parts_of(known, tensor, came)
         if made_of is None:
             continue
-        dtypes = {sources[p.index].dtype for p in made_of}
-        dtype = dtype_name(dtypes.pop() if len(dtypes) == 1 else tensor.dtype, tensor.name)
+        dtype = _common_dtype(tensor, {dtype_name(sources[p.index].dtype, tensor.name) for p in made_of})
         # The iterable may tie what the model does not: the same elements under a second name travel once.
         key: object = tensor.name
         if all(pattern[p.index] >= 0 for p in made_of):
@@ -314,6 +314,22 @@ def _bound_layout(
             info = TensorInfo(earlier.name, earlier.dtype, earlier.shape, aliases)
         found[key] = info, made_of
     return TensorLayout(tuple(info for info, _ in found.values()), tuple(made_of for _, made_of in found.values()))
+
+
+def _common_dtype(tensor: CanonicalTensor, sent: set[str]) -> str:
+    """Choose the dtype in which a canonical tensor is announced: that of its parts, else the model's."""
+    if len(sent) == 1:
+        return next(iter(sent))
+    if not sent <= FLOATS:
+        raise DtypeMismatch(
+            "a checkpoint tensor is made of live tensors of which some hold values and some codes",
+            where=tensor.name,
+            expected="parts of one dtype, or of floating dtypes",
+            got=", ".join(sorted(sent)),
+            remedy="push all parts as values, or all as codes together with their scales",
+            names=(tensor.name,),
+        )
+    return dtype_name(tensor.dtype, tensor.name)
 
 
 def _parts_of(known: CanonicalMap, tensor: CanonicalTensor, came: Mapping[str, int]) -> tuple[TensorPart, ...] | None:
