@@ -203,15 +203,10 @@ def _not_a_language_model(model: nn.Module, got: str) -> ConfigError:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Set eval mode, without autocast and without compiled code; put random states back after.
-
-    Compiled functions run eagerly: a first call under a `ReferenceGuard` would mark their code, which the live model
-    shares, as never to be compiled.
-    """
+    """Set eval mode, without autocast; put random states back after."""
     legacy, plain = np.random.get_state(), random.getstate()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
             # Weights are compared, so the forward runs in their own dtype.
             stack.enter_context(torch.autocast(kind, enabled=False))

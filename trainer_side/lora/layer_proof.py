@@ -163,7 +163,11 @@ def _call(one: EffectiveTensor, inputs: torch.Tensor) -> torch.Tensor | str:
                 each.training = False
                 each._forward_hooks.clear()
                 each._forward_pre_hooks.clear()
-            with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False), ReferenceGuard(one.module, copier.lent):
+            with (
+                torch.no_grad(),
+                torch.autocast(inputs.device.type, enabled=False),
+                ReferenceGuard(one.module, copier.lent),
+            ):
                 out: Any = double(inputs.to(dtype))
         except _NO_CALL as error:
             reason = reason or f"its forward cannot be called on a copy ({type(error).__name__}: {error})"

@@ -4,9 +4,10 @@ and a comparison of the live model before and after."""
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from trainer_side.shielded.model_copy import sharded_error
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem"})
 """Namespaces of torch's operations that wait for other processes."""
+_CONTAINERS = (list, tuple, dict)
 _NO_FORWARD = "push with verify='weights': read-back and probes need no forward of the trainer"
 
 
@@ -41,7 +43,8 @@ class ReferenceGuard(TorchDispatchMode):
         lent: tensors of the model, registered or not, whose storage a copy uses.
         live: False lets the model's own tensors be read: for its own forward.
 
-    Enter it with compiled functions run eagerly: Dynamo sees the mode, and would never compile them again.
+    Inside, compiled functions run eagerly: Dynamo would see the mode, and mark their code, which the live model shares,
+    as never to be compiled.
 
     Inside, an operation raises LiveTensorReached when it is given a parameter or buffer object of the model, and
     ConfigError when it would write to the storage of a parameter or of a lent tensor, or wait for other processes.
@@ -53,6 +56,7 @@ class ReferenceGuard(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         named = dict(_tensors(model))
         self._live: Mapping[int, str] = {id(t): name for name, t in named.items()} if live else {}
+        self._eager: Any = None
         self._kept = named  # an id says something only while its tensor lives
         self._storages = {address: "a tensor that hangs on the model" for t in lent for address in _storages(t)}
         weights = {name: t for name, t in named.items() if isinstance(t, nn.Parameter)}
@@ -62,14 +66,29 @@ class ReferenceGuard(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # everything is eager: without this torch leaves Dynamo anew at every operation
 
+    def __enter__(self) -> Self:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            self._eager = torch.compiler.set_stance("force_eager")
+            self._eager.__enter__()
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if self._eager is not None:
+            self._eager.__exit__(kind, error, trace)
+            self._eager = None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, OpOverload) and func.namespace in _COLLECTIVES:
-            raise sharded_error(f"the forward of the bound model, at {func}")
-        for tensor in _found_in((args, kwargs)) if self._live else ():
-            if id(tensor) in self._live:
-                raise LiveTensorReached(self._live[id(tensor)])
-        if isinstance(func, OpOverload) and self._storages:
+        live = self._live  # what follows runs for every operation: no call for arguments that are no containers
+        for value in (*args, *kwargs.values()) if live else ():
+            if id(value) in live:
+                raise LiveTensorReached(live[id(value)])
+            if type(value) in _CONTAINERS:
+                for tensor in _found_in(value):
+                    if id(tensor) in live:
+                        raise LiveTensorReached(live[id(tensor)])
+        if isinstance(func, OpOverload):
             for place, key in _written(func):
                 self._refuse_write(func, args[place] if place < len(args) else kwargs.get(key))
         return func(*args, **kwargs)
@@ -89,7 +108,9 @@ class ReferenceGuard(TorchDispatchMode):
 
 @functools.cache
 def _written(func: OpOverload) -> tuple[tuple[int, str], ...]:
-    """The arguments (place, name) of an operation whose elements it writes."""
+    """The arguments (place, name) of an operation whose elements it writes. Raises ConfigError for a collective."""
+    if func.namespace in _COLLECTIVES:
+        raise sharded_error(f"the forward of the bound model, at {func}")
     if not func._schema.is_mutable or _only_points_elsewhere(func):
         return ()
     return tuple(

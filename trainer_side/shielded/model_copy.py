@@ -6,6 +6,7 @@ import functools
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from enum import Enum
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -29,6 +30,8 @@ from trainer_side.shielded.values import (
 _COMPILED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Wrappers that compute what their module does; a compiled one would find its way back into the live tree."""
 _CONSTANTS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Size, Enum)
+_ATOMS = frozenset({str, bytes, int, float, bool, type(None), torch.dtype, torch.device, torch.Size})
+_PLAIN_DICTS = (dict, OrderedDict)
 _SHARED = (type, FunctionType, ModuleType, torch.optim.Optimizer, Dataset, DataLoader)
 """What may hang on a model, is no state of its layers and may hold as much memory as they do."""
 _WEAK_DICTS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
@@ -98,7 +101,13 @@ class ModelCopier:
         for name, child in module._modules.items():
             double._modules[name] = None if child is None else self._module(child)
         for name, value in held.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
+            kind = type(value)
+            if kind in _ATOMS:
+                double.__dict__[name] = value
+            elif kind in _PLAIN_DICTS and not value:  # most modules have a dozen registries of hooks, all empty
+                double.__dict__[name] = kind()
+                self._remember(value, double.__dict__[name])
+            elif name not in ("_parameters", "_buffers", "_modules"):
                 double.__dict__[name] = self._value(value, 0)
         double.__dict__["_compiled_call_impl"] = None
         return double
@@ -136,6 +145,8 @@ class ModelCopier:
         """An attribute as the copy holds it: a forward must neither find its way back into the live tree nor change
         what hangs there."""
         kind = type(value)  # not `isinstance`, which asks the object, and believes a proxy
+        if kind in _ATOMS:
+            return value
         if issubclass(kind, _CONSTANTS) or issubclass(kind, _SHARED):
             return value
         made = self._made.get(id(value))
