@@ -1,6 +1,6 @@
 """One rank of a sharded trainer in a process of its own, for `test_sharded_trainers.py`. Not a test module.
 
-Arguments: rank, port of rank 0's store, kind of sharding, folder of the model. Rank 0 pushes gathered values and prints
+Arguments: rank, file in which the ranks meet, kind of sharding, folder of the model. Rank 0 pushes gathered values and prints
 what it found as one JSON line; the other rank only gathers and trains.
 """
 
@@ -59,10 +59,10 @@ def train_once(model: Any) -> float:
     return float(loss)
 
 
-def main(rank: int, port: int, kind: str, folder: str) -> None:
+def main(rank: int, meeting: str, kind: str, folder: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
+    store = dist.FileStore(meeting, 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     model = sharded(kind, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     found: list[dict[str, Any]] = []
@@ -88,4 +88,4 @@ def main(rank: int, port: int, kind: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), *sys.argv[2:5])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +14,14 @@ from tests.conftest import tiny_qwen2
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("kind", "verified"), [("fsdp2", "partial"), ("tensor parallel", "partial"), ("ddp", True)])
 def test_rank_0_pushes_what_it_gathered(tmp_path: Path, kind: str, verified: object) -> None:
     tiny_qwen2().save_pretrained(tmp_path)
-    port = str(free_port())
+    meeting = str(tmp_path / "ranks-meet-here")  # a file: no port that another process may take first
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), port, kind, str(tmp_path)],
+            [sys.executable, str(WORKER), str(rank), meeting, kind, str(tmp_path)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
