@@ -1,7 +1,7 @@
 """One rank of a sharded trainer in a process of its own, for `test_sharded_trainers.py`. Not a test module.
 
-Arguments: rank, file in which the ranks meet, kind of sharding, folder of the model. Rank 0 pushes gathered values and prints
-what it found as one JSON line; the other rank only gathers and trains.
+Arguments: rank, file in which the ranks meet, kind of sharding, folder of the model. Rank 0 pushes gathered values and
+prints what it found as one JSON line; the other rank only gathers and trains.
 """
 
 from __future__ import annotations
