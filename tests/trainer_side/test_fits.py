@@ -143,10 +143,10 @@ def test_a_live_tensor_that_changes_its_dtype_makes_another_layout(converts: Cal
 
     converts(revert)
     source = WeightSource(nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)}))
-    whole, half = torch.ones(2, dtype=torch.int64), torch.ones(2)
-    first = source.collect([("a", whole), ("b", half)])
-    again = source.collect([("a", half), ("b", whole)])
-    # what is announced is the same; which casts need a look is not
+    wide, narrow = torch.ones(2, dtype=torch.float64), torch.ones(2)
+    first = source.collect([("a", wide), ("b", narrow)])
+    again = source.collect([("a", narrow), ("b", wide)])
+    # what is announced is the same; which casts are made is not
     assert first.tensors == again.tensors
     assert first.layout is not again.layout
 

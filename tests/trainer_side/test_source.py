@@ -21,8 +21,8 @@ from bridge.errors import (
     ShapeMismatch,
     UnexpectedTensor,
 )
-from bridge.model.dtypes import dtype_name
 from bridge.model.regions import dense
+from bridge.model.torch_dtypes import dtype_name
 from trainer_side.names.tensor_layout import Collected, TensorPart, WeightSource
 
 
