@@ -98,6 +98,7 @@ class CanonicalMap:
         ties: clean name of a tied live tensor -> the clean name that stands for it in `live`.
         raw: name with wrappers, as the bound model's own `named_parameters` gives it -> clean name.
         ignored: live tensors that the checkpoint does not hold.
+        prefix: what a checkpoint of the model without its head leaves out of names, with the dot; empty without one.
     """
 
     tensors: tuple[CanonicalTensor, ...]
@@ -105,6 +106,7 @@ class CanonicalMap:
     ties: Mapping[str, str] = field(default_factory=dict)
     raw: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    prefix: str = ""
 
     @cached_property
     def by_name(self) -> Mapping[str, CanonicalTensor]:
@@ -117,14 +119,21 @@ class CanonicalMap:
         return tuple(TensorInfo(t.name, dtype_name(t.dtype, t.name), t.shape, t.aliases) for t in self.tensors)
 
     def resolve(self, name: str) -> str | None:
-        """Return the clean name of a live tensor, under whatever wrappers it was named; ties are not resolved.
+        """Return the clean name of a live tensor, under whatever wrappers it was named, or the canonical name of a
+        checkpoint tensor; both may lack the prefix of the model without its head. Ties are not resolved.
 
         None for a name that is not the model's.
         """
         if name in self.raw:
             return self.raw[name]
-        known = (self.live, self.ties, self.ignored)
-        return next((one for one in (name, canonical_unbound(name)) if any(one in names for names in known)), None)
+        clean = canonical_unbound(name)
+        live = (self.live, self.ties, self.ignored)
+        for one in dict.fromkeys((name, clean, self.prefix + clean)):
+            if any(one in names for names in live):
+                return one
+            if one in self.by_name:
+                return self.by_name[one].name
+        return None
 
 
 def canonical_unbound(name: str) -> str:
@@ -204,7 +213,9 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
     used = {piece.live for tensor in baked for piece in tensor.pieces}
     order = {name: k for k, name in enumerate(kept)}
     baked.sort(key=lambda t: min((order[p.live] for p in t.pieces), default=0))
+    base = getattr(inner, "base_model_prefix", None) if _is_transformers(inner) else None
     return CanonicalMap(
+        prefix=f"{base}." if isinstance(base, str) and base in inner._modules else "",
         tensors=tuple(baked),
         live={n: LiveTensor(tuple(t.shape), tensors[n].buffer) for n, t in kept.items() if n in used},
         ties={alias: name for alias, name in ties.items() if name in used},

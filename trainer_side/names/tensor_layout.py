@@ -251,8 +251,6 @@ def _resolve_name(known: CanonicalMap | None, given: str) -> str:
     clean = known.resolve(given)
     if clean is not None:
         return clean
-    if given in known.by_name:
-        return known.by_name[given].name
     raise unknown_name(
         given, f"a parameter, persistent buffer or checkpoint name of the model ({len(known.live)} tensors)"
     )
