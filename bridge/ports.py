@@ -90,7 +90,7 @@ class InProcessPort:
 
 
 class SnapshotLayout(Protocol):
-    """What a plan is made for. Compared by identity: the same object means that nothing of it has changed."""
+    """Lists the tensors that a plan is made for. Compared by identity: the same object means that nothing changed."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -123,7 +123,7 @@ class Snapshot(Protocol):
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Of the notes, those that say what of the tensors could not be proven: the push is then "partial"."""
+        """Notes that say which tensors could not be proven; with any of them the push is "partial"."""
         ...
 
 

@@ -37,7 +37,7 @@ NUMBERS = FLOATS | {_POWERS_OF_TWO}
 
 
 class Landing(StrEnum):
-    """What becomes of a sent tensor in the engine's tensor that it lands in."""
+    """Says how a sent tensor gets into the engine's tensor that it lands in, or that it does not."""
 
     CARRIED = "carried"
     """Bit for bit."""

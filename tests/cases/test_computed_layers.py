@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
@@ -133,10 +134,8 @@ def test_one_layer_of_many_that_is_misread_is_found_within_a_round(made: Any) ->
     """Structures are proven once, not layers: of many, each push looks at another one."""
     rig = made(num_hidden_layers=3)
     assert rig.push(mode="merged", verify="weights").verified is True
-    layers = [m for m in rig.model.modules() if isinstance(m, QuantisedLinear)]
-    broken = layers[-2]
-    broken.weight.data = broken.weight.data.flip(0)  # re-packed, and nothing on it says so
-    broken.forward = MethodType(reads_from_the_end, broken)
+    layers = pack_unseen(rig)
+    rig.b.bind(rig.model)  # nothing is known any more of where weights lay
 
     def a_round() -> None:
         for _ in layers:
@@ -146,9 +145,42 @@ def test_one_layer_of_many_that_is_misread_is_found_within_a_round(made: Any) ->
         a_round()
 
 
+@pytest.mark.parametrize("between", [[], ["adapter"], ["adapter", "base"]])
+def test_a_layer_that_was_packed_anew_unseen_is_compared_itself(made: Any, between: list[str]) -> None:
+    """Nothing on it says so but where it lies, whatever was pushed in between."""
+    rig = made()
+    assert rig.push(mode="merged", verify="weights").verified is True
+    pack_unseen(rig)
+    for mode in between:
+        with contextlib.suppress(UnsupportedLora):  # a packed base has no base mode
+            rig.push(mode=mode, verify="off")
+    with pytest.raises(UnsupportedLora, match="not what the layer computes"):
+        rig.push(mode="merged", verify="off")
+
+
+def pack_unseen(rig: LoraRig) -> list[QuantisedLinear]:
+    """Pack the last layer but one anew, without a mark; its own forward knows. Returns all quantised layers."""
+    layers = [m for m in rig.model.modules() if isinstance(m, QuantisedLinear)]
+    layers[-2].weight.data = layers[-2].weight.data.flip(0)
+    layers[-2].forward = MethodType(reads_from_the_end, layers[-2])
+    return layers
+
+
 def reads_from_the_end(layer: Any, x: torch.Tensor) -> torch.Tensor:
     codes = layer.weight.data.as_subclass(torch.Tensor).flip(0)
     return nn.functional.linear(x, values_of(codes, layer.weight.scale), layer.bias)
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        return super().forward(x)
+
+
+class CountedUnderLora(Counted):
+    calls = 0
 
 
 def test_plain_layers_are_not_called(tmp_path: Path) -> None:
@@ -156,10 +188,10 @@ def test_plain_layers_are_not_called(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path)
     rig = LoraRig(tmp_path, wrap(base, target_modules=["q_proj"]))
     try:
-        called: list[str] = []
-        for name, module in rig.model.named_modules():
-            module.register_forward_hook(lambda *_, at=name: called.append(at))
-        rig.push(mode="base", verify="weights")
-        assert called == []
+        for layer in base.model.layers:
+            layer.mlp.up_proj.__class__ = Counted
+            layer.self_attn.q_proj.base_layer.__class__ = CountedUnderLora
+        assert rig.push(mode="merged", verify="weights").verified is True
+        assert (Counted.calls, CountedUnderLora.calls) == (0, 1)  # once for the structure
     finally:
         rig.close()

@@ -234,8 +234,8 @@ def test_state_dict_is_never_asked() -> None:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of two of which the other process never comes into any collective."""
+def alone() -> Iterator[None]:
+    """A process group of this process alone, in which a collective would be carried out at once."""
     store = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
     dist.init_process_group("gloo", store=dist.PrefixStore("one", store), rank=0, world_size=1)
     yield

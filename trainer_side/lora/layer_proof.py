@@ -38,58 +38,52 @@ _WORDS = (str, int, float, bool, torch.dtype, torch.Size)
 
 
 class LayerProof:
-    """Which structures of layers are proven. One per bound model; used by one push at a time.
+    """Remembers which structures of layers were found right. One per bound model; used by one push at a time.
 
     A structure is everything of a layer but its values: classes, quantisation state, storage, shape, adapters that act,
     their scaling and whether they are merged. A packed weight that lies elsewhere than it did, or whose attributes have
-    changed, was packed anew: it is compared itself.
+    changed, was packed anew: it is compared itself, whatever was pushed in between.
     """
 
     def __init__(self) -> None:
-        self._proven: set[Hashable] = set()
-        self._open: dict[Hashable, str] = {}
+        self._reasons: dict[Hashable, str | None] = {}
+        """Structure -> why its layers could not be compared; None where they agreed, or hold plain values."""
+        self._storage: dict[str, Hashable] = {}
+        """Packed weight, by its clean name -> where it lay."""
         self._last: tuple[Sequence[EffectiveTensor], LoraState] | None = None
-        self._lies: dict[EffectiveTensor, Hashable] = {}
-        self._reasons: dict[EffectiveTensor, str] = {}
         self._turn = 0
 
     def require(self, computed: Sequence[EffectiveTensor], began: LoraState) -> tuple[str, ...]:
-        """Compare one layer of each structure that is not proven yet, each packed one that was packed anew, and of many
-        layers one more.
+        """Compare one layer of each structure that is new, each packed one that was packed anew, and of many layers one
+        more.
 
         Returns why packed weights could not be compared, one reason for each structure. Raises UnsupportedLora, naming
         layer and quantiser, for a difference.
         """
         alike = self._last is not None and self._last[0] is computed and self._last[1] == began
-        if not alike:
-            self._last, self._lies, self._reasons = None, {}, {}
         self._turn += 1
+        found: list[str | None] = []
         for k, one in enumerate(computed):
             sampled = len(computed) >= EVERY and k == self._turn % len(computed)
-            if one.bias or (alike and not sampled and one not in self._lies):
-                continue
-            parameters = lora_parameters(one.module)
-            lies = _lies(parameters) if parameters.quant_state is not None else None
-            moved = alike and self._lies.get(one) != lies
-            if not alike or moved or sampled:
-                self._prove(one, parameters, began, afresh=moved or sampled)
-            if lies is not None:
-                self._lies[one] = lies
+            if not one.bias and (not alike or sampled or one.place.clean in self._storage):
+                found.append(self._look_at(one, began, sampled=sampled))
         self._last = (computed, began)
-        return tuple(dict.fromkeys(self._reasons.values()))
+        return tuple(dict.fromkeys(reason for reason in found if reason is not None))
 
-    def _prove(self, one: EffectiveTensor, parameters: LoraParameters, began: LoraState, *, afresh: bool) -> None:
-        """Compare a layer whose structure is new, or any layer `afresh`."""
+    def _look_at(self, one: EffectiveTensor, began: LoraState, *, sampled: bool) -> str | None:
+        """Compare a layer if it has to be; why it could not be, for a packed one."""
+        parameters, name = lora_parameters(one.module), one.place.clean
+        packed = parameters.quant_state is not None
+        storage = _describe_storage(parameters) if packed else None
+        moved = packed and self._storage.get(name, storage) != storage
         chain = began.read_chain(one.module)
         key = _structure(one, chain, parameters)
-        if afresh or (key not in self._proven and key not in self._open):
+        if key not in self._reasons or moved or sampled:
             reason = _compare(one, chain, parameters, began)
-            if reason is None or parameters.quant_state is None:
-                self._proven.add(key)
-            else:
-                self._open[key] = f"{one.place.clean} and layers like it: {reason}"
-        if key in self._open:
-            self._reasons[one] = self._open[key]
+            self._reasons[key] = f"{name} and layers like it: {reason}" if reason is not None and packed else None
+        if packed:
+            self._storage[name] = storage
+        return self._reasons[key]
 
 
 def _compare(one: EffectiveTensor, chain: Chain, parameters: LoraParameters, began: LoraState) -> str | None:
@@ -185,8 +179,8 @@ def _structure(one: EffectiveTensor, chain: Chain, parameters: LoraParameters) -
     return type(chain.base), levels, held, _words(parameters.quant_state), one.place.attribute, one.copies
 
 
-def _lies(parameters: LoraParameters) -> Hashable:
-    """Where a packed weight lies and what its library has noted on it."""
+def _describe_storage(parameters: LoraParameters) -> Hashable:
+    """Describe where a packed weight lies and what its library has noted on it."""
     weight, state = parameters.weight, parameters.quant_state
     return tuple(addresses_of([weight]) or ()), weight.shape, weight.dtype, _words(weight), _words(state)
 

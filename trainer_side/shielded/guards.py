@@ -127,7 +127,8 @@ def _only_points_elsewhere(func: Any) -> bool:
 
 @dataclass(frozen=True)
 class _TensorFacts:
-    """What must be the same after a forward: the object, where it lies, how often it was written, what hangs on it."""
+    """Holds what a forward must not change of a tensor: the object, where it lies, how often it was written, what hangs
+    on it."""
 
     tensor: torch.Tensor
     facts: tuple[Any, ...]
