@@ -16,15 +16,6 @@ from tests.push.lora_rig import LoraRig, stir, wrap
 from tests.push.rig import Rig, drift
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    model = tiny_qwen2()
-    model.save_pretrained(tmp_path)
-    made = Rig(tmp_path, model)
-    yield made
-    made.close()
-
-
 def buckets(pairs: list[tuple[str, Any]], size: int = 3) -> Iterator[list[tuple[str, Any]]]:
     for start in range(0, len(pairs), size):
         yield pairs[start : start + size]

@@ -196,6 +196,17 @@ def test_power_of_two_scales_become_floats_exactly() -> None:
             b.push([("weight", codes), ("weight_scale", broken.view(torch.float8_e8m0fnu))])
 
 
+def test_power_of_two_scales_that_stay_so_are_finite() -> None:
+    live = nn.Module()
+    live.scale = nn.Parameter(torch.zeros(4).to(torch.float8_e8m0fnu), requires_grad=False)
+    every = torch.arange(255, dtype=torch.uint8)
+    with bridge.attach(live) as b:
+        for start in range(0, 252, 4):
+            assert b.push([("scale", every[start : start + 4].view(torch.float8_e8m0fnu))]).verified is True
+        with pytest.raises(bridge.errors.NonFinite, match=r"scale\[1\]"):
+            b.push([("scale", torch.tensor([1, 255, 2, 3], dtype=torch.uint8).view(torch.float8_e8m0fnu))])
+
+
 def test_counters_change_width_where_every_value_survives() -> None:
     live = nn.BatchNorm1d(4)
     live.num_batches_tracked = torch.tensor(0, dtype=torch.int16)

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bridge.errors import DuplicateTensor, ShapeMismatch, UnexpectedTensor
-from tests.conftest import tiny_qwen2
 from tests.push.rig import Rig, drift
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    model = tiny_qwen2()
-    model.save_pretrained(tmp_path)
-    made = Rig(tmp_path, model)
-    yield made
-    made.close()
 
 
 def without_prefix(named: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

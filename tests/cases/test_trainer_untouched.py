@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bridge.errors import ConfigError
+import bridge
+from bridge.errors import ConfigError, IntegrityError
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, apart, everything, stir, wrap
 from tests.push.rig import Rig, same_bits
@@ -231,6 +232,38 @@ def test_state_dict_is_never_asked() -> None:
     model = tiny_qwen2()
     model.lm_head.__class__ = Touchy
     assert reference_logprobs(model, PROMPTS) == reference_logprobs(copy.deepcopy(model), PROMPTS)
+
+
+def test_a_change_that_no_guard_can_refuse_is_an_error(tmp_path: Path) -> None:
+    """A forward that knows the live model by another way, and sets an attribute there."""
+    model = tiny_qwen2()
+    model.save_pretrained(tmp_path)
+    rig = Rig(tmp_path, model)
+
+    def marks(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        live_weight.seen = True  # type: ignore[attr-defined]
+        return nn.functional.linear(x, layer.weight, layer.bias)
+
+    try:
+        assert rig.push().verified is True
+        live_weight = model.lm_head.weight
+        model.lm_head.forward = MethodType(marks, model.lm_head)
+        with pytest.raises(IntegrityError, match=r"where: lm_head\.weight"):
+            rig.push()
+        del model.lm_head.forward
+        assert rig.push().verified is True
+    finally:
+        rig.close()
+
+
+def test_outputs_that_were_asked_for_of_an_engine_without_any_are_partial() -> None:
+    model = tiny_qwen2()
+    with bridge.attach(copy.deepcopy(model), model=model) as b:
+        asked = b.push(model.named_parameters(), verify="outputs")
+        assert (asked.verified, asked.verify) == ("partial", "outputs")
+        assert any("no canary" in note for note in asked.notes)
+        default = b.push(model.named_parameters())
+        assert (default.verified, default.verify) == (True, "weights")
 
 
 @pytest.fixture
