@@ -170,7 +170,7 @@ def _runs(name: str, trainer: Any) -> bool:
     try:
         _trainer_port(name, trainer).call(StatusRequest(), DaemonStatus, Deadline.after(ANSWER_TIMEOUT_S))
     except PeerLost:  # killed a moment ago, unless Ray goes on reporting it as alive
-        return bool(_still_there([f"{name}:{_TRAINER}"], Deadline.after(ANSWER_TIMEOUT_S)))
+        return _ray_reports_it(name)
     except Closed:  # `weighbridge down` was interrupted
         return False
     except BridgeError as error:
@@ -238,12 +238,24 @@ def _actor(target: str, actor_name: str, threads: int, environment: Mapping[str,
 def find(name: str) -> tuple[RayPort, list[RayPort]]:
     """Ports of a running daemon. Blocks for its answer. Raises NotFound, naming the daemons that do run."""
     found = _find_actors(name)
-    actor = found.get(f"{name}:{_TRAINER}")
+    actor = found.pop(f"{name}:{_TRAINER}", None)
+    remains = _not_found(name, got=f"only what a crashed daemon left: {', '.join(sorted(found)) or 'nothing'}")
     if actor is None:
-        raise _not_found(name, got=f"only what a crashed daemon left: {', '.join(sorted(found))}")
+        raise remains
     port = _trainer_port(name, actor)
-    engines = port.call(StatusRequest(), DaemonStatus, Deadline.after(60)).engines
+    try:
+        engines = port.call(StatusRequest(), DaemonStatus, Deadline.after(60)).engines
+    except PeerLost as error:
+        if _ray_reports_it(name):
+            raise
+        raise remains from error
     return port, [engine_port(info.id, found.get(f"{name}:{info.id}")) for info in engines]
+
+
+def _ray_reports_it(name: str) -> bool:
+    """Whether Ray goes on reporting the TrainerActor of `name`, which was found to be gone, as alive: it takes a moment
+    to notice a killed one. Blocks for ANSWER_TIMEOUT_S at most."""
+    return bool(_still_there([f"{name}:{_TRAINER}"], Deadline.after(ANSWER_TIMEOUT_S)))
 
 
 def _find_actors(name: str) -> dict[str, Any]:
@@ -273,17 +285,27 @@ def stop(name: str) -> None:
     except NotFound:
         stop_ray_if_idle()  # an earlier `down` may have left it to a driver that has ended since
         raise
-    trainer = found.get(f"{name}:{_TRAINER}")
-    if trainer is None:
+    if _closed(name, found.get(f"{name}:{_TRAINER}")):
+        _kill(found, name)
+    else:
         with _starting(name):
             _remove(_actors_of(name), name)
-    else:
-        try:
-            _trainer_port(name, trainer).call(CloseRequest(), Accepted, Deadline.after(CLOSE_TIMEOUT_S))
-        except BridgeError as error:
-            log.warning("%s did not close gracefully: %s", name, error)
-        _kill(found, name)
     stop_ray_if_idle()
+
+
+def _closed(name: str, trainer: Any | None) -> bool:
+    """Ask the TrainerActor to close its daemon; False when there is none any more, and the engines are on their own.
+    Blocks."""
+    if trainer is None:
+        return False
+    try:
+        _trainer_port(name, trainer).call(CloseRequest(), Accepted, Deadline.after(CLOSE_TIMEOUT_S))
+    except PeerLost as error:
+        log.warning("%s did not close gracefully: %s", name, error)
+        return _ray_reports_it(name)
+    except BridgeError as error:
+        log.warning("%s did not close gracefully: %s", name, error)
+    return True
 
 
 def _remove(found: Mapping[str, Any], name: str) -> None:

@@ -92,6 +92,21 @@ def test_up_at_once_after_the_kill(up: Up, start_folder: Path) -> None:
     made.shutdown()
 
 
+@pytest.mark.parametrize("command", ["status", "down"])
+def test_a_command_at_once_after_the_kill(up: Up, home: Home, command: str) -> None:
+    """Ray may not have noticed yet: the actor still has its name."""
+    before = home.files()
+    first = up("crash")
+    pushed("crash", seed=1)
+    os.kill(first["pid"], signal.SIGKILL)
+    if command == "status":
+        error = cli_here("status", "crash", code=2)["error"]
+        assert (error["name"], error["got"]) == ("NotFound", "only what a crashed daemon left: crash:engine0")
+    assert cli_here("down", "crash")["stopped"] is True
+    assert eventually(lambda: all(gone(engine["pid"]) for engine in first["engines"]))
+    assert home.files() == before
+
+
 def test_down_over_a_killed_daemon(up: Up, home: Home) -> None:
     before = home.files()
     first = up("crash")
