@@ -184,7 +184,7 @@ class Bridge:
             kv: "reset" or "keep" the engines' KV and prefix caches.
             allow_nonfinite: let NaN and infinity pass.
             wait: False returns a PendingPush as soon as the snapshot is sealed.
-            timeout_s: deadline of the snapshot, and again of everything after it.
+            timeout_s: deadline of the snapshot and the canary's reference, and again of everything after them.
 
         Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
 
@@ -262,10 +262,10 @@ class Bridge:
         self._session.refuse_shared(snapshot.storages)
         agreed = self._agree(snapshot, settings.partial and snapshot.adapter is None)
         slot, doubt = self._begin(agreed, settings.version, over_base=snapshot.adapter is not None)
-        planned_at = time.perf_counter()
+        planned_at, deadline = time.perf_counter(), Deadline.after(settings.timeout_s)
         try:
-            written = self._write(snapshot, agreed, slot, settings)
-            reference, base, settings, missed = self._reference(settings)
+            written = self._write(snapshot, agreed, slot, settings, deadline)
+            reference, base, settings, missed = self._reference(settings, deadline)
             submit = SubmitRequest(
                 version=slot.version,
                 root=written.seal.root,
@@ -287,7 +287,9 @@ class Bridge:
             self._base.note_pushed(slot.version, snapshot)
         return PendingPush(self._session, slot.version, settings.timeout_s)
 
-    def _write(self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, settings: PushSettings) -> Written:
+    def _write(
+        self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, settings: PushSettings, deadline: Deadline
+    ) -> Written:
         return self._trainer.write(
             snapshot,
             agreed.arena,
@@ -296,7 +298,7 @@ class Bridge:
             version=slot.version,
             allow_nonfinite=settings.allow_nonfinite,
             threads=self._threads,
-            deadline=Deadline.after(settings.timeout_s),
+            deadline=deadline,
         )
 
     def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
@@ -351,9 +353,8 @@ class Bridge:
         if slot is None:
             raise ProtocolError("no slot to compare in", where=self.name)
         try:
-            written = self._write(
-                snapshot, agreed, slot, PushSettings(allow_nonfinite=True, timeout_s=self.config.push_timeout_s)
-            )
+            settings = PushSettings(allow_nonfinite=True, timeout_s=self.config.push_timeout_s)
+            written = self._write(snapshot, agreed, slot, settings, Deadline.after(settings.timeout_s))
             return self._call(CompareRequest(written.seal.root), Compared, self.config.plan_timeout_s)
         except BaseException:
             with contextlib.suppress(BridgeError):
@@ -361,7 +362,7 @@ class Bridge:
             raise
 
     def _reference(
-        self, settings: PushSettings
+        self, settings: PushSettings, deadline: Deadline
     ) -> tuple[Reference | None, Reference | None, PushSettings, tuple[str, ...]]:
         """Compute the trainer's canary (for an adapter also the base's), if it is wanted. Where it is the default and
         the model cannot give one, the levels of the weights are left and the last answer says why."""
@@ -371,7 +372,8 @@ class Bridge:
             return None, None, msgspec.structs.replace(settings, verify="weights", levels=LEVELS_OF["weights"]), ()
         try:
             longest = [i.max_prompt for i in self._engine_infos or () if i.max_prompt is not None]
-            return *self._trainer.reference(min(longest, default=None), settings.mode), settings, ()
+            found = self._trainer.reference(min(longest, default=None), settings.mode, deadline=deadline)
+            return *found, settings, ()
         except ConfigError as error:
             if settings.canary:
                 raise

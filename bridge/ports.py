@@ -198,10 +198,12 @@ class TrainerPort(Protocol):
         the slot is left unsealed."""
         ...
 
-    def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
+    def reference(
+        self, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
+    ) -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens.
         For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
-        when the model has none."""
+        when the model has none, DeadlineExceeded when the forward outlasts the deadline."""
         ...
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class PushSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         verify: the name that receipts show for what is verified ("weights", or level names joined by "+").
         levels: the levels to run, of `bridge.model.levels.LEVELS`.
         mode, reason: how the tensors travel, and why that mode was chosen.
-        timeout_s: bounds everything after the snapshot.
+        timeout_s: bounds the snapshot with the canary's reference, and again everything after them.
         version: the version number that was asked for; None takes the next one.
         canary: whether the trainer computes a canary reference; None: only if the bound model can give one.
     """

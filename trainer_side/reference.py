@@ -14,6 +14,7 @@ from torch import nn
 from bridge.errors import ConfigError
 from bridge.model import canary
 from bridge.model.torch_dtypes import DTYPES, dtype_name
+from bridge.protocol.deadline import Deadline
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
 from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.shielded.undo import Undo
@@ -25,7 +26,11 @@ An FSDP wrapper cannot be left out, since it gathers the weights."""
 
 
 def reference_logprobs(
-    model: nn.Module, prompts: Sequence[Sequence[int]], copier: type[ModelCopier] = ModelCopier
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    copier: type[ModelCopier] = ModelCopier,
+    *,
+    deadline: Deadline | None = None,
 ) -> list[list[float]]:
     """Compute the log-probability (nats, from float32 logits) of token i+1 given tokens 0..i of each prompt.
 
@@ -37,6 +42,7 @@ def reference_logprobs(
 
     Args:
         copier: makes the copy that is called.
+        deadline: looked at before each operation of the forward.
 
     Returns len(prompt) - 1 numbers per prompt.
 
@@ -45,16 +51,17 @@ def reference_logprobs(
             `model(input_ids=...)`), whose vocabulary is smaller than a token id, whose weights are sharded, or whose
             forward writes to its weights or cannot be called without the live model.
         IntegrityError: the model changed meanwhile.
+        DeadlineExceeded: the forward outlasted the deadline.
     """
     core = _core(model)
     _check_ids(core, prompts)
     before = LiveState(model)
     try:
         try:
-            return _score(model, core, copier, prompts)
+            return _score(model, core, copier, prompts, deadline)
         except LiveTensorReached as reached:
-            _require_class_forward(model, core, prompts, reached.name)
-            return _score(model, core, copier, prompts, class_forwards=True)
+            _require_class_forward(model, core, prompts, reached.name, deadline)
+            return _score(model, core, copier, prompts, deadline, class_forwards=True)
     except LiveTensorReached as reached:
         raise _leads_back(model, reached.name, "the copy reaches the live model by another way too") from reached
     finally:
@@ -66,6 +73,7 @@ def _score(
     core: nn.Module,
     copier: type[ModelCopier],
     prompts: Sequence[Sequence[int]],
+    deadline: Deadline | None,
     *,
     class_forwards: bool = False,
 ) -> list[list[float]]:
@@ -76,7 +84,7 @@ def _score(
     if class_forwards:
         for module in double.modules():
             vars(module).pop("forward", None)
-    with ReferenceGuard(model, copying.lent):
+    with ReferenceGuard(model, copying.lent, deadline=deadline):
         return _forward(double, prompts)
 
 
@@ -94,12 +102,14 @@ def _forward(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[fl
     return scores
 
 
-def _require_class_forward(model: nn.Module, core: nn.Module, prompts: Sequence[Sequence[int]], reached: str) -> None:
+def _require_class_forward(
+    model: nn.Module, core: nn.Module, prompts: Sequence[Sequence[int]], reached: str, deadline: Deadline | None
+) -> None:
     """Raise ConfigError unless the classes' forwards answer as the live model, which is called for it, does."""
-    plain = _score(model, core, ModelCopier, prompts, class_forwards=True)
+    plain = _score(model, core, ModelCopier, prompts, deadline, class_forwards=True)
     undo = Undo(core)
     try:
-        with ReferenceGuard(model, undo.lent, live=False):
+        with ReferenceGuard(model, undo.lent, live=False, deadline=deadline):
             live = _forward(core, prompts)
     finally:
         undo.put_back()

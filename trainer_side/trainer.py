@@ -196,11 +196,13 @@ class TrainerSide:
             _require_unchanged(self._lora, collected)
         return Written(seal_slot(arena, slot, version, copied.digests), copied.nbytes)
 
-    def reference(self, max_tokens: int | None = None, mode: str = "full") -> tuple[Reference, Reference | None]:
+    def reference(
+        self, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
+    ) -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model over its prompts, cut to `max_tokens`.
 
         Of mode "adapter" also one without LoRA; of mode "base" that one alone. Raises ConfigError when the model has no
-        reference.
+        reference, DeadlineExceeded when the forward outlasts the deadline.
         """
         if self._model is None:
             raise ConfigError(
@@ -213,7 +215,8 @@ class TrainerSide:
         rows = canary.prompts(vocabulary_size(self._model), max_tokens)
 
         def answers(model: nn.Module, copier: type[ModelCopier] = ModelCopier) -> Reference:
-            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, reference_logprobs(model, rows, copier))))
+            scores = reference_logprobs(model, rows, copier, deadline=deadline)
+            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)))
 
         if mode == "base":
             return answers(self._model, WithoutLora), None

@@ -14,7 +14,8 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from bridge.errors import ConfigError, IntegrityError
+from bridge.errors import ConfigError, DeadlineExceeded, IntegrityError
+from bridge.protocol.deadline import Deadline
 from trainer_side.shielded.model_copy import sharded_error
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem"})
@@ -42,18 +43,28 @@ class ReferenceGuard(TorchDispatchMode):
         model: the live model.
         lent: tensors of the model, registered or not, whose storage a copy uses.
         live: False lets the model's own tensors be read: for its own forward.
+        deadline: no operation begins after it; one that has begun is not interrupted.
 
     Inside, compiled functions run eagerly: Dynamo would see the mode, and mark their code, which the live model shares,
     as never to be compiled.
 
     Inside, an operation raises LiveTensorReached when it is given a parameter or buffer object of the model, and
-    ConfigError when it would write to the storage of a parameter or of a lent tensor, or wait for other processes.
+    ConfigError when it would write to the storage of a parameter or of a lent tensor, or wait for other processes;
+    DeadlineExceeded when the time is over.
     """
 
     supports_higher_order_operators = True  # torch refuses them else; they have no schema to judge by
 
-    def __init__(self, model: nn.Module, lent: Iterable[torch.Tensor] = (), *, live: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lent: Iterable[torch.Tensor] = (),
+        *,
+        live: bool = True,
+        deadline: Deadline | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._deadline = deadline
         named = dict(_tensors(model))
         self._live: Mapping[int, str] = {id(t): name for name, t in named.items()} if live else {}
         self._eager: Any = None
@@ -79,6 +90,8 @@ class ReferenceGuard(TorchDispatchMode):
             self._eager = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._deadline is not None and self._deadline.expired:
+            raise _too_late(func)
         kwargs = kwargs or {}
         live = self._live  # what follows runs for every operation: no call for arguments that are no containers
         for value in (*args, *kwargs.values()) if live else ():
@@ -104,6 +117,16 @@ class ReferenceGuard(TorchDispatchMode):
                     got=str(func),
                     remedy=_NO_FORWARD,
                 )
+
+
+def _too_late(func: Any) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        "a forward of the trainer's model outlasted the push's timeout",
+        where=f"the forward, before {func}",
+        expected="a forward that ends within timeout_s, together with the snapshot",
+        got="operations left to run",
+        remedy="raise timeout_s; or push with verify='weights', which needs no forward of the whole model",
+    )
 
 
 @functools.cache
