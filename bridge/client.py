@@ -167,6 +167,7 @@ class Bridge:
         allow_nonfinite: bool = False,
         wait: bool = True,
         timeout_s: float | None = None,
+        canary_limit: float | Literal["auto"] = "auto",
     ) -> Receipt | PendingPush:
         """Bring every engine to these weights, verified, or leave every engine as it was.
 
@@ -185,6 +186,8 @@ class Bridge:
             allow_nonfinite: let NaN and infinity pass.
             wait: False returns a PendingPush as soon as the snapshot is sealed.
             timeout_s: deadline of the snapshot and the canary's reference, and again of everything after them.
+            canary_limit: mean |difference| in nats up to which the canary passes. "auto" is the floor of the engine's
+                dtypes, raised by the measured noise of losses that the engine's configuration declares.
 
         Returns the Receipt (a PendingPush with `wait=False`). When it returns or raises, the tensors may change.
 
@@ -194,7 +197,7 @@ class Bridge:
         """
         given = PushArguments(
             version=version, mode=mode, verify=verify, partial=partial, inflight=inflight, kv=kv,
-            allow_nonfinite=allow_nonfinite, timeout_s=timeout_s,
+            allow_nonfinite=allow_nonfinite, timeout_s=timeout_s, canary_limit=canary_limit,
         )  # fmt: skip
         settings = check_settings(given, bound=self._trainer.bound, timeout_s=self.config.push_timeout_s)
         if verify is None and not self._trainer.bound and not self._warned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict, get_args
@@ -28,6 +29,7 @@ class PushArguments(TypedDict, total=False):
     kv: str
     allow_nonfinite: bool
     timeout_s: float | None
+    canary_limit: float | Literal["auto"]
 
 
 class PushSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,6 +42,7 @@ class PushSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         timeout_s: bounds the snapshot with the canary's reference, and again everything after them.
         version: the version number that was asked for; None takes the next one.
         canary: whether the trainer computes a canary reference; None: only if the bound model can give one.
+        canary_limit: the user's limit of the canary's mean |difference|, in nats; None: the engine's own.
     """
 
     verify: str = "weights"
@@ -53,6 +56,7 @@ class PushSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int | None = None
     allow_nonfinite: bool = False
     canary: bool | None = False
+    canary_limit: float | None = None
 
 
 def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> PushSettings:
@@ -78,6 +82,13 @@ def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> Pu
             remedy=f"leave it out for {timeout_s:g} seconds",
         )  # fmt: skip
     version = given.get("version")
+    limit = _canary_limit(given.get("canary_limit", "auto"))
+    if limit is not None and canary is False:
+        raise ConfigError(
+            "a limit for a canary that does not run", where="canary_limit", expected="a push with a canary",
+            got=f"verify={verify!r}" + ("" if bound else ", no bound model") + (", partial=True" if partial else ""),
+            remedy="bind the model and pass verify='outputs', or leave canary_limit out",
+        )  # fmt: skip
     return PushSettings(
         verify=verify,
         levels=levels,
@@ -90,7 +101,19 @@ def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> Pu
         version=None if version is None else _version(version),
         allow_nonfinite=given.get("allow_nonfinite", False),
         canary=canary,
+        canary_limit=limit,
     )
+
+
+def _canary_limit(value: Any) -> float | None:
+    if isinstance(value, str) and value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(
+            "not a limit for the canary", where="canary_limit", expected="'auto', or nats above 0", got=repr(value),
+            remedy="leave it out for 'auto', the limit of the engine's dtypes and measured noise",
+        )  # fmt: skip
+    return float(value)
 
 
 def _levels(verify: str | Iterable[str] | None, whole: bool) -> tuple[str, tuple[str, ...], bool | None]:

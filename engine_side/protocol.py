@@ -280,6 +280,17 @@ class KnowsVocabulary(Protocol):
 
 
 @runtime_checkable
+class DeclaresLosses(Protocol):
+    """Added by a driver whose engine may be configured to store or compute something more coarsely than its weights'
+    dtype: then it may answer otherwise than the trainer on the same weights, and nothing is wrong."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What is coarser and how, for people ("a KV cache in fp8_e5m2"); from the configuration, never measured."""
+        ...
+
+
+@runtime_checkable
 class MayBeQuantised(Protocol):
     """Added by a driver whose engine may hold weights in a form that no strategy can write."""
 

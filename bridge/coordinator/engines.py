@@ -61,15 +61,13 @@ class Fleet:
 
     Attributes:
         infos: what each engine answered last.
-        floors, baselines: canary limits by engine: the floor of its coarsest dtype, and the drift of its first
-            verified sync.
+        floors: the canary's floor by engine: that of its coarsest dtype.
     """
 
     def __init__(self, engines: Sequence[EnginePort]) -> None:
         self.engines = tuple(engines)
         self.infos: Mapping[str, EngineInfo] = {}
         self.floors: dict[str, float] = {}
-        self.baselines: dict[str, float] = {}
         self.turn = time.time_ns()  # a coordinator that was started again goes on above the turns of the last one
         self._asking_lock = threading.Lock()
         self._asking: dict[str, threading.Thread] = {}  # threads of `current_infos`

@@ -43,8 +43,9 @@ def examine(fleet: Fleet, versions: Versions, deadline: Deadline) -> list[Examin
     for engine, info in infos.items():
         answer, drift = answers.get(engine), None
         if reference is not None and isinstance(answer, EngineChecked) and answer.scores:
-            floor, baseline = fleet.floors.get(engine, canary.DEFAULT_FLOOR), fleet.baselines.get(engine)
-            drift = canary.compare(reference.logprobs, answer.scores, floor=floor, baseline=baseline)
+            floor = fleet.floors.get(engine, canary.DEFAULT_FLOOR)
+            rule = canary.LimitRule(floor, info.noise, references.canary_limit)
+            drift = canary.compare(reference.logprobs, answer.scores, rule)
         found.append(Examined(info, answer, drift))
     return found
 

@@ -47,13 +47,15 @@ class PushRunner:
         engine paused. Returns the receipt, and the error that the trainer is told."""
         now, mode, version = self._versions.committed, request.settings.mode, held.version
         if request.reference is not None:
-            self._versions.references[version] = References(request.reference, request.base)
+            self._versions.references[version] = References(
+                request.reference, request.base, request.settings.canary_limit
+            )
         if held.plan.lora is not None:
             served = Served(version, now.weights if now else None, held, f"{self._name}-v{version}-{self._nonce}", mode)
         else:  # the adapter before stays over new base weights, not over weights that have it merged in
             lora = self._if_held(now.lora_name) if now is not None and mode == "base" else None
             served = Served(version, held, now.lora if now and lora else None, lora, mode)
-        target = self._target(served, held, request.settings)
+        target = self._target(served, held, request.settings, over_base=request.proven)
         verdict = self._advance(target, "committed")
         if verdict.error is not None:
             self._versions.references.pop(version, None)
@@ -95,17 +97,20 @@ class PushRunner:
         infos = self._fleet.ask_infos(Deadline.after(HOLDS_TIMEOUT_S))
         return lora if all(lora in info.adapters for info in infos.values()) else None
 
-    def _target(self, served: Served, held: Held, settings: PushSettings) -> PushTarget:
+    def _target(self, served: Served, held: Held, settings: PushSettings, over_base: bool = False) -> PushTarget:
+        """Say where to bring the engines. `over_base`: an adapter's base was compared with them, bit for bit."""
         now = self._versions.committed
         kept = now.held_in(held.plan) if now is not None else None
+        changed = differing_tensors(kept.seal, held.seal) if kept is not None else None
         return PushTarget(
             served=served,
             held=held,
             now=now,
             settings=settings,
             references=self._versions.references.get(served.version, References()).for_load_of(held.plan),
-            changed=differing_tensors(kept.seal, held.seal) if kept is not None else None,
+            changed=changed,
             previous=kept.slot if kept is not None else None,
+            unmoved=changed == () and not held.plan.partial if held.plan.lora is None else over_base,
         )
 
     def _advance(self, target: PushTarget, entry: str) -> Verdict:
@@ -137,9 +142,6 @@ class PushRunner:
         """Journal the receipt, and build what the trainer is told."""
         error = verdict.error or _unserved(receipt)
         serving = {report.id: report.serving for report in receipt.engines}
-        for report in receipt.engines if receipt.verified else ():
-            if report.canary is not None:  # the first verified sync of an engine sets the scale for its later ones
-                self._fleet.baselines.setdefault(report.id, report.canary.mean_abs)
         aborted = verdict.error is not None and (verdict.touched or None in serving.values())
         unwritten = self.note("receipt", version=receipt.version, receipt=msgspec.to_builtins(receipt))
         if unwritten is not None:

@@ -35,7 +35,8 @@ def _shown(report: EngineReport, version: int) -> Verified:
     alone = any(rank.canary_only for rank in report.ranks)
     if weighed and whole and not alone:
         return True
-    return "partial" if report.canary is not None or (weighed and not alone) else False
+    scored = report.canary is not None and report.canary.conclusive
+    return "partial" if scored or (weighed and not alone) else False
 
 
 def scope_of(plan: AgreedPlan) -> tuple[str, ...]:
@@ -48,7 +49,8 @@ def receipt_of(target: PushTarget, verdict: Verdict, request: SubmitRequest | No
     """Build the receipt of `target`'s push. `request` is the trainer's part; None for a rollback."""
     manifest, settings, reports = target.held.plan.arena.manifest, target.settings, tuple(verdict.reports.values())
     shown = verdict.error is None and verified(target.served.version, reports)
-    scored = "canary" not in settings.levels or any(report.canary is not None for report in reports)
+    drifts = [report.canary for report in reports if report.canary is not None]
+    scored = "canary" not in settings.levels or (bool(drifts) and all(drift.conclusive for drift in drifts))
     if shown and not (scored and (request is None or request.proven)):
         shown = "partial"  # a level that was asked for could not run; the notes say why
     return Receipt(

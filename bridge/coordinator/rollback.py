@@ -35,5 +35,10 @@ def find_rollback(versions: Versions, where: str, timeout_s: float) -> tuple[Ser
         )
     else:  # weights that lie under an adapter are its base, whichever of the two came last
         held, mode = back.weights, "base" if back.lora_name is not None else back.mode or "full"
-    verify = "outputs" if back.version in versions.references else "weights"
-    return back, held, PushSettings(verify, LEVELS_OF[verify], mode=mode, reason="rollback", timeout_s=timeout_s)
+    references = versions.references.get(back.version)
+    verify = "weights" if references is None else "outputs"
+    settings = PushSettings(
+        verify, LEVELS_OF[verify], mode=mode, reason="rollback", timeout_s=timeout_s,
+        canary_limit=None if references is None else references.canary_limit,
+    )  # fmt: skip
+    return back, held, settings

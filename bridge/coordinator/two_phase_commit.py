@@ -51,6 +51,7 @@ class PushTarget:
         now: what the engines serve now. `changed` (manifest indices, None: all) and `previous` (slot) refer to what
             they hold at that version.
         references: the trainer's canary, and for an adapter its answers without it.
+        unmoved: the engines hold these weights (an adapter's: those below it) already, bit for bit.
     """
 
     served: Served
@@ -60,6 +61,7 @@ class PushTarget:
     references: References
     changed: tuple[int, ...] | None
     previous: int | None
+    unmoved: bool = False
 
 
 @dataclass
@@ -132,7 +134,7 @@ class TwoPhaseCommit:
                 reference=target.references.served,
                 base=target.references.base,
                 canary_floor=fleet.floors.get(engine, canary.DEFAULT_FLOOR),
-                canary_baseline=fleet.baselines.get(engine),
+                unmoved=target.unmoved,
                 turn=fleet.turn,
                 keeps=None if brings_lora else target.served.lora_name,
             )

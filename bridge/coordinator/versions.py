@@ -57,10 +57,12 @@ class Served:
 
 @dataclass(frozen=True)
 class References:
-    """The trainer's canary for one version: of what is served, and for an adapter also of the model without it."""
+    """The trainer's canary for one version: of what is served, and for an adapter also of the model without it.
+    `canary_limit` is the user's, of the push that brought it."""
 
     served: Reference | None = None
     base: Reference | None = None
+    canary_limit: float | None = None
 
     def for_load_of(self, plan: AgreedPlan) -> References:
         """Choose what a load through `plan` is compared with: weights alone, an adapter also without it. When a

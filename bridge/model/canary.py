@@ -7,7 +7,9 @@ cache, a wrong rotary embedding, a derived tensor that was not recomputed) and r
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from bridge.errors import CanaryMismatch
 from bridge.model.receipt import CanaryResult
@@ -16,10 +18,43 @@ TOKENS = 80
 """Tokens of the canary; in one prompt where the engine takes that, to reach later positions than short ones do."""
 
 FLOORS = {"fp64": 0.002, "fp32": 0.002, "fp8_e4m3": 0.1, "fp8_e5m2": 0.1}
-"""Mean |difference| in nats that is never an error, by the coarsest dtype in the engine; measured on real engines."""
+"""Mean |difference| in nats that is never an error, by the coarsest dtype in the engine; measured on real engines, with
+log-probabilities whose standard deviation was FLOOR_SPREAD at most."""
 DEFAULT_FLOOR = 0.05
-BASELINE_FACTOR = 3.0
-"""Later syncs fail above this multiple of the first verified sync's mean, where that is above the floor."""
+FLOOR_SPREAD = 3.0
+"""Nats. Rounding in an engine's compute dtype grows with the logits, and the floor with it above this spread."""
+NOISE_MARGIN = 3.0
+"""The limit over the measured noise: that of other weights was seen to be up to twice as large."""
+NOISE_CAP = 0.5
+"""Of the spread. An engine whose noise needs a higher limit answers too unlike the trainer for a canary."""
+
+
+@dataclass(frozen=True)
+class LimitRule:
+    """Rule for the limit of one engine's canary.
+
+    Attributes:
+        floor: mean |difference| in nats that is never an error, up to FLOOR_SPREAD.
+        noise: the measured noise of an engine that declares losses, as a fraction of the spread: like every rounding
+            in the engine it grows with the logits. None where it was not measured, or nothing is declared.
+        given: the user's `canary_limit` in nats, which takes the place of all else.
+    """
+
+    floor: float = DEFAULT_FLOOR
+    noise: float | None = None
+    given: float | None = None
+
+    def limit(self, spread: float) -> float:
+        """Compute the limit of the mean |difference| in nats, for log-probabilities of this spread."""
+        if self.given is not None:
+            return self.given
+        floor = self.floor * max(1.0, spread / FLOOR_SPREAD)
+        return max(floor, min(NOISE_MARGIN * (self.noise or 0.0), NOISE_CAP) * spread)
+
+    @property
+    def conclusive(self) -> bool:
+        """False when the noise needs a limit above the cap: then the canary shows nothing."""
+        return self.given is not None or NOISE_MARGIN * (self.noise or 0.0) <= NOISE_CAP
 
 
 def prompts(vocab_size: int, max_tokens: int | None = None) -> list[list[int]]:
@@ -40,9 +75,7 @@ def floor_for(dtypes: Iterable[str]) -> float:
     return max(floating, default=DEFAULT_FLOOR)
 
 
-def compare(
-    reference: Sequence[Sequence[float]], got: Sequence[Sequence[float]], *, floor: float, baseline: float | None
-) -> CanaryResult:
+def compare(reference: Sequence[Sequence[float]], got: Sequence[Sequence[float]], rule: LimitRule) -> CanaryResult:
     """Compare an engine's log-probabilities with the trainer's.
 
     Where both are NaN, or the same infinity, they agree (weights that are not finite were allowed); where only one is,
@@ -50,8 +83,7 @@ def compare(
 
     Args:
         reference, got: the trainer's and the engine's, in nats, per prompt and token.
-        floor: mean that is never an error.
-        baseline: mean of the first verified sync, None before it: a first sync above the floor is a failure.
+        rule: decides the limit, by the spread of the trainer's.
 
     Raises CanaryMismatch when the two have different numbers of tokens.
     """
@@ -61,12 +93,27 @@ def compare(
             got=str([len(row) for row in got]), remedy="start trainer and engine with the same tokenizer and model",
         )  # fmt: skip
     pairs = [(a, b) for left, right in zip(reference, got, strict=True) for a, b in zip(left, right, strict=True)]
-    limit = floor if baseline is None else max(floor, BASELINE_FACTOR * baseline)
+    spread = spread_of(reference)
     undefined = [(math.isnan(a) and math.isnan(b)) or (math.isinf(a) and a == b) for a, b in pairs]
     deltas = [a - b for (a, b), skip in zip(pairs, undefined, strict=True) if not skip]
     if not all(map(math.isfinite, deltas)):
-        return CanaryResult(math.inf, math.inf, math.inf, limit, len(pairs))
+        return CanaryResult(math.inf, math.inf, math.inf, rule.limit(spread), len(pairs), spread, rule.noise)
     count = max(len(deltas), 1)
     # k3 estimator on the canary's own tokens: a number to watch, not a divergence over samples of the policy
     kl = sum(math.exp(min(-d, 50.0)) - 1 + d for d in deltas) / count
-    return CanaryResult(sum(map(abs, deltas)) / count, max(map(abs, deltas), default=0.0), kl, limit, len(deltas))
+    return CanaryResult(
+        mean_abs=sum(map(abs, deltas)) / count,
+        max_abs=max(map(abs, deltas), default=0.0),
+        kl=kl,
+        limit=rule.limit(spread),
+        tokens=len(deltas),
+        spread=spread,
+        noise=rule.noise,
+        conclusive=rule.conclusive,
+    )
+
+
+def spread_of(reference: Sequence[Sequence[float]]) -> float:
+    """Compute the standard deviation of the trainer's finite log-probabilities, in nats; 0 where there are none."""
+    finite = [value for row in reference for value in row if math.isfinite(value)]
+    return statistics.pstdev(finite) if finite else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any, Literal
 
@@ -59,18 +60,28 @@ class RankReport(msgspec.Struct, frozen=True):
 
 
 class CanaryResult(msgspec.Struct, frozen=True):
-    """|trainer - engine| of log-probabilities on the canary prompts, in nats; `limit` bounds the mean."""
+    """|trainer - engine| of log-probabilities on the canary prompts, in nats; `limit` bounds the mean.
+
+    Attributes:
+        spread: standard deviation of the trainer's log-probabilities.
+        noise: the engine's noise as a fraction of the spread, as it was measured before anything was pushed; None where
+            it was not, or is no part of the limit.
+        conclusive: False when the noise is so large that this canary shows nothing.
+    """
 
     mean_abs: float
     max_abs: float
     kl: float
     limit: float
     tokens: int
+    spread: float = 0.0
+    noise: float | None = None
+    conclusive: bool = True
 
     @property
     def ok(self) -> bool:
-        """True when the mean is within its limit."""
-        return self.mean_abs <= self.limit
+        """True when the mean is within its limit, or nothing can be concluded from it."""
+        return self.mean_abs <= self.limit or (not self.conclusive and math.isfinite(self.mean_abs))
 
 
 class EngineReport(msgspec.Struct, frozen=True):

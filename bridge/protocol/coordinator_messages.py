@@ -36,6 +36,9 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lora: LoRA limits; None for an engine that was started without LoRA.
         adapter: the LoRA adapter that "current" means now.
         adapters: the LoRA adapters that pushes have loaded and that it still holds.
+        losses: what its configuration declares to be stored or computed more coarsely than in the trainer.
+        noise: what these were measured to change before the first load, as a fraction of the standard deviation of the
+            trainer's log-probabilities; None: not known.
     """
 
     id: str
@@ -51,6 +54,8 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora: LoraLimits | None = None
     adapter: str | None = None
     adapters: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    noise: float | None = None
 
 
 class Refused(Message, frozen=True):

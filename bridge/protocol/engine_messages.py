@@ -6,6 +6,7 @@ message: they travel beside it, as the seconds that remain.
 
 from __future__ import annotations
 
+from bridge.model.canary import DEFAULT_FLOOR
 from bridge.model.receipt import EngineReport, LevelResult
 from bridge.protocol.codec import Completion, ErrorInfo, Message, Sampling
 from bridge.protocol.coordinator_messages import EngineInfo, Reference, Refused
@@ -52,6 +53,9 @@ class EngineLoad(Message, frozen=True):
         reference: the trainer's canary. `base`: for an adapter, the trainer's answers without it.
         turn: counts the coordinator's attempts, here and in the three messages that follow. An engine that hung finds
             requests of an attempt that has ended in its queue, and must not act on them after a later attempt began.
+        canary_floor: the canary's floor for this engine's dtypes.
+        unmoved: the weights (for an adapter, those below it) are bit for bit what the engine holds already. In an
+            engine that nothing was written to yet, the canary then measures the engine's own noise.
         keeps: for weights, the adapter that will be served over them; requests of all others are ended, because they
             belong to the weights before.
     """
@@ -63,8 +67,8 @@ class EngineLoad(Message, frozen=True):
     check: bool
     reference: Reference | None = None
     base: Reference | None = None
-    canary_floor: float = 0.05
-    canary_baseline: float | None = None
+    canary_floor: float = DEFAULT_FLOOR
+    unmoved: bool = False
     turn: int = 0
     keeps: str | None = None
 

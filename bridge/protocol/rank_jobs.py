@@ -86,6 +86,13 @@ class LogprobsJob(Message, frozen=True):
     lora: str | None = None
 
 
+class NoiseJob(Message, frozen=True):
+    """Tell what is known of this engine's noise; with `measured`, keep that for this process's life. It is a fact of
+    the engine as it was started, so it has to outlive the bridge that measured it."""
+
+    measured: float | None = None
+
+
 class ReadBackJob(Message, frozen=True):
     """Write this rank's live weights into `slot`; the answer lists the tensors that cannot be read back."""
 
@@ -114,6 +121,7 @@ AnyJob = (
     | DropLoraJob
     | VerifyJob
     | LogprobsJob
+    | NoiseJob
     | ReadBackJob
     | ExamineJob
     | ExplainJob
@@ -162,6 +170,14 @@ class RankScores(Message, frozen=True):
     logprobs: Scores
 
 
+class RankNoise(Message, frozen=True):
+    """The noise that was measured in this engine (None: not yet), and whether a load of weights has ever begun in this
+    rank: after that it cannot be measured any more."""
+
+    noise: float | None
+    loaded: bool
+
+
 class RankReadBack(Message, frozen=True):
     """Names of the tensors whose live storage cannot be read back."""
 
@@ -185,7 +201,7 @@ class RankFailed(Message, frozen=True):
     touched: bool = False
 
 
-RankReply = RankBake | RankLoaded | RankScores | RankReadBack | RankExplanation | RankDone
+RankReply = RankBake | RankLoaded | RankScores | RankNoise | RankReadBack | RankExplanation | RankDone
 AnyAnswer = RankReply | RankFailed
 
 

@@ -33,12 +33,19 @@ def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
     )
 
 
-def canary_error(engine: str, drift: CanaryResult) -> CanaryMismatch:
-    """Make the error of a canary above its limit."""
+def canary_error(engine: str, drift: CanaryResult, losses: tuple[str, ...]) -> CanaryMismatch:
+    """Make the error of a canary above its limit. `losses` are those that the engine's configuration declares."""
+    remedy = "bits and probes passed: look for derived state that a load does not reach (rope, caches, scales)"
+    if losses and drift.noise is None:
+        remedy = (
+            f"this engine has {', '.join(losses)}, and its noise is not known: it is measured by a first push of the "
+            "very weights that the engine was started with. Start it from the trainer's present weights and push those "
+            "first, or pass canary_limit=NATS"
+        )
     return CanaryMismatch(
         "the canary check failed: the engine's log-probabilities are not the trainer's",
         where=f"{engine}, {drift.tokens} canary tokens",
         expected=f"mean |difference| at most {drift.limit:.4f} nats",
         got=f"mean {drift.mean_abs:.4f}, max {drift.max_abs:.4f}",
-        remedy="bits and probes passed: look for derived state that a load does not reach (rope, caches, scales)",
+        remedy=remedy,
     )

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from bridge.errors import Busy, CanaryMismatch
 from bridge.model import canary
+from bridge.model.canary import LimitRule
 from bridge.model.receipt import CanaryResult, Failure, LevelResult
 from bridge.protocol.codec import Sampling
 from bridge.protocol.coordinator_messages import Reference
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.engine_messages import EngineLoad
 from bridge.protocol.rank_jobs import LogprobsJob, Prompts, RankScores, Scores
+from engine_side.driver.engine_noise import EngineNoise
 from engine_side.driver.level_errors import canary_error
 from engine_side.driver.rank_client import RankClient
 from engine_side.protocol import EngineDriver
@@ -27,7 +29,7 @@ class Answers:
     version: int
     prompts: Prompts
     scores: Scores
-    floor: float
+    rule: LimitRule
 
 
 class OutputChecks:
@@ -41,7 +43,8 @@ class OutputChecks:
         self._cached: list[int] = []
         self._expected: tuple[int, ...] = ()  # what followed it under the old weights
         self._fresh: tuple[int, float] | None = None  # a token after it and its log-probability past the cache
-        self._floor = canary.DEFAULT_FLOOR
+        self.noise = EngineNoise(engine_id, driver, ranks)
+        self._cache_limit = canary.DEFAULT_FLOOR
         self._served: Answers | None = None  # by the version that serves
         self._loaded: Answers | None = None  # by the version that was just loaded
 
@@ -59,7 +62,6 @@ class OutputChecks:
             # repeated until it fills a block of the cache and can be continued by one token, within the engine's limit
             length = max(self._driver.cache_grain, canary.TOKENS) + 2
             prompt = (tokens * -(-length // max(len(tokens), 1)))[:length][: self._driver.max_prompt]
-            self._floor = request.canary_floor
             which = "base" if request.job.lora is None else "current"
             try:
                 (said,) = self._driver.generate([prompt], _GREEDY, which, past_gate=True, deadline=deadline)
@@ -69,11 +71,23 @@ class OutputChecks:
 
     def remember(self, request: EngineLoad, serving: int | None, deadline: Deadline) -> None:
         """Before the first write, note the log-probabilities of the version that serves now, unless its own canary has
-        given them. Bits and probes do not show derived state, so a version that is put back is compared with these."""
-        asked = "canary" in request.job.settings.levels and self._served is None and not self._ranks.touched
-        if asked and request.reference is not None and serving is not None:
-            prompts = request.reference.prompts
-            self._served = Answers(serving, prompts, self.scores(prompts, deadline), request.canary_floor)
+        given them. Bits and probes do not show derived state, so a version that is put back is compared with these.
+
+        In an engine that nothing was ever loaded into, and that holds the trainer's very bits, they also show its
+        noise. Raises CanaryMismatch for a difference there that the engine's configuration does not declare.
+        """
+        alone = request.base or request.reference
+        if alone is None or "canary" not in request.job.settings.levels:
+            return
+        pristine = self.noise.pristine(deadline)
+        if (self._served is None or pristine) and not self._ranks.touched and serving is not None:
+            scores = self.scores(alone.prompts, deadline)
+            self._served = Answers(serving, alone.prompts, scores, LimitRule(request.canary_floor))
+            if pristine and request.unmoved:
+                self.noise.judge(canary.compare(alone.logprobs, scores, self._rule(request)), deadline)
+
+    def _rule(self, request: EngineLoad) -> LimitRule:
+        return LimitRule(request.canary_floor, self.noise.fraction, request.job.settings.canary_limit)
 
     def canary(self, request: EngineLoad, deadline: Deadline) -> CanaryResult | None:
         """Compare the loaded version's log-probabilities with the trainer's; None when not asked for.
@@ -82,11 +96,14 @@ class OutputChecks:
         CanaryMismatch when the base differs, or when the adapter changes nothing.
         """
         self._loaded = None
-        if "canary" not in request.job.settings.levels or request.reference is None:
+        if request.reference is None:
+            return None
+        self._cache_limit = self._rule(request).limit(canary.spread_of(request.reference.logprobs))
+        if "canary" not in request.job.settings.levels:
             return None
         alone = request.reference if request.base is None else request.base
         scores = self._scores_with_cached(alone.prompts, deadline)
-        self._loaded = Answers(request.version, alone.prompts, scores, request.canary_floor)
+        self._loaded = Answers(request.version, alone.prompts, scores, LimitRule(request.canary_floor))
         drift = self._weigh(request, alone, scores)
         if request.job.lora is None:
             return drift
@@ -129,9 +146,8 @@ class OutputChecks:
             found[: len(row) - 1] if covered else next(others) for row, covered in zip(prompts, inside, strict=True)
         )
 
-    @staticmethod
-    def _weigh(request: EngineLoad, reference: Reference, scores: Scores) -> CanaryResult:
-        return canary.compare(reference.logprobs, scores, floor=request.canary_floor, baseline=request.canary_baseline)
+    def _weigh(self, request: EngineLoad, reference: Reference, scores: Scores) -> CanaryResult:
+        return canary.compare(reference.logprobs, scores, self._rule(request))
 
     def check_cache(self, answered: bool, deadline: Deadline, lora: str | None = None) -> LevelResult:
         """After the reset, continue the prompt that was cached before the sync, with cache reads allowed.
@@ -158,7 +174,7 @@ class OutputChecks:
             fresh = self._fresh[1]
         else:
             fresh = self.scores(((*self._cached, token),), deadline, lora)[0][-1]
-        weighed = canary.compare([[fresh]], [again.logprobs], floor=self._floor, baseline=None)
+        weighed = canary.compare([[fresh]], [again.logprobs], LimitRule(given=self._cache_limit))
         if not weighed.ok:
             failure = Failure("cached prompt", f"log-probability {fresh:.4f}", f"{again.logprobs[0]:.4f}")
             return LevelResult("cache", False, 2, (failure,))
@@ -174,6 +190,6 @@ class OutputChecks:
         known = self._served
         if known is None or known.version != version:
             return
-        drift = canary.compare(known.scores, self.scores(known.prompts, deadline), floor=known.floor, baseline=None)
+        drift = canary.compare(known.scores, self.scores(known.prompts, deadline), known.rule)
         if not drift.ok:
-            raise canary_error(self._id, drift)
+            raise canary_error(self._id, drift, ())

@@ -190,6 +190,8 @@ class EngineService:
             lora=driver.lora,
             adapter=self._loras.current,
             adapters=tuple(sorted(self._loras.loaded)),
+            losses=self._outputs.noise.losses,
+            noise=self._outputs.noise.fraction,
         )
 
     def _report(
@@ -246,7 +248,9 @@ class EngineService:
                 drift = self._outputs.canary(request, deadline)
                 phases["verify"] += time.perf_counter() - started
             if drift is not None and not drift.ok:
-                raise canary_error(self.id, drift)
+                raise canary_error(self.id, drift, self._outputs.noise.losses)
+            if drift is not None and not drift.conclusive:
+                notes = (*notes, self._outputs.noise.inconclusive(drift))
             self._standing.move(EngineState.VERIFIED)
         except BridgeError as error:
             report = self._report(ranks, str(error), drift)

@@ -115,7 +115,9 @@ def paged_attention(
     batch, queries = step.blocks.shape[0], step.mask.shape[2]
     frame = q.new_zeros(batch, queries, *q.shape[1:])
     frame[step.row, step.column] = q
-    past_k, past_v = (cache[step.blocks].flatten(1, 2).transpose(1, 2) for cache in (keys, values))
+    past_k, past_v = (
+        step.kv.read(cache, step.blocks, q.dtype).flatten(1, 2).transpose(1, 2) for cache in (keys, values)
+    )
     gqa = q.shape[1] != keys.shape[2]
     out = functional.scaled_dot_product_attention(
         frame.transpose(1, 2), past_k, past_v, attn_mask=step.mask, scale=scale, enable_gqa=gqa
@@ -165,7 +167,5 @@ class Attention(CachedAttention):
         q = self.q_norm(q.view(n, self.heads, self.head_dim))
         k = self.k_norm(k.view(n, self.kv_heads, self.head_dim))
         q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        keys, values = step.kv.layers[self.layer]
-        keys.view(-1, self.kv_heads, self.head_dim)[step.slots] = k
-        values.view(-1, self.kv_heads, self.head_dim)[step.slots] = v.view(n, self.kv_heads, self.head_dim)
+        keys, values = step.kv.write(self.layer, step.slots, k, v.view(n, self.kv_heads, self.head_dim))
         return self.o_proj(paged_attention(q, keys, values, step).flatten(1))

@@ -51,6 +51,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_loras: LoRAs held at once; 0 starts the engine without LoRA.
         max_lora_rank: largest rank of a LoRA.
         lora_targets: last path segments of the modules that take LoRA; None is every module that can.
+        kv_dtype: dtype in which keys and values are stored, without scales; None is the one that is computed in.
         wrap_levels: how many `base_layer` wrappers `wrap_linears` puts around each layer.
     """
 
@@ -70,6 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_lora_rank: _Positive = 16
     lora_targets: Annotated[tuple[_Name, ...], msgspec.Meta(min_length=1)] | None = None
     wrap_levels: _Positive = 1
+    kv_dtype: Literal["fp8_e4m3", "fp8_e5m2"] | None = None
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "path", str(self.path))
@@ -185,9 +187,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Sizes that follow from both configs: compute dtype, tokens of a sequence, tokens of a KV block, KV blocks."""
+    """Sizes that follow from both configs: compute dtype, that of keys and values in the cache, tokens of a sequence,
+    tokens of a KV block, KV blocks."""
 
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     max_seq_len: int
     block_size: int
     num_blocks: int
@@ -216,4 +220,6 @@ class EngineLimits:
             raise ConfigError(
                 "too few KV blocks for one sequence", where=where, expected=expected, got=str(blocks), remedy=remedy
             )
-        return cls(dtype_of(engine.dtype or _DTYPES[model.dtype]), seq, engine.block_size, blocks)
+        dtype = dtype_of(engine.dtype or _DTYPES[model.dtype])
+        kv_dtype = dtype if engine.kv_dtype is None else dtype_of(engine.kv_dtype)
+        return cls(dtype, kv_dtype, seq, engine.block_size, blocks)

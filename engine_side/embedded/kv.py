@@ -18,6 +18,8 @@ class KVTensors:
         shapes: layer -> (heads, width) of each of its tensors' entries for a token on this rank: keys and values; a
             latent attention keeps a single one.
 
+        dtype: what they are stored in; where that is not computed in, values beyond its range become its largest.
+
     Attributes:
         layers: layer -> its tensors [blocks, block_size, heads, width].
     """
@@ -26,10 +28,30 @@ class KVTensors:
         self, shapes: Mapping[int, Sequence[tuple[int, int]]], blocks: int, block_size: int, dtype: torch.dtype
     ) -> None:
         self.block_size = block_size
+        self._largest = torch.finfo(dtype).max
         self.layers = {
             index: tuple(_zeros((blocks, block_size, *entry), dtype) for entry in entries)
             for index, entries in shapes.items()
         }
+
+    def write(self, layer: int, slots: torch.Tensor, *entries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Store entries [n, heads, width] of one layer at flat places [n]. Returns the layer's tensors."""
+        tensors = self.layers[layer]
+        for cache, entry in zip(tensors, entries, strict=True):
+            if entry.dtype != cache.dtype:
+                entry = entry.clamp(-self._largest, self._largest).to(cache.dtype)
+            _words(cache).flatten(0, 1)[slots] = _words(entry)
+        return tensors
+
+    @staticmethod
+    def read(cache: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Gather the entries of block tables [batch, k]: [batch, k, block_size, heads, width], to compute with."""
+        return _words(cache)[blocks].view(cache.dtype).to(dtype)
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """View one-byte floats as bytes: torch cannot index them."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

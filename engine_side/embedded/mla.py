@@ -120,8 +120,7 @@ class AbsorbedAttention(CachedAttention):
         turn = rotate_interleaved if c.rope_interleave else rotate
         turned = turn(turned, step.cos, step.sin)
         rope = turn(rope.unsqueeze(1), step.cos, step.sin).squeeze(1)
-        (cache,) = step.kv.layers[self.layer]
-        cache.view(-1, c.latent)[step.slots] = torch.cat((latent, rope), dim=-1)
+        (cache,) = step.kv.write(self.layer, step.slots, torch.cat((latent, rope), dim=-1).unsqueeze(1))
         factors = [self._by_heads(*lora) for lora in loras]
         inside = torch.einsum("nhd,hdc->nhc", nope, self.w_uk)
         for rows, a, keys, _ in factors:

@@ -165,7 +165,7 @@ class ModelRunner:
 
     def _make_kv(self, blocks: int) -> KVTensors:
         layers = {m.layer: m.kv_shapes for m in self.model.modules() if isinstance(m, CachedAttention)}
-        return KVTensors(layers, blocks, self.limits.block_size, self.limits.dtype)
+        return KVTensors(layers, blocks, self.limits.block_size, self.limits.kv_dtype)
 
     @torch.no_grad()
     def forward(self, batch: SequenceBatch) -> torch.Tensor:

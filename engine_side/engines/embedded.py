@@ -22,6 +22,7 @@ from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
 from engine_side.engines.common.hosting import check_names
+from engine_side.engines.common.losses import declared_losses
 from engine_side.engines.common.rank_host import LoraRankHost
 from engine_side.engines.common.refusals import require_apart
 from engine_side.protocol import PromptBatch
@@ -43,6 +44,8 @@ class EmbeddedDriver:
         self.vocabulary = runner.model_config.vocab_size
         self.cache_grain = runner.limits.block_size
         self.lora = None if runner.lora is None else runner.lora.limits
+        quantised = runner.model_config.raw.get("quantization_config")
+        self.losses = declared_losses(config.kv_dtype, quantised and str(quantised["quant_method"]))
 
     def claim(self, owner: str) -> None:
         claim.take(self.engine, self, owner)

@@ -64,6 +64,8 @@ class Rank:
         self._lost: AttributeSnapshot | None = None
         self._loaded: tuple[int, int] | None = None
         """(plan, slot) of the weights that were loaded last."""
+        self._ever_loaded = False
+        self._noise: float | None = None
 
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
@@ -110,6 +112,9 @@ class Rank:
                 return jobs.RankLoaded(self._verify(job))
             case jobs.LogprobsJob():
                 return jobs.RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
+            case jobs.NoiseJob():
+                self._noise = self._noise if job.measured is None else job.measured
+                return jobs.RankNoise(self._noise, self._ever_loaded)
             case jobs.DropLoraJob():
                 self.host.remove_lora(job.lora)
                 return jobs.RankDone()
@@ -183,7 +188,7 @@ class Rank:
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
-        self._loaded = None
+        self._loaded, self._ever_loaded = None, True
         outcome = loader.apply(job.slot, job.changed)
         self._loaded = (job.plan, job.slot)
         started = time.perf_counter()

@@ -96,11 +96,13 @@ def _answer(scheduler: Any, words: list[str]) -> SchedulerAnswer:
 def _facts(scheduler: Any) -> SchedulerFacts:
     rows = int(scheduler.req_to_token_pool.req_to_token.shape[1])
     allocator = scheduler.token_to_kv_pool_allocator
+    runner = scheduler.tp_worker.model_runner
     return SchedulerFacts(
         max_prompt=min(int(scheduler.max_req_input_len), rows, int(allocator.size)) - 1,
         page=0 if scheduler.disable_radix_cache else int(allocator.page_size),
         paused=bool(scheduler._engine_paused),
         vocabulary=int(scheduler.model_config.vocab_size),
+        kv=None if runner.kv_cache_dtype == runner.dtype else str(runner.kv_cache_dtype).removeprefix("torch."),
     )
 
 

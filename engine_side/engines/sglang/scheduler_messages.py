@@ -34,12 +34,14 @@ class SchedulerFacts(msgspec.Struct, frozen=True):
         page: tokens per cache page; 0 without a prefix cache.
         paused: no request is scheduled, whoever paused it.
         vocabulary: token ids lie below this.
+        kv: the KV cache's dtype; None where that is the dtype it computes in.
     """
 
     max_prompt: int
     page: int
     paused: bool
     vocabulary: int
+    kv: str | None = None
 
 
 class SchedulerAnswer(msgspec.Struct, frozen=True):

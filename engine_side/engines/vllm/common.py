@@ -30,6 +30,7 @@ class VllmDriver:
         self.ranks = facts.ranks
         self.checkpoint = facts.checkpoint
         self.quantisation = facts.quantisation
+        self.losses = facts.losses
         self.max_prompt = facts.max_len - 1
         self.vocabulary = facts.vocabulary or None
         self.cache_grain = facts.block

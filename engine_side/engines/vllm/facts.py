@@ -8,6 +8,7 @@ from typing import Any
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Message
+from engine_side.engines.common.losses import declared_losses
 from engine_side.engines.common.refusals import refuse_arguments
 from engine_side.engines.vllm.plugin import BACKEND
 
@@ -26,6 +27,7 @@ class VllmFacts(Message, frozen=True):
         undrivable: engine argument -> why no push could take it into account.
         quantisation: vLLM's word for how weights are stored; None where they are stored as computed with.
         vocabulary: token ids lie below this; 0 when vLLM does not say.
+        kv: vLLM's word for the KV cache's dtype; None where that is the dtype it computes in.
     """
 
     backend: str | None
@@ -38,6 +40,12 @@ class VllmFacts(Message, frozen=True):
     undrivable: dict[str, str]
     quantisation: str | None = None
     vocabulary: int = 0
+    kv: str | None = None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What is stored more coarsely than it is computed, as `DeclaresLosses` has it."""
+        return declared_losses(self.kv, self.quantisation)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -61,6 +69,7 @@ def facts_of(config: Any) -> VllmFacts:
         undrivable=_undrivable(config),
         quantisation=None if model.quantization is None else str(model.quantization),
         vocabulary=int(model.get_vocab_size()),
+        kv=None if cache.cache_dtype in ("auto", str(model.dtype).removeprefix("torch.")) else str(cache.cache_dtype),
     )
 
 
