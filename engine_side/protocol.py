@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -257,6 +257,31 @@ class NamesUnloaded(Protocol):
 
     def unloaded(self) -> frozenset[str]:
         """Paths of skeleton parameters and buffers that no push has to bring."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantisedCheckpoint:
+    """A checkpoint whose weights were quantised before the engine loaded them.
+
+    Attributes:
+        folder: where it lies.
+        config: its `quantization_config`, as config.json has it.
+        dtype: wire dtype in which the engine computes, and to which its loader would cast values.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    dtype: str
+
+
+@runtime_checkable
+class ServesCodes(Protocol):
+    """Added by a rank host whose engine may have been started from quantised weights."""
+
+    def quantised_checkpoint(self) -> QuantisedCheckpoint | None:
+        """The checkpoint that the engine serves until its first push; None where it is not quantised, not at hand, or
+        quantised by the engine itself as it loads."""
         ...
 
 

@@ -44,7 +44,9 @@ class LevelResult(msgspec.Struct, frozen=True):
 
 class RankReport(msgspec.Struct, frozen=True):
     """One rank's part of a push. `strategies` counts modules by strategy; `rebound` lists parameters whose storage
-    moved (captured graphs are then invalid); `canary_only` lists modules that no probe could call."""
+    moved (captured graphs are then invalid); `canary_only` lists modules that no probe could call. `quantised` maps
+    the weights that this rank quantised to the relative error of what their codes stand for; `kept` lists calibrated
+    values (of activations, of KV caches) that no trainer has and the engine keeps."""
 
     rank: int
     levels: tuple[LevelResult, ...] = ()
@@ -57,6 +59,8 @@ class RankReport(msgspec.Struct, frozen=True):
     load_s: float = 0.0
     postload_s: float = 0.0
     verify_s: float = 0.0
+    quantised: dict[str, float] = {}
+    kept: tuple[str, ...] = ()
 
 
 class CanaryResult(msgspec.Struct, frozen=True):
@@ -112,6 +116,20 @@ class EngineReport(msgspec.Struct, frozen=True):
         """Parameters whose storage moved, over all ranks; captured graphs are then invalid."""
         return tuple(sorted({name for rank in self.ranks for name in rank.rebound}))
 
+    @property
+    def quantised(self) -> dict[str, float]:
+        """Weights that the engine quantised, with the largest relative error over all ranks of what their codes stand
+        for against the trainer's values."""
+        out: dict[str, float] = {}
+        for name, error in (found for rank in self.ranks for found in rank.quantised.items()):
+            out[name] = max(error, out.get(name, 0.0))
+        return out
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Calibrated values that this engine keeps, over all ranks."""
+        return tuple(sorted({name for rank in self.ranks for name in rank.kept}))
+
 
 class Receipt(msgspec.Struct, frozen=True):
     """The record of one push, as `push` returns it, the journal keeps it and `history` lists it.
@@ -136,6 +154,11 @@ class Receipt(msgspec.Struct, frozen=True):
     at: float = 0.0
     error: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Calibrated values that some engine keeps, since no trainer has them; `engines` tells which engine."""
+        return tuple(sorted({name for engine in self.engines for name in engine.kept}))
 
     @property
     def total_s(self) -> float:

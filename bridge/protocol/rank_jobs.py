@@ -179,9 +179,11 @@ class RankNoise(Message, frozen=True):
 
 
 class RankReadBack(Message, frozen=True):
-    """Names of the tensors whose live storage cannot be read back."""
+    """Names of the tensors whose live storage cannot be read back; and of quantised ones that a rank took from the
+    engine's checkpoint instead."""
 
     unreadable: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
 
 
 class RankExplanation(Message, frozen=True):

@@ -114,4 +114,5 @@ class Arenas:
             missing = write_checkpoint(checkpoint, arena, slot, missing)
         if missing:
             return EngineVersionZero(False, "none", f"{checkpoint} does not hold {missing[0]}")
-        return EngineVersionZero(True, "live" if older is None and not unreadable else "stored")
+        stored = older is not None or unreadable or any(answer.stored for answer in found)
+        return EngineVersionZero(True, "stored" if stored else "live")

@@ -11,6 +11,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraSpec
+from bridge.model.torch_dtypes import dtype_name
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
@@ -25,7 +26,7 @@ from engine_side.engines.common.hosting import check_names
 from engine_side.engines.common.losses import declared_losses
 from engine_side.engines.common.rank_host import LoraRankHost
 from engine_side.engines.common.refusals import require_apart
-from engine_side.protocol import PromptBatch
+from engine_side.protocol import PromptBatch, QuantisedCheckpoint
 
 
 class EmbeddedDriver:
@@ -153,6 +154,13 @@ class EmbeddedRankHost(LoraRankHost[LoraManager]):
 
     def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         return self._runner.prompt_logprobs(prompts, lora)
+
+    def quantised_checkpoint(self) -> QuantisedCheckpoint | None:
+        """The engine's folder, where its config declares quantised weights."""
+        config = self._runner.model_config.raw.get("quantization_config")
+        if not isinstance(config, Mapping) or self._runner.config.load == "dummy":
+            return None
+        return QuantisedCheckpoint(Path(self._runner.config.path), config, dtype_name(self._runner.limits.dtype))
 
     def untie(self, names: Sequence[str]) -> bool:
         return self._runner.untie(names)

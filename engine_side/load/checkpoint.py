@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from bridge.errors import ConfigError
+from bridge.model.dtypes import Landing, landing
+from bridge.model.torch_dtypes import dtype_name
 from bridge.shm.arena import Arena
 
 
@@ -31,11 +33,17 @@ def _fill(arena: Arena, slot: int, names: Collection[str], tensors: Iterable[tup
     with Arena.open(arena.path, arena.manifest, writable=True) as writable:
         into = dict(zip(arena.manifest.by_name, writable.tensors(slot), strict=True))
         for name, tensor in tensors:
-            if name in open_names and tensor.shape == into[name].shape:
+            if name in open_names and tensor.shape == into[name].shape and _carries(tensor, into[name]):
                 into[name].copy_(tensor)
                 open_names.remove(name)
         into.clear()
     return [name for name in arena.manifest.by_name if name in open_names]
+
+
+def _carries(tensor: torch.Tensor, into: torch.Tensor) -> bool:
+    """Tell if a tensor means in the other's dtype what it means in its own: codes are no values."""
+    found = landing(dtype_name(tensor.dtype), dtype_name(into.dtype), buffer=True)
+    return found in (Landing.CARRIED, Landing.CONVERTED)
 
 
 def _checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense
 from bridge.protocol.rank_jobs import RankBake
+from bridge.shm.arena import Seal
 from bridge.shm.memcpy import uncollected
 from engine_side.live.bindings import AttributeSnapshot, BoundModules, BoundTensors, Replaced
 from engine_side.live.forward_caches import ForwardCaches
@@ -43,6 +44,8 @@ from engine_side.plan.quant_groups import find_incomplete_groups
 from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
 from engine_side.plan.twins import Twin, graft, redo
 from engine_side.protocol import RankHost
+from engine_side.quantise.checkpoint_form import CheckpointForm, checkpoint_form
+from engine_side.quantise.slots import QuantisedSlots
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,14 @@ class Loader:
 
     Args:
         host: the engine's rank half.
-        tensors: the tensors that the trainer announced; baked at once.
+        tensors: the tensors that the trainer announced; baked at once, in the form of the engine's checkpoint.
         partial: a subset of the model is meant; the rest stays untouched.
         threads: how many threads copy and compare; torch's own thread count is left alone.
 
     Attributes:
         problems: why weights do not fit; filled instead of raised. A loader with problems can do nothing else.
+        form: what becomes of the announced tensors before the engine's loader gets them.
+        codes: the codes and scales that this rank makes of the arena's values, once mapped.
         derived: (path, live module) of modules without weights whose post-load step derives something from others.
         sources_of: path of a derived module -> paths of the modules that it may derive something from.
         caches: the forward caches of the live model.
@@ -110,7 +115,8 @@ class Loader:
         feeds: path of a module -> manifest indices of the tensors that reach it, once mapped.
         absent: ("module.name", manifest indices) of live parameters that were gone when the plan was last compiled.
 
-    Raises ConfigError when a module has no strategy or the live model is not what the skeleton becomes; OutOfMemory.
+    Raises ConfigError when a module has no strategy or the live model is not what the skeleton becomes; DtypeMismatch
+    for values that the engine's quantiser cannot be reproduced for; OutOfMemory.
     """
 
     def __init__(
@@ -118,14 +124,18 @@ class Loader:
     ) -> None:
         self.host = host
         self.threads = max(1, threads)
+        self.announced = tuple(tensors)
+        self.form: CheckpointForm = checkpoint_form(host, tensors, partial)
         with uncollected():
-            self.baked: Baked = bake(host, tensors, partial=partial)
+            self.baked: Baked = bake(host, self.form.tensors, partial=partial)
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
         # A tensor that does not fit explains what is missing; an incomplete group says more about it than a hole does.
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         self.problems: tuple[BridgeError, ...] = (*others, *find_incomplete_groups(self.baked), *holes)
         self.mapped = ArenaMap()
+        self.codes: QuantisedSlots | None = None
+        self._seal_of: Callable[[int], Seal | None] = lambda _: None
         self.began_to_write = False
         """The last `apply` came as far as live storage, whether or not it ended."""
         self._views: ArenaViews | None = None
@@ -155,7 +165,7 @@ class Loader:
         """Stop the threads and let go of the arena. Idempotent."""
         if not self.problems:
             self.canonical.map((), {})
-        self.mapped = ArenaMap()
+        self.mapped, self.codes = ArenaMap(), None
         self._use_views(None)
         self.pool.shutdown(wait=True)
 
@@ -187,12 +197,13 @@ class Loader:
     def rank_bake(self) -> RankBake:
         """Summarise the plan: the answer to a BakeJob. Raises the first problem of the plan."""
         self.check()
-        baked, choices = self.baked, self.decided.choices
+        baked, choices, added = self.baked, self.decided.choices, self.form.owner
+        casts = {name: weight.cast for name, weight in self.form.quantised.items()}
         return RankBake(
             digest=baked.plan.digest,
-            dtypes=baked.dtypes,
-            unread=baked.unread,
-            read=baked.read,
+            dtypes={name: dtype for name, dtype in baked.dtypes.items() if name not in added} | casts,
+            unread=tuple(name for name in baked.unread if name not in added),
+            read={name: regions for name, regions in baked.read.items() if name not in added},
             strategies=dict(Counter([choice.strategy.value for choice in choices.values()])),
             native={path: c.reason for path, c in choices.items() if c.strategy is Strategy.NATIVE},
             moves=len(baked.plan.moves),
@@ -204,10 +215,11 @@ class Loader:
         A row has tensor, parameter, source, dest, module, strategy and reason. No rows for a name that the plan lacks.
         """
         aliases = {alias: info.name for info in self.baked.infos for alias in info.aliases}
-        wanted = aliases.get(name, name)
+        sent = aliases.get(name, name)
+        wanted = {sent, *(made for made, owner in self.form.owner.items() if owner == sent)}
         return tuple(
             {
-                "tensor": name,
+                "tensor": name if move.tensor == sent else move.tensor,
                 "parameter": f"{choice.path}.{attribute}",
                 "source": _describe(move.source),
                 "dest": _describe(move.dest),
@@ -218,7 +230,7 @@ class Loader:
             for choice in self.decided.choices.values()
             for attribute, target, _ in self.canonical.parts(choice)
             for move in self.canonical.moves.get(target, ())
-            if move.tensor == wanted
+            if move.tensor in wanted
         )
 
     def modules_below(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
@@ -242,17 +254,24 @@ class Loader:
 
     # ---- compile -----------------------------------------------------------------------------------------------------
 
-    def map(self, manifest: Manifest, slots: Iterable[ArenaSlot], views: ArenaViews | None = None) -> None:
+    def map(
+        self,
+        manifest: Manifest,
+        slots: Iterable[ArenaSlot],
+        views: ArenaViews | None = None,
+        seal_of: Callable[[int], Seal | None] = lambda _: None,
+    ) -> None:
         """Compile the plan onto the versions of an arena. Once per arena.
 
         Args:
             slots: the tensors of each slot in manifest order; they must stay mapped until the next `map` or `close`.
             views: shows large weights that the engine packs where they lie; the loader closes it.
+            seal_of: reads the seal of a slot, by which unchanged weights need not be quantised again.
 
         Raises ProtocolError for a manifest that lacks a tensor of the plan or has it in another shape.
         """
         self.check()
-        for info in self.baked.infos:
+        for info in self.announced:
             spec = manifest.by_name.get(info.name)
             if spec is None or spec.shape != info.shape:
                 raise ProtocolError(
@@ -263,10 +282,13 @@ class Loader:
                     remedy="push again: the daemon then makes a plan for the tensors that are sent now",
                 )
         index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
+        index.update({name: index[owner] for name, owner in self.form.owner.items()})
         self._use_views(views)
+        self._seal_of = seal_of
         with uncollected():
             self.mapped = ArenaMap(manifest, [list(slot) for slot in slots], index)
-            self.canonical.map(self.mapped.slots, index)
+            self.codes = self._quantised_slots() if self.form.quantised else None
+            self.canonical.map(self.mapped.slots, index, () if self.codes is None else self.codes.made)
             for choice in self.decided.choices.values():
                 targets = [target for _, target, _ in self.canonical.parts(choice)]
                 names = {move.tensor for target in targets for move in self.canonical.moves.get(target, ())}
@@ -275,6 +297,19 @@ class Loader:
             bound = {id(module) for module in self.decided.live.values()}
             self.snapshot = AttributeSnapshot(self.host.model, bound)
             self._bind_tensors()
+
+    def _quantised_slots(self) -> QuantisedSlots:
+        used = frozenset(move.tensor for move in self.baked.plan.moves).union(*self.baked.native_sources.values())
+        return QuantisedSlots(self.form, used, self.mapped.index, len(self.mapped.slots))
+
+    def prepare(self, slot: int) -> None:
+        """Make the codes of a slot fit its values, where this engine's weights are quantised. Blocks for the weights
+        that changed. Called before a slot is loaded or compared with.
+
+        Raises NonFinite and IntegrityError as `QuantisedSlots.prepare`.
+        """
+        if self.codes is not None:
+            self.codes.prepare(slot, self.mapped.slots[slot], self._seal_of(slot))
 
     def _use_views(self, views: ArenaViews | None) -> None:
         former, self._views = self._views, views
@@ -317,7 +352,7 @@ class Loader:
                 seen.add((live.data_ptr(), target))
                 for move in self.canonical.moves.get(target, ()):
                     tensor = self.mapped.index[move.tensor]
-                    sent = self.mapped.slots[slot][tensor]
+                    sent = self.canonical.sent(move, slot)
                     for at, of in stored.locate(move.dest, move.source) or ():
                         made = make_pair(live, at, sent, of, tensor, target)
                         if made is not None:
@@ -383,6 +418,7 @@ class Loader:
         began = time.perf_counter()
         self.began_to_write = False
         self.require_bound()
+        self.prepare(slot)
         self.began_to_write = True
         if not self._direct.in_place():
             self._rebind()
@@ -472,7 +508,7 @@ class Loader:
             decided.twins.forget()
             twin = decided.twins.take((cluster,), decided.live)
             sources = [name for path in cluster.paths for name in self.baked.native_sources.get(path, ())]
-            weights = {name: self.mapped.slots[slot][self.mapped.index[name]] for name in dict.fromkeys(sources)}
+            weights = {name: self.canonical.tensor(name, slot) for name in dict.fromkeys(sources)}
             with torch.no_grad():
                 self.host.load_weights(twin.skeleton, iter(weights.items()))
         else:
@@ -485,21 +521,29 @@ class Loader:
 
     # ---- read back ---------------------------------------------------------------------------------------------------
 
-    def read_back(self, into: ArenaSlot) -> tuple[str, ...]:
+    def read_back(self, into: ArenaSlot, slot: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Write the live weights into a writable slot (the tensors in manifest order), as version 0. Blocks.
 
-        Returns the tensors whose values the live model no longer holds in canonical form (packed, cast, native), or
-        holds in a dtype that the wire dtype cannot carry exactly. This rank writes only the regions it reads. Raises
-        ConfigError when a module was replaced since the plan was made.
+        Returns (the tensors whose values the live model no longer holds in canonical form (packed, cast, native), or
+        holds in a dtype that the wire dtype cannot carry exactly; those that are quantised and were read from the
+        engine's checkpoint instead). This rank writes only the regions it reads. Raises ConfigError when a module was
+        replaced since the plan was made.
+
+        Args:
+            slot: the number of that slot.
         """
         self.require_bound()
-        mapped, slot = self.mapped, len(self.mapped.slots)
+        mapped, extra = self.mapped, len(self.mapped.slots)
         mapped.slots.append(into)
+        if self.codes is not None:
+            self.codes.made.append(self.codes.keep_originals(slot))
         try:
-            pairs = self.readable_pairs(slot)
+            pairs = self.readable_pairs(extra)
         finally:
             mapped.slots.pop()
-            mapped.readable.pop(slot, None)
+            mapped.readable.pop(extra, None)
+            if self.codes is not None:
+                self.codes.made.pop()
         names = [spec.name for spec in mapped.manifest.tensors]
         lost: set[str] = {name for names in self.baked.native_sources.values() for name in names}
         lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
@@ -507,7 +551,14 @@ class Loader:
         lost |= {m.tensor for m in self.baked.plan.moves if (mapped.index[m.tensor], m.target) not in covered}
         with torch.no_grad():
             copy_all(self.pool, batches([pair.turned() for pair in pairs], self.threads))
-        return tuple(name for name in names if name in lost)
+        stored = () if self.codes is None else self.codes.fill_originals(slot, lost)
+        for name, values in () if self.codes is None else self.codes.original_values(slot):
+            for move in self.baked.plan.moves:
+                if move.tensor == name:
+                    source, sent = move.source, into[mapped.index[name]]
+                    made = values.as_strided(source.shape, source.strides, source.offset)
+                    sent.as_strided(source.shape, source.strides, sent.storage_offset() + source.offset).copy_(made)
+        return tuple(name for name in names if name in lost.difference(stored)), stored
 
 
 def _describe(region: Region) -> str:

@@ -49,14 +49,25 @@ class CanonicalTensors:
             names = cluster.places[cluster.paths.index(path)]
             self._parts[path] = [(name, cluster.targets[role], cluster.roles[role]) for name, role in names.items()]
         self._slots: Sequence[ArenaSlot] = ()
+        self._made: Sequence[Mapping[str, torch.Tensor]] = ()
         self._index: Mapping[str, int] = {}
         self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._written: Set[int] = frozenset()
         self._filled: set[tuple[int, str]] = set()
 
-    def map(self, slots: Sequence[ArenaSlot], index: Mapping[str, int]) -> None:
-        """Read from this arena from now on; `index` gives a tensor's place in a slot. Without slots, let go of it."""
-        self._slots, self._index = slots, index
+    def map(
+        self,
+        slots: Sequence[ArenaSlot],
+        index: Mapping[str, int],
+        made: Sequence[Mapping[str, torch.Tensor]] = (),
+    ) -> None:
+        """Read from this arena from now on; without slots, let go of it.
+
+        Args:
+            index: a tensor's place in a slot; for one that was made of another, the place of that other.
+            made: per slot, what this rank made of the arena's tensors, to be read instead of them.
+        """
+        self._slots, self._index, self._made = slots, index, made
         self._blocks.clear()
 
     def begin(self, written: Set[int]) -> None:
@@ -69,10 +80,15 @@ class CanonicalTensors:
         return self._parts[choice.path]
 
     def sent(self, move: Move, slot: int) -> torch.Tensor:
-        """The arena's tensor from which a move reads. Raises ConfigError before `map`."""
+        """The tensor from which a move reads. Raises ConfigError before `map`."""
+        return self.tensor(move.tensor, slot)
+
+    def tensor(self, name: str, slot: int) -> torch.Tensor:
+        """A tensor of a version, as the engine's loader takes it. Raises ConfigError before `map`."""
         if not self._slots:
             raise ConfigError("this plan is not mapped onto an arena yet")
-        return self._slots[slot][self._index[move.tensor]]
+        made = self._made[slot].get(name) if self._made else None
+        return self._slots[slot][self._index[name]] if made is None else made
 
     def values(
         self, choice: ModuleStrategy, slot: int, *, reuse: bool = False, without: Container[str] = ()

@@ -68,6 +68,9 @@ class Verifier:
             changed: manifest indices whose bits differ between the two; None when unknown, then all are compared.
         """
         out, loader = list[LevelResult](), self.loader
+        for each in (slot, previous):
+            if each is not None:
+                loader.prepare(each)
         self._proven.clear()
         if outcome is not None:
             self._moved.update(outcome.rebound, outcome.created)

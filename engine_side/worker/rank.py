@@ -165,7 +165,7 @@ class Rank:
             if isinstance(planned.loader, LoraLoader):
                 planned.loader.map(job.manifest, slots)
             else:
-                planned.loader.map(job.manifest, slots, ArenaViews.of(arena))
+                planned.loader.map(job.manifest, slots, ArenaViews.of(arena), arena.seal_of)
         except BaseException:
             arena.close()
             raise
@@ -201,6 +201,8 @@ class Rank:
             rebound=(*outcome.rebound, *outcome.created, *outcome.dropped),
             canary_only=verifier.canary_only(),
             written=outcome.written,
+            quantised={} if loader.codes is None else dict(loader.codes.errors[job.slot]),
+            kept=() if loader.codes is None else loader.codes.kept,
             skipped_only=verifier.only_skipped(levels, job.changed),
             load_s=outcome.load_s,
             postload_s=outcome.postload_s,
@@ -246,4 +248,4 @@ class Rank:
         if planned.arena is None or isinstance(planned.loader, LoraLoader):
             raise ProtocolError("the plan of an adapter has no weights to read back", got=str(job.plan))
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
-            return jobs.RankReadBack(planned.loader.read_back(arena.tensors(job.slot)))
+            return jobs.RankReadBack(*planned.loader.read_back(arena.tensors(job.slot), job.slot))
