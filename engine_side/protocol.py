@@ -286,6 +286,16 @@ class ServesCodes(Protocol):
 
 
 @runtime_checkable
+class KnowsCheckpoint(Protocol):
+    """Added by a rank host whose engine was started from a checkpoint: its names and shapes make errors exact."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Folder of the checkpoint; None for an engine that was started otherwise."""
+        ...
+
+
+@runtime_checkable
 class LivesInALoop(Protocol):
     """Added by a driver whose engine runs in an event loop of this process."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from bridge.errors import DtypeMismatch, ShapeMismatch, UnexpectedTensor
+from bridge.errors import SAME_MODEL, DtypeMismatch, ShapeMismatch, UnexpectedTensor
 from bridge.model.dtypes import CODES, FLOATS, INTEGERS
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense, source_coverage
@@ -71,9 +71,10 @@ def _all_used(engine: str, request: PlanRequest, ranks: Sequence[RankBake]) -> N
             where=f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} -> {engine}",
             expected="only names that the engine's own loader uses",
             got=f"{len(names)} unused of {len(request.tensors)} sent",
-            remedy="leave them out of the push, or check that the engine runs this model"
+            remedy="bind and push the part of the model that the engine runs (a policy behind a value head: "
+            f"model.pretrained_model), or {SAME_MODEL}"
             if request.bound
-            else "bind the model (b.bind(model)) so that live names become checkpoint names, or leave them out",
+            else f"bind the model (b.bind(model)) so that live names become checkpoint names, or {SAME_MODEL}",
             names=names,
         )
     partly = [info for info in request.tensors if any(info.name in rank.read for rank in ranks)]
@@ -93,7 +94,7 @@ def _all_used(engine: str, request: PlanRequest, ranks: Sequence[RankBake]) -> N
                 where=f"{info.name} -> {engine}",
                 expected="a tensor that the engine's ranks use whole",
                 got=f"shape {list(info.shape)}, {holes[info.name]} of {math.prod(info.shape)} elements unused",
-                remedy="check that trainer and engine run the same model configuration",
+                remedy=SAME_MODEL,
                 names=(info.name,),
             )
 

@@ -117,6 +117,7 @@ class EmbeddedRankHost(LoraRankHost[LoraManager]):
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self.loras = runner.lora
+        self.checkpoint: Path | None = Path(runner.config.path)
 
     @property
     def rank(self) -> int:

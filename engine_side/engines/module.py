@@ -15,7 +15,15 @@ from threading import get_ident
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, EngineQuarantined, NotFound, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.errors import (
+    GATHER,
+    ConfigError,
+    EngineQuarantined,
+    NotFound,
+    ShapeMismatch,
+    UnexpectedTensor,
+    UnsupportedLora,
+)
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Move, Routes
@@ -320,7 +328,8 @@ def _expect(name: str, weight: torch.Tensor, shape: tuple[int, ...] | None) -> N
             where=name,
             expected="a name of its named_parameters() or persistent buffers",
             got=f"shape {list(weight.shape)}",
-            remedy="bind the model, so that live names become checkpoint names, or leave this tensor out",
+            remedy="bind the model (b.bind(model)), so that live names become checkpoint names, or attach a module of its "
+            "class and configuration",
             names=(name,),
         )
     if tuple(weight.shape) != shape:
@@ -329,6 +338,6 @@ def _expect(name: str, weight: torch.Tensor, shape: tuple[int, ...] | None) -> N
             where=name,
             expected=f"{list(shape)}",
             got=f"{list(weight.shape)}",
-            remedy="the module must have the trainer's configuration",
+            remedy="attach a module of the trainer's configuration" if weight.numel() else GATHER,
             names=(name,),
         )

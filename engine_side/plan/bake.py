@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError, OutOfMemory
+from bridge.errors import GATHER, SAME_MODEL, BridgeError, ConfigError, OutOfMemory
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import (
     Coverage,
@@ -271,7 +271,7 @@ def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...], offenders: dict
     first = next(iter(offenders.values()))
     raise first.amended(
         what=f"{first.what} (and at least {MAX_OFFENDERS} more tensors do not fit)",
-        remedy="check that trainer and engine run the same model configuration",
+        remedy=GATHER if all(math.prod(i.shape) == 0 for i in infos if i.name in offenders) else SAME_MODEL,
         names=tuple(offenders),
     )
 

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bridge.errors import BridgeError, DtypeMismatch, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
+from bridge.errors import (
+    GATHER,
+    SAME_MODEL,
+    BridgeError,
+    DtypeMismatch,
+    DuplicateTensor,
+    MissingTensor,
+    ShapeMismatch,
+    UnexpectedTensor,
+)
 from bridge.model.dtypes import FLOATS, INTEGERS, NUMBERS, Landing, landing
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Coverage, Move, RankPlan, TargetTensor, runs_of
@@ -85,8 +94,9 @@ def explain_raise(
     The tensor is loaded once more alone, so that the frames can only be about it. If the loader had picked a parameter,
     the name is known and the shape is wrong; otherwise the name is unknown.
     """
-    unknown = "leave it out, or bind the model so that live names become checkpoint names"
-    other = "trainer and engine must run the same configuration"
+    unknown = f"bind the model so that live names become checkpoint names, or {SAME_MODEL}"
+    other = SAME_MODEL if weight.numel() else GATHER
+    turn = "push its transpose: tensor.mT"
     error = raised.error
     if isinstance(error, DtypeMismatch) and error.names:
         return error
@@ -96,14 +106,14 @@ def explain_raise(
         if isinstance(error, UnexpectedTensor):
             remedy, expected = unknown, expected or "a name of the checkpoint that this engine runs"
         if turned is not None:
-            remedy = "the transpose was sent"
+            remedy = turn
         return error.amended(expected=expected, remedy=remedy)
     try:
         trace(host, {name: weight})
         alone = raised
     except LoaderRaised as again:
         alone = again if again.tensor in (name, None) else raised
-    said = f"{type(error).__name__}: {error}"
+    said = f"{type(error).__name__}: {error}".removesuffix(": ")
     shape = tuple(weight.shape)
     if alone.target is None and turned is None:
         return UnexpectedTensor(
@@ -126,7 +136,7 @@ def explain_raise(
         where=where,
         expected=expected,
         got=f"{list(shape)}; the loader said {said}",
-        remedy="the transpose was sent" if turned is not None else other,
+        remedy=turn if turned is not None else other,
         names=(name,),
     )
 
@@ -178,7 +188,7 @@ def broadcast_errors(moves: Sequence[Move], infos: Sequence[TensorInfo]) -> Iter
             where=f"{move.tensor} -> {move.target}",
             expected=f"a shape that fills {list(move.dest.shape)} element by element",
             got=f"{list(shapes.pop(move.tensor))}",
-            remedy="trainer and engine must run the same configuration",
+            remedy=SAME_MODEL,
             names=(move.tensor,),
         )
 
@@ -222,7 +232,7 @@ def _dtype_error(name: str, sent: str, target: TargetTensor, found: Landing) -> 
         remedy = f"push the weight as {target.dtype} together with its scales, or start the engine without quantisation"
     else:
         what = "a tensor of this dtype is not what the engine's tensor holds"
-        remedy = "check which tensor belongs to this name, and that trainer and engine run the same configuration"
+        remedy = f"check which tensor belongs to this name, or {SAME_MODEL}"
     return DtypeMismatch(
         what, where=f"{name} -> {target.path}", expected=target.dtype, got=sent, remedy=remedy, names=(name,)
     )

@@ -25,6 +25,7 @@ from engine_side.live.bindings import AttributeSnapshot
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan.refusals import tied_tensors
 from engine_side.protocol import RankHost
 from engine_side.verify.verify import Verifier
 from engine_side.worker.lora_loader import LoraLoader
@@ -152,10 +153,15 @@ class Rank:
         loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
         unused = () if loader.problems else loader.rank_bake().unread
         # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
-        if not unused or not self.host.untie(unused):
+        if not unused:
             return loader
-        loader.close()
-        return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+        if self.host.untie(unused):
+            loader.close()
+            return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
+        for tied in tied_tensors(loader.baked, unused):
+            loader.close()
+            raise tied
+        return loader
 
     def _map(self, job: jobs.MapJob) -> jobs.RankDone:
         planned = self._planned(job.plan, mapped=False)

@@ -114,4 +114,4 @@ def test_a_transposed_tensor_is_refused_with_the_right_shape(tmp_path: Path) -> 
         Loader(host, infos).check()
     assert caught.value.names == (name,)
     assert "8, 48" in str(caught.value.expected)
-    assert caught.value.remedy == "the transpose was sent"
+    assert caught.value.remedy == "push its transpose: tensor.mT"

@@ -24,7 +24,7 @@ from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Move, Region, Routes, dense, follow
 from bridge.model.torch_dtypes import dtype_name
 from bridge.tracing.recorder import Recorder
-from trainer_side.names.tensor_checks import require_initialised, require_module
+from trainer_side.names.tensor_checks import require_initialised, require_module, whole_shape
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
     return CanonicalMap(
         prefix=f"{base}." if isinstance(base, str) and base in inner._modules else "",
         tensors=tuple(baked),
-        live={n: LiveTensor(tuple(t.shape), tensors[n].buffer) for n, t in kept.items() if n in used},
+        live={n: LiveTensor(whole_shape(t), tensors[n].buffer) for n, t in kept.items() if n in used},
         ties={alias: name for alias, name in ties.items() if name in used},
         raw={entry.raw: entry.clean for entry in entries},
         ignored=frozenset(tensors.keys() - used - ties.keys()) | {a for a, n in ties.items() if n not in used},
@@ -297,7 +297,7 @@ def _revert(model: nn.Module) -> Revert | None:
 
 
 def _bake(model: nn.Module, kept: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> list[CanonicalTensor]:
-    stand_ins = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in kept.items()}
+    stand_ins = {n: torch.empty(whole_shape(t), dtype=t.dtype, device="meta") for n, t in kept.items()}
     revert = _revert(model)
     aliases: dict[str, list[str]] = {}
     if revert is None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bridge.errors import (
+    GATHER,
     ConfigError,
     DtypeMismatch,
     DuplicateTensor,
@@ -30,12 +31,13 @@ def require_plain(name: str, tensor: object) -> torch.Tensor:
 
     Raises, naming the tensor:
         ConfigError: not a tensor, or a sharded one.
-        IntegrityError: it has no values here (lazy, meta, freed).
+        IntegrityError: it has no values here (lazy, meta, freed, partitioned).
         DtypeMismatch: it is sparse or quantised.
     """
     if not isinstance(tensor, torch.Tensor):
         raise not_pairs(name, type(tensor).__name__)
     require_initialised(name, tensor)
+    _require_gathered(name, tensor)
     given = type(tensor).__name__
     tensor = _local(name, tensor)
     if tensor.is_meta:
@@ -96,6 +98,25 @@ def require_initialised(name: str, tensor: torch.Tensor) -> None:
             expected="a tensor with storage",
             got=type(tensor).__name__,
             remedy="run one forward of the model, which initialises it, first",
+            names=(name,),
+        )
+
+
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor with all of its values: ZeRO-3 leaves an empty one in its place between steps, and
+    notes it as `ds_shape`."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _require_gathered(name: str, tensor: torch.Tensor) -> None:
+    whole = whole_shape(tensor)
+    if whole != tuple(tensor.shape):
+        raise IntegrityError(
+            "a tensor is partitioned over the ranks, and its values are not here",
+            where=name,
+            expected=f"shape {list(whole)}",
+            got=f"shape {list(tensor.shape)}",
+            remedy=GATHER,
             names=(name,),
         )
 
@@ -170,12 +191,13 @@ class NameIndex:
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise ShapeMismatch when a tensor that was sent does not have the bound model's shape."""
     if tuple(tensor.shape) != tuple(shape):
+        again = "bind the model whose tensors are pushed (b.bind(model)), again if its layers were resized"
         raise ShapeMismatch(
             "a tensor does not have the bound model's shape",
             where=name,
             expected=str(list(shape)),
             got=str(list(tensor.shape)),
-            remedy="bind the model whose tensors are pushed, again if its layers were resized",
+            remedy=again if tensor.numel() else GATHER,
             names=(name,),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from bridge.errors import ConfigError, NotFound, ShapeMismatch
+from bridge.errors import SAME_MODEL, ConfigError, NotFound, ShapeMismatch
 
 CURRENT, BASE = "current", "base"
 """The published LoRA (or the base model, where a version without one is published), and the base model alone."""
@@ -46,7 +46,7 @@ def lora_misfit(where: str, error: Exception, names: Iterable[str]) -> ShapeMism
         "an adapter's tensors do not fit the engine's slots",
         where=where,
         got=f"{type(error).__name__}: {error}",
-        remedy="trainer and engine must run the same configuration",
+        remedy=SAME_MODEL,
         names=tuple(names),
     )
 

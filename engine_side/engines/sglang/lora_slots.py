@@ -20,7 +20,7 @@ from sglang.srt.lora.lora import LoRAAdapter
 from sglang.srt.lora.lora_config import LoRAConfig
 from sglang.srt.lora.lora_registry import LoRARef
 
-from bridge.errors import ConfigError, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.errors import SAME_MODEL, ConfigError, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.lora_format import LoraSpec, names_of, pairs
 from bridge.model.manifest import TensorInfo
 from bridge.model.torch_dtypes import dtype_name, dtype_of
@@ -234,7 +234,7 @@ class SglangLoraSlots:
                         where=info.name,
                         expected=str(list(wanted)),
                         got=str(list(info.shape)),
-                        remedy="trainer and engine must run the same model configuration",
+                        remedy=SAME_MODEL,
                         names=(info.name,),
                     )
         if unknown:

@@ -19,7 +19,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
-from bridge.errors import BridgeError, ConfigError, ShapeMismatch, UnexpectedTensor, UnsupportedLora
+from bridge.errors import SAME_MODEL, BridgeError, ConfigError, ShapeMismatch, UnexpectedTensor, UnsupportedLora
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Fill, Move, Region
@@ -336,6 +336,6 @@ def _require_spanned(layout: SlotLayout, spec: LoraSpec) -> None:
                 where=f"{', '.join(names)} -> {target}",
                 expected=f"{spec.rank} x {max(sizes, default=0)}",
                 got=", ".join(str(list(layout.shapes[name])) for name in names),
-                remedy="trainer and engine must run the same configuration",
+                remedy=SAME_MODEL,
                 names=names,
             )

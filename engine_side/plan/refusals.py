@@ -1,0 +1,160 @@
+"""Find out, once a push is refused, what its error should say: which shape the engine's loader takes for a name, which
+tensors it takes only together, which one it ties to another.
+
+No table of names: candidates come from the checkpoint that the engine was started from and from the sizes that its
+modules hold, and the engine's own loader confirms them. Each trial is one trace on a fresh skeleton; it writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from bridge.errors import SAME_MODEL, BridgeError, MissingTensor, ShapeMismatch, UnexpectedTensor
+from bridge.model.manifest import TensorInfo
+from bridge.model.regions import source_coverage
+from bridge.model.torch_dtypes import dtype_of
+from engine_side.plan.bake import Baked, Trace, stand_ins, trace
+from engine_side.plan.loader_errors import LoaderRaised
+from engine_side.plan.unfilled import checkpoint_tensors
+from engine_side.protocol import KnowsCheckpoint, RankHost
+
+MAX_TRIALS = 48
+"""Number of shapes that are tried for one tensor, and of partners that are tried alone."""
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def with_accepted_shapes(host: RankHost, baked: Baked, problems: Iterable[BridgeError]) -> Iterator[BridgeError]:
+    """Quote, in each error about a shape, the one that the loader takes: what a parameter shows may be padded."""
+    sent = {info.name: info for info in baked.infos}
+    checkpoint = {info.name: info.shape for info in _checkpoint(host)}
+    for problem in problems:
+        info = sent.get(problem.names[0]) if isinstance(problem, ShapeMismatch) and problem.names else None
+        shape = None if info is None else _accepted_shape(host, baked, info, checkpoint.get(info.name))
+        yield problem if shape is None else problem.amended(expected=f"{list(shape)}, which the engine's loader takes")
+
+
+def _accepted_shape(
+    host: RankHost, baked: Baked, info: TensorInfo, checkpoint: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """Find the shape of which the loader takes every element under this name; the largest of several."""
+    if checkpoint is not None and _takes_whole(host, info, checkpoint):
+        return checkpoint
+    sizes = _sizes_of_incomplete_modules(baked)
+    others = [(*info.shape[:k], n, *info.shape[k + 1 :]) for k in range(len(info.shape)) for n in sizes]
+    taken = [shape for shape in others[:MAX_TRIALS] if shape != info.shape and _takes_whole(host, info, shape)]
+    return max(taken, key=math.prod, default=None)
+
+
+def _takes_whole(host: RankHost, info: TensorInfo, shape: tuple[int, ...]) -> bool:
+    try:
+        found = trace(host, {info.name: torch.empty(shape, dtype=dtype_of(info.dtype), device="meta")})
+    except LoaderRaised:
+        return False
+    read = [(move.tensor, move.source) for move in found.moves]
+    return bool(read) and not source_coverage({info.name: math.prod(shape)}, read)
+
+
+def _sizes_of_incomplete_modules(baked: Baked) -> list[int]:
+    """List the sizes that modules with an unfilled parameter hold: there goes a tensor that was refused."""
+    modules = dict.fromkeys(place.module for place in baked.targets.places if place.target in baked.coverage.holes)
+    held = (value for path in modules for value in vars(baked.skeleton.get_submodule(path)).values())
+    return list(dict.fromkeys(value for value in held if type(value) is int and value > 1))
+
+
+# ---- tensors that come together --------------------------------------------------------------------------------------
+
+
+def waiting_tensors(host: RankHost, baked: Baked) -> Iterator[MissingTensor]:
+    """Report the tensors of a partial push that the loader keeps back until their partners have come."""
+    if not baked.partial or not baked.unread or (feeders := Feeders.of(host, baked)) is None:
+        return
+    for name in baked.unread:
+        reached = feeders.targets_of(name)
+        partners = _fewest(host, baked.infos, name, feeders.unsent(reached))
+        if partners:
+            yield MissingTensor(
+                "the engine's loader keeps this tensor back until the others of its layer have come",
+                where=f"{name} -> {', '.join(reached)}",
+                expected=f"{', '.join(partners)} in the same push",
+                got=f"{name} without {'it' if len(partners) == 1 else 'them'}",
+                remedy=f"push {', '.join(partners)} together with {name}, or all of model.named_parameters()",
+                names=(name, *partners),
+            )
+
+
+def _fewest(host: RankHost, sent: Sequence[TensorInfo], name: str, candidates: Sequence[TensorInfo]) -> tuple[str, ...]:
+    """Find one partner that is enough for the tensor to be taken; all candidates where none is."""
+    for partner in candidates[:MAX_TRIALS]:
+        try:
+            found = trace(host, stand_ins((*sent, partner)))
+        except LoaderRaised:
+            continue
+        if any(move.tensor == name for move in found.moves):
+            return (partner.name,)
+    return tuple(info.name for info in candidates)
+
+
+class Feeders:
+    """Which tensors of the engine's own checkpoint feed which of its parameters, as a complete load shows."""
+
+    def __init__(self, baked: Baked, known: Mapping[str, TensorInfo], whole: Trace) -> None:
+        self._sent = {info.name for info in baked.infos}
+        self._known = known
+        self._moves = whole.moves
+
+    @classmethod
+    def of(cls, host: RankHost, baked: Baked) -> Feeders | None:
+        """Trace the tensors that were sent with all others of the checkpoint; None where that is not at hand."""
+        sent = {info.name for info in baked.infos}
+        known = {info.name: info for info in _checkpoint(host) if info.name not in sent}
+        try:
+            whole = trace(host, stand_ins((*baked.infos, *known.values()))) if known else None
+        except LoaderRaised:
+            return None
+        return None if whole is None else cls(baked, known, whole)
+
+    def targets_of(self, name: str) -> tuple[str, ...]:
+        """List the parameters that a tensor reaches when nothing is missing."""
+        return tuple(dict.fromkeys(move.target for move in self._moves if move.tensor == name))
+
+    def unsent(self, targets: Iterable[str]) -> list[TensorInfo]:
+        """List the tensors that feed these parameters and did not come."""
+        wanted = set(targets)
+        names = dict.fromkeys(m.tensor for m in self._moves if m.target in wanted and m.tensor not in self._sent)
+        return [self._known[name] for name in names if name in self._known]
+
+
+# ---- ties ------------------------------------------------------------------------------------------------------------
+
+
+def tied_tensors(baked: Baked, unread: Iterable[str]) -> Iterator[UnexpectedTensor]:
+    """Report unread tensors for which the engine has a name, but no storage: it ties them to another one."""
+    names: dict[int, list[str]] = {}
+    for path, module in baked.skeleton.named_modules(remove_duplicate=False):
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+    for name in unread:
+        for group in names.values():
+            mine = [path for path in group if path == name or path.endswith(f".{name}") or name.endswith(f".{path}")]
+            others = [path for path in group if path not in mine]
+            if mine and others:
+                yield UnexpectedTensor(
+                    "the engine ties this tensor to another one, which is the only one that it reads",
+                    where=f"{name} -> {mine[0]}",
+                    expected=f"one tensor under both names: {mine[0]} is {others[0]}",
+                    got=f"{name} as a tensor of its own",
+                    remedy="tie them in the trainer as well (model.config.tie_word_embeddings = True, "
+                    f"model.tie_weights(), then b.bind(model)), or {SAME_MODEL}",
+                    names=(name,),
+                )
+
+
+def _checkpoint(host: RankHost) -> tuple[TensorInfo, ...]:
+    """List the tensors of the checkpoint that the engine was started from; none where it is not at hand."""
+    folder = host.checkpoint if isinstance(host, KnowsCheckpoint) else None
+    return () if folder is None else checkpoint_tensors(folder)
