@@ -159,7 +159,7 @@ class EmbeddedRankHost(LoraRankHost[LoraManager]):
     def quantised_checkpoint(self) -> QuantisedCheckpoint | None:
         """The engine's folder, where its config declares quantised weights."""
         config = self._runner.model_config.raw.get("quantization_config")
-        if not isinstance(config, Mapping) or self._runner.config.load == "dummy":
+        if not isinstance(config, Mapping):
             return None
         return QuantisedCheckpoint(Path(self._runner.config.path), config, dtype_name(self._runner.limits.dtype))
 

@@ -8,9 +8,11 @@ method whose codes depend on data has no such scheme: it is refused by its name.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from engine_side.quantise.scheme import Scheme
 
 _BYTES = {name for name in CODES if dtype_of(name).itemsize == 1 and name != "uint8"}
 """Dtypes of codes that hold one weight each."""
+_DIGITS = re.compile(r"\d+")
+_SAMPLES = 2
+"""Tensors that are read of each kind of weight: layers of one checkpoint were quantised alike."""
 _KEPT = ("_scale", "_zero_point")
 """Ends of the names under which checkpoints hold calibrated values of activations and KV caches."""
 _REMEDY = "push from a trainer of the quantised weights (codes and scales under their checkpoint names), or start the "
@@ -81,7 +86,7 @@ class CheckpointSchemes:
         Raises DtypeMismatch, naming the method, where none does; the weight is one that `stored_as_codes`.
         """
         stored = self._stored(name)
-        alike = (re.sub(r"\d+", "", name), stored.weight.shape, stored.scales.shape, stored.scales.dtype)
+        alike = (_DIGITS.sub("", name), stored.weight.shape, stored.scales.shape, stored.scales.dtype)
         if alike not in self._proven:
             self._proven[alike] = self._prove(stored)
         return stored, self._proven[alike]
@@ -146,15 +151,27 @@ class CheckpointSchemes:
     def _candidates(self, stored: StoredWeight) -> Iterator[Scheme]:
         """List the schemes that would give these forms."""
         codes, scales = dtype_of(stored.weight.dtype), dtype_of(stored.scales.dtype)
-        if codes.is_floating_point:
-            peaks = [torch.finfo(codes).max]
-        else:  # the whole range of codes, as compressed-tensors takes it, or its positive half, as most others do
-            limits = torch.iinfo(codes)
-            peaks = [(limits.max - limits.min) / 2, float(limits.max)]
+        peak = torch.finfo(codes).max if codes.is_floating_point else self._integer_peak
         for block in self._blocks(stored):
             for powers_of_two in (False, True):
-                for peak in peaks:
-                    yield Scheme(codes, scales, block, stored.scales.shape, peak, powers_of_two)
+                yield Scheme(codes, scales, block, stored.scales.shape, peak, powers_of_two)
+
+    @cached_property
+    def _integer_peak(self) -> float:
+        """The multiple of its scale that the largest value of a block is, in a checkpoint of int8 codes.
+
+        Most quantisers give it the largest code. compressed-tensors gives it half of the range, from which every other
+        negative one is rounded to the lowest code, that nothing else reaches.
+        """
+        limits = torch.iinfo(torch.int8)
+        seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        for info in self.tensors.values():
+            alike = (_DIGITS.sub("", info.name), info.shape)
+            if info.dtype == "int8" and len(info.shape) == 2 and seen[alike] < _SAMPLES:
+                seen[alike] += 1
+                if bool((self.read([info.name])[info.name] == limits.min).any()):
+                    return (limits.max - limits.min) / 2
+        return float(limits.max)
 
     def _blocks(self, stored: StoredWeight) -> Iterator[tuple[int, int]]:
         """List the sizes of blocks that give a tensor of scales of this shape: declared ones, then what divides."""

@@ -14,6 +14,8 @@ import torch
 
 _STRIPE = 1 << 22
 """Elements that are widened at once."""
+_TIE = 2.0**-27
+"""Part of a value that decides between two codes and that no scale of 24 bits shows."""
 _SLACK = 1e-3
 """Part of a rounding step by which the arithmetic of a quantiser may add to its rounding."""
 
@@ -86,7 +88,8 @@ class Scheme:
         """Tell if there is a matrix of which this scheme makes exactly these codes and scales.
 
         Such a matrix can be written down: the dequantised one, with the largest value of each block put back to what
-        its scale was made of. Any scale explains a block of zeros.
+        its scale was made of, a little more or less where it lay between two codes. Any scale explains a block of
+        zeros.
         """
         if codes.dtype != self.codes or scales.dtype != self.scales or tuple(scales.shape) != self.scale_shape:
             return False
@@ -102,7 +105,9 @@ class Scheme:
             peaks = (tiles == top[:, None, :, None]) & (tiles != 0)
             whole = peaks.reshape(len(tiles) * self.block[0], -1)
             here = matrix[at * self.block[0] : (at + len(tiles)) * self.block[0]]
-            peak = here.sign() * self.peak * self._spread(grid.double(), at * self.block[0], here)
+            spread = self._spread(grid.double(), at * self.block[0], here)
+            side = (here.abs() / spread - self.peak).sign() * _TIE
+            peak = here.sign() * spread * self.peak * (1 + side)
             here.copy_(torch.where(whole[: len(here), : here.shape[1]], peak, here))
         made, found = self.quantise(matrix)
         same = found.reshape(grid.shape)[used] == grid[used]

@@ -15,9 +15,10 @@ from torch import nn
 from bridge.errors import UnsupportedLora
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
+from bridge.model.torch_dtypes import dtype_name
 from engine_side.engines.common.published_state import lora_not_loaded
 from engine_side.plan.unfilled import unloaded
-from engine_side.protocol import LoraView, RankHost
+from engine_side.protocol import LoraView, QuantisedCheckpoint, RankHost
 
 
 class LoraSlots(Protocol):
@@ -99,6 +100,23 @@ class EngineRankHost(LoraRankHost[L]):
         if self._unloaded is None:
             self._unloaded = unloaded(self, self.checkpoint)
         return self._unloaded
+
+    def quantised_checkpoint(self) -> QuantisedCheckpoint | None:
+        """The folder that the engine was started from, where the engine takes what lies there for quantised.
+
+        The method is the one that the folder's config declares, or the engine's own word for it. Whether the weights
+        are stored as codes, or quantised as they are loaded, is seen from the tensors.
+        """
+        config = self._model_config()
+        declared = getattr(config.hf_config, "quantization_config", None)
+        if self.checkpoint is None or not (declared or config.quantization):
+            return None
+        plain = declared if isinstance(declared, Mapping) else {"quant_method": config.quantization}
+        return QuantisedCheckpoint(self.checkpoint, plain, dtype_name(config.dtype))
+
+    @abstractmethod
+    def _model_config(self) -> Any:
+        """The engine's `ModelConfig`."""
 
     def untie(self, names: Sequence[str]) -> bool:
         """False always: the engine's configuration ties layers, and its kernels hold copies of the shared weight."""

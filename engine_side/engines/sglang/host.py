@@ -50,6 +50,9 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
         manager = self._runner.lora_manager
         self.loras = None if manager is None else SglangLoraSlots(self, manager, self.checkpoint)
 
+    def _model_config(self) -> Any:
+        return self._runner.model_config
+
     @property
     def rank(self) -> int:
         return int(torch.distributed.get_rank(self._scheduler.tp_group.cpu_group))

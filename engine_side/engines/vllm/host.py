@@ -107,6 +107,9 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
         request = None if lora is None else self._slots(lora).request(lora)
         return prompt_logprobs(self._worker, prompts, request)
 
+    def _model_config(self) -> Any:
+        return self._config.model_config
+
     # ---- calls of single modules ---------------------------------------------------------------------------------
 
     def _has_experts(self, module: nn.Module) -> bool:
