@@ -27,7 +27,10 @@ UNHEALTHY_EXIT = 1
 BUG_EXIT = 70
 """Exit code for anything that is not in this tree: a bug of ours."""
 
-SAME_MODEL = "start the engine from a checkpoint of this model (model.save_pretrained), or push a model of the engine's configuration"
+SAME_MODEL = (
+    "start the engine from a checkpoint of this model (model.save_pretrained), or push a model of the engine's "
+    "configuration"
+)
 """Remedy where trainer and engine hold models of different configurations."""
 GATHER = (
     "gather it and push the whole tensor: push inside of deepspeed.zero.GatheredParameters(list(model.parameters())) "

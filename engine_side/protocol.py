@@ -296,6 +296,16 @@ class KnowsCheckpoint(Protocol):
 
 
 @runtime_checkable
+class EmptiesCaches(Protocol):
+    """Added by a driver that cannot keep KV and prefix caches over a push, whatever `kv` asks for."""
+
+    @property
+    def why_caches_go(self) -> str:
+        """What empties them, for the receipt."""
+        ...
+
+
+@runtime_checkable
 class LivesInALoop(Protocol):
     """Added by a driver whose engine runs in an event loop of this process."""
 

@@ -40,7 +40,7 @@ from engine_side.driver.output_checks import OutputChecks
 from engine_side.driver.prompt_checks import require_fit
 from engine_side.driver.quantised_trial import require_strategies
 from engine_side.driver.rank_client import RankClient
-from engine_side.protocol import EngineDriver, LivesInALoop
+from engine_side.protocol import EmptiesCaches, EngineDriver, LivesInALoop
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +256,13 @@ class EngineService:
             report = self._report(ranks, str(error), drift)
             touched = self._ranks.touched or (written and lora is not None)
             return msg.EngineLoaded(report, touched, ErrorInfo.of(error), phases)
+        gone = self._why_caches_go() if settings.kv == "keep" else None
+        notes = notes if gone is None else (*notes, f"kv='keep': {self.id} kept no KV or prefix cache: {gone}")
         return msg.EngineLoaded(self._report(ranks, None, drift, lora), True, None, phases, notes)
+
+    def _why_caches_go(self) -> str | None:
+        """Tell what empties the caches of an engine that cannot keep them over a push; None for one that can."""
+        return self.driver.why_caches_go if isinstance(self.driver, EmptiesCaches) else None
 
     def _require_weights(self) -> None:
         """Refuse an adapter over weights that nobody verified."""
@@ -319,7 +325,8 @@ class EngineService:
             elif not answered:
                 raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
         elif "cache" in settings.levels:
-            why = "kv='keep': caches hold what the version before computed" if driver.can_generate else "no cache"
+            why = self._why_caches_go() or "caches hold what the version before computed"
+            why = f"kv='keep': {why}" if driver.can_generate else "no cache"
             level = LevelResult("cache", True, 0, note=why)
         ranks = () if level is None else (RankReport(0, (level,)),)
         self._require_passed(ranks)

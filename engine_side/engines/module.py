@@ -328,8 +328,8 @@ def _expect(name: str, weight: torch.Tensor, shape: tuple[int, ...] | None) -> N
             where=name,
             expected="a name of its named_parameters() or persistent buffers",
             got=f"shape {list(weight.shape)}",
-            remedy="bind the model (b.bind(model)), so that live names become checkpoint names, or attach a module of its "
-            "class and configuration",
+            remedy="bind the model (b.bind(model)), so that live names become checkpoint names, or attach a module of "
+            "the same class and configuration",
             names=(name,),
         )
     if tuple(weight.shape) != shape:

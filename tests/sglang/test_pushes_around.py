@@ -42,6 +42,25 @@ def test_users_generate_in_loops_of_their_own(rig: Any) -> None:
     assert time.monotonic() - started < 4
 
 
+def test_caches_are_kept_when_asked_for(rig: Any) -> None:
+    """No note of a receipt says otherwise."""
+    cached(rig, PROMPTS[2])
+    before = cached(rig, PROMPTS[2])
+    assert before > 0
+    receipt = rig.push(kv="keep")
+    assert receipt.verified is True
+    assert cached(rig, PROMPTS[2]) == before
+    assert not any("kept no KV" in note for note in receipt.notes)
+    rig.push()
+    assert cached(rig, PROMPTS[2]) == 0
+
+
+def cached(rig: Any, ids: list[int]) -> int:
+    """Tokens of a prompt that came out of the prefix cache."""
+    (out,) = rig.engine.generate(input_ids=[ids], sampling_params={"temperature": 0, "max_new_tokens": 1})
+    return int(out["meta_info"]["cached_tokens"])
+
+
 def test_streams_in_loops_of_their_own(rig: Any) -> None:
     async def streamed(stop: int) -> list[int]:
         stream: AsyncIterator[Any] = await rig.engine.async_generate(

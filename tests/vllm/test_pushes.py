@@ -55,6 +55,25 @@ def test_a_request_that_is_kept_goes_on_under_the_new_weights_over_all_of_its_to
     assert largest(scored(output)[kept:], scored(fresh.outputs[0])) < 0.02
 
 
+def test_a_receipt_says_that_caches_are_not_kept(rig: Any) -> None:
+    """The canary's prompts run in the blocks of the paused engine, so `kv="keep"` keeps none."""
+    assert cached(rig.llm, PROMPTS[2]) < cached(rig.llm, PROMPTS[2])
+    receipt = rig.push(kv="keep")
+    assert receipt.verified is True
+    assert cached(rig.llm, PROMPTS[2]) == 0
+    assert any("kept no KV or prefix cache" in note for note in receipt.notes), receipt.notes
+    assert not any("kept no KV" in note for note in rig.push().notes)
+
+
+def cached(llm: Any, ids: list[int]) -> int:
+    """Tokens of a prompt that came out of the prefix cache."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    (out,) = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    return int(out.num_cached_tokens)
+
+
 def scored(output: Any) -> list[float]:
     """What the engine said of each token that it sampled."""
     return [row[token].logprob for row, token in zip(output.logprobs, output.token_ids, strict=True)]

@@ -24,6 +24,7 @@ class VllmDriver:
 
     kind = "vllm"
     can_generate = True
+    why_caches_go = "the pause frees vLLM's KV blocks, in which the canary's prompts run"
 
     def __init__(self, facts: VllmFacts, where: str) -> None:
         self.where = where
