@@ -261,24 +261,26 @@ class Bridge:
         """Do everything of a push that needs this process: names, plan, snapshot, seal, and the hand-over."""
         started = time.perf_counter()
         settings = msgspec.structs.replace(settings, mode=choice.mode, reason=choice.reason)
-        snapshot = self._trainer.collect(named, partial=settings.partial, mode=choice.mode)
+        deadline = Deadline.after(settings.timeout_s)
+        snapshot = self._trainer.collect(named, partial=settings.partial, mode=choice.mode, deadline=deadline)
         self._session.refuse_shared(snapshot.storages)
         agreed = self._agree(snapshot, settings.partial and snapshot.adapter is None)
         slot, doubt = self._begin(agreed, settings.version, over_base=snapshot.adapter is not None)
         planned_at, deadline = time.perf_counter(), Deadline.after(settings.timeout_s)
         try:
             written = self._write(snapshot, agreed, slot, settings, deadline)
-            reference, base, settings, missed = self._reference(settings, deadline)
+            reference, base, settings, missed = self._reference(snapshot, settings, deadline)
+            doubt = (*doubt, *self._trainer.doubts(snapshot), *missed)
             submit = SubmitRequest(
                 version=slot.version,
                 root=written.seal.root,
                 settings=settings,
                 phases={"plan": planned_at - started, "snapshot": time.perf_counter() - planned_at},
                 wire_nbytes=written.nbytes,
-                notes=(*choice.notes, *snapshot.notes, *doubt, *missed),
+                notes=(*choice.notes, *snapshot.notes, *doubt),
                 reference=reference,
                 base=base,
-                proven=not (snapshot.doubts or doubt or missed),
+                proven=not doubt,
             )
             self._call(submit, Accepted)
         except BaseException:
@@ -365,7 +367,7 @@ class Bridge:
             raise
 
     def _reference(
-        self, settings: PushSettings, deadline: Deadline
+        self, snapshot: Snapshot, settings: PushSettings, deadline: Deadline
     ) -> tuple[Reference | None, Reference | None, PushSettings, tuple[str, ...]]:
         """Compute the trainer's canary (for an adapter also the base's), if it is wanted. Where it is the default and
         the model cannot give one, the levels of the weights are left and the last answer says why."""
@@ -375,7 +377,8 @@ class Bridge:
             return None, None, msgspec.structs.replace(settings, verify="weights", levels=LEVELS_OF["weights"]), ()
         try:
             longest = [i.max_prompt for i in self._engine_infos or () if i.max_prompt is not None]
-            found = self._trainer.reference(min(longest, default=None), settings.mode, deadline=deadline)
+            shortest = min(longest, default=None)
+            found = self._trainer.reference(snapshot, shortest, settings.mode, deadline=deadline)
             return *found, settings, ()
         except ConfigError as error:
             if settings.canary:

@@ -121,11 +121,6 @@ class Snapshot(Protocol):
         """Notes about the tensors, for the receipt."""
         ...
 
-    @property
-    def doubts(self) -> tuple[str, ...]:
-        """Notes that say which tensors could not be proven; with any of them the push is "partial"."""
-        ...
-
 
 @dataclass(frozen=True)
 class ModeChoice:
@@ -162,8 +157,16 @@ class TrainerPort(Protocol):
         """
         ...
 
-    def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool, mode: str = "full") -> Snapshot:
-        """Exhaust the iterable, hold references, and turn live names into the canonical ones of a mode."""
+    def collect(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        *,
+        partial: bool,
+        mode: str = "full",
+        deadline: Deadline | None = None,
+    ) -> Snapshot:
+        """Exhaust the iterable, hold references, and turn live names into the canonical ones of a mode. Raises
+        UnsupportedLora where what is computed for a layer is not what the layer computes."""
         ...
 
     def keep(self, named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
@@ -199,11 +202,17 @@ class TrainerPort(Protocol):
         ...
 
     def reference(
-        self, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
+        self, snapshot: Snapshot, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
     ) -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens.
         For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
-        when the model has none, DeadlineExceeded when the forward outlasts the deadline."""
+        when the model has none, DeadlineExceeded when the forward outlasts the deadline, and as `collect` for layers
+        of the snapshot that only the model can call."""
+        ...
+
+    def doubts(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """Say which computed tensors were not compared with their layers, and why; with any of them the push is
+        "partial". Called after `reference`, which compares some."""
         ...
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from bridge.model import canary
 from bridge.model.torch_dtypes import DTYPES, dtype_name
 from bridge.protocol.deadline import Deadline
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
+from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.shielded.undo import Undo
 
@@ -30,6 +31,7 @@ def reference_logprobs(
     prompts: Sequence[Sequence[int]],
     copier: type[ModelCopier] = ModelCopier,
     *,
+    calls: LayerCalls | None = None,
     deadline: Deadline | None = None,
 ) -> list[list[float]]:
     """Compute the log-probability (nats, from float32 logits) of token i+1 given tokens 0..i of each prompt.
@@ -42,6 +44,7 @@ def reference_logprobs(
 
     Args:
         copier: makes the copy that is called.
+        calls: records what some layers are called with.
         deadline: looked at before each operation of the forward.
 
     Returns len(prompt) - 1 numbers per prompt.
@@ -58,10 +61,10 @@ def reference_logprobs(
     before = LiveState(model)
     try:
         try:
-            return _score(model, core, copier, prompts, deadline)
+            return _score(model, core, copier, prompts, deadline, calls)
         except LiveTensorReached as reached:
             _require_class_forward(model, core, prompts, reached.name, deadline)
-            return _score(model, core, copier, prompts, deadline, class_forwards=True)
+            return _score(model, core, copier, prompts, deadline, calls, class_forwards=True)
     except LiveTensorReached as reached:
         raise _leads_back(model, reached.name, "the copy reaches the live model by another way too") from reached
     finally:
@@ -74,6 +77,7 @@ def _score(
     copier: type[ModelCopier],
     prompts: Sequence[Sequence[int]],
     deadline: Deadline | None,
+    calls: LayerCalls | None = None,
     *,
     class_forwards: bool = False,
 ) -> list[list[float]]:
@@ -84,6 +88,8 @@ def _score(
     if class_forwards:
         for module in double.modules():
             vars(module).pop("forward", None)
+    if calls is not None:
+        calls.watch(copying)
     with ReferenceGuard(model, copying.lent, deadline=deadline):
         return _forward(double, prompts)
 

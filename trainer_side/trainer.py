@@ -25,6 +25,7 @@ from trainer_side.lora.without_lora import WithoutLora
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
+from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.snapshot.snapshotter import Snapshotter
 
@@ -71,14 +72,21 @@ class TrainerSide:
             remedy="bind the PEFT model (b.bind(model))" if self._model is None else "leave mode out",
         )
 
-    def collect(self, named: Iterable[tuple[str, torch.Tensor]], *, partial: bool, mode: str = "full") -> Collected:
+    def collect(
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        *,
+        partial: bool,
+        mode: str = "full",
+        deadline: Deadline | None = None,
+    ) -> Collected:
         """Resolve the pairs given to `push` into what travels in a mode. Moves no bytes.
 
         Raises as `WeightSource.collect` and `LoraModel.view`; MissingTensor unless they are the whole bound model or
         `partial`.
         """
         if self._lora is not None:
-            return self._collect_lora(self._lora, named, partial, mode)
+            return self._collect_lora(self._lora, named, partial, mode, deadline)
         try:
             collected = self._source.collect(named, partial=partial)
             if collected.layout is not self._complete and not partial:
@@ -114,20 +122,20 @@ class TrainerSide:
                 names=missing,
             )
 
-    def _collect_lora(self, lora: LoraModel, named: NamedTensors, partial: bool, mode: str) -> Collected:
+    def _collect_lora(
+        self, lora: LoraModel, named: NamedTensors, partial: bool, mode: str, deadline: Deadline | None = None
+    ) -> Collected:
         names, tensors = read_pairs(named)
         storages = frozenset(
             t.untyped_storage().data_ptr() for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
         )
-        view = lora.view(mode, list(zip(names, tensors, strict=True)), partial=partial)
+        view = lora.view(mode, list(zip(names, tensors, strict=True)), partial=partial, deadline=deadline)
         source = self._views.get(mode)
         if source is None or source.map is not view.known:
             # The names of a LoRA alone are those of `lora_format`: there is no model's name to resolve.
             source = self._views[mode] = WeightSource(None if view.known is None else lora.model, view.known)
         collected = source.collect(view.named, partial=partial, computed=view.computed)
-        return dataclasses.replace(
-            collected, adapter=view.adapter, notes=view.notes, doubts=view.doubts, state=view, storages=storages
-        )
+        return dataclasses.replace(collected, adapter=view.adapter, notes=view.notes, state=view, storages=storages)
 
     def keep(self, named: NamedTensors) -> list[tuple[str, torch.Tensor]]:
         """Copy tensors to host memory as they come. Raises ConfigError for what is no pair, and as `require_plain`."""
@@ -197,12 +205,13 @@ class TrainerSide:
         return Written(seal_slot(arena, slot, version, copied.digests), copied.nbytes)
 
     def reference(
-        self, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
+        self, snapshot: Snapshot, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
     ) -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model over its prompts, cut to `max_tokens`.
 
-        Of mode "adapter" also one without LoRA; of mode "base" that one alone. Raises ConfigError when the model has no
-        reference, DeadlineExceeded when the forward outlasts the deadline.
+        Of mode "adapter" also one without LoRA; of mode "base" that one alone. Layers of the snapshot that only the
+        model can call are compared on what they get in it. Raises ConfigError when the model has no reference,
+        DeadlineExceeded when the forward outlasts the deadline, UnsupportedLora as `collect`.
         """
         if self._model is None:
             raise ConfigError(
@@ -214,8 +223,12 @@ class TrainerSide:
             )
         rows = canary.prompts(vocabulary_size(self._model), max_tokens)
 
+        view = snapshot.state if isinstance(snapshot, Collected) else None
+        waiting = view.open if isinstance(view, ModeView) else ()
+        calls = LayerCalls(one.layer.outer for one in waiting)
+
         def answers(model: nn.Module, copier: type[ModelCopier] = ModelCopier) -> Reference:
-            scores = reference_logprobs(model, rows, copier, deadline=deadline)
+            scores = reference_logprobs(model, rows, copier, calls=calls if waiting else None, deadline=deadline)
             return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)))
 
         if mode == "base":
@@ -223,7 +236,15 @@ class TrainerSide:
         if self._lora is not None:
             require_still_forward(self._model)
         base = answers(self._model, WithoutLora) if mode == "adapter" else None
-        return answers(self._model), base
+        found = answers(self._model)
+        if self._lora is not None and isinstance(view, ModeView):
+            self._lora.settle(view, calls, deadline)
+        return found, base
+
+    def doubts(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """Say which computed tensors were not compared with their layers, and why. Called after `reference`."""
+        view = cast("Collected", snapshot).state
+        return self._lora.doubts(view) if self._lora is not None and isinstance(view, ModeView) else ()
 
     def close(self) -> None:
         """Stop the copying threads and let go of the arenas. Idempotent."""

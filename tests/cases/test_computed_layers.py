@@ -49,10 +49,13 @@ class QuantisedLinear(nn.Linear):
         linear.__class__ = cls
         linear.weight = weight  # type: ignore[assignment]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight: Any = self.weight
+    def require_callable(self, x: torch.Tensor) -> None:
         if not self.callable_alone and x.dim() < 3:
             raise ValueError("batches of sequences only")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        self.require_callable(x)
         if not self.training and self.repacks and not weight.packed:
             weight.data = weight.data.flip(0)
             weight.packed = True
@@ -122,12 +125,18 @@ def test_codes_that_were_repacked_behind_the_dequantiser_are_refused(made: Any, 
     assert rig.answers() == answers
 
 
-def test_a_packed_layer_that_cannot_be_called_alone_makes_the_push_partial(made: Any) -> None:
+def test_a_packed_layer_that_only_its_model_can_call_is_compared_in_the_forward_for_the_canary(made: Any) -> None:
     rig = made(Whole)
-    receipt = rig.push(mode="merged")
+    receipt = rig.push(mode="merged", verify="weights")
     assert receipt.verified == "partial"
     assert any("cannot be called on a copy (ValueError: batches of sequences only)" in note for note in receipt.notes)
+    assert rig.push(mode="merged").verified is True
+    assert rig.push(mode="merged", verify="weights").verified is True  # their structures are proven now
     assert rig.serves(rig.truth(), limit=5e-3)
+    pack_unseen(rig)
+    with pytest.raises(UnsupportedLora, match=r"not what the layer computes.*in the canary's forward"):
+        rig.push(mode="merged")
+    assert rig.push(mode="merged", verify="weights").verified == "partial"
 
 
 def test_one_layer_of_many_that_is_misread_is_found_within_a_round(made: Any) -> None:
@@ -167,6 +176,7 @@ def pack_unseen(rig: LoraRig) -> list[QuantisedLinear]:
 
 
 def reads_from_the_end(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    layer.require_callable(x)
     codes = layer.weight.data.as_subclass(torch.Tensor).flip(0)
     return nn.functional.linear(x, values_of(codes, layer.weight.scale), layer.bias)
 

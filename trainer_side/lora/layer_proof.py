@@ -1,40 +1,55 @@
-"""Compare what is computed for a layer (merged, dequantised) with what the layer itself computes.
+"""Prove that what is computed for a layer (merged, dequantised) is what the layer itself computes.
 
 A dequantiser that misreads its library's storage gives weights that read back perfectly and mean nothing. The layer's
-own forward knows better: a shielded copy of it is called with rows of random signs, which activation quantisers hold
-exactly, or with token ids, and must give what the computed weight gives.
+own forward knows better: a shielded copy of it is called with rows of random signs, or with token ids, and must give
+what the computed weight gives. A layer that only its model can call is compared on what it gets in the forward for the
+canary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, UnsupportedLora
-from trainer_side.lora.layers.effective import BLOCK, effective_bias
+from bridge.protocol.deadline import Deadline
+from trainer_side.lora.layer_compare import LayerReading, compare_layer
 from trainer_side.lora.layers.read import lora_parameters
-from trainer_side.lora.layers.values import LoraParameters, as_stored
-from trainer_side.lora.layers.wrapper_chain import Chain
+from trainer_side.lora.layers.values import ActiveLora, LoraParameters
 from trainer_side.lora.modes import EffectiveTensor
 from trainer_side.lora.state import LoraState
 from trainer_side.names.tensor_checks import addresses_of
-from trainer_side.shielded.guards import LiveTensorReached, ReferenceGuard
-from trainer_side.shielded.model_copy import ModelCopier
+from trainer_side.shielded.layer_calls import LayerCalls
 
-ROWS = 8
-"""Inputs of one comparison."""
-SLACK = 8.0
-"""How much more than sqrt(inputs) x eps x the largest weight a layer may round: its kernels sum in their own order, and
-those of quantised layers in bfloat16 whatever they return (bitsandbytes on CPUs with avx512_bf16)."""
 EVERY = 20
 """From so many computed layers on, each push compares one more, which is a few percent of the work."""
-_NO_CALL = (AttributeError, ConfigError, LiveTensorReached, LookupError, RuntimeError, TypeError, ValueError)
-"""A foreign layer that cannot be called alone raises one of these."""
 _WORDS = (str, int, float, bool, torch.dtype, torch.Size)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenLayer:
+    """A layer that could not be called alone in this push.
+
+    Attributes:
+        key: what it stands for: a structure, or itself where its weight was packed anew.
+        storage: where its packed weight lies.
+        reason: why it could not be called.
+        sampled: it is compared although its structure is proven.
+    """
+
+    key: Hashable
+    layer: LayerReading
+    storage: Hashable
+    reason: str
+    sampled: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return its weight's name in the base model."""
+        return self.layer.tensor.place.clean
 
 
 class LayerProof:
@@ -46,137 +61,106 @@ class LayerProof:
     """
 
     def __init__(self) -> None:
-        self._reasons: dict[Hashable, str | None] = {}
-        """Structure -> why its layers could not be compared; None where they agreed, or hold plain values."""
+        self._missing: dict[Hashable, frozenset[int]] = {}
+        """Structure -> parts of its weight (experts) that were not compared yet; none once it is proven."""
+        self._reasons: dict[Hashable, str] = {}
+        """Structure -> why its layers cannot be called alone."""
         self._storage: dict[str, Hashable] = {}
-        """Packed weight, by its clean name -> where it lay."""
+        """Packed weight, by its clean name -> where it lay when it, or its structure, was compared."""
         self._last: tuple[Sequence[EffectiveTensor], LoraState] | None = None
+        self._open: tuple[OpenLayer, ...] = ()
+        """Layers of the last push."""
         self._turn = 0
 
-    def require(self, computed: Sequence[EffectiveTensor], began: LoraState) -> tuple[str, ...]:
+    def require(
+        self, computed: Sequence[EffectiveTensor], began: LoraState, deadline: Deadline | None = None
+    ) -> tuple[OpenLayer, ...]:
         """Compare one layer of each structure that is new, each packed one that was packed anew, and of many layers one
         more.
 
-        Returns why packed weights could not be compared, one reason for each structure. Raises UnsupportedLora, naming
-        layer and quantiser, for a difference.
+        Returns the layers that only the model can call: to be compared in `settle`. Raises UnsupportedLora, naming
+        layer and quantiser, for a difference; DeadlineExceeded.
         """
         alike = self._last is not None and self._last[0] is computed and self._last[1] == began
+        waiting = {layer.name for layer in self._open}
         self._turn += 1
-        found: list[str | None] = []
+        found: list[OpenLayer | None] = []
         for k, one in enumerate(computed):
             sampled = len(computed) >= EVERY and k == self._turn % len(computed)
-            if not one.bias and (not alike or sampled or one.place.clean in self._storage):
-                found.append(self._look_at(one, began, sampled=sampled))
+            if one.bias or (alike and not sampled and one.place.clean not in waiting and self._lies_where_it_did(one)):
+                continue
+            found.append(self._look_at(LayerReading.of(one, began), deadline, sampled=sampled))
         self._last = (computed, began)
-        return tuple(dict.fromkeys(reason for reason in found if reason is not None))
+        self._open = tuple(layer for layer in found if layer is not None)
+        return self._open
 
-    def _look_at(self, one: EffectiveTensor, began: LoraState, *, sampled: bool) -> str | None:
-        """Compare a layer if it has to be; why it could not be, for a packed one."""
-        parameters, name = lora_parameters(one.module), one.place.clean
-        packed = parameters.quant_state is not None
-        storage = _describe_storage(parameters) if packed else None
-        moved = packed and self._storage.get(name, storage) != storage
-        chain = began.read_chain(one.module)
-        key = _structure(one, chain, parameters)
-        if key not in self._reasons or moved or sampled:
-            reason = _compare(one, chain, parameters, began)
-            self._reasons[key] = f"{name} and layers like it: {reason}" if reason is not None and packed else None
-        if packed:
+    def settle(self, layers: Sequence[OpenLayer], calls: LayerCalls, deadline: Deadline | None = None) -> None:
+        """Compare layers on what they got in the canary's forward. Raises UnsupportedLora as `require`."""
+        for one in layers:
+            given = calls.of(one.layer.outer)
+            if not given or not (one.sampled or self._missing[one.key]):
+                continue
+            found = compare_layer(one.layer, given, deadline)
+            if isinstance(found, str):
+                self._reasons[one.key] = found
+            else:
+                self._note(one.layer, one.key, one.storage, found)
+
+    def doubts(self, layers: Sequence[OpenLayer]) -> tuple[str, ...]:
+        """Say why layers could not be compared, once for each structure; nothing for those that were in the end."""
+        found: dict[Hashable, str] = {}
+        for one in layers:
+            missing, reason = self._missing[one.key], self._reasons.get(one.key, one.reason)
+            if missing and missing < one.layer.parts:
+                reason = f"no token of the canary reached its parts {', '.join(map(str, sorted(missing)))}"
+            if missing:
+                found.setdefault(one.key, f"{one.name} and layers like it were not compared: {reason}")
+        return tuple(found.values())
+
+    def _look_at(self, layer: LayerReading, deadline: Deadline | None, *, sampled: bool) -> OpenLayer | None:
+        """Compare a layer if it has to be, and if it can be called alone."""
+        name, parameters = layer.tensor.place.clean, layer.parameters
+        storage = _describe_storage(parameters) if layer.packed else None
+        moved = layer.packed and self._storage.get(name, storage) != storage
+        key: Hashable = (name, storage) if moved else _structure(layer)
+        missing = self._missing.setdefault(key, layer.parts)
+        if missing or sampled:
+            found = self._reasons.get(key) or compare_layer(layer, deadline=deadline)
+            if isinstance(found, str):
+                self._reasons[key] = found
+                return OpenLayer(key, layer, storage, found, sampled)
+            self._note(layer, key, storage, found)
+        elif layer.packed:
             self._storage[name] = storage
-        return self._reasons[key]
-
-
-def _compare(one: EffectiveTensor, chain: Chain, parameters: LoraParameters, began: LoraState) -> str | None:
-    """Call a copy of the layer; None when it agrees, else why it could not be asked. Raises UnsupportedLora."""
-    if parameters.kind not in ("linear", "embedding") or one.copies is not None or len(one.stand_in.shape) != 2:
-        return f"a layer of kind {parameters.kind} cannot be called alone"
-    if not one.stand_in.numel():
         return None
-    try:
-        with ReferenceGuard(one.module, live=False):  # of a sharded layer nothing is computed alone
-            computed = one.compute(as_stored, began, one.stand_in.dtype)
-    except _NO_CALL as error:
-        return f"its values cannot be computed here ({type(error).__name__}: {error})"
-    weight = computed.t() if parameters.kind == "linear" and parameters.transposed else computed
-    rows = parameters.kind == "embedding"
-    inputs = _ids(weight) if rows else _signs(weight)
-    got = _call(one, inputs)
-    if isinstance(got, str):
-        return got
-    wide = torch.promote_types(computed.dtype, torch.float32)
-    bias = None if rows else effective_bias(one.module, wide, chain=chain)
-    if rows:
-        wanted = weight[inputs].to(wide) * float(getattr(chain.base, "embed_scale", 1.0))
-    else:
-        wanted = _product(inputs.to(wide), weight, wide) + (0.0 if bias is None else bias.to(wide))
-    if got.shape != wanted.shape:
-        return f"its forward gives {list(got.shape)} for {list(inputs.shape)}"
-    largest = max(float(torch.stack(t.aminmax()).abs().amax()) for t in (weight, bias) if t is not None)
-    if not math.isfinite(largest):
-        return None  # refused by name when it is sent
-    apart = float((got.to(wide) - wanted).abs().amax())
-    coarse = [got.dtype, computed.dtype, *([torch.bfloat16] if parameters.quant_state is not None else [])]
-    eps = max(torch.finfo(dtype).eps for dtype in coarse)
-    limit = SLACK * math.sqrt(1 if rows else weight.shape[1]) * eps * largest
-    if not apart <= limit:
-        raise UnsupportedLora(
-            "what is computed for a layer is not what the layer computes",
-            where=one.place.clean,
-            expected=f"outputs within {limit:.3g} of the layer's own ({_library(chain, parameters)})",
-            got=f"{apart:.3g} apart, on {ROWS} rows of random signs",
-            remedy="push the adapter alone (mode='adapter'), or load the base model in 16 bit",
-            names=(one.place.clean,),
-        )
-    return None
+
+    def _lies_where_it_did(self, one: EffectiveTensor) -> bool:
+        """Tell whether a weight is stored as its values, or packed where it was when it was compared."""
+        known = self._storage.get(one.place.clean)
+        return known is None or known == _describe_storage(lora_parameters(one.module))
+
+    def _note(self, layer: LayerReading, key: Hashable, storage: Hashable, parts: frozenset[int]) -> None:
+        self._missing[key] -= parts
+        if layer.packed and not self._missing[key]:
+            self._storage[layer.tensor.place.clean] = storage
 
 
-def _product(inputs: torch.Tensor, weight: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """Multiply in `wide`, a block of outputs at a time: no copy of a whole weight is made."""
-    step = max(1, BLOCK // max(1, weight.shape[1]))
-    return torch.cat([inputs @ block.to(wide).t() for block in torch.split(weight, step)], dim=1)
+def _structure(layer: LayerReading) -> Hashable:
+    levels = tuple(
+        (type(lv.wrapper), lv.state, lv.names, lv.owned, lv.setting, lv.tokens, tuple(map(_form, lv.loras)))
+        for lv in layer.chain.levels
+    )
+    parameters, weight = layer.parameters, layer.parameters.weight
+    held = (_words(weight), weight.dtype, weight.shape, weight.stride(), weight.device, tuple(sorted(vars(weight))))
+    kind = (parameters.kind, parameters.transposed, parameters.bias is not None, layer.tensor.place.attribute)
+    return type(layer.chain.base), levels, held, kind, _words(parameters.quant_state), layer.tensor.copies
 
 
-def _signs(weight: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, (ROWS, weight.shape[1]), generator=generator) * 2 - 1).to(weight.device, torch.float64)
-
-
-def _ids(weight: torch.Tensor) -> torch.Tensor:
-    return torch.randint(0, weight.shape[0], (ROWS,), generator=torch.Generator().manual_seed(0)).to(weight.device)
-
-
-def _call(one: EffectiveTensor, inputs: torch.Tensor) -> torch.Tensor | str:
-    """Call a copy of the layer, in the first dtype that it takes; why it cannot be called, if it takes none."""
-    reason = ""
-    dtypes = dict.fromkeys((one.stand_in.dtype, torch.float32, torch.bfloat16, torch.float16))
-    for dtype in dtypes if inputs.is_floating_point() else (inputs.dtype,):
-        try:
-            copier = ModelCopier()
-            double = copier.copy(one.module)
-            for each in double.modules():
-                each.training = False
-                each._forward_hooks.clear()
-                each._forward_pre_hooks.clear()
-            with (
-                torch.no_grad(),
-                torch.autocast(inputs.device.type, enabled=False),
-                ReferenceGuard(one.module, copier.lent),
-            ):
-                out: Any = double(inputs.to(dtype))
-        except _NO_CALL as error:
-            reason = reason or f"its forward cannot be called on a copy ({type(error).__name__}: {error})"
-            continue
-        if isinstance(out, torch.Tensor) and out.is_floating_point():
-            return out
-        reason = reason or f"its forward gives {type(out).__name__}"
-    return reason
-
-
-def _structure(one: EffectiveTensor, chain: Chain, parameters: LoraParameters) -> Hashable:
-    levels = tuple((type(lv.wrapper), lv.state, lv.names, lv.owned, lv.setting, lv.tokens) for lv in chain.levels)
-    weight = parameters.weight
-    held = (_words(weight), weight.dtype, weight.shape, tuple(sorted(vars(weight))), parameters.bias is not None)
-    return type(chain.base), levels, held, _words(parameters.quant_state), one.place.attribute, one.copies
+def _form(lora: ActiveLora) -> Hashable:
+    """Everything of an adapter but its values: shapes, variant, how its factors are to be read."""
+    held = tuple((t.shape, t.dtype) for t in lora.tensors)
+    read = tuple((k, str(v)) for k, v in sorted(lora.extra.items()) if not isinstance(v, torch.Tensor))
+    return lora.variant, held, read, lora.bias is not None, lora.magnitude is not None
 
 
 def _describe_storage(parameters: LoraParameters) -> Hashable:
@@ -189,9 +173,3 @@ def _words(state: Any) -> Hashable:
     """The class of a quantisation state or weight and the settings on it, without its tensors."""
     found = vars(state).items() if hasattr(state, "__dict__") and not isinstance(state, nn.Module) else ()
     return type(state), tuple(sorted((k, str(v)) for k, v in found if isinstance(v, _WORDS)))
-
-
-def _library(chain: Chain, parameters: LoraParameters) -> str:
-    state = parameters.quant_state
-    kept = "stored as its values" if state is None else f"read through {type(state).__module__}.{type(state).__name__}"
-    return f"{type(chain.base).__module__}.{type(chain.base).__name__}, {kept}"

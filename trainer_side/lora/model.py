@@ -14,11 +14,12 @@ from torch import nn
 from bridge.errors import ConfigError
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.ports import ModeChoice
+from bridge.protocol.deadline import Deadline
 from trainer_side.lora import modes
 from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.capability import refusal_error, refused_by
 from trainer_side.lora.findings import survey
-from trainer_side.lora.layer_proof import LayerProof
+from trainer_side.lora.layer_proof import LayerProof, OpenLayer
 from trainer_side.lora.layers.features import MODES, Feature, Finding
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor
 from trainer_side.lora.layers.values import SentValues, as_stored
@@ -28,6 +29,7 @@ from trainer_side.lora.state import LoraState, changed_meanwhile
 from trainer_side.names.naming import CanonicalMap
 from trainer_side.names.tensor_checks import nothing_sent, require_module
 from trainer_side.names.tensor_layout import Computed
+from trainer_side.shielded.layer_calls import LayerCalls
 
 _T = TypeVar("_T")
 LoraLimitsPerEngine = Sequence[LoraLimits | None] | None
@@ -47,7 +49,7 @@ class ModeView:
         adapter: rank of a LoRA that travels alone.
         state: of the LoRA layers when the push began.
         notes: for the receipt.
-        doubts: of the notes, those that say what could not be proven.
+        open: layers that are still to be compared with what is computed for them; see `LoraModel.settle`.
         fingerprint: of the stored tensors that a merge would move; see `LoraModel.changed_since`.
     """
 
@@ -57,7 +59,7 @@ class ModeView:
     adapter: LoraSpec | None
     state: LoraState
     notes: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
+    open: tuple[OpenLayer, ...] = ()
     fingerprint: Hashable = None
     watched: tuple[BaseTensor, ...] = field(default=(), repr=False)
 
@@ -134,11 +136,19 @@ class LoraModel:
             raise refusal_error(found, mode, lambda other: self._find(other, now, limits), also=against)
         return ModeChoice(mode, f"{mode}: {against}" if against else f"{mode} was asked for", self._notes(mode, now))
 
-    def view(self, mode: str, pairs: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> ModeView:
+    def view(
+        self,
+        mode: str,
+        pairs: Sequence[tuple[str, torch.Tensor]],
+        *,
+        partial: bool = False,
+        deadline: Deadline | None = None,
+    ) -> ModeView:
         """Resolve the pairs of a push into the tensors that travel in a mode that `choose` gave.
 
         The values given count wherever a name came. A second name of a tensor that the iterable left out is the same
-        tensor; a persistent buffer that did not come is added, unless `partial`; a LoRA always travels whole.
+        tensor; a persistent buffer that did not come is added, unless `partial`; a LoRA always travels whole. What
+        is computed for layers that can be called alone is compared with them, until the deadline.
 
         Raises:
             UnexpectedTensor: no name of the model.
@@ -146,6 +156,8 @@ class LoraModel:
             MissingTensor: nothing at all, nothing that this mode sends, or not all of it unless `partial`.
             ConfigError: a name that is no str; also what `require_plain` raises for a tensor without values.
             IntegrityError: another thread switches the layers meanwhile; the view's `compute`s raise it too.
+            UnsupportedLora: what is computed for a layer is not what the layer computes.
+            DeadlineExceeded: comparing outlasted the deadline.
         """
         names = [name for name, _ in pairs]
         tensors = [tensor for _, tensor in pairs]
@@ -155,14 +167,14 @@ class LoraModel:
         key, last = (mode, partial, now.unscaled), self._last
         alike = last is not None and last.key == key and last.names == names and last.baked.current()
         if last is not None and alike and all(map(operator.is_, (item.tensor() for item in last.items), tensors)):
-            return self._view(last, as_stored, now)
+            return self._view(last, as_stored, now, deadline)
         items = last.items if last is not None and last.names == names else resolve_names(self._tree, names)
         sent = match_sent(items, names, tensors)
         baked = self._bake(mode, now)
         refuse_base_names(self._tree, baked, items, names)
         selected = select_tensors(mode, baked, sent, partial=partial)
         self._last = _LastView(key, names, items, baked, selected, self._notes(mode, now))
-        view = self._view(self._last, sent, now)
+        view = self._view(self._last, sent, now, deadline)
         if self.state() != now:  # ties and copies were resolved in between
             self._forget()
             raise changed_meanwhile()
@@ -177,6 +189,17 @@ class LoraModel:
         of every weight, so a small one in a small model may go unseen.
         """
         return self.state() != view.state or _fingerprint(view.watched) != view.fingerprint
+
+    def settle(self, view: ModeView, calls: LayerCalls, deadline: Deadline | None = None) -> None:
+        """Compare the layers that only the model can call, on what they got in the canary's forward.
+
+        Raises UnsupportedLora for a difference, DeadlineExceeded.
+        """
+        self._proof.settle(view.open, calls, deadline)
+
+    def doubts(self, view: ModeView) -> tuple[str, ...]:
+        """Say which layers were not compared with what was computed for them, and why; after `settle`."""
+        return self._proof.doubts(view.open)
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """List every tensor that the model holds, named as `named_parameters` names it, shared ones under each name."""
@@ -244,14 +267,14 @@ class LoraModel:
         _remember(self._baked, key, found)
         return found
 
-    def _view(self, last: _LastView, given: SentValues, now: LoraState) -> ModeView:
+    def _view(self, last: _LastView, given: SentValues, now: LoraState, deadline: Deadline | None) -> ModeView:
         baked, selected, watched = last.baked, last.selected, last.selected.under_wrappers
-        doubts = self._proof.require(selected.computed, now)
+        waiting = self._proof.require(selected.computed, now, deadline)
         named = [(p.clean, given(tensor)) for p in selected.places if (tensor := p.tensor()) is not None]
         computed = baked.list_computed(given, now, selected.computed)
         adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
-        notes = (*last.notes, *doubts)
-        return ModeView(baked.known, named, computed, adapter, now, notes, doubts, _fingerprint(watched), watched)
+        marks = _fingerprint(watched)
+        return ModeView(baked.known, named, computed, adapter, now, last.notes, waiting, marks, watched)
 
 
 def _fingerprint(watched: Sequence[BaseTensor]) -> Hashable:

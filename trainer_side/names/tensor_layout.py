@@ -96,7 +96,6 @@ class Collected:
         computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
         adapter: set when the tensors are those of a LoRA alone.
         notes: for the receipt.
-        doubts: of the notes, those that say what could not be proven.
         state: of the model's LoRA layers when this was collected; see `LoraModel.changed_since`.
         storages: addresses of the storages that the tensors lie in, or are computed from.
     """
@@ -107,7 +106,6 @@ class Collected:
     computed: Mapping[int, Computed] = field(default_factory=dict)
     adapter: LoraSpec | None = None
     notes: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
     state: object = None
     storages: frozenset[int] = frozenset()
 

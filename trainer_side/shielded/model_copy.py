@@ -70,6 +70,10 @@ class ModelCopier:
         except Exception as error:  # attributes of a model are objects of any class
             raise _not_copied(model, f"{type(error).__name__}: {error}") from error
 
+    def double_of(self, original: nn.Module | torch.Tensor) -> Any:
+        """The copy of a module, parameter or buffer; None when it was not copied."""
+        return self._made.get(id(original))
+
     def inside(self, module: nn.Module) -> nn.Module:
         """The module to copy in place of `module`: what it wraps, if the wrapper computes nothing itself. Raises
         ConfigError for one that cannot be copied."""

@@ -62,7 +62,7 @@ def expert_factors(
 
 def product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     """Compute `scaling * left @ right` in full precision, whatever the trainer allows its own matrix products."""
-    if left.dtype == torch.float32 and _coarse():
+    if left.dtype == torch.float32 and coarse_products():
         return ((left.double() @ right.double()) * scaling).to(left.dtype)
     return (left @ right).mul_(scaling)
 
@@ -119,7 +119,7 @@ def _block_diagonal(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return whole
 
 
-def _coarse() -> bool:
+def coarse_products() -> bool:
     """Tell whether the trainer lets fp32 products be made in tf32 or bf16. Its setting is read, never changed."""
     settings = [
         getattr(backend.matmul, "fp32_precision", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)
