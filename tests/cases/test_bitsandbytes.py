@@ -13,7 +13,7 @@ from torch import nn
 
 from bridge.errors import UnsupportedLora
 from tests.conftest import tiny_qwen2
-from tests.push.lora_rig import LoraRig, everything, stir, wrap
+from tests.push.lora_rig import LoraRig, apart, everything, stir, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -81,3 +81,20 @@ def test_after_an_evaluation_of_the_trainers_own(rig: LoraRig) -> None:
     else:
         with pytest.raises(UnsupportedLora, match="not what the layer computes"):
             rig.push(mode="merged", verify="weights")
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_adapters_over_a_packed_base_have_the_shapes_of_its_values(rig: LoraRig, evaluated: bool) -> None:
+    """The engine holds the base as it was before it was packed, so the two answer alike only as far as that goes."""
+    stir(rig.model, seed=1, scale=0.3)
+    if evaluated:
+        rig.model.eval()
+        with torch.no_grad():
+            rig.model(input_ids=torch.tensor([[1, 2, 3]]))
+    base, before = rig.answers("base"), rig.answers()
+    receipt = rig.push(mode="adapter", verify="weights")
+    assert receipt.verified == "partial"  # over a base that cannot be compared
+    assert any("base weights were not compared" in note for note in receipt.notes)
+    effect = apart(rig.answers(), before)
+    assert rig.answers("base") == base
+    assert effect > 5 * apart(rig.answers(), rig.truth())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -213,7 +213,8 @@ class LoraModel:
         self._tree = LoraTree(self.model)
         self._findings: OrderedDict[Hashable, tuple[tuple[Finding, ...], tuple[str, ...]]] = OrderedDict()
         self._baked: OrderedDict[Hashable, BakedMode] = OrderedDict()
-        self._ends: CanonicalMap | None = None
+        self._ends: tuple[Mapping[BaseTensor, torch.Tensor], CanonicalMap] | None = None
+        """Stand-ins for packed weights, and the names that were baked with them."""
         self._last = None
 
     def _find(self, mode: str, now: LoraState, limits: LoraLimitsPerEngine) -> list[Finding]:
@@ -262,8 +263,11 @@ class LoraModel:
             elif mode == "merged":
                 found = modes.bake_merged(self._tree, survey(self._tree, now), now)
             else:
-                self._ends = self._ends or modes.bake_ends(self._tree)
-                found = modes.bake_lora(self._tree, survey(self._tree, now), self._ends)
+                read = survey(self._tree, now)
+                unpacked = modes.unpacked_shapes(self._tree, read)
+                if self._ends is None or self._ends[0].keys() != unpacked.keys():
+                    self._ends = unpacked, modes.bake_ends(self._tree, unpacked)
+                found = modes.bake_lora(self._tree, read, self._ends[1])
         _remember(self._baked, key, found)
         return found
 

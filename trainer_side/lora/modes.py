@@ -5,7 +5,7 @@ Done once per structure and set of acting adapters; reads shapes, dtypes and add
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -18,9 +18,10 @@ from trainer_side.lora.findings import Layer, Survey, plain_dtype, quantised
 from trainer_side.lora.findings import packed as is_packed
 from trainer_side.lora.layers.dequant import FP8
 from trainer_side.lora.layers.effective import effective_bias, effective_identity, effective_weight
+from trainer_side.lora.layers.factors import logical_shape
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor, WrapperKind, WrapperTensor
 from trainer_side.lora.layers.read import lora_parameters
-from trainer_side.lora.layers.values import SentValues
+from trainer_side.lora.layers.values import LoraParameters, SentValues
 from trainer_side.lora.state import LoraState, changed_meanwhile
 from trainer_side.names.naming import CanonicalMap, LiveEntry, bake_entries, identity_of
 from trainer_side.names.tensor_layout import Computed
@@ -129,33 +130,50 @@ def bake_merged(tree: LoraTree, survey: Survey, state: LoraState) -> BakedMode:
     for one in computed:
         stored.setdefault(_stored_identity(one.place), []).append(one)
     return BakedMode(
-        _names(tree, identities, by_place),
+        _names(tree, identities, {place: one.stand_in for place, one in by_place.items()}),
         tuple(place for place in places if place not in by_place),
         tuple(computed),
         shared=tuple((tuple(group), _pattern(group)) for group in stored.values() if len(group) > 1),
     )
 
 
-def bake_ends(tree: LoraTree) -> CanonicalMap:
-    """Bake the base model's names, each tied end with its own: an adapter belongs to one of them."""
-    return _names(tree, {place: place.clean for place in tree.places if place.original})
+def bake_ends(tree: LoraTree, unpacked: Mapping[BaseTensor, torch.Tensor]) -> CanonicalMap:
+    """Bake the base model's names, each tied end with its own: an adapter belongs to one of them.
+
+    `unpacked` of `unpacked_shapes`.
+    """
+    return _names(tree, {place: place.clean for place in tree.places if place.original}, unpacked)
+
+
+def unpacked_shapes(tree: LoraTree, survey: Survey) -> dict[BaseTensor, torch.Tensor]:
+    """Stand in, on meta, for packed weights under acting adapters: in the shape that these fit."""
+    found: dict[BaseTensor, torch.Tensor] = {}
+    for place, _, parameters in _acting_layers(tree, survey):
+        if is_packed(parameters) and parameters.kind in ("linear", "embedding"):
+            shape = logical_shape(parameters)
+            found[place] = torch.empty(shape, dtype=plain_dtype(parameters), device="meta")
+    return found
 
 
 def bake_lora(tree: LoraTree, survey: Survey, ends: CanonicalMap) -> BakedMode:
     """Bake the acting adapters alone; `ends` of `bake_ends`."""
     acting: list[lora_form.ActingLayer] = []
     needs: list[WrapperTensor] = []
+    for place, layers, parameters in _acting_layers(tree, survey):
+        acting.append(lora_form.ActingLayer(layers[0].wrapper, parameters, place.clean))
+        needs += [need for layer in layers for need in layer.needs]
+    return BakedMode(None, (), (), tuple(needs), _forms(needs), lora_form.plan_pairs(acting, ends))
+
+
+def _acting_layers(tree: LoraTree, survey: Survey) -> Iterator[tuple[BaseTensor, list[Layer], LoraParameters]]:
+    """List the weights on which adapters act: its wrappers, the outermost first, and what that one reads."""
     for place in tree.places:
-        if not place.original:
-            continue
-        layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers]
+        layers = [survey.by_wrapper[wrapper] for wrapper in place.wrappers] if place.original else []
         layers = [layer for layer in layers if _role(place, layer) == "weight"]
         # The outermost wrapper's reading holds all that act on this weight.
         parameters = layers[0].parameters if layers else None
         if parameters is not None and parameters.loras:
-            acting.append(lora_form.ActingLayer(layers[0].wrapper, parameters, place.clean))
-            needs += [need for layer in layers for need in layer.needs]
-    return BakedMode(None, (), (), tuple(needs), _forms(needs), lora_form.plan_pairs(acting, ends))
+            yield place, layers, parameters
 
 
 def _forms(needs: Sequence[WrapperTensor]) -> tuple[object, ...]:
@@ -171,12 +189,13 @@ def _pattern(group: Sequence[EffectiveTensor]) -> tuple[int, ...]:
 def _names(
     tree: LoraTree,
     identities: Mapping[BaseTensor, Hashable],
-    computed: Mapping[BaseTensor, EffectiveTensor] = MappingProxyType({}),
+    stand_ins: Mapping[BaseTensor, torch.Tensor] = MappingProxyType({}),
 ) -> CanonicalMap:
-    """Bake the names of the tensors in `identities`, whose values are equal for tied ones."""
+    """Bake the names of the tensors in `identities`, whose values are equal for tied ones; some have another shape than
+    they are stored in."""
     entries = []
     for place, identity in identities.items():
-        live = computed[place].stand_in if place in computed else place.tensor()
+        live = stand_ins[place] if place in stand_ins else place.tensor()
         if live is not None:
             entries.append(LiveEntry(place.raw, place.clean, live, place.buffer, identity))
     return bake_entries(tree.inner, entries)

@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from bridge.errors import UnsupportedLora
-from trainer_side.lora.layers.values import ActiveLora, SentValues
+from trainer_side.lora.layers.values import ActiveLora, LoraParameters, SentValues
 from trainer_side.lora.layers.wrapper_chain import BY_EXPERT, RANK_MAJOR
 
 
@@ -89,6 +89,14 @@ def expert_rows(weight: torch.Tensor, expert: int, lora: ActiveLora | None) -> t
     swapped = lora is None or lora.extra["swapped"] or lora.extra["experts"] == 1
     # PEFT adds B A to a lone expert as it is, whatever the orientation.
     return one if swapped else one.t()
+
+
+def logical_shape(layer: LoraParameters) -> tuple[int, ...]:
+    """Return the shape of a packed linear layer's or embedding's weight that its first acting adapter fits."""
+    lora = layer.loras[0]
+    inputs, outputs = lora.a.shape[1] * int(lora.extra.get("blocks_a", 1)), lora.b.shape[0]
+    swapped = layer.kind == "embedding" or layer.transposed
+    return (inputs, outputs) if swapped else (outputs, inputs)
 
 
 def explain_misfit(lora: ActiveLora, weight: torch.Tensor, kind: str, transposed: bool) -> str | None:
