@@ -29,6 +29,7 @@ from bridge.collection import Collection
 from bridge.config import Config
 from bridge.coordinator.base_weights_check import BaseWeightsCheck
 from bridge.coordinator.health import HealthReport, orphaned_memory
+from bridge.coordinator.unused_tensors import require_equal_partners
 from bridge.errors import (
     BridgeError,
     Busy,
@@ -44,7 +45,7 @@ from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or
 from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import validate
 from bridge.model.receipt import Receipt
-from bridge.ports import ModeChoice, Snapshot, SnapshotLayout, TrainerPort, Written
+from bridge.ports import ModeChoice, Snapshot, SnapshotLayout, TrainerPort, Written, expect
 from bridge.protocol.codec import ErrorInfo
 from bridge.protocol.coordinator_messages import (
     Accepted,
@@ -62,6 +63,7 @@ from bridge.protocol.coordinator_messages import (
     HealthRequest,
     History,
     HistoryRequest,
+    PlanAnswer,
     Planned,
     PlanRequest,
     Reference,
@@ -69,6 +71,7 @@ from bridge.protocol.coordinator_messages import (
     StatusRequest,
     SubmitRequest,
     ToCoordinator,
+    Unproven,
 )
 from bridge.protocol.deadline import Deadline
 from bridge.push_settings import PushArguments, PushSettings, check_settings
@@ -295,7 +298,7 @@ class Bridge:
     def _write(
         self, snapshot: Snapshot, agreed: _Agreed, slot: _Slot, settings: PushSettings, deadline: Deadline
     ) -> Written:
-        return self._trainer.write(
+        written = self._trainer.write(
             snapshot,
             agreed.arena,
             slot.index,
@@ -304,7 +307,11 @@ class Bridge:
             allow_nonfinite=settings.allow_nonfinite,
             threads=self._threads,
             deadline=deadline,
+            unused=agreed.planned.unused,
         )
+
+        require_equal_partners(agreed.planned, written.seal)
+        return written
 
     def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:
         """Find the plan for this layout: the last one while nothing changed, else every engine plans it."""
@@ -313,7 +320,7 @@ class Bridge:
         if last is not None and last.layout is snapshot.layout and last.partial == partial:
             return last
         request = PlanRequest(snapshot.layout.tensors, partial, self._trainer.bound, snapshot.adapter)
-        planned = self._call(request, Planned, self.config.plan_timeout_s)
+        planned = self._plan(request, snapshot)
         arena = last.arena if last is not None else None
         if arena is None or str(arena.path) != planned.path:
             if arena is not None:
@@ -322,6 +329,16 @@ class Bridge:
             arena = Arena.open(Path(planned.path), validate(planned.manifest), writable=True)
         agreed = self._agreed[kind] = _Agreed(snapshot.layout, partial, planned, arena)
         return agreed
+
+    def _plan(self, request: PlanRequest, snapshot: Snapshot) -> Planned:
+        """Ask for a plan; where engines have no place for some tensors, show first that the bound model's logits do not
+        depend on them. Raises UnexpectedTensor."""
+        answer = self._call(request, PlanAnswer, self.config.plan_timeout_s)
+        if isinstance(answer, Unproven):
+            self._trainer.prove_independent(answer.names, snapshot, ", ".join(answer.engines))
+            request = msgspec.structs.replace(request, independent=answer.names)
+            answer = self._call(request, PlanAnswer, self.config.plan_timeout_s)
+        return expect(answer, Planned, self.name)
 
     def _begin(self, agreed: _Agreed, version: int | None, *, over_base: bool) -> tuple[_Slot, tuple[str, ...]]:
         """Ask for a slot. An adapter is only right over the base that it was trained on, so before the first one the

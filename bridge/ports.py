@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -194,11 +194,17 @@ class TrainerPort(Protocol):
         allow_nonfinite: bool,
         threads: int,
         deadline: Deadline,
+        unused: Collection[str] = (),
     ) -> Written:
-        """Open the slot, cast every tensor into it, and seal it as `version`; tensors that are not in the snapshot are
-        carried over from slot `base`. Blocks for one pass over the bytes. Raises IntegrityError when the model's LoRA
-        state has changed since it was collected, DeadlineExceeded when the copying threads outlast the deadline; then
-        the slot is left unsealed."""
+        """Open the slot, cast every tensor but those of `unused` into it, and seal it as `version`; tensors that are
+        not in the snapshot are carried over from slot `base`. Blocks for one pass over the bytes. Raises IntegrityError
+        when the model's LoRA state has changed since it was collected, DeadlineExceeded when the copying threads
+        outlast the deadline; then the slot is left unsealed."""
+        ...
+
+    def prove_independent(self, names: Sequence[str], snapshot: Snapshot, engines: str) -> None:
+        """Show that the bound model's text logits do not depend on tensors of a snapshot for which `engines` have no
+        place. Blocks for a short forward. Raises UnexpectedTensor for those of which it cannot be shown."""
         ...
 
     def reference(

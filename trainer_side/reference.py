@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from trainer_side.shielded.guards import LiveState, LiveTensorReached, Reference
 from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.shielded.undo import Undo
+
+T = TypeVar("T")
 
 _ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
 _TRANSPARENT = ("_orig_mod", "module")
@@ -56,51 +58,77 @@ def reference_logprobs(
         IntegrityError: the model changed meanwhile.
         DeadlineExceeded: the forward outlasted the deadline.
     """
+
+    def answers(double: nn.Module, copying: ModelCopier) -> list[list[float]]:
+        if calls is not None:
+            calls.watch(copying)
+        return _forward(double, prompts)
+
+    return call_on_copy(model, prompts, answers, copier, deadline=deadline)
+
+
+CallOnCopy = Callable[[nn.Module, ModelCopier], T]
+"""Gets the copy, and what made it and knows which tensor of the copy stands for which live one."""
+
+
+def call_on_copy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    call: CallOnCopy[T],
+    copier: type[ModelCopier] = ModelCopier,
+    *,
+    deadline: Deadline | None = None,
+) -> T:
+    """Call a function that runs forwards on a shielded copy of a model, under guards; the model stays as it was.
+
+    Args:
+        prompts: what the forwards are about; with them a copy without a closure's forward is compared with the model.
+        deadline: looked at before each operation of the forwards.
+
+    Raises ConfigError, IntegrityError and DeadlineExceeded as `reference_logprobs`, and what `call` raises.
+    """
     core = _core(model)
     _check_ids(core, prompts)
     before = LiveState(model)
     try:
         try:
-            return _score(model, core, copier, prompts, deadline, calls)
+            return _guarded(model, core, copier, call, deadline)
         except LiveTensorReached as reached:
             _require_class_forward(model, core, prompts, reached.name, deadline)
-            return _score(model, core, copier, prompts, deadline, calls, class_forwards=True)
+            return _guarded(model, core, copier, call, deadline, class_forwards=True)
     except LiveTensorReached as reached:
         raise _leads_back(model, reached.name, "the copy reaches the live model by another way too") from reached
     finally:
         before.require_unchanged()
 
 
-def _score(
+def _guarded(
     model: nn.Module,
     core: nn.Module,
     copier: type[ModelCopier],
-    prompts: Sequence[Sequence[int]],
+    call: CallOnCopy[T],
     deadline: Deadline | None,
-    calls: LayerCalls | None = None,
     *,
     class_forwards: bool = False,
-) -> list[list[float]]:
-    """Run a shielded copy over the prompts; with `class_forwards` without the forwards that were put on instances.
-    Raises LiveTensorReached."""
+) -> T:
+    """Make a shielded copy and call a function on it; with `class_forwards` without the forwards that were put on
+    instances. Raises LiveTensorReached."""
     copying = copier()  # lives as long as the copy, which may refer to some of it weakly
     double = _core(copying.copy(core))
     if class_forwards:
         for module in double.modules():
             vars(module).pop("forward", None)
-    if calls is not None:
-        calls.watch(copying)
     with ReferenceGuard(model, copying.lent, deadline=deadline):
-        return _forward(double, prompts)
+        return call(double, copying)
 
 
 def _forward(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
     scores: list[list[float]] = [[] for _ in prompts]
-    with torch.no_grad(), _quiet(model):
+    with torch.no_grad(), quiet(model):
         for length in sorted({len(prompt) for prompt in prompts if len(prompt) > 1}):
             rows = [k for k, prompt in enumerate(prompts) if len(prompt) == length]
-            ids = torch.tensor([list(prompts[k]) for k in rows], dtype=torch.long, device=_input_device(model))
-            logits = _logits(model, ids)
+            logits = forward_logits(model, [prompts[k] for k in rows])
+            ids = torch.tensor([list(prompts[k]) for k in rows], dtype=torch.long)
             values = torch.log_softmax(logits[:, :-1].float(), dim=-1)
             picked = values.gather(-1, ids[:, 1:].to(values.device).unsqueeze(-1)).squeeze(-1)
             for k, row in zip(rows, picked.tolist(), strict=True):
@@ -112,7 +140,9 @@ def _require_class_forward(
     model: nn.Module, core: nn.Module, prompts: Sequence[Sequence[int]], reached: str, deadline: Deadline | None
 ) -> None:
     """Raise ConfigError unless the classes' forwards answer as the live model, which is called for it, does."""
-    plain = _score(model, core, ModelCopier, prompts, deadline, class_forwards=True)
+    plain = _guarded(
+        model, core, ModelCopier, lambda double, _: _forward(double, prompts), deadline, class_forwards=True
+    )
     undo = Undo(core)
     try:
         with ReferenceGuard(model, undo.lent, live=False, deadline=deadline):
@@ -193,8 +223,10 @@ def _input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Run one forward; returns logits [rows, tokens, vocabulary]."""
+def forward_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Run one forward over prompts of one length; returns logits [rows, tokens, vocabulary]. Raises ConfigError for a
+    model that gives none."""
+    ids = torch.tensor([list(row) for row in rows], dtype=torch.long, device=_input_device(model))
     try:
         logits = getattr(model(input_ids=ids), "logits", None)
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError) as error:
@@ -218,7 +250,7 @@ def _not_a_language_model(model: nn.Module, got: str) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Set eval mode, without autocast; put random states back after."""
     legacy, plain = np.random.get_state(), random.getstate()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError, MissingTensor, UnexpectedTensor
+from bridge.errors import SAME_MODEL, BridgeError, ConfigError, MissingTensor, UnexpectedTensor
 from bridge.model import canary
 from bridge.model.lora_format import LoraLimits
 from bridge.model.manifest import TensorInfo
@@ -18,16 +18,20 @@ from bridge.protocol.coordinator_messages import Reference
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.seal import seal_slot
+from trainer_side.independence import find_dependent
 from trainer_side.lora.base_fingerprint import base_fingerprint
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import WithoutLora
+from trainer_side.names.naming import live_tensors
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, vocabulary_size
 from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.snapshot.snapshotter import Snapshotter
+
+BIND_REMEDY = "bind the model (b.bind(model)): what its logits do not depend on may stay unused"
 
 
 class TrainerSide:
@@ -180,6 +184,7 @@ class TrainerSide:
         allow_nonfinite: bool,
         threads: int,
         deadline: Deadline,
+        unused: Collection[str] = (),
     ) -> Written:
         """Copy the collected tensors into the slot and seal it; blocks for one pass over them, until the deadline.
 
@@ -194,7 +199,9 @@ class TrainerSide:
             writer = self._snapshotters[kind] = Snapshotter(arena, threads)
         arena.begin(slot)
         try:
-            copied = writer.write(slot, collected, base=base, allow_nonfinite=allow_nonfinite, deadline=deadline)
+            copied = writer.write(
+                slot, collected, base=base, allow_nonfinite=allow_nonfinite, deadline=deadline, unused=unused
+            )
         except (BridgeError, RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             # A layer that another thread takes away while it is read fails anywhere, with errors that help nobody.
             if self._lora is not None:
@@ -246,11 +253,36 @@ class TrainerSide:
         view = cast("Collected", snapshot).state
         return self._lora.doubts(view) if self._lora is not None and isinstance(view, ModeView) else ()
 
+    def prove_independent(self, names: Sequence[str], snapshot: Snapshot, engines: str) -> None:
+        """Show that the bound model's text logits do not depend on these tensors of a snapshot, for which `engines`
+        have no place. Raises UnexpectedTensor for those on which they depend, or where nothing can be shown."""
+        state = snapshot.state if isinstance(snapshot, Collected) else None
+        known = state.known if isinstance(state, ModeView) else self._source.map
+        if self._model is None or known is None:
+            raise _has_no_place(names, engines, "no bound model, so that it cannot be shown", BIND_REMEDY)
+        try:
+            dependent = find_dependent(self._model, live_tensors(self._model, known, names))
+        except ConfigError as error:
+            raise _has_no_place(names, engines, f"nothing could be shown: {error}", SAME_MODEL) from error
+        if dependent:
+            raise _has_no_place(dependent, engines, "logits that change with them", SAME_MODEL)
+
     def close(self) -> None:
         """Stop the copying threads and let go of the arenas. Idempotent."""
         for writer in self._snapshotters.values():
             writer.close()
         self._snapshotters.clear()
+
+
+def _has_no_place(names: Sequence[str], engines: str, got: str, remedy: str) -> UnexpectedTensor:
+    return UnexpectedTensor(
+        "the engine has no place for these tensors",
+        where=f"{some_names(names)} -> {engines}",
+        expected="tensors that its own loader uses, or on which the bound model's text logits do not depend",
+        got=got,
+        remedy=remedy,
+        names=tuple(names),
+    )
 
 
 def _require_unchanged(lora: LoraModel, snapshot: Collected, cause: BaseException | None = None) -> None:

@@ -28,6 +28,7 @@ from bridge.coordinator.owner_thread import OwnerThread
 from bridge.coordinator.push_run import PushRunner
 from bridge.coordinator.reports import scope_of
 from bridge.coordinator.rollback import find_rollback
+from bridge.coordinator.unused_tensors import unproven_of
 from bridge.coordinator.versions import AgreedPlan, Held, OpenPush, Served, Versions
 from bridge.errors import BridgeError, Busy, Closed, ConfigError, DeadlineExceeded, NotFound, ProtocolError
 from bridge.journal.ledger import Ledger
@@ -57,6 +58,7 @@ from bridge.protocol.coordinator_messages import (
     StatusRequest,
     SubmitRequest,
     ToCoordinator,
+    Unproven,
     WaitRequest,
 )
 from bridge.protocol.deadline import Deadline
@@ -198,18 +200,25 @@ class Coordinator:
 
     # ---- plan, begin, submit, wait ----------------------------------------------------------------------------------
 
-    def _plan(self, request: PlanRequest, deadline: Deadline) -> Planned:
+    def _plan(self, request: PlanRequest, deadline: Deadline) -> Planned | Unproven:
         with self._lock:
             self._refuse_when_busy()
-            plan = self._layouts.serving(request)
+            plan: AgreedPlan | Unproven | None = self._layouts.serving(request)
         if plan is None:
             plan = self._owner.run(lambda: self._make_plan(request, deadline), deadline, "planning the layout")
-        return Planned(plan.id, plan.arena.manifest, str(plan.arena.path))
+        if isinstance(plan, Unproven):
+            return plan
+        unused = plan.unused
+        return unproven_of(unused, request) or Planned(
+            plan.id, plan.arena.manifest, str(plan.arena.path), tuple(unused.everywhere), dict(unused.partners)
+        )
 
-    def _make_plan(self, request: PlanRequest, deadline: Deadline) -> AgreedPlan:
+    def _make_plan(self, request: PlanRequest, deadline: Deadline) -> AgreedPlan | Unproven:
         self._planning = True
         try:
             plan = self._layouts.serving(request) or self._layouts.make(request, self._versions, deadline)
+            if isinstance(plan, Unproven):
+                return plan
             with self._lock:  # a push that was begun through the former plan keeps its arena
                 in_use = self._open.plan if self._open is not None else None
             self._layouts.drop_unheld(self._versions, in_use)

@@ -12,13 +12,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from bridge.coordinator import manifest_agreement
 from bridge.coordinator.engines import Fleet
+from bridge.coordinator.unused_tensors import find_unused, unproven_of
 from bridge.coordinator.versions import AgreedPlan, Served, Versions
 from bridge.errors import ProtocolError
-from bridge.protocol.coordinator_messages import PlanRequest
+from bridge.protocol.coordinator_messages import PlanRequest, Unproven
 from bridge.protocol.deadline import Deadline
-from bridge.protocol.rank_jobs import MapJob, RankDone
+from bridge.protocol.rank_jobs import MapJob, RankBake, RankDone
 from bridge.shm.arena import Arena
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class Layouts:
         self.weights: AgreedPlan | None = None
         self.lora: AgreedPlan | None = None
         self._untold = False  # engines may know a plan that came to nothing
+        self._unproven: tuple[PlanRequest, int, dict[str, list[RankBake]]] | None = None  # baked, and not agreed yet
         self.outdated = False  # some plan is no current one any more, and is kept for the version that lies in it
         # ids that no other coordinator uses: an engine may remember a plan of the one before
         self._next = int.from_bytes(os.urandom(4), "little") << 16
@@ -58,19 +62,26 @@ class Layouts:
             return None
         return plan if manifest_agreement.serves(plan.tensors, plan.partial, request) else None
 
-    def make(self, request: PlanRequest, versions: Versions, deadline: Deadline) -> AgreedPlan:
+    def make(self, request: PlanRequest, versions: Versions, deadline: Deadline) -> AgreedPlan | Unproven:
         """Bake in every engine, agree on a manifest, create its arena, have the engines map it, and make the plan the
         current one of its kind. Blocks (owner thread); on an error nothing has changed.
 
         A new weights arena first receives what the engines serve now, so that the next push can be undone. Call
-        `drop_unheld` afterwards.
+        `drop_unheld` afterwards. Where the trainer has to show something first, engines keep what they have baked for
+        the request that brings it.
         """
-        plan_id, self._next = self._next, self._next + 1
         arena: Arena | None = None
         try:
-            manifest = manifest_agreement.agree(request, self._fleet.bake(plan_id, request, deadline))
+            plan_id, baked = self._bake(request, deadline)
+            unused = find_unused(request, baked)
+            unproven = unproven_of(unused, request)
+            if unproven is not None:
+                self._unproven = request, plan_id, baked
+                self._untold = self.outdated = True
+                return unproven
+            manifest = manifest_agreement.agree(request, baked, unused)
             arena = Arena.create(manifest, name=self._name, directory=self._shm_dir, journal=self._journal)
-            plan = AgreedPlan(plan_id, request.tensors, request.partial, arena, request.lora)
+            plan = AgreedPlan(plan_id, request.tensors, request.partial, arena, request.lora, unused)
             self._fleet.run_all(MapJob(plan_id, str(arena.path), manifest, tuple(self._plans)), RankDone, deadline)
             if plan.lora is None:
                 carried = self._carry(plan, versions.committed, deadline)
@@ -89,6 +100,14 @@ class Layouts:
             self.lora = plan
         self.outdated = True
         return plan
+
+    def _bake(self, request: PlanRequest, deadline: Deadline) -> tuple[int, dict[str, list[RankBake]]]:
+        """Have every rank plan the request, unless they have done so for the last one, which lacked a proof."""
+        last, self._unproven = self._unproven, None
+        if last is not None and last[0] == msgspec.structs.replace(request, independent=last[0].independent):
+            return last[1], last[2]
+        plan_id, self._next = self._next, self._next + 1
+        return plan_id, self._fleet.bake(plan_id, request, deadline)
 
     def _carry(self, plan: AgreedPlan, served: Served | None, deadline: Deadline) -> Served | None:
         """Put what the engines serve now into a slot of a new weights arena; what can be returned to from then on.
@@ -115,7 +134,7 @@ class Layouts:
             _discard(self._plans.pop(plan.id).arena)
         self.outdated = len(self._plans) > (self.weights is not None) + (self.lora is not None)
         if old or self._untold:
-            self._untold = False
+            self._untold, self._unproven = False, None
             self._fleet.forget(tuple(self._plans), Deadline.after(FORGET_TIMEOUT_S))
 
     def close(self) -> None:

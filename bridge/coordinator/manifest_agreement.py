@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from bridge.errors import SAME_MODEL, DtypeMismatch, ShapeMismatch, UnexpectedTensor
+from bridge.coordinator.unused_tensors import ALL_USED, Unused
+from bridge.errors import SAME_MODEL, DtypeMismatch, ShapeMismatch
 from bridge.model.dtypes import CODES, FLOATS, INTEGERS
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense, source_coverage
@@ -34,16 +35,19 @@ def _alike(one: TensorInfo, other: TensorInfo) -> bool:
     return one.shape == other.shape and (one.dtype == other.dtype or {one.dtype, other.dtype} <= FLOATS)
 
 
-def agree(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -> Manifest:
-    """The manifest that all plans agree on: per tensor the dtype that every rank shares, else the trainer's own.
+def agree(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]], unused: Unused = ALL_USED) -> Manifest:
+    """The manifest that all plans agree on: per tensor the dtype that every rank shares, else the trainer's own. What
+    no engine uses is not in it: a tower takes neither time nor shared memory where nobody reads it.
 
-    Raises UnexpectedTensor for a tensor that some engine uses nowhere, ShapeMismatch for one it reads only in part,
-    DtypeMismatch for integers that the engines hold in different dtypes.
+    Raises ShapeMismatch for a tensor that an engine reads only in part, DtypeMismatch for integers that the engines
+    hold in different dtypes.
     """
     for engine, ranks in baked.items():
-        _all_used(engine, request, ranks)
-    tensors = []
+        _all_whole(engine, request, ranks)
+    tensors: dict[str, TensorInfo] = {}
     for info in request.tensors:
+        if info.name in unused.everywhere:
+            continue
         dtypes = {rank.dtypes[info.name] for ranks in baked.values() for rank in ranks if info.name in rank.dtypes}
         if len(dtypes) > 1 and info.dtype in INTEGERS:
             raise DtypeMismatch(
@@ -55,28 +59,16 @@ def agree(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -> Mani
                 names=(info.name,),
             )
         dtype = dtypes.pop() if len(dtypes) == 1 else info.dtype
-        tensors.append(TensorInfo(info.name, dtype, info.shape, info.aliases))
-    return lay_out(tensors)
+        tensors[info.name] = TensorInfo(info.name, dtype, info.shape, info.aliases)
+    for name, partner in unused.partners.items():  # compared as they would land
+        if name in tensors and partner in tensors:
+            held = tensors[name]
+            tensors[name] = TensorInfo(held.name, tensors[partner].dtype, held.shape, held.aliases)
+    return lay_out(tensors.values())
 
 
-def _all_used(engine: str, request: PlanRequest, ranks: Sequence[RankBake]) -> None:
-    """Every sent element must be read by some rank: experts and pipeline stages split tensors over ranks."""
-    unread = {info.name for info in request.tensors}
-    for rank in ranks:
-        unread &= set(rank.unread)
-    if unread:
-        names = tuple(sorted(unread))
-        raise UnexpectedTensor(
-            "the engine has no place for these tensors",
-            where=f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} -> {engine}",
-            expected="only names that the engine's own loader uses",
-            got=f"{len(names)} unused of {len(request.tensors)} sent",
-            remedy="bind and push the part of the model that the engine runs (a policy behind a value head: "
-            f"model.pretrained_model), or {SAME_MODEL}"
-            if request.bound
-            else f"bind the model (b.bind(model)) so that live names become checkpoint names, or {SAME_MODEL}",
-            names=names,
-        )
+def _all_whole(engine: str, request: PlanRequest, ranks: Sequence[RankBake]) -> None:
+    """Every element of a tensor that is read must be read by some rank: experts and pipeline stages split tensors."""
     partly = [info for info in request.tensors if any(info.name in rank.read for rank in ranks)]
     regions: list[tuple[str, Region]] = []
     for rank in ranks:

@@ -69,4 +69,5 @@ def receipt_of(target: PushTarget, verdict: Verdict, request: SubmitRequest | No
         at=time.time(),
         error=None if verdict.error is None else str(verdict.error),
         notes=(*(request.notes if request else ()), *scope_of(target.held.plan), *verdict.notes),
+        unused=dict(target.held.plan.unused.by_engine),
     )

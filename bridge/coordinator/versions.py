@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from bridge.coordinator.unused_tensors import ALL_USED, Unused
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Reference
@@ -13,13 +14,15 @@ from bridge.shm.arena import Arena, Seal
 
 @dataclass(frozen=True, eq=False)
 class AgreedPlan:
-    """A layout that every engine has planned, with its arena; of the model's weights or (with `lora`) of an adapter."""
+    """A layout that every engine has planned, with its arena; of the model's weights or (with `lora`) of an adapter.
+    `unused`: what of it engines have no place for."""
 
     id: int
     tensors: tuple[TensorInfo, ...]
     partial: bool
     arena: Arena
     lora: LoraSpec | None = None
+    unused: Unused = ALL_USED
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,18 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
-    """One tensor as the trainer announces it, before it has a place in an arena."""
+    """One tensor as the trainer announces it, before it has a place in an arena.
+
+    `aliases` are other names of the same trainer storage. `shared` are those of them that a checkpoint holds as tensors
+    of their own (a layer that is used twice), so that an engine has to have a place for each; the others, such as a
+    head that the model's library ties, it leaves out.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
 
 def aligned(nbytes: int, align: int = ALIGN) -> int:

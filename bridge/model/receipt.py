@@ -136,7 +136,8 @@ class Receipt(msgspec.Struct, frozen=True):
 
     `nbytes` counts the tensors of the version, `wire_nbytes` those written to the arena for it (unchanged tensors are
     not). `phases` and `pause_s` are seconds; `pause_s` is the longest time that any engine did not serve.
-    `verified` is "partial" when some module was checked by the canary alone.
+    `verified` is "partial" when some module was checked by the canary alone. `unused` lists, by engine, the tensors
+    that were pushed and that the engine has no place for.
     """
 
     version: int
@@ -154,6 +155,7 @@ class Receipt(msgspec.Struct, frozen=True):
     at: float = 0.0
     error: str | None = None
     notes: tuple[str, ...] = ()
+    unused: dict[str, tuple[str, ...]] = {}
 
     @property
     def kept(self) -> tuple[str, ...]:

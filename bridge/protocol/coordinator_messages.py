@@ -74,12 +74,14 @@ class StatusRequest(Message, frozen=True):
 
 class PlanRequest(Message, frozen=True):
     """Announce a layout and have every engine plan it. `bound`: a model is bound, so names are canonical. With `lora`
-    the tensors are an adapter's."""
+    the tensors are an adapter's. `independent`: names of which the trainer has shown that its logits do not depend on
+    them."""
 
     tensors: tuple[TensorInfo, ...]
     partial: bool
     bound: bool
     lora: LoraSpec | None = None
+    independent: tuple[str, ...] = ()
 
 
 class BeginRequest(Message, frozen=True):
@@ -208,12 +210,31 @@ class DaemonStatus(Message, frozen=True):
     adapter: int | None = None
 
 
-class Planned(Message, frozen=True):
-    """Write manifest-shaped versions into the arena at `path`, under the id `plan`."""
+class PlanAnswer(Message, frozen=True):
+    """The answer to a PlanRequest: `Planned` or `Unproven`."""
+
+
+class Planned(PlanAnswer, frozen=True):
+    """Write manifest-shaped versions into the arena at `path`, under the id `plan`.
+
+    Attributes:
+        unused: announced tensors that no engine uses; the manifest lacks them.
+        partners: tensors that an engine ties to another one -> that one. A version is right only where they are equal.
+    """
 
     plan: int
     manifest: Manifest
     path: str
+    unused: tuple[str, ...] = ()
+    partners: dict[str, str] = {}
+
+
+class Unproven(PlanAnswer, frozen=True):
+    """There is no plan yet: `engines` have no place for these names, and the trainer has to show first that its logits
+    do not depend on them."""
+
+    names: tuple[str, ...]
+    engines: tuple[str, ...]
 
 
 class Begun(Message, frozen=True):
@@ -270,5 +291,15 @@ class Explained(Message, frozen=True):
 
 
 FromCoordinator = (
-    DaemonStatus | Planned | Begun | Compared | Accepted | Finished | HealthFacts | History | Explained | Refused
+    DaemonStatus
+    | Planned
+    | Unproven
+    | Begun
+    | Compared
+    | Accepted
+    | Finished
+    | HealthFacts
+    | History
+    | Explained
+    | Refused
 )

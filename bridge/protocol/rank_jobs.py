@@ -143,7 +143,8 @@ class RankBake(Message, frozen=True):
     Attributes:
         dtypes: sent tensor -> dtype in which it lands.
         read: source regions of tensors that this rank reads only in part (absent: whole).
-        unread: tensors that this rank does not touch at all.
+        unread: names that this rank has no place for. `placeholders`: those of them where a module stands that holds
+            nothing. `partners`: those that this rank ties to what another tensor fills -> that tensor.
         coverage: proof that the plan writes every element of this rank once. It depends on nothing that a push
             changes, so it is computed with the plan and reported by every push through it.
     """
@@ -151,6 +152,8 @@ class RankBake(Message, frozen=True):
     digest: bytes
     dtypes: dict[str, str]
     unread: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
+    partners: dict[str, str] = {}
     read: dict[str, tuple[Region, ...]] = {}
     strategies: dict[str, int] = {}
     native: dict[str, str] = {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError
+from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError, UnexpectedTensor
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
 from bridge.model.regions import Region, dense
 from bridge.protocol.rank_jobs import RankBake
@@ -102,6 +102,7 @@ class Loader:
         host: the engine's rank half.
         tensors: the tensors that the trainer announced; baked at once, in the form of the engine's checkpoint.
         partial: a subset of the model is meant; the rest stays untouched.
+        unknown_allowed: names for which there is no place are no problem if nothing is missing: the caller decides.
         threads: how many threads copy and compare; torch's own thread count is left alone.
 
     Attributes:
@@ -121,7 +122,13 @@ class Loader:
     """
 
     def __init__(
-        self, host: RankHost, tensors: Sequence[TensorInfo], *, partial: bool = False, threads: int = 1
+        self,
+        host: RankHost,
+        tensors: Sequence[TensorInfo],
+        *,
+        partial: bool = False,
+        unknown_allowed: bool = False,
+        threads: int = 1,
     ) -> None:
         self.host = host
         self.threads = max(1, threads)
@@ -133,12 +140,14 @@ class Loader:
         # A tensor that does not fit explains what is missing; an incomplete group says more about it than a hole does.
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
-        self.problems: tuple[BridgeError, ...] = (
+        found: tuple[BridgeError, ...] = (
             *with_accepted_shapes(host, self.baked, others),
             *find_incomplete_groups(self.baked),
             *waiting_tensors(host, self.baked),
             *holes,
         )
+        undecided = unknown_allowed and all(isinstance(problem, UnexpectedTensor) for problem in found)
+        self.problems = () if undecided else found
         self.mapped = ArenaMap()
         self.codes: QuantisedSlots | None = None
         self._seal_of: Callable[[int], Seal | None] = lambda _: None
@@ -161,9 +170,9 @@ class Loader:
             self.sources_of[path] = frozenset(
                 p for p in self.decided.choices if id(template.get_submodule(p)) in around
             )
-        found = {path: choice.kept for path, choice in self.decided.choices.items()}
+        kept = {path: choice.kept for path, choice in self.decided.choices.items()}
         pairs = [each for each in side_by_side(self.baked.skeleton, host.model) if each[0] not in self.decided.derived]
-        self.caches = ForwardCaches(host.model, pairs, found)  # what a loader or post-load sets is no cache
+        self.caches = ForwardCaches(host.model, pairs, kept)  # what a loader or post-load sets is no cache
         self.modules = BoundModules(host.model, (*self.decided.live.values(), *(module for _, module in self.derived)))
         self._moved: dict[str, None] = {}
 
@@ -214,6 +223,8 @@ class Loader:
             digest=baked.plan.digest,
             dtypes={name: dtype for name, dtype in baked.dtypes.items() if name not in added} | casts,
             unread=tuple(name for name in baked.unread if name not in added),
+            placeholders=baked.standing.placeholders,
+            partners=dict(baked.standing.partners),
             read={name: regions for name, regions in baked.read.items() if name not in added},
             strategies=dict(Counter([choice.strategy.value for choice in choices.values()])),
             native={path: c.reason for path, c in choices.items() if c.strategy is Strategy.NATIVE},
@@ -282,8 +293,11 @@ class Loader:
         Raises ProtocolError for a manifest that lacks a tensor of the plan or has it in another shape.
         """
         self.check()
+        unread = frozenset(self.baked.unread)
         for info in self.announced:
             spec = manifest.by_name.get(info.name)
+            if info.name in unread:
+                continue
             if spec is None or spec.shape != info.shape:
                 raise ProtocolError(
                     "the arena's manifest is not the plan's",

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from bridge.errors import GATHER, SAME_MODEL, BridgeError, ConfigError, OutOfMemory
+from bridge.errors import BridgeError, ConfigError, MissingTensor, OutOfMemory, UnexpectedTensor
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import (
     Coverage,
@@ -35,10 +35,8 @@ from engine_side.live.inplace import twin_parameter
 from engine_side.live.storage_layout import is_dense
 from engine_side.plan import loader_errors
 from engine_side.plan.experiment_errors import experiment_step
+from engine_side.plan.unplaced import Standing, find_standing, target_paths
 from engine_side.protocol import NamesUnloaded, RankHost
-
-MAX_OFFENDERS = 32
-"""Number of tensors that make a loader raise which are collected before the error is reported."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Baked:
         targets: every place of the skeleton, also those that a partial plan leaves out.
         infos: the tensors that it was baked for.
         dtypes: sent tensor -> wire name of the dtype it lands in; absent when it lands in several.
-        unread: sent tensors this rank does not touch: another rank may.
+        unread: names that this rank has no place for: another rank may. `standing`: what it has where they would go.
         read: source regions of tensors that this rank reads only in part.
         native_sources: module path -> tensors that its native load needs.
         problems: errors that make the plan unusable, most telling first. Empty in a sound plan.
@@ -93,6 +91,7 @@ class Baked:
     infos: tuple[TensorInfo, ...]
     dtypes: dict[str, str]
     unread: tuple[str, ...]
+    standing: Standing
     read: dict[str, tuple[Region, ...]]
     native_sources: dict[str, tuple[str, ...]]
     problems: tuple[BridgeError, ...]
@@ -128,8 +127,10 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     no tensor explains it; OutOfMemory.
     """
     wanted = tuple(infos)
-    offenders: dict[str, BridgeError] = {}
-    found = _offer_aliases(host, wanted, _trace_around(host, wanted, offenders), offenders)
+    first, refused = _trace_around(host, wanted)
+    used = {move.tensor for move in first.moves}
+    offenders = loader_errors.explain_refusals(host, refused, stand_ins(wanted) if refused else {}, used, trace)
+    found, placed = _offer_aliases(host, wanted, first, offenders)
     computed = _computed_from(host, wanted, found, offenders)
     native = _native(found, computed)
     reached = {move.target for move in found.moves}.union(found.tainted)
@@ -141,13 +142,19 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     problems.extend(loader_errors.broadcast_errors(plan.moves, wanted))
     problems.extend(loader_errors.coverage_errors(plan, dest_coverage(plan), wanted, partial))
     sources = {path: names for path, (_, names) in native.items()}
-    used = {move.tensor for move in plan.moves}.union(offenders, *sources.values())
+    misfits = {name for name, error in offenders.items() if not isinstance(error, UnexpectedTensor)}
+    used = {move.tensor for move in plan.moves}.union(misfits, *sources.values())
+    unread = [i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0]
+    if not any(isinstance(problem, MissingTensor) for problem in problems):
+        unread += _unplaced_aliases(host, wanted, found, placed)
+    standing = find_standing(unread, found.skeleton, found.targets.tensors, _filled(plan)) if unread else Standing()
     return Baked(
         plan=plan,
         targets=found.targets,
         infos=wanted,
         dtypes=_landing_dtypes(plan),
-        unread=tuple(i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0),
+        unread=tuple(unread),
+        standing=standing,
         read=_partly_read(wanted, plan.moves, sources),
         native_sources=sources,
         problems=loader_errors.merge_names(problems),
@@ -252,39 +259,75 @@ def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
     return tuple(out)
 
 
-def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...], offenders: dict[str, BridgeError]) -> Trace:
-    """Trace, leaving out the tensors at which the loader raises, one more at each try, so that all are found."""
+def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...]) -> tuple[Trace, dict[str, loader_errors.LoaderRaised]]:
+    """Trace, leaving out the tensors at which the loader raises; returns those with what it raised."""
     weights = stand_ins(infos)
-    for _ in range(MAX_OFFENDERS + 1):
+    refused: dict[str, loader_errors.LoaderRaised] = {}
+    while True:
+        left = {name: weight for name, weight in weights.items() if name not in refused}
         try:
-            return trace(host, {name: w for name, w in weights.items() if name not in offenders})
+            return trace(host, left), refused
         except loader_errors.LoaderRaised as raised:
-            name = raised.tensor
-            if name is None or name in offenders:
+            if raised.tensor is None or raised.tensor not in left:
                 raise ConfigError(
                     "the engine's own loader failed, and no tensor explains it",
                     where=type(host.model).__name__,
                     got=f"{type(raised.error).__name__}: {raised.error}",
                     remedy="load the same checkpoint into this engine to see its own error",
                 ) from raised.error
-            offenders[name] = loader_errors.explain_raise(host, raised, name, weights[name], trace)
-    first = next(iter(offenders.values()))
-    raise first.amended(
-        what=f"{first.what} (and at least {MAX_OFFENDERS} more tensors do not fit)",
-        remedy=GATHER if all(math.prod(i.shape) == 0 for i in infos if i.name in offenders) else SAME_MODEL,
-        names=tuple(offenders),
-    )
+            refused[raised.tensor] = raised
+            refused.update(offer_each(host, {n: w for n, w in left.items() if n != raised.tensor}).refused)
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The answer of a loader to each of some tensors: those of which elements went somewhere, and those at which it
+    raised. The others it swallowed."""
+
+    taken: frozenset[str]
+    refused: Mapping[str, loader_errors.LoaderRaised]
+
+
+def offer_each(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Offered:
+    """Find out which tensors the loader takes or refuses, however many: on one skeleton, it is called again after each
+    that it raises at, with those that it has not taken yet. Raises OutOfMemory."""
+    with experiment_step("building a skeleton", type(host.model).__name__):
+        skeleton = host.skeleton()
+        targets = collect_targets(skeleton, live_storages(host.model))
+    recorder = Recorder(weights, targets.tensors)
+    refused: dict[str, loader_errors.LoaderRaised] = {}
+    left, seen = dict(weights), 0
+    with recorder:
+        while left:
+            recorder.current = None
+            try:
+                with experiment_step("tracing the engine's loader", type(host.model).__name__, memory_only=True):
+                    host.load_weights(skeleton, recorder.feed(iter(list(left.items()))))
+                break
+            except OutOfMemory:
+                raise
+            except loader_errors.LOADER_ERRORS as error:
+                raised = loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights)
+            finally:
+                for move in recorder.moves[seen:]:
+                    left.pop(move.tensor, None)
+                seen = len(recorder.moves)
+            if raised.tensor is None or left.pop(raised.tensor, None) is None:
+                break  # it fails for a reason that no tensor explains: the next trace says so
+            refused[raised.tensor] = raised
+    return Offered(frozenset(move.tensor for move in recorder.moves), refused)
 
 
 def _offer_aliases(
     host: RankHost, infos: tuple[TensorInfo, ...], first: Trace, offenders: Mapping[str, BridgeError]
-) -> Trace:
-    """Offer tied tensors under their other names, for an engine that does not tie what the trainer ties."""
+) -> tuple[Trace, frozenset[str]]:
+    """Offer tied tensors under their other names, for an engine that does not tie what the trainer ties; returns also
+    the names that it takes."""
     aliases = [(alias, info) for info in infos for alias in info.aliases if info.name not in offenders]
     open_elements = sum(dest_coverage(_plan(first, {}, False)).holes.values()) if aliases else 0
     owner = {alias: info.name for alias, info in aliases}
     offered = {name: w for name, w in stand_ins(infos).items() if name not in offenders}
-    best = first
+    best, placed = first, set[str]()
     for alias, info in aliases:
         if not open_elements:
             break
@@ -297,8 +340,33 @@ def _offer_aliases(
         left = sum(coverage.holes.values())
         if left < open_elements and not coverage.overlaps:
             best, offered, open_elements = found, attempt, left
+            placed.add(alias)
     moves = tuple(Move(owner.get(m.tensor, m.tensor), m.source, m.target, m.dest) for m in best.moves)
-    return replace(best, moves=moves)
+    return replace(best, moves=moves), frozenset(placed)
+
+
+def _unplaced_aliases(host: RankHost, infos: tuple[TensorInfo, ...], found: Trace, placed: frozenset[str]) -> list[str]:
+    """List the names that the checkpoint has beside the one under which a tensor travels, and for which this rank has
+    no place: neither takes its loader them, nor are they other paths of what the tensor fills."""
+    shared = {alias: info for info in infos for alias in info.shared if alias not in placed}
+    asked = {alias: info for alias, info in shared.items() if math.prod(info.shape) > 0}
+    if not asked:
+        return []
+    filled = {move.target: move.tensor for move in found.moves}
+    paths = target_paths(found.skeleton, found.targets.tensors)
+    for alias in [a for a, info in asked.items() if filled.get(paths.get(a, "")) == info.name]:
+        del asked[alias]
+    weights = {a: torch.empty(info.shape, dtype=dtype_of(info.dtype), device="meta") for a, info in asked.items()}
+    taken = offer_each(host, weights).taken if weights else frozenset[str]()
+    return [alias for alias in asked if alias not in taken]
+
+
+def _filled(plan: RankPlan) -> dict[str, str]:
+    """Map each target to the sent tensor that fills it, where it is one alone."""
+    by_target: dict[str, set[str]] = {}
+    for move in plan.moves:
+        by_target.setdefault(move.target, set()).add(move.tensor)
+    return {target: next(iter(names)) for target, names in by_target.items() if len(names) == 1}
 
 
 def _computed_from(

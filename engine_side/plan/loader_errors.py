@@ -45,6 +45,11 @@ LOADER_ERRORS = (
 )
 """Exceptions that foreign loader code raises when weights do not fit it."""
 
+MISFITS_EXPLAINED = 32
+"""Number of tensors of a wrong shape or dtype, each of which takes a few traces to explain, before all are reported."""
+
+UNKNOWN_REMEDY = f"bind the model (b.bind(model)) so that live names become checkpoint names, or {SAME_MODEL}"
+
 MISSING_SHOWN = 8
 """Number of missing tensors that become an error of their own; `names` of the first lists all."""
 
@@ -82,32 +87,96 @@ class LoaderRaised(Exception):
                 break
 
 
+Tracer = Callable[[RankHost, Mapping[str, torch.Tensor]], "Trace"]
+
+
+def explain_refusals(
+    host: RankHost,
+    refused: Mapping[str, LoaderRaised],
+    weights: Mapping[str, torch.Tensor],
+    used: AbstractSet[str],
+    trace: Tracer,
+) -> dict[str, BridgeError]:
+    """Make the error of each tensor at which the loader raised. An unknown name stands for its whole subtree, of which
+    nothing is used: a vision tower has hundreds. Raises the first error when more than MISFITS_EXPLAINED do not fit.
+
+    Args:
+        weights: stand-ins of all that were announced.
+        used: names of tensors that the loader takes.
+    """
+    known = {prefix for name in used for prefix in _prefixes(name)} if refused else set[str]()
+    unknown: set[str] = set()
+    errors: dict[str, BridgeError] = {}
+    misfits: dict[str, BridgeError] = {}
+    for name, raised in refused.items():
+        subtree = next((prefix for prefix in _prefixes(name) if prefix not in known), name)
+        if (
+            subtree in unknown
+            and raised.target is None
+            and not isinstance(raised.error, (DtypeMismatch, ShapeMismatch))
+        ):
+            errors[name] = unknown_name(name, weights[name], raised.error)
+            continue
+        errors[name] = error = explain_raise(host, raised, name, weights[name], trace)
+        if isinstance(error, UnexpectedTensor):
+            unknown.add(subtree)
+            continue
+        misfits[name] = error
+        if len(misfits) > MISFITS_EXPLAINED:
+            first = next(iter(misfits.values()))
+            raise first.amended(
+                what=f"{first.what} (and at least {MISFITS_EXPLAINED} more tensors do not fit)",
+                remedy=SAME_MODEL if any(weights[misfit].numel() for misfit in misfits) else GATHER,
+                names=tuple(misfits),
+            )
+    return errors
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield the paths of the modules around a tensor, widest first."""
+    end = name.find(".")
+    while end >= 0:
+        yield name[:end]
+        end = name.find(".", end + 1)
+
+
+def unknown_name(name: str, weight: torch.Tensor, error: BaseException) -> UnexpectedTensor:
+    """Make the error for a tensor that the loader does not know, whatever it raised."""
+    if isinstance(error, UnexpectedTensor) and error.names:
+        expected = error.expected or "a name of the checkpoint that this engine runs"
+        return error.amended(expected=expected, remedy=UNKNOWN_REMEDY)
+    return UnexpectedTensor(
+        "the engine's loader does not know this tensor",
+        where=name,
+        expected="a name of the checkpoint that this engine runs",
+        got=f"{list(weight.shape)} {dtype_name(weight.dtype)}; the loader said {type(error).__name__}: {error}",
+        remedy=UNKNOWN_REMEDY,
+        names=(name,),
+    )
+
+
 def explain_raise(
     host: RankHost,
     raised: LoaderRaised,
     name: str,
     weight: torch.Tensor,
-    trace: Callable[[RankHost, Mapping[str, torch.Tensor]], Trace],
+    trace: Tracer,
 ) -> BridgeError:
     """Make the error of our tree for a tensor at which the loader raised.
 
     The tensor is loaded once more alone, so that the frames can only be about it. If the loader had picked a parameter,
     the name is known and the shape is wrong; otherwise the name is unknown.
     """
-    unknown = f"bind the model so that live names become checkpoint names, or {SAME_MODEL}"
     other = SAME_MODEL if weight.numel() else GATHER
     turn = "push its transpose: tensor.mT"
     error = raised.error
     if isinstance(error, DtypeMismatch) and error.names:
         return error
     turned = _transposed_that_fits(host, name, weight, trace)
+    if isinstance(error, UnexpectedTensor) and error.names and turned is None:
+        return unknown_name(name, weight, error)
     if isinstance(error, (UnexpectedTensor, ShapeMismatch)) and error.names:
-        remedy, expected = other, error.expected
-        if isinstance(error, UnexpectedTensor):
-            remedy, expected = unknown, expected or "a name of the checkpoint that this engine runs"
-        if turned is not None:
-            remedy = turn
-        return error.amended(expected=expected, remedy=remedy)
+        return error.amended(remedy=other if turned is None else turn)
     try:
         trace(host, {name: weight})
         alone = raised
@@ -116,14 +185,7 @@ def explain_raise(
     said = f"{type(error).__name__}: {error}".removesuffix(": ")
     shape = tuple(weight.shape)
     if alone.target is None and turned is None:
-        return UnexpectedTensor(
-            "the engine's loader does not know this tensor",
-            where=name,
-            expected="a name of the checkpoint that this engine runs",
-            got=f"{list(shape)} {dtype_name(weight.dtype)}; the loader said {said}",
-            remedy=unknown,
-            names=(name,),
-        )
+        return unknown_name(name, weight, error)
     where = f"{name} -> {alone.target[0]}" if alone.target else name
     if turned is not None:
         expected = f"{list(turned)}"
@@ -161,7 +223,7 @@ def _transposed_that_fits(
     host: RankHost,
     name: str,
     weight: torch.Tensor,
-    trace: Callable[[RankHost, Mapping[str, torch.Tensor]], Trace],
+    trace: Tracer,
 ) -> tuple[int, ...] | None:
     """The transposed shape of a tensor, when the loader takes that one whole."""
     shape = tuple(weight.shape)

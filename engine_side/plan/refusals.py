@@ -1,5 +1,5 @@
 """Find out, once a push is refused, what its error should say: which shape the engine's loader takes for a name, which
-tensors it takes only together, which one it ties to another.
+tensors it takes only together.
 
 No table of names: candidates come from the checkpoint that the engine was started from and from the sizes that its
 modules hold, and the engine's own loader confirms them. Each trial is one trace on a fresh skeleton; it writes nothing.
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from bridge.errors import SAME_MODEL, BridgeError, MissingTensor, ShapeMismatch, UnexpectedTensor
+from bridge.errors import BridgeError, MissingTensor, ShapeMismatch
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import source_coverage
 from bridge.model.torch_dtypes import dtype_of
@@ -126,32 +126,6 @@ class Feeders:
         wanted = set(targets)
         names = dict.fromkeys(m.tensor for m in self._moves if m.target in wanted and m.tensor not in self._sent)
         return [self._known[name] for name in names if name in self._known]
-
-
-# ---- ties ------------------------------------------------------------------------------------------------------------
-
-
-def tied_tensors(baked: Baked, unread: Iterable[str]) -> Iterator[UnexpectedTensor]:
-    """Report unread tensors for which the engine has a name, but no storage: it ties them to another one."""
-    names: dict[int, list[str]] = {}
-    for path, module in baked.skeleton.named_modules(remove_duplicate=False):
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
-    for name in unread:
-        for group in names.values():
-            mine = [path for path in group if path == name or path.endswith(f".{name}") or name.endswith(f".{path}")]
-            others = [path for path in group if path not in mine]
-            if mine and others:
-                yield UnexpectedTensor(
-                    "the engine ties this tensor to another one, which is the only one that it reads",
-                    where=f"{name} -> {mine[0]}",
-                    expected=f"one tensor under both names: {mine[0]} is {others[0]}",
-                    got=f"{name} as a tensor of its own",
-                    remedy="tie them in the trainer as well (model.config.tie_word_embeddings = True, "
-                    f"model.tie_weights(), then b.bind(model)), or {SAME_MODEL}",
-                    names=(name,),
-                )
 
 
 def _checkpoint(host: RankHost) -> tuple[TensorInfo, ...]:

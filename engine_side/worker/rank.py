@@ -25,7 +25,6 @@ from engine_side.live.bindings import AttributeSnapshot
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.refusals import tied_tensors
 from engine_side.protocol import RankHost
 from engine_side.verify.verify import Verifier
 from engine_side.worker.lora_loader import LoraLoader
@@ -150,18 +149,17 @@ class Rank:
     def _loader(self, job: jobs.BakeJob) -> Loader | LoraLoader:
         if job.lora is not None:
             return LoraLoader(self.host, job.tensors, job.lora)
-        loader = Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
-        unused = () if loader.problems else loader.rank_bake().unread
+        loader = self._weights_loader(job)
+        tied = () if loader.problems else tuple(loader.baked.standing.partners)
         # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
-        if not unused:
+        if not tied or not self.host.untie(tied):
             return loader
-        if self.host.untie(unused):
-            loader.close()
-            return Loader(self.host, job.tensors, partial=job.partial, threads=self._threads)
-        for tied in tied_tensors(loader.baked, unused):
-            loader.close()
-            raise tied
-        return loader
+        loader.close()
+        return self._weights_loader(job)
+
+    def _weights_loader(self, job: jobs.BakeJob) -> Loader:
+        """Bake; what is to become of names without a place is decided by the coordinator, which knows all ranks."""
+        return Loader(self.host, job.tensors, partial=job.partial, unknown_allowed=True, threads=self._threads)
 
     def _map(self, job: jobs.MapJob) -> jobs.RankDone:
         planned = self._planned(job.plan, mapped=False)

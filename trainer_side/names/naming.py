@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -59,13 +59,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class CanonicalTensor:
-    """One tensor of the checkpoint and the live tensors it is made of."""
+    """One tensor of the checkpoint and the live tensors it is made of; `aliases` and `shared` are those of its
+    `TensorInfo`."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     aliases: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,9 @@ class CanonicalMap:
     @cached_property
     def infos(self) -> tuple[TensorInfo, ...]:
         """List the tensors of a full push of the model."""
-        return tuple(TensorInfo(t.name, dtype_name(t.dtype, t.name), t.shape, t.aliases) for t in self.tensors)
+        return tuple(
+            TensorInfo(t.name, dtype_name(t.dtype, t.name), t.shape, t.aliases, t.shared) for t in self.tensors
+        )
 
     def resolve(self, name: str) -> str | None:
         """Return the clean name of a live tensor, under whatever wrappers it was named, or the canonical name of a
@@ -209,7 +213,7 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
     declared = frozenset(map(str, declared)) if isinstance(declared, Mapping) else frozenset()
     ties = _ties({n: e for n, e in tensors.items() if n not in dropped}, declared)
     kept = {n: e.tensor for n, e in tensors.items() if n not in ties and n not in dropped}
-    baked = _bake(inner, kept, ties)
+    baked = _bake(inner, kept, ties, declared)
     used = {piece.live for tensor in baked for piece in tensor.pieces}
     order = {name: k for k, name in enumerate(kept)}
     baked.sort(key=lambda t: min((order[p.live] for p in t.pieces), default=0))
@@ -222,6 +226,12 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
         raw={entry.raw: entry.clean for entry in entries},
         ignored=frozenset(tensors.keys() - used - ties.keys()) | {a for a, n in ties.items() if n not in used},
     )
+
+
+def live_tensors(model: nn.Module, known: CanonicalMap, names: Iterable[str]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Find the live tensors that the checkpoint tensors of these names, or aliases, are made of."""
+    by_clean = {entry.clean: entry.tensor for entry in _live_tensors(model)}
+    return {name: tuple(by_clean[piece.live] for piece in known.by_name[name].pieces) for name in names}
 
 
 def _live_tensors(model: nn.Module) -> Iterator[LiveEntry]:
@@ -296,27 +306,45 @@ def _revert(model: nn.Module) -> Revert | None:
     return revert
 
 
-def _bake(model: nn.Module, kept: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> list[CanonicalTensor]:
+def _bake(
+    model: nn.Module, kept: Mapping[str, torch.Tensor], ties: Mapping[str, str], declared: frozenset[str]
+) -> list[CanonicalTensor]:
     stand_ins = {n: torch.empty(whole_shape(t), dtype=t.dtype, device="meta") for n, t in kept.items()}
+    shared = {alias: name for alias, name in ties.items() if alias not in declared}
     revert = _revert(model)
-    aliases: dict[str, list[str]] = {}
     if revert is None:
-        for alias, name in ties.items():
-            aliases.setdefault(name, []).append(alias)
         baked = []
         for name, tensor in stand_ins.items():
             whole = dense(tuple(tensor.shape))
             baked.append(CanonicalTensor(name, tensor.dtype, whole.shape, (Piece(name, whole, whole),)))
+        aliases, apart = _by_kept(ties), _by_kept(shared)
     else:
         baked = _traced(revert, model, stand_ins, stand_ins)
-        by_content = {(t.shape, t.dtype, frozenset(t.pieces)): t.name for t in baked}
-        known = {t.name for t in baked}
-        tied = {alias: stand_ins[name] for alias, name in ties.items()}
-        for other in _traced(revert, model, stand_ins, stand_ins | tied) if ties else ():
-            same = by_content.get((other.shape, other.dtype, frozenset(other.pieces)))
-            if other.name not in known and same is not None:
-                aliases.setdefault(same, []).append(other.name)
-    return [replace(tensor, aliases=tuple(aliases.get(tensor.name, ()))) for tensor in baked]
+        aliases = _traced_aliases(revert, model, stand_ins, baked, ties)
+        apart = _traced_aliases(revert, model, stand_ins, baked, shared)
+    return [replace(t, aliases=tuple(aliases.get(t.name, ())), shared=tuple(apart.get(t.name, ()))) for t in baked]
+
+
+def _by_kept(ties: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for alias, name in ties.items():
+        found.setdefault(name, []).append(alias)
+    return found
+
+
+def _traced_aliases(
+    revert: Revert, model: nn.Module, sources: StateDict, baked: Sequence[CanonicalTensor], ties: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Find the checkpoint names that tied live names add, by the checkpoint tensor that has the same elements."""
+    by_content = {(t.shape, t.dtype, frozenset(t.pieces)): t.name for t in baked}
+    known = {t.name for t in baked}
+    tied = {alias: sources[name] for alias, name in ties.items()}
+    found: dict[str, list[str]] = {}
+    for other in _traced(revert, model, sources, sources | tied) if tied else ():
+        same = by_content.get((other.shape, other.dtype, frozenset(other.pieces)))
+        if other.name not in known and same is not None:
+            found.setdefault(same, []).append(other.name)
+    return found
 
 
 def _traced(revert: Revert, model: nn.Module, sources: StateDict, state: StateDict) -> list[CanonicalTensor]:

@@ -284,7 +284,7 @@ def _unbound_layout(index: Mapping[str, int], sources: Sequence[torch.Tensor], p
     tensors, parts = [], []
     for k, (name, *aliases) in names.items():
         t = sources[k]
-        tensors.append(TensorInfo(name, dtype_name(t.dtype, name), tuple(t.shape), tuple(aliases)))
+        tensors.append(TensorInfo(name, dtype_name(t.dtype, name), tuple(t.shape), tuple(aliases), tuple(aliases)))
         parts.append((TensorPart(k),))
     return TensorLayout(tuple(tensors), tuple(parts))
 
@@ -303,11 +303,12 @@ def _bound_layout(
         key: object = tensor.name
         if all(pattern[p.index] >= 0 for p in made_of):
             key = tensor.shape, tuple((pattern[p.index], p.source, p.dest) for p in made_of)
-        info = TensorInfo(tensor.name, dtype, tensor.shape, tensor.aliases)
+        info = TensorInfo(tensor.name, dtype, tensor.shape, tensor.aliases, tensor.shared)
         if key in found:
             earlier, made_of = found[key]
             aliases = (*earlier.aliases, tensor.name, *tensor.aliases)
-            info = TensorInfo(earlier.name, earlier.dtype, earlier.shape, aliases)
+            shared = (*earlier.shared, tensor.name, *tensor.shared)
+            info = TensorInfo(earlier.name, earlier.dtype, earlier.shape, aliases, shared)
         found[key] = info, made_of
     return TensorLayout(tuple(info for info, _ in found.values()), tuple(made_of for _, made_of in found.values()))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -120,8 +120,10 @@ class Snapshotter:
         base: int | None = None,
         allow_nonfinite: bool = False,
         deadline: Deadline | None = None,
+        unused: Collection[str] = (),
     ) -> Copied:
-        """Write every tensor, cast to its wire dtype (`tensor.to(dtype)`), into an unsealed slot; blocks for one pass.
+        """Write every tensor but the `unused` ones, cast to its wire dtype (`tensor.to(dtype)`), into an unsealed slot;
+        blocks for one pass.
 
         Tensors of the manifest that were not collected are carried over from slot `base`. The caller begins and seals
         the slot; when this raises, the slot's contents are undefined and nothing else has changed. When it returns, the
@@ -137,7 +139,7 @@ class Snapshotter:
         """
         if slot not in self._slots:
             self._slots[slot] = SlotViews(slot, self.arena.views(slot), self.arena.flat(slot))
-        program, place, sources = self._compiled(collected), self._slots[slot], collected.sources
+        program, place, sources = self._compiled(collected, unused), self._slots[slot], collected.sources
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             # Workers copy on their own streams: what the trainer's stream still computes has to be there first.
             for device in {tensor.device for tensor in sources if tensor.is_cuda}:
@@ -227,21 +229,23 @@ class Snapshotter:
             digests[index] = known[index]
         return nbytes
 
-    def _compiled(self, collected: Collected) -> _Program:
-        last = self._program
+    def _compiled(self, collected: Collected, unused: Collection[str]) -> _Program:
+        last = self._program  # of one arena, so that the same tensors are unused
         if last is None or last.layout is not collected.layout or last.computes != collected.computed.keys():
-            last = self._program = _compile(self.manifest, collected)
+            last = self._program = _compile(self.manifest, collected, frozenset(unused))
             for place in self._slots.values():
                 place.dests.clear()
         return last
 
 
-def _compile(manifest: Manifest, collected: Collected) -> _Program:
-    """Sort a layout's tensors into computed ones, big ones and batches, in manifest order."""
+def _compile(manifest: Manifest, collected: Collected, unused: frozenset[str]) -> _Program:
+    """Sort a layout's tensors, but the unused ones, into computed ones, big ones and batches, in manifest order."""
     layout = collected.layout
     position = {spec.name: k for k, spec in enumerate(manifest.tensors)}
     items = []
     for info, parts in zip(layout.tensors, layout.parts, strict=True):
+        if info.name in unused:
+            continue
         index = position.get(info.name)
         spec = None if index is None else manifest.tensors[index]
         if index is None or spec is None or spec.shape != info.shape:

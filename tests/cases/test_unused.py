@@ -1,0 +1,314 @@
+"""Tensors without a place in the engine: unused where that is shown to be right, refused everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bridge
+from bridge.errors import UnexpectedTensor
+from tests.conftest import tiny_qwen2
+from tests.push.rig import Rig, drift, refused
+from tests.push.test_fleet_faults import FleetSession, bridge_over
+
+Open = Callable[..., Rig]
+
+
+@pytest.fixture
+def started(new_folder: Callable[[], Path]) -> Iterator[Open]:
+    """Starts an engine from the checkpoint of a model, and attaches it to a trainer's."""
+    made: list[Rig] = []
+
+    def start(of_engine: Any, trainer: Any, **options: Any) -> Rig:
+        folder = new_folder()
+        of_engine.save_pretrained(folder)
+        made.append(Rig(folder, trainer, name=f"unused{len(made)}", **options))
+        return made[-1]
+
+    yield start
+    for rig in made:
+        rig.close()
+
+
+def with_head(**changes: Any) -> Any:
+    """A policy with a value head on it, of which the logits know nothing."""
+    model = tiny_qwen2(**changes)
+    model.v_head = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 1))
+    return model
+
+
+HEAD = ("v_head.0.weight", "v_head.0.bias", "v_head.1.weight", "v_head.1.bias")
+
+
+def test_what_the_logits_do_not_depend_on_is_unused(started: Open) -> None:
+    rig = started(tiny_qwen2(), with_head())
+    for _ in range(3):
+        rig.step()
+        receipt = rig.push()
+        assert receipt.verified is True
+        assert set(receipt.unused[receipt.engines[0].id]) == set(HEAD)
+        assert drift(rig.engine, rig.model) < 1e-3
+    assert rig.b.arena is not None
+    assert not rig.b.arena.manifest.by_name.keys() & set(HEAD), "what nobody reads does not travel"
+    assert rig.b.rollback().unused == receipt.unused
+    assert rig.b.history()[-1]["unused"] == {receipt.engines[0].id: sorted(HEAD, key=HEAD.index)}
+
+
+def test_it_is_shown_once_for_a_layout(started: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer_side import trainer
+
+    calls = []
+    find = trainer.find_dependent
+    monkeypatch.setattr(trainer, "find_dependent", lambda *a: calls.append(1) or find(*a))
+    rig = started(tiny_qwen2(), with_head())
+    for _ in range(3):
+        rig.step()
+        rig.push()
+    assert len(calls) == 1
+    rig.b.bind(rig.model)
+    rig.push()
+    assert len(calls) == 2, "another model may be bound now"
+
+
+def test_a_subset_of_a_plan_may_hold_what_is_unused(started: Open) -> None:
+    rig = started(tiny_qwen2(), with_head())
+    some = [(n, p) for n, p in rig.named() if n.startswith(("v_head", "model.layers.1."))]
+    with pytest.raises(UnexpectedTensor, match=r"without partial=True"):
+        rig.b.push(some, partial=True)
+    rig.push()
+    rig.step()
+    some = [(n, p) for n, p in rig.named() if n.startswith(("v_head", "model.layers.1."))]
+    assert rig.b.push(some, partial=True).verified is True
+    rest = [(n, p) for n, p in rig.named() if not n.startswith("v_head")]
+    assert rig.b.push(rest, partial=True).verified is True
+    assert drift(rig.engine, rig.model) < 1e-3
+
+
+def test_unbound_the_remedy_is_to_bind(started: Open) -> None:
+    rig = started(tiny_qwen2(), with_head(), bound=False)
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "v_head", "bind"):
+        rig.push()
+    rig.b.bind(rig.model)
+    rig.good_push()
+
+
+def deeper() -> Any:
+    return tiny_qwen2(num_hidden_layers=3)
+
+
+SIZES = {
+    "vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def normed() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
+
+
+def plain() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def biased() -> Any:
+    model = tiny_qwen2()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.bias = nn.Parameter(torch.randn(48))
+    return model
+
+
+class Choosing(nn.Module):
+    """Its correction decides, as a router's does, and has no gradient."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.correction = inner, nn.Embedding(1, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x) * (1 + self.correction.weight[0].argmax())
+
+
+def chooses() -> Any:
+    model = tiny_qwen2()
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = Choosing(mlp.act_fn)
+    return model
+
+
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize(
+    ("engine", "trainer", "name"),
+    [
+        (tiny_qwen2, deeper, "model.layers.2."),
+        (plain, normed, "q_norm"),
+        (tiny_qwen2, biased, "down_proj.bias"),
+        (tiny_qwen2, chooses, "act_fn.correction"),
+    ],
+)
+def test_what_counts_is_refused(
+    started: Open, engine: Callable[[], Any], trainer: Callable[[], Any], name: str, bound: bool
+) -> None:
+    rig = started(engine(), trainer(), bound=bound)
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, name, "expected", "got", "remedy") as caught:
+        rig.push()
+    assert "leave" not in str(caught.value), "left out, the engine would be wrong and verified"
+
+
+def looped() -> Any:
+    """Three layers, of which the third has the weights of the second."""
+    model = deeper()
+    second, third = model.model.layers[1], model.model.layers[2]
+    for path, module in second.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            third.get_submodule(path).register_parameter(name, weight)
+    return model
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_layer_that_is_used_twice_needs_two_places(started: Open, bound: bool) -> None:
+    model = looped()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    rig = started(tiny_qwen2(), model, bound=bound)
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "model.layers.2.", "remedy"):
+        rig.b.push(named)
+    rig = started(deeper(), model, bound=bound)
+    assert rig.b.push(named).verified is True
+    assert not rig.b.history()[-1]["unused"]
+    assert drift(rig.engine, model) < 1e-3
+
+
+def test_a_layer_that_is_used_twice_is_not_dropped_where_its_name_is_not_sent(started: Open) -> None:
+    """`named_parameters()` lists it once."""
+    model = deeper()
+    model.model.layers[2] = model.model.layers[1]
+    for trainer in (looped(), model):
+        rig = started(tiny_qwen2(), trainer)
+        with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "model.layers.2."):
+            rig.push()
+    rig = started(deeper(), looped())
+    rig.good_push()
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_tied_head_needs_no_place_in_an_engine_that_ties_it(started: Open, bound: bool) -> None:
+    rig = started(tiny_qwen2(tied=True), tiny_qwen2(tied=True), bound=bound)
+    rig.step()
+    assert rig.b.push(rig.model.state_dict()).verified is True
+    assert drift(rig.engine, rig.model) < 1e-3
+
+
+@pytest.fixture
+def never_unties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded engine unties when asked to; vLLM and SGLang cannot."""
+    monkeypatch.setattr("engine_side.embedded.runner.ModelRunner.untie", lambda self, names: False)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_an_untied_head_has_to_equal_what_the_engine_ties_it_to(started: Open, never_unties: None, bound: bool) -> None:
+    model = tiny_qwen2(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    rig = started(tiny_qwen2(tied=True), model, bound=bound)
+    receipt = rig.push()
+    assert receipt.verified is True
+    assert receipt.unused == {receipt.engines[0].id: ("lm_head.weight",)}
+    rig.step()
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "lm_head.weight", "tie them in the trainer"):
+        rig.push()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    assert rig.push().verified is True
+    assert drift(rig.engine, model) < 1e-3
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_wrong_namespace_is_refused(started: Open, bound: bool) -> None:
+    rig = started(tiny_qwen2(), tiny_qwen2(), bound=bound)
+    with rig.unmoved(), pytest.raises(UnexpectedTensor, match=r"model\.model\.layers"):
+        rig.b.push([(n.replace("model.layers", "model.model.layers"), p) for n, p in rig.named()])
+
+
+class Towered(nn.Module):
+    """A trainer with a tower, and the same without it: as an engine it has something else in its place."""
+
+    def __init__(self, tower: nn.Module | None) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False)
+        self.tower = tower
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor, pixels: torch.Tensor | None = None) -> Any:
+        from types import SimpleNamespace
+
+        hidden = self.embed(input_ids)
+        if pixels is not None:
+            assert self.tower is not None
+            hidden = hidden + self.tower(pixels)
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+def tower() -> nn.Module:
+    made = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)) for _ in range(60)])
+    return made
+
+
+class Missing(nn.Module):
+    """Holds nothing, and cannot be called."""
+
+
+@pytest.mark.parametrize(
+    ("standing", "bound", "allowed"),
+    [
+        (Missing, False, True),
+        (Missing, True, True),
+        (nn.Identity, False, False),
+        (nn.Identity, True, True),
+        (lambda: None, False, False),
+        (lambda: None, True, True),
+    ],
+)
+def test_a_tower_that_the_engine_was_started_without(standing: Callable[[], Any], bound: bool, allowed: bool) -> None:
+    model, live = Towered(tower()), Towered(standing())
+    with bridge.attach(live, model=model if bound else None) as b:
+        if not allowed:
+            with pytest.raises(UnexpectedTensor, match="bind"):
+                b.push(model.state_dict())
+            return
+        receipt = b.push(model.state_dict())
+        assert receipt.verified is True
+        assert len(receipt.unused[receipt.engines[0].id]) == 60 * 7
+        assert torch.equal(live.head.weight, model.head.weight)
+        assert b.arena is not None
+        assert set(b.arena.manifest.by_name) == {"embed.weight", "head.weight"}
+
+
+def test_what_one_engine_uses_travels_for_it(new_folder: Callable[[], Path]) -> None:
+    model, text, image = Towered(tower()), Towered(Missing()), Towered(tower())
+    session = FleetSession([text, image], new_folder())
+    with bridge_over(session) as b:
+        b.bind(model)
+        receipt = b.push(model.named_parameters())
+        assert receipt.verified is True
+        assert list(receipt.unused) == [receipt.engines[0].id]
+        assert all(torch.equal(t, image.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_a_tower_that_the_text_needs_is_refused() -> None:
+    class Needs(Towered):
+        def forward(self, input_ids: torch.Tensor, pixels: torch.Tensor | None = None) -> Any:
+            return super().forward(input_ids, torch.zeros(3, 16))
+
+    model = Needs(tower())
+    with bridge.attach(Towered(None), model=model) as b, pytest.raises(UnexpectedTensor, match=r"tower\.0\.0"):
+        b.push(model.named_parameters())
