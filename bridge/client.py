@@ -395,12 +395,20 @@ class Bridge:
         try:
             longest = [i.max_prompt for i in self._engine_infos or () if i.max_prompt is not None]
             shortest = min(longest, default=None)
-            found = self._trainer.reference(snapshot, shortest, settings.mode, deadline=deadline)
+            rounded = self._kv_to_explain()
+            found = self._trainer.reference(snapshot, shortest, settings.mode, rounded, deadline=deadline)
             return *found, settings, ()
         except ConfigError as error:
             if settings.canary:
                 raise
             return None, None, msgspec.structs.replace(settings, levels=LEVELS_OF["weights"]), (f"no canary: {error}",)
+
+    def _kv_to_explain(self) -> set[str]:
+        """List the dtypes of KV caches whose noise may be measured by this push."""
+        if not any(info.losses.kv_dtype for info in self._engine_infos or ()):
+            return set()
+        open_ = [info for info in self.status().engines if info.noise is None and info.serving == 0]
+        return {info.losses.kv_dtype for info in open_ if info.losses.kv_dtype is not None}
 
     # ---- questions --------------------------------------------------------------------------------------------------
 

@@ -208,9 +208,16 @@ class TrainerPort(Protocol):
         ...
 
     def reference(
-        self, snapshot: Snapshot, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
+        self,
+        snapshot: Snapshot,
+        max_tokens: int | None = None,
+        mode: str = "full",
+        kv_dtypes: Iterable[str] = (),
+        *,
+        deadline: Deadline,
     ) -> tuple[Reference, Reference | None]:
-        """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens.
+        """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens,
+        and one more for each of `kv_dtypes` with keys and values rounded to it, where the model lets them be reached.
         For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
         when the model has none, DeadlineExceeded when the forward outlasts the deadline, and as `collect` for layers
         of the snapshot that only the model can call."""

@@ -37,6 +37,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.codec import Completion, Sampling
@@ -330,8 +331,8 @@ class DeclaresLosses(Protocol):
     dtype: then it may answer otherwise than the trainer on the same weights, and nothing is wrong."""
 
     @property
-    def losses(self) -> tuple[str, ...]:
-        """What is coarser and how, for people ("a KV cache in fp8_e5m2"); from the configuration, never measured."""
+    def losses(self) -> DeclaredLosses:
+        """What the configuration says to be coarser; never measured."""
         ...
 
 

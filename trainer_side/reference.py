@@ -15,6 +15,7 @@ from bridge.errors import ConfigError
 from bridge.model import canary
 from bridge.model.torch_dtypes import DTYPES, dtype_name
 from bridge.protocol.deadline import Deadline
+from trainer_side.kv_rounding import KvRounding
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
 from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
@@ -100,6 +101,21 @@ def call_on_copy(
         raise _leads_back(model, reached.name, "the copy reaches the live model by another way too") from reached
     finally:
         before.require_unchanged()
+
+
+def rounded_logprobs(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    copier: type[ModelCopier] = ModelCopier,
+    *,
+    deadline: Deadline | None = None,
+) -> list[list[float]] | None:
+    """Compute what `reference_logprobs` does, with keys and values rounded to `dtype` in every attention. None for a
+    model whose attention cannot be reached. Blocks and raises as it does."""
+    with KvRounding(dtype) as rounding:
+        scores = reference_logprobs(model, prompts, copier, deadline=deadline)
+    return scores if rounding.reached else None
 
 
 def _guarded(

@@ -13,6 +13,7 @@ from bridge.errors import SAME_MODEL, BridgeError, ConfigError, MissingTensor, U
 from bridge.model import canary
 from bridge.model.lora_format import LoraLimits
 from bridge.model.manifest import TensorInfo
+from bridge.model.torch_dtypes import dtype_of
 from bridge.ports import ModeChoice, Snapshot, Written
 from bridge.protocol.coordinator_messages import Reference
 from bridge.protocol.deadline import Deadline
@@ -26,7 +27,7 @@ from trainer_side.lora.without_lora import WithoutLora
 from trainer_side.names.naming import live_tensors
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
-from trainer_side.reference import reference_logprobs, vocabulary_size
+from trainer_side.reference import reference_logprobs, rounded_logprobs, vocabulary_size
 from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.snapshot.snapshotter import Snapshotter
@@ -212,9 +213,16 @@ class TrainerSide:
         return Written(seal_slot(arena, slot, version, copied.digests), copied.nbytes)
 
     def reference(
-        self, snapshot: Snapshot, max_tokens: int | None = None, mode: str = "full", *, deadline: Deadline
+        self,
+        snapshot: Snapshot,
+        max_tokens: int | None = None,
+        mode: str = "full",
+        kv_dtypes: Iterable[str] = (),
+        *,
+        deadline: Deadline,
     ) -> tuple[Reference, Reference | None]:
-        """Compute the canary's reference: one no-grad forward of the bound model over its prompts, cut to `max_tokens`.
+        """Compute the canary's reference: one no-grad forward of the bound model over its prompts, cut to `max_tokens`,
+        and one more for each of `kv_dtypes`, to which keys and values are rounded.
 
         Of mode "adapter" also one without LoRA; of mode "base" that one alone. Layers of the snapshot that only the
         model can call are compared on what they get in it. Raises ConfigError when the model has no reference,
@@ -236,7 +244,11 @@ class TrainerSide:
 
         def answers(model: nn.Module, copier: type[ModelCopier] = ModelCopier) -> Reference:
             scores = reference_logprobs(model, rows, copier, calls=calls if waiting else None, deadline=deadline)
-            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)))
+            rounded = {
+                name: rounded_logprobs(model, rows, dtype_of(name), copier, deadline=deadline) for name in kv_dtypes
+            }
+            known = {name: tuple(map(tuple, found)) for name, found in rounded.items() if found is not None}
+            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)), known)
 
         if mode == "base":
             return answers(self._model, WithoutLora), None

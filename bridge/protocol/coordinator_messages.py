@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Receipt
@@ -21,10 +22,15 @@ from bridge.push_settings import PushSettings
 
 
 class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The trainer's canary: prompts and the log-probability of each next token, in nats."""
+    """The trainer's canary: prompts and the log-probability of each next token, in nats.
+
+    `rounded` holds the same with keys and values rounded to a KV cache's dtype, by its name: how much of a difference
+    such a cache explains.
+    """
 
     prompts: Prompts
     logprobs: Scores
+    rounded: dict[str, Scores] = {}
 
 
 class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,7 +42,7 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lora: LoRA limits; None for an engine that was started without LoRA.
         adapter: the LoRA adapter that "current" means now.
         adapters: the LoRA adapters that pushes have loaded and that it still holds.
-        losses: what its configuration declares to be stored or computed more coarsely than in the trainer.
+        losses: what its configuration declares to be stored or computed more coarsely than its weights' dtype.
         noise: what these were measured to change before the first load, as a fraction of the standard deviation of the
             trainer's log-probabilities; None: not known.
     """
@@ -54,7 +60,7 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora: LoraLimits | None = None
     adapter: str | None = None
     adapters: tuple[str, ...] = ()
-    losses: tuple[str, ...] = ()
+    losses: DeclaredLosses = DeclaredLosses()
     noise: float | None = None
 
 

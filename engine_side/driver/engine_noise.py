@@ -7,25 +7,33 @@ what the engine holds. Later nobody could tell noise from what a load broke.
 from __future__ import annotations
 
 from bridge.errors import CanaryMismatch
+from bridge.model import canary
+from bridge.model.canary import LimitRule
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.receipt import CanaryResult
+from bridge.protocol.coordinator_messages import Reference
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import NoiseJob, RankNoise
 from engine_side.driver.rank_client import RankClient
 from engine_side.protocol import DeclaresLosses, EngineDriver
+
+ROUNDING_MARGIN = 2.5
+"""How much more an engine's KV cache may change than rounding keys and values does in the trainer: one that cuts digits
+off, as vLLM on CPU does for fp8_e5m2, makes errors twice as large."""
 
 
 class EngineNoise:
     """The noise of one engine. Used by its output checks.
 
     Attributes:
-        losses: what the engine's configuration declares to be stored or computed more coarsely than in the trainer.
+        losses: what the engine's configuration declares.
         fraction: mean |difference| over the spread of the trainer's log-probabilities; None while it is not known.
     """
 
     def __init__(self, engine_id: str, driver: EngineDriver, ranks: RankClient) -> None:
         self._id = engine_id
         self._ranks = ranks
-        self.losses: tuple[str, ...] = driver.losses if isinstance(driver, DeclaresLosses) else ()
+        self.losses = driver.losses if isinstance(driver, DeclaresLosses) else DeclaredLosses()
         self.fraction: float | None = None
         self._loaded = False
 
@@ -38,31 +46,50 @@ class EngineNoise:
             self._loaded = any(answer.loaded for answer in answers)
         return not self._loaded
 
-    def judge(self, drift: CanaryResult, deadline: Deadline) -> None:
-        """Take the difference in a pristine engine for its noise if its configuration declares losses, and have the
-        ranks keep that. Raises CanaryMismatch for a difference above the limit that nothing declares."""
+    def judge(self, drift: CanaryResult, reference: Reference, deadline: Deadline) -> None:
+        """Take the difference in a pristine engine for its noise if losses are declared, and have the ranks keep that.
+
+        Raises CanaryMismatch for a difference above the limit without a declared loss, or above what a coarse KV cache
+        explains where that is all that is declared.
+        """
+        explained = self._explained(reference)
+        if not drift.ok and (not self.losses or (explained is not None and drift.mean_abs > explained)):
+            raise undeclared_error(self._id, drift, self.losses, explained)
         if self.losses and drift.spread > 0:
             self.fraction = drift.mean_abs / drift.spread
             self._ranks.ask(NoiseJob(self.fraction), RankNoise, deadline)
-        elif not drift.ok:
-            raise undeclared_error(self._id, drift)
+
+    def _explained(self, reference: Reference) -> float | None:
+        """Mean |difference| in nats up to which the KV cache explains it, by what rounding to its dtype changes in the
+        trainer. None where the trainer could not round, or where more than the cache is coarse."""
+        rounded = reference.rounded.get(self.losses.kv_dtype or "")
+        if rounded is None or self.losses.weights is not None:
+            return None
+        return ROUNDING_MARGIN * canary.compare(reference.logprobs, rounded, LimitRule()).mean_abs
 
     def inconclusive(self, drift: CanaryResult) -> str:
         """Say in a receipt why the canary shows nothing."""
         return (
-            f"the canary of {self._id} shows nothing: with {', '.join(self.losses)} it answered otherwise than the "
-            f"trainer on the same weights, before anything was pushed, by {drift.noise or 0.0:.2f} of the trainer's "
-            f"standard deviation; now by {drift.mean_abs:.4f} nats, at a standard deviation of {drift.spread:.4f}"
+            f"the canary of {self._id} shows nothing: with {self.losses} it answered otherwise than the trainer on the "
+            f"same weights, before anything was pushed, by {drift.noise or 0.0:.2f} of the trainer's standard "
+            f"deviation; now by {drift.mean_abs:.4f} nats, at a standard deviation of {drift.spread:.4f}"
         )
 
 
-def undeclared_error(engine: str, drift: CanaryResult) -> CanaryMismatch:
-    """Make the error for an engine that answered otherwise than the trainer before anything was pushed."""
+def undeclared_error(
+    engine: str, drift: CanaryResult, losses: DeclaredLosses, explained: float | None
+) -> CanaryMismatch:
+    """Make the error for an engine that answered otherwise than the trainer before anything was pushed.
+
+    Args:
+        losses, explained: what its configuration declares, and the nats that this explains.
+    """
+    why = f"by more than {losses} explains" if losses else "and the engine's configuration declares no loss"
+    limit = drift.limit if explained is None else max(drift.limit, explained)
     return CanaryMismatch(
-        "trainer and engine answered differently on the same weights before anything was pushed, and the engine's "
-        "configuration declares no loss that would explain it",
+        f"trainer and engine answered differently on the same weights before anything was pushed, {why}",
         where=f"{engine}, {drift.tokens} canary tokens, weights equal bit for bit",
-        expected=f"mean |difference| at most {drift.limit:.4f} nats",
+        expected=f"mean |difference| at most {limit:.4f} nats",
         got=f"mean {drift.mean_abs:.4f}, max {drift.max_abs:.4f}; trainer's standard deviation {drift.spread:.4f}",
         remedy="start the engine with the trainer's configuration (rotary base, norm epsilon, scales, dtype)",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bridge.errors import CanaryMismatch, DigestMismatch, IntegrityError, MissingTensor
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.receipt import CanaryResult, Failure, LevelResult
 
 ERROR_OF_LEVEL: Mapping[str, type[IntegrityError]] = {
@@ -33,12 +34,12 @@ def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
     )
 
 
-def canary_error(engine: str, drift: CanaryResult, losses: tuple[str, ...]) -> CanaryMismatch:
+def canary_error(engine: str, drift: CanaryResult, losses: DeclaredLosses) -> CanaryMismatch:
     """Make the error of a canary above its limit. `losses` are those that the engine's configuration declares."""
     remedy = "bits and probes passed: look for derived state that a load does not reach (rope, caches, scales)"
     if losses and drift.noise is None:
         remedy = (
-            f"this engine has {', '.join(losses)}, and its noise is not known: it is measured by a first push of the "
+            f"this engine has {losses}, and its noise is not known: it is measured by a first push of the "
             "very weights that the engine was started with. Start it from the trainer's present weights and push those "
             "first, or pass canary_limit=NATS"
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bridge.errors import Busy, CanaryMismatch
 from bridge.model import canary
 from bridge.model.canary import LimitRule
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.receipt import CanaryResult, Failure, LevelResult
 from bridge.protocol.codec import Sampling
 from bridge.protocol.coordinator_messages import Reference
@@ -84,7 +85,7 @@ class OutputChecks:
             scores = self.scores(alone.prompts, deadline)
             self._served = Answers(serving, alone.prompts, scores, LimitRule(request.canary_floor))
             if pristine and request.unmoved:
-                self.noise.judge(canary.compare(alone.logprobs, scores, self._rule(request)), deadline)
+                self.noise.judge(canary.compare(alone.logprobs, scores, self._rule(request)), alone, deadline)
 
     def _rule(self, request: EngineLoad) -> LimitRule:
         return LimitRule(request.canary_floor, self.noise.fraction, request.job.settings.canary_limit)
@@ -192,4 +193,4 @@ class OutputChecks:
             return
         drift = canary.compare(known.scores, self.scores(known.prompts, deadline), known.rule)
         if not drift.ok:
-            raise canary_error(self._id, drift, ())
+            raise canary_error(self._id, drift, DeclaredLosses())

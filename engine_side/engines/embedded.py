@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.lora_format import LoraSpec
 from bridge.model.torch_dtypes import dtype_name
 from bridge.protocol.codec import Completion, Sampling
@@ -23,7 +24,6 @@ from engine_side.embedded.runner import ModelRunner
 from engine_side.embedded.wrappers import unwrap
 from engine_side.engines.common import claim
 from engine_side.engines.common.hosting import check_names
-from engine_side.engines.common.losses import declared_losses
 from engine_side.engines.common.rank_host import LoraRankHost
 from engine_side.engines.common.refusals import require_apart
 from engine_side.protocol import PromptBatch, QuantisedCheckpoint
@@ -46,7 +46,7 @@ class EmbeddedDriver:
         self.cache_grain = runner.limits.block_size
         self.lora = None if runner.lora is None else runner.lora.limits
         quantised = runner.model_config.raw.get("quantization_config")
-        self.losses = declared_losses(config.kv_dtype, quantised and str(quantised["quant_method"]))
+        self.losses = DeclaredLosses(config.kv_dtype, config.kv_dtype, quantised and str(quantised["quant_method"]))
 
     def claim(self, owner: str) -> None:
         claim.take(self.engine, self, owner)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import bridge
+from bridge.model.declared_losses import DeclaredLosses
 from tests.families import make_model, perturb
 from tests.vllm.test_others import INT8, int8, quantised, save
 
@@ -76,7 +77,7 @@ def test_a_coarse_kv_cache_is_served(attached: Callable[..., Any], tmp_path: Pat
     _, b = attached(tmp_path, model, kv_cache_dtype="fp8_e5m2")
     drift = b.push(model.named_parameters()).engines[0].canary
     assert drift.mean_abs > 0.05, "more than the floor"
-    assert b.status().engines[0].losses == ("a KV cache in fp8_e5m2",)
+    assert b.status().engines[0].losses == DeclaredLosses("fp8_e5m2", "fp8_e5m2")
     for times in (1, 10):
         perturb(model, times)
         with torch.no_grad():
@@ -93,7 +94,7 @@ def test_int8_weights_and_activations_are_served(attached: Callable[..., Any], t
     _, b = attached(tmp_path, trainer)
     drift = b.push(trainer.named_parameters()).engines[0].canary
     assert drift.noise == pytest.approx(drift.mean_abs / drift.spread)
-    assert b.status().engines[0].losses == ("weights quantised as compressed-tensors",)
+    assert b.status().engines[0].losses == DeclaredLosses(weights="compressed-tensors")
     with torch.no_grad():
         trainer.lm_head.weight.mul_(10)
     receipt = b.push(trainer.named_parameters())

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import DeadlineExceeded, ProtocolError
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.lora_format import LoraLimits
 from bridge.protocol.codec import Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import frontend_messages as msg
 from engine_side.engines.common.frontend_client import CALL_S, FrontendClient
-from engine_side.engines.common.losses import declared_losses
 from engine_side.engines.common.published_state import BASE, asleep_error
 from engine_side.engines.sglang.arguments import Arguments, require_supported
 from engine_side.engines.sglang.scheduler_messages import (
@@ -53,7 +53,7 @@ class SglangDriver(FrontendClient):
     max_prompt: int
     vocabulary: int
     cache_grain: int
-    losses: tuple[str, ...]
+    losses: DeclaredLosses
 
     def __init__(self, get: Arguments, where: str, start: str, *, on_close: Callable[[], None] | None = None) -> None:
         """Make the driver; nothing is sent yet.
@@ -116,7 +116,7 @@ class SglangDriver(FrontendClient):
                 remedy="install the same weighbridge where SGLang runs and in the trainer's environment",
             )
         self.max_prompt, self.vocabulary, self.cache_grain = facts.max_prompt, facts.vocabulary, facts.page
-        self.losses = declared_losses(facts.kv, self.quantisation)
+        self.losses = DeclaredLosses(facts.kv, facts.kv_dtype, self.quantisation)
         return facts
 
     def ask(self, verb: str, text: str = "", *, deadline: Deadline | None = None) -> SchedulerAnswer:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
+from bridge.model.torch_dtypes import DTYPES
 from engine_side.engines.sglang import LOADER
 from engine_side.engines.sglang.scheduler_messages import (
     ACTION,
@@ -97,12 +98,14 @@ def _facts(scheduler: Any) -> SchedulerFacts:
     rows = int(scheduler.req_to_token_pool.req_to_token.shape[1])
     allocator = scheduler.token_to_kv_pool_allocator
     runner = scheduler.tp_worker.model_runner
+    kv = None if runner.kv_cache_dtype == runner.dtype else runner.kv_cache_dtype
     return SchedulerFacts(
         max_prompt=min(int(scheduler.max_req_input_len), rows, int(allocator.size)) - 1,
         page=0 if scheduler.disable_radix_cache else int(allocator.page_size),
         paused=bool(scheduler._engine_paused),
         vocabulary=int(scheduler.model_config.vocab_size),
-        kv=None if runner.kv_cache_dtype == runner.dtype else str(runner.kv_cache_dtype).removeprefix("torch."),
+        kv=None if kv is None else str(kv).removeprefix("torch."),
+        kv_dtype=next((name for name, dtype in DTYPES.items() if dtype == kv), None),
     )
 
 

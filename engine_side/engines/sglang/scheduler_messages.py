@@ -34,7 +34,8 @@ class SchedulerFacts(msgspec.Struct, frozen=True):
         page: tokens per cache page; 0 without a prefix cache.
         paused: no request is scheduled, whoever paused it.
         vocabulary: token ids lie below this.
-        kv: the KV cache's dtype; None where that is the dtype it computes in.
+        kv: torch's name of the KV cache's dtype; None where that is the dtype it computes in.
+        kv_dtype: the wire's name of it, if it has one there.
     """
 
     max_prompt: int
@@ -42,6 +43,7 @@ class SchedulerFacts(msgspec.Struct, frozen=True):
     paused: bool
     vocabulary: int
     kv: str | None = None
+    kv_dtype: str | None = None
 
 
 class SchedulerAnswer(msgspec.Struct, frozen=True):

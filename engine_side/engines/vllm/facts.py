@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bridge.errors import ConfigError
+from bridge.model.declared_losses import DeclaredLosses
 from bridge.model.lora_format import LoraLimits
+from bridge.model.torch_dtypes import DTYPES, dtype_name
 from bridge.protocol.codec import Message
-from engine_side.engines.common.losses import declared_losses
 from engine_side.engines.common.refusals import refuse_arguments
 from engine_side.engines.vllm.plugin import BACKEND
 
@@ -27,7 +30,7 @@ class VllmFacts(Message, frozen=True):
         undrivable: engine argument -> why no push could take it into account.
         quantisation: vLLM's word for how weights are stored; None where they are stored as computed with.
         vocabulary: token ids lie below this; 0 when vLLM does not say.
-        kv: vLLM's word for the KV cache's dtype; None where that is the dtype it computes in.
+        losses: what vLLM was told to store more coarsely than it computes.
     """
 
     backend: str | None
@@ -40,12 +43,7 @@ class VllmFacts(Message, frozen=True):
     undrivable: dict[str, str]
     quantisation: str | None = None
     vocabulary: int = 0
-    kv: str | None = None
-
-    @property
-    def losses(self) -> tuple[str, ...]:
-        """What is stored more coarsely than it is computed, as `DeclaresLosses` has it."""
-        return declared_losses(self.kv, self.quantisation)
+    losses: DeclaredLosses = DeclaredLosses()
 
     @property
     def checkpoint(self) -> Path | None:
@@ -58,6 +56,7 @@ def facts_of(config: Any) -> VllmFacts:
     """Read the facts from a `vllm.config.VllmConfig`."""
     transfer, lora = config.weight_transfer_config, config.lora_config
     cache, model = config.cache_config, config.model_config
+    quantisation = None if model.quantization is None else str(model.quantization)
     return VllmFacts(
         backend=None if transfer is None else str(transfer.backend),
         ranks=int(config.parallel_config.world_size),
@@ -67,10 +66,26 @@ def facts_of(config: Any) -> VllmFacts:
         block=int(cache.block_size) if cache.enable_prefix_caching else 0,
         lora=None if lora is None else LoraLimits(int(lora.max_lora_rank), int(lora.max_loras)),
         undrivable=_undrivable(config),
-        quantisation=None if model.quantization is None else str(model.quantization),
+        quantisation=quantisation,
         vocabulary=int(model.get_vocab_size()),
-        kv=None if cache.cache_dtype in ("auto", str(model.dtype).removeprefix("torch.")) else str(cache.cache_dtype),
+        losses=_losses(str(cache.cache_dtype), str(model.dtype).removeprefix("torch."), quantisation),
     )
+
+
+def _losses(kv: str, computed: str, quantisation: str | None) -> DeclaredLosses:
+    """Compare vLLM's word for the KV cache's dtype with the name of the dtype that it computes in. vLLM's names of fp8
+    are the wire's; "fp8" alone is its platform's own kind."""
+    if kv in ("auto", computed):
+        return DeclaredLosses(weights=quantisation)
+    name = dtype_name(_platform_fp8()) if kv == "fp8" else kv
+    return DeclaredLosses(kv, name if name in DTYPES else None, quantisation)
+
+
+def _platform_fp8() -> torch.dtype:
+    from vllm.platforms import current_platform
+
+    fp8: torch.dtype = current_platform.fp8_dtype()
+    return fp8
 
 
 def _undrivable(config: Any) -> dict[str, str]:
