@@ -9,8 +9,8 @@ from bridge.errors import BridgeError, ConfigError, OutOfMemory, TransportError
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import BakeJob, ForgetJob, RankBake, RankDone
 from engine_side.driver.rank_client import RankClient
-from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import EngineDriver, MayBeQuantised
+from engine_side.quantise.reproduce import CheckpointSchemes
 
 _PLAN = -1
 """Plan number of the trial; pushes count theirs from 0."""
@@ -25,7 +25,8 @@ def require_strategies(engine: str, driver: EngineDriver, ranks: RankClient, dea
     """
     if not isinstance(driver, MayBeQuantised) or driver.quantisation is None or driver.checkpoint is None:
         return
-    tensors = checkpoint_tensors(driver.checkpoint)
+    schemes = CheckpointSchemes(driver.checkpoint, {})
+    tensors = tuple(info for name, info in schemes.tensors.items() if name not in schemes.calibrated)
     if not tensors:
         return
     try:

@@ -33,15 +33,15 @@ class Outcome(enum.Enum):
 
 
 def copy_or_rebind_param(
-    module: nn.Module, name: str, value: torch.Tensor, *, like: torch.Tensor | None = None
+    module: nn.Module, name: str, value: torch.Tensor, *, like: torch.Tensor | None = None, swap: bool = False
 ) -> Outcome:
     """Make `module.name` hold `value`, touching as little as possible. Blocks; no collective.
 
     Same shape, dtype and device: the value is copied into the live storage (COPIED), also when it is a view of that
-    very storage. Otherwise the storage is swapped under the same object (REBOUND). A name that is absent, or registered
-    as None, becomes a Parameter (CREATED) with the class, attributes and `requires_grad` of `like`. A buffer stays a
-    buffer, a plain tensor attribute stays one. Sharding attributes follow when the value is the transpose of what was
-    there.
+    very storage. Otherwise, and with `swap` always, the storage is swapped under the same object (REBOUND). A name that
+    is absent, or registered as None, becomes a Parameter (CREATED) with the class, attributes and `requires_grad` of
+    `like`. A buffer stays a buffer, a plain tensor attribute stays one. Sharding attributes follow when the value is
+    the transpose of what was there.
 
     Called by the loader after an engine's own post-load step. Raises ConfigError when the storage cannot be swapped.
     """
@@ -56,9 +56,10 @@ def copy_or_rebind_param(
         module._parameters[name] = made  # type: ignore[assignment]
         return Outcome.CREATED
     swapped = _transposed_dims(old, new)
-    if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
-        live = old.detach()
-        shared = live.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+    live = old.detach()
+    shared = live.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+    alike = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    if alike and (shared or not swap):
         if not shared or live.data_ptr() != new.data_ptr() or live.stride() != new.stride():
             live.copy_(new.clone() if shared else new)  # a view of itself would be read while it is written
         outcome = Outcome.COPIED

@@ -135,14 +135,14 @@ class Loader:
         self.announced = tuple(tensors)
         self.form: CheckpointForm = checkpoint_form(host, tensors, partial)
         with uncollected():
-            self.baked: Baked = bake(host, self.form.tensors, partial=partial)
+            self.baked: Baked = bake(host, self.form.tensors, partial=partial, kept=self.form.kept.keys())
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
         # A tensor that does not fit explains what is missing; an incomplete group says more about it than a hole does.
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         found: tuple[BridgeError, ...] = (
             *with_accepted_shapes(host, self.baked, others),
-            *find_incomplete_groups(self.baked),
+            *find_incomplete_groups(self.baked, self.form.kept.keys()),
             *waiting_tensors(host, self.baked),
             *holes,
         )
@@ -312,7 +312,7 @@ class Loader:
         self._seal_of = seal_of
         with uncollected():
             self.mapped = ArenaMap(manifest, [list(slot) for slot in slots], index)
-            self.codes = self._quantised_slots() if self.form.quantised else None
+            self.codes = self._quantised_slots() if self.form.quantised or self.form.kept else None
             self.canonical.map(self.mapped.slots, index, () if self.codes is None else self.codes.made)
             for choice in self.decided.choices.values():
                 targets = [target for _, target, _ in self.canonical.parts(choice)]
@@ -502,7 +502,7 @@ class Loader:
         tensor whole. Other strategies bring over what post-load made on a twin.
         """
         live = self.decided.live[choice.path]
-        if choice.strategy is not Strategy.REDO:
+        if choice.strategy not in (Strategy.REDO, Strategy.REPLACE):
             twin, k = self.twin(choice, slot)
             parameters = twin.modules[k].parameters(recurse=False)
             return graft(twin.modules[k], twin.before[k], live), sum(t.numel() * t.element_size() for t in parameters)
@@ -517,7 +517,8 @@ class Loader:
         views.clear()
         nbytes = sum(v.numel() * v.element_size() for v in values.values())
         try:
-            return redo(self.host, live, self.decided.twins.template.get_submodule(choice.path), values), nbytes
+            template, swap = self.decided.twins.template.get_submodule(choice.path), choice.strategy is Strategy.REPLACE
+            return redo(self.host, live, template, values, swap=swap), nbytes
         finally:
             values.clear()  # a view that is still referenced counts as kept by the step
             if self._views is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -116,12 +117,16 @@ class Trace:
     tainted: Mapping[str, str]
 
 
-def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) -> Baked:
+def bake(
+    host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False, kept: AbstractSet[str] = frozenset()
+) -> Baked:
     """Trace the loader of `host` on the announced tensors. Once per plan; milliseconds, no weight memory.
 
     Args:
         infos: names, wire dtypes and global shapes of the tensors.
         partial: a subset of the model is meant: elements that nothing reaches are no problem.
+        kept: those of `infos` that are the engine's own: where several of them fill one place, the last does, as when
+            the engine loads them.
 
     Weights that do not fit are not raised but listed in `Baked.problems`. Raises ConfigError when the loader fails and
     no tensor explains it; OutOfMemory.
@@ -131,6 +136,7 @@ def bake(host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False) 
     used = {move.tensor for move in first.moves}
     offenders = loader_errors.explain_refusals(host, refused, stand_ins(wanted) if refused else {}, used, trace)
     found, placed = _offer_aliases(host, wanted, first, offenders)
+    found = replace(found, moves=_last_of(found.moves, kept)) if kept else found
     computed = _computed_from(host, wanted, found, offenders)
     native = _native(found, computed)
     reached = {move.target for move in found.moves}.union(found.tainted)
@@ -385,6 +391,12 @@ def _computed_from(
         for path in alone.tainted:
             fed.setdefault(path, set()).add(name)
     return {path: frozenset(names) for path, names in fed.items()}
+
+
+def _last_of(moves: Sequence[Move], kept: AbstractSet[str]) -> tuple[Move, ...]:
+    """Leave out moves of kept tensors over which a later one of them writes."""
+    last = {(move.target, move.dest): k for k, move in enumerate(moves) if move.tensor in kept}
+    return tuple(m for k, m in enumerate(moves) if m.tensor not in kept or last[m.target, m.dest] == k)
 
 
 def _native(found: Trace, computed: Mapping[str, frozenset[str]]) -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -165,7 +165,11 @@ def call_module(host: RankHost, module: nn.Module, x: torch.Tensor) -> torch.Ten
 
 
 def find_probes(
-    host: RankHost, module: nn.Module, values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]
+    host: RankHost,
+    module: nn.Module,
+    values: Mapping[str, torch.Tensor],
+    first_row: Mapping[str, tuple[int, int]],
+    computes_in: torch.dtype = torch.float32,
 ) -> tuple[Probe, ...]:
     """Find the ways to call `module`: by ids, by rows, or both; empty when it accepts neither.
 
@@ -174,9 +178,11 @@ def find_probes(
     Args:
         values: the canonical values that the module holds, by name.
         first_row: name -> (first global row, number of sent rows) on this rank.
+        computes_in: dtype of rows where a weight is stored as codes. A kernel of the engine may trust it to be that in
+            which the engine computes, and write past the end of rows of a smaller one.
     """
     found: dict[str, Probe] = {}
-    for probe in _candidates(values, first_row):
+    for probe in _candidates(values, first_row, computes_in):
         if probe.kind in found:
             continue
         x = probe.inputs(next(iter(values.values())).device)
@@ -186,7 +192,9 @@ def find_probes(
     return tuple(found.values())
 
 
-def _candidates(values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]]) -> list[Probe]:
+def _candidates(
+    values: Mapping[str, torch.Tensor], first_row: Mapping[str, tuple[int, int]], computes_in: torch.dtype
+) -> list[Probe]:
     # the largest parameter says most about the inputs: a matrix before its bias and its scales
     ordered = sorted(values.items(), key=lambda item: -item[1].numel())
     count = ROWS
@@ -199,7 +207,7 @@ def _candidates(values: Mapping[str, torch.Tensor], first_row: Mapping[str, tupl
             start, rows = first_row.get(name, (0, value.shape[0]))
             out.append(Probe("ids", rows, count, torch.int64, start))
     for _, value in ordered:
-        floating = value.dtype if value.is_floating_point() and value.element_size() > 1 else torch.float32
+        floating = value.dtype if value.is_floating_point() and value.element_size() > 1 else computes_in
         for size in dict.fromkeys(reversed(value.shape)):
             out.extend(Probe("rows", size, count, dtype) for dtype in dict.fromkeys((floating, torch.float32)))
     return out

@@ -22,14 +22,19 @@ INDICES = frozenset({torch.int64, torch.bool})
 """Dtypes of positions, counters and masks, which are no storage of weights."""
 
 
-def find_incomplete_groups(baked: Baked) -> Iterator[MissingTensor]:
-    """Report each checkpoint module of which only part of the tensors was sent that a quantised module needs."""
+def find_incomplete_groups(baked: Baked, kept: AbstractSet[str] = frozenset()) -> Iterator[MissingTensor]:
+    """Report each checkpoint module of which only part of the tensors was sent that a quantised module needs.
+
+    Args:
+        kept: tensors that the engine keeps, and nobody needs to send.
+    """
     landed: dict[str, list[str]] = {}
     for move in baked.plan.moves:
         landed.setdefault(move.target, []).append(move.tensor)
+    held = {target for target, tensors in landed.items() if all(tensor in kept for tensor in tensors)}
     complete = {t.path for t in baked.plan.targets} - baked.coverage.holes.keys()
     for path, places in baked.targets.of_module().items():
-        own = {place.name: place.target for place in places if place.name != "bias"}
+        own = {place.name: place.target for place in places if place.name != "bias" and place.target not in held}
         tensors = {name: baked.targets.tensors[target] for name, target in own.items()}
         codes = {n for n, tensor in tensors.items() if tensor.dim() >= 2 and tensor.dtype not in COMPUTE | INDICES}
         if codes and not complete.issuperset(own.values()):

@@ -1,8 +1,9 @@
 """Find one strategy per module, by experiments on twins.
 
 A module is *in place* when its storage after post-load is canonical and its output follows what is written there;
-*permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *twin* when it has to
-run on a fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin).
+*permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *replace* when its
+results have to stay where it puts them, because a kernel has noted their addresses; *twin* when it has to run on a
+fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin).
 Nothing is looked up by class or name: the storage is read back after post-load of known values, and the values that a
 strategy wrote must show in the module's output as they do in a freshly loaded twin.
 """
@@ -40,6 +41,7 @@ class Strategy(StrEnum):
     IN_PLACE = "in place"
     PERMUTED = "permuted"
     REDO = "redo"
+    REPLACE = "replace"
     TWIN = "twin"
     NATIVE = "native"
 
@@ -47,7 +49,8 @@ class Strategy(StrEnum):
 _LADDER = {
     Strategy.IN_PLACE: Strategy.REDO,
     Strategy.PERMUTED: Strategy.REDO,
-    Strategy.REDO: Strategy.TWIN,
+    Strategy.REDO: Strategy.REPLACE,
+    Strategy.REPLACE: Strategy.TWIN,
     Strategy.TWIN: None,
 }
 
@@ -275,7 +278,7 @@ class _Experiment:
     def _find_probes(self, twin: Twin, values: Sequence[torch.Tensor]) -> list[tuple[Probe, ...]]:
         """Find the ways to call each module of a twin that holds `values`."""
         return [
-            probes.find_probes(self.host, module, self._named(k, values), self._first_rows(k))
+            probes.find_probes(self.host, module, self._named(k, values), self._first_rows(k), self.twins.computes_in)
             for k, module in enumerate(twin.modules)
         ]
 
@@ -359,8 +362,8 @@ class _Experiment:
             for name, value in values.items():
                 live, new_value = stored[name].side_by_side(require_tensor(module, name), value)
                 live.copy_(new_value)
-        elif strategy is Strategy.REDO:
-            redo(self.host, module, template, values)
+        elif strategy in (Strategy.REDO, Strategy.REPLACE):
+            redo(self.host, module, template, values, swap=strategy is Strategy.REPLACE)
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -141,6 +142,7 @@ class TwinSource:
 
     Attributes:
         template: a skeleton from which no twin is taken and which no loader has touched.
+        computes_in: the dtype of most of its weights that are not stored as codes.
     """
 
     def __init__(self, host: RankHost) -> None:
@@ -148,6 +150,7 @@ class TwinSource:
         self._pool: list[_PooledSkeleton] = []
         self._spare: Spare = {}
         self.template = self.take_skeleton()
+        self.computes_in = _dtype_of_most(self.template)
 
     def take(self, options: Sequence[Cluster], live: Mapping[str, nn.Module]) -> Twin:
         """Make a fresh twin of any one of `options`, which are alike. Raises OutOfMemory.
@@ -194,6 +197,14 @@ class TwinSource:
         """Let used twins go as they are, and all skeletons: the next twin is taken from a fresh one."""
         self._pool.clear()
         self._spare.clear()
+
+
+def _dtype_of_most(model: nn.Module) -> torch.dtype:
+    count: Counter[torch.dtype] = Counter({torch.float32: 0})
+    for tensor in model.parameters():
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            count[tensor.dtype] += tensor.numel()
+    return count.most_common(1)[0][0]
 
 
 MemoryFormat = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
@@ -277,9 +288,10 @@ class ModuleState:
 
 
 def redo(
-    host: RankHost, module: nn.Module, template: nn.Module, values: Mapping[str, torch.Tensor]
+    host: RankHost, module: nn.Module, template: nn.Module, values: Mapping[str, torch.Tensor], *, swap: bool = False
 ) -> dict[str, Outcome]:
-    """Run a module's post-load again on canonical values, and bring the results into the storages that were there.
+    """Run a module's post-load again on canonical values, and bring the results into the storages that were there; with
+    `swap`, leave them where the step put them.
 
     A value that already *is* the module's storage is left where it is. Returns the outcome by name. When the step
     raises, the former objects are back in place, with undefined values.
@@ -302,7 +314,7 @@ def redo(
             continue
         if old is not None:
             _register(module, name, old)
-            outcomes[name] = copy_or_rebind_param(module, name, new)
+            outcomes[name] = copy_or_rebind_param(module, name, new, swap=swap)
         else:
             outcomes[name] = Outcome.CREATED
     added = {name for registry in (module._parameters, module._buffers) for name in registry} - former.keys()

@@ -41,8 +41,8 @@ class CheckpointForm:
     Attributes:
         tensors: those in the form of the checkpoint.
         quantised: name of an announced weight -> what becomes of it.
-        kept: name of a value of the engine's checkpoint -> the announced tensor beside which it is kept.
-        schemes: the checkpoint; None where nothing is quantised.
+        kept: name of a calibrated value of the checkpoint -> an announced tensor with which it belongs.
+        schemes: the checkpoint; None for an engine whose checkpoint is not quantised.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -59,13 +59,12 @@ class CheckpointForm:
 def checkpoint_form(host: RankHost, announced: Sequence[TensorInfo], partial: bool) -> CheckpointForm:
     """Find the form in which announced tensors reach the engine's loader.
 
-    Reads some of the engine's checkpoint where values were announced for codes. Raises DtypeMismatch, naming the
-    method, for a weight whose codes no scheme gives.
+    Called once per plan. Reads some of the engine's checkpoint where values were announced for codes. Raises
+    DtypeMismatch, naming the method, for a weight whose codes no scheme gives.
     """
-    plain = CheckpointForm(tuple(announced), {}, {})
     source = host.quantised_checkpoint() if isinstance(host, ServesCodes) else None
-    if source is None or not any(info.dtype in FLOATS for info in announced):
-        return plain
+    if source is None:
+        return CheckpointForm(tuple(announced), {}, {})
     schemes = CheckpointSchemes(source.folder, source.config)
     names = {info.name for info in announced}
     quantised: dict[str, QuantisedWeight] = {}
@@ -80,18 +79,5 @@ def checkpoint_form(host: RankHost, announced: Sequence[TensorInfo], partial: bo
         stored, scheme = weight
         quantised[info.name] = QuantisedWeight(stored, scheme, source.dtype)
         tensors += [TensorInfo(info.name, stored.weight.dtype, info.shape, info.aliases), stored.scales]
-    if not quantised:
-        return plain
-    kept: dict[str, str] = {}
-    for name in schemes.kept(names, [weight.stored for weight in quantised.values()], partial):
-        kept[name] = _beside(name, quantised)
-        tensors.append(schemes.tensors[name])
-    return CheckpointForm(tuple(tensors), quantised, kept, schemes)
-
-
-def _beside(name: str, quantised: dict[str, QuantisedWeight]) -> str:
-    """Find the quantised weight in whose module, or next below whose parent, a kept value lies."""
-    module = name.rpartition(".")[0]
-    return next(
-        weight for weight in quantised if module in (found := weight.rpartition(".")[0], found.rpartition(".")[0])
-    )
+    kept = dict(schemes.kept(names, partial))
+    return CheckpointForm((*tensors, *(schemes.tensors[name] for name in kept)), quantised, kept, schemes)

@@ -91,19 +91,34 @@ class CheckpointSchemes:
             self._proven[alike] = self._prove(stored)
         return stored, self._proven[alike]
 
-    def kept(self, announced: AbstractSet[str], quantised: Sequence[StoredWeight], partial: bool) -> Iterator[str]:
-        """List the calibrated values, of activations and KV caches, that nobody announced: no trainer has them.
+    @cached_property
+    def calibrated(self) -> frozenset[str]:
+        """Names of the values that were calibrated, of activations and KV caches; they do not follow from weights."""
+        out: set[str] = set()
+        for module, infos in self._modules.items():
+            codes = tuple(f"{name}_" for name in self._codes_in(module))
+            last = {info.name: info.name.rpartition(".")[2] for info in infos}
+            out.update(name for name, end in last.items() if end.endswith(_KEPT) and not end.startswith(codes))
+        return frozenset(out)
 
-        They lie in a module with a quantised weight, or (of caches) one level above; in a `partial` push only those of
-        the modules that it quantises count.
+    def kept(self, announced: AbstractSet[str], partial: bool) -> Iterator[tuple[str, str]]:
+        """Find the calibrated values, of activations and KV caches, that nobody announced: few trainers have them.
+
+        Yields (name, an announced tensor with which it belongs). Such a value lies in the module of an announced
+        tensor, or (of a cache) in the one above. Of a `partial` push, only those beside announced codes count: the
+        engine reads them together.
         """
-        modules = {stored.weight.name.rpartition(".")[0] for stored in quantised}
-        above = set() if partial else {module.rpartition(".")[0] for module in modules} - {""}
-        for info in self.tensors.values():
-            module, _, last = info.name.rpartition(".")
-            of_weight = any(last.startswith(f"{part}_") for part in self._codes_in(module))
-            if module in modules | above and last.endswith(_KEPT) and not of_weight and info.name not in announced:
-                yield info.name
+        beside: dict[str, str] = {}
+        for name in announced:
+            module = name.rpartition(".")[0]
+            if not partial:
+                beside.setdefault(module.rpartition(".")[0], name)
+            if not partial or self.stored_as_codes(name):
+                beside[module] = name
+        for name in self.tensors:
+            module = name.rpartition(".")[0]
+            if name in self.calibrated and name not in announced and module in beside:
+                yield name, beside[module]
 
     def _codes_in(self, module: str) -> Iterator[str]:
         """The last segments of the names under which a module stores codes."""

@@ -36,7 +36,7 @@ class QuantisedSlots:
         self._index, self._schemes = index, form.schemes
         constant = form.schemes.read([name for name in form.kept if name in used]) if form.schemes else {}
         self.made: list[Made] = [{**_empty(self._weights), **constant} for _ in range(slots)]
-        self.kept = tuple(sorted(constant))
+        self.kept = tuple(sorted(form.kept))
         self.errors: list[dict[str, float]] = [{} for _ in range(slots)]
         """By slot, weight -> relative error of what its codes stand for against its values; none for version 0."""
         self._of: list[dict[str, bytes]] = [{} for _ in range(slots)]

@@ -191,3 +191,14 @@ def test_snapshot_sees_a_stale_alias() -> None:
     found = changes(root, lambda m: replace(m.base))
     assert ("weight", "aliases") in found
     assert ("base.weight", "object_id") in found
+
+
+def test_a_swap_moves_the_storage_of_the_same_form_and_keeps_the_object() -> None:
+    layer = nn.Linear(3, 3)
+    param, value = layer.weight, torch.rand(3, 3)
+    param.weight_loader = print
+    assert copy_or_rebind_param(layer, "weight", value, swap=True) is Outcome.REBOUND
+    assert layer.weight is param
+    assert param.data_ptr() == value.data_ptr()
+    assert param.weight_loader is print
+    assert copy_or_rebind_param(layer, "weight", param.detach(), swap=True) is Outcome.COPIED, "it is there already"

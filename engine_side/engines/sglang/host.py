@@ -109,9 +109,10 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
         """Run one module's share of `DefaultModelLoader.postprocess_weights`, and of the model's own post-load step.
         Returns False for a module that has neither."""
         step = getattr(getattr(module, "quant_method", None), "process_weights_after_loading", None)
-        if step is not None:
-            step(module)
-        return self._derived.renew(module, self.model) or step is not None
+        with set_default_torch_dtype(self._runner.model_config.dtype):  # kernels are built for it
+            if step is not None:
+                step(module)
+            return self._derived.renew(module, self.model) or step is not None
 
     def _embed_ids(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = module._embed_local_shard(ids)

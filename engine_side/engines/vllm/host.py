@@ -85,6 +85,10 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
         """Run one module's share of vLLM's `process_weights_after_loading`, in its order: the quantisation method's,
         then the attention layer's own, then the model's
         (https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor/model_loader/utils.py)."""
+        with set_default_torch_dtype(self._config.model_config.dtype):  # kernels are built for it
+            return self._post_load(module)
+
+    def _post_load(self, module: nn.Module) -> bool:
         method = getattr(module, "quant_method", None)
         found = False
         # the KV cache's step deletes the scales that it reads: without them it has run

@@ -1,0 +1,82 @@
+"""Trainers of values push into vLLM engines with quantised weights: the engine is then, in every log-probability, one
+that was started from a quantised checkpoint of the new values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bridge
+from tests.families import make_model, perturb
+from tests.vllm.quantised import Tensors, int8, int8_config, quantised, save
+from tests.vllm.rig import said_by
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def start(rigs: Any) -> Iterator[Callable[..., Any]]:
+    """Engines in this process; the last one ends with the test."""
+    rigs.close()
+    started: list[Any] = []
+
+    def make(folder: Path, **arguments: Any) -> Any:
+        from tests.vllm.rig import start as start_one
+
+        started.append(start_one(folder, "inproc", **arguments))
+        return started[-1]
+
+    yield make
+    for llm in started:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def bits(llm: Any) -> dict[str, bytes]:
+    """The bytes of every registered tensor that has any."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return {n: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in held if t.numel()}
+
+
+def calibrated(model: Any) -> Tensors:
+    """A scale for the inputs of every projection, another one for each."""
+    names = [name.removesuffix("weight") for name, _ in model.named_parameters() if name.endswith("_proj.weight")]
+    return {f"{name}input_scale": torch.tensor([0.02 + 0.001 * k]) for k, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "peak"),
+    [("channel", "token", 127.5), ("channel", "tensor", 127), ("tensor", "token", 127), ("tensor", "tensor", 127.5)],
+)
+def test_int8_checkpoints_of_every_granularity(
+    start: Callable[..., Any], tmp_path: Path, weights: str, activations: str, peak: float
+) -> None:
+    model = make_model("qwen2")
+    kept = calibrated(model) if activations == "tensor" else {}
+    quantise = partial(int8, peak=peak, whole=weights == "tensor")
+    config = int8_config(weights, activations)
+    save(tmp_path / "first", model, config, {**quantised(model, quantise), **kept})
+    llm = start(tmp_path / "first")
+    before = said_by(llm)
+    with bridge.attach(llm) as b:
+        for step in (1, 2):
+            perturb(model, step)
+            receipt = b.push(model.named_parameters(), verify="weights")
+            assert receipt.verified is True
+            assert receipt.kept == tuple(sorted(kept))
+            errors = receipt.engines[0].quantised
+            assert errors.keys() == {name for name, _ in model.named_parameters() if name.endswith("_proj.weight")}
+            assert all(0 < error < 0.02 for error in errors.values())
+        save(tmp_path / "last", model, config, {**quantised(model, quantise), **kept})
+        fresh = start(tmp_path / "last")
+        assert said_by(llm) == said_by(fresh) != before
+        assert bits(llm) == bits(fresh)
+        b.push([(n, p) for n, p in make_model("qwen2").named_parameters()], verify="weights")
+        assert said_by(llm) == before
+        b.rollback()
+        assert said_by(llm) == said_by(fresh)
