@@ -79,17 +79,17 @@ class TargetTensor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankPlan(msgspec.Struct, frozen=True, dict=True):
-    """The moves and fills of one rank. `native` maps module paths that the recorder could not follow to why."""
+    """The moves and fills of one rank. `computed` maps targets whose values the recorder could not follow to why."""
 
     targets: tuple[TargetTensor, ...]
     moves: tuple[Move, ...]
     fills: tuple[Fill, ...] = ()
-    native: dict[str, str] = {}
+    computed: dict[str, str] = {}
 
     @cached_property
     def digest(self) -> bytes:
         """16 bytes over targets, moves and fills in order."""
-        return xxhash.xxh3_128_digest(msgspec.msgpack.encode((self.targets, self.moves, self.fills, self.native)))
+        return xxhash.xxh3_128_digest(msgspec.msgpack.encode((self.targets, self.moves, self.fills, self.computed)))
 
 
 class Coverage(msgspec.Struct, frozen=True):
@@ -151,7 +151,7 @@ def union_gaps(runs: Iterable[Runs], numel: int) -> tuple[int, int]:
 
 
 def dest_coverage(plan: RankPlan) -> Coverage:
-    """Prove that every element of every target is written exactly once. Natively loaded modules are left out.
+    """Prove that every element of every target is written exactly once. Computed targets are left out.
 
     Raises ProtocolError for a move to no target, between different shapes or outside its target.
     """
@@ -169,7 +169,7 @@ def dest_coverage(plan: RankPlan) -> Coverage:
     holes: dict[str, int] = {}
     overlaps: dict[str, int] = {}
     for target in plan.targets:
-        if target.path.rpartition(".")[0] in plan.native:
+        if target.path in plan.computed:
             continue
         missing, twice = union_gaps(written[target.path], target.numel)
         if missing:

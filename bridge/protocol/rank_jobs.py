@@ -156,7 +156,6 @@ class RankBake(Message, frozen=True):
     partners: dict[str, str] = {}
     read: dict[str, tuple[Region, ...]] = {}
     strategies: dict[str, int] = {}
-    native: dict[str, str] = {}
     moves: int = 0
     coverage: LevelResult = LevelResult("coverage", False, 0)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any
 from weakref import ReferenceType, ref
@@ -83,6 +83,15 @@ def find_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     """Find the parameter, buffer or plain tensor attribute of that name."""
     registry = find_registry(module, name)
     return None if registry is None else registry[name]
+
+
+def unregistered_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a module's non-persistent buffers and of its plain attributes."""
+    for name in module._non_persistent_buffers_set:
+        buffer = module._buffers.get(name)
+        if buffer is not None:
+            yield name, buffer
+    yield from ((name, value) for name, value in module.__dict__.items() if isinstance(value, torch.Tensor))
 
 
 def twin_parameter(

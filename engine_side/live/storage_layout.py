@@ -99,6 +99,14 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+ViewKey = tuple[int, int, int, torch.dtype]
+
+
+def whole_view_key(tensor: torch.Tensor) -> ViewKey:
+    """Make a key that dense views of the same memory share, whatever their shapes: storage, offset, elements, dtype."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel(), tensor.dtype
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """True when the elements fill a stretch of memory without gaps or overlaps."""
     return _is_gapless((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)

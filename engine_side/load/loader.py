@@ -27,6 +27,7 @@ from engine_side.live.bindings import AttributeSnapshot, BoundModules, BoundTens
 from engine_side.live.forward_caches import ForwardCaches
 from engine_side.live.inplace import Outcome, TensorRegistry, find_registry, find_tensor
 from engine_side.load.arena_views import ArenaViews
+from engine_side.load.computed_targets import ComputedTargets
 from engine_side.load.copies import (
     Comparison,
     CopyBatch,
@@ -43,7 +44,7 @@ from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.quant_groups import find_incomplete_groups
 from engine_side.plan.refusals import Feeders, waiting_tensors, with_accepted_shapes
 from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
-from engine_side.plan.twins import Twin, graft, redo
+from engine_side.plan.twins import Role, Twin, graft, redo
 from engine_side.protocol import RankHost
 from engine_side.quantise.checkpoint_form import CheckpointForm, checkpoint_form
 from engine_side.quantise.slots import QuantisedSlots
@@ -158,7 +159,8 @@ class Loader:
             return
         with uncollected():
             self.decided: StrategyTable = decide(host, self.baked)
-        self.canonical = CanonicalTensors(self.baked, self.decided, self.pool, self.threads)
+        self.computed = ComputedTargets(host, self.baked, self.decided)
+        self.canonical = CanonicalTensors(self.baked, self.decided, self.computed, self.pool, self.threads)
         self.problems = tuple(self._packed_in_part()) if partial else ()
         self.rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self.feeds: dict[str, frozenset[int]] = {}
@@ -227,7 +229,6 @@ class Loader:
             partners=dict(baked.standing.partners),
             read={name: regions for name, regions in baked.read.items() if name not in added},
             strategies=dict(Counter([choice.strategy.value for choice in choices.values()])),
-            native={path: c.reason for path, c in choices.items() if c.strategy is Strategy.NATIVE},
             moves=len(baked.plan.moves),
         )
 
@@ -241,19 +242,28 @@ class Loader:
         wanted = {sent, *(made for made, owner in self.form.owner.items() if owner == sent)}
         return tuple(
             {
-                "tensor": name if move.tensor == sent else move.tensor,
+                "tensor": name if tensor == sent else tensor,
                 "parameter": f"{choice.path}.{attribute}",
-                "source": _describe(move.source),
-                "dest": _describe(move.dest),
+                "source": source,
+                "dest": dest,
                 "module": choice.cls,
                 "strategy": choice.strategy.value,
                 "reason": choice.reason,
             }
             for choice in self.decided.choices.values()
-            for attribute, target, _ in self.canonical.parts(choice)
-            for move in self.canonical.moves.get(target, ())
-            if move.tensor in wanted
+            for attribute, target, role in self.canonical.parts(choice)
+            for tensor in wanted
+            for source, dest in self._ways(tensor, target, role)
         )
+
+    def _ways(self, tensor: str, target: str, role: Role) -> Iterator[tuple[str, str]]:
+        """Describe (source, dest) of every way from a tensor to a target."""
+        if tensor in self.computed.sources.get(target, ()):
+            yield "all of it, through the engine's loader", _describe(dense(role.shape))
+            return
+        for move in self.canonical.moves.get(target, ()):
+            if move.tensor == tensor:
+                yield _describe(move.source), _describe(move.dest)
 
     def modules_below(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
         """List the modules of the plan that hang, or hung, below replaced ones."""
@@ -315,16 +325,14 @@ class Loader:
             self.codes = self._quantised_slots() if self.form.quantised or self.form.kept else None
             self.canonical.map(self.mapped.slots, index, () if self.codes is None else self.codes.made)
             for choice in self.decided.choices.values():
-                targets = [target for _, target, _ in self.canonical.parts(choice)]
-                names = {move.tensor for target in targets for move in self.canonical.moves.get(target, ())}
-                names.update(self.baked.native_sources.get(choice.path, ()))
-                self.feeds[choice.path] = frozenset(index[name] for name in names)
+                names = [self.canonical.tensors_of(target) for _, target, _ in self.canonical.parts(choice)]
+                self.feeds[choice.path] = frozenset(index[name] for each in names for name in each)
             bound = {id(module) for module in self.decided.live.values()}
             self.snapshot = AttributeSnapshot(self.host.model, bound)
             self._bind_tensors()
 
     def _quantised_slots(self) -> QuantisedSlots:
-        used = frozenset(move.tensor for move in self.baked.plan.moves).union(*self.baked.native_sources.values())
+        used = frozenset(move.tensor for move in self.baked.plan.moves).union(*self.baked.computed.values())
         return QuantisedSlots(self.form, used, self.mapped.index, len(self.mapped.slots))
 
     def prepare(self, slot: int) -> None:
@@ -353,7 +361,7 @@ class Loader:
                 if registry is not None:
                     places.append((f"{choice.path}.{name}", registry, name))
                 elif choice.stored[name].readable:
-                    sent = [self.mapped.index[move.tensor] for move in self.canonical.moves.get(target, ())]
+                    sent = [self.mapped.index[name] for name in self.canonical.tensors_of(target)]
                     self.absent.append((f"{choice.path}.{name}", frozenset(sent)))
                     gone.append((module, name))
         self._direct = BoundTensors(places, gone)
@@ -362,7 +370,8 @@ class Loader:
 
     def _compile(self, slot: int) -> None:
         """Make the pairs and constants that are written straight into live storage."""
-        pairs = list(self._pairs([c for c in self.decided.choices.values() if c.direct], slot))
+        choices = [c for c in self.decided.choices.values() if c.direct]
+        pairs = [*self._pairs(choices, slot), *self._computed_pairs(choices, slot)]
         self.mapped.direct[slot] = _DirectCopies(pairs, batches(pairs, self.threads), list(self.constants()))
         self.mapped.readable.pop(slot, None)
 
@@ -372,7 +381,8 @@ class Loader:
         for choice in choices:
             for name, target, _ in self.canonical.parts(choice):
                 stored, live = choice.stored[name], find_tensor(self.decided.live[choice.path], name)
-                if live is None or not stored.readable or (live.data_ptr(), target) in seen:
+                moved = stored.readable and target not in self.computed.sources
+                if live is None or not moved or (live.data_ptr(), target) in seen:
                     continue
                 seen.add((live.data_ptr(), target))
                 for move in self.canonical.moves.get(target, ()):
@@ -383,17 +393,33 @@ class Loader:
                         if made is not None:
                             yield made
 
+    def _computed_pairs(self, choices: Iterable[ModuleStrategy], slot: int) -> Iterator[CopyPair]:
+        """Make pairs of the computed targets: one for each tensor that a target is computed from, of the same views."""
+        values = self.computed.buffers(slot)
+        for choice in choices if values else ():
+            for name, target, _ in self.canonical.parts(choice):
+                stored, live = choice.stored[name], find_tensor(self.decided.live[choice.path], name)
+                if target not in values or live is None or not stored.readable:
+                    continue
+                whole = dense((values[target].numel(),))
+                for at, of in stored.locate(whole, whole) or ():
+                    for source in self.computed.sources[target]:
+                        made = make_pair(live, at, values[target], of, self.mapped.index[source], target)
+                        if made is not None:
+                            yield made
+
     def readable_pairs(self, slot: int) -> list[CopyPair]:
         """Pairs of all tensors that can be read back, whatever the strategy, in the same order for every slot."""
         return self._readable(slot).pairs
 
     def _readable(self, slot: int) -> _Readable:
         mapped = self.mapped
+        self.computed.values(slot)
         if slot not in mapped.readable:
             direct = mapped.direct.get(slot)
             known = () if direct is None else direct.pairs
             rest = self.decided.choices.values() if direct is None else self.rebuilt
-            mapped.readable[slot] = _Readable([*known, *self._pairs(rest, slot)])
+            mapped.readable[slot] = _Readable([*known, *self._pairs(rest, slot), *self._computed_pairs(rest, slot)])
         return mapped.readable[slot]
 
     def compare(self, slot: int) -> tuple[list[CopyPair], list[CopyPair]]:
@@ -411,7 +437,7 @@ class Loader:
         for choice in self.decided.choices.values():
             for name, target, _ in self.canonical.parts(choice):
                 live, stored = find_tensor(self.decided.live[choice.path], name), choice.stored[name]
-                if live is None:
+                if live is None or target in self.computed.sources:
                     continue
                 for fill in self.canonical.fills.get(target, ()):
                     for at, _ in stored.locate(fill.dest, fill.dest) or ():
@@ -444,6 +470,7 @@ class Loader:
         self.began_to_write = False
         self.require_bound()
         self.prepare(slot)
+        self.computed.values(slot)
         self.began_to_write = True
         if not self._direct.in_place():
             self._rebind()
@@ -470,7 +497,7 @@ class Loader:
         return LoadOutcome(written, tuple(rebound), tuple(created), loaded - began, done - loaded, dropped)
 
     def _rebuild(self, slot: int, wanted: set[int] | None, rebound: list[str], created: list[str]) -> int:
-        """Rebuild redo, twin and native modules, then the modules that derive something from touched ones.
+        """Rebuild redo and twin modules, then the modules that derive something from touched ones.
 
         Adds "module.name" of what it moved to `rebound`, of what was not there before to `created`. Returns the bytes
         written.
@@ -480,7 +507,7 @@ class Loader:
         for choice in self.rebuilt:
             if wanted is not None and wanted.isdisjoint(self.feeds[choice.path]):
                 continue
-            with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})", memory_only=True):
+            with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})"):
                 found, nbytes = self._rebuild_one(choice, slot)
             rebound += [f"{choice.path}.{name}" for name, what in found.items() if what is Outcome.REBOUND]
             created += [f"{choice.path}.{name}" for name, what in found.items() if what is Outcome.CREATED]
@@ -489,7 +516,7 @@ class Loader:
         touched = {p for p, feeds in self.feeds.items() if wanted is None or not wanted.isdisjoint(feeds)}
         for path, module in self.derived:
             if not touched.isdisjoint(self.sources_of[path]):
-                with experiment_step("deriving state", f"{path} ({type(module).__name__})", memory_only=True):
+                with experiment_step("deriving state", f"{path} ({type(module).__name__})"):
                     self.host.post_load(module)
                 self.mapped.readable.clear()
         self.decided.twins.forget()
@@ -505,7 +532,9 @@ class Loader:
         if choice.strategy not in (Strategy.REDO, Strategy.REPLACE):
             twin, k = self.twin(choice, slot)
             parameters = twin.modules[k].parameters(recurse=False)
-            return graft(twin.modules[k], twin.before[k], live), sum(t.numel() * t.element_size() for t in parameters)
+            names = twin.cluster.places[k]
+            nbytes = sum(t.numel() * t.element_size() for t in parameters)
+            return graft(twin.modules[k], twin.before[k], live, names), nbytes
         views = {
             name: shown
             for name, stored in choice.stored.items()
@@ -530,18 +559,10 @@ class Loader:
         """Make a twin of the module's cluster with the version in `slot`, post-loaded; and the module's index in it."""
         decided = self.decided
         cluster = decided.clusters[choice.path]
-        if choice.strategy is Strategy.NATIVE:  # the engine's own loader, on a skeleton where only these have memory
-            decided.twins.forget()
-            twin = decided.twins.take((cluster,), decided.live)
-            sources = [name for path in cluster.paths for name in self.baked.native_sources.get(path, ())]
-            weights = {name: self.canonical.tensor(name, slot) for name in dict.fromkeys(sources)}
-            with torch.no_grad():
-                self.host.load_weights(twin.skeleton, iter(weights.items()))
-        else:
-            twin = decided.twins.take(decided.alike[choice.path], decided.live)
-            with torch.no_grad():
-                for role, into in enumerate(twin.by_role()):
-                    self.canonical.fill_role(cluster, role, into, slot)
+        twin = decided.twins.take(decided.alike[choice.path], decided.live)
+        with torch.no_grad():
+            for role, into in enumerate(twin.by_role()):
+                self.canonical.fill_role(cluster, role, into, slot)
         twin.post_load(self.host)
         return twin, cluster.paths.index(choice.path)
 
@@ -550,7 +571,7 @@ class Loader:
     def read_back(self, into: ArenaSlot, slot: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Write the live weights into a writable slot (the tensors in manifest order), as version 0. Blocks.
 
-        Returns (the tensors whose values the live model no longer holds in canonical form (packed, cast, native), or
+        Returns (the tensors whose values the live model no longer holds in canonical form (packed, cast, computed), or
         holds in a dtype that the wire dtype cannot carry exactly; those that are quantised and were read from the
         engine's checkpoint instead). This rank writes only the regions it reads. Raises ConfigError when a module was
         replaced since the plan was made.
@@ -564,14 +585,13 @@ class Loader:
         if self.codes is not None:
             self.codes.made.append(self.codes.keep_originals(slot))
         try:
-            pairs = self.readable_pairs(extra)
+            pairs = list(self._pairs(self.decided.choices.values(), extra))
         finally:
             mapped.slots.pop()
-            mapped.readable.pop(extra, None)
             if self.codes is not None:
                 self.codes.made.pop()
         names = [spec.name for spec in mapped.manifest.tensors]
-        lost: set[str] = {name for names in self.baked.native_sources.values() for name in names}
+        lost: set[str] = {name for names in self.computed.sources.values() for name in names}
         lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
         covered = {(p.tensor, p.target) for p in pairs}
         lost |= {m.tensor for m in self.baked.plan.moves if (mapped.index[m.tensor], m.target) not in covered}

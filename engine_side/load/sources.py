@@ -13,6 +13,7 @@ import torch
 from bridge.errors import ConfigError
 from bridge.model.regions import Fill, Move, dense
 from engine_side.live.inplace import find_tensor
+from engine_side.load.computed_targets import ComputedTargets
 from engine_side.load.copies import batches, copy_all, make_pair
 from engine_side.plan.bake import Baked
 from engine_side.plan.strategies import ModuleStrategy, StrategyTable
@@ -27,6 +28,7 @@ class CanonicalTensors:
 
     Args:
         baked, decided: the plan and the strategies found for it.
+        computed: the targets that no move describes.
         pool, threads: the threads that copy.
 
     Attributes:
@@ -34,8 +36,15 @@ class CanonicalTensors:
         whole: targets of which every element comes from the arena.
     """
 
-    def __init__(self, baked: Baked, decided: StrategyTable, pool: ThreadPoolExecutor, threads: int) -> None:
-        self.decided = decided
+    def __init__(
+        self,
+        baked: Baked,
+        decided: StrategyTable,
+        computed: ComputedTargets,
+        pool: ThreadPoolExecutor,
+        threads: int,
+    ) -> None:
+        self.decided, self.computed = decided, computed
         self._pool, self._threads = pool, threads
         self.moves: dict[str, list[Move]] = {}
         self.fills: dict[str, list[Fill]] = {}
@@ -69,6 +78,7 @@ class CanonicalTensors:
         """
         self._slots, self._index, self._made = slots, index, made
         self._blocks.clear()
+        self.computed.map(self.tensor)
 
     def begin(self, written: Set[int]) -> None:
         """Begin a load that has already written the live storages at these addresses; tied ones are written once."""
@@ -78,6 +88,11 @@ class CanonicalTensors:
     def parts(self, choice: ModuleStrategy) -> list[tuple[str, str, Role]]:
         """List (attribute, target of the plan, form) of a module's canonical tensors."""
         return self._parts[choice.path]
+
+    def tensors_of(self, target: str) -> tuple[str, ...]:
+        """Names of the sent tensors that reach a target."""
+        moved = (move.tensor for move in self.moves.get(target, ()))
+        return tuple(dict.fromkeys((*moved, *self.computed.sources.get(target, ()))))
 
     def sent(self, move: Move, slot: int) -> torch.Tensor:
         """The tensor from which a move reads. Raises ConfigError before `map`."""
@@ -109,7 +124,7 @@ class CanonicalTensors:
                 out[name] = sent
                 continue
             live, stored = find_tensor(self.decided.live[choice.path], name), choice.stored[name]
-            reached = bool(self.moves.get(target) or self.fills.get(target))
+            reached = bool(self.tensors_of(target) or self.fills.get(target))
             if live is not None and stored.identity and (reuse or not reached):
                 value = live.detach()
                 if tuple(value.shape) != role.shape or value.stride() != role.strides:
@@ -130,6 +145,8 @@ class CanonicalTensors:
     def _as_sent(self, target: str, role: Role, slot: int, device: torch.device) -> torch.Tensor | None:
         """The arena's own tensor where it equals the target, element for element."""
         moves, whole = self.moves.get(target, ()), dense(role.shape)
+        if target in self.computed.sources:
+            return None
         if len(moves) != 1 or self.fills.get(target) or moves[0].dest != whole or moves[0].source != whole:
             return None
         sent = self.sent(moves[0], slot)
@@ -150,7 +167,9 @@ class CanonicalTensors:
         return self._blocks[key]
 
     def _find_blocks(self, target: str, role: Role, device: torch.device, slot: int) -> tuple[torch.Tensor, ...]:
-        if len(role.shape) != 2 or role.strides != dense(role.shape).strides or self.fills.get(target):
+        if target in self.computed.sources or self.fills.get(target):
+            return ()
+        if len(role.shape) != 2 or role.strides != dense(role.shape).strides:
             return ()
         out, done = list[torch.Tensor](), 0
         for move in sorted(self.moves.get(target, ()), key=lambda move: move.dest.offset):
@@ -177,6 +196,9 @@ class CanonicalTensors:
     def fill(self, target: str, value: torch.Tensor, slot: int) -> None:
         """Write a target's moves and constants into a canonical tensor. Blocks."""
         with torch.no_grad():
+            if target in self.computed.sources:
+                value.copy_(self.computed.values(slot)[target])
+                return
             for fill in self.fills.get(target, ()):
                 at = fill.dest
                 value.as_strided(at.shape, at.strides, value.storage_offset() + at.offset).fill_(fill.value)

@@ -32,8 +32,8 @@ from bridge.model.regions import (
 )
 from bridge.model.torch_dtypes import DTYPES, dtype_of
 from bridge.tracing.recorder import Recorder
-from engine_side.live.inplace import twin_parameter
-from engine_side.live.storage_layout import is_dense
+from engine_side.live.inplace import twin_parameter, unregistered_tensors
+from engine_side.live.storage_layout import is_dense, whole_view_key
 from engine_side.plan import loader_errors
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.unplaced import Standing, find_standing, target_paths
@@ -55,16 +55,22 @@ class TargetPlace:
 
 @dataclass(frozen=True)
 class Targets:
-    """All parameters and persistent buffers of a skeleton; ties by storage are one target with several places."""
+    """All parameters and persistent buffers of a skeleton; ties by storage are one target with several places.
+
+    Attributes:
+        mirrors: places of non-persistent buffers and plain attributes that a constructor made as views of a whole
+            target. Where post-load gives the target other storage, its values go on being used here.
+    """
 
     targets: tuple[TargetTensor, ...]
     places: tuple[TargetPlace, ...]
     tensors: Mapping[str, torch.Tensor]
+    mirrors: tuple[TargetPlace, ...] = ()
 
-    def of_module(self) -> dict[str, tuple[TargetPlace, ...]]:
-        """Group the places by module path, in the skeleton's order."""
+    def of_module(self, *, mirrors: bool = False) -> dict[str, tuple[TargetPlace, ...]]:
+        """Group the places by module path, in the skeleton's order, with the mirrors at the end of each or without."""
         out: dict[str, list[TargetPlace]] = {}
-        for place in self.places:
+        for place in (*self.places, *(self.mirrors if mirrors else ())):
             out.setdefault(place.module, []).append(place)
         return {path: tuple(places) for path, places in out.items()}
 
@@ -80,7 +86,7 @@ class Baked:
         dtypes: sent tensor -> wire name of the dtype it lands in; absent when it lands in several.
         unread: names that this rank has no place for: another rank may. `standing`: what it has where they would go.
         read: source regions of tensors that this rank reads only in part.
-        native_sources: module path -> tensors that its native load needs.
+        computed: target -> the tensors that the engine's loader computes it from.
         problems: errors that make the plan unusable, most telling first. Empty in a sound plan.
         partial: a subset of the model was meant.
         skeleton: the one on which the loader was traced, so that all of its stand-ins are loaded.
@@ -94,7 +100,7 @@ class Baked:
     unread: tuple[str, ...]
     standing: Standing
     read: dict[str, tuple[Region, ...]]
-    native_sources: dict[str, tuple[str, ...]]
+    computed: dict[str, tuple[str, ...]]
     problems: tuple[BridgeError, ...]
     partial: bool
     skeleton: nn.Module
@@ -138,16 +144,16 @@ def bake(
     found, placed = _offer_aliases(host, wanted, first, offenders)
     found = replace(found, moves=_last_of(found.moves, kept)) if kept else found
     computed = _computed_from(host, wanted, found, offenders)
-    native = _native(found, computed)
     reached = {move.target for move in found.moves}.union(found.tainted)
     unloaded = host.unloaded() - reached if isinstance(host, NamesUnloaded) else frozenset[str]()
-    plan = _plan(found, {path: reason for path, (reason, _) in native.items()}, partial, unloaded)
+    plan = _plan(found, partial, unloaded)
     # codes without a place for their scales: that the scales have none leads nowhere, so it comes second
     problems: list[BridgeError] = list(loader_errors.dtype_errors(plan, computed, wanted))
     problems.extend(offenders.values())
     problems.extend(loader_errors.broadcast_errors(plan.moves, wanted))
     problems.extend(loader_errors.coverage_errors(plan, dest_coverage(plan), wanted, partial))
-    sources = {path: names for path, (_, names) in native.items()}
+    sources = {path: tuple(sorted(computed[path].union(m.tensor for m in found.moves if m.target == path)))
+                for path in found.tainted}  # fmt: skip
     misfits = {name for name, error in offenders.items() if not isinstance(error, UnexpectedTensor)}
     used = {move.tensor for move in plan.moves}.union(misfits, *sources.values())
     unread = [i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0]
@@ -162,7 +168,7 @@ def bake(
         unread=tuple(unread),
         standing=standing,
         read=_partly_read(wanted, plan.moves, sources),
-        native_sources=sources,
+        computed=sources,
         problems=loader_errors.merge_names(problems),
         partial=partial,
         skeleton=found.skeleton,
@@ -215,7 +221,17 @@ def collect_targets(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -
                 targets.append(
                     TargetTensor(path, wire.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), buffer)
                 )
-    return Targets(tuple(targets), tuple(places), tensors)
+    return Targets(tuple(targets), tuple(places), tensors, tuple(_mirrors(skeleton, tensors)))
+
+
+def _mirrors(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[TargetPlace]:
+    """Find the places that view a whole target in the order of its memory, without being a parameter themselves."""
+    owners = {whole_view_key(tensor): path for path, tensor in tensors.items() if tensor.numel()}
+    for module_path, module in skeleton.named_modules():
+        for name, tensor in unregistered_tensors(module):
+            target = owners.get(whole_view_key(tensor))
+            if target is not None and is_dense(tensor):
+                yield TargetPlace(module_path, name, target)
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -330,7 +346,7 @@ def _offer_aliases(
     """Offer tied tensors under their other names, for an engine that does not tie what the trainer ties; returns also
     the names that it takes."""
     aliases = [(alias, info) for info in infos for alias in info.aliases if info.name not in offenders]
-    open_elements = sum(dest_coverage(_plan(first, {}, False)).holes.values()) if aliases else 0
+    open_elements = sum(dest_coverage(_plan(first, False)).holes.values()) if aliases else 0
     owner = {alias: info.name for alias, info in aliases}
     offered = {name: w for name, w in stand_ins(infos).items() if name not in offenders}
     best, placed = first, set[str]()
@@ -342,7 +358,7 @@ def _offer_aliases(
             found = trace(host, attempt)
         except loader_errors.LoaderRaised:
             continue  # an unknown alias is no error: nobody sent it as a tensor of its own
-        coverage = dest_coverage(_plan(found, {}, False))
+        coverage = dest_coverage(_plan(found, False))
         left = sum(coverage.holes.values())
         if left < open_elements and not coverage.overlaps:
             best, offered, open_elements = found, attempt, left
@@ -399,18 +415,7 @@ def _last_of(moves: Sequence[Move], kept: AbstractSet[str]) -> tuple[Move, ...]:
     return tuple(m for k, m in enumerate(moves) if m.tensor not in kept or last[m.target, m.dest] == k)
 
 
-def _native(found: Trace, computed: Mapping[str, frozenset[str]]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Map modules with values that cannot be followed to (why, the tensors that feed them)."""
-    out: dict[str, tuple[str, tuple[str, ...]]] = {}
-    for path, reason in found.tainted.items():
-        module = path.rpartition(".")[0]
-        feeding = [names for target, names in computed.items() if target.rpartition(".")[0] == module]
-        moved = {m.tensor for m in found.moves if m.target.rpartition(".")[0] == module}
-        out.setdefault(module, (f"{path}: {reason}", tuple(sorted(moved.union(*feeding)))))
-    return out
-
-
-def _plan(found: Trace, native: dict[str, str], partial: bool, unloaded: frozenset[str] = frozenset()) -> RankPlan:
+def _plan(found: Trace, partial: bool, unloaded: frozenset[str] = frozenset()) -> RankPlan:
     targets, fills = found.targets.targets, found.fills
     if partial:
         touched = {move.target for move in found.moves}.union(found.tainted)
@@ -420,7 +425,7 @@ def _plan(found: Trace, native: dict[str, str], partial: bool, unloaded: frozens
     if partial or unloaded:
         kept = {t.path for t in targets}
         fills = tuple(f for f in fills if f.target in kept)
-    return RankPlan(targets, found.moves, fills, native)
+    return RankPlan(targets, found.moves, fills, dict(found.tainted))
 
 
 def _landing_dtypes(plan: RankPlan) -> dict[str, str]:
@@ -433,7 +438,7 @@ def _landing_dtypes(plan: RankPlan) -> dict[str, str]:
 
 
 def _partly_read(
-    infos: tuple[TensorInfo, ...], moves: tuple[Move, ...], native: Mapping[str, tuple[str, ...]]
+    infos: tuple[TensorInfo, ...], moves: tuple[Move, ...], computed: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[Region, ...]]:
     """Map tensors that this rank reads only in part to the regions that it reads."""
     regions: dict[str, list[Region]] = {}
@@ -441,7 +446,7 @@ def _partly_read(
         kept = [(n, s) for n, s in zip(move.source.shape, move.source.strides, strict=True) if s or n == 1]
         once = Region(move.source.offset, tuple(n for n, _ in kept), tuple(s for _, s in kept))
         regions.setdefault(move.tensor, []).append(once)
-    whole = {name for names in native.values() for name in names}
+    whole = {name for names in computed.values() for name in names}
     sizes = {i.name: math.prod(i.shape) for i in infos if i.name in regions and i.name not in whole}
     shapes = {i.name: dense(i.shape) for i in infos}
     sizes = {name: size for name, size in sizes.items() if shapes[name] not in regions[name]}  # read whole at once

@@ -3,7 +3,7 @@
 A module is *in place* when its storage after post-load is canonical and its output follows what is written there;
 *permuted* when the storage is an affine rearrangement; *redo* when post-load has to run again; *replace* when its
 results have to stay where it puts them, because a kernel has noted their addresses; *twin* when it has to run on a
-fresh twin, whose results are grafted; *native* when only the engine's own loader can fill it (on a twin).
+fresh twin, whose results are grafted.
 Nothing is looked up by class or name: the storage is read back after post-load of known values, and the values that a
 strategy wrote must show in the module's output as they do in a freshly loaded twin.
 """
@@ -43,7 +43,6 @@ class Strategy(StrEnum):
     REDO = "redo"
     REPLACE = "replace"
     TWIN = "twin"
-    NATIVE = "native"
 
 
 _LADDER = {
@@ -123,7 +122,7 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
                 decided.alike[path] = alike
                 _check_live(live[path], found[path])
         twins.release()
-    order = [path for path in baked.targets.of_module() if path in found]
+    order = [path for path in baked.targets.of_module(mirrors=True) if path in found]
     decided.choices = {path: found[path] for path in order}
     with experiment_step("looking for modules with derived state", type(host.model).__name__):
         holders = {path for path, places in baked.targets.of_module().items()
@@ -135,7 +134,11 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
 def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
     """Group the modules of the plan that hold the same target, in the skeleton's order."""
     wanted = {t.path for t in baked.plan.targets}
-    modules = {p: names for p, names in baked.targets.of_module().items() if any(n.target in wanted for n in names)}
+    modules = {
+        path: places
+        for path, places in baked.targets.of_module(mirrors=True).items()
+        if any(place.target in wanted for place in places)
+    }
     groups: dict[str, list[str]] = {}
     holder: dict[str, str] = {}
     for path, places in modules.items():
@@ -159,7 +162,8 @@ def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, 
         places.append({})
         for place in modules[path]:
             if place.target not in targets:
-                tensor = require_tensor(template.get_submodule(path), place.name)
+                owner, _, name = place.target.rpartition(".")  # a mirror may have another form
+                tensor = require_tensor(template.get_submodule(owner), name)
                 targets[place.target] = len(roles)
                 roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
             places[-1][place.name] = targets[place.target]
@@ -176,8 +180,8 @@ def _groups(template: nn.Module, baked: Baked) -> list[list[Cluster]]:
         plan = tuple((m.source, m.dest) for target in cluster.targets for m in moves.get(target, ()))
         shape = tuple(tuple(sorted(names.items())) for names in cluster.places)
         marks = tuple(_marks(template.get_submodule(path)) for path in cluster.paths)
-        native = tuple(path for path in cluster.paths if path in baked.plan.native)
-        groups.setdefault((cluster.roles, shape, plan, marks, native), []).append(cluster)
+        computed = tuple(target in baked.plan.computed for target in cluster.targets)
+        groups.setdefault((cluster.roles, shape, plan, marks, computed), []).append(cluster)
     return list(groups.values())
 
 
@@ -210,9 +214,8 @@ class _Experiment:
 
     def run(self) -> list[ModuleStrategy]:
         """Choose a strategy for each module of the cluster. Raises ConfigError when none serves."""
-        native = [self.baked.plan.native.get(path, "") for path in self.cluster.paths]
         stored, plain = self._stored()
-        if plain is not None and not any(native) and self._follows_as_is(plain):
+        if plain is not None and self._follows_as_is(plain):
             return [self._choice(k, Strategy.IN_PLACE, _storage_reason(names), names) for k, names in enumerate(stored)]
         if plain is not None:
             self.twins.retire(plain)
@@ -221,10 +224,10 @@ class _Experiment:
         unused = [names_set(module) for module in fresh.modules]
         self.probes = self._find_probes(fresh, new)
         self.kept = [tensors_set_since(module, unused[k]) for k, module in enumerate(fresh.modules)]
-        want = [self._observe(k, module) for k, module in enumerate(fresh.modules)]
+        want = [self._expect(k, fresh) for k in range(len(fresh.modules))]
         self.twins.retire(fresh)
-        plans = [Strategy.NATIVE if why else _first(names) for why, names in zip(native, stored, strict=True)]
-        reasons = [why or _storage_reason(names) for why, names in zip(native, stored, strict=True)]
+        plans = [_first(names) for names in stored]
+        reasons = [_storage_reason(names) for names in stored]
         while True:
             failed = self._failures(plans, stored, old, new, want)
             if not failed:
@@ -286,6 +289,10 @@ class _Experiment:
         ways = self.probes[k]
         if not ways:
             reason += "; cannot be called alone, judged by its state"
+        for name, role in self.cluster.places[k].items():
+            why = self.baked.plan.computed.get(self.cluster.targets[role])
+            if why is not None:
+                reason += f"; {name} is computed by the engine's loader ({why})"
         cls = type(self.live[self.cluster.paths[k]]).__name__
         return ModuleStrategy(self.cluster.paths[k], cls, strategy, reason, stored, ways, self.kept[k])
 
@@ -322,6 +329,14 @@ class _Experiment:
         tensors, opaque = reachable(module)
         return None if opaque else {name: t.detach().clone() for name, t in tensors.items()}
 
+    def _expect(self, k: int, twin: Twin) -> dict[str, torch.Tensor] | None:
+        """Observe a freshly loaded twin; tensors of its state that its weights have not made become meta tensors."""
+        seen = self._observe(k, twin.modules[k])
+        if seen is None or self.probes[k]:
+            return seen
+        made = twin.made_of_weights(k)
+        return {name: t if name in made else torch.empty_like(t, device="meta") for name, t in seen.items()}
+
     def _failures(
         self,
         plans: Sequence[Strategy],
@@ -330,13 +345,11 @@ class _Experiment:
         new: Sequence[torch.Tensor],
         want: Sequence[dict[str, torch.Tensor] | None],
     ) -> dict[int, str]:
-        """Map modules to why the values that their strategy wrote do not show. Native modules are not tried."""
+        """Map modules to why the values that their strategy wrote do not show."""
         twin = self._loaded(old)
         before = [self._observe(k, module) for k, module in enumerate(twin.modules)]
         failed: dict[int, str] = {}
         for k, strategy in enumerate(plans):
-            if strategy is Strategy.NATIVE:
-                continue
             try:
                 self._write(twin, k, strategy, stored[k], new)
             except LOADER_ERRORS as error:
@@ -344,7 +357,7 @@ class _Experiment:
                     raise
                 failed[k] = f"it raised {type(error).__name__}: {error}"
         for k, module in enumerate(twin.modules):
-            if k in failed or plans[k] is Strategy.NATIVE:
+            if k in failed:
                 continue
             seen, wanted = self._observe(k, module), want[k]
             why = _compare(before[k], seen, wanted, plans[k])
@@ -366,7 +379,7 @@ class _Experiment:
             redo(self.host, module, template, values, swap=strategy is Strategy.REPLACE)
         else:
             other = self._loaded(new)
-            graft(other.modules[k], other.before[k], module)
+            graft(other.modules[k], other.before[k], module, self.cluster.places[k])
         ForwardCaches(module, [("", template, module)], {"": self.kept[k]}).clear()
 
     def _stored(self) -> tuple[list[dict[str, Stored]], Twin | None]:

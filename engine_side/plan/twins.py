@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from engine_side.live.inplace import Outcome, copy_or_rebind_param, find_tensor, reflect, twin_parameter
+from bridge.model.same_bits import same_bits
+from engine_side.live.inplace import (
+    Outcome,
+    copy_or_rebind_param,
+    find_tensor,
+    reflect,
+    twin_parameter,
+    unregistered_tensors,
+)
+from engine_side.live.storage_layout import ViewKey, whole_view_key
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.protocol import RankHost
 
@@ -33,6 +42,12 @@ class Role:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View in this form a tensor that holds the same elements in the same order of memory."""
+        if tuple(tensor.shape) == self.shape and tensor.stride() == self.strides:
+            return tensor
+        return tensor.as_strided(self.shape, self.strides, tensor.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -72,11 +87,12 @@ class Twin:
             into.copy_(value)
 
     def by_role(self) -> list[torch.Tensor]:
-        """List the tensor of every role. Before post-load only."""
+        """List the tensor of every role, in the role's form. Before post-load only."""
         found: dict[int, torch.Tensor] = {}
         for module, names in zip(self.modules, self.cluster.places, strict=True):
             for name, role in names.items():
-                found.setdefault(role, require_tensor(module, name).detach())
+                if role not in found:
+                    found[role] = self.cluster.roles[role].view(require_tensor(module, name).detach())
         return [found[role] for role in range(len(self.cluster.roles))]
 
     def post_load(self, host: RankHost) -> bool:
@@ -84,10 +100,25 @@ class Twin:
 
         Raises ConfigError, naming the first module, when the step fails; OutOfMemory.
         """
-        self.before = [ModuleState.of(module) for module in self.modules]
+        self.before = [
+            ModuleState.of(module, apart_from=names)
+            for module, names in zip(self.modules, self.cluster.places, strict=True)
+        ]
         with experiment_step("running post-load on a twin", self.cluster.paths[0], self.cluster.nbytes):
             worked = [host.post_load(module) for module in self.modules]
         return any(worked)
+
+    def made_of_weights(self, k: int) -> dict[str, torch.Tensor]:
+        """Collect, after post-load, the tensors of a module that its weights or its post-load step have made, by path.
+
+        What only its constructor made is left out: a live module may have other tensors there, such as the state of a
+        recurrent layer, which the engine binds when it starts.
+        """
+        return {
+            path: tensor
+            for path, tensor in reachable(self.modules[k])[0].items()
+            if path in self.cluster.places[k] or not self.before[k].holds(tensor)
+        }
 
 
 def _shallow_state(module: nn.Module) -> dict[str, Any]:
@@ -161,11 +192,15 @@ class TwinSource:
         free = ((c, skeleton) for skeleton in self._pool for c in options if skeleton.offers(c.paths))
         choice, skeleton = next(free, None) or (options[0], self._grow())
         modules = skeleton.use(choice.paths)
-        made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = {}
+        made: MadeTensors = {}
         memory: list[torch.Tensor] = []
         with experiment_step("building a twin", choice.paths[0], choice.nbytes):
             for path, module in zip(choice.paths, modules, strict=True):
                 materialise(module, live[path], made, self._spare, memory)
+            for module, names in zip(modules, choice.places, strict=True):
+                module.__dict__.update(
+                    {n: _view_of_made(module.__dict__[n], made) for n in names if n in module.__dict__}
+                )
         return Twin(choice, skeleton.root, modules, memory=memory)
 
     def _grow(self) -> _PooledSkeleton:
@@ -210,21 +245,32 @@ def _dtype_of_most(model: nn.Module) -> torch.dtype:
 MemoryFormat = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 Spare = dict[MemoryFormat, list[torch.Tensor]]
 """Memory by what it can be: shape, strides, dtype, device."""
+MadeTensors = dict[ViewKey, torch.Tensor]
+"""Tensors of a twin by the meta tensor that each stands for: its `whole_view_key`."""
+
+
+def _view_of_made(tensor: torch.Tensor, made: MadeTensors) -> torch.Tensor:
+    """View the made memory that `tensor`, on meta, is a view of; `tensor` itself where none was made."""
+    found = made.get(whole_view_key(tensor)) if tensor.device.type == "meta" else None
+    if found is None:
+        return tensor
+    return twin_parameter(tensor, found.detach().as_strided(tensor.shape, tensor.stride(), found.storage_offset()))
 
 
 def materialise(
     module: nn.Module,
     live: nn.Module,
-    made: dict[tuple[int, int, tuple[int, ...]], torch.Tensor],
+    made: MadeTensors,
     spare: Spare,
     memory: list[torch.Tensor],
 ) -> None:
     """Give a meta module's own parameters and buffers memory on the live module's device.
 
-    Class, attributes and ties are kept. Non-persistent buffers take the live values: no checkpoint holds them.
+    Class, attributes, ties and views of one another are kept. Non-persistent buffers take the live values: no
+    checkpoint holds them.
 
     Args:
-        made: tensors made so far, by storage and view: ties among several modules.
+        made: tensors made so far: ties among several modules.
         spare: memory to use where it fits.
         memory: receives all memory that is used.
     """
@@ -234,21 +280,24 @@ def materialise(
         for name, tensor in list(registry.items()):
             if tensor is None or tensor.device.type != "meta":
                 continue
-            key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape))
-            if key not in made or not tensor.numel():
-                old = spare.get((tensor.shape, tensor.stride(), tensor.dtype, device))
-                if old:
-                    data = old.pop()
-                else:
-                    data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            key = whole_view_key(tensor)
+            found = made.get(key) if tensor.numel() else None
+            if found is None:
+                data = _take_memory(tensor, device, spare)
                 memory.append(data)
                 known = live._buffers.get(name) if name in module._non_persistent_buffers_set else None
                 if known is not None and known.shape == data.shape:
                     data.copy_(known)
-                made[key] = twin_parameter(tensor, data)
-            registry[name] = made[key]  # type: ignore[assignment]
-            swap[id(tensor)] = made[key]
+                found = made[key] = twin_parameter(tensor, data)
+            elif found.shape != tensor.shape or found.stride() != tensor.stride():
+                found = _view_of_made(tensor, made)
+            registry[name] = swap[id(tensor)] = found  # type: ignore[assignment]
     module.__dict__.update({n: reflect(v, swap) for n, v in module.__dict__.items() if n not in _INTERNAL})
+
+
+def _take_memory(like: torch.Tensor, device: torch.device, spare: Spare) -> torch.Tensor:
+    old = spare.get((like.shape, like.stride(), like.dtype, device))
+    return old.pop() if old else torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -270,12 +319,24 @@ def require_tensor(module: nn.Module, name: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ModuleState:
-    """The attributes of a module outside its registries: (owner attribute or "", name) -> value, one object deep."""
+    """What a module holds outside its parameters and persistent buffers.
+
+    Attributes:
+        entries: attributes outside the registries: (owner attribute or "", name) -> value, one object deep.
+        tensors: id of each tensor that was reached there and is no weight -> the tensor, and a copy of its values.
+    """
 
     entries: Mapping[tuple[str, str], Any]
+    tensors: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: nn.Module) -> ModuleState:
+    def of(cls, module: nn.Module, *, apart_from: Container[str] | None = None) -> ModuleState:
+        """Look at a module.
+
+        Args:
+            apart_from: names of the weights of a twin. None, for a live module, leaves `tensors` empty: what such a
+                module reaches may be a whole KV cache.
+        """
         entries: dict[tuple[str, str], Any] = {}
         for name, value in module.__dict__.items():
             if name in _INTERNAL:
@@ -284,7 +345,15 @@ class ModuleState:
             foreign = (nn.Module, torch.Tensor, type, FunctionType, MethodType, partial)
             if hasattr(value, "__dict__") and not isinstance(value, foreign):
                 entries.update({(name, key): item for key, item in vars(value).items()})
-        return cls(entries)
+        if apart_from is None:
+            return cls(entries)
+        found = [tensor for path, tensor in reachable(module)[0].items() if path not in apart_from]
+        return cls(entries, {id(tensor): (tensor, tensor.detach().clone()) for tensor in found})
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """True for a tensor that was there already, with the values that it has now."""
+        found = self.tensors.get(id(tensor))
+        return found is not None and (tensor.device.type == "meta" or same_bits(tensor.detach(), found[1]))
 
 
 def redo(
@@ -297,10 +366,13 @@ def redo(
     raises, the former objects are back in place, with undefined values.
     """
     former = {name: tensor for registry in (module._parameters, module._buffers) for name, tensor in registry.items()}
+    mirrors = dict(unregistered_tensors(template))
     try:
         for name, value in values.items():
             now = find_tensor(module, name)
-            if now is None or now.data_ptr() != value.data_ptr() or now.shape != value.shape:
+            if name in mirrors and now is not None:
+                now.detach().copy_(value.as_strided(now.shape, now.stride(), value.storage_offset()))
+            elif now is None or now.data_ptr() != value.data_ptr() or now.shape != value.shape:
                 _register(module, name, twin_parameter(require_tensor(template, name), value, (template, module)))
         host.post_load(module)
     except BaseException:
@@ -327,17 +399,21 @@ def _register(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None
     registry[name] = tensor  # type: ignore[assignment]
 
 
-def graft(twin: nn.Module, before: ModuleState, live: nn.Module) -> dict[str, Outcome]:
-    """Bring everything that post-load changed on a twin over to the live module.
+def graft(twin: nn.Module, before: ModuleState, live: nn.Module, weights: Container[str]) -> dict[str, Outcome]:
+    """Bring the weights of a twin, and everything that post-load changed on it, over to the live module.
 
     Parameters are copied or rebound; other state goes by reference, tensors in it by copy where one of that shape is
-    there. Returns the outcome by parameter. Raises ConfigError when the live module keeps that state in an object of
+    there. What is no weight and post-load left alone stays as it is on the live module: it may be the state of running
+    requests. Returns the outcome by parameter. Raises ConfigError when the live module keeps that state in an object of
     another class.
+
+    Args:
+        weights: names under which the module holds canonical tensors.
     """
     outcomes: dict[str, Outcome] = {}
     for registry in (twin._parameters, twin._buffers):
         for name, tensor in registry.items():
-            if tensor is not None:
+            if tensor is not None and (name in weights or not before.holds(tensor)):
                 outcomes[name] = copy_or_rebind_param(live, name, tensor, like=tensor)
     after = ModuleState.of(twin).entries
     for owner, name in before.entries.keys() - after.keys():
@@ -346,6 +422,8 @@ def graft(twin: nn.Module, before: ModuleState, live: nn.Module) -> dict[str, Ou
         fresh = (owner, name) not in before.entries or before.entries[owner, name] is not value
         if owner and after["", owner] is not before.entries.get(("", owner)):
             continue  # came over as a whole object
+        if not fresh and isinstance(value, torch.Tensor) and name not in weights and before.holds(value):
+            continue
         into = _dict_of(live, twin, owner)
         there = into.get(name)
         forms = [(t.shape, t.dtype, t.device) for t in (value, there) if isinstance(t, torch.Tensor)]

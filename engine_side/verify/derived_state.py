@@ -6,7 +6,7 @@ weights, and compared with that of the live module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from engine_side.load.loader import Loader
 from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.strategies import ModuleStrategy, Strategy
+from engine_side.plan.strategies import ModuleStrategy
 from engine_side.plan.twins import materialise, reachable, require_tensor
 
 
@@ -30,7 +30,7 @@ class DerivedState:
         self._tried = set(self._below_known)
         for path in self._from.keys() - self._tried:
             # It may hold its sources where no module tree shows them; the first check shows whether it does.
-            self._from[path] = self._known_to_fill(loader.sources_of[path])
+            self._from[path] = tuple(map(loader.decided.choices.__getitem__, loader.sources_of[path]))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -106,9 +106,5 @@ class DerivedState:
     def _below(self, path: str) -> tuple[ModuleStrategy, ...]:
         template = self._loader.decided.twins.template
         inside = {id(m) for m in template.get_submodule(path).modules()}
-        return self._known_to_fill(p for p in self._loader.decided.choices if id(template.get_submodule(p)) in inside)
-
-    def _known_to_fill(self, paths: Iterable[str]) -> tuple[ModuleStrategy, ...]:
-        """The strategies of these modules; none where one of them can only be filled by the engine's loader."""
-        found = tuple(self._loader.decided.choices[path] for path in paths)
-        return () if any(choice.strategy is Strategy.NATIVE for choice in found) else found
+        choices = self._loader.decided.choices
+        return tuple(choices[path] for path in choices if id(template.get_submodule(path)) in inside)

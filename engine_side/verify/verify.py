@@ -277,7 +277,7 @@ class Verifier:
         if not choice.probes:
             here, opaque = reachable(self.loader.decided.live[choice.path])
             twin, k = self.loader.twin(choice, slot)
-            return None if opaque else probes.state_deviation(here, reachable(twin.modules[k])[0])
+            return None if opaque else probes.state_deviation(here, twin.made_of_weights(k))
         for probe in choice.probes:
             seen, want = self._output(choice, probe), self._reference(choice, probe, slot)
             if seen is None or want is None:

@@ -154,14 +154,14 @@ def test_equal_counts_do_not_hide_a_shifted_piece() -> None:
     assert coverage.overlaps == {"m.w": 1}
 
 
-def test_fills_count_as_writes_and_native_modules_are_left_out() -> None:
+def test_fills_count_as_writes_and_computed_targets_are_left_out() -> None:
     target = TargetTensor("m.w", "fp32", (4, 2))
     moves = (Move("t", dense((3, 2)), "m.w", dense((3, 2))),)
     assert not dest_coverage(RankPlan((target,), moves)).complete
     assert dest_coverage(RankPlan((target,), moves, (Fill("m.w", Region(6, (1, 2), (2, 1)), 0.0),))).complete
-    assert dest_coverage(RankPlan((target,), moves, native={"m": "why"})).complete
-    # a module whose name only begins alike is not native
-    assert not dest_coverage(RankPlan((target,), moves, native={"": "why"})).complete
+    assert dest_coverage(RankPlan((target,), moves, computed={"m.w": "why"})).complete
+    # nothing is known of its neighbours in the module
+    assert not dest_coverage(RankPlan((target,), moves, computed={"m.v": "why"})).complete
 
 
 def test_an_empty_target_needs_no_write() -> None:

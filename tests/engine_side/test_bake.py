@@ -29,7 +29,7 @@ def test_a_sound_plan() -> None:
     assert baked.coverage.complete
     assert not baked.unread
     assert not baked.read
-    assert not baked.plan.native
+    assert not baked.plan.computed
     assert set(baked.dtypes.values()) == {"fp32"}
     assert [t.path for t in baked.plan.targets if t.buffer] == ["layers.0.scale", "layers.1.scale"]
     assert bake(host, host.infos).plan.digest == baked.plan.digest
@@ -162,11 +162,11 @@ def test_a_loader_that_fails_for_its_own_reasons() -> None:
         bake(host, host.infos)
 
 
-def test_arithmetic_marks_the_module_native_and_keeps_its_tensor() -> None:
+def test_arithmetic_marks_the_parameter_computed_and_keeps_its_tensor() -> None:
     host = toy.ToyHost(decay=True)
     baked = toy.checked(bake(host, host.infos))
-    assert list(baked.plan.native) == ["decay"]
-    assert baked.native_sources == {"decay": ("decay.A",)}
+    assert list(baked.plan.computed) == ["decay.A"]
+    assert baked.computed == {"decay.A": ("decay.A",)}
     assert "decay.A" not in baked.unread
 
 

@@ -174,7 +174,7 @@ def test_read_back_returns_what_was_applied_or_says_that_it_cannot(method: Any) 
         assert set(lost) == ({f"layers.{k}.{p}.weight" for k in (0, 1) for p in "qkv"} if packed else set())
 
 
-def test_native_modules_are_filled_by_the_engines_own_loader() -> None:
+def test_computed_parameters_are_filled_by_the_engines_own_loader() -> None:
     with loaded(decay=True) as (host, loader):
         loader.apply(0)
         sent = loader.mapped.slots[0][loader.mapped.index["decay.A"]]
@@ -268,4 +268,4 @@ def test_several_threads_share_one_large_tensor() -> None:
 def test_strategies_count_every_module() -> None:
     with loaded(decay=True, method=toy.Latched) as (_, loader):
         kinds = {c.strategy for c in loader.decided.choices.values()}
-        assert kinds == {Strategy.IN_PLACE, Strategy.TWIN, Strategy.NATIVE}
+        assert kinds == {Strategy.IN_PLACE, Strategy.TWIN}

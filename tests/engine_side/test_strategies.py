@@ -75,9 +75,9 @@ def test_a_module_whose_answers_say_nothing_about_its_weights_is_refused() -> No
         chosen(Mute)
 
 
-def test_native_has_its_reason() -> None:
+def test_what_the_loader_computes_is_said_in_the_reason() -> None:
     found = chosen(toy.Plain, decay=True)
-    assert found.choices["decay"].strategy is Strategy.NATIVE
+    assert found.choices["decay"].strategy is Strategy.IN_PLACE
     assert "aten.neg" in found.choices["decay"].reason
 
 

@@ -72,7 +72,7 @@ def test_levels_that_are_not_asked_do_not_run() -> None:
 
 
 def drop(plan: RankPlan, name: str) -> RankPlan:
-    return RankPlan(plan.targets, tuple(m for m in plan.moves if m.tensor != name), plan.fills, plan.native)
+    return RankPlan(plan.targets, tuple(m for m in plan.moves if m.tensor != name), plan.fills, plan.computed)
 
 
 def test_a_dropped_name_fires_coverage() -> None:
@@ -258,10 +258,11 @@ def test_corrupted_arena_bytes_fire_read_back() -> None:
         assert fired(verifier, 0) == {"read-back"}
 
 
-def test_a_native_module_is_judged_by_its_state() -> None:
+def test_a_computed_parameter_is_read_back_bit_for_bit() -> None:
     with ready(decay=True) as (host, _loader, verifier):
-        host.model.decay.A.data[2] += 0.5
-        assert fired(verifier, 0) == {"probe"}
+        live = host.model.decay.A.data
+        live.view(torch.int32)[2] ^= 1
+        assert fired(verifier, 0) == {"read-back"}
 
 
 def test_failures_are_bounded_and_counted() -> None:

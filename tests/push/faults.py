@@ -100,7 +100,7 @@ def with_moves(patch: Patch, change: Callable[[Move], Move | None]) -> None:
     def faulty(*args: Any, **kwargs: Any) -> Any:
         baked = bake(*args, **kwargs)
         moves = tuple(m for m in map(change, baked.plan.moves) if m is not None)
-        return replace(baked, plan=type(baked.plan)(baked.plan.targets, moves, baked.plan.fills, baked.plan.native))
+        return replace(baked, plan=type(baked.plan)(baked.plan.targets, moves, baked.plan.fills, baked.plan.computed))
 
     patch.setattr(engine_side.load.loader, "bake", faulty)
 
