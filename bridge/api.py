@@ -56,7 +56,13 @@ def launch(
         DeadlineExceeded: an engine was not ready in time; everything that was started is stopped again.
     """
     if engines < 1:
-        raise ConfigError("at least one engine is needed", where="engines", got=str(engines))
+        raise ConfigError(
+            "at least one engine is needed",
+            where="engines",
+            expected="1 or more",
+            got=str(engines),
+            remedy="leave it out for 1",
+        )
     config = from_environment()
     checked_name(name)
     entry_points.load(entry_points.CHECK_SPEC)(engine)
@@ -98,10 +104,22 @@ def examine(url: str, timeout_s: float = 120.0) -> HealthReport:
 def _current() -> Bridge:
     remedy = "b = bridge.attach(...), bridge.connect(...) or bridge.launch(...), and keep b"
     if _most_recent is None:
-        raise ConfigError("there is no Bridge yet", remedy=remedy)
+        raise ConfigError(
+            "there is no Bridge yet",
+            where="bridge",
+            expected="a Bridge that this process has opened",
+            got="none",
+            remedy=remedy,
+        )
     made = _most_recent()
     if made is None:
-        raise ConfigError("the most recent Bridge is gone: nothing referred to it any more", remedy=remedy)
+        raise ConfigError(
+            "the most recent Bridge is gone: nothing referred to it any more",
+            where="bridge",
+            expected="a Bridge that something still refers to",
+            got="none",
+            remedy=remedy,
+        )
     return made
 
 

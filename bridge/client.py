@@ -208,7 +208,13 @@ class Bridge:
             log.warning("%s: no model is bound, so no canary runs; b.bind(model) adds it", self.name)
         self._require_open(to_push=True)
         if not self._pushing.acquire(blocking=False):
-            raise Busy("another push of this process is in flight", where=self.name, remedy="wait for its receipt")
+            raise Busy(
+                "another push of this process is in flight",
+                where=self.name,
+                expected="one push at a time",
+                got="a second one",
+                remedy="wait for its receipt",
+            )
         try:
             pending = self._push(named, settings)
         finally:
@@ -349,7 +355,13 @@ class Bridge:
             doubt = self._prove_base()
             slot = self._ask_slot(agreed, version, over=self._base.over)
         if slot is None:
-            raise Busy("somebody else pushes weights at the same time", where=self.name, remedy="push again")
+            raise Busy(
+                "somebody else pushes weights at the same time",
+                where=self.name,
+                expected="the weights that were compared with the adapter's base",
+                got="others, since",
+                remedy="push again",
+            )
         return slot, () if doubt is None else (doubt,)
 
     def _prove_base(self) -> str | None:
@@ -373,7 +385,9 @@ class Bridge:
         agreed = self._agree(snapshot, False)
         slot = self._ask_slot(agreed, None, compare=True)
         if slot is None:
-            raise ProtocolError("no slot to compare in", where=self.name)
+            raise ProtocolError(
+                "no slot to compare in", where=self.name, expected="a free slot", got="none", remedy="push again"
+            )
         try:
             settings = PushSettings(allow_nonfinite=True, timeout_s=self.config.push_timeout_s)
             written = self._write(snapshot, agreed, slot, settings, Deadline.after(settings.timeout_s))
@@ -479,7 +493,9 @@ class Bridge:
     def _require_open(self, to_push: bool = False) -> None:
         if self._closed:
             remedy = "bridge.connect(name) or bridge.attach opens a new one"
-            raise Closed("this Bridge was closed", where=self.name, remedy=remedy)
+            raise Closed(
+                "this Bridge was closed", where=self.name, expected="an open Bridge", got="a closed one", remedy=remedy
+            )
         if to_push:
             self._session.hold_lease()
         else:

@@ -48,6 +48,7 @@ class Collection:
                 "this collection takes nothing any more",
                 where=self._bridge.name,
                 expected="add() inside of the block",
+                got="add() after it",
                 remedy="with b.collect() as push: push.add(bucket)",
             )
         self._kept += self._bridge.keep(named)

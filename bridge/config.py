@@ -42,6 +42,9 @@ def from_environment() -> Config:
         return msgspec.convert(given, Config, strict=False, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         raise ConfigError(
-            "an environment variable does not fit", where="WEIGHBRIDGE_*", got=str(error),
+            "an environment variable does not fit",
+            where="WEIGHBRIDGE_*",
+            expected="values of the types that the documentation lists",
+            got=str(error),
             remedy="correct the variable that `got` names after `$.`, or unset it",
-        ) from error  # fmt: skip
+        ) from error

@@ -45,7 +45,13 @@ def load(target: str) -> Any:
             remedy=install_command(error.name or module_name),
         ) from error
     if not hasattr(module, attribute):
-        raise ConfigError("a module does not have this attribute", where=module_name, expected=attribute)
+        raise ConfigError(
+            "a module does not have this attribute",
+            where=module_name,
+            expected=attribute,
+            got="none of this name",
+            remedy=install_command(module_name),
+        )
     return getattr(module, attribute)
 
 

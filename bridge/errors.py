@@ -32,6 +32,8 @@ SAME_MODEL = (
     "configuration"
 )
 """Remedy where trainer and engine hold models of different configurations."""
+REPORT = "this is a fault of weighbridge: please report it"
+"""Remedy where no action of a user leads to the error."""
 GATHER = (
     "gather it and push the whole tensor: push inside of deepspeed.zero.GatheredParameters(list(model.parameters())) "
     "or FSDP.summon_full_params(model), or push tensor.full_tensor()"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
+from bridge.errors import REPORT, BridgeError, DeadlineExceeded, EngineQuarantined, PushAborted
 from bridge.generate_options import check_generate_options
 from bridge.model.receipt import Receipt
 from bridge.ports import EnginePort
@@ -96,6 +96,8 @@ def wait_for_receipt(pending: PendingPush, timeout: float | None = None) -> Rece
         raise DeadlineExceeded(
             "the push has not ended yet",
             where=f"version {pending.version}",
+            expected=f"an end within {seconds:g} s",
+            got="it goes on",
             remedy="call result() again with a longer timeout; the push goes on meanwhile",
         )
     return receipt_or_raise(finished, pending.version)
@@ -112,7 +114,17 @@ def receipt_or_raise(finished: Finished, version: int) -> Receipt:
     """
     if finished.error is None and finished.receipt is not None:
         return finished.receipt
-    cause = finished.error.rebuild() if finished.error else BridgeError("the push ended without a receipt")
+    cause = (
+        finished.error.rebuild()
+        if finished.error
+        else BridgeError(
+            "the push ended without a receipt",
+            where=f"version {version}",
+            expected="a receipt or an error",
+            got="neither",
+            remedy=REPORT,
+        )
+    )
     if not finished.aborted:
         if isinstance(cause, PushAborted):  # committed, but not served everywhere
             cause.receipt, cause.serving = finished.receipt, finished.serving

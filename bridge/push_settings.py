@@ -72,7 +72,11 @@ def check_settings(given: PushArguments, *, bound: bool, timeout_s: float) -> Pu
     verify, levels, canary = _levels(given.get("verify"), bound and not partial)
     if canary and not bound:
         raise ConfigError(
-            "the canary needs the live model", where="verify", got=verify, remedy="b.bind(model), or verify='weights'"
+            "the canary needs the live model",
+            where="verify",
+            expected="a bound model",
+            got=verify,
+            remedy="b.bind(model), or verify='weights'",
         )
     wanted = given.get("timeout_s")
     seconds = timeout_s if wanted is None else wanted

@@ -186,16 +186,22 @@ def measure_in_process(module: str, job: msgspec.Struct, answer: type[T], enviro
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise DeadlineExceeded(
-                "a measurement did not end", where=repr(job), expected=f"{WORKER_TIMEOUT_S:.0f} s",
+                "a measurement did not end",
+                where=repr(job),
+                expected=f"{WORKER_TIMEOUT_S:.0f} s",
+                got="no answer yet",
                 remedy="measure with fewer --rounds, or on a machine with nothing else to do",
-            ) from error  # fmt: skip
+            ) from error
     try:
         measured = msgspec.json.decode(done.stdout, type=answer | MeasurementFailed)
     except msgspec.DecodeError as error:
         raise PeerLost(
-            "a measuring process ended without an answer", where=repr(job), got=f"exit code {done.returncode}",
+            "a measuring process ended without an answer",
+            where=repr(job),
+            expected="an answer",
+            got=f"exit code {done.returncode}",
             remedy="see its traceback above; exit code -9 is most often a lack of memory",
-        ) from error  # fmt: skip
+        ) from error
     if isinstance(measured, MeasurementFailed):
         raise measured.error.rebuild()
     return cast(T, measured)

@@ -215,9 +215,12 @@ class Bench:
         if wrong:
             raise DigestMismatch(
                 "after a timed push the engine's bytes are not the trainer's",
-                where=f"{wrong[0]} and {len(wrong) - 1} more, verify={verify}", names=tuple(wrong),
+                where=f"{wrong[0]} and {len(wrong) - 1} more, verify={verify}",
+                expected="the bits that were pushed",
+                got=f"{len(wrong)} tensors with other bits",
                 remedy="this is a fault of weighbridge, or of this machine's memory: please report it",
-            )  # fmt: skip
+                names=tuple(wrong),
+            )
         return Timed(seconds, spent, receipt.pause_s, dict(receipt.phases))
 
     def run(self) -> Timed:

@@ -73,10 +73,12 @@ def run(spec: str, rounds: int, seed: int, *, progress: Callable[[str], None] = 
     scheme, colon, folder = spec.partition(":")
     if not colon or scheme not in TARGETS or not folder:
         raise ConfigError(
-            "not an engine that can be measured", where="--engine", got=repr(spec),
+            "not an engine that can be measured",
+            where="--engine",
             expected=" | ".join(f"{name}:PATH" for name in TARGETS),
+            got=repr(spec),
             remedy="give a checkpoint folder, or qwen2-0.5b, after the colon",
-        )  # fmt: skip
+        )
     progress(f"starting {scheme}, then {rounds} rounds of {len(PUSHES) + 1} variants, in random order")
     found = _measure(EngineJob(scheme, folder, rounds, seed))
     own = statistics.median(one.seconds for one in found.variants[found.own])
@@ -110,7 +112,9 @@ def _folder(given: str) -> Iterator[Path]:
         path = Path(given)
         if not (path / "config.json").is_file():
             remedy = f"give a folder with a config.json, or {' or '.join(MADE_UP)}"
-            raise NotFound("no such checkpoint folder", where=given, remedy=remedy)
+            raise NotFound(
+                "no such checkpoint folder", where=given, expected="a folder", got="nothing there", remedy=remedy
+            )
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="weighbridge-bench-model-") as made:
@@ -174,9 +178,12 @@ def _rounds(job: EngineJob, trainer: Trainer, made: Any, native: Any) -> tuple[T
     wrong = [check.name for check in made.health().checks if not check.ok]
     if wrong:
         raise IntegrityError(
-            "after the rounds the engine's weights are not the trainer's", where=", ".join(wrong),
+            "after the rounds the engine's weights are not the trainer's",
+            where=", ".join(wrong),
+            expected="the bits that were pushed",
+            got=f"{len(wrong)} tensors with other bits",
             remedy="this is a fault of weighbridge: please report it",
-        )  # fmt: skip
+        )
     return first, found
 
 

@@ -197,7 +197,13 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
                 "not a setting", where="--set", expected="KEY=VALUE", got=repr(pair), remedy="--set max_num_seqs=8"
             )
         if key in found:
-            raise ConfigError("a setting was given twice", where=f"--set {key}", remedy="give it once")
+            raise ConfigError(
+                "a setting was given twice",
+                where=f"--set {key}",
+                expected="each key once",
+                got=repr(pair),
+                remedy="give it once",
+            )
         try:
             found[key] = json.loads(text)
         except ValueError:

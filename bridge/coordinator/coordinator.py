@@ -98,7 +98,11 @@ class Coordinator:
     ) -> None:
         if not engines:
             raise ConfigError(
-                "a bridge without engines has nobody to push to", where=name, remedy="attach or launch an engine first"
+                "a bridge without engines has nobody to push to",
+                where=name,
+                expected="at least one engine",
+                got="none",
+                remedy="attach or launch an engine first",
             )
         self.name = name
         self.ledger = ledger
@@ -142,7 +146,13 @@ class Coordinator:
         """Answer one request. Blocks for those that concern engines, at most until the deadline. Raises errors of our
         tree; anything else is a bug, and is raised as a BridgeError that says so."""
         if self._closed and not isinstance(request, CloseRequest | WaitRequest):
-            raise Closed("this daemon was closed", where=self.name, remedy="start or attach a new one")
+            raise Closed(
+                "this daemon was closed",
+                where=self.name,
+                expected="a daemon that runs",
+                got="a closed one",
+                remedy="start or attach a new one",
+            )
         try:
             match request:
                 case BeginRequest():
@@ -238,6 +248,7 @@ class Coordinator:
             raise Busy(
                 "another push is in flight",
                 where=self.name,
+                expected="one push at a time",
                 got=f"version {push.version} by {push.holder}",
                 remedy="wait for its receipt before the next push",
             )
@@ -286,7 +297,13 @@ class Coordinator:
         with self._lock:
             push = self._open
             if push is None or push.version != 0 or push.submitted is not None:
-                raise ProtocolError("nothing was begun to compare with", where=self.name)
+                raise ProtocolError(
+                    "nothing was begun to compare with",
+                    where=self.name,
+                    expected="a slot that was asked for",
+                    got="none",
+                    remedy="push again",
+                )
             seal = _require_sealed(push, request.root)
             self._open = None
         committed = self._versions.committed
@@ -305,9 +322,12 @@ class Coordinator:
             push = self._open
             if push is None or push.version != request.version or push.submitted is not None:
                 raise ProtocolError(
-                    "this push was not begun, or was dropped", where=self.name, got=f"version {request.version}",
+                    "this push was not begun, or was dropped",
+                    where=self.name,
+                    expected="the push that was begun last",
+                    got=f"version {request.version}",
                     remedy="push again",
-                )  # fmt: skip
+                )
             seal = _require_sealed(push, request.root)
             now, settings = self._versions.committed, request.settings
             lora = now.lora_name if now is not None else None
@@ -346,9 +366,12 @@ class Coordinator:
         result = self._results.get(request.version)
         if result is None:
             raise NotFound(
-                "no such push", where=self.name, got=f"version {request.version}",
+                "no such push",
+                where=self.name,
+                expected="the version of a push that was submitted",
+                got=f"version {request.version}",
                 remedy="b.history() lists the pushes that have ended",
-            )  # fmt: skip
+            )
         try:
             return result.result(request.timeout_s)
         except TimeoutError:
@@ -376,7 +399,11 @@ class Coordinator:
             plan = lora
         if plan is None:
             raise NotFound(
-                "nothing was pushed yet, so there is no plan to explain", where=self.name, remedy="push once"
+                "nothing was pushed yet, so there is no plan to explain",
+                where=self.name,
+                expected="a version that was pushed",
+                got="none",
+                remedy="push once",
             )
         job = ExplainJob(plan.id, request.name)
         found = self._owner.run(lambda: self._fleet.run_all(job, RankExplanation, deadline), deadline, "explaining")
@@ -391,6 +418,7 @@ class Coordinator:
                 "no such tensor in the plan",
                 where=request.name,
                 expected=f"a checkpoint name, such as {plan.tensors[0].name}",
+                got=repr(request.name),
                 remedy="the manifest holds what the last push sent",
             )
         return Explained(rows)
@@ -441,5 +469,11 @@ class Coordinator:
 def _require_sealed(push: OpenPush, root: bytes) -> Seal:
     seal = push.plan.arena.seal_of(push.slot)
     if seal is None or seal.version != push.version or seal.root != root:
-        raise ProtocolError("the slot is not sealed as announced", where=f"version {push.version}", remedy="push again")
+        raise ProtocolError(
+            "the slot is not sealed as announced",
+            where=f"version {push.version}",
+            expected="the seal of this push",
+            got="another, or none",
+            remedy="push again",
+        )
     return seal

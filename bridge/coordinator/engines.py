@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from bridge.coordinator.versions import AgreedPlan, Held
-from bridge.errors import BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost, ProtocolError
+from bridge.errors import REPORT, BridgeError, DeadlineExceeded, EngineQuarantined, PeerLost, ProtocolError
 from bridge.model import canary
 from bridge.model.engine_state import EngineState
 from bridge.model.receipt import EngineReport
@@ -94,7 +94,13 @@ class Fleet:
         for port, thread in zip(asked, threads, strict=True):
             thread.join(deadline.remaining_s + ANSWER_GRACE_S)
             if thread.is_alive():
-                late = DeadlineExceeded("an engine did not answer in time", where=port.id, remedy="look at its log")
+                late = DeadlineExceeded(
+                    "an engine did not answer in time",
+                    where=port.id,
+                    expected="an answer before the deadline",
+                    got="none",
+                    remedy="look at its log",
+                )
                 answers.setdefault(port.id, late)
         return {port.id: answers[port.id] for port in asked}
 
@@ -113,7 +119,13 @@ class Fleet:
             answers: list[T] = [answer for answer in ran.answers if isinstance(answer, reply)]
             out[engine] = answers
             if len(answers) != len(ran.answers):
-                raise ProtocolError("ranks answered another job", where=engine, expected=reply.__name__)
+                raise ProtocolError(
+                    "ranks answered another job",
+                    where=engine,
+                    expected=reply.__name__,
+                    got="another kind of answer",
+                    remedy=REPORT,
+                )
         return out
 
     # ---- who they are -----------------------------------------------------------------------------------------------

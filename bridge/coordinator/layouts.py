@@ -53,7 +53,13 @@ class Layouts:
         for plan in (self.weights, self.lora):
             if plan is not None and plan.id == plan_id:
                 return plan
-        raise ProtocolError("the plan is out of date", got=str(plan_id), remedy="ask for a new plan")
+        raise ProtocolError(
+            "the plan is out of date",
+            where="the coordinator",
+            expected="the latest plan",
+            got=str(plan_id),
+            remedy="ask for a new plan",
+        )
 
     def serving(self, request: PlanRequest) -> AgreedPlan | None:
         """Find the current plan that can carry this request, if there is one."""

@@ -37,7 +37,13 @@ class OwnerThread:
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
-                raise Closed("this coordinator was closed", where=self._name, remedy="start or attach a new one")
+                raise Closed(
+                    "this coordinator was closed",
+                    where=self._name,
+                    expected="a coordinator that runs",
+                    got="a closed one",
+                    remedy="start or attach a new one",
+                )
             self._jobs.put((job, future))
         return future
 
@@ -52,6 +58,7 @@ class OwnerThread:
                 return future.result()
             raise DeadlineExceeded(
                 f"{what} has not ended in time",
+                where=self._name,
                 expected="an answer from every engine",
                 got="none yet: an engine hangs, or an earlier job still waits for one",
                 remedy="look for a hung engine (weighbridge health), or wait longer",

@@ -62,7 +62,9 @@ class RayPort:
 
         remedy = "weighbridge down, then up again; the other engines go on until then"
         if self._handle is None:
-            raise PeerLost("an actor is gone", where=self.id, remedy=remedy)
+            raise PeerLost(
+                "an actor is gone", where=self.id, expected="a running actor", got="none of this name", remedy=remedy
+            )
         method = self._handle.call
         if isinstance(request, EngineGenerate):
             # rollouts wait at the gate while the engine is paused: they must never fill the threads of the push
@@ -74,15 +76,23 @@ class RayPort:
             raise DeadlineExceeded(
                 "an actor did not answer in time",
                 where=self.id,
+                expected="an answer before the deadline",
                 got=type(request).__name__,
                 remedy="raise the time-out, or look for it in Ray's log folder (/tmp/ray/session_latest/logs)",
             ) from error
         except (exceptions.RayActorError, exceptions.ActorUnavailableError) as error:
-            raise PeerLost("an actor is gone", where=self.id, got=str(error).splitlines()[0], remedy=remedy) from error
+            raise PeerLost(
+                "an actor is gone",
+                where=self.id,
+                expected="a running actor",
+                got=str(error).splitlines()[0],
+                remedy=remedy,
+            ) from error
         except exceptions.RayError as error:
             raise TransportError(
                 "a call through Ray failed",
                 where=self.id,
+                expected="an answer",
                 got=str(error)[:500],
                 remedy="check that Ray runs: ray status",
             ) from error
@@ -140,6 +150,8 @@ def start(name: str, specs: Sequence[tuple[str, Mapping[str, Any]]], config: Con
             raise Busy(
                 "a daemon of that name runs already",
                 where=name,
+                expected="a name that is free",
+                got="a running daemon",
                 remedy=f"bridge.connect({name!r}), weighbridge down {name}, or another name",
             )
         if found:
@@ -158,6 +170,8 @@ def _starting(name: str) -> Iterator[None]:
             raise Busy(
                 "another process is starting a daemon of that name",
                 where=name,
+                expected="one start at a time",
+                got="its lock is held",
                 remedy="wait for it, then connect to it",
             )
         yield
@@ -200,6 +214,7 @@ def _start_actors(
                     "an engine was not ready in time",
                     where=f"{name}:{port.id}",
                     expected=f"within {timeout_s:g} s",
+                    got="no answer yet",
                     remedy="set WEIGHBRIDGE_START_TIMEOUT_S higher; Ray's log folder (/tmp/ray/session_latest/logs) "
                     "shows how far it came",
                 ) from error
@@ -263,7 +278,13 @@ def _find_actors(name: str) -> dict[str, Any]:
     try:
         ray_cluster.ensure_ray(start=False)
     except NotFound as error:
-        raise NotFound(f"no daemon of that name: {error.what}", where=name, remedy=error.remedy) from error
+        raise NotFound(
+            f"no daemon of that name: {error.what}",
+            where=name,
+            expected="a running Ray, with the daemon in it",
+            got=error.got,
+            remedy=error.remedy,
+        ) from error
     found = _actors_of(name)
     if not found:
         raise _not_found(name)
@@ -339,6 +360,7 @@ def _kill(found: Mapping[str, Any], name: str) -> None:
         raise DeadlineExceeded(
             "actors did not end after they were killed",
             where=name,
+            expected="none left",
             got=", ".join(left),
             remedy="stop Ray itself: ray stop --force",
         )

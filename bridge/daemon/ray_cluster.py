@@ -61,6 +61,7 @@ class RayHead(msgspec.Struct, frozen=True):
                 raise TransportError(
                     "a local Ray could not be started",
                     where=self.address,
+                    expected="a head process that accepts connections",
                     got="it was not ready in time" if self.alive else "its head process ended",
                     remedy=f"read {_ray_file().with_name('ray.log')}",
                 )
@@ -108,7 +109,13 @@ def ensure_ray(start: bool = True) -> None:
         return
     head = our_ray()
     if head is None and not start:  # raised before Ray is imported, which takes seconds
-        raise NotFound("no Ray is running here", remedy="weighbridge up starts one; RAY_ADDRESS names another")
+        raise NotFound(
+            "no Ray is running here",
+            where="this machine",
+            expected="a Ray that weighbridge started, or RAY_ADDRESS",
+            got="none",
+            remedy="weighbridge up starts one; RAY_ADDRESS names another",
+        )
     _authenticate()
     ours = head is None
     head = head or _start_ray()
@@ -130,6 +137,7 @@ def _connect(address: str) -> None:
         raise TransportError(
             "cannot connect to Ray",
             where=address,
+            expected="a Ray that accepts this process",
             got=str(error).splitlines()[0],
             remedy="check RAY_AUTH_TOKEN for that cluster, and that both sides run the same versions of Ray and Python",
         ) from error
@@ -146,7 +154,11 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise TransportError(
-            "no Ray answers there", where=address, got=str(error), remedy="unset RAY_ADDRESS, or start that cluster"
+            "no Ray answers there",
+            where=address,
+            expected="a Ray head that accepts connections",
+            got=str(error),
+            remedy="unset RAY_ADDRESS, or start that cluster",
         ) from error
 
 
@@ -187,7 +199,13 @@ def _start_ray() -> RayHead:
     executable = Path(sys.executable).with_name("ray")
     program = str(executable) if executable.exists() else shutil.which("ray")
     if program is None:
-        raise ConfigError("the ray command is not installed", where=sys.executable, remedy="pip install ray")
+        raise ConfigError(
+            "the ray command is not installed",
+            where=sys.executable,
+            expected="`ray` beside this Python, or on PATH",
+            got="none",
+            remedy="pip install ray",
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

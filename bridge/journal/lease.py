@@ -69,9 +69,12 @@ class Lease:
             except OSError as error:
                 os.close(fd)
                 raise ConfigError(
-                    "this folder cannot hold locks", where=str(path), got=str(error),
+                    "this folder cannot hold locks",
+                    where=str(path),
+                    expected="a file system with POSIX locks",
+                    got=str(error),
                     remedy="set XDG_STATE_HOME to a folder on a local disk",
-                ) from error  # fmt: skip
+                ) from error
             lease = _registry[path] = cls(path, fd)
         name_of_holder = msgspec.json.encode(Holder(os.getpid(), socket.gethostname()))
         os.ftruncate(fd, os.pwrite(fd, name_of_holder, 0))
@@ -125,6 +128,7 @@ def _refusal(name: str, holder: Holder | None) -> LeaseHeld:
     return LeaseHeld(
         "another trainer holds the right to push",
         where=name,
+        expected="a lease that is free",
         got=str(holder) if holder is not None else "a process that is just releasing it",
         remedy="end that trainer (or close its bridge), or push to a daemon of your own",
     )

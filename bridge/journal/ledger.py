@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import msgspec
 import xxhash
 
-from bridge.errors import BridgeError, Busy, Closed, ConfigError, ProtocolError, StaleVersion, TransportError
+from bridge.errors import REPORT, BridgeError, Busy, Closed, ConfigError, ProtocolError, StaleVersion, TransportError
 from bridge.file_locks import lock_of, take_lock
 from bridge.journal.lease import Holder, lease_holder
 from bridge.journal.state_dir import state_dir
@@ -151,12 +151,24 @@ class Ledger:
         except OSError as error:
             where = str(lock_of(path))
             remedy = "set XDG_STATE_HOME"
-            raise ConfigError("the journal cannot be locked", where=where, got=str(error), remedy=remedy) from error
+            raise ConfigError(
+                "the journal cannot be locked",
+                where=where,
+                expected="a lock file that can be opened and locked",
+                got=str(error),
+                remedy=remedy,
+            ) from error
         try:
             # The orphan cleaner takes this lock for a moment to learn whether the journal is open.
             if not take_lock(lock, fcntl.LOCK_EX, _LOCK_RETRY_S):
                 remedy = "stop it, or choose another name"
-                raise Busy("another daemon has this journal open", where=str(path), remedy=remedy)
+                raise Busy(
+                    "another daemon has this journal open",
+                    where=str(path),
+                    expected="one daemon per name",
+                    got="its lock is held",
+                    remedy=remedy,
+                )
             return cls(path, lock)
         except BaseException:
             os.close(lock)
@@ -190,12 +202,18 @@ class Ledger:
         try:
             entry = msgspec.convert({"at": time.time(), **fields, "kind": kind}, AnyEntry)
         except msgspec.ValidationError as error:
-            raise ProtocolError("not an entry of the journal", where=kind, got=str(error)) from error
+            raise ProtocolError(
+                "not an entry of the journal",
+                where=kind,
+                expected="a record of that kind",
+                got=str(error),
+                remedy=REPORT,
+            ) from error
         with self._owned():
             if isinstance(entry, Committed | RolledBack | Sealed) and entry.version > self.highest:
                 raise ProtocolError(
                     "a version that was never issued", where=kind, expected=f"at most {self.highest}",
-                    got=str(entry.version),
+                    got=str(entry.version), remedy=REPORT
                 )  # fmt: skip
             body = msgspec.json.encode(entry)
             durable = kind in _DURABLE
@@ -305,9 +323,12 @@ def _connect(path: Path) -> sqlite3.Connection:
         raise _failure(path, error) from error
     except OSError as error:
         raise ConfigError(
-            "the journal cannot be made", where=str(path), got=str(error),
+            "the journal cannot be made",
+            where=str(path),
+            expected="a folder with room that can be written to",
+            got=str(error),
             remedy="make room on that disk, or set XDG_STATE_HOME to another",
-        ) from error  # fmt: skip
+        ) from error
     try:
         _check(database, path)
     except BaseException as error:
@@ -332,7 +353,13 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
 
 def _failure(path: Path, error: sqlite3.Error) -> BridgeError:
     if isinstance(error, sqlite3.ProgrammingError):
-        return Closed("the ledger was closed", where=str(path), remedy="open a Bridge again")
+        return Closed(
+            "the ledger was closed",
+            where=str(path),
+            expected="an open ledger",
+            got="a closed one",
+            remedy="open a Bridge again",
+        )
     # Python gives no code to text that is no UTF-8; the bits above the lowest eight say more of the same.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     if code == sqlite3.SQLITE_NOTADB:
@@ -340,22 +367,30 @@ def _failure(path: Path, error: sqlite3.Error) -> BridgeError:
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):  # ERROR: its tables are not those of a journal
         return _damaged(path, str(error))
     return TransportError(
-        "the journal cannot be read or written", where=str(path), got=str(error),
+        "the journal cannot be read or written",
+        where=str(path),
+        expected="a file that can be read and written",
+        got=str(error),
         remedy="make room on that disk, see that the folder can be written and that no other program has the file open",
-    )  # fmt: skip
+    )
 
 
 def _foreign(path: Path, got: str) -> ProtocolError:
     return ProtocolError(
-        "not a journal of this release of weighbridge", where=str(path), got=got,
+        "not a journal of this release of weighbridge",
+        where=str(path),
         expected=f"a SQLite file of application {_APPLICATION_ID:#x}",
+        got=got,
         remedy="move it away, use the release that wrote it, or choose another name",
-    )  # fmt: skip
+    )
 
 
 def _damaged(path: Path, got: str) -> ProtocolError:
     return ProtocolError(
-        "the journal is damaged", where=str(path), got=got,
+        "the journal is damaged",
+        where=str(path),
+        expected="a sound SQLite file",
+        got=got,
         remedy=f"restore {path.parent}, or move it away to begin a new history: versions then begin at 1 again, so give"
         " the first push a version= above the last one that you know of",
-    )  # fmt: skip
+    )

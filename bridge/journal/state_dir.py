@@ -16,9 +16,12 @@ def checked_name(name: str) -> str:
     """Check a daemon's name, which is also a folder's. Raises ConfigError for any but 1-64 of [A-Za-z0-9_.-]."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            "not a name for a bridge", got=repr(name), remedy="choose another name",
+            "not a name for a bridge",
+            where="name",
             expected="1 to 64 letters, digits, '_', '-' or '.', not beginning with '.' or '-'",
-        )  # fmt: skip
+            got=repr(name),
+            remedy="choose another name",
+        )
     return name
 
 
@@ -45,6 +48,7 @@ def state_dir(name: str, directory: Path | None = None) -> Path:
         raise ConfigError(
             "the state folder cannot be used",
             where=str(folder),
+            expected="a folder that this user may write to",
             got=str(error),
             remedy="set XDG_STATE_HOME to a folder that you may write to",
         ) from error

@@ -89,9 +89,12 @@ def compare(reference: Sequence[Sequence[float]], got: Sequence[Sequence[float]]
     """
     if [len(row) for row in reference] != [len(row) for row in got]:
         raise CanaryMismatch(
-            "the engine scored other tokens than the trainer", expected=str([len(row) for row in reference]),
-            got=str([len(row) for row in got]), remedy="start trainer and engine with the same tokenizer and model",
-        )  # fmt: skip
+            "the engine scored other tokens than the trainer",
+            where="the canary",
+            expected=str([len(row) for row in reference]),
+            got=str([len(row) for row in got]),
+            remedy="start trainer and engine with the same tokenizer and model",
+        )
     pairs = [(a, b) for left, right in zip(reference, got, strict=True) for a, b in zip(left, right, strict=True)]
     spread = spread_of(reference)
     undefined = [(math.isnan(a) and math.isnan(b)) or (math.isinf(a) and a == b) for a, b in pairs]

@@ -82,5 +82,5 @@ def itemsize(name: str) -> int:
     except KeyError:
         remedy = "run one version of weighbridge on both sides"
         raise DtypeMismatch(
-            "unknown wire dtype", expected=", ".join(ITEM_SIZES), got=repr(name), remedy=remedy
+            "unknown wire dtype", where="a manifest", expected=", ".join(ITEM_SIZES), got=repr(name), remedy=remedy
         ) from None

@@ -13,7 +13,7 @@ from functools import cached_property
 import msgspec
 import xxhash
 
-from bridge.errors import DuplicateTensor, ProtocolError
+from bridge.errors import REPORT, DuplicateTensor, ProtocolError
 from bridge.model.dtypes import itemsize
 
 ALIGN = 256
@@ -56,14 +56,21 @@ class Shard(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not len(self.global_shape) == len(self.offsets) == len(self.shape):
             raise ProtocolError(
-                "a shard's dimensions differ in number", got=f"{self.global_shape} {self.offsets} {self.shape}"
+                "a shard's dimensions differ in number",
+                where="a shard",
+                expected="as many offsets and sizes as the tensor has dimensions",
+                got=f"{self.global_shape} {self.offsets} {self.shape}",
+                remedy=REPORT,
             )
         for size, offset, length in zip(self.global_shape, self.offsets, self.shape, strict=True):
             if offset < 0 or length < 0 or offset + length > size:
                 raise ProtocolError(
-                    "a shard reaches outside its tensor", expected=f"inside {self.global_shape}",
+                    "a shard reaches outside its tensor",
+                    where="a shard",
+                    expected=f"inside {self.global_shape}",
                     got=f"offsets {self.offsets}, shape {self.shape}",
-                )  # fmt: skip
+                    remedy=REPORT,
+                )
 
     @property
     def numel(self) -> int:
@@ -125,14 +132,25 @@ def lay_out(tensors: Iterable[TensorInfo]) -> Manifest:
         for name in (info.name, *info.aliases):
             if name in seen:
                 raise DuplicateTensor(
-                    "the same canonical name was sent twice", where=name, names=(name,),
+                    "the same canonical name was sent twice",
+                    where=name,
+                    expected="each name once",
+                    got="a second time",
                     remedy="push each tensor once; named_parameters() does",
-                )  # fmt: skip
+                    names=(name,),
+                )
             seen.add(name)
         spec = TensorSpec(info.name, info.dtype, info.shape, offset, info.aliases)
         # a negative size would move the next offset back over the tensors before it
         if any(size < 0 for size in info.shape) or spec.nbytes > MAX_NBYTES:
-            raise ProtocolError("not the shape of a tensor", where=info.name, got=str(info.shape), names=(info.name,))
+            raise ProtocolError(
+                "not the shape of a tensor",
+                where=info.name,
+                expected="sizes of 0 or more",
+                got=str(info.shape),
+                remedy=REPORT,
+                names=(info.name,),
+            )
         specs.append(spec)
         offset = aligned(offset + spec.nbytes)
     return Manifest(tuple(specs), offset)
@@ -146,8 +164,10 @@ def validate(manifest: Manifest) -> Manifest:
     rebuilt = lay_out(TensorInfo(s.name, s.dtype, s.shape, s.aliases) for s in manifest.tensors)
     if rebuilt != manifest:
         raise ProtocolError(
-            "a manifest's offsets are not the layout of its tensors", got=f"{manifest.nbytes} bytes",
+            "a manifest's offsets are not the layout of its tensors",
+            where="a manifest",
             expected=f"{rebuilt.nbytes} bytes laid out in order at multiples of {ALIGN}",
+            got=f"{manifest.nbytes} bytes",
             remedy="run one version of weighbridge on both sides",
-        )  # fmt: skip
+        )
     return manifest

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from bridge.errors import ProtocolError
+from bridge.errors import REPORT, ProtocolError
 from bridge.model.manifest import Shard
 
 Runs = npt.NDArray[np.int64]
@@ -116,7 +116,13 @@ def dense(shape: Sequence[int], offset: int = 0) -> Region:
 def runs_of(region: Region) -> Runs:
     """List the sorted runs of consecutive elements that a region touches; the order of dimensions does not matter."""
     if len(region.shape) != len(region.strides):
-        raise ProtocolError("a region's shape and strides differ in length", got=f"{region.shape}, {region.strides}")
+        raise ProtocolError(
+            "a region's shape and strides differ in length",
+            where="a region",
+            expected="one stride per dimension",
+            got=f"{region.shape}, {region.strides}",
+            remedy=REPORT,
+        )
     if region.numel == 0:
         return np.empty((0, 2), dtype=np.int64)
     dims = sorted(((s, n) for n, s in zip(region.shape, region.strides, strict=True) if n > 1), reverse=True)
@@ -124,7 +130,13 @@ def runs_of(region: Region) -> Runs:
     while dims and dims[-1][0] <= length:
         stride, size = dims.pop()
         if stride != length:
-            raise ProtocolError("a region overlaps itself", got=f"shape {region.shape}, strides {region.strides}")
+            raise ProtocolError(
+                "a region overlaps itself",
+                where="a region",
+                expected="each element once",
+                got=f"shape {region.shape}, strides {region.strides}",
+                remedy=REPORT,
+            )
         length *= size
     starts = np.array([region.offset], dtype=np.int64)
     for stride, size in dims:
@@ -142,7 +154,13 @@ def union_gaps(runs: Iterable[Runs], numel: int) -> tuple[int, int]:
     order = np.argsort(merged[:, 0], kind="stable")
     starts, ends = merged[order, 0], merged[order, 1]
     if starts[0] < 0 or ends.max() > numel:
-        raise ProtocolError("a region reaches outside its tensor", expected=f"[0, {numel})", got=f"up to {ends.max()}")
+        raise ProtocolError(
+            "a region reaches outside its tensor",
+            where="a region",
+            expected=f"[0, {numel})",
+            got=f"up to {ends.max()}",
+            remedy=REPORT,
+        )
     reach = np.maximum.accumulate(ends)
     before = np.concatenate([np.zeros(1, dtype=np.int64), reach[:-1]])
     holes = int(np.maximum(starts - before, 0).sum()) + numel - int(reach[-1])
@@ -160,11 +178,17 @@ def dest_coverage(plan: RankPlan) -> Coverage:
         if move.source.shape != move.dest.shape:
             raise ProtocolError(
                 "a move between different shapes", where=f"{move.tensor} -> {move.target}",
-                expected=str(move.dest.shape), got=str(move.source.shape),
+                expected=str(move.dest.shape), got=str(move.source.shape), remedy=REPORT
             )  # fmt: skip
     for path, region in [(m.target, m.dest) for m in plan.moves] + [(f.target, f.dest) for f in plan.fills]:
         if path not in written:
-            raise ProtocolError("a plan writes to a parameter that it does not list", where=path)
+            raise ProtocolError(
+                "a plan writes to a parameter that it does not list",
+                where=path,
+                expected="only parameters that it lists",
+                got="another",
+                remedy=REPORT,
+            )
         written[path].append(runs_of(region))
     holes: dict[str, int] = {}
     overlaps: dict[str, int] = {}
@@ -187,7 +211,13 @@ def source_coverage(sizes: dict[str, int], regions: Iterable[tuple[str, Region]]
     read: dict[str, list[Runs]] = {name: [] for name in sizes}
     for name, region in regions:
         if name not in read:
-            raise ProtocolError("a plan reads a tensor that was not sent", where=name)
+            raise ProtocolError(
+                "a plan reads a tensor that was not sent",
+                where=name,
+                expected="only tensors that were announced",
+                got="another",
+                remedy=REPORT,
+            )
         read[name].append(runs_of(region))
     holes = {name: union_gaps(read[name], numel)[0] for name, numel in sizes.items()}
     return {name: missing for name, missing in holes.items() if missing}
@@ -196,7 +226,13 @@ def source_coverage(sizes: dict[str, int], regions: Iterable[tuple[str, Region]]
 def intersect(a: Shard, b: Shard) -> Shard | None:
     """Intersect two shards of the same tensor; None when they share nothing. Raises ProtocolError for two tensors."""
     if a.global_shape != b.global_shape:
-        raise ProtocolError("shards of different tensors", expected=str(a.global_shape), got=str(b.global_shape))
+        raise ProtocolError(
+            "shards of different tensors",
+            where="two shards",
+            expected=str(a.global_shape),
+            got=str(b.global_shape),
+            remedy=REPORT,
+        )
     offsets = tuple(max(x, y) for x, y in zip(a.offsets, b.offsets, strict=True))
     ends = tuple(min(x + n, y + m) for x, n, y, m in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True))
     if any(end <= start for start, end in zip(offsets, ends, strict=True)):
@@ -207,7 +243,9 @@ def intersect(a: Shard, b: Shard) -> Shard | None:
 def cut(nbytes: int, chunk: int) -> Iterator[tuple[int, int]]:
     """Cut [0, nbytes) into consecutive (start, end) pieces of at most `chunk` bytes."""
     if chunk <= 0:
-        raise ProtocolError("a chunk must hold at least one byte", got=str(chunk))
+        raise ProtocolError(
+            "a chunk must hold at least one byte", where="a chunk", expected="1 or more", got=str(chunk), remedy=REPORT
+        )
     for start in range(0, nbytes, chunk):
         yield start, min(start + chunk, nbytes)
 

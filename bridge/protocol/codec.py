@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, overload
 import msgpack
 import msgspec
 
-from bridge.errors import ERRORS_BY_NAME, BridgeError, ProtocolError
+from bridge.errors import ERRORS_BY_NAME, REPORT, BridgeError, ProtocolError
 
 PROTOCOL = 1
 """Raised when a message changes in a way an older peer cannot read; the first field of every frame."""
@@ -102,9 +102,21 @@ def pack(value: msgspec.Struct | tuple[Any, ...] | list[Any] | dict[str, Any]) -
         plain = msgspec.to_builtins(value, builtin_types=(bytes,))
         frame: bytes = msgpack.packb([PROTOCOL, plain], use_bin_type=True)
     except (ValueError, OverflowError) as error:
-        raise ProtocolError("a message cannot be packed", got=str(error)) from error
+        raise ProtocolError(
+            "a message cannot be packed",
+            where="a message",
+            expected="fields that MessagePack can hold",
+            got=str(error),
+            remedy=REPORT,
+        ) from error
     if len(frame) > MAX_FRAME:
-        raise ProtocolError("a frame is too large to send", expected=f"at most {MAX_FRAME} bytes", got=str(len(frame)))
+        raise ProtocolError(
+            "a frame is too large to send",
+            where="a message",
+            expected=f"at most {MAX_FRAME} bytes",
+            got=str(len(frame)),
+            remedy=REPORT,
+        )
     return frame
 
 
@@ -116,7 +128,13 @@ def unpack(frame: bytes | bytearray | memoryview, kind: Any) -> Any:
     """Decode and validate one frame as `kind` (a struct class or a union of them). Raises ProtocolError, naming the
     path inside the message, for anything that is not exactly that."""
     if len(frame) > MAX_FRAME:
-        raise ProtocolError("a frame is too large", expected=f"at most {MAX_FRAME} bytes", got=str(len(frame)))
+        raise ProtocolError(
+            "a frame is too large",
+            where="a message",
+            expected=f"at most {MAX_FRAME} bytes",
+            got=str(len(frame)),
+            remedy=REPORT,
+        )
     try:
         raw = msgpack.unpackb(
             frame,
@@ -128,14 +146,30 @@ def unpack(frame: bytes | bytearray | memoryview, kind: Any) -> Any:
             max_map_len=MAX_ITEMS,
         )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
-        raise ProtocolError("a frame is not valid MessagePack", got=str(error) or type(error).__name__) from error
+        raise ProtocolError(
+            "a frame is not valid MessagePack",
+            where="a message",
+            expected="MessagePack",
+            got=str(error) or type(error).__name__,
+            remedy="run one version of weighbridge on both sides",
+        ) from error
     # True and 1.0 equal 1
     if not isinstance(raw, list) or len(raw) != 2 or type(raw[0]) is not int or raw[0] != PROTOCOL:
         got = raw[0] if isinstance(raw, list) and raw else type(raw).__name__
         raise ProtocolError(
-            "a frame of another protocol", expected=f"version {PROTOCOL}", got=repr(got)[:80], remedy="run one version"
+            "a frame of another protocol",
+            where="a message",
+            expected=f"version {PROTOCOL}",
+            got=repr(got)[:80],
+            remedy="run one version",
         )
     try:
         return msgspec.convert(raw[1], kind, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
-        raise ProtocolError("a message does not fit its form", got=str(error)) from error
+        raise ProtocolError(
+            "a message does not fit its form",
+            where="a message",
+            expected="the fields of its type",
+            got=str(error),
+            remedy="run one version of weighbridge on both sides",
+        ) from error

@@ -30,4 +30,10 @@ class Deadline:
     def check(self, what: str) -> None:
         """Raises DeadlineExceeded, naming `what`, when the time is over."""
         if self.expired:
-            raise DeadlineExceeded(f"{what} outlasted its deadline", remedy="raise timeout_s, or look for a hung peer")
+            raise DeadlineExceeded(
+                f"{what} outlasted its deadline",
+                where=what,
+                expected="an end before the deadline",
+                got="none yet",
+                remedy="raise timeout_s, or look for a hung peer",
+            )

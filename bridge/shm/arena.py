@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from bridge.errors import ArenaFull, Closed, ConfigError, ProtocolError
+from bridge.errors import REPORT, ArenaFull, Closed, ConfigError, ProtocolError
 from bridge.model.manifest import Manifest, TensorSpec, aligned
 from bridge.model.torch_dtypes import dtype_of
 from bridge.shm import files
@@ -105,7 +105,13 @@ class Arena(files.SharedFile):
         Raises ArenaFull, with the sizes, before anything is created; ConfigError for a bad name, folder or slot count.
         """
         if slots < 1:
-            raise ConfigError("an arena needs at least one slot", got=str(slots), remedy="take 2 slots")
+            raise ConfigError(
+                "an arena needs at least one slot",
+                where="slots",
+                expected="1 or more",
+                got=str(slots),
+                remedy="take 2 slots",
+            )
         folder = files.directory(directory)
         path = files.fresh_path(name, "data", folder)
         nbytes = file_nbytes(manifest, slots)
@@ -182,6 +188,7 @@ class Arena(files.SharedFile):
             raise ProtocolError(
                 "a tensor reaches outside the arena's version", where=spec.name,
                 expected=f"inside {self.manifest.nbytes} bytes", got=f"offset {spec.offset}, {spec.nbytes} bytes",
+                remedy=REPORT,
             )  # fmt: skip
         piece = self.flat_tensor(slot)[spec.offset : spec.offset + spec.nbytes]
         return piece.view(dtype_of(spec.dtype)).view(spec.shape)
@@ -217,6 +224,7 @@ class Arena(files.SharedFile):
             raise ProtocolError(
                 "a seal does not fit its arena", where=str(self.path), expected=f"{count} digests, a root of 16 bytes",
                 got=f"{len(seal.digests)} bytes of digests, {len(seal.root)} of root, version {seal.version}",
+                remedy=REPORT,
             )  # fmt: skip
         self._put_state(slot, 0)
         at = self._start(slot) + self._seal_at
@@ -257,18 +265,30 @@ class Arena(files.SharedFile):
 
     def _mapping(self) -> mmap.mmap:
         if self._map is None:
-            raise Closed("the arena was closed", where=str(self.path), remedy="open a Bridge again")
+            raise Closed(
+                "the arena was closed",
+                where=str(self.path),
+                expected="an open arena",
+                got="a closed one",
+                remedy="open a Bridge again",
+            )
         return self._map
 
     def _start(self, slot: int) -> int:
         if not 0 <= slot < self.slots:
-            raise ProtocolError("no such slot", where=str(self.path), expected=f"0 .. {self.slots - 1}", got=str(slot))
+            raise ProtocolError(
+                "no such slot", where=str(self.path), expected=f"0 .. {self.slots - 1}", got=str(slot), remedy=REPORT
+            )
         return files.HEADER_NBYTES + slot * self._slot_nbytes
 
     def _put_state(self, slot: int, state: int) -> None:
         if not self.writable:
             raise ProtocolError(
-                "this arena is open read-only", where=str(self.path), remedy="open it with writable=True"
+                "this arena is open read-only",
+                where=str(self.path),
+                expected="a writable arena",
+                got="a read-only one",
+                remedy="open it with writable=True",
             )
         _STATE.pack_into(self._mapping(), self._start(slot) + self._seal_at, state)
 

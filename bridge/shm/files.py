@@ -101,7 +101,13 @@ class SharedFile:
 
     def _descriptor(self) -> int:
         if self._fd is None:
-            raise Closed("this shared file was closed", where=str(self.path), remedy="open it again, or a new Bridge")
+            raise Closed(
+                "this shared file was closed",
+                where=str(self.path),
+                expected="an open file",
+                got="a closed one",
+                remedy="open it again, or a new Bridge",
+            )
         return self._fd
 
 
@@ -116,7 +122,11 @@ def fresh_path(name: str, suffix: str, folder: Path) -> Path:
     safe = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")[:48]
     if not safe:
         raise ConfigError(
-            "a name needs at least one letter or digit", got=repr(name), remedy="choose another name for the bridge"
+            "a name needs at least one letter or digit",
+            where="name",
+            expected="a letter or digit in it",
+            got=repr(name),
+            remedy="choose another name for the bridge",
         )
     return folder / f"weighbridge-{safe}-{secrets.token_hex(8)}.{suffix}"
 
@@ -129,7 +139,13 @@ def encode_header(header: Header) -> bytes:
         len(journal),
     )  # fmt: skip
     if len(fields) + len(journal) + _SUM.size > HEADER_NBYTES:
-        raise ConfigError("a journal path is too long", got=f"{len(journal)} bytes", remedy="shorten XDG_STATE_HOME")
+        raise ConfigError(
+            "a journal path is too long",
+            where=header.journal,
+            expected=f"at most {HEADER_NBYTES - _SUM.size - len(fields)} bytes",
+            got=f"{len(journal)} bytes",
+            remedy="shorten XDG_STATE_HOME",
+        )
     body = (fields + journal).ljust(HEADER_NBYTES - _SUM.size, b"\0")
     return body + _SUM.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -142,7 +158,13 @@ def decode_header(page: bytes, where: str) -> Header:
         )
     body = page[: -_SUM.size]
     if _SUM.unpack(page[-_SUM.size :])[0] != xxhash.xxh3_64_intdigest(body):
-        raise ProtocolError("a shared file's header is damaged", where=where, remedy=_NOT_OURS)
+        raise ProtocolError(
+            "a shared file's header is damaged",
+            where=where,
+            expected="a page that fits its checksum",
+            got="another checksum",
+            remedy=_NOT_OURS,
+        )
     _, kind, protocol, digest, count, unit, nbytes, pid, length = _FIELDS.unpack_from(page)
     if protocol != PROTOCOL:
         raise ProtocolError(
@@ -160,7 +182,11 @@ def create_file(path: Path, nbytes: int) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         raise ConfigError(
-            "the shared memory folder does not exist", where=str(path.parent), remedy=_NO_FOLDER
+            "the shared memory folder does not exist",
+            where=str(path.parent),
+            expected="a folder",
+            got="none",
+            remedy=_NO_FOLDER,
         ) from None
     try:
         # The umask may have taken bits away; `open_file` accepts exactly these.
@@ -184,23 +210,41 @@ def open_file(path: Path, *, writable: bool) -> tuple[int, Header]:
     try:
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise NotFound("no such shared file", where=str(path), remedy=_DAEMON_GONE) from None
+        raise NotFound(
+            "no such shared file",
+            where=str(path),
+            expected="the file that the daemon announced",
+            got="none",
+            remedy=_DAEMON_GONE,
+        ) from None
     except OSError as error:
         raise ConfigError(
-            "a shared file cannot be opened", where=str(path), got=str(error),
+            "a shared file cannot be opened",
+            where=str(path),
+            expected="a file of this user",
+            got=str(error),
             remedy="run trainer, daemon and engines as one user",
-        ) from error  # fmt: skip
+        ) from error
     try:
         _check_owner(os.fstat(fd), path)
         # The orphan cleaner holds the exclusive lock for a moment while it looks at a file; no process does for long.
         if not take_lock(fd, fcntl.LOCK_SH, _LOCK_RETRY_S):
             raise Busy(
-                "another process holds a shared file's exclusive lock", where=str(path),
+                "another process holds a shared file's exclusive lock",
+                where=str(path),
+                expected="a shared lock",
+                got="an exclusive one, held elsewhere",
                 remedy="try again; if it stays so, see which process it is: lslocks",
-            )  # fmt: skip
+            )
         info = os.fstat(fd)
         if info.st_nlink == 0:
-            raise NotFound("the shared file was removed", where=str(path), remedy=_DAEMON_GONE)
+            raise NotFound(
+                "the shared file was removed",
+                where=str(path),
+                expected="a file that has a name",
+                got="one that was unlinked",
+                remedy=_DAEMON_GONE,
+            )
         header = decode_header(os.pread(fd, HEADER_NBYTES, 0), str(path))
         if header.nbytes != info.st_size:
             raise ProtocolError(
@@ -216,7 +260,11 @@ def open_file(path: Path, *, writable: bool) -> tuple[int, Header]:
 def _check_owner(info: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(info.st_mode):
         raise ConfigError(
-            "a shared file must be a plain file", where=str(path), got=stat.filemode(info.st_mode), remedy=_NOT_OURS
+            "a shared file must be a plain file",
+            where=str(path),
+            expected="a plain file",
+            got=stat.filemode(info.st_mode),
+            remedy=_NOT_OURS,
         )
     if info.st_uid != os.geteuid():
         raise ConfigError(
@@ -234,7 +282,13 @@ def require_room(nbytes: int, folder: Path) -> None:
     """Refuse a new file of `nbytes` that would not fit, before it is created. Raises ArenaFull with both sizes,
     ConfigError for a folder that does not exist."""
     if not folder.is_dir():
-        raise ConfigError("the shared memory folder does not exist", where=str(folder), remedy=_NO_FOLDER)
+        raise ConfigError(
+            "the shared memory folder does not exist",
+            where=str(folder),
+            expected="a folder",
+            got="none",
+            remedy=_NO_FOLDER,
+        )
     room = min(_rooms(folder), key=lambda room: room.nbytes)
     if nbytes > room.nbytes:
         raise ArenaFull(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from bridge.errors import ArenaFull, ConfigError, DeadlineExceeded, ProtocolError
+from bridge.errors import REPORT, ArenaFull, ConfigError, DeadlineExceeded, ProtocolError
 from bridge.model.manifest import aligned
 from bridge.protocol.deadline import Deadline
 from bridge.shm import files
@@ -60,9 +60,12 @@ class Mailbox(files.SharedFile):
         """Make a new, sparse mailbox file for ranks 0 .. ranks-1. Raises ConfigError for a bad name, folder or size."""
         if ranks < 1 or page_nbytes <= _PAYLOAD_AT:
             raise ConfigError(
-                "a mailbox needs ranks and room", expected=f"ranks of more than {_PAYLOAD_AT} bytes each",
+                "a mailbox needs ranks and room",
+                where="a mailbox",
+                expected=f"ranks of more than {_PAYLOAD_AT} bytes each",
                 got=f"{ranks} ranks of {page_nbytes} bytes",
-            )  # fmt: skip
+                remedy=REPORT,
+            )
         unit = aligned(page_nbytes, files.PAGE)
         path = files.fresh_path(name, "mailbox", files.directory(directory))
         nbytes = files.HEADER_NBYTES + ranks * unit
@@ -103,7 +106,9 @@ class Mailbox(files.SharedFile):
                 remedy="raise bridge.shm.mailbox.PAGE_NBYTES and restart the daemon",
             )  # fmt: skip
         if not 0 <= nonce < 2**64:
-            raise ProtocolError("a nonce is 64 bits", got=str(nonce))
+            raise ProtocolError(
+                "a nonce is 64 bits", where="a mailbox", expected="0 to 2**64 - 1", got=str(nonce), remedy=REPORT
+            )
         meta = _META.pack(len(payload), nonce)
         # The state word goes to empty first and to ready last, so that no reader takes half a message for damage.
         head = _STATE.pack(0)
@@ -126,14 +131,24 @@ class Mailbox(files.SharedFile):
         where = f"rank {rank} of {self.path.name}"
         if length > self.capacity:
             raise ProtocolError(
-                "a mailbox page claims too much", where=where, expected=f"at most {self.capacity}", got=str(length)
+                "a mailbox page claims too much",
+                where=where,
+                expected=f"at most {self.capacity}",
+                got=str(length),
+                remedy="look for a second writer",
             )
         payload = self._read(fd, at + _PAYLOAD_AT, length)
         if _sum(head[_META_AT:], payload) == head[_SUM_AT:_META_AT]:
             return payload
         if self._read(fd, at, _PAYLOAD_AT) != head:
             return None  # the rank posted again while this was read
-        raise ProtocolError("an answer in the mailbox is damaged", where=where, remedy="look for a second writer")
+        raise ProtocolError(
+            "an answer in the mailbox is damaged",
+            where=where,
+            expected="bytes that fit their checksum",
+            got="another checksum",
+            remedy="look for a second writer",
+        )
 
     def wait(self, ranks: Sequence[int], nonce: int, deadline: Deadline) -> list[bytes]:
         """Wait for the payloads of these ranks under `nonce`; returns them in the order of `ranks`.
@@ -163,7 +178,11 @@ class Mailbox(files.SharedFile):
     def _start(self, rank: int) -> int:
         if not 0 <= rank < self.ranks:
             raise ProtocolError(
-                "no such rank in this mailbox", where=str(self.path), expected=f"0 .. {self.ranks - 1}", got=str(rank)
+                "no such rank in this mailbox",
+                where=str(self.path),
+                expected=f"0 .. {self.ranks - 1}",
+                got=str(rank),
+                remedy=REPORT,
             )
         return files.HEADER_NBYTES + rank * self.page_nbytes
 
@@ -177,18 +196,24 @@ class Mailbox(files.SharedFile):
                     done = os.pwrite(fd, rest, at)
                 except OSError as error:
                     raise ArenaFull(
-                        "a mailbox page cannot be written", where=str(self.path), got=str(error),
+                        "a mailbox page cannot be written",
+                        where=str(self.path),
+                        expected="room for its pages",
+                        got=str(error),
                         remedy="free shared memory (orphaned arenas are removed when a bridge starts)",
-                    ) from error  # fmt: skip
+                    ) from error
                 at, rest = at + done, rest[done:]
 
     def _read(self, fd: int, at: int, nbytes: int) -> bytes:
         data = os.pread(fd, nbytes, at)
         if len(data) != nbytes:
             raise ProtocolError(
-                "a mailbox was cut short", where=str(self.path), got=f"{len(data)} of {nbytes} bytes",
+                "a mailbox was cut short",
+                where=str(self.path),
+                expected="whole pages",
+                got=f"{len(data)} of {nbytes} bytes",
                 remedy="restart the daemon; look for another program that writes to this folder",
-            )  # fmt: skip
+            )
         return data
 
 

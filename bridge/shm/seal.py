@@ -110,7 +110,13 @@ def check_slot(arena: Arena, slot: int, threads: int = 1, seal: Seal | None = No
     seal = seal or arena.seal_of(slot)
     where = f"slot {slot} of {arena.path.name}"
     if seal is None:
-        raise DigestMismatch("the slot is not sealed", where=where, remedy="push again; no engine loaded from it")
+        raise DigestMismatch(
+            "the slot is not sealed",
+            where=where,
+            expected="a sealed slot",
+            got="none",
+            remedy="push again; no engine loaded from it",
+        )
     root = root_digest(arena.manifest, seal.digests)
     if root != seal.root:
         raise DigestMismatch(

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bridge.errors import ConfigError
+from bridge.errors import REPORT, ConfigError
 from bridge.model.regions import Fill, Move, Region, dense, follow
 from bridge.tracing.ops import HANDLERS, REWRITES, default_handler
 from bridge.tracing.provenance import (
@@ -157,7 +157,9 @@ class Recorder:
             raise ConfigError(
                 "a stand-in must be a contiguous meta tensor with a storage of its own",
                 where=name,
+                expected="a contiguous meta tensor",
                 got=f"{tensor.device}, strides {tuple(tensor.stride())}, offset {tensor.storage_offset()}",
+                remedy=REPORT,
             )
         whole = dense(tuple(tensor.shape))
         self.track(tensor).log.append(LoggedWrite(whole, name=name, origin=whole, dtype=tensor.dtype))

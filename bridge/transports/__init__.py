@@ -71,11 +71,27 @@ def torch_errors(what: str, deadline: Deadline) -> Iterator[None]:
         text = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         if deadline.expired:
             raise DeadlineExceeded(
-                f"{what} outlasted its deadline", got=text, remedy="raise timeout_s, or look for a hung peer"
+                f"{what} outlasted its deadline",
+                where=what,
+                expected="an end before the deadline",
+                got=text,
+                remedy="raise timeout_s, or look for a hung peer",
             ) from error
-        raise PeerLost(f"{what} lost its peer", got=text, remedy="make a new group of the ranks that live") from error
+        raise PeerLost(
+            f"{what} lost its peer",
+            where=what,
+            expected="all ranks of the group",
+            got=text,
+            remedy="make a new group of the ranks that live",
+        ) from error
     except OSError as error:
-        raise TransportError(f"{what} failed", got=str(error), remedy="see the network of this node") from error
+        raise TransportError(
+            f"{what} failed",
+            where=what,
+            expected="a transfer without errors",
+            got=str(error),
+            remedy="see the network of this node",
+        ) from error
 
 
 def connect(name: str, *args: Any, **options: Any) -> Transport:
@@ -85,7 +101,11 @@ def connect(name: str, *args: Any, **options: Any) -> Transport:
     """
     if name not in TRANSPORTS:
         raise ConfigError(
-            "no such transport", got=repr(name), expected=", ".join(TRANSPORTS), remedy="choose one of these"
+            "no such transport",
+            where="transport",
+            expected=", ".join(TRANSPORTS),
+            got=repr(name),
+            remedy="choose one of these",
         )
     transport: Transport = load(TRANSPORTS[name])(*args, **options)
     return transport

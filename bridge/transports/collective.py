@@ -89,9 +89,12 @@ def connect_gloo(store: Store, rank: int, world: int, **options: Any) -> Transpo
     """Connect one end over gloo (CPU); options as CollectiveTransport. GLOO_SOCKET_IFNAME chooses the interface."""
     if not dist.is_available() or not dist.is_gloo_available():
         raise ConfigError(
-            "this transport is not available", where="gloo", got="torch was built without gloo",
+            "this transport is not available",
+            where="gloo",
+            expected="a torch with gloo",
+            got="torch was built without gloo",
             remedy="install a build of torch with gloo",
-        )  # fmt: skip
+        )
     return CollectiveTransport(store, rank, world, _gloo_group, **options)
 
 
@@ -114,7 +117,9 @@ def _connect_device(name: str, built_for: str | None, store: Store, rank: int, w
     elif not torch.cuda.is_available():
         reason = "no device is visible"
     if reason is not None:
-        raise ConfigError("this transport is not available", where=name, got=reason, remedy="use gloo")
+        raise ConfigError(
+            "this transport is not available", where=name, expected="a torch that has it", got=reason, remedy="use gloo"
+        )
     device = options.pop("device", None) or torch.device("cuda", torch.cuda.current_device())
     return CollectiveTransport(store, rank, world, _nccl_group, device=device, **options)
 
@@ -158,9 +163,12 @@ class CollectiveTransport:
     ) -> None:
         if world < 2 or not 0 <= rank < world or not 0 <= source < world or chunk_nbytes < 1:
             raise ConfigError(
-                "a transport needs a source and a receiver", expected="at least 2 ranks, numbered from 0",
+                "a transport needs a source and a receiver",
+                where="a transport",
+                expected="at least 2 ranks, numbered from 0",
                 got=f"rank {rank} of {world}, source {source}",
-            )  # fmt: skip
+                remedy="number the ranks from 0 and name one of them as the source",
+            )
         self.rank = rank
         self.source = source
         self.receivers = tuple(r for r in range(world) if r != source)
@@ -182,7 +190,11 @@ class CollectiveTransport:
         seal = arena.seal_of(slot)
         if seal is None:
             raise ProtocolError(
-                "only a sealed version is sent", where=f"slot {slot} of {arena.path.name}", remedy="seal the slot first"
+                "only a sealed version is sent",
+                where=f"slot {slot} of {arena.path.name}",
+                expected="a sealed slot",
+                got="an open one",
+                remedy="seal the slot first",
             )
         self._round += 1
         manifest = arena.manifest
@@ -205,9 +217,12 @@ class CollectiveTransport:
             except DeadlineExceeded as error:
                 silent = [r for r in self.receivers if not self._store.check([self._key(f"{step}/{r}")])]
                 raise DeadlineExceeded(
-                    "receivers did not answer in time", where=f"ranks {', '.join(map(str, silent))}",
-                    expected=step, remedy=error.remedy,
-                ) from error  # fmt: skip
+                    "receivers did not answer in time",
+                    where=f"ranks {', '.join(map(str, silent))}",
+                    expected=step,
+                    got="no answer",
+                    remedy=error.remedy,
+                ) from error
             if isinstance(answer, Refusal):
                 place = ", ".join(filter(None, (f"receiver {receiver}", answer.error.where)))
                 raise msgspec.structs.replace(answer.error, where=place).rebuild()
@@ -237,7 +252,13 @@ class CollectiveTransport:
         self._answer("ready")
         go = self._await("go", Go | CalledOff, deadline)
         if isinstance(go, CalledOff):
-            raise TransportError("the source called this transfer off", got=go.reason)
+            raise TransportError(
+                "the source called this transfer off",
+                where="a transfer",
+                expected="a version from the source",
+                got=go.reason,
+                remedy="mend what the source says, then transfer again",
+            )
         arena.begin(slot)
         try:
             self._stream(arena.flat_tensor(slot), offer.chunk, deadline)
@@ -333,9 +354,21 @@ class CollectiveTransport:
 
     def _require(self, *, sends: bool) -> None:
         if self._ended is not None:
-            raise Closed("this transport has ended", got=self._ended, remedy="make a new group with a higher epoch")
+            raise Closed(
+                "this transport has ended",
+                where="a transport",
+                expected="one that is open",
+                got=self._ended,
+                remedy="make a new group with a higher epoch",
+            )
         if sends != (self.rank == self.source):
-            raise ProtocolError("only the source sends", expected=f"rank {self.source}", got=f"rank {self.rank}")
+            raise ProtocolError(
+                "only the source sends",
+                where="a transport",
+                expected=f"rank {self.source}",
+                got=f"rank {self.rank}",
+                remedy="call send at the source and receive at the others",
+            )
 
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
@@ -360,7 +393,13 @@ def _drain(pending: Iterable[Callable[[], None]]) -> None:
 
 def _check_offer(offer: Offer, arena: Arena) -> None:
     if not arena.writable:
-        raise ProtocolError("a receiver needs a writable arena", where=arena.path.name)
+        raise ProtocolError(
+            "a receiver needs a writable arena",
+            where=arena.path.name,
+            expected="writable=True",
+            got="a read-only arena",
+            remedy="open it with writable=True",
+        )
     manifest = arena.manifest
     if offer.manifest != manifest.digest or offer.nbytes != manifest.nbytes or offer.chunk < 1:
         raise ProtocolError(
@@ -370,4 +409,10 @@ def _check_offer(offer: Offer, arena: Arena) -> None:
         )  # fmt: skip
     whole = len(offer.digests) == DIGEST_NBYTES * len(manifest.tensors)
     if not whole or root_digest(manifest, offer.digests) != offer.root:
-        raise ProtocolError("the offered digests are not those of their root", got=offer.root.hex()[:64])
+        raise ProtocolError(
+            "the offered digests are not those of their root",
+            where="the source's offer",
+            expected="the digest of its digests",
+            got=offer.root.hex()[:64],
+            remedy="transfer again; the source was damaged or another writer is at work",
+        )

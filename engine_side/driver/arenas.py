@@ -33,7 +33,13 @@ class Arenas:
         try:
             return self._arenas[plan]
         except KeyError:
-            raise ProtocolError("this engine does not know that plan", where=self._id, got=str(plan)) from None
+            raise ProtocolError(
+                "this engine does not know that plan",
+                where=self._id,
+                expected="a plan that it has baked",
+                got=str(plan),
+                remedy="push again",
+            ) from None
 
     def run(self, job: AnyJob, deadline: Deadline) -> list[RankReply]:
         """Run a job on every rank; what the ranks map or forget is mapped or forgotten here too. Blocks and raises as

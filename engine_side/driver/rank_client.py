@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
-from bridge.errors import ProtocolError
+from bridge.errors import REPORT, ProtocolError
 from bridge.protocol.codec import pack, unpack
 from bridge.protocol.deadline import Deadline
 from bridge.protocol.rank_jobs import AnyJob, LoadJob, RankAnswer, RankFailed, RankJob, RankReply
@@ -41,7 +41,13 @@ class RankClient:
         """Run a job on every rank, and expect answers of one kind. Blocks and raises as `run` does."""
         answers: list[A] = [answer for answer in self.run(job, deadline) if isinstance(answer, kind)]
         if len(answers) != self._driver.ranks:
-            raise ProtocolError("a rank answered another job", where=self._id, expected=kind.__name__)
+            raise ProtocolError(
+                "a rank answered another job",
+                where=self._id,
+                expected=kind.__name__,
+                got=f"{len(answers)} such answers of {self._driver.ranks} ranks",
+                remedy=REPORT,
+            )
         return answers
 
     def run(self, job: AnyJob, deadline: Deadline) -> list[RankReply]:
@@ -50,7 +56,13 @@ class RankClient:
         Raises the first failed rank's error with engine and rank in its `where`, DeadlineExceeded, PeerLost.
         """
         if self._mailbox is None:
-            raise ProtocolError("this engine has no mailbox yet", where=self._id, remedy="claim it first")
+            raise ProtocolError(
+                "this engine has no mailbox yet",
+                where=self._id,
+                expected="a mailbox",
+                got="none",
+                remedy="claim it first",
+            )
         self._nonce += 1
         before, writes = self.touched, isinstance(job, LoadJob) and job.lora is None
         self.touched |= writes  # a rank that does not answer may have written
@@ -65,6 +77,7 @@ class RankClient:
                     where=self._id,
                     expected=f"rank {rank}, nonce {self._nonce}",
                     got=f"rank {found.rank}, nonce {found.nonce}",
+                    remedy=REPORT,
                 )
             answers.append(found.answer)
         replies = [answer for answer in answers if not isinstance(answer, RankFailed)]

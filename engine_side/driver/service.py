@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from bridge.errors import (
+    REPORT,
     BridgeError,
     Busy,
     CanaryMismatch,
@@ -70,11 +71,17 @@ class Standing:
             raise ProtocolError(
                 "an engine cannot go from this state to that one", where=self.engine,
                 expected=f"{self.state.name} -> {', '.join(state.name for state in TRANSITIONS[self.state])}",
-                got=to.name,
+                got=to.name, remedy=REPORT
             )  # fmt: skip
         version = self.serving if serving is None else serving
         if to is EngineState.SERVING and version is None:
-            raise ProtocolError("an engine cannot serve without a version", where=self.engine)
+            raise ProtocolError(
+                "an engine cannot serve without a version",
+                where=self.engine,
+                expected="a version",
+                got="none",
+                remedy=REPORT,
+            )
         self.state = to
         self.serving = None if to is EngineState.QUARANTINED else version
 
@@ -270,6 +277,7 @@ class EngineService:
             raise EngineQuarantined(
                 "this engine serves no weights that an adapter could go over",
                 where=self.id,
+                expected="an engine that serves",
                 got=f"{self._standing.state.value} {self._detail}".strip(),
                 remedy="push the weights first: mode='base'",
             )
@@ -312,7 +320,11 @@ class EngineService:
     def _commit(self, request: msg.EngineCommit, deadline: Deadline) -> msg.EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
-                "a commit of a version that was not verified", where=self.id, got=self._standing.state.value
+                "a commit of a version that was not verified",
+                where=self.id,
+                expected="VERIFIED",
+                got=self._standing.state.value,
+                remedy=REPORT,
             )
         settings, driver = request.settings, self.driver
         level: LevelResult | None = None
@@ -323,7 +335,13 @@ class EngineService:
             if "cache" in settings.levels:
                 level = self._outputs.check_cache(answered, deadline, staged)
             elif not answered:
-                raise CanaryMismatch("the engine refused to reset its caches", where=self.id, remedy="use kv='keep'")
+                raise CanaryMismatch(
+                    "the engine refused to reset its caches",
+                    where=self.id,
+                    expected="True from the engine",
+                    got="False",
+                    remedy="use kv='keep'",
+                )
         elif "cache" in settings.levels:
             why = self._why_caches_go() or "caches hold what the version before computed"
             why = f"kv='keep': {why}" if driver.can_generate else "no cache"
@@ -335,7 +353,11 @@ class EngineService:
     def _resume(self, request: msg.EngineResume, deadline: Deadline) -> msg.EngineOk:
         if self._standing.state is not EngineState.VERIFIED:
             raise ProtocolError(
-                "a resume of a version that was not verified", where=self.id, got=self._standing.state.value
+                "a resume of a version that was not verified",
+                where=self.id,
+                expected="VERIFIED",
+                got=self._standing.state.value,
+                remedy=REPORT,
             )
         if self.driver.can_generate:
             self._outputs.note_served(request.version)
@@ -404,7 +426,11 @@ class EngineService:
             self._standing.move(EngineState.STAGING)
         if request.job is None or request.version is None:
             raise EngineQuarantined(
-                "there is no previous version to return to", where=self.id, remedy="push a version that verifies"
+                "there is no previous version to return to",
+                where=self.id,
+                expected="a version that a push of this bridge brought",
+                got="none",
+                remedy="push a version that verifies",
             )
         self._pause("abort", deadline)
         ranks = tuple(answer.report for answer in self._ranks.ask(request.job, RankLoaded, deadline))
@@ -413,7 +439,13 @@ class EngineService:
         self._outputs.require_former(request.version, deadline)
         self._standing.move(EngineState.VERIFIED)
         if self.driver.can_generate and not self.driver.reset_caches():
-            raise EngineQuarantined("the engine refused to reset its caches", where=self.id, remedy="push once more")
+            raise EngineQuarantined(
+                "the engine refused to reset its caches",
+                where=self.id,
+                expected="True from the engine",
+                got="False",
+                remedy="push once more",
+            )
         self._ranks.touched = False
         self._serve(request.version, request.lora, deadline)
 
@@ -473,12 +505,17 @@ class EngineService:
             raise EngineQuarantined(
                 "this engine holds weights that nobody verified and serves nothing",
                 where=self.id,
+                expected="a verified version",
                 got=self._detail,
                 remedy="push a version that verifies",
             )
         if self._standing.state is EngineState.STALE:
             raise ConfigError(
-                "this engine is stale and serves nothing until a verified push", where=self.id, remedy="push once"
+                "this engine is stale and serves nothing until a verified push",
+                where=self.id,
+                expected="a verified version",
+                got="what it was started with",
+                remedy="push once",
             )
         if self.driver.can_generate:
             require_fit(self.driver, request.prompts)

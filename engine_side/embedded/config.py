@@ -22,6 +22,8 @@ LAYOUTS: tuple[str, ...] = get_args(LayoutName)
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
 _DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+_ELSEWHERE = "serve this model with vLLM or SGLang"
+
 _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -149,10 +151,18 @@ class ModelConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             remedy = "give the folder of a Hugging Face checkpoint"
-            raise NotFound("no config.json in the checkpoint folder", where=str(folder), remedy=remedy) from None
+            raise NotFound(
+                "no config.json in the checkpoint folder",
+                where=str(folder),
+                expected="a config.json",
+                got="none",
+                remedy=remedy,
+            ) from None
         except ValueError as error:
             remedy = "save the checkpoint again with save_pretrained"
-            raise ConfigError("config.json is not JSON", where=str(path), got=str(error), remedy=remedy) from error
+            raise ConfigError(
+                "config.json is not JSON", where=str(path), expected="JSON", got=str(error), remedy=remedy
+            ) from error
         known = {name: value for name, value in raw.items() if value is not None}
         dtype = known.get("dtype", known.get("torch_dtype", "float32"))
         return read_fields({**known, "dtype": dtype, "raw": known}, cls, str(path))
@@ -165,14 +175,26 @@ class ModelConfig:
         kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
         where = "config.json: rope_parameters"
         if kind not in _ROPE_FIELDS:
-            raise ConfigError("unsupported rope type", where=where, expected=" | ".join(_ROPE_FIELDS), got=repr(kind))
+            raise ConfigError(
+                "unsupported rope type",
+                where=where,
+                expected=" | ".join(_ROPE_FIELDS),
+                got=repr(kind),
+                remedy=_ELSEWHERE,
+            )
         missing = [name for name in _ROPE_FIELDS[kind] if name not in scaling]
         if missing:
-            raise ConfigError(f"rope type {kind} lacks fields", where=where, expected=", ".join(missing))
+            raise ConfigError(
+                f"rope type {kind} lacks fields",
+                where=where,
+                expected=", ".join(missing),
+                got="a rope without them",
+                remedy=_ELSEWHERE,
+            )
         partial = scaling.get("partial_rotary_factor", self.raw.get("partial_rotary_factor", 1.0))
         if partial != 1.0:
             what = "partial rotary embeddings are not supported"
-            raise ConfigError(what, where=where, expected="1", got=str(partial))
+            raise ConfigError(what, where=where, expected="1", got=str(partial), remedy=_ELSEWHERE)
         theta = float(scaling.get("rope_theta") or self.raw.get("rope_theta") or 10000.0)
         return {**scaling, "rope_type": kind, "rope_theta": theta}
 
@@ -203,7 +225,13 @@ class EngineLimits:
         seq = engine.max_seq_len or min(longest, _DEFAULT_SEQ_LEN)
         if seq > longest:
             where = "EngineConfig.max_seq_len"
-            raise ConfigError("longer than the model's positions", where=where, expected=f"<= {longest}", got=str(seq))
+            raise ConfigError(
+                "longer than the model's positions",
+                where=where,
+                expected=f"<= {longest}",
+                got=str(seq),
+                remedy=f"set max_seq_len to {longest} or below",
+            )
         if model.window is not None and model.window < seq:
             raise ConfigError(
                 "sliding-window attention is not supported",

@@ -150,7 +150,14 @@ class CausalLM(Layer):
             param = params.get(target)
             if param is None:
                 what, remedy = "no parameter for this tensor", "send canonical checkpoint names of this architecture"
-                raise UnexpectedTensor(what, where=name, got=target, remedy=remedy, names=(name,))
+                raise UnexpectedTensor(
+                    what,
+                    where=name,
+                    expected="a checkpoint name of this architecture",
+                    got=target,
+                    remedy=remedy,
+                    names=(name,),
+                )
             loader = getattr(param, "weight_loader", default_weight_loader)
             try:
                 loader(param, tensor, **arguments)
@@ -254,7 +261,13 @@ class DeepseekV2ForCausalLM(CausalLM):
         method = self.config.raw.get("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
             expected = "greedy | group_limited_greedy"
-            raise ConfigError("unknown routing", where="config.json: topk_method", expected=expected, got=repr(method))
+            raise ConfigError(
+                "unknown routing",
+                where="config.json: topk_method",
+                expected=expected,
+                got=repr(method),
+                remedy="serve this model with vLLM or SGLang",
+            )
         return method == "group_limited_greedy", False
 
     def make_mlp(self, index: int, context: LayerContext) -> Layer:
@@ -263,7 +276,13 @@ class DeepseekV2ForCausalLM(CausalLM):
             return super().make_mlp(index, context)
         if raw.get("moe_layer_freq", 1) != 1:
             got = str(raw["moe_layer_freq"])
-            raise ConfigError("unsupported spacing of sparse layers", where="config.json: moe_layer_freq", got=got)
+            raise ConfigError(
+                "unsupported spacing of sparse layers",
+                where="config.json: moe_layer_freq",
+                expected="1",
+                got=got,
+                remedy="serve this model with vLLM or SGLang",
+            )
         grouped, renormalize = self.grouped_and_renormalized()
         moe = MoEConfig(
             experts=int(raw["n_routed_experts"]),

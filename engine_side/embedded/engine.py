@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from bridge.errors import BridgeError, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
+from bridge.errors import REPORT, BridgeError, Closed, ConfigError, DeadlineExceeded, EngineQuarantined, NotFound
 from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
@@ -147,7 +147,7 @@ class Engine:
         """
         if mode not in PAUSE_MODES:
             expected, remedy = " | ".join(PAUSE_MODES), "choose one of these for inflight"
-            raise ConfigError("unknown pause mode", expected=expected, got=repr(mode), remedy=remedy)
+            raise ConfigError("unknown pause mode", where="inflight", expected=expected, got=repr(mode), remedy=remedy)
         deadline = deadline or Deadline.after(self.config.timeout_s)
         late = "the engine could not be paused in time", "give a longer timeout_s, or inflight='abort'"
         with self._changed:
@@ -234,7 +234,16 @@ class Engine:
             return
         with self._changed:
             self._closed = True
-            self._finish(self._everything(), Closed("the engine was closed", remedy="start another Engine"))
+            self._finish(
+                self._everything(),
+                Closed(
+                    "the engine was closed",
+                    where="the embedded engine",
+                    expected="a running engine",
+                    got="a closed one",
+                    remedy="start another Engine",
+                ),
+            )
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(self.config.timeout_s)
@@ -284,7 +293,17 @@ class Engine:
                 self.steps += 1
                 self._scheduler.advance(chosen, tokens, logprobs)
         except Exception as error:
-            failure = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
+            failure = (
+                error
+                if isinstance(error, BridgeError)
+                else BridgeError(
+                    f"a step failed: {error!r}",
+                    where="the embedded engine",
+                    expected="a step without errors",
+                    got=type(error).__name__,
+                    remedy=REPORT,
+                )
+            )
             failure.__cause__ = None if failure is error else error
             with self._changed:
                 for request in self._everything() if chosen is None else chosen:
@@ -306,7 +325,13 @@ class Engine:
             self._visitors += 1
         try:
             if not self._execution.acquire(timeout=max(deadline.remaining_s, 0.001)):
-                raise DeadlineExceeded("the engine's step outlasted the deadline", remedy="pause the engine first")
+                raise DeadlineExceeded(
+                    "the engine's step outlasted the deadline",
+                    where="the embedded engine",
+                    expected="a step that ends before the deadline",
+                    got="none yet",
+                    remedy="pause the engine first",
+                )
             try:
                 yield
             finally:
@@ -344,12 +369,24 @@ class Engine:
         """The LoRA of a request that names one. Raises ConfigError, NotFound."""
         if not isinstance(adapter, str):
             expected = f"{CURRENT!r}, {BASE!r} or the name of a loaded LoRA"
-            raise ConfigError("a LoRA is asked for by name", where="adapter", expected=expected, got=repr(adapter))
+            raise ConfigError(
+                "a LoRA is asked for by name",
+                where="adapter",
+                expected=expected,
+                got=repr(adapter),
+                remedy="leave it out for the one that was pushed last",
+            )
         if adapter == BASE:
             return None
         if adapter in self._retired:
             remedy = 'ask for "current"'
-            raise NotFound("this LoRA is retired", where="adapter", got=repr(adapter), remedy=remedy)
+            raise NotFound(
+                "this LoRA is retired",
+                where="adapter",
+                expected="a LoRA that is loaded",
+                got=repr(adapter),
+                remedy=remedy,
+            )
         self.runner.check_lora(adapter)
         return adapter
 
@@ -362,7 +399,13 @@ class Engine:
             wanted = self.adapter if request.follows else request.lora
             if wanted not in loaded:
                 remedy = 'ask for "current"'
-                error = NotFound("the LoRA of this request was dropped", got=repr(wanted), remedy=remedy)
+                error = NotFound(
+                    "the LoRA of this request was dropped",
+                    where="adapter",
+                    expected="a LoRA that is loaded",
+                    got=repr(wanted),
+                    remedy=remedy,
+                )
                 self._finish([request], error)
 
     def _everything(self) -> list[GenerationRequest]:
@@ -380,12 +423,26 @@ class Engine:
     def _wait(self, ready: Callable[[], bool], deadline: Deadline | None, what: str, remedy: str) -> None:
         timeout = None if deadline is None else deadline.remaining_s
         if not self._changed.wait_for(lambda: ready() or self._closed, timeout):
-            raise DeadlineExceeded(what, remedy=remedy)
+            raise DeadlineExceeded(
+                what, where="the embedded engine", expected="an end before the deadline", got="none yet", remedy=remedy
+            )
 
     def _check_closed(self) -> None:
         if self._closed:
-            raise Closed("the engine was closed", remedy="start another Engine")
+            raise Closed(
+                "the engine was closed",
+                where="the embedded engine",
+                expected="a running engine",
+                got="a closed one",
+                remedy="start another Engine",
+            )
 
     def _quarantined(self, reason: str) -> EngineQuarantined:
         remedy = "push a verified version, or restart the engine"
-        return EngineQuarantined("this engine refuses to generate", got=reason, remedy=remedy)
+        return EngineQuarantined(
+            "this engine refuses to generate",
+            where="the embedded engine",
+            expected="a verified version",
+            got=reason,
+            remedy=remedy,
+        )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bridge.errors import ProtocolError
+from bridge.errors import REPORT, ProtocolError
 from engine_side.embedded.layouts import CanonicalStorage, LinearMethod, PostLoadLayout
 from engine_side.embedded.parallel import Parallel, divide
 from engine_side.embedded.weights import (
@@ -93,7 +93,7 @@ class LinearBase(Layer):
         if outputs is None:
             expected = " | ".join(map(repr, self.output_cuts))
             raise ProtocolError(
-                "unknown part of a fused layer", where="shard_id", expected=expected, got=repr(shard_id)
+                "unknown part of a fused layer", where="shard_id", expected=expected, got=repr(shard_id), remedy=REPORT
             )
         load_cuts(param, param.data, loaded, (outputs, self.input_cut)[: param.dim()])
 

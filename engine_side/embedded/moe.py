@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bridge.errors import ConfigError, ProtocolError
+from bridge.errors import REPORT, ConfigError, ProtocolError
 from engine_side.embedded.config import ModelConfig
 from engine_side.embedded.layers import LayerContext, MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from engine_side.embedded.layouts import FusedMoEMethod
@@ -32,7 +32,13 @@ def activation(name: str) -> Activation:
     """Return the function of a config's `hidden_act`. Raises ConfigError."""
     if name not in _ACTIVATIONS:
         where, expected = "config.json: hidden_act", " | ".join(_ACTIVATIONS)
-        raise ConfigError("unsupported activation", where=where, expected=expected, got=repr(name))
+        raise ConfigError(
+            "unsupported activation",
+            where=where,
+            expected=expected,
+            got=repr(name),
+            remedy="serve this model with vLLM or SGLang",
+        )
     return _ACTIVATIONS[name]
 
 
@@ -72,12 +78,20 @@ class MoEConfig:
         if self.experts % self.groups or not 0 < self.top_groups <= self.groups:
             raise ConfigError(
                 "the experts cannot be grouped so",
+                where="config.json: n_group, topk_group",
                 expected=f"{self.experts} experts in equal groups, 1 to all of them used",
                 got=f"{self.groups} groups, {self.top_groups} used",
+                remedy="correct them: the checkpoint's own config.json has them",
             )
         if not 0 < self.top_k <= self.experts // self.groups * self.top_groups:
             expected = f"1 to {self.experts // self.groups * self.top_groups}, the experts of the groups that are used"
-            raise ConfigError("a token cannot use so many experts", expected=expected, got=str(self.top_k))
+            raise ConfigError(
+                "a token cannot use so many experts",
+                where="config.json: num_experts_per_tok",
+                expected=expected,
+                got=str(self.top_k),
+                remedy="correct it: the checkpoint's own config.json has it",
+            )
 
 
 ExpertLora = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -115,8 +129,10 @@ class FusedMoE(Layer):
         if cuts is None or not 0 <= expert_id < self.num_experts:
             raise ProtocolError(
                 "the experts have no such part",
+                where="shard_id",
                 expected=f"w1 | w2 | w3 of expert 0 to {self.num_experts - 1}",
                 got=f"{shard_id!r} of expert {expert_id}",
+                remedy=REPORT,
             )
         load_cuts(param, param.data[expert_id], loaded, cuts)
 

@@ -52,7 +52,9 @@ class Parallel:
         except RuntimeError as error:
             what = "the ranks could not form a group"
             remedy = "see the log for the rank's own error; raise timeout_s if it is slow"
-            raise PeerLost(what, where=f"rank {self.rank}", got=str(error), remedy=remedy) from error
+            raise PeerLost(
+                what, where=f"rank {self.rank}", expected=f"{self.size} ranks that meet", got=str(error), remedy=remedy
+            ) from error
 
     @contextmanager
     def until(self, deadline: Deadline) -> Iterator[None]:
@@ -89,7 +91,13 @@ class Parallel:
         except RuntimeError as error:
             where = f"{what} on rank {self.rank} of {self.size}"
             remedy = "restart the engine; a rank has ended or hangs"
-            raise PeerLost("a collective failed", where=where, got=str(error)[:200], remedy=remedy) from error
+            raise PeerLost(
+                "a collective failed",
+                where=where,
+                expected="an answer of every rank",
+                got=str(error)[:200],
+                remedy=remedy,
+            ) from error
         self._ended += 1
 
 
@@ -98,6 +106,7 @@ def divide(total: int, parts: int, what: str) -> int:
     if total % parts:
         raise ConfigError(
             f"{what} cannot be divided over the tensor-parallel ranks",
+            where="tensor_parallel_size",
             expected=f"a multiple of {parts}",
             got=str(total),
             remedy="choose another tensor_parallel_size",

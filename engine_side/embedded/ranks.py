@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import torch
 
-from bridge.errors import BridgeError, DeadlineExceeded, PeerLost, ProtocolError
+from bridge.errors import REPORT, BridgeError, DeadlineExceeded, PeerLost, ProtocolError
 from bridge.protocol.codec import MAX_FRAME, Count, ErrorInfo, Message, pack, unpack
 from bridge.protocol.deadline import Deadline
 from engine_side.embedded.config import EngineConfig
@@ -109,7 +109,9 @@ class Channel:
         (length,) = _HEAD.unpack(self._take(_HEAD.size, deadline))
         if length > MAX_FRAME:
             expected, remedy = f"<= {MAX_FRAME}", "run one version of weighbridge in all processes"
-            raise ProtocolError("a frame is too large", expected=expected, got=str(length), remedy=remedy)
+            raise ProtocolError(
+                "a frame is too large", where=self._peer, expected=expected, got=str(length), remedy=remedy
+            )
         message: T = unpack(self._take(length, deadline), kind)
         return message
 
@@ -141,11 +143,19 @@ class Channel:
         self._sock.close()
 
     def _late(self) -> DeadlineExceeded:
-        return DeadlineExceeded("a rank did not answer in time", where=self._peer, remedy="look for a hung process")
+        return DeadlineExceeded(
+            "a rank did not answer in time",
+            where=self._peer,
+            expected="an answer before the deadline",
+            got="none",
+            remedy="look for a hung process",
+        )
 
     def _lost(self, got: str) -> PeerLost:
         remedy = "restart the engine; the log of the process says why it ended"
-        return PeerLost("the process of a rank is gone", where=self._peer, got=got, remedy=remedy)
+        return PeerLost(
+            "the process of a rank is gone", where=self._peer, expected="a running process", got=got, remedy=remedy
+        )
 
 
 class RankProcess:
@@ -282,7 +292,17 @@ class Ranks:
         except Exception as error:
             # The children are in the middle of collectives that this rank has left, or the other way round.
             if self.children:
-                own = error if isinstance(error, BridgeError) else BridgeError(f"a step failed: {error!r}")
+                own = (
+                    error
+                    if isinstance(error, BridgeError)
+                    else BridgeError(
+                        f"a step failed: {error!r}",
+                        where="the embedded engine",
+                        expected="a step without errors",
+                        got=type(error).__name__,
+                        remedy=REPORT,
+                    )
+                )
                 self._lost = self._last_error() or own
                 raise self._lost from error
             raise
@@ -290,7 +310,13 @@ class Ranks:
     def _tell(self, call: RankCall, deadline: Deadline) -> None:
         if self._lost is not None:
             remedy = "restart the engine"
-            raise PeerLost("this engine has lost its ranks before", got=self._lost.what, remedy=remedy)
+            raise PeerLost(
+                "this engine has lost its ranks before",
+                where="the embedded engine",
+                expected="all ranks",
+                got=self._lost.what,
+                remedy=remedy,
+            )
         for child in self.children:
             # A job that outlasted its deadline may still run: the next collective would meet the wrong one.
             if child.answered < self._number:

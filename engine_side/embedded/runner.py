@@ -117,7 +117,13 @@ class ModelRunner:
     def load_weights(self, skeleton: nn.Module, weights: Weights) -> None:
         """Run the engine's own loader on a skeleton. Raises what the loader raises."""
         if not isinstance(skeleton, CausalLM):
-            raise ConfigError("not a skeleton of this engine", got=type(skeleton).__name__, remedy="use skeleton()")
+            raise ConfigError(
+                "not a skeleton of this engine",
+                where="load_weights",
+                expected="what skeleton() returns",
+                got=type(skeleton).__name__,
+                remedy="use skeleton()",
+            )
         skeleton.load_weights(weights)
 
     @torch.no_grad()
@@ -255,11 +261,23 @@ def checkpoint_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise ConfigError("reading a checkpoint needs safetensors", remedy="pip install 'weighbridge[hf]'") from error
+        raise ConfigError(
+            "reading a checkpoint needs safetensors",
+            where="this environment",
+            expected="the extra `hf`",
+            got=str(error),
+            remedy="pip install 'weighbridge[hf]'",
+        ) from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         remedy = "save it with save_pretrained, or start with load='dummy'"
-        raise NotFound("no safetensors in the checkpoint folder", where=str(folder), remedy=remedy)
+        raise NotFound(
+            "no safetensors in the checkpoint folder",
+            where=str(folder),
+            expected="*.safetensors",
+            got="none",
+            remedy=remedy,
+        )
     for path in files:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)

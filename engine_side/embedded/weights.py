@@ -109,6 +109,7 @@ def expect_shape(loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(loaded.shape) != shape:
         raise ShapeMismatch(
             "a weight has another shape",
+            where="a weight",
             expected=str(list(shape)),
             got=str(list(loaded.shape)),
             remedy="load a checkpoint of the configuration that the engine was started with",
@@ -125,6 +126,7 @@ def write(dest: torch.Tensor, loaded: torch.Tensor) -> None:
     if dest.dtype.itemsize == 1 and loaded.dtype != dest.dtype:
         raise DtypeMismatch(
             "a quantised weight takes no other dtype",
+            where="a weight",
             expected=str(dest.dtype),
             got=str(loaded.dtype),
             remedy="quantise it as the checkpoint is, and send weight and scales",

@@ -125,7 +125,13 @@ class ModuleDriver:
         deadline: Deadline | None = None,
     ) -> list[Completion]:
         """Raise ConfigError: a module does not generate."""
-        raise ConfigError("a plain module does not generate", remedy="attach an inference engine for rollouts")
+        raise ConfigError(
+            "a plain module does not generate",
+            where="engine",
+            expected="an engine that generates",
+            got="a torch.nn.Module",
+            remedy="attach an inference engine for rollouts",
+        )
 
     def refuse_shared(self, storages: frozenset[int]) -> None:
         """Raise ConfigError when one of these storage addresses is the module's own. Looked up again only when the
@@ -227,7 +233,13 @@ class ModuleRankHost:
 
     def prompt_logprobs(self, prompts: PromptBatch, lora: str | None = None) -> list[list[float]]:
         """Raise ConfigError: a plain module has no canary."""
-        raise ConfigError("a plain module computes no prompt log-probabilities", remedy="verify='weights'")
+        raise ConfigError(
+            "a plain module computes no prompt log-probabilities",
+            where=type(self.model).__name__,
+            expected="an engine that generates",
+            got="a torch.nn.Module",
+            remedy="verify='weights'",
+        )
 
     def untie(self, names: Sequence[str]) -> bool:
         """Return False: the module's owner tied its tensors, and may rely on it."""
@@ -257,7 +269,7 @@ class ModuleRankHost:
 
 def _no_lora(name: str) -> NotFound:
     remedy = "push merged weights (mode='merged')"
-    return NotFound("a plain module holds no LoRA", where="adapter", got=repr(name), remedy=remedy)
+    return NotFound("a plain module holds no LoRA", where="adapter", expected="no LoRA", got=repr(name), remedy=remedy)
 
 
 def attach(engine: object, canonical: CanonicalRoutes | None = None) -> ModuleDriver | None:
@@ -279,6 +291,7 @@ class _Gate:
         raise EngineQuarantined(
             "this module holds weights that nobody verified",
             where=type(module).__name__,
+            expected="a verified version",
             got=self.reason,
             remedy="push again, or call rollback()",
         )

@@ -52,7 +52,13 @@ def check_spec(spec: str) -> tuple[str, str]:
             remedy="write the engine's kind in front of the folder",
         )
     if not Path(path).is_dir():
-        raise NotFound("no such checkpoint folder", where=path, remedy="give the folder of a Hugging Face checkpoint")
+        raise NotFound(
+            "no such checkpoint folder",
+            where=path,
+            expected="a folder",
+            got="nothing there",
+            remedy="give the folder of a Hugging Face checkpoint",
+        )
     return scheme, path
 
 

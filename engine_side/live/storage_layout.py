@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bridge.errors import ConfigError
+from bridge.errors import REPORT, ConfigError
 from bridge.model.regions import Region, follow
 from bridge.model.same_bits import same_bits
 
@@ -54,7 +54,13 @@ class Stored:
         Raises ConfigError when the live tensor does not hold the canonical values.
         """
         if self.held is None or self.origin is None:
-            raise ConfigError("this tensor does not hold its canonical values", got=self.why)
+            raise ConfigError(
+                "this tensor does not hold its canonical values",
+                where="a live tensor",
+                expected="canonical values",
+                got=self.why,
+                remedy=REPORT,
+            )
         a, b = flat(live), flat(canonical)
         return (
             a.as_strided(self.origin.shape, self.origin.strides, a.storage_offset() + self.origin.offset),

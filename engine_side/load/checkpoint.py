@@ -50,7 +50,13 @@ def _checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise ConfigError("reading checkpoints needs safetensors", remedy="pip install 'weighbridge[hf]'") from error
+        raise ConfigError(
+            "reading checkpoints needs safetensors",
+            where="this environment",
+            expected="the extra `hf`",
+            got=str(error),
+            remedy="pip install 'weighbridge[hf]'",
+        ) from error
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 safe_open is no mapping

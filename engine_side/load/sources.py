@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from bridge.errors import ConfigError
+from bridge.errors import REPORT, ConfigError
 from bridge.model.regions import Fill, Move, dense
 from engine_side.live.inplace import find_tensor
 from engine_side.load.computed_targets import ComputedTargets
@@ -101,7 +101,13 @@ class CanonicalTensors:
     def tensor(self, name: str, slot: int) -> torch.Tensor:
         """A tensor of a version, as the engine's loader takes it. Raises ConfigError before `map`."""
         if not self._slots:
-            raise ConfigError("this plan is not mapped onto an arena yet")
+            raise ConfigError(
+                "this plan is not mapped onto an arena yet",
+                where="a plan",
+                expected="an arena",
+                got="none",
+                remedy=REPORT,
+            )
         made = self._made[slot].get(name) if self._made else None
         return self._slots[slot][self._index[name]] if made is None else made
 

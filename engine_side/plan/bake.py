@@ -294,6 +294,7 @@ def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...]) -> tuple[Trace,
                 raise ConfigError(
                     "the engine's own loader failed, and no tensor explains it",
                     where=type(host.model).__name__,
+                    expected="a loader that takes the checkpoint's tensors",
                     got=f"{type(raised.error).__name__}: {raised.error}",
                     remedy="load the same checkpoint into this engine to see its own error",
                 ) from raised.error

@@ -14,7 +14,7 @@ from weakref import ReferenceType
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError
+from bridge.errors import REPORT, ConfigError
 from bridge.model.same_bits import same_bits
 from engine_side.live.inplace import (
     Outcome,
@@ -310,7 +310,13 @@ def require_tensor(module: nn.Module, name: str) -> torch.Tensor:
     """Find a tensor as `find_tensor` does. Raises ConfigError when the module has no such tensor."""
     found = find_tensor(module, name)
     if found is None:
-        raise ConfigError("a module lost a parameter", where=f"{type(module).__name__}.{name}")
+        raise ConfigError(
+            "a module lost a parameter",
+            where=f"{type(module).__name__}.{name}",
+            expected="the parameters that post-load left",
+            got="none of this name",
+            remedy=REPORT,
+        )
     return found
 
 

@@ -39,6 +39,7 @@ class LoraLoader:
         if not self.pairs:
             raise UnsupportedLora(
                 "an adapter without any module",
+                where="adapter",
                 expected="at least one A and B",
                 got="none",
                 remedy="check the adapter's target modules, or push mode='merged'",

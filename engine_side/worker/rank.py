@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from bridge.config import from_environment
-from bridge.errors import BridgeError, ProtocolError
+from bridge.errors import REPORT, BridgeError, ProtocolError
 from bridge.model.manifest import validate
 from bridge.model.receipt import RankReport
 from bridge.protocol import rank_jobs as jobs
@@ -129,9 +129,21 @@ class Rank:
         """Find a plan. Raises ProtocolError for an unknown one, and unless `mapped` is False for one without arena."""
         planned = self._plans.get(plan)
         if planned is None:
-            raise ProtocolError("this rank does not know that plan", got=str(plan))
+            raise ProtocolError(
+                "this rank does not know that plan",
+                where=f"rank {self.host.rank}",
+                expected="a plan that was baked here",
+                got=str(plan),
+                remedy="push again",
+            )
         if mapped and planned.arena is None:
-            raise ProtocolError("this plan is not mapped onto an arena yet", got=str(plan))
+            raise ProtocolError(
+                "this plan is not mapped onto an arena yet",
+                where=f"rank {self.host.rank}",
+                expected="a mapped plan",
+                got=str(plan),
+                remedy="push again",
+            )
         return planned
 
     def _bake(self, job: jobs.BakeJob) -> jobs.RankBake:
@@ -186,7 +198,13 @@ class Rank:
         verifier = planned.part
         if isinstance(verifier, LoraLoader):
             if job.lora is None:
-                raise ProtocolError("an adapter needs a name", got=f"plan {job.plan}")
+                raise ProtocolError(
+                    "an adapter needs a name",
+                    where=f"rank {self.host.rank}",
+                    expected="a name",
+                    got=f"plan {job.plan}",
+                    remedy=REPORT,
+                )
             return verifier.load(job.slot, job.lora, job.settings.levels, job.previous)
         loader = self._loading = verifier.loader
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
@@ -250,6 +268,12 @@ class Rank:
     def _read_back(self, job: jobs.ReadBackJob) -> jobs.RankReadBack:
         planned = self._planned(job.plan)
         if planned.arena is None or isinstance(planned.loader, LoraLoader):
-            raise ProtocolError("the plan of an adapter has no weights to read back", got=str(job.plan))
+            raise ProtocolError(
+                "the plan of an adapter has no weights to read back",
+                where=f"rank {self.host.rank}",
+                expected="a plan of weights",
+                got=str(job.plan),
+                remedy=REPORT,
+            )
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
             return jobs.RankReadBack(*planned.loader.read_back(arena.tensors(job.slot), job.slot))

@@ -412,6 +412,7 @@ def _moves(name: str, raw: str, tensor: torch.Tensor, live: Region, sent: Region
         raise IntegrityError(
             "elements of a live tensor share memory in a way that no copy can fill",
             where=raw,
+            expected="elements that lie apart",
             got=f"shape {list(shape)}, strides {list(strides)}",
             remedy="attach a module with tensors of its own (.contiguous())",
             names=(raw,),

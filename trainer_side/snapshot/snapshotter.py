@@ -213,6 +213,7 @@ class Snapshotter:
             raise ProtocolError(
                 "tensors were not sent and there is no version to take them from",
                 where=name,
+                expected="all tensors of the manifest, or a version to take the rest from",
                 got=f"{len(carried)} of {len(self.manifest.tensors)} tensors missing",
                 remedy="push all tensors first",
                 names=tuple(self.manifest.tensors[k].name for k in carried),

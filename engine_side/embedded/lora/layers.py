@@ -186,6 +186,7 @@ def wrap(layer: nn.Module, context: LoraContext, slots: int, max_rank: int) -> B
     if wrapper is None:
         raise ConfigError(
             "this layer cannot carry LoRA",
+            where="lora_targets",
             expected=" | ".join(cls.__name__ for cls in _WRAPPERS),
             got=type(unwrap(layer)).__name__,
             remedy="take it out of lora_targets",

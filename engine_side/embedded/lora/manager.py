@@ -188,7 +188,14 @@ class LoraManager:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             remedy = "send every tensor of the LoRA once"
-            raise DuplicateTensor("a LoRA's tensor was sent twice", where=twice, remedy=remedy, names=(twice,))
+            raise DuplicateTensor(
+                "a LoRA's tensor was sent twice",
+                where=twice,
+                expected="each name once",
+                got="a second time",
+                remedy=remedy,
+                names=(twice,),
+            )
         places: list[tuple[LoraPair, LoraPart]] = []
         refused: dict[str, list[str]] = {}
         for pair in (announced := pairs(tensors)):

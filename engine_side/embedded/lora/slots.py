@@ -147,6 +147,7 @@ class LoraContext:
         if self._groups and self._slots is not None and len(self._slots) != n:
             raise ProtocolError(
                 "a LoRA layer was called with other rows than LoRAs were selected for",
+                where="a LoRA layer",
                 expected=f"{len(self._slots)} rows",
                 got=f"{n} rows",
                 remedy="select (or narrow to) the rows that the layer is given",

@@ -124,10 +124,12 @@ class Frontend:
                         return msg.Completions(tuple(await self._generate(request)))
                 except TimeoutError:
                     raise DeadlineExceeded(
-                        "requests of the bridge did not finish", where=self.name,
+                        "requests of the bridge did not finish",
+                        where=self.name,
                         expected=f"within {request.timeout_s} s",
+                        got="some still run",
                         remedy="raise the time limit, ask for fewer tokens, or look for a hung engine",
-                    ) from None  # fmt: skip
+                    ) from None
             case msg.Claim():
                 self._claim(request)
             case msg.GiveUp():
@@ -192,6 +194,7 @@ class Frontend:
                 "requests on their way into the engine did not arrive",
                 where=self.name,
                 expected=f"all inside within {HOLD_S:.0f} s",
+                got="some are still on their way",
                 remedy="look for a request whose tokenisation or preprocessing hangs, then push again",
             ) from None
         if self._watch is None and self._holder is not None and self._is_alive(self._holder):

@@ -30,7 +30,11 @@ def check_names(scheme: str, engine: str, arguments: Mapping[str, Any], known: C
         got = f"{name}={arguments[name]!r}"
         if name == model:
             raise ConfigError(
-                f"the model is the PATH of {scheme}:PATH", where=name, got=got, remedy="leave this argument out"
+                f"the model is the PATH of {scheme}:PATH",
+                where=name,
+                expected="the model in the PATH alone",
+                got=got,
+                remedy="leave this argument out",
             )
         if name not in known:
             near = difflib.get_close_matches(name, sorted(set(known) - {model}), n=3)
@@ -56,6 +60,7 @@ def not_accepted(scheme: str, path: str, arguments: Mapping[str, Any], error: Ba
     return ConfigError(
         "the engine does not start with these arguments",
         where=", ".join(blamed) or f"{scheme}:{path}",
+        expected="arguments that the engine takes",
         got=f"{type(error).__name__}: " + "; ".join(str(error).splitlines())[:2000],
         remedy="see the engine's own arguments, and its log",
     )

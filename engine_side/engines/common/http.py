@@ -93,7 +93,11 @@ class HttpClient:
         deadline.check(f"a call of {route}")
         where = f"{self.url}{route}"
         late = DeadlineExceeded(
-            "the server did not answer in time", where=where, remedy="look for a hung engine, or raise timeout_s"
+            "the server did not answer in time",
+            where=where,
+            expected="an answer before the deadline",
+            got="none",
+            remedy="look for a hung engine, or raise timeout_s",
         )
         try:
             with self._opener.open(request, timeout=max(deadline.remaining_s, 0.001)) as reply:
@@ -112,7 +116,9 @@ class HttpClient:
                 raise late from error
             got = str(reason).strip() or type(error).__name__
             remedy = "start it, or look into its log"
-            raise PeerLost("the server does not answer", where=where, got=got, remedy=remedy) from error
+            raise PeerLost(
+                "the server does not answer", where=where, expected="a server that answers", got=got, remedy=remedy
+            ) from error
         if plain:
             return None
         try:

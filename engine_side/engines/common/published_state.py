@@ -45,6 +45,7 @@ def lora_misfit(where: str, error: Exception, names: Iterable[str]) -> ShapeMism
     return ShapeMismatch(
         "an adapter's tensors do not fit the engine's slots",
         where=where,
+        expected="tensors of the layers' shapes",
         got=f"{type(error).__name__}: {error}",
         remedy=SAME_MODEL,
         names=tuple(names),
@@ -56,6 +57,7 @@ def lora_not_loaded(name: str) -> NotFound:
     return NotFound(
         "this engine holds no such adapter",
         where="adapter",
+        expected="the name of an adapter that is loaded",
         got=repr(name),
         remedy='use "current", "base", or a name that the engine lists; a push may have replaced this adapter',
     )

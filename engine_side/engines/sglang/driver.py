@@ -113,6 +113,7 @@ class EngineShutdown:
             raise DeadlineExceeded(
                 "SGLang's processes did not end after SIGKILL",
                 where="sglang.Engine.shutdown",
+                expected="no process left",
                 got=str(error),
                 remedy="see with `ps` what state they are in (D: they wait for a device or a file system)",
             ) from error

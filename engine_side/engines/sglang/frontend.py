@@ -248,6 +248,7 @@ class SglangFrontend(Frontend):
                         "SGLang's schedulers did not unload an adapter that no request uses",
                         where=name,
                         expected=f"an answer to unload_lora_adapter within {_END_S:g} s",
+                        got="none",
                         remedy="look in SGLang's log for a scheduler that hangs",
                     ) from None
 
@@ -259,6 +260,7 @@ class SglangFrontend(Frontend):
             raise ProtocolError(
                 "SGLang did not unload an adapter",
                 where=name,
+                expected="success",
                 got=str(answer.error_message),
                 remedy=f"unload it with engine.unload_lora_adapter({name!r}) to free its slot",
             )
@@ -325,6 +327,7 @@ async def _in_turn(manager: Any, asking: Coroutine[Any, Any, Any]) -> Any:
             "SGLang's schedulers have not answered an earlier request of the bridge",
             where="check_weights",
             expected=f"an answer within {_TURN_S:g} s",
+            got="none",
             remedy="look in SGLang's log for a scheduler that hangs, and start the engine again",
         ) from None
     task = asyncio.ensure_future(asking)

@@ -167,6 +167,8 @@ class InProcessChannel:
             raise ConfigError(
                 "a call of the bridge blocks, and this thread runs the engine's event loop",
                 where="sglang.Engine",
+                expected="a thread of its own",
+                got="the thread of the loop",
                 remedy="call it from another thread: await asyncio.to_thread(b.push, ...)",
             )
 
@@ -194,6 +196,8 @@ class InProcessChannel:
                 raise DeadlineExceeded(
                     f"SGLang did not answer {what} before the deadline",
                     where="sglang.Engine",
+                    expected="an answer",
+                    got="none",
                     remedy="raise timeout_s, or look in SGLang's log for a scheduler that hangs",
                 )
             if not self.loop.is_running() or not _processes_run(self._engine):
@@ -201,6 +205,7 @@ class InProcessChannel:
                 raise PeerLost(
                     "SGLang's processes or its event loop have ended",
                     where="sglang.Engine",
+                    expected="an engine that runs",
                     got=f"no answer to {what}",
                     remedy="SGLang's log says why; start the engine again and attach to it",
                 )
@@ -251,6 +256,8 @@ class InProcessChannel:
             raise Closed(
                 "the bridge was closed while this call ran in its event loop",
                 where="sglang.Engine",
+                expected="an open Bridge",
+                got="a closed one",
                 remedy="call it again",
             ) from None
         finally:

@@ -60,6 +60,7 @@ def _check(scheduler: Any, prompts: PromptBatch) -> None:
         raise ConfigError(
             "the engine has no free row for a prompt",
             where="max_running_requests",
+            expected="a free row",
             got="all rows in use",
             remedy="push again when fewer requests run, or with inflight='abort'",
         )

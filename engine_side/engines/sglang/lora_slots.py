@@ -76,6 +76,7 @@ class SglangLoraSlots:
                 raise ConfigError(
                     "SGLang rejected an adapter",
                     where=name,
+                    expected="success",
                     got=str(answer.error_message),
                     remedy="push mode='merged', or train other target modules",
                 )
@@ -105,7 +106,13 @@ class SglangLoraSlots:
 
     def _require_room(self, name: str) -> None:
         if name in self._used:
-            raise ConfigError("an adapter's name was used before", where=name, remedy="load it under another name")
+            raise ConfigError(
+                "an adapter's name was used before",
+                where=name,
+                expected="a name that was never used here",
+                got=repr(name),
+                remedy="load it under another name",
+            )
         manager = self._manager
         if manager.num_pinned_loras >= manager.max_loras_per_batch - 1:
             raise ConfigError(

@@ -56,6 +56,7 @@ def _require(answer: Any) -> None:
         raise ProtocolError(
             "SGLang did not load the weights",
             where="update_weights_from_tensor",
+            expected="success",
             got=str(message),
             remedy="SGLang's log has the details",
         )

@@ -113,6 +113,8 @@ class SglangDriver(FrontendClient):
             raise ProtocolError(
                 "an SGLang scheduler left out the facts it was asked for",
                 where=self.where,
+                expected="facts of the engine",
+                got="none",
                 remedy="install the same weighbridge where SGLang runs and in the trainer's environment",
             )
         self.max_prompt, self.vocabulary, self.cache_grain = facts.max_prompt, facts.vocabulary, facts.page

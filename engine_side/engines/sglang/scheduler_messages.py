@@ -91,6 +91,7 @@ def read_answer(where: str, ok: bool, message: str) -> SchedulerAnswer:
         raise ProtocolError(
             "the answer of an SGLang scheduler cannot be read",
             where=where,
+            expected="an answer of this version of weighbridge",
             got=str(error),
             remedy="install the same weighbridge where SGLang runs and in the trainer's environment",
         ) from error
@@ -98,6 +99,7 @@ def read_answer(where: str, ok: bool, message: str) -> SchedulerAnswer:
         raise ProtocolError(
             "an SGLang scheduler could not answer",
             where=where,
+            expected="an answer without errors",
             got=answer.error,
             remedy="SGLang's log has the traceback",
         )

@@ -80,6 +80,7 @@ class LLMDriver(VllmDriver):
             raise PeerLost(
                 "vLLM's workers cannot be reached",
                 where=self.where,
+                expected="workers that run",
                 got=f"{type(error).__name__}: {error}",
                 remedy="start the engine again; vLLM's log says why its workers ended",
             ) from error

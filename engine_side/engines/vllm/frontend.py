@@ -190,7 +190,13 @@ class VllmFrontend(Frontend):
     def _live(self) -> Any:
         engine = self._engine()
         if engine is None:
-            raise PeerLost("the engine is gone", where=self.name, got="it was deleted", remedy="start it again")
+            raise PeerLost(
+                "the engine is gone",
+                where=self.name,
+                expected="an engine that runs",
+                got="it was deleted",
+                remedy="start it again",
+            )
         return engine
 
 

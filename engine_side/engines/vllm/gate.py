@@ -95,7 +95,11 @@ class VllmGate:
         with self._opened:
             if not self._opened.wait_for(lambda: not self.held, None if deadline is None else deadline.remaining_s):
                 raise DeadlineExceeded(
-                    "a push is under way", where="vllm.LLM", remedy="call again, or give the request more time"
+                    "a push is under way",
+                    where="vllm.LLM",
+                    expected="an open gate before the deadline",
+                    got="a closed one",
+                    remedy="call again, or give the request more time",
                 )
         if self.reason is not None:
             raise quarantine_error("vllm.LLM", self.reason)
@@ -123,7 +127,11 @@ class VllmGate:
             self.held = True
             if not self._opened.wait_for(lambda: not self._entering, deadline.remaining_s):
                 raise DeadlineExceeded(
-                    "requests on their way into the engine did not arrive", where="vllm.LLM", remedy="raise timeout_s"
+                    "requests on their way into the engine did not arrive",
+                    where="vllm.LLM",
+                    expected="all inside before the deadline",
+                    got="some are still on their way",
+                    remedy="raise timeout_s",
                 )
 
     def release(self) -> None:
@@ -146,7 +154,11 @@ class VllmGate:
             return
         if not self._stepping.acquire(timeout=CALL_S if deadline is None else deadline.remaining_s):
             raise DeadlineExceeded(
-                "a step of the engine did not end", where="vllm.LLM", remedy="look for a hung step, or raise timeout_s"
+                "a step of the engine did not end",
+                where="vllm.LLM",
+                expected="a step that ends before the deadline",
+                got="none yet",
+                remedy="look for a hung step, or raise timeout_s",
             )
         try:
             yield
@@ -295,5 +307,9 @@ class _OneSender:
 
 def _gone_error() -> EngineQuarantined:
     return EngineQuarantined(
-        "the engine is gone", where="vllm.LLM", got="it was deleted", remedy="make a new one and attach to it"
+        "the engine is gone",
+        where="vllm.LLM",
+        expected="an engine that runs",
+        got="it was deleted",
+        remedy="make a new one and attach to it",
     )

@@ -56,7 +56,11 @@ class VllmLoopChannel:
             return wait_for(future, getattr(self.engine, "engine_core", None), deadline, "AsyncLLM")
         except CancelledError as error:
             raise PeerLost(
-                "vLLM's engine was stopped", where="AsyncLLM", got="closed", remedy="start it again"
+                "vLLM's engine was stopped",
+                where="AsyncLLM",
+                expected="an engine that runs",
+                got="closed",
+                remedy="start it again",
             ) from error
 
     def stop(self) -> None:

@@ -53,7 +53,13 @@ def wait_for(future: Future[T], core: Any, deadline: Deadline | None, where: str
         if deadline is not None and deadline.expired:
             future.cancel()
             remedy = "look for a hung worker in vLLM's log, or raise timeout_s"
-            raise DeadlineExceeded("vLLM did not answer in time", where=where, remedy=remedy)
+            raise DeadlineExceeded(
+                "vLLM did not answer in time",
+                where=where,
+                expected="an answer before the deadline",
+                got="none",
+                remedy=remedy,
+            )
         if has_died(core) and not wait((future,), GRACE_S).done:
             future.cancel()
             raise died_error(where)

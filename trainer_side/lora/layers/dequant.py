@@ -100,6 +100,7 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor, blocks: Any) -> torch.Ten
     if spread.shape != values.shape:
         raise UnsupportedLora(
             "the scales of a block-scaled fp8 weight do not cover it",
+            where=f"an fp8 weight of shape {list(values.shape)}",
             expected=f"blocks of {high} x {wide} over {list(values.shape)}",
             got=f"scales {list(factor.shape)}",
             remedy="check the layer's block_size, or load the base model in 16 bit",

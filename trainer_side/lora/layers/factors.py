@@ -77,6 +77,7 @@ def rows_of(weight: torch.Tensor, kind: str, transposed: bool) -> torch.Tensor:
         return weight.view(weight.shape[0], -1)
     raise UnsupportedLora(
         "a weight of this shape has no rows that a product could be added to",
+        where="a LoRA layer",
         expected="a matrix, an embedding or a convolution's kernel",
         got=f"{kind} of shape {list(weight.shape)}",
         remedy="push mode='base', or remove the adapter from this layer",
