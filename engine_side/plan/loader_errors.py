@@ -126,10 +126,15 @@ def explain_refusals(
             first = next(iter(misfits.values()))
             raise first.amended(
                 what=f"{first.what} (and at least {MISFITS_EXPLAINED} more tensors do not fit)",
-                remedy=SAME_MODEL if any(weights[misfit].numel() for misfit in misfits) else GATHER,
+                remedy=GATHER if _all_empty(misfits, weights) else SAME_MODEL,
                 names=tuple(misfits),
             )
     return errors
+
+
+def _all_empty(misfits: Mapping[str, BridgeError], weights: Mapping[str, torch.Tensor]) -> bool:
+    """True when all tensors that do not fit have a place and are empty: a sharded trainer leaves such behind."""
+    return all(isinstance(error, ShapeMismatch) and not weights[name].numel() for name, error in misfits.items())
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -335,7 +340,8 @@ def _overlap(plan: RankPlan, coverage: Coverage) -> DuplicateTensor:
         where=f"{', '.join(names[:4])} -> {path}",
         expected="each element written exactly once",
         got=f"{count} elements written more than once; {len(coverage.overlaps)} parameters concerned",
-        remedy="send one of the names only: the engine stores both in one place",
+        remedy="the engine stores them in one place: tie them in the trainer too, so that they are one tensor (then "
+        f"b.bind(model)); push a fused tensor or its parts, not both; or {SAME_MODEL}",
         names=names,
     )
 

@@ -280,9 +280,10 @@ def _ties(entries: Mapping[str, LiveEntry], declared: frozenset[str]) -> dict[st
 
 
 def identity_of(name: Hashable, tensor: torch.Tensor) -> Hashable:
-    """Return a key that is equal for two tensors that are the same elements of one storage; `name` for an empty one."""
+    """Return a key that is equal for two tensors that are the same elements of one storage; `name` for an empty one,
+    unless it stands for a partitioned tensor: then the object is the identity."""
     if tensor.numel() == 0:
-        return name
+        return name if whole_shape(tensor) == tuple(tensor.shape) else id(tensor)
     # The stride of a dimension with one element says nothing.
     strides = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), strides, tensor.dtype

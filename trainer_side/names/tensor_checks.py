@@ -209,7 +209,7 @@ def unknown_name(name: str, expected: str) -> UnexpectedTensor:
         where=name,
         expected=expected,
         got=repr(name),
-        remedy="push the tensors of the bound model, or bind the model that these belong to",
+        remedy="push the tensors of the bound model, or bind the model that these belong to (b.bind(model))",
         names=(name,),
     )
 
