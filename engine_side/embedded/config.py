@@ -189,7 +189,7 @@ class ModelConfig:
                 where=where,
                 expected=", ".join(missing),
                 got="a rope without them",
-                remedy=_ELSEWHERE,
+                remedy="use the config.json that save_pretrained writes",
             )
         partial = scaling.get("partial_rotary_factor", self.raw.get("partial_rotary_factor", 1.0))
         if partial != 1.0:
