@@ -12,7 +12,7 @@ from bridge.errors import ConfigError, UnsupportedLora
 from trainer_side.lora.layers.dequant import FP8, quant_state
 from trainer_side.lora.layers.features import Feature, Finding
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, Wrapper, WrapperKind, WrapperTensor
-from trainer_side.lora.layers.read import parameters_of
+from trainer_side.lora.layers.read import PACKED, parameters_of
 from trainer_side.lora.layers.refusals import of_variant, reason_of
 from trainer_side.lora.layers.values import LayerState, LoraParameters
 from trainer_side.lora.state import LoraState
@@ -220,7 +220,7 @@ def _notes(layers: Sequence[Layer]) -> tuple[str, ...]:
 
 def _trains(item: BaseTensor | WrapperTensor) -> bool:
     tensor = item.tensor()
-    return tensor is not None and tensor.requires_grad
+    return tensor is not None and tensor.requires_grad and tensor.is_leaf
 
 
 def packed(parameters: LoraParameters) -> bool:
@@ -231,7 +231,7 @@ def packed(parameters: LoraParameters) -> bool:
 def quantised(place: BaseTensor) -> nn.Module | None:
     """Return the module without adapters whose packed weight this is; None for a tensor stored as its values."""
     tensor = place.tensor()
-    if place.wrappers or place.buffer or place.attribute != "weight" or tensor is None:
+    if place.wrappers or place.buffer or place.attribute not in ("weight", *PACKED) or tensor is None:
         return None
     state = quant_state(place.owner, tensor)
     return None if state is None or tensor.dtype in FP8 else place.owner

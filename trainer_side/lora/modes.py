@@ -58,6 +58,12 @@ class EffectiveTensor:
         """Equal for two tensors that are equal by construction."""
         return effective_identity(self.module, self.place.attribute, copies=self.copies)
 
+    @property
+    def packed(self) -> bool:
+        """True for a weight that is stored in another form than its values: what else its module holds, but its bias,
+        belongs to that form (scales, zero points), and stays with it."""
+        return not self.bias and lora_parameters(self.module).quant_state is not None
+
     def compute(self, given: SentValues, began: LoraState, dtype: torch.dtype) -> torch.Tensor:
         """Compute the effective value, in the dtype that `effective_weight` gives.
 
@@ -120,11 +126,9 @@ def bake_merged(tree: LoraTree, survey: Survey, state: LoraState) -> BakedMode:
     in_use = {id(w): state.copy_in_use(w) for w in tree.wrappers if w.kind is WrapperKind.SAVED}
     places = [p for p in tree.places if all(in_use[id(w)] == name for w, name in p.copies)]
     computed = [one for one in (_effective(place, survey) for place in places) if one is not None]
-    # The scales of fp8 weights that travel as their values stay here.
-    states = [lora_parameters(one.module).quant_state for one in computed if one.live[1] in FP8]
-    scales = {id(scale) for scale in states if isinstance(scale, torch.Tensor)}
-    places = [place for place in places if id(place.tensor()) not in scales]
     by_place = {one.place: one for one in computed}
+    owners = {id(one.place.owner) for one in computed if one.packed}
+    places = [p for p in places if p in by_place or p.attribute == "bias" or id(p.owner) not in owners]
     identities = {p: by_place[p].identity if p in by_place else _stored_identity(p) for p in places}
     stored: dict[Hashable, list[EffectiveTensor]] = {}
     for one in computed:

@@ -27,7 +27,9 @@ def quant_state(base: Any, weight: torch.Tensor) -> Any:
     if state is not None:
         return state
     if weight.dtype == torch.int8:
-        return _first(getattr(weight, "SCB", None), getattr(getattr(base, "state", None), "SCB", None))
+        state = _first(getattr(weight, "SCB", None), getattr(getattr(base, "state", None), "SCB", None))
+        if state is not None:
+            return state
     if weight.dtype in FP8:
         return _first(*(getattr(base, name, None) for name in _SCALES))
     if _reads_itself(weight):
@@ -68,6 +70,8 @@ def dequantize(base: Any, weight: torch.Tensor, given: SentValues) -> torch.Tens
 
 def _reader(base: Any, weight: torch.Tensor) -> Callable[[SentValues], torch.Tensor] | None:
     state = quant_state(base, weight)
+    if state is weight:
+        return lambda given: _own_values(given(weight), weight)
     if weight.dtype == torch.int8 and isinstance(state, torch.Tensor):
         # bitsandbytes' row-wise int8: each row's largest magnitude is 127.
         return lambda given: given(weight).float() * (given(state).to(weight.device).float().reshape(-1, 1) / 127)
@@ -80,8 +84,6 @@ def _reader(base: Any, weight: torch.Tensor) -> Callable[[SentValues], torch.Ten
         unpack = importlib.import_module("bitsandbytes.functional").dequantize_4bit
         # Its Parameter subclass quantises itself when moved: the kernel gets the plain tensor.
         return lambda given: unpack(given(weight).detach().as_subclass(torch.Tensor), state)
-    if _reads_itself(weight):
-        return lambda given: _own_values(given(weight), weight)
     if state is base and callable(getattr(base, "dequantize", None)):
         return lambda given: _module_values(base)
     return None

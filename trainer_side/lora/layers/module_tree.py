@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from trainer_side.lora.layers.effective import attention_output
-from trainer_side.lora.layers.read import lora_parameters
+from trainer_side.lora.layers.read import PACKED, lora_parameters, stored
 from trainer_side.lora.layers.wrapper_chain import is_lora, is_saved, is_token_wrapper, is_tokens, is_tuner
 from trainer_side.names.naming import RESERVED, ROOT_WRAPPER, own_tensors, wrapped_child
 
@@ -260,15 +260,19 @@ class LoraTree:
 
     def _add_places(self, module: nn.Module, at: _Position) -> None:
         own = [(name, buffer) for name, _, buffer in own_tensors(module)]
-        if at.around:
-            # Weights that stand in for a Parameter that was taken out: PEFT's attention, while merged.
+        packed = [name for name, _ in own if name in PACKED and getattr(module, name) is stored(module, "weight")]
+        if at.around or packed:
+            # Tensors that stand in for a Parameter: of PEFT's attention, while merged; the bias of HQQ's layers.
             loose = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
-            lora = [wrapper for wrapper in at.around if wrapper.kind is WrapperKind.LORA] if loose else []
-            weights = [lora_parameters(wrapper.module).weight for wrapper in lora]
-            own += [(name, False) for name, value in loose.items() if any(value is weight for weight in weights)]
+            lora = [wrapper.module for wrapper in at.around if wrapper.kind is WrapperKind.LORA] if loose else []
+            read = [lora_parameters(layer) for layer in (*lora, *([module] if packed else []))]
+            held = [tensor for layer in read for tensor in (layer.weight, layer.bias) if tensor is not None]
+            own += [(name, False) for name, value in loose.items() if any(value is tensor for tensor in held)]
             own.sort(key=lambda found: found[1])
         for name, buffer in own:
-            raw, live, clean = at.raw + name, at.live + name, at.clean + name
+            # a checkpoint knows a packed weight by the name that it has unpacked
+            plain = "weight" if name in packed else name
+            raw, live, clean = at.raw + name, at.live + name, at.clean + plain
             self.places.append(BaseTensor(raw, live, module, name, buffer, clean, at.around, at.copies))
 
     def _visit_wrapper(self, module: nn.Module, kind: WrapperKind, at: _Position) -> None:

@@ -12,7 +12,7 @@ from trainer_side.lora.layers.dequant import quant_state
 from trainer_side.lora.layers.values import LayerState, LoraParameters
 from trainer_side.lora.layers.wrapper_chain import Chain, read_chain
 
-_PACKED = ("qweight", "W_q", "codes")
+PACKED = ("qweight", "W_q", "codes")
 """Where layers keep a packed weight that have no `weight`."""
 _SEVERITY = (LayerState.MERGED_DISABLED, LayerState.ACTIVE, LayerState.MERGED, LayerState.DISABLED)
 """Of a layer whose wrappers are in different states the first: what acts counts before what does not."""
@@ -57,12 +57,13 @@ def parameters_of(chain: Chain, where: str) -> LoraParameters:
 
 
 def stored(base: Any, attribute: str) -> torch.Tensor | None:
-    """Return a parameter of a base layer as it is stored, packed or not; None where there is none."""
-    for name in (attribute, *(_PACKED if attribute == "weight" else ())):
-        found = getattr(base, name, None)
-        if isinstance(found, torch.Tensor):
-            return found
-    return None
+    """Return a parameter of a base layer as it is stored, packed or not; None where there is none.
+
+    A layer whose `weight` is empty keeps its values elsewhere, if it keeps any.
+    """
+    names = (attribute, *PACKED) if attribute == "weight" else (attribute,)
+    found = [tensor for name in names if isinstance(tensor := getattr(base, name, None), torch.Tensor)]
+    return next((tensor for tensor in found if tensor.numel()), found[0] if found else None)
 
 
 def require_stored(chain: Chain, attribute: str, where: str) -> torch.Tensor:
