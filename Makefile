@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-vllm test-sglang lint trace size wheel-demo bench bench-sglang clean
+.PHONY: demo test test-vllm test-sglang lint trace canary-table size wheel-demo bench bench-sglang clean
 
 # torch first and by its exact version: asked for on its own it resolves to the plain CPU build where one is offered.
 $(STAMP): pyproject.toml constraints.txt
@@ -74,6 +74,9 @@ lint: $(STAMP)
 # How far a steady push walks through the code, and how many lines of code there are; both take limits in ARGS.
 trace: $(STAMP)
 	$(BIN)/python tools/steady_push_trace.py $(ARGS)
+
+canary-table: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.canary_table
 
 size: $(STAMP)
 	$(BIN)/python tools/size.py $(ARGS)

@@ -262,7 +262,10 @@ def _loras(receipt: Payload) -> str:
 
 def _drift(engine: Payload) -> str:
     canary = engine["canary"]
-    return "" if canary is None else f", canary mean {canary['mean_abs']:.4f} (limit {canary['limit']:.4f}) nats"
+    if canary is None:
+        return ""
+    limit = f"limit {canary['limit']:.4f}" if canary.get("conclusive", True) else "shows nothing beside its noise"
+    return f", canary mean {canary['mean_abs']:.4f} ({limit}) nats"
 
 
 def _machine(report: Payload) -> str:

@@ -178,7 +178,12 @@ def _outputs(engine: Examined) -> Iterator[Check]:
         got = f"mean {canary.mean_abs:.4f}, max {canary.max_abs:.4f} nats"
         remedy = "the weights' bits are listed above; if they are right, derived state or caches are not"
         limit = f"mean |difference| <= {canary.limit:.4f} nats"
-        yield Check(name, canary.ok, limit, got, "" if canary.ok else remedy)
+        if canary.noise is not None:
+            limit += f", with a noise of {canary.noise:.3f} of the standard deviation by {engine.info.losses}"
+        if not canary.conclusive:
+            limit, remedy = "a canary that shows something", "pass canary_limit=NATS to judge by a number of your own"
+        passed = canary.ok and canary.conclusive
+        yield Check(name, canary.ok, limit, got, "" if passed else remedy, degraded=not canary.conclusive)
     elif engine.info.state != "LOST" and not isinstance(engine.answer, Busy):
         missing = "bind the model before the push"
         yield Check(name, True, "a fresh canary", "no stored reference", missing, degraded=True)

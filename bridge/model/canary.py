@@ -7,7 +7,6 @@ cache, a wrong rotary embedding, a derived tensor that was not recomputed) and r
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -119,4 +118,5 @@ def compare(reference: Sequence[Sequence[float]], got: Sequence[Sequence[float]]
 def spread_of(reference: Sequence[Sequence[float]]) -> float:
     """Compute the standard deviation of the trainer's finite log-probabilities, in nats; 0 where there are none."""
     finite = [value for row in reference for value in row if math.isfinite(value)]
-    return statistics.pstdev(finite) if finite else 0.0
+    mean = sum(finite) / max(len(finite), 1)
+    return math.sqrt(sum((value - mean) ** 2 for value in finite) / max(len(finite), 1))

@@ -35,19 +35,21 @@ class EngineNoise:
         self._ranks = ranks
         self.losses = driver.losses if isinstance(driver, DeclaresLosses) else DeclaredLosses()
         self.fraction: float | None = None
-        self._loaded = False
+        self._settled = False  # judged, or too late for that
 
-    def pristine(self, deadline: Deadline) -> bool:
-        """Tell whether no load of weights has ever begun in this engine. Until one has, each call asks the ranks, which
-        outlive bridges, and takes over the noise that an earlier bridge has measured; blocks for that."""
-        if not self._loaded:
+    def measurable(self, deadline: Deadline) -> bool:
+        """Tell whether the noise can be measured now: no load of weights has ever begun in this engine, and it was not
+        judged yet. As long as it can, each call asks the ranks, which outlive bridges, and takes over what an earlier
+        bridge has measured; blocks for that."""
+        if not self._settled:
             answers = self._ranks.ask(NoiseJob(), RankNoise, deadline)
             self.fraction = answers[0].noise
-            self._loaded = any(answer.loaded for answer in answers)
-        return not self._loaded
+            self._settled = self.fraction is not None or any(answer.loaded for answer in answers)
+        return not self._settled
 
     def judge(self, drift: CanaryResult, reference: Reference, deadline: Deadline) -> None:
-        """Take the difference in a pristine engine for its noise if losses are declared, and have the ranks keep that.
+        """Take the difference in an engine as it was started for its noise if losses are declared, and have the ranks
+        keep that.
 
         Raises CanaryMismatch for a difference above the limit without a declared loss, or above what a coarse KV cache
         explains where that is all that is declared.
@@ -58,6 +60,7 @@ class EngineNoise:
         if self.losses and drift.spread > 0:
             self.fraction = drift.mean_abs / drift.spread
             self._ranks.ask(NoiseJob(self.fraction), RankNoise, deadline)
+        self._settled = True
 
     def _explained(self, reference: Reference) -> float | None:
         """Mean |difference| in nats up to which the KV cache explains it, by what rounding to its dtype changes in the

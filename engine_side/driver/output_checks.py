@@ -80,11 +80,11 @@ class OutputChecks:
         alone = request.base or request.reference
         if alone is None or "canary" not in request.job.settings.levels:
             return
-        pristine = self.noise.pristine(deadline)
-        if (self._served is None or pristine) and not self._ranks.touched and serving is not None:
+        measuring = self.noise.measurable(deadline) and request.unmoved
+        if (self._served is None or measuring) and not self._ranks.touched and serving is not None:
             scores = self.scores(alone.prompts, deadline)
             self._served = Answers(serving, alone.prompts, scores, LimitRule(request.canary_floor))
-            if pristine and request.unmoved:
+            if measuring:
                 self.noise.judge(canary.compare(alone.logprobs, scores, self._rule(request)), alone, deadline)
 
     def _rule(self, request: EngineLoad) -> LimitRule:

@@ -252,6 +252,8 @@ def test_noise_that_drowns_the_canary_is_said(rigs: Callable[..., NoisyRig], mon
         assert receipt.verified == "partial"
         assert any("shows nothing" in note and "fp8_e5m2" in note for note in receipt.notes)
         rig.step()
+    check = next(check for check in rig.b.health().checks if check.name == "engine0 canary")
+    assert (check.ok, check.degraded) == (True, True)
     assert rig.push(canary_limit=5.0).verified is True
 
 
