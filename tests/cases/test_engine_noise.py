@@ -90,7 +90,7 @@ def test_a_coarse_kv_cache_is_served(rigs: Callable[..., NoisyRig], kv: str, hea
     drift = first.engines[0].canary
     assert first.verified is True
     assert drift is not None
-    assert drift.mean_abs > 0.002 * max(1.0, drift.spread / 3), "more than the floor"
+    assert drift.mean_abs > 0.002 * max(1.0, drift.spread), "more than the floor"
     assert drift.noise == pytest.approx(drift.mean_abs / drift.spread)
     assert str(rig.info.losses) == f"a KV cache in {kv}"
     assert rig.info.noise == drift.noise
@@ -115,7 +115,7 @@ def test_an_honest_bf16_engine_is_served_whatever_the_size_of_the_logits(rigs: C
     drift = receipt.engines[0].canary
     assert receipt.verified is True
     assert drift is not None
-    assert 0.05 < drift.mean_abs < drift.limit < 0.02 * drift.spread
+    assert 0.05 < drift.mean_abs < drift.limit == pytest.approx(0.05 * drift.spread)
 
 
 # ---- faults that were there before anything was pushed --------------------------------------------------------------

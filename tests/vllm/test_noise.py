@@ -100,7 +100,7 @@ def test_int8_weights_and_activations_are_served(attached: Callable[..., Any], t
     receipt = b.push(trainer.named_parameters())
     drift = receipt.engines[0].canary
     assert receipt.verified is True
-    assert 0.05 * drift.spread / 3 < drift.mean_abs < drift.limit, "more than the floor alone"
+    assert 0.05 < drift.mean_abs < drift.limit, "more than the floor was before the head grew"
 
 
 @contextmanager
