@@ -33,6 +33,7 @@ from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.snapshot.snapshotter import Snapshotter
 
 BIND_REMEDY = "bind the model (b.bind(model)): what its logits do not depend on may stay unused"
+REBIND_REMEDY = "bind the model again after changing its modules"
 
 
 class TrainerSide:
@@ -272,8 +273,12 @@ class TrainerSide:
         known = state.known if isinstance(state, ModeView) else self._source.map
         if self._model is None or known is None:
             raise _has_no_place(names, engines, "no bound model, so that it cannot be shown", BIND_REMEDY)
+        found = live_tensors(self._model, known, names)
+        strange = [name for name in names if name not in found]
+        if strange:
+            raise _has_no_place(strange, engines, "names that the bound model does not have now", REBIND_REMEDY)
         try:
-            dependent = find_dependent(self._model, live_tensors(self._model, known, names))
+            dependent = find_dependent(self._model, found)
         except ConfigError as error:
             raise _has_no_place(names, engines, f"nothing could be shown: {error}", SAME_MODEL) from error
         if dependent:

@@ -229,9 +229,17 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
 
 
 def live_tensors(model: nn.Module, known: CanonicalMap, names: Iterable[str]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Find the live tensors that the checkpoint tensors of these names, or aliases, are made of."""
-    by_clean = {entry.clean: entry.tensor for entry in _live_tensors(model)}
-    return {name: tuple(by_clean[piece.live] for piece in known.by_name[name].pieces) for name in names}
+    """Find the tensors of the bound model that checkpoint tensors of these names, or aliases, are made of. Names are left
+    out that the model does not have, or whose modules were exchanged since it was bound."""
+    held = {f"{prefix}{name}": tensor for prefix, _, module in walk(model) for name, tensor, _ in own_tensors(module)}
+    raw = {clean: given for given, clean in known.raw.items()}
+    found: dict[str, tuple[torch.Tensor, ...]] = {}
+    for name in names:
+        made_of = known.by_name[name].pieces if name in known.by_name else ()
+        live = [held.get(raw[piece.live]) for piece in made_of]
+        if live and all(tensor is not None for tensor in live):
+            found[name] = tuple(tensor for tensor in live if tensor is not None)
+    return found
 
 
 def _live_tensors(model: nn.Module) -> Iterator[LiveEntry]:
