@@ -229,8 +229,8 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
 
 
 def live_tensors(model: nn.Module, known: CanonicalMap, names: Iterable[str]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Find the tensors of the bound model that checkpoint tensors of these names, or aliases, are made of. Names are left
-    out that the model does not have, or whose modules were exchanged since it was bound."""
+    """Find the tensors of the bound model that checkpoint tensors of these names, or aliases, are made of. Names that
+    the model does not have, or whose modules were exchanged since it was bound, are left out."""
     held = {f"{prefix}{name}": tensor for prefix, _, module in walk(model) for name, tensor, _ in own_tensors(module)}
     raw = {clean: given for given, clean in known.raw.items()}
     found: dict[str, tuple[torch.Tensor, ...]] = {}
