@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import cast
 
@@ -200,6 +201,7 @@ class TrainerSide:
                 writer.close()
             writer = self._snapshotters[kind] = Snapshotter(arena, threads)
         arena.begin(slot)
+        started = time.perf_counter()
         try:
             copied = writer.write(
                 slot, collected, base=base, allow_nonfinite=allow_nonfinite, deadline=deadline, unused=unused
@@ -211,6 +213,7 @@ class TrainerSide:
             raise
         if self._lora is not None:
             _require_unchanged(self._lora, collected)
+            self._lora.note_snapshot(time.perf_counter() - started)
         return Written(seal_slot(arena, slot, version, copied.digests), copied.nbytes)
 
     def reference(

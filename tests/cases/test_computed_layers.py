@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
@@ -15,6 +16,7 @@ from torch import nn
 from bridge.errors import UnsupportedLora
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, everything, stir, wrap
+from trainer_side.lora.layer_proof import LEAST_S, SHARE
 
 MIDDLE = 128
 
@@ -152,6 +154,31 @@ def test_one_layer_of_many_that_is_misread_is_found_within_a_round(made: Any) ->
 
     with pytest.raises(UnsupportedLora, match=r"where: .*layers\.2\."):
         a_round()
+
+
+class Laborious(QuantisedLinear):
+    """The fault `slow layer`: works for a while before it computes what it should."""
+
+    repacks = False
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        ends = time.thread_time() + 0.02
+        while time.thread_time() < ends:
+            pass
+        return super().forward(x)
+
+
+def test_comparing_one_more_layer_waits_until_the_snapshots_took_long_enough(made: Any) -> None:
+    rig = made(Laborious, num_hidden_layers=3)
+    rig.push(mode="merged", verify="off")
+    Laborious.calls = 0
+    started, pushes = time.perf_counter(), 12
+    for _ in range(pushes):
+        rig.push(mode="merged", verify="off")
+    took = time.perf_counter() - started
+    assert 1 <= Laborious.calls <= 1 + max(SHARE * took, LEAST_S * pushes) / 0.02 < pushes
 
 
 @pytest.mark.parametrize("between", [[], ["adapter"], ["adapter", "base"]])

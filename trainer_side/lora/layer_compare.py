@@ -92,9 +92,11 @@ class LayerReading:
 
 
 def compare_layer(
-    layer: LayerReading, calls: Sequence[LayerCall] = (), deadline: Deadline | None = None
+    layer: LayerReading, calls: Sequence[LayerCall] = (), deadline: Deadline | None = None, *, draw: bool = True
 ) -> frozenset[int] | str:
     """Compare a layer with what is computed for it, on given calls, else on one that is made here.
+
+    `draw`: with drawn factors in the place of the adapters' own.
 
     Returns the parts of the weight that acted and were right, or why the layer could not be called. Raises
     UnsupportedLora, naming layer and quantiser, for a difference; DeadlineExceeded.
@@ -110,7 +112,7 @@ def compare_layer(
     found: set[int] = set()
     try:
         with ReferenceGuard(layer.outer, live=False, deadline=deadline):  # of a sharded layer nothing is computed alone
-            drawn = _draw_factors(layer)
+            drawn = _draw_factors(layer) if draw else _Drawn()
             expected = (_Product if layer.is_product else _Twin)(layer, drawn)
     except _NO_CALL as error:
         return f"its values cannot be computed here ({type(error).__name__}: {error})"

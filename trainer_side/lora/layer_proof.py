@@ -8,6 +8,7 @@ canary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,18 @@ from torch import nn
 
 from bridge.protocol.deadline import Deadline
 from trainer_side.lora.layer_compare import LayerReading, compare_layer
-from trainer_side.lora.layers.read import lora_parameters
-from trainer_side.lora.layers.values import ActiveLora, LoraParameters
+from trainer_side.lora.layers.dequant import quant_state
+from trainer_side.lora.layers.values import ActiveLora
 from trainer_side.lora.modes import EffectiveTensor
 from trainer_side.lora.state import LoraState
 from trainer_side.names.tensor_checks import addresses_of
 from trainer_side.shielded.layer_calls import LayerCalls
 
-EVERY = 20
-"""From so many computed layers on, each push compares one more, which is a few percent of the work."""
+SHARE = 0.05
+"""Of a snapshot's time, for comparing layers whose structure is proven."""
+LEAST_S = 0.005
+"""What may be spent in each push of `MANY` layers, however little the snapshot takes."""
+MANY = 20
 _WORDS = (str, int, float, bool, torch.dtype, torch.Size)
 
 
@@ -71,22 +75,31 @@ class LayerProof:
         self._open: tuple[OpenLayer, ...] = ()
         """Layers of the last push."""
         self._turn = 0
+        self._credit_s = 0.0
+        """What may be spent on one more layer; below zero after one that took longer."""
+
+    def note_snapshot(self, seconds: float) -> None:
+        """Add what one snapshot's time allows for. Called after each."""
+        many = self._last is not None and len(self._last[0]) >= MANY
+        allowed = max(SHARE * seconds, LEAST_S if many else 0.0)
+        self._credit_s = min(self._credit_s + allowed, allowed)
 
     def require(
         self, computed: Sequence[EffectiveTensor], began: LoraState, deadline: Deadline | None = None
     ) -> tuple[OpenLayer, ...]:
-        """Compare one layer of each structure that is new, each packed one that was packed anew, and of many layers one
-        more.
+        """Compare one layer of each structure that is new, each packed one that was packed anew, and in turn one more
+        where the time allows.
 
         Returns the layers that only the model can call: to be compared in `settle`. Raises UnsupportedLora, naming
         layer and quantiser, for a difference; DeadlineExceeded.
         """
         alike = self._last is not None and self._last[0] is computed and self._last[1] == began
         waiting = {layer.name for layer in self._open}
-        self._turn += 1
+        turn = self._turn % len(computed) if computed and self._credit_s > 0 else None
+        self._turn += turn is not None
         found: list[OpenLayer | None] = []
         for k, one in enumerate(computed):
-            sampled = len(computed) >= EVERY and k == self._turn % len(computed)
+            sampled = k == turn
             if one.bias or (alike and not sampled and one.place.clean not in waiting and self._lies_where_it_did(one)):
                 continue
             found.append(self._look_at(LayerReading.of(one, began), deadline, sampled=sampled))
@@ -100,7 +113,7 @@ class LayerProof:
             given = calls.of(one.layer.outer)
             if not given or not (one.sampled or self._missing[one.key]):
                 continue
-            found = compare_layer(one.layer, given, deadline)
+            found = compare_layer(one.layer, given, deadline, draw=_draws(one.layer, self._missing[one.key]))
             if isinstance(found, str):
                 self._reasons[one.key] = found
             else:
@@ -120,12 +133,14 @@ class LayerProof:
     def _look_at(self, layer: LayerReading, deadline: Deadline | None, *, sampled: bool) -> OpenLayer | None:
         """Compare a layer if it has to be, and if it can be called alone."""
         name, parameters = layer.tensor.place.clean, layer.parameters
-        storage = _describe_storage(parameters) if layer.packed else None
+        storage = _describe_storage(parameters.weight, parameters.quant_state) if layer.packed else None
         moved = layer.packed and self._storage.get(name, storage) != storage
         key: Hashable = (name, storage) if moved else _structure(layer)
         missing = self._missing.setdefault(key, layer.parts)
         if missing or sampled:
-            found = self._reasons.get(key) or compare_layer(layer, deadline=deadline)
+            started = time.thread_time()
+            found = self._reasons.get(key) or compare_layer(layer, deadline=deadline, draw=_draws(layer, missing))
+            self._credit_s -= 0.0 if missing else time.thread_time() - started
             if isinstance(found, str):
                 self._reasons[key] = found
                 return OpenLayer(key, layer, storage, found, sampled)
@@ -136,8 +151,10 @@ class LayerProof:
 
     def _lies_where_it_did(self, one: EffectiveTensor) -> bool:
         """Tell whether a weight is stored as its values, or packed where it was when it was compared."""
-        known = self._storage.get(one.place.clean)
-        return known is None or known == _describe_storage(lora_parameters(one.module))
+        known, weight = self._storage.get(one.place.clean), one.place.tensor()
+        return known is None or (
+            weight is not None and known == _describe_storage(weight, quant_state(one.place.owner, weight))
+        )
 
     def _note(self, layer: LayerReading, key: Hashable, storage: Hashable, parts: frozenset[int]) -> None:
         self._missing[key] -= parts
@@ -163,9 +180,14 @@ def _form(lora: ActiveLora) -> Hashable:
     return lora.variant, held, read, lora.bias is not None, lora.magnitude is not None
 
 
-def _describe_storage(parameters: LoraParameters) -> Hashable:
+def _draws(layer: LayerReading, missing: frozenset[int]) -> bool:
+    """Tell whether a layer is compared with drawn factors: their size takes one more reading of a packed weight, which
+    says nothing more once the structure is proven."""
+    return bool(missing) or not layer.packed
+
+
+def _describe_storage(weight: torch.Tensor, state: Any) -> Hashable:
     """Describe where a packed weight lies and what its library has noted on it."""
-    weight, state = parameters.weight, parameters.quant_state
     return tuple(addresses_of([weight]) or ()), weight.shape, weight.dtype, _words(weight), _words(state)
 
 

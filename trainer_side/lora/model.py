@@ -197,6 +197,10 @@ class LoraModel:
         """
         self._proof.settle(view.open, calls, deadline)
 
+    def note_snapshot(self, seconds: float) -> None:
+        """Note how long a snapshot took: a share of it may be spent on comparing."""
+        self._proof.note_snapshot(seconds)
+
     def doubts(self, view: ModeView) -> tuple[str, ...]:
         """Say which layers were not compared with what was computed for them, and why; after `settle`."""
         return self._proof.doubts(view.open)
