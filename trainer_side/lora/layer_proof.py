@@ -23,7 +23,7 @@ from trainer_side.lora.layers.values import ActiveLora
 from trainer_side.lora.modes import EffectiveTensor
 from trainer_side.lora.state import LoraState
 from trainer_side.names.tensor_checks import addresses_of
-from trainer_side.shielded.layer_calls import LayerCalls
+from trainer_side.shielded.layer_calls import LayerCall, LayerCalls
 
 SHARE = 0.05
 """Of a snapshot's time, for comparing layers whose structure is proven."""
@@ -95,11 +95,11 @@ class LayerProof:
         """
         alike = self._last is not None and self._last[0] is computed and self._last[1] == began
         waiting = {layer.name for layer in self._open}
-        turn = self._turn % len(computed) if computed and self._credit_s > 0 else None
-        self._turn += turn is not None
+        due = self._credit_s > 0
+        self._turn += 1 if due else 0
         found: list[OpenLayer | None] = []
         for k, one in enumerate(computed):
-            sampled = k == turn
+            sampled = due and k == self._turn % len(computed)
             if one.bias or (alike and not sampled and one.place.clean not in waiting and self._lies_where_it_did(one)):
                 continue
             found.append(self._look_at(LayerReading.of(one, began), deadline, sampled=sampled))
@@ -113,7 +113,7 @@ class LayerProof:
             given = calls.of(one.layer.outer)
             if not given or not (one.sampled or self._missing[one.key]):
                 continue
-            found = compare_layer(one.layer, given, deadline, draw=_draws(one.layer, self._missing[one.key]))
+            found = self._compare(one.layer, given, deadline, self._missing[one.key])
             if isinstance(found, str):
                 self._reasons[one.key] = found
             else:
@@ -138,9 +138,7 @@ class LayerProof:
         key: Hashable = (name, storage) if moved else _structure(layer)
         missing = self._missing.setdefault(key, layer.parts)
         if missing or sampled:
-            started = time.thread_time()
-            found = self._reasons.get(key) or compare_layer(layer, deadline=deadline, draw=_draws(layer, missing))
-            self._credit_s -= 0.0 if missing else time.thread_time() - started
+            found = self._reasons.get(key) or self._compare(layer, (), deadline, missing)
             if isinstance(found, str):
                 self._reasons[key] = found
                 return OpenLayer(key, layer, storage, found, sampled)
@@ -148,6 +146,17 @@ class LayerProof:
         elif layer.packed:
             self._storage[name] = storage
         return None
+
+    def _compare(
+        self, layer: LayerReading, calls: Sequence[LayerCall], deadline: Deadline | None, missing: frozenset[int]
+    ) -> frozenset[int] | str:
+        """Compare a layer; one of a proven structure at the expense of the credit, and with its own factors if it is
+        packed: the size of drawn ones would take one more reading of its weight."""
+        started = time.thread_time()
+        found = compare_layer(layer, calls, deadline, draw=bool(missing) or not layer.packed)
+        if not missing:
+            self._credit_s -= time.thread_time() - started
+        return found
 
     def _lies_where_it_did(self, one: EffectiveTensor) -> bool:
         """Tell whether a weight is stored as its values, or packed where it was when it was compared."""
@@ -178,12 +187,6 @@ def _form(lora: ActiveLora) -> Hashable:
     held = tuple((t.shape, t.dtype) for t in lora.tensors)
     read = tuple((k, str(v)) for k, v in sorted(lora.extra.items()) if not isinstance(v, torch.Tensor))
     return lora.variant, held, read, lora.bias is not None, lora.magnitude is not None
-
-
-def _draws(layer: LayerReading, missing: frozenset[int]) -> bool:
-    """Tell whether a layer is compared with drawn factors: their size takes one more reading of a packed weight, which
-    says nothing more once the structure is proven."""
-    return bool(missing) or not layer.packed
 
 
 def _describe_storage(weight: torch.Tensor, state: Any) -> Hashable:
