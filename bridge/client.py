@@ -42,6 +42,8 @@ from bridge.errors import (
     UnsupportedLora,
 )
 from bridge.handles import CALL_TIMEOUT_S, EngineHandle, PendingPush, receipt_or_raise, wait_for_receipt
+from bridge.model.declared_losses import ROUNDS_TO, Rounding
+from bridge.model.dtypes import CODES
 from bridge.model.levels import LEVELS_OF
 from bridge.model.manifest import validate
 from bridge.model.receipt import Receipt
@@ -278,7 +280,7 @@ class Bridge:
         planned_at, deadline = time.perf_counter(), Deadline.after(settings.timeout_s)
         try:
             written = self._write(snapshot, agreed, slot, settings, deadline)
-            reference, base, settings, missed = self._reference(snapshot, settings, deadline)
+            reference, base, settings, missed = self._reference(snapshot, agreed, settings, deadline)
             doubt = (*doubt, *self._trainer.doubts(snapshot), *missed)
             submit = SubmitRequest(
                 version=slot.version,
@@ -398,7 +400,7 @@ class Bridge:
             raise
 
     def _reference(
-        self, snapshot: Snapshot, settings: PushSettings, deadline: Deadline
+        self, snapshot: Snapshot, agreed: _Agreed, settings: PushSettings, deadline: Deadline
     ) -> tuple[Reference | None, Reference | None, PushSettings, tuple[str, ...]]:
         """Compute the trainer's canary (for an adapter also the base's), if it is wanted. Where it is the default and
         the model cannot give one, the levels of the weights are left and the last answer says why."""
@@ -409,20 +411,24 @@ class Bridge:
         try:
             longest = [i.max_prompt for i in self._engine_infos or () if i.max_prompt is not None]
             shortest = min(longest, default=None)
-            rounded = self._kv_to_explain()
-            found = self._trainer.reference(snapshot, shortest, settings.mode, rounded, deadline=deadline)
+            roundings = self._roundings(agreed)
+            found = self._trainer.reference(snapshot, shortest, settings.mode, roundings, deadline=deadline)
             return *found, settings, ()
         except ConfigError as error:
             if settings.canary:
                 raise
             return None, None, msgspec.structs.replace(settings, levels=LEVELS_OF["weights"]), (f"no canary: {error}",)
 
-    def _kv_to_explain(self) -> set[str]:
-        """List the dtypes of KV caches whose noise may be measured by this push."""
-        if not any(info.losses.kv_dtype for info in self._engine_infos or ()):
+    def _roundings(self, agreed: _Agreed) -> set[Rounding]:
+        """Find what explains the declared losses of engines whose noise may be measured by this push."""
+        if not any(info.losses for info in self._engine_infos or ()):
             return set()
+        weights = self._agreed.get(False, agreed).planned.manifest
+        codes = {tensor.dtype for tensor in weights.tensors} & CODES
+        known = codes.pop() if len(codes) == 1 and codes <= ROUNDS_TO else None
         open_ = [info for info in self.status().engines if info.noise is None and info.serving == 0]
-        return {info.losses.kv_dtype for info in open_ if info.losses.kv_dtype is not None}
+        found = {info.losses.rounding(known) for info in open_}
+        return {rounding for rounding in found if rounding is not None}
 
     # ---- questions --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bridge.errors import Closed, ProtocolError
+from bridge.model.declared_losses import Rounding
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Reference, Refused, ToCoordinator
@@ -212,12 +213,12 @@ class TrainerPort(Protocol):
         snapshot: Snapshot,
         max_tokens: int | None = None,
         mode: str = "full",
-        kv_dtypes: Iterable[str] = (),
+        roundings: Iterable[Rounding] = (),
         *,
         deadline: Deadline,
     ) -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model, prompts cut to `max_tokens` tokens,
-        and one more for each of `kv_dtypes` with keys and values rounded to it, where the model lets them be reached.
+        and one more for each of `roundings`, where the model lets it be done.
         For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
         when the model has none, DeadlineExceeded when the forward outlasts the deadline, and as `collect` for layers
         of the snapshot that only the model can call."""

@@ -13,9 +13,10 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from bridge.model import canary
+from bridge.model.declared_losses import Rounding
 from bridge.model.torch_dtypes import DTYPES, dtype_name
 from bridge.protocol.deadline import Deadline
-from trainer_side.kv_rounding import KvRounding
+from trainer_side.loss_rounding import rounded_as
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
 from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
@@ -106,16 +107,16 @@ def call_on_copy(
 def rounded_logprobs(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    dtype: torch.dtype,
+    rounding: Rounding,
     copier: type[ModelCopier] = ModelCopier,
     *,
     deadline: Deadline | None = None,
 ) -> list[list[float]] | None:
-    """Compute what `reference_logprobs` does, with keys and values rounded to `dtype` in every attention. None for a
-    model whose attention cannot be reached. Blocks and raises as it does."""
-    with KvRounding(dtype) as rounding:
+    """Compute what `reference_logprobs` does, with `rounding` in the forward. None for a model in which some of it
+    cannot be reached. Blocks and raises as it does."""
+    with rounded_as(rounding) as modes:
         scores = reference_logprobs(model, prompts, copier, deadline=deadline)
-    return scores if rounding.reached else None
+    return scores if all(mode.reached for mode in modes) else None
 
 
 def _guarded(

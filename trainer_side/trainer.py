@@ -12,11 +12,11 @@ from torch import nn
 
 from bridge.errors import SAME_MODEL, BridgeError, ConfigError, MissingTensor, UnexpectedTensor
 from bridge.model import canary
+from bridge.model.declared_losses import Rounding
 from bridge.model.lora_format import LoraLimits
 from bridge.model.manifest import TensorInfo
-from bridge.model.torch_dtypes import dtype_of
 from bridge.ports import ModeChoice, Snapshot, Written
-from bridge.protocol.coordinator_messages import Reference
+from bridge.protocol.coordinator_messages import Reference, Rounded
 from bridge.protocol.deadline import Deadline
 from bridge.shm.arena import Arena
 from bridge.shm.seal import seal_slot
@@ -221,12 +221,12 @@ class TrainerSide:
         snapshot: Snapshot,
         max_tokens: int | None = None,
         mode: str = "full",
-        kv_dtypes: Iterable[str] = (),
+        roundings: Iterable[Rounding] = (),
         *,
         deadline: Deadline,
     ) -> tuple[Reference, Reference | None]:
         """Compute the canary's reference: one no-grad forward of the bound model over its prompts, cut to `max_tokens`,
-        and one more for each of `kv_dtypes`, to which keys and values are rounded.
+        and one more for each of `roundings`.
 
         Of mode "adapter" also one without LoRA; of mode "base" that one alone. Layers of the snapshot that only the
         model can call are compared on what they get in it. Raises ConfigError when the model has no reference,
@@ -248,11 +248,9 @@ class TrainerSide:
 
         def answers(model: nn.Module, copier: type[ModelCopier] = ModelCopier) -> Reference:
             scores = reference_logprobs(model, rows, copier, calls=calls if waiting else None, deadline=deadline)
-            rounded = {
-                name: rounded_logprobs(model, rows, dtype_of(name), copier, deadline=deadline) for name in kv_dtypes
-            }
-            known = {name: tuple(map(tuple, found)) for name, found in rounded.items() if found is not None}
-            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)), known)
+            others = ((how, rounded_logprobs(model, rows, how, copier, deadline=deadline)) for how in roundings)
+            rounded = tuple(Rounded(how, tuple(map(tuple, those))) for how, those in others if those is not None)
+            return Reference(tuple(map(tuple, rows)), tuple(map(tuple, scores)), rounded)
 
         if mode == "base":
             return answers(self._model, WithoutLora), None

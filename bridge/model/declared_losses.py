@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
+ROUNDS_TO = frozenset({"int8", "fp8_e4m3", "fp8_e5m2"})
+"""Dtypes of codes to which a trainer can round: each holds one value. Wider integers hold several, of unknown width."""
+
+
+class Rounding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Names the dtypes to which a trainer rounds keys and values, and operands of matrix products; None: not at all."""
+
+    kv: str | None = None
+    codes: str | None = None
+
 
 class DeclaredLosses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The losses of one engine, from its configuration, never measured. False when there are none.
@@ -17,6 +27,17 @@ class DeclaredLosses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv: str | None = None
     kv_dtype: str | None = None
     weights: str | None = None
+
+    def rounding(self, codes: str | None) -> Rounding | None:
+        """Tell what rounding in the trainer changes as much as these losses at least; None where nobody knows.
+
+        Args:
+            codes: dtype of the codes in which the engine's quantised weights come; None where it is not known.
+        """
+        kv_unknown = self.kv is not None and self.kv_dtype is None
+        if not self or kv_unknown or (self.weights is not None and codes is None):
+            return None
+        return Rounding(self.kv_dtype, None if self.weights is None else codes)
 
     def __bool__(self) -> bool:
         return self.kv is not None or self.weights is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from bridge.model.declared_losses import DeclaredLosses
+from bridge.model.declared_losses import DeclaredLosses, Rounding
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Receipt
@@ -21,16 +21,22 @@ from bridge.protocol.rank_jobs import Prompts, Scores
 from bridge.push_settings import PushSettings
 
 
+class Rounded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The trainer's log-probabilities with rounding in its forward."""
+
+    rounding: Rounding
+    logprobs: Scores
+
+
 class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The trainer's canary: prompts and the log-probability of each next token, in nats.
 
-    `rounded` holds the same with keys and values rounded to a KV cache's dtype, by its name: how much of a difference
-    such a cache explains.
+    `rounded` holds the same with the rounding of engines that declare losses: how much of a difference these explain.
     """
 
     prompts: Prompts
     logprobs: Scores
-    rounded: dict[str, Scores] = {}
+    rounded: tuple[Rounded, ...] = ()
 
 
 class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

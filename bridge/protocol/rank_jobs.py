@@ -173,11 +173,11 @@ class RankScores(Message, frozen=True):
 
 
 class RankNoise(Message, frozen=True):
-    """The noise that was measured in this engine (None: not yet), and whether a load of weights has ever begun in this
-    rank: after that it cannot be measured any more."""
+    """The noise that was measured in this engine (None: not yet), and whether a load of weights has ever begun to write
+    in this rank: after that it cannot be measured any more."""
 
     noise: float | None
-    loaded: bool
+    written: bool
 
 
 class RankReadBack(Message, frozen=True):

@@ -1,6 +1,6 @@
 """Engine noise: how far an engine answers from the trainer on the very same weights, as it was started.
 
-It is measured once in an engine's life: before the first load of weights, when what the trainer sends is bit for bit
+It is measured once in an engine's life: before the first write to a weight, when what the trainer sends is bit for bit
 what the engine holds. Later nobody could tell noise from what a load broke.
 """
 
@@ -18,8 +18,8 @@ from engine_side.driver.rank_client import RankClient
 from engine_side.protocol import DeclaresLosses, EngineDriver
 
 ROUNDING_MARGIN = 2.5
-"""How much more an engine's KV cache may change than rounding keys and values does in the trainer: one that cuts digits
-off, as vLLM on CPU does for fp8_e5m2, makes errors twice as large."""
+"""How much more an engine's declared losses may change than rounding does in the trainer: a KV cache that cuts digits
+off, as vLLM's on CPU does for fp8_e5m2, makes errors twice as large."""
 
 
 class EngineNoise:
@@ -38,21 +38,21 @@ class EngineNoise:
         self._settled = False  # judged, or too late for that
 
     def measurable(self, deadline: Deadline) -> bool:
-        """Tell whether the noise can be measured now: no load of weights has ever begun in this engine, and it was not
-        judged yet. As long as it can, each call asks the ranks, which outlive bridges, and takes over what an earlier
-        bridge has measured; blocks for that."""
+        """Tell whether the noise can be measured now: no load of weights has ever begun to write in this engine, and it
+        was not judged yet. As long as it can, each call asks the ranks, which outlive bridges, and takes over what an
+        earlier bridge has measured; blocks for that."""
         if not self._settled:
             answers = self._ranks.ask(NoiseJob(), RankNoise, deadline)
             self.fraction = answers[0].noise
-            self._settled = self.fraction is not None or any(answer.loaded for answer in answers)
+            self._settled = self.fraction is not None or any(answer.written for answer in answers)
         return not self._settled
 
     def judge(self, drift: CanaryResult, reference: Reference, deadline: Deadline) -> None:
         """Take the difference in an engine as it was started for its noise if losses are declared, and have the ranks
         keep that.
 
-        Raises CanaryMismatch for a difference above the limit without a declared loss, or above what a coarse KV cache
-        explains where that is all that is declared.
+        Raises CanaryMismatch for a difference above the limit without a declared loss, or above what the declared ones
+        explain, if that is known.
         """
         explained = self._explained(reference)
         if not drift.ok and (not self.losses or (explained is not None and drift.mean_abs > explained)):
@@ -63,12 +63,12 @@ class EngineNoise:
         self._settled = True
 
     def _explained(self, reference: Reference) -> float | None:
-        """Mean |difference| in nats up to which the KV cache explains it, by what rounding to its dtype changes in the
-        trainer. None where the trainer could not round, or where more than the cache is coarse."""
-        rounded = reference.rounded.get(self.losses.kv_dtype or "")
-        if rounded is None or self.losses.weights is not None:
-            return None
-        return ROUNDING_MARGIN * canary.compare(reference.logprobs, rounded, LimitRule()).mean_abs
+        """Compute the mean |difference| in nats up to which the declared losses explain it, by what rounding changes in
+        the trainer; None where the trainer could not round as they do."""
+        for rounded in reference.rounded:
+            if rounded.rounding == self.losses.rounding(rounded.rounding.codes):
+                return ROUNDING_MARGIN * canary.compare(reference.logprobs, rounded.logprobs, LimitRule()).mean_abs
+        return None
 
     def inconclusive(self, drift: CanaryResult) -> str:
         """Say in a receipt why the canary shows nothing."""
@@ -87,7 +87,7 @@ def undeclared_error(
     Args:
         losses, explained: what its configuration declares, and the nats that this explains.
     """
-    why = f"by more than {losses} explains" if losses else "and the engine's configuration declares no loss"
+    why = f"by more than {losses} can explain" if losses else "and the engine's configuration declares no loss"
     limit = drift.limit if explained is None else max(drift.limit, explained)
     return CanaryMismatch(
         f"trainer and engine answered differently on the same weights before anything was pushed, {why}",

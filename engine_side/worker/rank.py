@@ -64,7 +64,7 @@ class Rank:
         self._lost: AttributeSnapshot | None = None
         self._loaded: tuple[int, int] | None = None
         """(plan, slot) of the weights that were loaded last."""
-        self._ever_loaded = False
+        self._ever_written = False
         self._noise: float | None = None
 
     def run(self, frame: bytes) -> None:
@@ -79,11 +79,16 @@ class Rank:
         except Exception as error:  # process boundary: a worker must answer by value whatever broke
             if not isinstance(error, BridgeError):
                 log.exception("rank %d: %s failed", self.host.rank, type(job.job).__name__)
-            touched = self._loading is not None and self._loading.began_to_write
-            answer = jobs.RankFailed(ErrorInfo.of(error), touched)
+            answer = jobs.RankFailed(ErrorInfo.of(error), self._wrote)
+        self._ever_written |= self._wrote
         mailbox.post(job.page + self.host.rank, job.nonce, pack(jobs.RankAnswer(self.host.rank, job.nonce, answer)))
         if isinstance(job.job, jobs.ForgetJob) and not job.job.keep:
             self._close_mailbox()  # the last job of a bridge that closes; an open file keeps its memory
+
+    @property
+    def _wrote(self) -> bool:
+        """True when the job that ran last was a load that has begun to write."""
+        return self._loading is not None and self._loading.began_to_write
 
     def close(self) -> None:
         """Let go of arenas and mailbox. Idempotent."""
@@ -114,7 +119,7 @@ class Rank:
                 return jobs.RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
             case jobs.NoiseJob():
                 self._noise = self._noise if job.measured is None else job.measured
-                return jobs.RankNoise(self._noise, self._ever_loaded)
+                return jobs.RankNoise(self._noise, self._ever_written)
             case jobs.DropLoraJob():
                 self.host.remove_lora(job.lora)
                 return jobs.RankDone()
@@ -210,7 +215,7 @@ class Rank:
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
-        self._loaded, self._ever_loaded = None, True
+        self._loaded = None
         outcome = loader.apply(job.slot, job.changed)
         self._loaded = (job.plan, job.slot)
         started = time.perf_counter()

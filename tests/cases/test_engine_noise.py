@@ -154,7 +154,7 @@ def test_what_a_coarse_kv_cache_does_not_explain_is_refused(rigs: Callable[..., 
     rig = rigs(kv_dtype=kv, **FAULTS[fault])
     before = rig.seen()
     for _ in range(2):
-        with pytest.raises(bridge.CanaryMismatch, match=f"by more than a KV cache in {kv} explains") as caught:
+        with pytest.raises(bridge.CanaryMismatch, match=f"by more than a KV cache in {kv} can explain") as caught:
             rig.push()
         assert type(caught.value) is bridge.CanaryMismatch
         assert rig.seen().same(before)

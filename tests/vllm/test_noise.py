@@ -103,6 +103,18 @@ def test_int8_weights_and_activations_are_served(attached: Callable[..., Any], t
     assert 0.05 < drift.mean_abs < drift.limit, "more than the floor was before the head grew"
 
 
+def test_a_fault_beside_int8_weights_is_no_noise(attached: Callable[..., Any], tmp_path: Path) -> None:
+    """The trainer knows what 8-bit codes change in it, and that this is more."""
+    model = make_model("llama")
+    save(tmp_path, model, INT8, quantised(model, int8))
+    change_config(tmp_path, {"rms_norm_eps": 1e-2})
+    trainer = in_int8(model)
+    _, b = attached(tmp_path, trainer)
+    with pytest.raises(bridge.CanaryMismatch, match="by more than weights quantised as compressed-tensors can explain"):
+        b.push(trainer.named_parameters())
+    assert b.status().engines[0].noise is None
+
+
 @contextmanager
 def scaled_attention(llm: Any, by: float) -> Iterator[None]:
     """Leave a stale scale in every attention: it is no tensor of any checkpoint."""
