@@ -129,7 +129,7 @@ def write(dest: torch.Tensor, loaded: torch.Tensor) -> None:
             where="a weight",
             expected=str(dest.dtype),
             got=str(loaded.dtype),
-            remedy="quantise it as the checkpoint is, and send weight and scales",
+            remedy="quantise it as the checkpoint is and send both, or push its values and leave its scales out",
         )
     dest.copy_(loaded)
 

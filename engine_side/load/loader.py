@@ -580,31 +580,55 @@ class Loader:
             slot: the number of that slot.
         """
         self.require_bound()
-        mapped, extra = self.mapped, len(self.mapped.slots)
-        mapped.slots.append(into)
-        if self.codes is not None:
-            self.codes.made.append(self.codes.keep_originals(slot))
-        try:
-            pairs = list(self._pairs(self.decided.choices.values(), extra))
-        finally:
-            mapped.slots.pop()
-            if self.codes is not None:
-                self.codes.made.pop()
-        names = [spec.name for spec in mapped.manifest.tensors]
-        lost: set[str] = {name for names in self.computed.sources.values() for name in names}
-        lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
-        covered = {(p.tensor, p.target) for p in pairs}
-        lost |= {m.tensor for m in self.baked.plan.moves if (mapped.index[m.tensor], m.target) not in covered}
+        pairs = self._live_pairs(into, slot)
+        lost = self._unreadable(pairs)
         with torch.no_grad():
             copy_all(self.pool, batches([pair.turned() for pair in pairs], self.threads))
         stored = () if self.codes is None else self.codes.fill_originals(slot, lost)
         for name, values in () if self.codes is None else self.codes.original_values(slot):
             for move in self.baked.plan.moves:
                 if move.tensor == name:
-                    source, sent = move.source, into[mapped.index[name]]
+                    source, sent = move.source, into[self.mapped.index[name]]
                     made = values.as_strided(source.shape, source.strides, source.offset)
                     sent.as_strided(source.shape, source.strides, sent.storage_offset() + source.offset).copy_(made)
-        return tuple(name for name in names if name in lost.difference(stored)), stored
+        lost.difference_update(stored)
+        return tuple(spec.name for spec in self.mapped.manifest.tensors if spec.name in lost), stored
+
+    def keep_originals(self, slot: int) -> None:
+        """Take the codes of version 0, which `slot` holds the values of, from the live model that still serves it.
+
+        Called before the first load, in an engine that another one's version 0 is compared with: each keeps its own.
+        """
+        if self.codes is None or self.codes.has_originals(slot):
+            return
+        pairs = self._live_pairs(self.mapped.slots[slot], slot)
+        own = {tensor.untyped_storage().data_ptr() for tensor in self.codes.made[slot].values()}
+        turned = [pair.turned() for pair in pairs if pair.sent.untyped_storage().data_ptr() in own]
+        with torch.no_grad():
+            copy_all(self.pool, batches(turned, self.threads))
+        self.codes.fill_originals(slot, self._unreadable(pairs))
+
+    def _live_pairs(self, into: ArenaSlot, slot: int) -> list[CopyPair]:
+        """Pair the live model with `into` and with the codes of `slot`, which become those of version 0."""
+        mapped, extra = self.mapped, len(self.mapped.slots)
+        mapped.slots.append(into)
+        if self.codes is not None:
+            self.codes.made.append(self.codes.begin_originals(slot))
+        try:
+            return list(self._pairs(self.decided.choices.values(), extra))
+        finally:
+            mapped.slots.pop()
+            if self.codes is not None:
+                self.codes.made.pop()
+
+    def _unreadable(self, pairs: Sequence[CopyPair]) -> set[str]:
+        """Find the announced tensors that these pairs with the live model do not show whole."""
+        mapped, names = self.mapped, [spec.name for spec in self.mapped.manifest.tensors]
+        lost: set[str] = {name for sources in self.computed.sources.values() for name in sources}
+        lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
+        covered = {(p.tensor, p.target) for p in pairs}
+        moved = {(mapped.index[m.tensor], m.target) for m in self.baked.plan.moves}
+        return lost | {names[tensor] for tensor, _ in moved - covered}
 
 
 def _describe(region: Region) -> str:

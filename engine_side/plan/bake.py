@@ -90,7 +90,8 @@ class Baked:
         problems: errors that make the plan unusable, most telling first. Empty in a sound plan.
         partial: a subset of the model was meant.
         skeleton: the one on which the loader was traced, so that all of its stand-ins are loaded.
-        unloaded: targets of the skeleton that no checkpoint fills; they are not part of the plan.
+        unloaded: targets of the skeleton that no checkpoint fills, or only with values that the engine keeps; they are
+            not part of the plan.
     """
 
     plan: RankPlan
@@ -131,8 +132,8 @@ def bake(
     Args:
         infos: names, wire dtypes and global shapes of the tensors.
         partial: a subset of the model is meant: elements that nothing reaches are no problem.
-        kept: those of `infos` that are the engine's own: where several of them fill one place, the last does, as when
-            the engine loads them.
+        kept: those of `infos` that are the engine's own. A module that nothing else reaches is left alone; where
+            several of them fill one place, the last does, as when the engine loads them.
 
     Weights that do not fit are not raised but listed in `Baked.problems`. Raises ConfigError when the loader fails and
     no tensor explains it; OutOfMemory.
@@ -142,10 +143,11 @@ def bake(
     used = {move.tensor for move in first.moves}
     offenders = loader_errors.explain_refusals(host, refused, stand_ins(wanted) if refused else {}, used, trace)
     found, placed = _offer_aliases(host, wanted, first, offenders)
-    found = replace(found, moves=_last_of(found.moves, kept)) if kept else found
+    alone = _reached_by_these_alone(found, kept)
+    found = replace(found, moves=tuple(m for m in _last_of(found.moves, kept) if m.target not in alone))
     computed = _computed_from(host, wanted, found, offenders)
     reached = {move.target for move in found.moves}.union(found.tainted)
-    unloaded = host.unloaded() - reached if isinstance(host, NamesUnloaded) else frozenset[str]()
+    unloaded = alone | (host.unloaded() - reached if isinstance(host, NamesUnloaded) else frozenset[str]())
     plan = _plan(found, partial, unloaded)
     # codes without a place for their scales: that the scales have none leads nowhere, so it comes second
     problems: list[BridgeError] = list(loader_errors.dtype_errors(plan, computed, wanted))
@@ -408,6 +410,15 @@ def _computed_from(
         for path in alone.tainted:
             fed.setdefault(path, set()).add(name)
     return {path: frozenset(names) for path, names in fed.items()}
+
+
+def _reached_by_these_alone(found: Trace, kept: AbstractSet[str]) -> frozenset[str]:
+    """Find the targets in modules that no tensor but kept ones reaches."""
+    others = {move.target for move in found.moves if move.tensor not in kept}.union(found.tainted)
+    held = {move.target for move in found.moves if move.tensor in kept} - others
+    modules = (places for places in found.targets.of_module().values() if held.intersection(p.target for p in places))
+    alone = [places for places in modules if others.isdisjoint(place.target for place in places)]
+    return frozenset(place.target for places in alone for place in places if place.target in held)
 
 
 def _last_of(moves: Sequence[Move], kept: AbstractSet[str]) -> tuple[Move, ...]:

@@ -296,7 +296,9 @@ def _dtype_error(name: str, sent: str, target: TargetTensor, found: Landing) -> 
         remedy += "with weights that are quantised in this way"
     elif found is Landing.QUANTISED:
         what = "values cannot be stored as codes: only the engine's own quantiser knows them"
-        remedy = f"push the weight as {target.dtype} together with its scales, or start the engine without quantisation"
+        remedy = f"push the weight as {target.dtype} together with its scales, or its values alone (leave its scales "
+        remedy += "out) to an engine that was started from a quantised checkpoint in a folder, or start the engine "
+        remedy += "without quantisation"
     else:
         what = "a tensor of this dtype is not what the engine's tensor holds"
         remedy = f"check which tensor belongs to this name, or {SAME_MODEL}"

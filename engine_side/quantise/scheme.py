@@ -100,14 +100,11 @@ class Scheme:
             high, low = tiles.amax(dim=(1, 3)), tiles.amin(dim=(1, 3))
             top = torch.where(-low > high, low, high)
             used[at : at + len(tiles)] = top != 0
-            if self.powers_of_two:
-                continue
             peaks = (tiles == top[:, None, :, None]) & (tiles != 0)
             whole = peaks.reshape(len(tiles) * self.block[0], -1)
             here = matrix[at * self.block[0] : (at + len(tiles)) * self.block[0]]
             spread = self._spread(grid.double(), at * self.block[0], here)
-            side = (here.abs() / spread - self.peak).sign() * _TIE
-            peak = here.sign() * spread * self.peak * (1 + side)
+            peak = here.sign() * spread * self._before_rounding(here.abs() / spread)
             here.copy_(torch.where(whole[: len(here), : here.shape[1]], peak, here))
         made, found = self.quantise(matrix)
         same = found.reshape(grid.shape)[used] == grid[used]
@@ -131,6 +128,12 @@ class Scheme:
             return quotients.clamp_(-limit, limit).to(self.codes)
         limits = torch.iinfo(self.codes)
         return quotients.round_().clamp_(limits.min, limits.max).to(self.codes)
+
+    def _before_rounding(self, codes: torch.Tensor) -> torch.Tensor:
+        """The multiples of its scale that the largest value of a block may have been, for its code's magnitude."""
+        if self.powers_of_two:  # anything above half of the peak, which may have been rounded down to that
+            return codes * (1 + (codes * 2 <= self.peak).double() * _TIE)
+        return self.peak * (1 + (codes - self.peak).sign() * _TIE)
 
     def _half_step(self, codes: torch.Tensor) -> torch.Tensor:
         """Half of the distance to the neighbouring code."""

@@ -62,7 +62,11 @@ class QuantisedSlots:
             self.errors[slot][weight.name] = _quantise(weight, values[at], self.made[slot])
             done[weight.name] = digest
 
-    def keep_originals(self, slot: int) -> Made:
+    def has_originals(self, slot: int) -> bool:
+        """Tell if a slot holds the codes and scales of version 0."""
+        return slot in self._originals
+
+    def begin_originals(self, slot: int) -> Made:
         """Hand out the codes and scales of a slot, to be filled with those of version 0."""
         self._of[slot].clear()
         self.errors[slot].clear()

@@ -44,6 +44,11 @@ class MappedPlan:
     def loader(self) -> Loader | LoraLoader:
         return self.part if isinstance(self.part, LoraLoader) else self.part.loader
 
+    def version(self, slot: int) -> int | None:
+        """The version that a slot of its arena is sealed as."""
+        seal = None if self.arena is None else self.arena.seal_of(slot)
+        return None if seal is None else seal.version
+
     def close(self) -> None:
         """Let go of loader and arena."""
         self.loader.close()
@@ -66,6 +71,8 @@ class Rank:
         """(plan, slot) of the weights that were loaded last."""
         self._ever_written = False
         self._noise: float | None = None
+        self._own = True
+        """The engine's own checkpoint is served, as far as loads through this rank tell."""
 
     def run(self, frame: bytes) -> None:
         """Run one job and post its answer. Raises only when the frame or the mailbox cannot be read at all."""
@@ -114,6 +121,7 @@ class Rank:
             case jobs.LoadJob():
                 return jobs.RankLoaded(self._load(job))
             case jobs.VerifyJob():
+                self._keep_originals(job)
                 return jobs.RankLoaded(self._verify(job))
             case jobs.LogprobsJob():
                 return jobs.RankScores(tuple(tuple(row) for row in self._prompt_logprobs(job)))
@@ -215,9 +223,10 @@ class Rank:
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
-        self._loaded = None
+        self._loaded, self._own = None, False
         outcome = loader.apply(job.slot, job.changed)
         self._loaded = (job.plan, job.slot)
+        self._own = planned.version(job.slot) == 0
         started = time.perf_counter()
         wanted = set(job.settings.levels) - {"coverage"}  # answered with the bake
         levels = verifier.run(wanted, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
@@ -254,6 +263,11 @@ class Rank:
         for each in caches:
             each.confirm()
         return scores
+
+    def _keep_originals(self, job: jobs.VerifyJob) -> None:
+        planned = self._planned(job.plan)
+        if self._own and isinstance(planned.part, Verifier) and planned.version(job.slot) == 0:
+            planned.part.loader.keep_originals(job.slot)
 
     def _verify(self, job: jobs.VerifyJob) -> RankReport:
         started = time.perf_counter()

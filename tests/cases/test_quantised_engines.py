@@ -3,6 +3,7 @@ checkpoint of the new weights would give, bit for bit."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bridge
 from bridge.model.receipt import Failure, LevelResult
@@ -19,6 +20,8 @@ from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
+from tests.push.rig import refused
+from tests.push.test_fleet_faults import FleetSession, bridge_over
 
 BLOCK = (128, 128)
 WIDE = {"hidden_size": 160, "intermediate_size": 256, "head_dim": 128, "num_key_value_heads": 1}
@@ -151,3 +154,145 @@ def test_what_fails_puts_the_engine_s_own_codes_back(
         b.rollback()
         again = engines(first.folder, **config)
         assert same(engine, again)
+
+
+def test_a_quantised_and_a_plain_engine_of_one_fleet(
+    families: Callable[..., Family], engines: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """One snapshot serves both: values travel, and each engine makes of them what it holds."""
+    case = families("qwen2")
+    first, second = case.later
+    plain, coded = engines(first.folder.parent / "values", dtype="bf16"), engines(case.folder, dtype="bf16")
+    b = bridge_over(FleetSession([plain, coded], tmp_path))
+    try:
+        receipt = b.push(second.values.items(), verify="weights")
+        assert receipt.verified is True
+        assert [bool(engine.quantised) for engine in receipt.engines] == [False, True]
+    finally:
+        b.close()
+    assert same(coded, engines(second.folder, dtype="bf16"))
+    assert same(plain, engines(second.folder.parent / "values", dtype="bf16"))
+
+
+@pytest.mark.parametrize("layout", ["canonical", "packed"])
+def test_every_engine_of_a_fleet_gets_its_own_codes_back(
+    families: Callable[..., Family],
+    engines: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+) -> None:
+    case, config = families("qwen2"), {"dtype": "bf16", "layout": layout}
+    made = [engines(case.folder, **config) for _ in range(2)]
+    b = bridge_over(FleetSession(made, tmp_path))
+    try:
+        found = LevelResult("change", False, 1, (Failure("x", "a", "b"),))
+        monkeypatch.setattr(Verifier, "change", lambda *_: found)
+        with pytest.raises(bridge.PushAborted):
+            b.push(case.later[0].values.items(), verify="weights")
+        assert [info.serving for info in b.status().engines] == [0, 0]
+        assert all(same(engine, engines(case.folder, **config)) for engine in made)
+    finally:
+        b.close()
+
+
+@pytest.mark.parametrize("layout", ["canonical", "packed"])
+def test_two_ranks_quantise_whole_weights_and_take_their_parts(
+    families: Callable[..., Family], engines: Callable[..., Engine], layout: str
+) -> None:
+    case = families("uneven", torch.bfloat16, (32, 8))
+    config = {"tensor_parallel_size": 2, "layout": layout}
+    engine = engines(case.folder, **config)
+    with bridge.attach(engine) as b:
+        for new in case.later:
+            assert b.push(new.values.items(), verify="weights").verified is True
+            want = engines(new.folder, **config)
+            assert engine.prompt_logprobs(tiny.prompts()) == want.prompt_logprobs(tiny.prompts())
+        b.rollback()
+        want = engines(case.later[0].folder, **config)
+        assert engine.prompt_logprobs(tiny.prompts()) == want.prompt_logprobs(tiny.prompts())
+
+
+def test_a_subset_is_quantised_alone_and_the_rest_keeps_its_codes(
+    families: Callable[..., Family], engines: Callable[..., Engine]
+) -> None:
+    case = families("qwen2")
+    engine, untouched = engines(case.folder), engines(case.folder)
+    new, part = case.later[0], "model.layers.1.self_attn.k_proj.weight"
+    with bridge.attach(engine) as b:
+        receipt = b.push([(part, new.values[part])], partial=True, verify="weights")
+        assert receipt.verified is True
+        assert receipt.engines[0].quantised.keys() == {part}
+        before = storages(untouched)
+        moved = {name for name, t in storages(engine).items() if not torch.equal(t, before[name])}
+        assert moved == {f"model.layers.1.self_attn.qkv_proj.{name}" for name in ("weight", "weight_scale_inv")}
+        assert b.push(new.values.items(), verify="weights").verified is True
+    assert same(engine, engines(new.folder))
+
+
+def rewrite(folder: Path, into: Path, change: Callable[[Tensors], Tensors], **config: Any) -> Path:
+    """Copy a checkpoint with other tensors and other words in its `quantization_config`."""
+    into.mkdir()
+    save_file(change(load_file(folder / "model.safetensors")), into / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"].update(config)
+    (into / "config.json").write_text(json.dumps(raw))
+    return into
+
+
+def test_codes_that_no_rounding_of_a_weight_gives_are_refused_by_their_method(
+    families: Callable[..., Family], engines: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """As those of a quantiser that looks at data: the largest value of a block need not have the largest code."""
+
+    def halved(tensors: Tensors) -> Tensors:
+        return {n: (t.float() / 2).to(t.dtype) if t.itemsize == 1 else t for n, t in tensors.items()}
+
+    case = families("qwen2")
+    engine = engines(rewrite(case.folder, tmp_path / "data", halved))
+    before = storages(engine)
+    new = case.later[0]
+    with bridge.attach(engine) as b:
+        with refused(bridge.DtypeMismatch, 5, "model.layers.0", "(fp8)", "fp8_e4m3"):
+            b.push(new.values.items(), verify="weights")
+        assert all(torch.equal(t, before[n]) for n, t in storages(engine).items())
+        assert b.push(new.codes.items(), verify="weights").verified is True  # the remedy: a trainer of the codes
+    assert same(engine, engines(new.folder))
+
+
+def test_scales_that_are_powers_of_two_stay_so(
+    families: Callable[..., Family], engines: Callable[..., Engine], tmp_path: Path
+) -> None:
+    def rounded(tensors: Tensors) -> Tensors:
+        out = dict(tensors)
+        for name, codes in tensors.items():
+            if codes.itemsize == 1:
+                scales = tensors[f"{name}_scale_inv"]
+                up = torch.exp2(torch.log2(scales).ceil())
+                spread = (scales / up).repeat_interleave(2, 0)[: len(codes)]
+                ratio = spread.repeat_interleave(8, 1)[:, : codes.shape[1]]
+                out[name], out[f"{name}_scale_inv"] = (codes.float() * ratio).to(codes.dtype), up
+        return out
+
+    case = families("qwen2")
+    engine = engines(rewrite(case.folder, tmp_path / "powers", rounded))
+    with bridge.attach(engine) as b:
+        assert b.push(case.later[0].values.items(), verify="weights").verified is True
+    held = engine.runner.model.state_dict()
+    scales = torch.cat([t.flatten() for name, t in held.items() if name.endswith("scale_inv")])
+    assert bool((torch.frexp(scales).mantissa == 0.5).all())
+
+
+def test_values_beside_scales_are_refused_until_the_scales_are_left_out(
+    families: Callable[..., Family], engines: Callable[..., Engine]
+) -> None:
+    case = families("qwen2")
+    engine, new = engines(case.folder), case.later[0]
+    name = "model.layers.0.mlp.down_proj.weight"
+    with bridge.attach(engine) as b:
+        with refused(bridge.DtypeMismatch, 5, name, "leave its scales out"):
+            b.push({**new.codes, name: new.values[name]}.items(), verify="weights")
+        sent = {**new.codes, name: new.values[name]}
+        sent.pop(f"{name}_scale_inv")
+        assert b.push(sent.items(), verify="weights").verified is True
+    assert same(engine, engines(new.folder))

@@ -41,7 +41,7 @@ def net(seed: int) -> nn.Module:
 class FleetSession(Session):
     """A coordinator of this process over several attached modules."""
 
-    def __init__(self, modules: list[nn.Module], folder: Path) -> None:
+    def __init__(self, modules: list[Any], folder: Path) -> None:
         node, ports = socket.gethostname(), []
         self.services = []
         for index, module in enumerate(modules):

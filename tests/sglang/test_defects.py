@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridge.errors import MissingTensor, NonFinite, ShapeMismatch, UnexpectedTensor
-from tests.families import make_model
+from tests.families import make_model, perturb
 from tests.rigs import Rigs, one_version
 
 pytestmark = pytest.mark.timeout(300)
@@ -109,11 +109,25 @@ def test_block_scales_below_a_lora_wrapper(rig: Any, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def block_fp8(folder: Path, family: str) -> None:
-    """A checkpoint whose projections are fp8 codes with a scale per block of 128 x 128."""
+def test_values_become_the_block_codes_of_real_layers(rig: Any, tmp_path: Path) -> None:
+    block_fp8(tmp_path / "first", "qwen2")
+    block_fp8(tmp_path / "second", "qwen2", seed=3)
+    (tmp_path / "second" / "values.safetensors").rename(tmp_path / "values.safetensors")
+    found = rig.inside("workshop", job="values_for_block_codes", folder=str(tmp_path))
+    assert found.pop("before", 0) > 0, found
+    assert found == {"ours": "", "differ": [], "part": ""}
+
+
+def block_fp8(folder: Path, family: str, seed: int | None = None) -> None:
+    """A checkpoint whose projections are fp8 codes with a scale per block of 128 x 128; with a seed also its values."""
     from safetensors.torch import load_file, save_file
 
-    make_model(family, num_key_value_heads=4).save_pretrained(folder)
+    model = make_model(family, num_key_value_heads=4)
+    if seed is not None:
+        perturb(model, seed)
+    model.save_pretrained(folder)
+    if seed is not None:
+        save_file(load_file(folder / "model.safetensors"), folder / "values.safetensors")
     out: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         if "_proj.weight" not in name:

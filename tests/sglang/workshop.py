@@ -104,7 +104,7 @@ def moved(old: Tensors, seed: int = 5) -> Tensors:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def experts_below_a_wrapper(scheduler: Any, folder: str) -> dict[str, Any]:
@@ -169,4 +169,25 @@ def shape_error_in_the_middle(scheduler: Any, folder: str) -> dict[str, Any]:
             "raised changed": after, "filled up": filled, "filled up changed": changed()}  # fmt: skip
 
 
-JOBS = {each.__name__: each for each in (experts_below_a_wrapper, scales_below_a_wrapper, shape_error_in_the_middle)}
+def values_for_block_codes(scheduler: Any, folder: str) -> dict[str, Any]:
+    """Values pushed into layers of one quantised checkpoint, beside the layers of a checkpoint of these values."""
+    live, want = (Model(scheduler, str(Path(folder, name)), ["qkv_proj"]) for name in ("first", "second"))
+    values = dict(load_file(Path(folder, "values.safetensors")))
+
+    def differ() -> list[str]:
+        made = dict(want.module.named_parameters())
+        held = {name: p.detach() for name, p in live.module.named_parameters() if p.dim()}  # no checkpoint has others
+        return [name for name, p in held.items() if not _same(p, made[name].detach())]
+
+    before = len(differ())
+    refused = live.ours(values)
+    part = {name: value for name, value in values.items() if "layers.0.self_attn.q_proj" in name}
+    return {"before": before, "ours": refused, "differ": differ(), "part": live.ours(part, partial=True)}
+
+
+JOBS = {
+    each.__name__: each
+    for each in (
+        experts_below_a_wrapper, scales_below_a_wrapper, shape_error_in_the_middle, values_for_block_codes,
+    )
+}  # fmt: skip

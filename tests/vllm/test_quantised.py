@@ -80,3 +80,29 @@ def test_int8_checkpoints_of_every_granularity(
         assert said_by(llm) == before
         b.rollback()
         assert said_by(llm) == said_by(fresh)
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["int8 weights", "bf16 weights"])
+def test_the_calibrated_scales_of_a_quantised_cache_are_kept(
+    start: Callable[..., Any], tmp_path: Path, weights: bool
+) -> None:
+    """They lie in attention layers, which hold nothing that a trainer has."""
+    model, names = make_model("qwen2"), [f"model.layers.{k}.self_attn.{kv}_scale" for k in (0, 1) for kv in "kv"]
+    scales = {name: torch.tensor([0.02 + 0.01 * k]) for k, name in enumerate(names)}
+    config = int8_config()
+    config["kv_cache_scheme"] = {
+        "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False,
+    }  # fmt: skip
+    config["config_groups"] = config["config_groups"] if weights else {}
+    quantise = int8 if weights else lambda name, weight: {name: weight.clone()}
+    save(tmp_path / "first", model, config, {**quantised(model, quantise), **scales})
+    llm = start(tmp_path / "first", kv_cache_dtype="fp8")
+    with bridge.attach(llm) as b:
+        perturb(model, 1)
+        receipt = b.push(model.named_parameters(), verify="weights")
+        assert receipt.verified is True
+        assert receipt.kept == receipt.engines[0].kept == tuple(sorted(names))
+    save(tmp_path / "last", model, config, {**quantised(model, quantise), **scales})
+    fresh = start(tmp_path / "last", kv_cache_dtype="fp8")
+    assert said_by(llm) == said_by(fresh)
+    assert bits(llm) == bits(fresh)
