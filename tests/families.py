@@ -133,10 +133,101 @@ OTHERS: Mapping[str, Callable[..., Any]] = {"bloom": _bloom, "olmo2": _olmo2, "g
 """Families that nothing was written for."""
 
 
+STATE_SPACE: Mapping[str, Any] = {
+    "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 32,
+    "mamba_n_groups": 1, "mamba_chunk_size": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _falcon_h1() -> Any:
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    return FalconH1ForCausalLM(FalconH1Config(**{**SIZES, **STATE_SPACE, "head_dim": 32, "mamba_d_ssm": 256}))
+
+
+def _granite_hybrid() -> Any:
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    sizes = {
+        **SIZES, **STATE_SPACE, "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64, "position_embedding_type": "rope",
+    }  # fmt: skip
+    return GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**sizes))
+
+
+def _qwen3_next() -> Any:
+    """As its checkpoints, 64 features in every head: vLLM's kernels for CPU take no fewer."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    sizes = {
+        **SIZES, "head_dim": 64, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes))
+
+
+def _mamba2() -> Any:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {
+        **SIZES, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 16,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    return Mamba2ForCausalLM(Mamba2Config(**sizes))
+
+
+def _nemotron_h() -> Any:
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    sizes = {
+        **SIZES, "num_hidden_layers": 3, "layers_block_type": ["mamba", "attention", "mlp"], "head_dim": 32,
+        "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16,
+        "conv_kernel": 4, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return NemotronHForCausalLM(NemotronHConfig(**sizes))
+
+
+def _zamba2() -> Any:
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    sizes = {
+        **SIZES, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1,
+        "adapter_rank": 8, "num_key_value_heads": 4, "attention_head_dim": 64, "attention_hidden_size": 256,
+        "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_ngroups": 1, "n_mamba_heads": 8,
+        "mamba_headdim": 32, "chunk_size": 16, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return Zamba2ForCausalLM(Zamba2Config(**sizes))
+
+
+def _lfm2() -> Any:
+    """With the names of its own checkpoints beside those of transformers: vLLM reads them."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    sizes = {
+        **SIZES, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "conv_dim": 128, "block_dim": 128,
+        "block_ff_dim": 256, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return Lfm2ForCausalLM(Lfm2Config(**sizes))
+
+
+RECURRENT: Mapping[str, Callable[..., Any]] = {
+    "falcon-h1": _falcon_h1,
+    "granite-hybrid": _granite_hybrid,
+    "qwen3-next": _qwen3_next,
+    "mamba2": _mamba2,
+    "nemotron-h": _nemotron_h,
+    "zamba2": _zamba2,
+    "lfm2": _lfm2,
+}
+"""Families whose layers keep a state from token to token."""
+
+
 def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A bf16 transformers model whose log-probabilities are not flat."""
     torch.manual_seed(seed)
-    model = {**FAMILIES, **WITH_LORA, **OTHERS}[family](**changes)
+    model = {**FAMILIES, **WITH_LORA, **OTHERS, **RECURRENT}[family](**changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -154,6 +154,9 @@ class EngineRig(TrainerRig):
 
     families: Sequence[Case]
     lora_families: Sequence[Case]
+    recurrent_families: Sequence[Case] = ()
+    more_recurrent_families: Sequence[Case] = ()
+    wrong_by_itself: Mapping[str, str] = {}
     lora_targets: Mapping[str, Sequence[str]] = {}
     config_changes: Mapping[str, Mapping[str, Any]] = {}
     largest_noise: float

@@ -40,6 +40,7 @@ EMBEDDED_ELSEWHERE = ("test_through_ray.py", "test_through_server.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-families", action="store_true", help="also recurrent families that take minutes together")
     parser.addoption("--engine", choices=list(ENGINES), help="the engine under contract; default: the one installed")
 
 
@@ -68,12 +69,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     sources = {
         "case": ("rig", "families"),
         "lora_case": ("rig", "lora_families"),
+        "recurrent_case": ("rig", "recurrent_families"),
         "unattachable": ("server", "unattachable"),
         "wrong_argument": ("hosting", "wrong"),
     }
     for argument in sources.keys() & set(metafunc.fixturenames):
         name, attribute = sources[argument]
-        cases = getattr(part(metafunc.config, name), attribute)
+        found = part(metafunc.config, name)
+        cases = list(getattr(found, attribute))
+        if argument == "recurrent_case" and metafunc.config.getoption("all_families"):
+            cases += found.more_recurrent_families
         metafunc.parametrize(argument, cases, ids=[_id(k, case) for k, case in enumerate(cases)])
 
 
