@@ -66,9 +66,11 @@ def find_unused(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -
         open_names = [name for name in unread if name not in proven]
         if open_names and not request.bound:
             raise _refusal(engine, tuple(open_names), request, "the engine has no place for these tensors", _BIND)
-        by_engine[engine] = unread
-        partners.update((name, partner) for name, partner in tied.items() if infos[name].name != partner)
+        doubles = {name for name, partner in tied.items() if infos[name].name == partner}  # one tensor, and it is used
+        by_engine[engine] = tuple(name for name in unread if name not in doubles)
+        partners.update((name, partner) for name, partner in tied.items() if name not in doubles)
         proofs.update(dict.fromkeys(open_names))
+    by_engine = {engine: names for engine, names in by_engine.items() if names}
     everywhere = frozenset(_in_all([by_engine.get(engine, ()) for engine in baked])) - partners.keys()
     return Unused(by_engine, partners, tuple(proofs), everywhere & {info.name for info in request.tensors})
 
