@@ -439,7 +439,14 @@ class Coordinator:
             except DeadlineExceeded as error:
                 why = str(error)
         if engines is None:
-            engines = [Examined(info, Busy(why)) for info in self._fleet.infos.values()]
+            late = Busy(
+                why,
+                where=self.name,
+                expected="engines that can be examined now",
+                got="engines that somebody else uses",
+                remedy="ask for the health again",
+            )
+            engines = [Examined(info, late) for info in self._fleet.infos.values()]
         facts = Facts(
             name=self.name,
             engines=engines,

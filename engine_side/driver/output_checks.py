@@ -126,7 +126,7 @@ class OutputChecks:
                 where=f"{self._id}, adapter {request.job.lora}",
                 expected="other log-probabilities with it than without it, as in the trainer",
                 got="the same, bit for bit",
-                remedy="look for modules that the engine holds slots for and does not compute with",
+                remedy="push mode='merged': the engine holds slots for modules, and does not compute with them",
             )
         return drift
 

@@ -340,7 +340,7 @@ class EngineService:
                     where=self.id,
                     expected="True from the engine",
                     got="False",
-                    remedy="use kv='keep'",
+                    remedy="push again when no request runs in it, or start the engine anew",
                 )
         elif "cache" in settings.levels:
             why = self._why_caches_go() or "caches hold what the version before computed"

@@ -491,7 +491,7 @@ def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
                 where=path,
                 expected=f"{type(here).__name__} at {'.'.join([*walked, hop])}",
                 got=f"{type(there).__name__} with {', '.join(there._modules) or 'no children'}",
-                remedy="the engine's skeleton must be built with the configuration of the live model",
+                remedy="start the engine anew, and attach before anything exchanges its modules",
             )
         there = unwrap(child, here)
         walked.append(hop)

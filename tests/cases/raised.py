@@ -103,3 +103,34 @@ def provoked(kind: type[BridgeError], key: str, *words: str) -> Iterator[pytest.
     assert error.remedy != REPORT, error
     missing = [word for word in words if word not in str(error.remedy)]
     assert not missing, f"{missing} not in the remedy: {error}"
+
+
+def keys_in(test: Path) -> frozenset[str]:
+    """Collect the keys that a test file spells out; f-strings may hold constants of the file."""
+    tree = ast.parse(test.read_text())
+    texts = {text for node in tree.body if isinstance(node, ast.Assign) for text in _assigned(node)}
+    known = dict(texts)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            found.add("".join(_text(part, known) for part in node.values))
+    return frozenset(found & catalogue().keys())
+
+
+def _assigned(node: ast.Assign) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of `A = "..."` and of `A, B = "...", "..."`."""
+    target, value = node.targets[0], node.value
+    names = target.elts if isinstance(target, ast.Tuple) else [target]
+    values = value.elts if isinstance(value, ast.Tuple) else [value]
+    for name, each in zip(names, values, strict=False):
+        if isinstance(name, ast.Name) and isinstance(each, ast.Constant) and isinstance(each.value, str):
+            yield name.id, each.value
+
+
+def _text(part: ast.expr, known: Mapping[str, str]) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    held = part.value if isinstance(part, ast.FormattedValue) else part
+    return known.get(held.id, "?") if isinstance(held, ast.Name) else "?"

@@ -12,16 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bridge
 from bridge.errors import ConfigError, DuplicateTensor, MissingTensor, NotFound
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from tests.cases.raised import provoked
 from tests.conftest import tiny_qwen2, tiny_qwen3_moe
+from tests.engine_side import embedded_models as tiny
 from tests.push.rig import Rig
 from trainer_side.checkpoint import ADAPTER, INDEX, WHOLE, named_tensors
 
 READER, CONFIG = "trainer_side/checkpoint.py", "engine_side/embedded/config.py"
-RUNNER = "engine_side/embedded/runner.py"
+EMBEDDED, RUNNER = "engine_side/embedded", "engine_side/embedded/runner.py"
+MANAGER = "engine_side/embedded/lora/manager.py"
 
 
 @pytest.fixture
@@ -108,24 +111,23 @@ def starts(folder: Path, model: Any, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("wrong", "key", "right"),
     [
-        ({"threads": 0}, "an engine option does not fit", {}),
-        ({"layout": "scrambled"}, "an engine option does not fit", {}),
-        ({"lora_targets": ("q_proj",)}, "lora_targets without room for a LoRA", {"max_loras": 2}),
-        ({"max_seq_len": 4096}, "longer than the model's positions", {"max_seq_len": 256}),
-        ({"num_blocks": 1}, "too few KV blocks for one sequence", {"num_blocks": 40}),
+        ({"threads": 0}, f"{CONFIG}: an engine option does not fit", {}),
+        ({"layout": "scrambled"}, f"{CONFIG}: an engine option does not fit", {}),
+        ({"lora_targets": ("q_proj",)}, f"{CONFIG}: lora_targets without room for a LoRA", {"max_loras": 2}),
+        ({"max_seq_len": 4096}, f"{CONFIG}: longer than the model's positions", {"max_seq_len": 256}),
+        ({"num_blocks": 1}, f"{CONFIG}: too few KV blocks for one sequence", {"num_blocks": 40}),
     ],
 )
 def test_engine_options(folder: Path, wrong: dict[str, Any], key: str, right: dict[str, Any]) -> None:
-    with provoked(ConfigError, f"{CONFIG}: {key}"):
+    with provoked(ConfigError, key):
         Engine(EngineConfig(str(folder), **wrong))
     starts(folder, tiny_qwen2(), **({**wrong, **right} if right else {}))
 
 
 def test_lora_targets_of_an_engine(folder: Path) -> None:
-    manager = "engine_side/embedded/lora/manager.py"
-    with provoked(ConfigError, f"{manager}: a LoRA target matches no module of this model", "dotted segments"):
+    with provoked(ConfigError, f"{MANAGER}: a LoRA target matches no module of this model", "dotted segments"):
         Engine(EngineConfig(str(folder), max_loras=2, lora_targets=("z_proj",)))
-    with provoked(ConfigError, f"{manager}: a module of lora_targets cannot carry LoRA", "take it out"):
+    with provoked(ConfigError, f"{MANAGER}: a module of lora_targets cannot carry LoRA", "take it out"):
         Engine(EngineConfig(str(folder), max_loras=2, lora_targets=("q_proj", "norm")))
     starts(folder, tiny_qwen2(), max_loras=2, lora_targets=("q_proj",))
 
@@ -150,22 +152,34 @@ def changed(folder: Path, tmp_path: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("fields", "key", "word"),
     [
-        ({"architectures": ["Gpt9"]}, "decoder.py: the embedded engine does not know this architecture", "vLLM"),
-        ({"hidden_size": "many"}, "config.py: config.json does not describe a supported model", "save_pretrained"),
-        ({"rope_parameters": {"rope_type": "spiral"}}, "config.py: unsupported rope type", "vLLM"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "config.py: rope type {} lacks fields", "save_pretrained"),
-        ({"hidden_act": "sine"}, "moe.py: unsupported activation", "vLLM"),
+        (
+            {"architectures": ["Gpt9"]},
+            f"{EMBEDDED}/decoder.py: the embedded engine does not know this architecture",
+            "vLLM",
+        ),
+        (
+            {"hidden_size": "many"},
+            f"{EMBEDDED}/config.py: config.json does not describe a supported model",
+            "save_pretrained",
+        ),
+        ({"rope_parameters": {"rope_type": "spiral"}}, f"{EMBEDDED}/config.py: unsupported rope type", "vLLM"),
+        (
+            {"rope_parameters": {"rope_type": "llama3"}},
+            f"{EMBEDDED}/config.py: rope type {{}} lacks fields",
+            "save_pretrained",
+        ),
+        ({"hidden_act": "sine"}, f"{EMBEDDED}/moe.py: unsupported activation", "vLLM"),
         (
             {"sliding_window": 16, "layer_types": ["sliding_attention"] * 2},
-            "config.py: sliding-window attention is not supported",
+            f"{EMBEDDED}/config.py: sliding-window attention is not supported",
             "max_seq_len",
         ),
-        ({"quantization_config": {"quant_method": "magic"}}, "quant.py: unsupported quantisation", "bf16"),
+        ({"quantization_config": {"quant_method": "magic"}}, f"{EMBEDDED}/quant.py: unsupported quantisation", "bf16"),
     ],
 )
 def test_configurations(folder: Path, tmp_path: Path, fields: dict[str, Any], key: str, word: str) -> None:
     """Another engine, or the configuration that save_pretrained writes."""
-    with provoked(ConfigError, f"engine_side/embedded/{key}", word):
+    with provoked(ConfigError, key, word):
         Engine(EngineConfig(str(changed(folder, tmp_path, **fields))))
     starts(changed(folder, tmp_path), tiny_qwen2())
 
@@ -179,10 +193,30 @@ def test_a_window_that_is_never_full(folder: Path, tmp_path: Path) -> None:
 
 def test_routings(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_qwen3_moe()
-    folder, experts = checkpoint(model), "engine_side/embedded/moe.py"
-    with provoked(ConfigError, f"{experts}: a token cannot use so many experts", "config.json"):
+    folder = checkpoint(model)
+    with provoked(ConfigError, f"{EMBEDDED}/moe.py: a token cannot use so many experts", "config.json"):
         Engine(EngineConfig(str(changed(folder, tmp_path, num_experts_per_tok=9))))
     starts(changed(folder, tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"topk_method": "dice"}, f"{EMBEDDED}/decoder.py: unknown routing"),
+        ({"moe_layer_freq": 2}, f"{EMBEDDED}/decoder.py: unsupported spacing of sparse layers"),
+        ({"n_group": 3}, f"{EMBEDDED}/moe.py: the experts cannot be grouped so"),
+    ],
+)
+def test_latent_models(tmp_path: Path, fields: dict[str, Any], key: str) -> None:
+    model = tiny.make_model("deepseek-v2")
+    model.save_pretrained(tmp_path / "saved")
+    with provoked(ConfigError, key, "vLLM" if "decoder" in key else "config.json"):
+        Engine(EngineConfig(str(changed(tmp_path / "saved", tmp_path, **fields))))
+    with (
+        Engine(EngineConfig(str(changed(tmp_path / "saved", tmp_path)))) as engine,
+        bridge.attach(engine, model=model) as b,
+    ):
+        assert b.push(model.named_parameters(), verify="weights").verified is True
 
 
 def test_checkpoints_of_an_engine(folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.push.lora_rig import LoraRig, new_base, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 SELECT, MANAGER = "trainer_side/lora/select.py", "engine_side/embedded/lora/manager.py"
+BASE_CHECK = "bridge/coordinator/base_weights_check.py"
 CAPABILITY = "trainer_side/lora/capability.py: {}: {} cannot be pushed in {} mode: {}{}"
 Q = "model.layers.0.self_attn.q_proj"
 Make = Callable[..., LoraRig]
@@ -110,8 +111,7 @@ def test_a_feature_that_a_mode_cannot_carry(make: Make) -> None:
 def test_another_base(make: Make) -> None:
     """The engine serves merged weights, or the trainer's base has moved."""
     rig = make()
-    key = "the engines do not serve the base weights that this adapter was trained on"
-    key = f"bridge/coordinator/base_weights_check.py: {key}"
+    key = f"{BASE_CHECK}: the engines do not serve the base weights that this adapter was trained on"
     new_base(rig)
     with provoked(UnsupportedLora, key, "mode='base'"):
         rig.push(mode="adapter")

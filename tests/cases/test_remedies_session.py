@@ -33,6 +33,9 @@ from tests.push.faults import Breaker
 from tests.push.rig import PROMPTS, Rig
 
 OPTIONS, GENERATE = "bridge/push_settings.py", "bridge/generate_options.py"
+CHECKS, SERVICE = "engine_side/driver/prompt_checks.py", "engine_side/driver/service.py"
+PORTS = "bridge/ports.py"
+REGISTRY, CLI = "engine_side/engines/registry.py", "bridge/cli/commands.py"
 COORDINATOR, LEDGER, FILES = "bridge/coordinator/coordinator.py", "bridge/journal/ledger.py", "bridge/shm/files.py"
 SHORT = bridge.Sampling(max_tokens=2, temperature=0.0)
 
@@ -68,17 +71,17 @@ def fresh(folder: Path) -> Iterator[Callable[..., Rig]]:
 @pytest.mark.parametrize(
     ("option", "value", "key", "right"),
     [
-        ("verify", "everything", "no such choice", {"verify": "weights"}),
-        ("mode", "fast", "no such choice", {"mode": "auto"}),
-        ("inflight", "kill", "no such choice", {"inflight": "abort"}),
-        ("kv", "maybe", "no such choice", {"kv": "keep"}),
-        ("timeout_s", -1, "a deadline must be positive", {"timeout_s": 60}),
-        ("timeout_s", "soon", "a deadline must be positive", {}),
-        ("version", "7", "not a version", {}),
+        ("verify", "everything", f"{OPTIONS}: no such choice", {"verify": "weights"}),
+        ("mode", "fast", f"{OPTIONS}: no such choice", {"mode": "auto"}),
+        ("inflight", "kill", f"{OPTIONS}: no such choice", {"inflight": "abort"}),
+        ("kv", "maybe", f"{OPTIONS}: no such choice", {"kv": "keep"}),
+        ("timeout_s", -1, f"{OPTIONS}: a deadline must be positive", {"timeout_s": 60}),
+        ("timeout_s", "soon", f"{OPTIONS}: a deadline must be positive", {}),
+        ("version", "7", f"{OPTIONS}: not a version", {}),
     ],
 )
 def test_options(rig: Rig, option: str, value: Any, key: str, right: dict[str, Any]) -> None:
-    with provoked(ConfigError, f"{OPTIONS}: {key}"):
+    with provoked(ConfigError, key):
         rig.push(**{option: value})
     rig.good_push(**right)
 
@@ -124,25 +127,24 @@ def test_explanations(fresh: Callable[..., Rig]) -> None:
 @pytest.mark.parametrize(
     ("prompts", "sampling", "key"),
     [
-        ([5, 6], SHORT, "not a prompt of token ids"),
-        ([[5], []], SHORT, "an empty prompt"),
-        ([[-5]], SHORT, "not a token id"),
-        ([[5]], {"max_tokens": 3}, "not a sampling"),
-        ([[5]], bridge.Sampling(top_p=0.0), "a sampling that no engine can take"),
-        ([[5]], bridge.Sampling(temperature=float("nan")), "a sampling that no engine can take"),
+        ([5, 6], SHORT, f"{GENERATE}: not a prompt of token ids"),
+        ([[5], []], SHORT, f"{GENERATE}: an empty prompt"),
+        ([[-5]], SHORT, f"{GENERATE}: not a token id"),
+        ([[5]], {"max_tokens": 3}, f"{GENERATE}: not a sampling"),
+        ([[5]], bridge.Sampling(top_p=0.0), f"{GENERATE}: a sampling that no engine can take"),
+        ([[5]], bridge.Sampling(temperature=float("nan")), f"{GENERATE}: a sampling that no engine can take"),
     ],
 )
 def test_prompts(rig: Rig, prompts: Any, sampling: Any, key: str) -> None:
-    with provoked(ConfigError, f"{GENERATE}: {key}"):
+    with provoked(ConfigError, key):
         rig.b.engines[0].generate(prompts, sampling)
     assert rig.b.engines[0].generate([[5]], SHORT)
 
 
 def test_prompts_that_this_engine_cannot_take(rig: Rig) -> None:
-    checks = "engine_side/driver/prompt_checks.py"
-    with provoked(ConfigError, f"{checks}: a prompt's length does not fit", "shorten"):
+    with provoked(ConfigError, f"{CHECKS}: a prompt's length does not fit", "shorten"):
         rig.b.engines[0].generate([[5] * 5000], SHORT)
-    with provoked(ConfigError, f"{checks}: a token id outside the vocabulary", "tokenise"):
+    with provoked(ConfigError, f"{CHECKS}: a token id outside the vocabulary", "tokenise"):
         rig.b.engines[0].generate([[131]], SHORT)
     with provoked(ConfigError, f"{GENERATE}: an adapter is chosen by name", "leave it out"):
         rig.b.engines[0].generate([[5]], SHORT, adapter=3)  # type: ignore[arg-type]
@@ -236,6 +238,31 @@ def test_another_trainer(fresh: Callable[..., Rig]) -> None:
     rig.good_push()
 
 
+def test_a_forked_child(fresh: Callable[..., Rig]) -> None:
+    rig = fresh()
+    rig.good_push()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with provoked(
+                Closed,
+                f"{PORTS}: this Bridge belongs to the process that opened it, and this is a forked child of it",
+                "in the parent",
+            ):
+                rig.push()
+            os.write(write, b"right")
+        except BaseException as error:
+            os.write(write, str(error).encode()[:400])
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 400) == b"right"
+    os.close(read)
+    os.close(write)
+    rig.good_push()
+
+
 def test_what_can_be_attached(fresh: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     key = "engine_side/engines/registry.py: nobody knows how to push into this object"
     with provoked(ConfigError, key, "attach the engine itself"):
@@ -260,12 +287,11 @@ def test_what_can_be_attached(fresh: Callable[..., Rig], monkeypatch: pytest.Mon
 
 
 def test_what_can_be_launched(folder: Path) -> None:
-    registry = "engine_side/engines/registry.py"
     with provoked(ConfigError, "bridge/api.py: at least one engine is needed", "leave it out"):
         bridge.launch(f"embedded:{folder}", engines=0)
-    with provoked(ConfigError, f"{registry}: no such kind of engine", "in front of the folder"):
+    with provoked(ConfigError, f"{REGISTRY}: no such kind of engine", "in front of the folder"):
         bridge.launch(str(folder))
-    with provoked(NotFound, f"{registry}: no such checkpoint folder", "folder"):
+    with provoked(NotFound, f"{REGISTRY}: no such checkpoint folder", "folder"):
         bridge.launch("embedded:nowhere")
     with provoked(NotFound, "bridge/daemon/actors.py: no daemon of that name: {}", "weighbridge up"):
         bridge.connect("nobody-launched-this")
@@ -344,9 +370,8 @@ def test_a_quarantined_engine(fresh: Callable[..., Rig]) -> None:
         rig.step()
         with pytest.raises(EngineQuarantined, match=r"remedy: engines now serve engine0: nothing"):
             rig.push()
-    service = "engine_side/driver/service.py"
     with provoked(
-        EngineQuarantined, f"{service}: this engine holds weights that nobody verified and serves nothing", "push"
+        EngineQuarantined, f"{SERVICE}: this engine holds weights that nobody verified and serves nothing", "push"
     ):
         rig.b.engines[0].generate(PROMPTS, SHORT)
     with provoked(EngineQuarantined, "engine_side/embedded/engine.py: this engine refuses to generate", "push"):
@@ -380,9 +405,9 @@ def test_a_command_line() -> None:
     from bridge.cli import commands
 
     for arguments, key, word in (
-        (["max_num_seqs"], "not a setting", "max_num_seqs=8"),
-        (["a=1", "a=2"], "a setting was given twice", "once"),
+        (["max_num_seqs"], f"{CLI}: not a setting", "max_num_seqs=8"),
+        (["a=1", "a=2"], f"{CLI}: a setting was given twice", "once"),
     ):
-        with provoked(ConfigError, f"bridge/cli/commands.py: {key}", word):
+        with provoked(ConfigError, key, word):
             commands._settings(arguments)
     assert commands._settings(["max_num_seqs=8"]) == {"max_num_seqs": 8}

@@ -32,7 +32,10 @@ def refusal_error(
     if able:
         ways.append("use " + " or ".join(f'mode="{m}"' for m in able))
     elif not ways:
-        ways.append("no mode can carry this: remove the module from the adapter, or unload it")
+        ways.append(
+            "no mode can carry this: merge the adapter into the model (merge_and_unload) and bind that, or remove the "
+            "module from the adapter"
+        )
     where = first.where or (first.names[0] if first.names else "the model")
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     return UnsupportedLora(

@@ -116,6 +116,7 @@ class Finding:
             where=where,
             expected="a layer whose forward computes with one weight that can be read",
             got=self.reason,
-            remedy=", or ".join(filter(None, ways)) or "remove the module from the adapter, or unload it",
+            remedy=", or ".join(filter(None, ways))
+            or "merge the adapter into the model (merge_and_unload) and bind that",
             names=(where,),
         )
