@@ -24,12 +24,14 @@ def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
     """Make the error of a failed level: its first failure in the message, the tensors of all in `names`."""
     first = level.failures[0] if level.failures else Failure("?", "", "")
     more = f" (and {len(level.failures) - 1} more)" if len(level.failures) > 1 else ""
-    return ERROR_OF_LEVEL[level.level](
+    kind = ERROR_OF_LEVEL[level.level]
+    return kind(
         f"the {level.level} check failed",
         where=f"{first.name}{more} on {engine} rank {rank}",
         expected=first.expected,
         got=first.got,
-        remedy="weighbridge explain NAME TENSOR shows where a tensor goes and by which strategy",
+        remedy="push again; if it fails again, start the engine anew (weighbridge explain NAME TENSOR shows where a "
+        "tensor goes and by which strategy)",
         names=tuple(dict.fromkeys(failure.tensor or failure.name for failure in level.failures)),
     )
 

@@ -18,6 +18,7 @@ from bridge.bench import engine_bench
 from bridge.bench.copy_bench import BenchOptions
 from bridge.errors import (
     ConfigError,
+    DigestMismatch,
     DtypeMismatch,
     EngineQuarantined,
     MissingTensor,
@@ -34,7 +35,7 @@ from engine_side.engines.registry import host
 from tests.cases.raised import provoked
 from tests.conftest import perturb, tiny_qwen2
 from tests.engine_side import embedded_models as tiny
-from tests.push.faults import Breaker, bend_rope
+from tests.push.faults import Breaker, bend_rope, corrupt_a_byte, swap_rows
 from tests.push.lora_rig import LoraRig, wrap
 from tests.push.rig import PROMPTS, Rig
 
@@ -196,6 +197,24 @@ def test_derived_state_that_is_wrong(rigs: Callable[..., Rig]) -> None:
         with provoked(PushAborted, key, "start the engine anew"):
             rig.push()
     rigs(rig.model).good_push()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "key"),
+    [
+        (corrupt_a_byte, DigestMismatch, "bridge/shm/seal.py: {}{}: the bytes are not those that were sealed"),
+        (swap_rows, PushAborted, f"{LEVELS}: the {{}} check failed"),
+    ],
+)
+def test_a_level_that_fails(rigs: Callable[..., Rig], fault: Callable[..., Any], kind: Any, key: str) -> None:
+    rig = rigs()
+    rig.good_push()
+    with pytest.MonkeyPatch.context() as patch:
+        fault(rig, patch)
+        rig.step()
+        with provoked(kind, key, "push again"):
+            rig.push()
+    rig.good_push()
 
 
 def test_sharded_tensors(rigs: Callable[..., Rig]) -> None:

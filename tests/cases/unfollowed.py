@@ -36,7 +36,6 @@ UNCAUSED: Mapping[str, tuple[str, ...]] = {
         "bridge/shm/mailbox.py: ranks did not answer in time",
         "bridge/shm/seal.py: a seal's digests are not those of its root",
         "bridge/shm/seal.py: the slot is not sealed",
-        "bridge/shm/seal.py: {}{}: the bytes are not those that were sealed",
         "bridge/transports/collective.py: the offered digests are not those of their root",
         "engine_side/driver/arenas.py: the arena does not hold the announced version",
     ),
