@@ -39,8 +39,8 @@ def level_error(engine: str, rank: int, level: LevelResult) -> IntegrityError:
 def canary_error(engine: str, drift: CanaryResult, losses: DeclaredLosses) -> CanaryMismatch:
     """Make the error of a canary above its limit. `losses` are those that the engine's configuration declares."""
     remedy = (
-        "bits and probes passed: start the engine anew from a checkpoint of this model; if it fails again, derived state "
-        "that a load does not reach is wrong (rope, caches, scales)"
+        "bits and probes passed: start the engine anew from a checkpoint of this model; if it fails again, derived "
+        "state that a load does not reach is wrong (rope, caches, scales)"
     )
     if losses and drift.noise is None:
         remedy = (
