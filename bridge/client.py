@@ -301,6 +301,8 @@ class Bridge:
             raise
         if choice.mode == "base" and not settings.partial:
             self._base.note_pushed(slot.version, snapshot)
+        if snapshot.merged:
+            self._base.note_merged(slot.version)
         return PendingPush(self._session, slot.version, settings.timeout_s)
 
     def _write(

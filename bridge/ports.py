@@ -118,6 +118,11 @@ class Snapshot(Protocol):
         ...
 
     @property
+    def merged(self) -> bool:
+        """True for weights that hold adapters."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Notes about the tensors, for the receipt."""
         ...

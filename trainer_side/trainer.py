@@ -142,7 +142,14 @@ class TrainerSide:
             # The names of a LoRA alone are those of `lora_format`: there is no model's name to resolve.
             source = self._views[mode] = WeightSource(None if view.known is None else lora.model, view.known)
         collected = source.collect(view.named, partial=partial, computed=view.computed)
-        return dataclasses.replace(collected, adapter=view.adapter, notes=view.notes, state=view, storages=storages)
+        return dataclasses.replace(
+            collected,
+            adapter=view.adapter,
+            merged=view.merged,
+            notes=view.notes,
+            state=view,
+            storages=storages,
+        )
 
     def keep(self, named: NamedTensors) -> list[tuple[str, torch.Tensor]]:
         """Copy tensors to host memory as they come. Raises ConfigError for what is no pair, and as `require_plain`."""

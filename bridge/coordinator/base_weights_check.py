@@ -30,6 +30,8 @@ class BaseWeightsCheck:
     def __init__(self, trainer: TrainerPort) -> None:
         self._trainer = trainer
         self._found: _Finding | None = None
+        self._merged: int | None = None
+        """Version of the last push whose weights hold adapters."""
 
     @property
     def over(self) -> int | None:
@@ -45,6 +47,10 @@ class BaseWeightsCheck:
         Ignored if the pushed values differ from the bound model's current base weights."""
         mark = self._trainer.base_mark(snapshot)
         self._found = None if mark is None else _Finding(version, mark)
+
+    def note_merged(self, version: int) -> None:
+        """Note that a push of weights that hold adapters was submitted."""
+        self._merged = version
 
     @property
     def holds(self) -> bool:
@@ -71,6 +77,8 @@ class BaseWeightsCheck:
             snapshot = self._trainer.collect_base()
             compared = compare(snapshot)
         except UnsupportedLora as error:
+            if self._merged is not None and served() == self._merged:
+                raise _holds_adapters(self._merged) from error
             return f"the engines' base weights were not compared with the trainer's: {error}"
         except (DtypeMismatch, MissingTensor) as error:  # engines that hold their base in another format
             return f"the engines' base weights cannot be compared with the trainer's: {error}"
@@ -90,3 +98,14 @@ class BaseWeightsCheck:
         )
         self._found = _Finding(compared.weights, mark, against)
         raise against
+
+
+def _holds_adapters(version: int) -> UnsupportedLora:
+    return UnsupportedLora(
+        "the engines serve merged weights, over which an adapter would act a second time",
+        where="the engines' weights",
+        expected="the base that the adapter was trained on",
+        got=f"those of version {version}, a merged push",
+        remedy="go on with mode='merged'; or push mode='merged' once while the adapters are disabled "
+        "(model.disable_adapter()), then the adapter",
+    )

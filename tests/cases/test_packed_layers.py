@@ -125,6 +125,21 @@ def test_an_adapter_over_a_packed_base(rig: LoraRig) -> None:
     assert rig.answers("base") == base
 
 
+def test_no_adapter_over_merged_weights(rig: LoraRig) -> None:
+    """A packed base cannot be compared bit for bit, but who pushed merged weights knows that they are no base."""
+    stir(rig.model, seed=1, scale=0.3)
+    rig.push(mode="merged")
+    answers = rig.answers()
+    with pytest.raises(UnsupportedLora, match=r"would act a second time.*while the adapters are disabled"):
+        rig.push(mode="adapter", verify="weights")
+    assert rig.answers() == answers
+    assert rig.push().mode == "merged"
+    with rig.model.disable_adapter():  # the remedy
+        rig.push(mode="merged")
+    assert rig.push(mode="adapter", verify="weights").verified == "partial"
+    assert rig.serves(rig.truth())
+
+
 def test_a_packed_layer_that_reads_its_weight_otherwise_is_refused(tmp_path: Path) -> None:
     rig = _rig(HalfBytes, tmp_path)
     try:

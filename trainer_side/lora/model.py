@@ -47,6 +47,7 @@ class ModeView:
         named: tensors that travel as they stand, by clean live name.
         computed: tensors that are computed while the snapshot is written; their stand-ins stay the same objects.
         adapter: rank of a LoRA that travels alone.
+        merged: adapters act in some of the computed tensors.
         state: of the LoRA layers when the push began.
         notes: for the receipt.
         open: layers that are still to be compared with what is computed for them; see `LoraModel.settle`.
@@ -60,6 +61,7 @@ class ModeView:
     state: LoraState
     notes: tuple[str, ...] = ()
     open: tuple[OpenLayer, ...] = ()
+    merged: bool = False
     fingerprint: Hashable = None
     watched: tuple[BaseTensor, ...] = field(default=(), repr=False)
 
@@ -282,7 +284,8 @@ class LoraModel:
         computed = baked.list_computed(given, now, selected.computed)
         adapter = None if baked.portable is None else LoraSpec(baked.portable.rank)
         marks = _fingerprint(watched)
-        return ModeView(baked.known, named, computed, adapter, now, last.notes, waiting, marks, watched)
+        merged = any(one.needs for one in selected.computed)
+        return ModeView(baked.known, named, computed, adapter, now, last.notes, waiting, merged, marks, watched)
 
 
 def _fingerprint(watched: Sequence[BaseTensor]) -> Hashable:

@@ -95,6 +95,7 @@ class Collected:
         addresses: where the first element of each lies; 0 where there is none.
         computed: index -> what is computed while the snapshot is written; its entry in `sources` is the stand-in.
         adapter: set when the tensors are those of a LoRA alone.
+        merged: adapters lie in these weights.
         notes: for the receipt.
         state: of the model's LoRA layers when this was collected; see `LoraModel.changed_since`.
         storages: addresses of the storages that the tensors lie in, or are computed from.
@@ -105,6 +106,7 @@ class Collected:
     addresses: list[int]
     computed: Mapping[int, Computed] = field(default_factory=dict)
     adapter: LoraSpec | None = None
+    merged: bool = False
     notes: tuple[str, ...] = ()
     state: object = None
     storages: frozenset[int] = frozenset()
