@@ -330,7 +330,10 @@ class Bridge:
         if last is not None and last.layout is snapshot.layout and last.partial == partial:
             return last
         request = PlanRequest(snapshot.layout.tensors, partial, self._trainer.bound, snapshot.adapter)
-        planned = self._plan(request, snapshot)
+        try:
+            planned = self._plan(request, snapshot)
+        except UnexpectedTensor as error:
+            raise self._trainer.explain(error) from error
         arena = last.arena if last is not None else None
         if arena is None or str(arena.path) != planned.path:
             if arena is not None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from bridge.errors import Closed, ProtocolError
+from bridge.errors import Closed, ProtocolError, UnexpectedTensor
 from bridge.model.declared_losses import Rounding
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import TensorInfo
@@ -227,6 +227,10 @@ class TrainerPort(Protocol):
         For an adapter also the reference of the model without it; for mode "base" that one alone. Raises ConfigError
         when the model has none, DeadlineExceeded when the forward outlasts the deadline, and as `collect` for layers
         of the snapshot that only the model can call."""
+        ...
+
+    def explain(self, error: UnexpectedTensor) -> UnexpectedTensor:
+        """Return the error with what the bound model knows of tensors for which engines have no place."""
         ...
 
     def doubts(self, snapshot: Snapshot) -> tuple[str, ...]:

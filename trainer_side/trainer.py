@@ -22,10 +22,12 @@ from bridge.shm.arena import Arena
 from bridge.shm.seal import seal_slot
 from trainer_side.independence import find_dependent
 from trainer_side.lora.base_fingerprint import base_fingerprint
+from trainer_side.lora.layers.module_tree import inner_model
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import WithoutLora
 from trainer_side.names.naming import live_tensors
+from trainer_side.names.parametrized import explain_unexpected
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, rounded_logprobs, vocabulary_size
@@ -268,6 +270,10 @@ class TrainerSide:
         if self._lora is not None and isinstance(view, ModeView):
             self._lora.settle(view, calls, deadline)
         return found, base
+
+    def explain(self, error: UnexpectedTensor) -> UnexpectedTensor:
+        """Return the error with what the bound model knows of tensors for which engines have no place."""
+        return error if self._model is None else explain_unexpected(inner_model(self._model), error)
 
     def doubts(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Say which computed tensors were not compared with their layers, and why. Called after `reference`."""
