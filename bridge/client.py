@@ -425,14 +425,11 @@ class Bridge:
             return None, None, msgspec.structs.replace(settings, levels=LEVELS_OF["weights"]), (f"no canary: {error}",)
 
     def _roundings(self, agreed: _Agreed) -> set[Rounding]:
-        """Find what explains the declared losses of engines whose noise may be measured by this push."""
-        if not any(info.losses for info in self._engine_infos or ()):
-            return set()
+        """Find what explains the losses that engines declare."""
         weights = self._agreed.get(False, agreed).planned.manifest
         codes = {tensor.dtype for tensor in weights.tensors} & CODES
         known = codes.pop() if len(codes) == 1 and codes <= ROUNDS_TO else None
-        open_ = [info for info in self.status().engines if info.noise is None and info.serving == 0]
-        found = {info.losses.rounding(known) for info in open_}
+        found = {info.losses.rounding(known) for info in self._engine_infos or ()}
         return {rounding for rounding in found if rounding is not None}
 
     # ---- questions --------------------------------------------------------------------------------------------------

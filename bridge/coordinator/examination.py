@@ -44,7 +44,8 @@ def examine(fleet: Fleet, versions: Versions, deadline: Deadline) -> list[Examin
         answer, drift = answers.get(engine), None
         if reference is not None and isinstance(answer, EngineChecked) and answer.scores:
             floor = fleet.floors.get(engine, canary.DEFAULT_FLOOR)
-            rule = canary.LimitRule(floor, info.noise, references.canary_limit)
+            noise = None if info.noise is None else info.noise.expected(reference.rounding_of(info.losses))
+            rule = canary.LimitRule(floor, noise, references.canary_limit)
             drift = canary.compare(reference.logprobs, answer.scores, rule)
         found.append(Examined(info, answer, drift))
     return found

@@ -179,7 +179,7 @@ def _outputs(engine: Examined) -> Iterator[Check]:
         remedy = "the weights' bits are listed above; if they are right, derived state or caches are not"
         limit = f"mean |difference| <= {canary.limit:.4f} nats"
         if canary.noise is not None:
-            limit += f", with a noise of {canary.noise:.3f} of the standard deviation by {engine.info.losses}"
+            limit += f", at a noise of {canary.noise:.3f} of the standard deviation by {engine.info.losses}"
         if not canary.conclusive:
             limit, remedy = "a canary that shows something", "pass canary_limit=NATS to judge by a number of your own"
         passed = canary.ok and canary.conclusive

@@ -23,8 +23,9 @@ DEFAULT_FLOOR = 0.05
 FLOOR_SPREAD = 1.0
 """Nats. Rounding in the compute dtype grows with the logits, and the floor with it above this spread: bf16 was seen to
 make 0.005 to 0.015 of the spread, 0.04 with fp32 in the trainer and logits that spread over 13 nats."""
-NOISE_MARGIN = 3.0
-"""The limit over the measured noise: that of other weights was seen to be up to twice as large."""
+NOISE_MARGIN = 2.0
+"""The limit over the expected noise. That of other weights was seen to be 1.2 times as large where it was expected by
+rounding in the trainer, else 1.6 times after small steps."""
 NOISE_CAP = 0.5
 """Of the spread. An engine whose noise needs a higher limit answers too unlike the trainer for a canary."""
 
@@ -35,7 +36,7 @@ class LimitRule:
 
     Attributes:
         floor: mean |difference| in nats that is never an error, up to FLOOR_SPREAD.
-        noise: the measured noise of an engine that declares losses, as a fraction of the spread: like every rounding
+        noise: the noise to expect of an engine that declares losses, as a fraction of the spread: like every rounding
             in the engine it grows with the logits. None where it was not measured, or nothing is declared.
         given: the user's `canary_limit` in nats, which takes the place of all else.
     """
@@ -114,6 +115,12 @@ def compare(reference: Sequence[Sequence[float]], got: Sequence[Sequence[float]]
         noise=rule.noise,
         conclusive=rule.conclusive,
     )
+
+
+def fraction_of(reference: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float | None:
+    """Compute the mean |difference| as a fraction of the reference's spread; None without a spread."""
+    found = compare(reference, other, LimitRule())
+    return found.mean_abs / found.spread if found.spread > 0 else None
 
 
 def spread_of(reference: Sequence[Sequence[float]]) -> float:

@@ -15,6 +15,25 @@ class Rounding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     codes: str | None = None
 
 
+class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The measured noise of an engine that declares losses.
+
+    Attributes:
+        fraction: mean |trainer - engine| over the standard deviation of the trainer's log-probabilities.
+        of_rounding: the same over what rounding changed in the trainer then. It hardly depends on the weights, while
+            `fraction` grew fivefold over a few steps of some. None where the trainer could not round.
+    """
+
+    fraction: float
+    of_rounding: float | None = None
+
+    def expected(self, rounding: float | None) -> float:
+        """Tell what fraction to expect of weights with which rounding changes this fraction in the trainer."""
+        if self.of_rounding is None or rounding is None:
+            return self.fraction
+        return self.of_rounding * rounding
+
+
 class DeclaredLosses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The losses of one engine, from its configuration, never measured. False when there are none.
 

@@ -68,8 +68,8 @@ class CanaryResult(msgspec.Struct, frozen=True):
 
     Attributes:
         spread: standard deviation of the trainer's log-probabilities.
-        noise: the engine's noise as a fraction of the spread, as it was measured before anything was pushed; None where
-            it was not, or is no part of the limit.
+        noise: the noise to expect of this engine with these weights, as a fraction of the spread, from what was
+            measured before anything was pushed; None where nothing was, or it is no part of the limit.
         conclusive: False when the noise is so large that this canary shows nothing.
     """
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from bridge.model.declared_losses import DeclaredLosses, Rounding
+from bridge.model import canary
+from bridge.model.declared_losses import DeclaredLosses, Noise, Rounding
 from bridge.model.lora_format import LoraLimits, LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import Receipt
@@ -38,6 +39,14 @@ class Reference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logprobs: Scores
     rounded: tuple[Rounded, ...] = ()
 
+    def rounding_of(self, losses: DeclaredLosses) -> float | None:
+        """Compute what rounding as these losses do changes in the trainer, as a fraction of the standard deviation of
+        its log-probabilities. None where it did not round so."""
+        for found in self.rounded:
+            if found.rounding == losses.rounding(found.rounding.codes):
+                return canary.fraction_of(self.logprobs, found.logprobs)
+        return None
+
 
 class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Facts of one engine, as its service tells them.
@@ -49,8 +58,7 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         adapter: the LoRA adapter that "current" means now.
         adapters: the LoRA adapters that pushes have loaded and that it still holds.
         losses: what its configuration declares to be stored or computed more coarsely than its weights' dtype.
-        noise: what these were measured to change before the first load, as a fraction of the standard deviation of the
-            trainer's log-probabilities; None: not known.
+        noise: what these were measured to change before the first load; None: not known.
     """
 
     id: str
@@ -67,7 +75,7 @@ class EngineInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str | None = None
     adapters: tuple[str, ...] = ()
     losses: DeclaredLosses = DeclaredLosses()
-    noise: float | None = None
+    noise: Noise | None = None
 
 
 class Refused(Message, frozen=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from bridge.model.declared_losses import Noise
 from bridge.model.lora_format import LoraSpec
 from bridge.model.manifest import Manifest, TensorInfo
 from bridge.model.receipt import LevelResult, RankReport
@@ -90,7 +91,7 @@ class NoiseJob(Message, frozen=True):
     """Tell what is known of this engine's noise; with `measured`, keep that for this process's life. It is a fact of
     the engine as it was started, so it has to outlive the bridge that measured it."""
 
-    measured: float | None = None
+    measured: Noise | None = None
 
 
 class ReadBackJob(Message, frozen=True):
@@ -176,7 +177,7 @@ class RankNoise(Message, frozen=True):
     """The noise that was measured in this engine (None: not yet), and whether a load of weights has ever begun to write
     in this rank: after that it cannot be measured any more."""
 
-    noise: float | None
+    noise: Noise | None
     written: bool
 
 

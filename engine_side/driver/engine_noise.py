@@ -7,9 +7,7 @@ what the engine holds. Later nobody could tell noise from what a load broke.
 from __future__ import annotations
 
 from bridge.errors import CanaryMismatch
-from bridge.model import canary
-from bridge.model.canary import LimitRule
-from bridge.model.declared_losses import DeclaredLosses
+from bridge.model.declared_losses import DeclaredLosses, Noise
 from bridge.model.receipt import CanaryResult
 from bridge.protocol.coordinator_messages import Reference
 from bridge.protocol.deadline import Deadline
@@ -27,14 +25,14 @@ class EngineNoise:
 
     Attributes:
         losses: what the engine's configuration declares.
-        fraction: mean |difference| over the spread of the trainer's log-probabilities; None while it is not known.
+        measured: None while it is not known.
     """
 
     def __init__(self, engine_id: str, driver: EngineDriver, ranks: RankClient) -> None:
         self._id = engine_id
         self._ranks = ranks
         self.losses = driver.losses if isinstance(driver, DeclaresLosses) else DeclaredLosses()
-        self.fraction: float | None = None
+        self.measured: Noise | None = None
         self._settled = False  # judged, or too late for that
 
     def measurable(self, deadline: Deadline) -> bool:
@@ -43,8 +41,8 @@ class EngineNoise:
         earlier bridge has measured; blocks for that."""
         if not self._settled:
             answers = self._ranks.ask(NoiseJob(), RankNoise, deadline)
-            self.fraction = answers[0].noise
-            self._settled = self.fraction is not None or any(answer.written for answer in answers)
+            self.measured = answers[0].noise
+            self._settled = self.measured is not None or any(answer.written for answer in answers)
         return not self._settled
 
     def judge(self, drift: CanaryResult, reference: Reference, deadline: Deadline) -> None:
@@ -54,28 +52,26 @@ class EngineNoise:
         Raises CanaryMismatch for a difference above the limit without a declared loss, or above what the declared ones
         explain, if that is known.
         """
-        explained = self._explained(reference)
+        rounding = reference.rounding_of(self.losses)
+        explained = None if rounding is None else ROUNDING_MARGIN * rounding * drift.spread
         if not drift.ok and (not self.losses or (explained is not None and drift.mean_abs > explained)):
             raise undeclared_error(self._id, drift, self.losses, explained)
         if self.losses and drift.spread > 0:
-            self.fraction = drift.mean_abs / drift.spread
-            self._ranks.ask(NoiseJob(self.fraction), RankNoise, deadline)
+            fraction = drift.mean_abs / drift.spread
+            self.measured = Noise(fraction, fraction / rounding if rounding else None)
+            self._ranks.ask(NoiseJob(self.measured), RankNoise, deadline)
         self._settled = True
 
-    def _explained(self, reference: Reference) -> float | None:
-        """Compute the mean |difference| in nats up to which the declared losses explain it, by what rounding changes in
-        the trainer; None where the trainer could not round as they do."""
-        for rounded in reference.rounded:
-            if rounded.rounding == self.losses.rounding(rounded.rounding.codes):
-                return ROUNDING_MARGIN * canary.compare(reference.logprobs, rounded.logprobs, LimitRule()).mean_abs
-        return None
+    def expected(self, reference: Reference) -> float | None:
+        """Tell the noise to expect of the reference's weights, as a fraction of its spread; None while unknown."""
+        return None if self.measured is None else self.measured.expected(reference.rounding_of(self.losses))
 
     def inconclusive(self, drift: CanaryResult) -> str:
         """Say in a receipt why the canary shows nothing."""
         return (
-            f"the canary of {self._id} shows nothing: with {self.losses} it answered otherwise than the trainer on the "
-            f"same weights, before anything was pushed, by {drift.noise or 0.0:.2f} of the trainer's standard "
-            f"deviation; now by {drift.mean_abs:.4f} nats, at a standard deviation of {drift.spread:.4f}"
+            f"the canary of {self._id} shows nothing: with {self.losses}, and by how it answered before anything was "
+            f"pushed, it may be {drift.noise or 0.0:.2f} of the trainer's standard deviation off; it is "
+            f"{drift.mean_abs:.4f} nats off, at a standard deviation of {drift.spread:.4f}"
         )
 
 

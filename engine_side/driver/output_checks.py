@@ -85,10 +85,10 @@ class OutputChecks:
             scores = self.scores(alone.prompts, deadline)
             self._served = Answers(serving, alone.prompts, scores, LimitRule(request.canary_floor))
             if measuring:
-                self.noise.judge(canary.compare(alone.logprobs, scores, self._rule(request)), alone, deadline)
+                self.noise.judge(self._weigh(request, alone, scores), alone, deadline)
 
-    def _rule(self, request: EngineLoad) -> LimitRule:
-        return LimitRule(request.canary_floor, self.noise.fraction, request.job.settings.canary_limit)
+    def _rule(self, request: EngineLoad, reference: Reference) -> LimitRule:
+        return LimitRule(request.canary_floor, self.noise.expected(reference), request.job.settings.canary_limit)
 
     def canary(self, request: EngineLoad, deadline: Deadline) -> CanaryResult | None:
         """Compare the loaded version's log-probabilities with the trainer's; None when not asked for.
@@ -99,7 +99,8 @@ class OutputChecks:
         self._loaded = None
         if request.reference is None:
             return None
-        self._cache_limit = self._rule(request).limit(canary.spread_of(request.reference.logprobs))
+        rule = self._rule(request, request.reference)
+        self._cache_limit = rule.limit(canary.spread_of(request.reference.logprobs))
         if "canary" not in request.job.settings.levels:
             return None
         alone = request.reference if request.base is None else request.base
@@ -148,7 +149,7 @@ class OutputChecks:
         )
 
     def _weigh(self, request: EngineLoad, reference: Reference, scores: Scores) -> CanaryResult:
-        return canary.compare(reference.logprobs, scores, self._rule(request))
+        return canary.compare(reference.logprobs, scores, self._rule(request, reference))
 
     def check_cache(self, answered: bool, deadline: Deadline, lora: str | None = None) -> LevelResult:
         """After the reset, continue the prompt that was cached before the sync, with cache reads allowed.

@@ -198,7 +198,7 @@ class EngineService:
             adapter=self._loras.current,
             adapters=tuple(sorted(self._loras.loaded)),
             losses=self._outputs.noise.losses,
-            noise=self._outputs.noise.fraction,
+            noise=self._outputs.noise.measured,
         )
 
     def _report(

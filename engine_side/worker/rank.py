@@ -15,6 +15,7 @@ import msgspec
 
 from bridge.config import from_environment
 from bridge.errors import REPORT, BridgeError, ProtocolError
+from bridge.model.declared_losses import Noise
 from bridge.model.manifest import validate
 from bridge.model.receipt import RankReport
 from bridge.protocol import rank_jobs as jobs
@@ -70,7 +71,7 @@ class Rank:
         self._loaded: tuple[int, int] | None = None
         """(plan, slot) of the weights that were loaded last."""
         self._ever_written = False
-        self._noise: float | None = None
+        self._noise: Noise | None = None
         self._own = True
         """The engine's own checkpoint is served, as far as loads through this rank tell."""
 

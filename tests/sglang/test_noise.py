@@ -28,7 +28,6 @@ def test_a_coarse_kv_cache_is_served(rigs: Any, tmp_path: Path) -> None:
                 rig.model.lm_head.weight.mul_(times)
             receipt = rig.push()
             assert receipt.verified is True
-            assert receipt.engines[0].canary is not None
-            assert receipt.engines[0].canary.noise == drift.noise
+        assert rig.b.status().engines[0].noise.fraction == pytest.approx(drift.noise)
     finally:
         rig.close()

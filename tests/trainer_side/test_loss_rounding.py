@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from bridge.model import canary
-from bridge.model.declared_losses import DeclaredLosses, Rounding
+from bridge.model.declared_losses import DeclaredLosses, Noise, Rounding
 from tests.families import make_model
 from tests.rigs import bits_of, difference
 from trainer_side.loss_rounding import rounded_as
@@ -82,3 +82,11 @@ def test_values_beyond_a_kv_caches_range_become_its_largest() -> None:
 ])  # fmt: skip
 def test_what_nobody_knows_is_not_rounded(losses: DeclaredLosses, codes: str | None, expected: Rounding | None) -> None:
     assert losses.rounding(codes) == expected
+
+
+def test_noise_follows_what_rounding_changes() -> None:
+    """Measured at 0.02 where rounding changed 0.01: where rounding changes 0.05, 0.1 is to be expected."""
+    noise = Noise(0.02, of_rounding=2.0)
+    assert noise.expected(0.05) == pytest.approx(0.1)
+    assert noise.expected(None) == 0.02
+    assert Noise(0.02).expected(0.05) == 0.02
