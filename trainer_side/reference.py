@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.shielded.undo import Undo
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
 _TRANSPARENT = ("_orig_mod", "module")
@@ -113,9 +116,14 @@ def rounded_logprobs(
     deadline: Deadline | None = None,
 ) -> list[list[float]] | None:
     """Compute what `reference_logprobs` does, with `rounding` in the forward. None for a model in which some of it
-    cannot be reached. Blocks and raises as it does."""
-    with rounded_as(rounding) as modes:
-        scores = reference_logprobs(model, prompts, copier, deadline=deadline)
+    cannot be reached, or whose forward does not bear it: that must not cost the canary. Blocks; raises IntegrityError
+    and DeadlineExceeded as it does."""
+    try:
+        with rounded_as(rounding) as modes:
+            scores = reference_logprobs(model, prompts, copier, deadline=deadline)
+    except ConfigError as error:
+        log.warning("rounding as %s is not possible in %s: %s", rounding, type(model).__name__, error)
+        return None
     return scores if all(mode.reached for mode in modes) else None
 
 

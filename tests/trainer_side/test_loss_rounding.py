@@ -12,7 +12,7 @@ from bridge.model import canary
 from bridge.model.declared_losses import DeclaredLosses, Noise, Rounding
 from tests.families import make_model
 from tests.rigs import bits_of, difference
-from trainer_side.loss_rounding import rounded_as
+from trainer_side.loss_rounding import ProductRounding, rounded_as
 from trainer_side.reference import reference_logprobs, rounded_logprobs
 
 PROMPTS = canary.prompts(411)
@@ -90,3 +90,12 @@ def test_noise_follows_what_rounding_changes() -> None:
     assert noise.expected(0.05) == pytest.approx(0.1)
     assert noise.expected(None) == 0.02
     assert Noise(0.02).expected(0.05) == 0.02
+
+
+def test_a_forward_that_does_not_bear_rounding_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, value: Any) -> Any:
+        raise RuntimeError("no kernel for this")
+
+    model = make_model("llama")
+    monkeypatch.setattr(ProductRounding, "_rounded", refuse)
+    assert changed(model, CODES) is None
