@@ -160,20 +160,20 @@ def _qwen3_next() -> Any:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     sizes = {
-        **SIZES, "head_dim": 64, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
-        "tie_word_embeddings": False,
+        **SIZES, "head_dim": 64, "full_attention_interval": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "tie_word_embeddings": False,
     }  # fmt: skip
     return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes))
 
 
 def _mamba2() -> Any:
+    """One layer: rounding to bf16 moves transformers' own answer of two by as much as an engine may be off."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     sizes = {
-        **SIZES, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 16,
-        "tie_word_embeddings": False,
+        **SIZES, "num_hidden_layers": 1, "state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1,
+        "chunk_size": 16, "tie_word_embeddings": False,
     }  # fmt: skip
     return Mamba2ForCausalLM(Mamba2Config(**sizes))
 

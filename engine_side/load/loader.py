@@ -480,7 +480,7 @@ class Loader:
         work = direct.batches
         if wanted is not None:
             work = batches([p for p in direct.pairs if p.tensor in wanted], self.threads)
-        with torch.no_grad():
+        with experiment_step("writing weights", type(self.host.model).__name__), torch.no_grad():
             written = copy_all(self.pool, work)
             if wanted is None:
                 for _, view, value in direct.constants:

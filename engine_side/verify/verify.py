@@ -160,7 +160,8 @@ class Verifier:
         A tensor whose module is no longer there is a failure.
         """
         loader = self.loader
-        readable, wrong = loader.compare(slot)
+        with experiment_step("reading weights back", type(loader.host.model).__name__):
+            readable, wrong = loader.compare(slot)
         names = [spec.name for spec in loader.mapped.manifest.tensors]
         expected, got = "the module that was attached, in the live tree", "it was replaced"
         failures = [
