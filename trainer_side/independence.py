@@ -18,6 +18,7 @@ from trainer_side.reference import call_on_copy, forward_logits, quiet, vocabula
 from trainer_side.shielded.model_copy import ModelCopier
 
 TOKENS = 3
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def find_dependent(model: nn.Module, tensors: Mapping[str, Sequence[torch.Tensor]]) -> list[str]:
@@ -29,9 +30,11 @@ def find_dependent(model: nn.Module, tensors: Mapping[str, Sequence[torch.Tensor
     rows = canary.prompts(vocabulary_size(model), TOKENS)[:1]
 
     def examine(double: nn.Module, copying: ModelCopier) -> list[str]:
-        own = {name: [copying.double_of(tensor) for tensor in live] for name, live in tensors.items()}
-        odd = [name for name, doubles in own.items() if not all(_is_plain(tensor) for tensor in doubles)]
-        plain = {name: [t for t in doubles if t is not None] for name, doubles in own.items() if name not in odd}
+        # what was not copied lies beside the policy: nothing in the copy refers to it
+        copied = {name: [copying.double_of(tensor) for tensor in live] for name, live in tensors.items()}
+        own = {name: [t for t in doubles if t is not None] for name, doubles in copied.items()}
+        odd = [name for name, doubles in own.items() if not all(type(t) in _PLAIN for t in doubles)]
+        plain = {name: doubles for name, doubles in own.items() if name not in odd}
         with quiet(double):
             felt = _with_gradient(double, rows, plain)
             rest = [tensor for name, doubles in plain.items() if name not in felt for tensor in doubles]
@@ -39,10 +42,6 @@ def find_dependent(model: nn.Module, tensors: Mapping[str, Sequence[torch.Tensor
 
     found = set(call_on_copy(model, rows, examine))
     return [name for name in tensors if name in found]
-
-
-def _is_plain(tensor: torch.Tensor | None) -> bool:
-    return type(tensor) in (torch.Tensor, nn.Parameter)
 
 
 def _with_gradient(

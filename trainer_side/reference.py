@@ -18,6 +18,7 @@ from bridge.model.declared_losses import Rounding
 from bridge.model.torch_dtypes import DTYPES, dtype_name
 from bridge.protocol.deadline import Deadline
 from trainer_side.loss_rounding import rounded_as
+from trainer_side.names.policy import policy_in
 from trainer_side.shielded.guards import LiveState, LiveTensorReached, ReferenceGuard
 from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
@@ -205,11 +206,11 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def _core(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers that add nothing to its forward."""
+    """Return the model inside wrappers that add nothing to its forward, or the policy inside what adds to it."""
     while True:
         inner = next((model._modules[n] for n in _TRANSPARENT if n in model._modules), None)
         if inner is None or len(model._modules) != 1 or model._parameters:
-            return model
+            return policy_in(model) or model
         model = inner
 
 

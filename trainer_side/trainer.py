@@ -120,7 +120,8 @@ class TrainerSide:
     def _require_all(self, tensors: tuple[TensorInfo, ...]) -> None:
         came = {name for info in tensors for name in (info.name, *info.aliases)}
         expected = self._source.expected or ()
-        missing = tuple(info.name for info in expected if info.name not in came)
+        beside = self._source.map.beside if self._source.map is not None else frozenset[str]()
+        missing = tuple(info.name for info in expected if info.name not in came and info.name not in beside)
         if missing:
             raise MissingTensor(
                 "tensors of the bound model were not sent",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import bridge
-from bridge.errors import UnexpectedTensor
+from bridge.errors import MissingTensor, UnexpectedTensor
 from tests.conftest import tiny_qwen2
 from tests.push.rig import Rig, drift, refused
 from tests.push.test_fleet_faults import FleetSession, bridge_over
@@ -312,3 +312,41 @@ def test_a_tower_that_the_text_needs_is_refused() -> None:
     model = Needs(tower())
     with bridge.attach(Towered(None), model=model) as b, pytest.raises(UnexpectedTensor, match=r"tower\.0\.0"):
         b.push(model.named_parameters())
+
+
+class WithValueHead(nn.Module):
+    """As TRL's `AutoModelForCausalLMWithValueHead`: the policy inside, and no `logits` in what it answers."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.pretrained_model = policy
+        self.v_head = nn.ModuleDict({"summary": nn.Linear(48, 1)})
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        out = self.pretrained_model(input_ids=input_ids, output_hidden_states=True)
+        return out.logits, None, self.v_head["summary"](out.hidden_states[-1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_policy_inside_a_wrapper_with_a_value_head(started: Open, tied: bool, inner: bool) -> None:
+    policy = tiny_qwen2(tied=tied)
+    model = WithValueHead(policy)
+    rig = started(tiny_qwen2(tied=tied), model)
+    for _ in range(2):
+        rig.step()
+        receipt = rig.b.push((policy if inner else model).named_parameters())
+        assert receipt.verified is True
+        assert receipt.engines[0].canary is not None
+        assert drift(rig.engine, policy) < 1e-3
+    assert bool(receipt.unused) is not inner
+
+
+def test_a_policy_must_come_whole(started: Open) -> None:
+    model = WithValueHead(tiny_qwen2())
+    rig = started(tiny_qwen2(), model)
+    with pytest.raises(MissingTensor, match=r"model\.norm"):
+        rig.b.push([(n, p) for n, p in rig.named() if "model.norm" not in n])
+    rig.b.bind(nn.ModuleDict({"one": tiny_qwen2(), "other": tiny_qwen2()}))
+    with pytest.raises(UnexpectedTensor, match="pretrained_model"):
+        rig.b.push(rig.named())

@@ -24,6 +24,7 @@ from bridge.model.manifest import TensorInfo
 from bridge.model.regions import Move, Region, Routes, dense, follow
 from bridge.model.torch_dtypes import dtype_name
 from bridge.tracing.recorder import Recorder
+from trainer_side.names.policy import policy_in, with_policy_below
 from trainer_side.names.tensor_checks import require_initialised, require_module, whole_shape
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ class CanonicalMap:
         ties: clean name of a tied live tensor -> the clean name that stands for it in `live`.
         raw: name with wrappers, as the bound model's own `named_parameters` gives it -> clean name.
         ignored: live tensors that the checkpoint does not hold.
-        prefix: what a checkpoint of the model without its head leaves out of names, with the dot; empty without one.
+        prefixes: what names may lack, each with the dot: that of the model without its head, that of a policy inside.
+        beside: names and aliases of tensors that lie beside the policy, which an engine does not serve.
     """
 
     tensors: tuple[CanonicalTensor, ...]
@@ -108,7 +110,8 @@ class CanonicalMap:
     ties: Mapping[str, str] = field(default_factory=dict)
     raw: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
-    prefix: str = ""
+    prefixes: tuple[str, ...] = ()
+    beside: frozenset[str] = frozenset()
 
     @cached_property
     def by_name(self) -> Mapping[str, CanonicalTensor]:
@@ -132,7 +135,7 @@ class CanonicalMap:
             return self.raw[name]
         clean = canonical_unbound(name)
         live = (self.live, self.ties, self.ignored)
-        for one in dict.fromkeys((name, clean, self.prefix + clean)):
+        for one in dict.fromkeys((name, clean, *(prefix + clean for prefix in self.prefixes))):
             if any(one in names for names in live):
                 return one
             if one in self.by_name:
@@ -193,9 +196,21 @@ def bake_names(model: nn.Module) -> CanonicalMap:
             got=type(model).__name__,
             remedy="bind the model itself",
         )
+    root = model
     while (hop := wrapped_child(model, root=True)) is not None:
         model = model.get_submodule(hop)
-    return bake_entries(model, entries)
+    policy = policy_in(model)
+    known = None if policy is None else _bake_around(root, policy, entries)
+    return bake_entries(model, entries) if known is None else known
+
+
+def _bake_around(root: nn.Module, policy: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap | None:
+    """Bake the names of a policy as those of its own checkpoint, beside the live names of what is around it."""
+    prefix = next(clean for _, clean, module in walk(root) if module is policy)
+    inside = [replace(e, clean=e.clean.removeprefix(prefix)) for e in entries if e.clean.startswith(prefix)]
+    around = [e for e in entries if not e.clean.startswith(prefix)]
+    beside = bake_entries(nn.Module(), around) if around else None
+    return with_policy_below(bake_entries(policy, inside), prefix, beside)
 
 
 def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap:
@@ -219,7 +234,7 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
     baked.sort(key=lambda t: min((order[p.live] for p in t.pieces), default=0))
     base = getattr(inner, "base_model_prefix", None) if _is_transformers(inner) else None
     return CanonicalMap(
-        prefix=f"{base}." if isinstance(base, str) and base in inner._modules else "",
+        prefixes=(f"{base}.",) if isinstance(base, str) and base in inner._modules else (),
         tensors=tuple(baked),
         live={n: LiveTensor(whole_shape(t), tensors[n].buffer) for n, t in kept.items() if n in used},
         ties={alias: name for alias, name in ties.items() if name in used},
@@ -229,8 +244,8 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
 
 
 def live_tensors(model: nn.Module, known: CanonicalMap, names: Iterable[str]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Find the tensors of the bound model that checkpoint tensors of these names, or aliases, are made of. Names that
-    the model does not have, or whose modules were exchanged since it was bound, are left out."""
+    """Find the tensors of the bound model that checkpoint tensors of these names, or aliases, are made of. Leaves out
+    names that the model does not have, or whose modules were exchanged since it was bound."""
     held = {f"{prefix}{name}": tensor for prefix, _, module in walk(model) for name, tensor, _ in own_tensors(module)}
     raw = {clean: given for given, clean in known.raw.items()}
     found: dict[str, tuple[torch.Tensor, ...]] = {}
