@@ -14,6 +14,7 @@ from torch import nn
 
 from bridge.errors import ConfigError
 from bridge.model import canary
+from trainer_side.names.naming import TensorPlace
 from trainer_side.reference import call_on_copy, forward_logits, quiet, vocabulary_size
 from trainer_side.shielded.model_copy import ModelCopier
 
@@ -21,9 +22,9 @@ TOKENS = 3
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def find_dependent(model: nn.Module, tensors: Mapping[str, Sequence[torch.Tensor]]) -> list[str]:
-    """List the names on whose tensors (live ones of the model) its text logits depend, or may depend. Blocks for a few
-    short forwards; the model stays as it was.
+def find_dependent(model: nn.Module, places: Mapping[str, Sequence[TensorPlace]]) -> list[str]:
+    """List the names on whose tensors, at these places of the model, its text logits depend, or may depend. Blocks for
+    a few short forwards; the model stays as it was.
 
     Raises ConfigError where the model has no forward that can be called, as `reference_logprobs`.
     """
@@ -31,8 +32,7 @@ def find_dependent(model: nn.Module, tensors: Mapping[str, Sequence[torch.Tensor
 
     def examine(double: nn.Module, copying: ModelCopier) -> list[str]:
         # what was not copied lies beside the policy: nothing in the copy refers to it
-        copied = {name: [copying.double_of(tensor) for tensor in live] for name, live in tensors.items()}
-        own = {name: [t for t in doubles if t is not None] for name, doubles in copied.items()}
+        own = {name: [t for p in at if (t := _double(p, copying)) is not None] for name, at in places.items()}
         odd = [name for name, doubles in own.items() if not all(type(t) in _PLAIN for t in doubles)]
         plain = {name: doubles for name, doubles in own.items() if name not in odd}
         with quiet(double):
@@ -41,7 +41,18 @@ def find_dependent(model: nn.Module, tensors: Mapping[str, Sequence[torch.Tensor
             return [*odd, *(felt if _stays_without(double, rows, rest) else plain)]
 
     found = set(call_on_copy(model, rows, examine))
-    return [name for name in tensors if name in found]
+    return [name for name in places if name in found]
+
+
+def _double(place: TensorPlace, copying: ModelCopier) -> torch.Tensor | None:
+    """The copy's tensor at a place; a shared one becomes a tensor object of its own, over the same storage."""
+    module = copying.double_of(place.module)
+    if module is None:
+        return None
+    tensor = module._parameters.get(place.name)
+    if tensor is not None and place.shared:
+        tensor = module._parameters[place.name] = nn.Parameter(tensor.detach(), requires_grad=False)
+    return module._buffers.get(place.name) if tensor is None else tensor
 
 
 def _with_gradient(

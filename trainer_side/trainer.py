@@ -26,7 +26,7 @@ from trainer_side.lora.layers.module_tree import inner_model
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import WithoutLora
-from trainer_side.names.naming import live_tensors
+from trainer_side.names.naming import live_places
 from trainer_side.names.parametrized import explain_unexpected
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
@@ -288,7 +288,7 @@ class TrainerSide:
         known = state.known if isinstance(state, ModeView) else self._source.map
         if self._model is None or known is None:
             raise _has_no_place(names, engines, "no bound model, so that it cannot be shown", BIND_REMEDY)
-        found = live_tensors(self._model, known, names)
+        found = live_places(self._model, known, names)
         strange = [name for name in names if name not in found]
         if strange:
             raise _has_no_place(strange, engines, "names that the bound model does not have now", REBIND_REMEDY)

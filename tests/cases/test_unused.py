@@ -350,3 +350,28 @@ def test_a_policy_must_come_whole(started: Open) -> None:
     rig.b.bind(nn.ModuleDict({"one": tiny_qwen2(), "other": tiny_qwen2()}))
     with pytest.raises(UnexpectedTensor, match="pretrained_model"):
         rig.b.push(rig.named())
+
+
+def foresees(shared: bool) -> Any:
+    """A layer for speculation behind the last one, that the forward does not run, with the embedding of the model or
+    one of its own."""
+    model = tiny_qwen2()
+    more = deeper().model.layers[2]
+    more.eh_proj = nn.Linear(96, 48, bias=False)
+    more.embed_tokens = nn.Embedding(131, 48)
+    if shared:
+        more.embed_tokens.weight = model.model.embed_tokens.weight
+    model.model.layers.append(more)
+    return model
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_layer_for_speculation_is_unused(started: Open, shared: bool) -> None:
+    rig = started(tiny_qwen2(), foresees(shared))
+    rig.step()
+    receipt = rig.push()
+    assert receipt.verified is True
+    (unused,) = receipt.unused.values()
+    assert {"model.layers.2.eh_proj.weight", "model.layers.2.embed_tokens.weight"} <= set(unused)
+    assert all(name.startswith("model.layers.2.") for name in unused)
+    assert drift(rig.engine, rig.model) < 1e-3

@@ -243,17 +243,30 @@ def bake_entries(inner: nn.Module, entries: Sequence[LiveEntry]) -> CanonicalMap
     )
 
 
-def live_tensors(model: nn.Module, known: CanonicalMap, names: Iterable[str]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Find the tensors of the bound model that checkpoint tensors of these names, or aliases, are made of. Leaves out
+@dataclass(frozen=True)
+class TensorPlace:
+    """One place of a tensor in a live model: attribute `name` of `module`. `shared`: other names have it there too, and
+    only this place is meant."""
+
+    module: nn.Module
+    name: str
+    shared: bool = False
+
+
+def live_places(model: nn.Module, known: CanonicalMap, names: Iterable[str]) -> dict[str, tuple[TensorPlace, ...]]:
+    """Find the places in the bound model of what checkpoint tensors of these names, or aliases, are made of. Leaves out
     names that the model does not have, or whose modules were exchanged since it was bound."""
-    held = {f"{prefix}{name}": tensor for prefix, _, module in walk(model) for name, tensor, _ in own_tensors(module)}
+    held = {
+        f"{prefix}{name}": (module, name) for prefix, _, module in walk(model) for name, _, _ in own_tensors(module)
+    }
     raw = {clean: given for given, clean in known.raw.items()}
-    found: dict[str, tuple[torch.Tensor, ...]] = {}
+    found: dict[str, tuple[TensorPlace, ...]] = {}
     for name in names:
-        made_of = known.by_name[name].pieces if name in known.by_name else ()
-        live = [held.get(raw[piece.live]) for piece in made_of]
-        if live and all(tensor is not None for tensor in live):
-            found[name] = tuple(tensor for tensor in live if tensor is not None)
+        tied = name in known.ties  # an alias that the conversion renames is looked for where its tensor is kept
+        made_of = [name] if tied else [p.live for p in known.by_name[name].pieces] if name in known.by_name else []
+        places = [held.get(raw.get(live, live)) for live in made_of]
+        if places and all(place is not None for place in places):
+            found[name] = tuple(TensorPlace(*place, shared=tied) for place in places if place is not None)
     return found
 
 
