@@ -218,7 +218,9 @@ class Fleet:
         found = self.run_all(job, RankBake, deadline)
         for engine, ranks in found.items():
             if request.lora is None or engine not in self.floors:
-                self.floors[engine] = canary.floor_for({dtype for rank in ranks for dtype in rank.dtypes.values()})
+                self.floors[engine] = canary.floor_for(
+                    {d for rank in ranks for d in (*rank.dtypes.values(), *rank.codes)}
+                )
         return found
 
     def forget(self, keep: tuple[int, ...], deadline: Deadline) -> None:

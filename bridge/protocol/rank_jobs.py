@@ -142,12 +142,13 @@ class RankBake(Message, frozen=True):
     """A rank's plan in summary.
 
     Attributes:
-        dtypes: sent tensor -> dtype in which it lands.
+        dtypes: sent tensor -> dtype in which it lands, or of the values that are quantised here.
         read: source regions of tensors that this rank reads only in part (absent: whole).
         unread: names that this rank has no place for. `placeholders`: those of them where a module stands that holds
             nothing. `partners`: those that this rank ties to what another tensor fills -> that tensor.
         coverage: proof that the plan writes every element of this rank once. It depends on nothing that a push
             changes, so it is computed with the plan and reported by every push through it.
+        codes: dtypes of the codes that this rank makes of values.
     """
 
     digest: bytes
@@ -159,6 +160,7 @@ class RankBake(Message, frozen=True):
     strategies: dict[str, int] = {}
     moves: int = 0
     coverage: LevelResult = LevelResult("coverage", False, 0)
+    codes: tuple[str, ...] = ()
 
 
 class RankLoaded(Message, frozen=True):

@@ -224,6 +224,7 @@ class Loader:
         return RankBake(
             digest=baked.plan.digest,
             dtypes={name: dtype for name, dtype in baked.dtypes.items() if name not in added} | casts,
+            codes=tuple(sorted({weight.stored.weight.dtype for weight in self.form.quantised.values()})),
             unread=tuple(name for name in baked.unread if name not in added),
             placeholders=baked.standing.placeholders,
             partners=dict(baked.standing.partners),

@@ -3,7 +3,9 @@ checkpoint of the new weights would give, bit for bit."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +20,7 @@ import bridge
 from bridge.model.receipt import Failure, LevelResult
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
+from engine_side.quantise.reproduce import CheckpointSchemes
 from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 from tests.push.rig import refused
@@ -296,3 +299,79 @@ def test_values_beside_scales_are_refused_until_the_scales_are_left_out(
         sent.pop(f"{name}_scale_inv")
         assert b.push(sent.items(), verify="weights").verified is True
     assert same(engine, engines(new.folder))
+
+
+def test_a_bound_trainer_of_values_gets_a_canary_with_the_floor_of_the_codes(
+    families: Callable[..., Family], engines: Callable[..., Engine]
+) -> None:
+    case = families("qwen2")
+    model = tiny.make_model("qwen2", seed=99).bfloat16()
+    with bridge.attach(engines(case.folder), model=model) as b:
+        receipt = b.push(model.named_parameters())
+        assert receipt.verified is True
+        drift = receipt.engines[0].canary
+        assert drift is not None
+        assert 0 < drift.mean_abs < drift.limit == 0.1
+
+
+@pytest.mark.parametrize(
+    ("method", "stored", "named"),
+    [
+        ("gptq", ("qweight", "qzeros", "scales", "g_idx"), "gptq"),
+        ("awq", ("qweight", "qzeros", "scales"), "awq"),
+        ("compressed-tensors", ("weight_packed", "weight_scale", "weight_shape"), "compressed-tensors pack-quantized"),
+        ("compressed-tensors", ("weight", "weight_scale", "weight_g_idx"), "compressed-tensors pack-quantized"),
+    ],
+)
+def test_formats_whose_codes_depend_on_more_than_the_weight_are_refused_by_name(
+    tmp_path: Path, method: str, stored: tuple[str, ...], named: str
+) -> None:
+    """As their checkpoints look, whatever engine serves them."""
+    kinds = {"scales": torch.float32, "weight_scale": torch.float32, "weight_shape": torch.int64, "weight": torch.int8}
+    tensors = {f"a.proj.{name}": torch.ones(4, 8).to(kinds.get(name, torch.int32)) for name in stored}
+    save_file({**tensors, "a.norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    config = {"quant_method": method} | ({"format": "pack-quantized"} if "pack" in named else {})
+    schemes = CheckpointSchemes(tmp_path, config)
+    assert not schemes.stored_as_codes("a.norm.weight")
+    assert schemes.stored_as_codes("a.proj.weight")
+    with pytest.raises(bridge.DtypeMismatch, match=re.escape(f"({named})")) as caught:
+        schemes.scheme("a.proj.weight")
+    assert caught.value.names == ("a.proj.weight",)
+    assert "push from a trainer of the quantised weights" in str(caught.value)
+
+
+GRIDS = [((1, 16), "channel"), ((33, 16), "tensor"), ((1, 8), "group"), ((8, 8), "block"), ((128, 128), "one block")]
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("block", [grid for grid, _ in GRIDS], ids=[name for _, name in GRIDS])
+def test_a_scheme_is_known_by_what_it_makes_and_by_nothing_else(
+    tmp_path: Path, block: tuple[int, int], codes: torch.dtype
+) -> None:
+    """Codes and scales by a formula of their own; any code or scale that is another one shows."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(33, 16, generator=generator)
+    weight[0, :8] = 0
+    rows, columns = (min(size, whole) for size, whole in zip(block, weight.shape, strict=True))
+    high, wide = -(-33 // rows), -(-16 // columns)
+    peak = torch.iinfo(codes).max if codes is torch.int8 else torch.finfo(codes).max
+    scales, made = torch.ones(high, wide), torch.zeros(33, 16, dtype=codes)
+    for i, j in itertools.product(range(high), range(wide)):
+        part = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+        if bool(weight[part].any()):
+            scales[i, j] = weight[part].abs().max() / peak
+        quotient = weight[part] / scales[i, j]
+        made[part] = (quotient.round() if codes is torch.int8 else quotient).to(codes)
+    save_file({"a.weight": made, "a.weight_scale": scales}, tmp_path / "model.safetensors")
+    schemes = CheckpointSchemes(tmp_path, {"quant_method": "fp8", "weight_block_size": list(block)})
+    _, scheme = schemes.scheme("a.weight")
+    got = scheme.quantise(weight)
+    assert torch.equal(got[0].float(), made.float())
+    assert torch.equal(got[1], scales)
+    error, worst = scheme.compare(weight, *got)
+    assert error == pytest.approx(float((weight - scheme.dequantise(*got)).norm() / weight.norm()), rel=1e-6)
+    assert scheme.within(worst)
+    wrong = (made.float() / 2).to(codes)
+    assert not scheme.explains(wrong, scales)
+    assert not scheme.within(scheme.compare(weight, wrong, scales)[1])
+    assert not scheme.within(scheme.compare(weight, made, scales * 1.1)[1])
