@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bridge
+from bridge.errors import MissingTensor
 from tests.families import make_model, perturb
 from tests.vllm.quantised import Tensors, int8, int8_config, quantised, save
 from tests.vllm.rig import said_by
@@ -106,3 +107,43 @@ def test_the_calibrated_scales_of_a_quantised_cache_are_kept(
     fresh = start(tmp_path / "last", kv_cache_dtype="fp8")
     assert said_by(llm) == said_by(fresh)
     assert bits(llm) == bits(fresh)
+
+
+@pytest.fixture
+def fp8_kernel_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the kernel that quantises to fp8, which vLLM for CPU declares and lacks. Products are torch's."""
+    from vllm import _custom_ops
+
+    def scaled_fp8_quant(
+        values: torch.Tensor, scale: torch.Tensor | None = None, use_per_token_if_dynamic: bool = False, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide, largest = values.float(), torch.finfo(torch.float8_e4m3fn).max
+        if scale is None:
+            peak = wide.abs().amax(-1, keepdim=True) if use_per_token_if_dynamic else wide.abs().amax().reshape(1)
+            scale = peak / largest
+        return (wide / scale).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
+
+    monkeypatch.setattr(_custom_ops, "scaled_fp8_quant", scaled_fp8_quant)
+
+
+@pytest.mark.usefixtures("fp8_kernel_stand_in")
+@pytest.mark.parametrize("how", ["fp8", "fp8_per_channel"])
+def test_an_engine_that_quantises_as_it_loads(start: Callable[..., Any], tmp_path: Path, how: str) -> None:
+    """vLLM keeps weights back until a layer has all of its own, quantises it, and never does so again."""
+    model = make_model("qwen2")
+    model.save_pretrained(tmp_path / "first")
+    llm = start(tmp_path / "first", quantization=how)
+    before = said_by(llm)
+    with bridge.attach(llm) as b:
+        for step in (1, 2):
+            perturb(model, step)
+            assert b.push(model.named_parameters(), verify="weights").verified is True
+        name, value = next((n, p) for n, p in model.named_parameters() if "q_proj.weight" in n)
+        assert b.push([(name, value)], partial=True, verify="weights").verified is True  # the others are in the arena
+        model.save_pretrained(tmp_path / "last")
+        fresh = start(tmp_path / "last", quantization=how)
+        assert said_by(llm) == said_by(fresh) != before
+        assert bits(llm) == bits(fresh)
+    with bridge.attach(llm) as b, pytest.raises(MissingTensor, match="all of its tensors"):
+        b.push([(name, value)], partial=True, verify="weights")
+    assert said_by(llm) == said_by(fresh)

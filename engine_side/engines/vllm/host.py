@@ -66,6 +66,11 @@ class VllmRankHost(EngineRankHost[VllmLoraSlots]):
         config = copy.copy(self._config)
         config.compilation_config = _with_own_containers(config.compilation_config)
         config.compilation_config.static_forward_context = {}
+        made = self._made_on_meta(config)
+        _load_at_once(made)
+        return made
+
+    def _made_on_meta(self, config: VllmConfig) -> nn.Module:
         if not self._constructor_reads_values:
             try:
                 return _construct(config, torch.device("meta"))
@@ -173,6 +178,24 @@ def _construct(config: VllmConfig, where: AbstractContextManager[Any]) -> nn.Mod
     with without_new_entries(rotary), set_current_vllm_config(config), set_default_torch_dtype(dtype), where:
         made: nn.Module = initialize_model(vllm_config=config)
     return made
+
+
+def _load_at_once(model: nn.Module) -> None:
+    """Take back what a quantiser that works as weights arrive does to its layers' loaders: these keep the weights back
+    until a layer is complete, and then quantise it. Here that step is the layer's post-load, and is run as such."""
+    try:
+        from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+        from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
+    except ImportError:  # a version that quantises only after it has loaded
+        return
+    for module in model.modules():
+        info = get_layerwise_info(module)
+        if not info.can_load():
+            continue
+        for tensor in get_layer_tensors(module).values():
+            if hasattr(tensor, "weight_loader"):
+                tensor.weight_loader = _get_original_loader(tensor)
+        info.reset()
 
 
 def _move_to_meta(model: nn.Module, live: Container[int]) -> None:
