@@ -46,7 +46,7 @@ def find_dependent(model: nn.Module, places: Mapping[str, Sequence[TensorPlace]]
 
 def _double(place: TensorPlace, copying: ModelCopier) -> torch.Tensor | None:
     """The copy's tensor at a place; a shared one becomes a tensor object of its own, over the same storage."""
-    module = copying.double_of(place.module)
+    module: nn.Module | None = copying.double_of(place.module)
     if module is None:
         return None
     tensor = module._parameters.get(place.name)

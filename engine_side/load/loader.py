@@ -42,7 +42,7 @@ from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.quant_groups import find_incomplete_groups
-from engine_side.plan.refusals import Feeders, waiting_tensors, with_accepted_shapes
+from engine_side.plan.refusals import Feeders, waiting_tensors, with_accepted_shape
 from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
 from engine_side.plan.twins import Role, Twin, graft, redo
 from engine_side.protocol import RankHost
@@ -142,7 +142,7 @@ class Loader:
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
         others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
         found: tuple[BridgeError, ...] = (
-            *with_accepted_shapes(host, self.baked, others),
+            *with_accepted_shape(host, self.baked, others),
             *find_incomplete_groups(self.baked, self.form.kept.keys()),
             *waiting_tensors(host, self.baked),
             *holes,

@@ -27,22 +27,22 @@ MAX_TRIALS = 48
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def with_accepted_shapes(host: RankHost, baked: Baked, problems: Iterable[BridgeError]) -> Iterator[BridgeError]:
-    """Quote, in each error about a shape, the one that the loader takes: what a parameter shows may be padded."""
+def with_accepted_shape(host: RankHost, baked: Baked, problems: Sequence[BridgeError]) -> Iterator[BridgeError]:
+    """Quote in the first problem, which is the one that is raised, the shape that the loader takes: what a parameter
+    shows may be padded."""
     sent = {info.name: info for info in baked.infos}
-    checkpoint = {info.name: info.shape for info in _checkpoint(host)}
-    for problem in problems:
-        info = sent.get(problem.names[0]) if isinstance(problem, ShapeMismatch) and problem.names else None
-        shape = None if info is None else _accepted_shape(host, baked, info, checkpoint.get(info.name))
+    for place, problem in enumerate(problems):
+        named = place == 0 and isinstance(problem, ShapeMismatch) and problem.names
+        info = sent.get(problem.names[0]) if named else None
+        shape = None if info is None else _accepted_shape(host, baked, info)
         yield problem if shape is None else problem.amended(expected=f"{list(shape)}, which the engine's loader takes")
 
 
-def _accepted_shape(
-    host: RankHost, baked: Baked, info: TensorInfo, checkpoint: tuple[int, ...] | None
-) -> tuple[int, ...] | None:
+def _accepted_shape(host: RankHost, baked: Baked, info: TensorInfo) -> tuple[int, ...] | None:
     """Find the shape of which the loader takes every element under this name; the largest of several."""
-    if checkpoint is not None and _takes_whole(host, info, checkpoint):
-        return checkpoint
+    known = next((other.shape for other in _checkpoint(host) if other.name == info.name), None)
+    if known is not None and _takes_whole(host, info, known):
+        return known
     sizes = _sizes_of_incomplete_modules(baked)
     others = [(*info.shape[:k], n, *info.shape[k + 1 :]) for k in range(len(info.shape)) for n in sizes]
     taken = [shape for shape in others[:MAX_TRIALS] if shape != info.shape and _takes_whole(host, info, shape)]
