@@ -17,6 +17,7 @@ import bridge
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from tests.families import make_model
+from tests.push.lora_rig import LoraRig
 from tests.push.rig import Rig
 
 KV = ["fp8_e4m3", "fp8_e5m2"]
@@ -97,6 +98,26 @@ def test_a_coarse_kv_cache_is_served(rigs: Callable[..., NoisyRig], kv: str, hea
             rig.model.lm_head.weight.mul_(10)
     assert rig.b.health().healthy
     assert rig.b.rollback().verified is True
+
+
+def test_an_adapter_goes_over_a_coarse_kv_cache(tmp_path: Path) -> None:
+    """Its noise is that of the base, which the engine was started with and the trainer has frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_model("qwen2").float()
+    base.save_pretrained(tmp_path)
+    wrapped = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    rig = LoraRig(tmp_path, wrapped, kv_dtype="fp8_e5m2")
+    try:
+        for _ in range(3):
+            rig.step()
+            receipt = rig.push(mode="adapter")
+            drift = receipt.engines[0].canary
+            assert drift is not None
+            assert drift.noise is not None
+            assert receipt.verified is True
+    finally:
+        rig.close()
 
 
 def test_an_honest_bf16_engine_is_served_whatever_the_size_of_the_logits(rigs: Callable[..., NoisyRig]) -> None:
@@ -267,6 +288,16 @@ def test_the_users_number_wins(rigs: Callable[..., NoisyRig]) -> None:
     rig.step()
     with pytest.raises(bridge.PushAborted, match=r"at most 0\.0020 nats"):
         rig.push(canary_limit="auto")
+
+
+def test_the_users_number_holds_for_a_rollback(rigs: Callable[..., NoisyRig]) -> None:
+    rig = rigs(config=rotary(1e6))
+    for limit in (2.0, 3.0):
+        assert rig.push(canary_limit=limit).verified is True
+        rig.step()
+    drift = rig.b.rollback().engines[0].canary
+    assert drift is not None
+    assert drift.limit == 2.0, "that of the version which is served again"
 
 
 @pytest.mark.parametrize("limit", [0, -0.1, True, float("nan"), float("inf"), "0.1", None])
