@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-vllm test-sglang lint trace canary-table size wheel-demo bench bench-sglang clean
+.PHONY: demo test test-vllm families-vllm test-sglang lint trace canary-table size wheel-demo bench bench-sglang clean
 
 # torch first and by its exact version: asked for on its own it resolves to the plain CPU build where one is offered.
 $(STAMP): pyproject.toml constraints.txt
@@ -45,6 +45,10 @@ $(VLLM_STAMP): pyproject.toml requirements-vllm.txt
 
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/contract tests/vllm $(ARGS)
+
+# Every family with recurrent layers that vLLM starts on CPU; `test-vllm` runs three of them.
+families-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/contract/test_families.py -k recurrent --all-families $(ARGS)
 
 # SGLang pins other versions than vLLM. Its wheel is installed alone: its own list of requirements names kernels that
 # only machines with a GPU can load.

@@ -52,6 +52,8 @@ class VllmRig(EngineRig):
     recurrent_families = [(family, {"prefix_cache": False}) for family in ("falcon-h1", "granite-hybrid", "qwen3-next")]
     more_recurrent_families = [
         *[(family, {"prefix_cache": False}) for family in ("mamba2", "nemotron-h", "zamba2", "lfm2")],
+        ("falcon-h1", {"prefix_cache": False, "lora": True}),
+        ("qwen3-next", {"prefix_cache": False, "how": "mp"}),
         ("falcon-h1", {"prefix_cache": False, "how": "tp2"}),
     ]
     wrong_by_itself = {"lfm2": "the rotary kernel for CPU is not made for queries of shape [tokens, heads, features]"}
