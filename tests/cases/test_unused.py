@@ -375,3 +375,13 @@ def test_a_layer_for_speculation_is_unused(started: Open, shared: bool) -> None:
     assert {"model.layers.2.eh_proj.weight", "model.layers.2.embed_tokens.weight"} <= set(unused)
     assert all(name.startswith("model.layers.2.") for name in unused)
     assert drift(rig.engine, rig.model) < 1e-3
+
+
+def test_buffers_that_no_checkpoint_holds_are_dropped(started: Open) -> None:
+    rig = started(tiny_qwen2(), tiny_qwen2())
+    assert dict(rig.model.named_buffers()), "the rotary embedding has some"
+    for _ in range(2):
+        rig.step()
+        receipt = rig.b.push([*rig.model.named_buffers(), *rig.model.named_parameters()])
+        assert (receipt.verified, receipt.unused) == (True, {})
+        assert drift(rig.engine, rig.model) < 1e-3

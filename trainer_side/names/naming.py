@@ -288,6 +288,15 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
             yield name, buffer, True
 
 
+def unsaved_names(model: nn.Module) -> frozenset[str]:
+    """List the names, without wrappers, of buffers that no checkpoint holds: what `named_buffers()` gives beside those
+    that it does."""
+    found = ((clean, module) for _, clean, module in walk(model) if module._non_persistent_buffers_set)
+    return frozenset(
+        canonical_unbound(clean + name) for clean, module in found for name in module._non_persistent_buffers_set
+    )
+
+
 def walk(
     module: nn.Module, prefix: str = "", clean: str = "", *, root: bool = True
 ) -> Iterator[tuple[str, str, nn.Module]]:

@@ -27,6 +27,7 @@ from trainer_side.names.naming import (
     bake_names,
     canonical_unbound,
     is_lora_name,
+    unsaved_names,
     walk,
 )
 from trainer_side.names.tensor_checks import (
@@ -128,9 +129,11 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The fingerprint of the last collection, for the cheap check."""
+    """The fingerprint of the last collection, for the cheap check. `kept`: positions of what was not left out; None:
+    all."""
 
     names: list[str]
+    kept: list[int] | None
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
     pattern: list[int]
@@ -154,6 +157,7 @@ class WeightSource:
     def __init__(self, model: nn.Module | None = None, known: CanonicalMap | None = None) -> None:
         self.model = model
         self.map: CanonicalMap | None = bake_names(model) if model is not None and known is None else known
+        self._unsaved = frozenset[str]() if model is None else unsaved_names(model)
         self._buffers = [] if model is None or self.map is None else _buffers(model, self.map)
         self._ties = () if self.map is None else list_ties(self.map)
         self._seen: _Seen | None = None
@@ -186,7 +190,8 @@ class WeightSource:
         extra = [c.name for c in computed]
         seen = self._seen
         if seen is not None and seen.partial == partial and seen.names == names and seen.computed == extra:
-            sources = tensors + [_current(buffer) for buffer in seen.added] + [c.stand_in for c in computed]
+            came = tensors if seen.kept is None else [tensors[k] for k in seen.kept]
+            sources = came + [_current(buffer) for buffer in seen.added] + [c.stand_in for c in computed]
             addresses, first = _unchanged(seen, sources), len(sources) - len(computed)
             if addresses is not None:
                 if self.model is not None:
@@ -197,6 +202,9 @@ class WeightSource:
     def _resolve(
         self, names: list[str], tensors: list[torch.Tensor], partial: bool, computed: Sequence[Computed]
     ) -> Collected:
+        given, kept = names, self._saved(names)
+        if kept is not None:
+            names, tensors = [names[k] for k in kept], [tensors[k] for k in kept]
         clean = NameIndex()
         for name in names:
             clean.require_text(name)
@@ -227,8 +235,20 @@ class WeightSource:
         if last is not None and last.dtypes == dtypes and vars(last.layout) == vars(layout):
             layout = last.layout
         extra = [item.name for item in computed]
-        self._seen = _Seen(names, [t.shape for t in sources], dtypes, pattern, partial, added, extra, ties, layout)
+        self._seen = _Seen(
+            given, kept, [t.shape for t in sources], dtypes, pattern, partial, added, extra, ties, layout
+        )
         return Collected(layout, sources, addresses, dict(enumerate(computed, len(sources) - len(computed))))
+
+    def _saved(self, names: Sequence[str]) -> list[int] | None:
+        """List the positions of all names but those of non-persistent buffers, which never travel; None: there are no
+        such names."""
+        kept = [k for k, name in enumerate(names) if not (isinstance(name, str) and self._is_unsaved(name))]
+        return kept if len(kept) < len(names) else None
+
+    def _is_unsaved(self, name: str) -> bool:
+        known = self.map
+        return known is not None and canonical_unbound(name) in self._unsaved and known.resolve(name) is None
 
 
 def _resolve_name(known: CanonicalMap | None, given: str) -> str:
