@@ -231,14 +231,14 @@ def said_by(llm: Any, lora: Any = None) -> Logprobs:
     ]
 
 
-def start(folder: Path, how: str, **more: Any) -> Any:
+def start(folder: Path, how: str, *, skip_tokenizer_init: bool = True, **more: Any) -> Any:
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
     with variables(_variables(how)):
         return LLM(
             str(folder),
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=skip_tokenizer_init,
             enforce_eager=True,
             max_model_len=256,
             dtype="bfloat16",
