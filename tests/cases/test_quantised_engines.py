@@ -375,3 +375,18 @@ def test_a_scheme_is_known_by_what_it_makes_and_by_nothing_else(
     assert not scheme.explains(wrong, scales)
     assert not scheme.within(scheme.compare(weight, wrong, scales)[1])
     assert not scheme.within(scheme.compare(weight, made, scales * 1.1)[1])
+
+
+def test_a_trainer_may_change_from_codes_to_values_and_back(
+    families: Callable[..., Family], engines: Callable[..., Engine]
+) -> None:
+    case = families("qwen2")
+    engine, (first, second) = engines(case.folder), case.later
+    with bridge.attach(engine) as b:
+        for new in (first, second):
+            receipt = b.push(new.codes.items(), verify="weights")
+            assert receipt.verified is True
+            assert not receipt.engines[0].quantised
+            assert same(engine, engines(new.folder))
+            assert b.push(case.later[0].values.items(), verify="weights").verified is True
+            assert same(engine, engines(first.folder))

@@ -118,6 +118,16 @@ def test_values_become_the_block_codes_of_real_layers(rig: Any, tmp_path: Path) 
     assert found == {"ours": "", "differ": [], "part": ""}
 
 
+def test_values_are_quantised_as_real_layers_quantise_their_own(rig: Any, tmp_path: Path) -> None:
+    model = make_model("qwen2")
+    model.save_pretrained(tmp_path / "first")
+    perturb(model, 3)
+    model.save_pretrained(tmp_path / "second")
+    found = rig.inside("workshop", job="values_for_layers_that_quantise_them", folder=str(tmp_path))
+    assert found.pop("before", 0) > 0, found
+    assert found == {"codes": "torch.float8_e4m3fn", "ours": "", "differ": []}
+
+
 def block_fp8(folder: Path, family: str, seed: int | None = None) -> None:
     """A checkpoint whose projections are fp8 codes with a scale per block of 128 x 128; with a seed also its values."""
     from safetensors.torch import load_file, save_file

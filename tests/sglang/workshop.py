@@ -33,11 +33,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Model:
-    """One of SGLang's model classes with a checkpoint's tensors in it, wrapped as its LoRA manager would."""
+    """One of SGLang's model classes with a checkpoint's tensors in it, wrapped as its LoRA manager would. With
+    `quantization`, SGLang's word for it, its weights are quantised after they are loaded."""
 
-    def __init__(self, scheduler: Any, folder: str, wrap: Iterable[str] = ()) -> None:
+    def __init__(self, scheduler: Any, folder: str, wrap: Iterable[str] = (), quantization: str | None = None) -> None:
         served = scheduler.tp_worker.model_runner
-        self.config, self.load_config = ModelConfig(folder, dtype="bfloat16"), served.load_config
+        self.config = ModelConfig(folder, dtype="bfloat16", quantization=quantization)
+        self.load_config = served.load_config
         quant = _get_quantization_config(self.config, self.load_config)
         with set_default_torch_dtype(torch.bfloat16), torch.device("cpu"):
             self.module: nn.Module = _initialize_model(self.config, self.load_config, quant)
@@ -53,6 +55,8 @@ class Model:
         )
         worker = SimpleNamespace(model_runner=runner)
         self.host = SglangRankHost(SimpleNamespace(tp_worker=worker, tp_group=scheduler.tp_group))
+        for module in list(self.module.modules()) if quantization else ():
+            self.host.post_load(module)
 
     def own(self, tensors: Mapping[str, torch.Tensor]) -> str:
         """SGLang's own loader; what it raises, in words."""
@@ -185,9 +189,24 @@ def values_for_block_codes(scheduler: Any, folder: str) -> dict[str, Any]:
     return {"before": before, "ours": refused, "differ": differ(), "part": live.ours(part, partial=True)}
 
 
+def values_for_layers_that_quantise_them(scheduler: Any, folder: str) -> dict[str, Any]:
+    """Values pushed into layers that were quantised after their load, beside fresh ones with these values."""
+    live, want = (Model(scheduler, str(Path(folder, name)), quantization="fp8") for name in ("first", "second"))
+
+    def differ() -> list[str]:
+        made = {name: p.detach() for name, p in want.module.named_parameters()}
+        held = {name: p.detach() for name, p in live.module.named_parameters() if p.dim()}
+        return [name for name, p in held.items() if not _same(p, made[name])]
+
+    before, codes = len(differ()), live.tensor("model.layers.0.self_attn.qkv_proj.weight").dtype
+    refused = live.ours(want.old)
+    return {"before": before, "codes": str(codes), "ours": refused, "differ": differ()}
+
+
 JOBS = {
     each.__name__: each
     for each in (
         experts_below_a_wrapper, scales_below_a_wrapper, shape_error_in_the_middle, values_for_block_codes,
+        values_for_layers_that_quantise_them,
     )
 }  # fmt: skip
