@@ -147,3 +147,49 @@ def test_an_engine_that_quantises_as_it_loads(start: Callable[..., Any], tmp_pat
     with bridge.attach(llm) as b, pytest.raises(MissingTensor, match="all of its tensors"):
         b.push([(name, value)], partial=True, verify="weights")
     assert said_by(llm) == said_by(fresh)
+
+
+@pytest.fixture
+def block_kernel_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the product of fp8 blocks, which vLLM has for AMX processors only. It packs nothing."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel as Kernel
+
+    def apply(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        spread = layer.weight_scale_inv.repeat_interleave(128, 0)[: layer.weight.shape[0]]
+        spread = spread.repeat_interleave(128, 1)[:, : layer.weight.shape[1]]
+        return torch.nn.functional.linear(x, (layer.weight.float() * spread).to(x.dtype), bias)
+
+    monkeypatch.setattr(Kernel, "is_supported", classmethod(lambda *_: (True, None)))
+    monkeypatch.setattr(Kernel, "process_weights_after_loading", lambda *_: None)
+    monkeypatch.setattr(Kernel, "apply_weights", apply)
+
+
+def fp8_blocks(name: str, weight: torch.Tensor) -> Tensors:
+    rows, columns = weight.shape
+    high, wide = -(-rows // 128), -(-columns // 128)
+    padded = torch.zeros(high * 128, wide * 128)
+    padded[:rows, :columns] = weight.float()
+    tiles = padded.view(high, 128, wide, 128)
+    scales = tiles.abs().amax(dim=(1, 3)) / 448
+    codes = (tiles / scales[:, None, :, None]).view(high * 128, wide * 128)[:rows, :columns]
+    return {name: codes.to(torch.float8_e4m3fn).contiguous(), f"{name}_scale_inv": scales}
+
+
+@pytest.mark.usefixtures("block_kernel_stand_in")
+def test_fp8_blocks_with_uneven_edges_in_real_layers(start: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 192, "num_key_value_heads": 4}
+    model = make_model("qwen3", **sizes)
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    save(tmp_path / "first", model, config, quantised(model, fp8_blocks))
+    llm = start(tmp_path / "first")
+    before = said_by(llm)
+    with bridge.attach(llm) as b:
+        for step in (1, 2):
+            perturb(model, step)
+            receipt = b.push(model.named_parameters(), verify="weights")
+            assert receipt.verified is True
+            assert all(0.01 < error < 0.05 for error in receipt.engines[0].quantised.values())
+    save(tmp_path / "last", model, config, quantised(model, fp8_blocks))
+    fresh = start(tmp_path / "last")
+    assert said_by(llm) == said_by(fresh) != before
+    assert bits(llm) == bits(fresh)
