@@ -25,9 +25,11 @@ from bridge.errors import (
 from tests.cases.raised import provoked
 from tests.conftest import tiny_qwen2
 from tests.push.lora_rig import LoraRig, new_base, wrap
+from trainer_side.lora import lora_parameters, merged_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 SELECT, MANAGER = "trainer_side/lora/select.py", "engine_side/embedded/lora/manager.py"
+CHAIN = "trainer_side/lora/layers/wrapper_chain.py"
 BASE_CHECK = "bridge/coordinator/base_weights_check.py"
 CAPABILITY = "trainer_side/lora/capability.py: {}: {} cannot be pushed in {} mode: {}{}"
 Q = "model.layers.0.self_attn.q_proj"
@@ -213,3 +215,33 @@ def test_names_of_adapters(make: Make) -> None:
     with provoked(NotFound, "engine_side/embedded/runner.py: the engine holds no such LoRA", "ask for one of these"):
         rig.b.engines[0].generate([[5]], bridge.Sampling(max_tokens=1), adapter="nobody's")
     assert rig.b.engines[0].generate([[5]], bridge.Sampling(max_tokens=1), adapter="current")
+
+
+# ---- layers by themselves -------------------------------------------------------------------------------------------
+
+
+def test_layers_that_are_read_by_themselves() -> None:
+    import peft
+
+    with provoked(ConfigError, "trainer_side/lora/layers/read.py: this module has no {}", "layers inside"):
+        lora_parameters(nn.Sequential(nn.Linear(4, 3)))
+    assert lora_parameters(nn.Linear(4, 3)).weight is not None
+    tuned: Any = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 3)), peft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    )
+    key = f"{CHAIN}: a tuner that is not LoRA changes this layer in a way that cannot be read"
+    with provoked(UnsupportedLora, key, "merge_and_unload"):
+        lora_parameters(tuned.base_model.model[0])
+    assert lora_parameters(tuned.merge_and_unload()[0]).A is None
+
+
+def test_a_packed_base_that_nobody_can_read() -> None:
+    """A base in 16 bit can be read."""
+    model: Any = wrap(nn.Sequential(nn.Linear(4, 3)), target_modules=["0"])
+    layer = model.base_model.model[0].base_layer
+    weight = layer.weight
+    layer.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    with provoked(UnsupportedLora, CAPABILITY, "16 bit"):
+        dict(merged_tensors(model))
+    layer.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+    assert dict(merged_tensors(model)).keys() == {"0.weight", "0.bias"}

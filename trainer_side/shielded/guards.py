@@ -180,7 +180,8 @@ class LiveState:
                 where=", ".join(changed[:5]),
                 expected="every parameter and buffer as it was: object, storage, shape, version and attributes",
                 got=f"{len(changed)} changed",
-                remedy="push between steps: while nothing else uses the model",
+                remedy="push between steps, while nothing else uses the model; if it is the model's own forward, "
+                "push with verify='weights'",
                 names=tuple(changed),
             )
 
