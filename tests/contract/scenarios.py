@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.errors import EngineQuarantined
+import bridge
+from bridge.errors import BridgeError, EngineQuarantined
 from tests.rigs import EngineRig, TrainerRig
 
 
@@ -43,3 +44,11 @@ def closed(rig: TrainerRig) -> Iterator[None]:
     rig.b.close()
     yield
     rig.attach()
+
+
+def attempt(push: Callable[[], bridge.Receipt]) -> bridge.Receipt | BridgeError:
+    """Push, and give back what came of it."""
+    try:
+        return push()
+    except BridgeError as error:
+        return error

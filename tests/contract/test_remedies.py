@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import bridge
 from bridge.errors import BridgeError, MissingTensor, ShapeMismatch, UnexpectedTensor
-from tests.contract.scenarios import closed
+from tests.contract.scenarios import attempt, closed
 from tests.rigs import EngineRig, Rigs
 
 pytestmark = pytest.mark.timeout(300)
@@ -70,14 +68,6 @@ def test_a_head_that_only_the_trainer_unties(rig: EngineRig) -> None:
     finally:
         rig.model = right
         rig.b.bind(right)
-
-
-def attempt(push: Callable[[], bridge.Receipt]) -> bridge.Receipt | BridgeError:
-    """Push, and give back what came of it."""
-    try:
-        return push()
-    except BridgeError as error:
-        return error
 
 
 def test_an_engine_that_knows_no_checkpoint_is_asked(rig: EngineRig) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import bridge
-from bridge.errors import NotFound
-from tests.contract.scenarios import jiggle
+from bridge.errors import BridgeError, NotFound, UnexpectedTensor, UnsupportedLora
+from tests.contract.scenarios import attempt, jiggle
 from tests.rigs import PROMPTS, Case, EngineRig, difference
 from trainer_side.reference import reference_logprobs
 
@@ -75,3 +75,29 @@ def test_loras_and_the_base_below_them(rigs: Any, tmp_path: Path, lora_case: Cas
     assert difference(rig.said(), reference_logprobs(model, PROMPTS)) < limit
     model.unload()
     rig.b.bind(rig.model)
+
+
+@pytest.mark.parametrize(("parts", "rank"), [(("q_proj",), 32), (("q_proj", "lm_head"), 4)], ids=["rank", "module"])
+def test_a_lora_that_the_engine_cannot_hold(rigs: Any, parts: tuple[str, ...], rank: int) -> None:
+    """A rank above its slots, or a module that it did not wrap: refused, merged weights are what the message offers,
+    and they are the trainer's policy."""
+    rig: EngineRig = rigs.get("qwen2", lora=True)
+    rig.b.bind(rig.model)
+    assert rig.push().verified is True
+    noise = difference(rig.said(), rig.wanted())
+    model = peft.get_peft_model(rig.model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(parts)))
+    jiggle(model, 5)
+    rig.b.bind(model)
+    try:
+        done = attempt(lambda: rig.b.push(model.named_parameters(), mode="adapter"))
+        if isinstance(done, BridgeError):
+            assert isinstance(done, UnsupportedLora | UnexpectedTensor), done
+            assert "merged" in str(done.remedy), done
+            done = rig.b.push(model.named_parameters(), mode="merged")
+        assert done.verified is True
+        assert done.mode == "merged" or rank == 4
+        said = rig.said(rig.our_lora(done)) if done.mode == "adapter" else rig.said()
+        assert difference(said, reference_logprobs(model, PROMPTS)) < max(3 * noise, LARGEST)
+    finally:
+        model.unload()
+        rig.b.bind(rig.model)
