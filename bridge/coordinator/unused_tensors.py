@@ -62,7 +62,7 @@ def find_unused(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -
         torn = tuple(_parts_of_used_modules(unread, infos, tied))
         if torn:
             what = "the engine has no place for a part of a module that it has"
-            raise _refusal(engine, torn, request, what, SAME_MODEL)
+            raise _refusal(engine, torn, request, what, SAME_MODEL if request.bound else f"{_NAMES}, or {SAME_MODEL}")
         open_names = [name for name in unread if name not in proven]
         if open_names and not request.bound:
             raise _refusal(engine, tuple(open_names), request, "the engine has no place for these tensors", _BIND)
@@ -104,10 +104,8 @@ def require_equal_partners(planned: Planned, seal: Seal) -> None:
         )
 
 
-_BIND = (
-    "bind the model (b.bind(model)): live names then become checkpoint names, and what its logits do not depend on may "
-    "stay unused"
-)
+_NAMES = "bind the model (b.bind(model)): live names then become checkpoint names"
+_BIND = f"{_NAMES}, and what its logits do not depend on may stay unused"
 
 
 def _alike(one: TensorInfo, other: TensorInfo) -> bool:

@@ -140,7 +140,9 @@ class CheckpointSchemes:
             raise ConfigError(
                 "the engine's checkpoint no longer holds one of its tensors",
                 where=f"{self.folder}: {missing}",
-                remedy="leave the checkpoint in place while the engine runs",
+                expected="the tensors that it held when the engine was started",
+                got=f"{len(out)} of {len(set(names))}",
+                remedy="leave the checkpoint in place while the engine runs; put it back and push again",
                 names=(missing,),
             )
         return out

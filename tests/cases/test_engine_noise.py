@@ -305,6 +305,7 @@ def test_what_is_no_limit_is_refused(rigs: Callable[..., NoisyRig], limit: Any) 
     rig = rigs()
     with pytest.raises(bridge.ConfigError, match="where: canary_limit"):
         rig.push(canary_limit=limit)
+    assert rig.push(canary_limit=0.1).verified is True
 
 
 @pytest.mark.parametrize("options", [{"verify": "weights"}, {"verify": "off"}, {"partial": True}])

@@ -301,6 +301,20 @@ def test_values_beside_scales_are_refused_until_the_scales_are_left_out(
     assert same(engine, engines(new.folder))
 
 
+def test_a_value_without_a_code_is_refused(families: Callable[..., Family], engines: Callable[..., Engine]) -> None:
+    case = families("qwen2")
+    engine, new = engines(case.folder), case.later[0]
+    name = "model.layers.0.mlp.down_proj.weight"
+    endless = {**new.values, name: torch.full_like(new.values[name], torch.inf)}
+    with bridge.attach(engine) as b:
+        with pytest.raises(bridge.NonFinite, match="has no code"):
+            b.push(endless.items(), verify="weights", allow_nonfinite=True)
+        with refused(bridge.NonFinite, 5, name):
+            b.push(endless.items(), verify="weights")
+        assert b.push(new.values.items(), verify="weights").verified is True
+    assert same(engine, engines(new.folder))
+
+
 def test_a_bound_trainer_of_values_gets_a_canary_with_the_floor_of_the_codes(
     families: Callable[..., Family], engines: Callable[..., Engine]
 ) -> None:

@@ -41,7 +41,8 @@ from tests.push.rig import PROMPTS, Rig
 
 LOADER, PLAN, MODULE = "engine_side/load/loader.py", "engine_side/plan", "engine_side/engines/module.py"
 LEVELS = "engine_side/driver/level_errors.py"
-HOSTING, AGREEMENT = "engine_side/engines/common/hosting.py", "bridge/coordinator/manifest_agreement.py"
+HOSTING, UNUSED = "engine_side/engines/common/hosting.py", "bridge/coordinator/unused_tensors.py"
+TRAINER = "trainer_side/trainer.py"
 CAPABILITY = "trainer_side/lora/capability.py: {}: {} cannot be pushed in {} mode: {}{}"
 EMBEDDED, HTTP = "engine_side/embedded", "engine_side/engines/common/http.py"
 SHORT = bridge.Sampling(max_tokens=2, temperature=0.0)
@@ -134,8 +135,10 @@ def test_codes_without_scales(tmp_path: Path) -> None:
         with pytest.raises(MissingTensor):  # "or leave it out": then it is missing
             b.push([(n, t) for n, t in second.items() if n not in (code, scale)])
         key = f"{EMBEDDED}/weights.py: a quantised weight takes no other dtype"
-        with provoked(DtypeMismatch, key, "send weight and scales"):
-            b.push([(n, t.to(torch.bfloat16) if n == code else t) for n, t in second.items()])
+        value = dict(model.named_parameters())[code].detach()
+        with provoked(DtypeMismatch, key, "leave its scales out"):
+            b.push([(n, value if n == code else t) for n, t in second.items()])
+        assert b.push([(n, value if n == code else t) for n, t in second.items() if n != scale]).verified is True
         assert b.push(second.items()).verified is True
         assert (
             tiny.mean_difference(engine.prompt_logprobs(tiny.prompts()), tiny.reference_logprobs(model, tiny.prompts()))
@@ -166,9 +169,7 @@ def test_a_tensor_that_the_loader_passes_over(rigs: Callable[..., Rig], monkeypa
     """Some engines' loaders skip names that they do not know."""
     monkeypatch.setattr(CausalLM, "ignores", lambda self, name: "extra" in name)
     rig = rigs(bound=False)
-    with provoked(
-        UnexpectedTensor, f"{AGREEMENT}: the engine has no place for these tensors", "b.bind(model)"
-    ) as caught:
+    with provoked(UnexpectedTensor, f"{UNUSED}: {{}}", "b.bind(model)") as caught:
         rig.b.push([*rig.named(), ("model.extra.weight", torch.ones(3))])
     assert "leave" not in str(caught.value.remedy), "what the trainer computes with would be left out"
 
@@ -180,7 +181,7 @@ def test_a_tensor_that_the_loader_passes_over(rigs: Callable[..., Rig], monkeypa
 
     policy = Policy()
     rig.b.bind(policy)
-    with provoked(UnexpectedTensor, f"{AGREEMENT}: the engine has no place for these tensors", "save_pretrained"):
+    with provoked(UnexpectedTensor, f"{TRAINER}: the engine has no place for these tensors", "save_pretrained"):
         rig.b.push(policy.named_parameters())
     del policy.model.extra
     rig.b.bind(rig.model)

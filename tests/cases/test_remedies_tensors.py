@@ -29,6 +29,7 @@ from tests.push.rig import Rig
 
 CHECKS, LAYOUT = "trainer_side/names/tensor_checks.py", "trainer_side/names/tensor_layout.py"
 LOADER, MODULE = "engine_side/plan/loader_errors.py", "engine_side/engines/module.py"
+UNUSED = "bridge/coordinator/unused_tensors.py"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
@@ -111,19 +112,15 @@ def test_a_tensor_that_the_engine_has_no_place_for(folder: Path) -> None:
         rig.close()
 
 
-def test_a_head_beside_the_policy(folder: Path) -> None:
-    class WithValueHead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pretrained_model, self.v_head = tiny_qwen2(seed=4), nn.Linear(48, 1)
-
-    policy = WithValueHead()
-    rig = Rig(folder, policy.pretrained_model, bound=False)
+def test_heads_beside_two_policies(folder: Path) -> None:
+    """Which of them the engine runs cannot be known."""
+    pair = nn.ModuleDict({"pretrained_model": tiny_qwen2(seed=4), "other": tiny_qwen2(seed=5)})
+    rig = Rig(folder, pair["pretrained_model"], bound=False)
     try:
-        rig.b.bind(policy)
-        with pytest.raises((UnexpectedTensor, ShapeMismatch), match=r"pretrained_model|save_pretrained|bind"):
-            rig.b.push(policy.named_parameters())
-        rig.b.bind(policy.pretrained_model)
+        rig.b.bind(pair)
+        with pytest.raises(UnexpectedTensor, match="pretrained_model"):
+            rig.b.push(pair.named_parameters())
+        rig.b.bind(rig.model)
         rig.good_push()
     finally:
         rig.close()
@@ -390,6 +387,8 @@ def test_modules() -> None:
     model, live = nn.Linear(4, 3), nn.Linear(4, 3)
     with bridge.attach(live) as b:
         with provoked(UnexpectedTensor, f"{MODULE}: the attached module has no such tensor", "b.bind(model)"):
+            b.push([(f"policy.{name}", tensor) for name, tensor in model.named_parameters()])
+        with provoked(UnexpectedTensor, f"{UNUSED}: {{}}", "configuration"):
             b.push([*model.named_parameters(), ("extra", torch.zeros(1))])
         b.bind(nn.Sequential(model))
         with pytest.raises((UnexpectedTensor, MissingTensor)):

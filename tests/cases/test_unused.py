@@ -97,6 +97,17 @@ def test_unbound_the_remedy_is_to_bind(started: Open) -> None:
     rig.good_push()
 
 
+def test_a_model_made_in_inference_mode_shows_nothing(started: Open) -> None:
+    with torch.inference_mode():
+        model = with_head()
+    rig = started(tiny_qwen2(), model)
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "v_head", "outside of inference_mode"):
+        rig.push()
+    rig.model = with_head()
+    rig.b.bind(rig.model)
+    rig.good_push()
+
+
 def deeper() -> Any:
     return tiny_qwen2(num_hidden_layers=3)
 

@@ -38,6 +38,8 @@ UNCAUSED: Mapping[str, tuple[str, ...]] = {
         "bridge/shm/seal.py: the slot is not sealed",
         "bridge/transports/collective.py: the offered digests are not those of their root",
         "engine_side/driver/arenas.py: the arena does not hold the announced version",
+        "engine_side/quantise/reproduce.py: the engine's checkpoint no longer holds one of its tensors",
+        "engine_side/quantise/slots.py: a quantised weight is further from its values than rounding explains",
     ),
     "two versions of weighbridge in one system": (
         "bridge/model/dtypes.py: unknown wire dtype",
@@ -210,10 +212,15 @@ UNCAUSED: Mapping[str, tuple[str, ...]] = {
 """Why no action of a user, within one sound installation, leads to an error -> the errors."""
 
 FOLLOWED_BY: Mapping[str, str] = {
+    "bridge/coordinator/base_weights_check.py: the engines serve merged weights, over which an adapter would act a second time": "tests/cases/test_packed_layers.py::test_no_adapter_over_merged_weights",
     "bridge/coordinator/coordinator.py: a bridge without engines has nobody to push to": "tests/push/test_bad_input.py::test_no_engine",
+    "bridge/coordinator/unused_tensors.py: an engine holds as one tensor what the trainer holds as two different ones": "tests/cases/test_unused.py::test_an_untied_head_has_to_equal_what_the_engine_ties_it_to",
     "bridge/daemon/actors.py: a daemon of that name runs already": "tests/ray/test_daemon.py::test_a_name_that_is_taken_or_unknown",
     "bridge/handles.py: {}": "tests/cases/test_remedies_engines.py::test_a_push_that_fails_midway",
     "bridge/journal/ledger.py: not a journal of this release of weighbridge": "tests/cases/test_remedies_session.py::test_a_journal_that_is_none",
+    "bridge/push_settings.py: a limit for a canary that does not run": "tests/cases/test_engine_noise.py::test_a_limit_without_a_canary_is_refused",
+    "bridge/push_settings.py: not a limit for the canary": "tests/cases/test_engine_noise.py::test_what_is_no_limit_is_refused",
+    "engine_side/driver/engine_noise.py: trainer and engine answered differently on the same weights before anything was pushed, {}": "tests/cases/test_engine_noise.py::test_a_stale_scale_is_refused_before_the_first_write",
     "engine_side/driver/service.py: this engine serves no weights that an adapter could go over": "tests/cases/test_remedies_engines.py::test_an_adapter_over_weights_that_nobody_verified",
     "engine_side/embedded/decoder.py: {}": "tests/cases/test_remedies_tensors.py::test_a_tensor_that_the_engine_has_no_place_for",
     "engine_side/embedded/engine.py: {}": "tests/cases/test_remedies_session.py::test_a_paused_engine",
@@ -223,8 +230,12 @@ FOLLOWED_BY: Mapping[str, str] = {
     "engine_side/engines/sglang/lora_slots.py: the engine has no LoRA slot for a module of this adapter": "tests/contract/test_with_lora.py::test_a_lora_that_the_engine_cannot_hold",
     "engine_side/engines/vllm/lora_slots.py: the engine has no LoRA layer for a module of this adapter": "tests/contract/test_with_lora.py::test_a_lora_that_the_engine_cannot_hold",
     "engine_side/plan/loader_errors.py: a tensor's shape does not fit the engine": "tests/contract/test_remedies.py::test_a_resized_vocabulary",
-    "engine_side/plan/refusals.py: the engine ties this tensor to another one, which is the only one that it reads": "tests/contract/test_remedies.py::test_a_head_that_only_the_trainer_unties",
     "engine_side/plan/refusals.py: the engine's loader keeps this tensor back until the others of its layer have come": "tests/contract/test_remedies.py::test_halves_that_the_engine_keeps_together",
+    "engine_side/quantise/reproduce.py: values cannot be quantised as this engine's checkpoint is ({})": "tests/cases/test_quantised_engines.py::test_codes_that_no_rounding_of_a_weight_gives_are_refused_by_their_method",
+    "engine_side/quantise/slots.py: a value that is not finite has no code": "tests/cases/test_quantised_engines.py::test_a_value_without_a_code_is_refused",
+    "trainer_side/independence.py: tensors of the bound model cannot have a gradient, so that nothing can be shown of them": "tests/cases/test_unused.py::test_a_model_made_in_inference_mode_shows_nothing",
+    "trainer_side/names/parametrized.py: a layer computes its weight of other tensors, which are no checkpoint tensors": "tests/cases/test_parametrized.py::test_what_a_weight_is_computed_of_is_refused_with_a_remedy",
+    "trainer_side/shielded/guards.py: a forward of the trainer's model outlasted the push's timeout": "tests/cases/test_deadlines.py::test_the_forward_for_the_canary_ends_at_the_deadline",
 }
 """Errors whose remedy is followed by a test that does not spell their key: it may be that of another engine."""
 
@@ -280,7 +291,7 @@ NOT_YET: frozenset[str] = frozenset(
         "engine_side/plan/strategies.py: no strategy can update this module",
         "engine_side/plan/twins.py: post-load state cannot be brought to the live module",
         "trainer_side/checkpoint.py: {}",
-        "trainer_side/lora/layer_proof.py: what is computed for a layer is not what the layer computes",
+        "trainer_side/lora/layer_compare.py: what is computed for a layer is not what the layer computes",
         "trainer_side/lora/layers/dequant.py: a packed weight cannot be read: there is no dequantiser for it",
         "trainer_side/lora/layers/dequant.py: the scales of a block-scaled fp8 weight do not cover it",
         "trainer_side/lora/layers/factors.py: a weight of this shape has no rows that a product could be added to",
