@@ -85,8 +85,8 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LoraRig]:
     made.close()
 
 
-def _rig(kind: Callable[[nn.Linear], nn.Module], folder: Path) -> LoraRig:
-    base = tiny_qwen2()
+def _rig(kind: Callable[[nn.Linear], nn.Module], folder: Path, **changes: Any) -> LoraRig:
+    base = tiny_qwen2(**changes)
     base.save_pretrained(folder)
     for name, linear in list(base.named_modules()):
         if type(linear) is nn.Linear and name != "lm_head":
@@ -149,5 +149,28 @@ def test_a_packed_layer_that_reads_its_weight_otherwise_is_refused(tmp_path: Pat
         with pytest.raises(UnsupportedLora, match=r"not what the layer computes.*HalfBytes") as caught:
             rig.push(mode="merged", verify="weights")
         assert caught.value.names[0].endswith("_proj.weight")
+    finally:
+        rig.close()
+
+
+def test_a_layer_that_was_found_to_differ_is_compared_until_it_agrees(tmp_path: Path) -> None:
+    """Its structure is proven: only the rotating sample finds it, and the next push would look at another layer."""
+    rig = _rig(HalfBytes, tmp_path, num_hidden_layers=3)
+    try:
+        assert rig.push(mode="merged", verify="weights").verified is True
+        layers = [module for module in rig.model.modules() if isinstance(module, HalfBytes)]
+        layers[5].wrong = True
+
+        def two_rounds() -> None:
+            for _ in range(2 * len(layers)):
+                rig.push(mode="merged", verify="off")
+
+        with pytest.raises(UnsupportedLora, match="not what the layer computes"):
+            two_rounds()
+        for _ in range(3):
+            with pytest.raises(UnsupportedLora, match="not what the layer computes"):
+                rig.push(mode="merged", verify="off")
+        layers[5].wrong = False
+        assert rig.push(mode="merged").verified is True
     finally:
         rig.close()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bridge.errors import UnsupportedLora
 from bridge.protocol.deadline import Deadline
 from trainer_side.lora.layer_compare import LayerReading, compare_layer
 from trainer_side.lora.layers.dequant import quant_state
@@ -71,6 +72,8 @@ class LayerProof:
         """Structure -> why its layers cannot be called alone."""
         self._storage: dict[str, Hashable] = {}
         """Packed weight, by its clean name -> where it lay when it, or its structure, was compared."""
+        self._wrong: set[str] = set()
+        """Weights, by their clean names, that were found to differ: compared in each push until they agree."""
         self._last: tuple[Sequence[EffectiveTensor], LoraState] | None = None
         self._open: tuple[OpenLayer, ...] = ()
         """Layers of the last push."""
@@ -99,7 +102,7 @@ class LayerProof:
         self._turn += 1 if due else 0
         found: list[OpenLayer | None] = []
         for k, one in enumerate(computed):
-            sampled = due and k == self._turn % len(computed)
+            sampled = (due and k == self._turn % len(computed)) or one.place.clean in self._wrong
             if one.bias or (alike and not sampled and one.place.clean not in waiting and self._lies_where_it_did(one)):
                 continue
             found.append(self._look_at(LayerReading.of(one, began), deadline, sampled=sampled))
@@ -126,7 +129,7 @@ class LayerProof:
             missing, reason = self._missing[one.key], self._reasons.get(one.key, one.reason)
             if missing and missing < one.layer.parts:
                 reason = f"no token of the canary reached its parts {', '.join(map(str, sorted(missing)))}"
-            if missing:
+            if missing or one.name in self._wrong:
                 found.setdefault(one.key, f"{one.name} and layers like it were not compared: {reason}")
         return tuple(found.values())
 
@@ -152,10 +155,17 @@ class LayerProof:
     ) -> frozenset[int] | str:
         """Compare a layer; one of a proven structure at the expense of the credit, and with its own factors if it is
         packed: the size of drawn ones would take one more reading of its weight."""
-        started = time.thread_time()
-        found = compare_layer(layer, calls, deadline, draw=bool(missing) or not layer.packed)
-        if not missing:
-            self._credit_s -= time.thread_time() - started
+        started, name = time.thread_time(), layer.tensor.place.clean
+        try:
+            found = compare_layer(layer, calls, deadline, draw=bool(missing) or not layer.packed)
+        except UnsupportedLora:
+            self._wrong.add(name)
+            raise
+        finally:
+            if not missing:
+                self._credit_s -= time.thread_time() - started
+        if not isinstance(found, str):
+            self._wrong.discard(name)
         return found
 
     def _lies_where_it_did(self, one: EffectiveTensor) -> bool:
