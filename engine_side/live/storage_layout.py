@@ -136,7 +136,10 @@ def affine(shown: Sequence[torch.Tensor], base: int) -> tuple[Region, Region] | 
     numel = shown[0].numel()
 
     def decode(position: int) -> int:
-        return sum(int(seen[position].item()) * base**k for k, seen in enumerate(shown))
+        digits = [seen[position].item() for seen in shown]
+        if not all(map(math.isfinite, digits)):
+            return -1  # a step that computes with the values made it: no place of any element
+        return sum(int(digit) * base**k for k, digit in enumerate(digits))
 
     levels = _levels(decode, numel)
     if levels is None or not _is_gapless((step, size) for size, step, _ in levels):

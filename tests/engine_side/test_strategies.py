@@ -154,6 +154,7 @@ def test_what_is_not_affine_is_refused(swap: tuple[int, int]) -> None:
         for k in range(storage_layout.digits_needed(n, base))
     ]
     assert storage_layout.affine(rolled, base) is None
+    assert storage_layout.affine([torch.full((24,), torch.nan)], base) is None  # a step that divided zero by zero
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.int8, torch.bool])

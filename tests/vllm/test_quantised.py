@@ -193,3 +193,33 @@ def test_fp8_blocks_with_uneven_edges_in_real_layers(start: Callable[..., Any], 
     fresh = start(tmp_path / "last")
     assert said_by(llm) == said_by(fresh) != before
     assert bits(llm) == bits(fresh)
+
+
+def fp8_whole(name: str, weight: torch.Tensor) -> Tensors:
+    scale = weight.float().abs().amax() / 448
+    return {name: (weight.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+
+
+@pytest.mark.usefixtures("fp8_kernel_stand_in")
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_one_fp8_scale_over_fused_parts(start: Callable[..., Any], tmp_path: Path, activations: str) -> None:
+    """Each part has a scale of its own in the checkpoint; vLLM quantises the fused layer again, by the largest."""
+    model = make_model("qwen2")
+    kept = calibrated(model) if activations == "static" else {}
+    config = {"quant_method": "fp8", "activation_scheme": activations}
+    save(tmp_path / "first", model, config, {**quantised(model, fp8_whole), **kept})
+    llm = start(tmp_path / "first")
+    before = said_by(llm)
+    with bridge.attach(llm) as b:
+        name, value = next((n, p) for n, p in model.named_parameters() if n.endswith("q_proj.weight"))
+        with pytest.raises(MissingTensor, match=r"all of its tensors; where: .*qkv_proj"):
+            b.push([(name, value)], partial=True, verify="weights")
+        for step in (1, 2):
+            perturb(model, step)
+            receipt = b.push(model.named_parameters(), verify="weights")
+            assert receipt.verified is True
+            assert receipt.kept == tuple(sorted(kept))
+    save(tmp_path / "last", model, config, {**quantised(model, fp8_whole), **kept})
+    fresh = start(tmp_path / "last")
+    assert said_by(llm) == said_by(fresh) != before
+    assert bits(llm) == bits(fresh)
