@@ -42,7 +42,7 @@ from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.quant_groups import find_incomplete_groups
-from engine_side.plan.refusals import Feeders, waiting_tensors, with_accepted_shape
+from engine_side.plan.refusals import Feeders, listed, waiting_tensors, with_accepted_shape
 from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
 from engine_side.plan.twins import Role, Twin, graft, redo
 from engine_side.protocol import RankHost
@@ -189,24 +189,26 @@ class Loader:
     def _packed_in_part(self) -> Iterator[MissingTensor]:
         """Find packed modules of a partial plan: they can only be rebuilt from all of their tensors."""
         planned = {t.path for t in self.baked.plan.targets}
-        feeders: Feeders | None = None
-        for choice in self.decided.choices.values():
-            for name, target, _ in self.canonical.parts(choice):
-                whole = target in planned and target in self.canonical.whole
-                if choice.direct or whole or choice.stored[name].identity:
-                    continue
-                feeders = feeders or Feeders.of(self.host, self.baked)
-                targets = [target for _, target, _ in self.canonical.parts(choice)]
-                absent = tuple(info.name for info in feeders.unsent(targets)) if feeders is not None else ()
-                yield MissingTensor(
-                    "a module whose storage is packed needs all of its tensors",
-                    where=f"{target} -> {choice.path} ({choice.cls})",
-                    expected="every tensor that feeds this module, or none",
-                    got=f"strategy {choice.strategy.value}: {choice.reason}",
-                    remedy=f"push {', '.join(absent) or 'the other tensors of this layer'} too, or all of "
-                    "model.named_parameters()",
-                    names=absent or (target,),
-                )
+        torn = [
+            (choice, target)
+            for choice in self.decided.choices.values()
+            for name, target, _ in self.canonical.parts(choice)
+            if not (choice.direct or choice.stored[name].identity)
+            and not (target in planned and target in self.canonical.whole)
+        ]
+        feeders = Feeders.of(self.host, self.baked) if torn else None
+        for choice, target in torn:
+            targets = [target for _, target, _ in self.canonical.parts(choice)]
+            absent = tuple(info.name for info in feeders.unsent(targets)) if feeders is not None else ()
+            yield MissingTensor(
+                "a module whose storage is packed needs all of its tensors",
+                where=f"{target} -> {choice.path} ({choice.cls})",
+                expected="every tensor that feeds this module, or none",
+                got=f"strategy {choice.strategy.value}: {choice.reason}",
+                remedy=f"push {listed(absent) or 'the other tensors of this layer'} too, or all of "
+                "model.named_parameters()",
+                names=absent or (target,),
+            )
 
     # ---- what the driver asks ----------------------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ from engine_side.protocol import KnowsCheckpoint, RankHost
 
 MAX_TRIALS = 48
 """Number of shapes that are tried for one tensor, and of partners that are tried alone."""
+SHOWN = 8
+"""Number of tensors that a message spells out."""
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -79,9 +81,9 @@ def waiting_tensors(host: RankHost, baked: Baked) -> Iterator[MissingTensor]:
             yield MissingTensor(
                 "the engine's loader keeps this tensor back until the others of its layer have come",
                 where=f"{name} -> {', '.join(reached)}",
-                expected=f"{', '.join(partners)} in the same push",
+                expected=f"{listed(partners)} in the same push",
                 got=f"{name} without {'it' if len(partners) == 1 else 'them'}",
-                remedy=f"push {', '.join(partners)} together with {name}, or all of model.named_parameters()",
+                remedy=f"push {listed(partners)} together with {name}, or all of model.named_parameters()",
                 names=(name, *partners),
             )
 
@@ -126,6 +128,12 @@ class Feeders:
         wanted = set(targets)
         names = dict.fromkeys(m.tensor for m in self._moves if m.target in wanted and m.tensor not in self._sent)
         return [self._known[name] for name in names if name in self._known]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a message, which shows a few; `names` of the error has all."""
+    more = f" and {len(names) - SHOWN} more (the error's names)" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _checkpoint(host: RankHost) -> tuple[TensorInfo, ...]:
