@@ -51,6 +51,7 @@ class Recorder:
             `dest` counts in the target's own storage, from the target's first element. Valid after the `with` block.
         tainted: target path -> why its value is not a plain copy of sent elements.
         current: the name last handed out by `feed`, for errors that say at which tensor the loader failed.
+        streamed: the loader has been handed everything, one after the other as it wrote: it is done with each.
         ties: path -> the earlier path that has the same storage.
         mode: in it operations are recorded; for handlers that carry an operation out by others.
         rebound: target paths whose tensor got another storage (`param.data = ...`); their moves are what the new
@@ -66,6 +67,7 @@ class Recorder:
         self.ties: dict[str, str] = {}
         self.rebound: list[str] = []
         self.current: str | None = None
+        self.streamed = False
         self.storages: dict[int, StorageLog] = {}
         self._targets = dict(targets or {})
         self._layout = {path: region_of(tensor) for path, tensor in self._targets.items()}
@@ -93,9 +95,11 @@ class Recorder:
 
     def feed(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Hand (name, tensor) pairs to the loader, keeping `current` at the last one handed out."""
+        self.streamed, before = False, len(self.moves)
         for name, tensor in weights:
             self.current = name
             yield name, tensor
+        self.streamed = len(self.moves) > before
 
     def provenance(self, tensor: torch.Tensor) -> Provenance:
         """Find the sources of a tensor's elements. May be called inside or after the `with` block."""

@@ -253,18 +253,23 @@ def live_storages(model: nn.Module) -> frozenset[int]:
 
 
 def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
-    """Run the loader once on a fresh skeleton. Raises LoaderRaised, which says at which tensor; OutOfMemory."""
+    """Run the loader once on a fresh skeleton. Raises LoaderRaised, which says at which tensor; OutOfMemory.
+
+    What a loader finds wrong with the whole, after the last tensor, is no error: coverage tells what is missing.
+    """
     with experiment_step("building a skeleton", type(host.model).__name__):
         skeleton = host.skeleton()
         targets = collect_targets(skeleton, live_storages(host.model))
     recorder = Recorder(weights, targets.tensors)
-    try:
-        with experiment_step("tracing the engine's loader", type(host.model).__name__, memory_only=True), recorder:
-            host.load_weights(skeleton, recorder.feed(iter(weights.items())))
-    except OutOfMemory:
-        raise
-    except loader_errors.LOADER_ERRORS as error:
-        raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
+    with recorder:
+        try:
+            with experiment_step("tracing the engine's loader", type(host.model).__name__, memory_only=True):
+                host.load_weights(skeleton, recorder.feed(iter(weights.items())))
+        except OutOfMemory:
+            raise
+        except loader_errors.LOADER_ERRORS as error:
+            if not recorder.streamed:
+                raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
     return Trace(skeleton, targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))
 
 
@@ -332,6 +337,8 @@ def offer_each(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Offered:
             except OutOfMemory:
                 raise
             except loader_errors.LOADER_ERRORS as error:
+                if recorder.streamed:
+                    break
                 raised = loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights)
             finally:
                 for move in recorder.moves[seen:]:

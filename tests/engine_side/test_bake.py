@@ -162,6 +162,33 @@ def test_a_loader_that_fails_for_its_own_reasons() -> None:
         bake(host, host.infos)
 
 
+class Strict(toy.ToyHost):
+    """Complains at the end, as vLLM does of a tied head that came without its embedding."""
+
+    def load_weights(self, skeleton: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        came = []
+        for name, tensor in weights:
+            came.append(name)
+            if name != "head.weight":
+                super().load_weights(skeleton, [(name, tensor)])
+        if "embed.weight" not in came:
+            raise ValueError("'head.weight' was skipped because it is tied to 'embed.weight'")
+
+
+def test_what_a_loader_misses_at_the_end_is_blamed_on_no_tensor() -> None:
+    host = Strict()
+    both = {"embed.weight": ("head.weight", ("embed.weight",))}
+    infos = [
+        TensorInfo(name, i.dtype, i.shape, other, other)
+        for i in host.infos
+        for name, other in [both.get(i.name, (i.name, ()))]
+    ]
+    baked = toy.checked(bake(host, infos))
+    assert {m.tensor for m in baked.plan.moves if m.target == "embed.weight"} == {"head.weight"}
+    with pytest.raises(MissingTensor, match=r"embed\.weight"):
+        toy.checked(bake(host, without(host.infos, "embed.weight")))
+
+
 def test_arithmetic_marks_the_parameter_computed_and_keeps_its_tensor() -> None:
     host = toy.ToyHost(decay=True)
     baked = toy.checked(bake(host, host.infos))
