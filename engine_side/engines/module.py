@@ -31,7 +31,7 @@ from bridge.protocol.codec import Completion, Sampling
 from bridge.protocol.deadline import Deadline
 from engine_side.engines.common import claim
 from engine_side.engines.common.refusals import require_apart
-from engine_side.live.inplace import reflect, twin_parameter
+from engine_side.live.inplace import meta_twin, reflect
 from engine_side.protocol import LoraView, PromptBatch
 
 CanonicalRoutes = Callable[[nn.Module], Routes]
@@ -306,8 +306,9 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, to
     blank = nn.Module().__dict__
     hooks = {key: value for key, value in blank.items() if "hook" in key}
     copy.__dict__.update({**blank, **module.__dict__, **hooks, "training": False})
-    copy.__dict__["_parameters"] = {name: _meta(p, tensors) for name, p in module._parameters.items()}
-    copy.__dict__["_buffers"] = {name: _meta(b, tensors) for name, b in module._buffers.items()}
+    for kind in ("_parameters", "_buffers"):
+        registry = module.__dict__[kind].items()
+        copy.__dict__[kind] = {name: None if t is None else meta_twin(t, tensors) for name, t in registry}
     own = {id(t): tensors[id(t)] for t in (*module._parameters.values(), *module._buffers.values()) if t is not None}
     copy.__dict__.update({n: reflect(v, own) for n, v in copy.__dict__.items() if n not in blank})
     copy.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
@@ -315,19 +316,6 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module], tensors: dict[int, to
         name: None if child is None else _mirror(child, made, tensors) for name, child in module._modules.items()
     }
     return copy
-
-
-def _meta(tensor: torch.Tensor | None, tensors: dict[int, torch.Tensor]) -> torch.Tensor | None:
-    """Make a meta tensor, once per tensor object; views of one storage stay views of one storage."""
-    if tensor is None:
-        return None
-    if id(tensor) not in tensors:
-        storage = tensor.untyped_storage()
-        flat = torch.empty(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype, device="meta")
-        base = tensors.setdefault(-storage._cdata, flat)
-        view = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        tensors[id(tensor)] = twin_parameter(tensor, view)
-    return tensors[id(tensor)]
 
 
 def _by_name(module: nn.Module) -> dict[str, torch.Tensor]:

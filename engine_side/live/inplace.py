@@ -115,6 +115,23 @@ def twin_parameter(
     return made
 
 
+def meta_twin(tensor: torch.Tensor, made: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Make a meta tensor of the class, attributes and form of `tensor`, once per tensor object; views of one storage
+    stay views of one storage.
+
+    Args:
+        made: what was made so far for tensors of the same model; filled here.
+    """
+    if id(tensor) not in made:
+        storage = tensor.untyped_storage()
+        flat = torch.empty(storage.nbytes() // tensor.element_size(), dtype=tensor.dtype, device="meta")
+        base = made.setdefault(-storage._cdata, flat)
+        made[id(tensor)] = twin_parameter(
+            tensor, base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        )
+    return made[id(tensor)]
+
+
 def reflect(value: object, swap: Mapping[int, torch.Tensor], depth: int = 4) -> object:
     """Exchange the tensors in an attribute of a copied module for the copy's own; the value itself when there are none.
 

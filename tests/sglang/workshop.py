@@ -203,10 +203,44 @@ def values_for_layers_that_quantise_them(scheduler: Any, folder: str) -> dict[st
     return {"before": before, "codes": str(codes), "ours": refused, "differ": differ()}
 
 
+def recurrent_layers(scheduler: Any, folder: str) -> dict[str, Any]:
+    """What SGLang's own load of the same tensors gives, after a load of all, and after one of those alone from which a
+    recurrent layer derives something."""
+    model = Model(scheduler, folder)
+    ends = ("A_log", "dt_bias", "D", "conv1d.weight", "conv.weight")
+
+    def differs(tensors: Tensors) -> list[str]:
+        fresh = Model(scheduler, folder)
+        said = fresh.own(tensors)
+        wanted = _held(fresh.module)
+        live = _held(model.module)
+        return [said] if said else [name for name, tensor in wanted.items() if not _same(live[name], tensor)]
+
+    before = differs(moved(model.old))
+    everything = moved(model.old)
+    refused = [model.ours(everything)]
+    wrong = [differs(everything)]
+    part = {n: t for n, t in moved(everything, 6).items() if n.endswith(tuple(f".{end}" for end in ends))}
+    refused.append(model.ours(part, partial=True))
+    wrong.append(differs({**everything, **part}))
+    return {"before": len(before), "part": len(part), "ours": refused, "ours wrong": wrong}
+
+
+def _held(module: nn.Module) -> Tensors:
+    """Every parameter and buffer, and the plain attributes of every module, by path."""
+    attributes = {
+        f"{path}.{name}": value
+        for path, each in module.named_modules()
+        for name, value in vars(each).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return {**attributes, **dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 JOBS = {
     each.__name__: each
     for each in (
         experts_below_a_wrapper, scales_below_a_wrapper, shape_error_in_the_middle, values_for_block_codes,
-        values_for_layers_that_quantise_them,
+        values_for_layers_that_quantise_them, recurrent_layers,
     )
 }  # fmt: skip

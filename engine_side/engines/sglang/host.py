@@ -25,6 +25,7 @@ from engine_side.engines.common.published_state import lora_not_loaded
 from engine_side.engines.common.rank_host import EngineRankHost, without_new_entries
 from engine_side.engines.sglang.logprobs import prompt_logprobs
 from engine_side.engines.sglang.lora_slots import SglangLoraSlots
+from engine_side.live.inplace import meta_twin
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.twins import ModuleState
 from engine_side.plan.unfilled import checkpoint_tensors
@@ -63,20 +64,16 @@ class SglangRankHost(EngineRankHost[SglangLoraSlots]):
         return model
 
     def skeleton(self) -> nn.Module:
-        """Run SGLang's own constructor on the meta device. Raises ConfigError when a parameter got memory."""
+        """Run SGLang's own constructor on the meta device. Parameters that it makes on another one move there."""
         config, load = self._runner.model_config, self._runner.load_config
         with without_new_entries(rotary._ROPE_DICT), set_default_torch_dtype(config.dtype), torch.device("meta"):
             made: nn.Module = _initialize_model(config, load, _get_quantization_config(config, load))
-        # torch recognises its constructors by identity: one that somebody has wrapped ignores the device
-        astray = [name for name, parameter in made.named_parameters() if not parameter.is_meta]
-        if astray:
-            raise ConfigError(
-                "SGLang's constructor did not stay on the meta device",
-                where=", ".join(astray[:3]),
-                expected="parameters without memory",
-                got=f"{len(astray)} parameters with memory",
-                remedy="look for code that replaces torch.empty and its like in the scheduler process",
-            )
+        # some layers name their device, and torch.empty ignores the context where somebody has wrapped it
+        twins: dict[int, torch.Tensor] = {}
+        for module in made.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    module._parameters[name] = meta_twin(parameter, twins)  # type: ignore[assignment]
         self._derived.learn(made)
         return made
 

@@ -24,7 +24,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from engine_side.engines.common.rank_host import EngineRankHost, without_new_entries
 from engine_side.engines.vllm.logprobs import prompt_logprobs
 from engine_side.engines.vllm.lora_slots import VllmLoraSlots
-from engine_side.live.inplace import twin_parameter
+from engine_side.live.inplace import meta_twin
 from engine_side.protocol import PromptBatch
 
 _POST_LOAD = "process_weights_after_loading"
@@ -199,8 +199,8 @@ def _load_at_once(model: nn.Module) -> None:
 
 
 def _move_to_meta(model: nn.Module, live: Container[int]) -> None:
-    """Replace parameters and buffers that were made with values by meta tensors, ties kept. Modules that belong to the
-    `live` model too (shared rotary embeddings) are left alone."""
+    """Replace parameters and buffers that were made with values by meta tensors, ties and views kept. Modules that
+    belong to the `live` model too (shared rotary embeddings) are left alone."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if id(module) in live:
@@ -208,8 +208,7 @@ def _move_to_meta(model: nn.Module, live: Container[int]) -> None:
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
                 if tensor is not None and tensor.device.type != "meta":
-                    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                    registry[name] = made.setdefault(id(tensor), twin_parameter(tensor, like))  # type: ignore[assignment]
+                    registry[name] = meta_twin(tensor, made)  # type: ignore[assignment]
 
 
 def _with_own_containers(config: Any) -> Any:
