@@ -21,6 +21,7 @@ from bridge.model.receipt import Failure, LevelResult
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.quantise.reproduce import CheckpointSchemes
+from engine_side.quantise.scheme import Scheme
 from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 from tests.push.rig import refused
@@ -404,3 +405,45 @@ def test_a_trainer_may_change_from_codes_to_values_and_back(
             assert same(engine, engines(new.folder))
             assert b.push(case.later[0].values.items(), verify="weights").verified is True
             assert same(engine, engines(first.folder))
+
+
+@pytest.mark.parametrize("verify", ["off", "weights"])
+def test_a_code_that_is_not_the_nearest_stops_the_push_before_the_first_write(
+    families: Callable[..., Family], engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, verify: str
+) -> None:
+    """An injected fault: one code of one weight is one step off, as a bit that flipped in memory would have it."""
+    case = families("qwen2")
+    engine = engines(case.folder)
+    before = storages(engine)
+    quantise = Scheme.quantise
+
+    def one_off(self: Scheme, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = quantise(self, values)
+        codes.view(torch.uint8)[-1, -1] ^= 2
+        return codes, scales
+
+    with bridge.attach(engine) as b:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheme, "explains", lambda *_: True)
+            patch.setattr(Scheme, "quantise", one_off)
+            with refused(bridge.IntegrityError, 5, "further from its values than rounding explains", "half steps"):
+                b.push(case.later[0].values.items(), verify=verify)
+        assert all(torch.equal(t, before[name]) for name, t in storages(engine).items())
+        assert b.push(case.later[0].values.items(), verify="weights").verified is True
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_no_code(
+    families: Callable[..., Family], engines: Callable[..., Engine], value: float
+) -> None:
+    case = families("qwen2")
+    engine = engines(case.folder)
+    before = storages(engine)
+    name = "model.layers.1.mlp.down_proj.weight"
+    broken = case.later[0].values[name].clone()
+    broken[3, 4] = value
+    with bridge.attach(engine) as b:
+        with refused(bridge.errors.NonFinite, 5, name, "not finite"):
+            b.push({**case.later[0].values, name: broken}.items(), verify="weights", allow_nonfinite=True)
+        assert all(torch.equal(t, before[name]) for name, t in storages(engine).items())
+        assert b.push(case.later[0].values.items(), verify="weights").verified is True
