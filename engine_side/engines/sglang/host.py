@@ -20,7 +20,7 @@ from sglang.srt.model_loader.loader import _get_quantization_config, _initialize
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
-from bridge.errors import GATHER, SAME_MODEL, ConfigError, ShapeMismatch
+from bridge.errors import GATHER, SAME_MODEL, ShapeMismatch
 from engine_side.engines.common.published_state import lora_not_loaded
 from engine_side.engines.common.rank_host import EngineRankHost, without_new_entries
 from engine_side.engines.sglang.logprobs import prompt_logprobs
