@@ -151,7 +151,7 @@ def bake(
     plan = _plan(found, partial, unloaded)
     # codes without a place for their scales: that the scales have none leads nowhere, so it comes second
     problems: list[BridgeError] = list(loader_errors.dtype_errors(plan, computed, wanted))
-    problems.extend(offenders.values())
+    problems.extend(error for name, error in offenders.items() if name not in kept)  # nobody sent those
     problems.extend(loader_errors.broadcast_errors(plan.moves, wanted))
     problems.extend(loader_errors.coverage_errors(plan, dest_coverage(plan), wanted, partial))
     sources = {path: tuple(sorted(computed[path].union(m.tensor for m in found.moves if m.target == path)))
