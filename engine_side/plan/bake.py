@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -31,6 +31,7 @@ from bridge.model.regions import (
     source_coverage,
 )
 from bridge.model.torch_dtypes import DTYPES, dtype_of
+from bridge.tracing.provenance import storage_key
 from bridge.tracing.recorder import Recorder
 from engine_side.live.inplace import twin_parameter, unregistered_tensors
 from engine_side.live.storage_layout import is_dense, whole_view_key
@@ -66,6 +67,24 @@ class Targets:
     places: tuple[TargetPlace, ...]
     tensors: Mapping[str, torch.Tensor]
     mirrors: tuple[TargetPlace, ...] = ()
+
+    def with_buffers(self, buffers: Mapping[str, torch.Tensor]) -> Targets:
+        """Add non-persistent buffers as targets."""
+        if not buffers:
+            return self
+        wire = {dtype: name for name, dtype in DTYPES.items()}
+        return replace(
+            self,
+            targets=(
+                *self.targets,
+                *(
+                    TargetTensor(path, wire.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), True)
+                    for path, tensor in buffers.items()
+                ),
+            ),
+            places=(*self.places, *(TargetPlace(*_split(path), path) for path in buffers)),
+            tensors={**self.tensors, **buffers},
+        )
 
     def of_module(self, *, mirrors: bool = False) -> dict[str, tuple[TargetPlace, ...]]:
         """Group the places by module path, in the skeleton's order, with the mirrors at the end of each or without."""
@@ -115,13 +134,20 @@ class Baked:
 
 @dataclass(frozen=True)
 class Trace:
-    """The record of one run of a loader; `tainted` maps targets to why their values cannot be followed."""
+    """The record of one run of a loader.
+
+    Attributes:
+        targets: with the non-persistent buffers that the loader has written, such as a weight plus one.
+        tainted: targets whose values cannot be followed -> why; these buffers among them.
+        beside: path of such a buffer -> the tensors that were copied into it on the way.
+    """
 
     skeleton: nn.Module
     targets: Targets
     moves: tuple[Move, ...]
     fills: tuple[Fill, ...]
     tainted: Mapping[str, str]
+    beside: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def bake(
@@ -154,8 +180,7 @@ def bake(
     problems.extend(error for name, error in offenders.items() if name not in kept)  # nobody sent those
     problems.extend(loader_errors.broadcast_errors(plan.moves, wanted))
     problems.extend(loader_errors.coverage_errors(plan, dest_coverage(plan), wanted, partial))
-    sources = {path: tuple(sorted(computed[path].union(m.tensor for m in found.moves if m.target == path)))
-                for path in found.tainted}  # fmt: skip
+    sources = {path: _sources_of(path, found, computed) for path in found.tainted}
     misfits = {name for name, error in offenders.items() if not isinstance(error, UnexpectedTensor)}
     used = {move.tensor for move in plan.moves}.union(misfits, *sources.values())
     unread = [i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0]
@@ -176,6 +201,11 @@ def bake(
         skeleton=found.skeleton,
         unloaded=unloaded,
     )
+
+
+def _split(path: str) -> tuple[str, str]:
+    module, _, name = path.rpartition(".")
+    return module, name
 
 
 def stand_ins(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
@@ -260,6 +290,7 @@ def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
     with experiment_step("building a skeleton", type(host.model).__name__):
         skeleton = host.skeleton()
         targets = collect_targets(skeleton, live_storages(host.model))
+        buffers = _buffers_beside(skeleton, targets)
     recorder = Recorder(weights, targets.tensors)
     with recorder:
         try:
@@ -270,7 +301,42 @@ def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
         except loader_errors.LOADER_ERRORS as error:
             if not recorder.streamed:
                 raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
-    return Trace(skeleton, targets, tuple(recorder.moves), uncovered_fills(recorder), dict(recorder.tainted))
+    beside = dict(_written_beside(recorder, buffers))
+    return Trace(
+        skeleton,
+        targets.with_buffers({path: tensor for path, tensor in buffers.items() if path in beside}),
+        tuple(recorder.moves),
+        uncovered_fills(recorder),
+        {**recorder.tainted, **dict.fromkeys(beside, "a buffer that the loader sets beside a parameter")},
+        beside,
+    )
+
+
+def _written_beside(recorder: Recorder, buffers: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, frozenset[str]]]:
+    """Find the buffers into which a loader has put anything that came from a sent tensor, with the tensors known."""
+    for path, tensor in buffers.items():
+        if recorder.derived(tensor):
+            log = recorder.storages[storage_key(tensor)].log
+            yield path, frozenset(write.name for write in log if write.name is not None)
+
+
+def _buffers_beside(skeleton: nn.Module, targets: Targets) -> dict[str, torch.Tensor]:
+    """Collect the non-persistent buffers of a skeleton that share no storage with a target."""
+    held = {storage_key(tensor) for tensor in targets.tensors.values()}
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in skeleton.named_modules()
+        for name, tensor in unregistered_tensors(module)
+        if name in module._buffers and tensor.is_meta and tensor.numel() and is_dense(tensor)
+        if storage_key(tensor) not in held
+    }
+
+
+def _sources_of(path: str, found: Trace, computed: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
+    """Name the tensors that a target is computed from; where none is known, those of the others of its module."""
+    known = computed[path].union(found.beside.get(path, ()), (m.tensor for m in found.moves if m.target == path))
+    module = path.rpartition(".")[0]
+    return tuple(sorted(known or {m.tensor for m in found.moves if m.target.rpartition(".")[0] == module}))
 
 
 def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:

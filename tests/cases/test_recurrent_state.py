@@ -34,8 +34,8 @@ class Convolution(nn.Module):
 
 
 class Mixer(nn.Module):
-    """A recurrent layer as engines have it: a decay that its loader computes, a view of the weight of its convolution,
-    and states for which its constructor leaves a place."""
+    """A recurrent layer as engines have it: a decay that its loader computes, a buffer that its loader sets beside a
+    parameter, views of the weight of its convolution, and states for which its constructor leaves a place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +43,7 @@ class Mixer(nn.Module):
         self.A = nn.Parameter(torch.empty(SIZE, dtype=torch.float32), requires_grad=False)
         self.D = nn.Parameter(torch.empty(SIZE), requires_grad=False)
         self.register_buffer("conv_weights", self.conv.weight.data.view(SIZE, WIDTH), persistent=False)
+        self.register_buffer("one_more", torch.ones(SIZE), persistent=False)
         self.conv_rows = self.conv.weight.data.view(SIZE * WIDTH)
         self.states = (torch.tensor([]), torch.tensor([]))
         self.position = torch.tensor([])
@@ -77,6 +78,8 @@ class Recurrent(nn.Module):
                 own["mixer.A"].data.copy_(-torch.exp(tensor.float()))
             else:
                 own[name].data.copy_(tensor)
+            if name == "mixer.D":  # as SGLang's GemmaRMSNorm keeps its weight plus one
+                self.mixer.one_more.copy_(self.mixer.D.data).add_(1.0)
 
 
 SHAPES = {
@@ -132,7 +135,7 @@ class RecurrentHost(toy.ToyHost):
         mixer, closed = self.model.mixer, self.model.closed
         return {
             "A": mixer.A, "D": mixer.D, "conv": mixer.conv.weight, "conv_weights": mixer.conv_weights,
-            "conv_rows": mixer.conv_rows, "packed": closed.packed,
+            "conv_rows": mixer.conv_rows, "one_more": mixer.one_more, "packed": closed.packed,
         }  # fmt: skip
 
 
@@ -215,7 +218,7 @@ def test_a_neighbour_of_a_computed_tensor_may_not_be_left_out() -> None:
         Loader(host, [info for info in host.infos if info.name != "mixer.D"]).check()
 
 
-@pytest.mark.parametrize("name", ["A", "conv_weights", "conv_rows"])
+@pytest.mark.parametrize("name", ["A", "conv_weights", "conv_rows", "one_more"])
 def test_what_derives_from_a_weight_is_read_back_bit_for_bit(name: str) -> None:
     with mapped() as (host, loader, verifier):
         loader.apply(0)
