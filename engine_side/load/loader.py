@@ -199,7 +199,8 @@ class Loader:
         feeders = Feeders.of(self.host, self.baked) if torn else None
         for choice, target in torn:
             targets = [target for _, target, _ in self.canonical.parts(choice)]
-            absent = tuple(info.name for info in feeders.unsent(targets)) if feeders is not None else ()
+            unsent = [info.name for info in feeders.unsent(targets)] if feeders is not None else []
+            absent = self.form.sendable(unsent)
             yield MissingTensor(
                 "a module whose storage is packed needs all of its tensors",
                 where=f"{target} -> {choice.path} ({choice.cls})",

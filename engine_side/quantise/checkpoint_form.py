@@ -55,6 +55,13 @@ class CheckpointForm:
         """Name of a tensor that nobody announced -> the announced tensor with which it changes."""
         return {**{weight.scales: name for name, weight in self.quantised.items()}, **self.kept}
 
+    def sendable(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Leave out, of names of the checkpoint, what a trainer of values has not: scales, calibrated values."""
+        if self.schemes is None or not self.quantised:
+            return tuple(names)
+        made = {part for name in names for part in self.schemes.parts(name)} | self.schemes.calibrated
+        return tuple(name for name in names if name not in made)
+
 
 def checkpoint_form(host: RankHost, announced: Sequence[TensorInfo], partial: bool) -> CheckpointForm:
     """Find the form in which announced tensors reach the engine's loader.

@@ -212,8 +212,11 @@ def test_one_fp8_scale_over_fused_parts(start: Callable[..., Any], tmp_path: Pat
     before = said_by(llm)
     with bridge.attach(llm) as b:
         name, value = next((n, p) for n, p in model.named_parameters() if n.endswith("q_proj.weight"))
-        with pytest.raises(MissingTensor, match=r"all of its tensors; where: .*qkv_proj"):
+        layer = name.removesuffix("q_proj.weight")
+        others = {n for n, _ in model.named_parameters() if n.startswith(layer) and "o_proj" not in n} - {name}
+        with pytest.raises(MissingTensor, match=r"all of its tensors; where: .*qkv_proj") as caught:
             b.push([(name, value)], partial=True, verify="weights")
+        assert set(caught.value.names) == others, "no scales: the scales are made here"
         for step in (1, 2):
             perturb(model, step)
             receipt = b.push(model.named_parameters(), verify="weights")
