@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,10 @@ def _answer(scheduler: Any, words: list[str]) -> SchedulerAnswer:
             state = vars(scheduler)[_KEY] = _BridgeState(scheduler)
         verb, text = words
         if verb == JOB:
-            state.rank.run(base64.b64decode(text, validate=True))
+            try:
+                state.rank.run(base64.b64decode(text, validate=True))
+            finally:
+                _drop_image_embeddings()
         elif verb == FACTS:
             return SchedulerAnswer(facts=_facts(scheduler))
         elif verb == LORAS:
@@ -92,6 +96,15 @@ def _answer(scheduler: Any, words: list[str]) -> SchedulerAnswer:
         log.exception("a request of the bridge could not be answered")
         return SchedulerAnswer(error=f"{type(error).__name__}: {error}")
     return SchedulerAnswer()
+
+
+def _drop_image_embeddings() -> None:
+    """Drop what a tower has made of images. SGLang looks it up by image alone, whatever weights made it, and
+    `flush_cache` leaves it. After every job, since most of them write or read weights, and a miss only costs time."""
+    module = sys.modules.get("sglang.srt.managers.mm_schedule")
+    cache = getattr(module, "embedding_cache", None)
+    if cache is not None:
+        cache.clear()
 
 
 def _facts(scheduler: Any) -> SchedulerFacts:
