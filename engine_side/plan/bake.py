@@ -186,7 +186,8 @@ def bake(
     unread = [i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0]
     if not any(isinstance(problem, MissingTensor) for problem in problems):
         unread += _unplaced_aliases(host, wanted, found, placed)
-    standing = find_standing(unread, found.skeleton, found.targets.tensors, _filled(plan)) if unread else Standing()
+    places = found.targets.tensors
+    standing = find_standing(unread, found.skeleton, places, _filled(plan), used) if unread else Standing()
     return Baked(
         plan=plan,
         targets=found.targets,

@@ -8,6 +8,7 @@ when they are equal but for that. Whether such a tensor may be left unused is de
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -30,14 +31,20 @@ class Standing:
 
 
 def find_standing(
-    names: Sequence[str], skeleton: nn.Module, targets: Mapping[str, torch.Tensor], filled: Mapping[str, str]
+    names: Sequence[str],
+    skeleton: nn.Module,
+    targets: Mapping[str, torch.Tensor],
+    filled: Mapping[str, str],
+    used: AbstractSet[str],
 ) -> Standing:
     """Find what stands in the skeleton where these names would go. Called once per plan, if there are such names.
 
     Args:
         targets: target path -> its tensor in the skeleton.
         filled: target path -> the sent tensor that fills it, where it is one alone.
+        used: the sent tensors that have a place: no module that holds one of them goes where a placeholder stands.
     """
+    occupied = {segments[:depth] for segments in map(_split, used) for depth in range(1, len(segments))}
     places = {_split(path): target for path, target in target_paths(skeleton, targets).items()}
     index, empty = _PathIndex(places), _PathIndex(_placeholders(skeleton))
     partners: dict[str, str] = {}
@@ -47,7 +54,8 @@ def find_standing(
             # where the partner denotes the same path, this name is its double in another namespace, and no tie
             if len(found) == 1 and path not in index.denoted(_split(partner)):
                 partners[name] = partner
-    return Standing(tuple(n for n in names if n not in partners and _has_placeholder(n, empty)), partners)
+    placeholders = tuple(n for n in names if n not in partners and _has_placeholder(n, empty, occupied))
+    return Standing(placeholders, partners)
 
 
 class _PathIndex:
@@ -88,13 +96,15 @@ def target_paths(skeleton: nn.Module, targets: Mapping[str, torch.Tensor]) -> di
 
 def _placeholders(skeleton: nn.Module) -> Iterable[Segments]:
     """List the paths of modules that hold no tensor and cannot be called, so that no answer depends on them. Identity
-    is none: it stands where a layer was switched off, and passes on what that layer would have changed."""
+    is none: it stands where a layer was switched off, and passes on what that layer would have changed. Nor is an empty
+    list of layers: the model goes through as many of them as there are."""
     for path, module in skeleton.named_modules(remove_duplicate=False):
-        held = module._parameters or module._buffers or module._modules
+        held = module._parameters or module._buffers or module._modules or isinstance(module, Iterable)
         if path and not held and type(module).forward is nn.Module.forward:
             yield _split(path)
 
 
-def _has_placeholder(name: str, placeholders: _PathIndex) -> bool:
+def _has_placeholder(name: str, placeholders: _PathIndex, occupied: AbstractSet[Segments]) -> bool:
     segments = _split(name)
-    return any(placeholders.denoted(segments[:depth], least=1) for depth in range(1, len(segments)))
+    above = (segments[:depth] for depth in range(1, len(segments)))
+    return any(path not in occupied and placeholders.denoted(path, least=1) for path in above)

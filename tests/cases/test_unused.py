@@ -304,6 +304,36 @@ def test_a_tower_that_the_engine_was_started_without(standing: Callable[[], Any]
         assert set(b.arena.manifest.by_name) == {"embed.weight", "head.weight"}
 
 
+class Layered(nn.Module):
+    """Goes through as many more layers as it has."""
+
+    def __init__(self, more: nn.Module) -> None:
+        super().__init__()
+        self.first, self.more = nn.Linear(4, 4), more
+
+
+@pytest.mark.parametrize(
+    ("none", "one"),
+    [
+        (nn.ModuleList, lambda: nn.ModuleList([nn.Linear(4, 4)])),
+        (nn.ModuleDict, lambda: nn.ModuleDict({"a": nn.Linear(4, 4)})),
+        (nn.ParameterList, lambda: nn.ParameterList([torch.ones(4)])),
+    ],
+)
+def test_an_empty_list_of_layers_is_no_placeholder(none: Callable[[], Any], one: Callable[[], Any]) -> None:
+    with bridge.attach(Layered(none())) as b, pytest.raises(UnexpectedTensor, match=r"more\..*bind"):
+        b.push(Layered(one()).named_parameters())
+
+
+def test_a_module_that_the_engine_uses_is_no_placeholder_under_another_prefix() -> None:
+    live, model = Layered(Missing()), Layered(nn.Linear(4, 4))
+    live.more.inside = nn.Module()
+    live.more.inside.add_module("first", Missing())
+    model.first.scaling = nn.Linear(4, 4)
+    with bridge.attach(live) as b, pytest.raises(UnexpectedTensor, match=r"first\.scaling.*bind"):
+        b.push([(n, p) for n, p in model.named_parameters() if not n.startswith("more")])
+
+
 def test_what_one_engine_uses_travels_for_it(new_folder: Callable[[], Path]) -> None:
     model, text, image = Towered(tower()), Towered(Missing()), Towered(tower())
     session = FleetSession([text, image], new_folder())
