@@ -329,7 +329,8 @@ class Bridge:
         last = self._agreed.get(kind)
         if last is not None and last.layout is snapshot.layout and last.partial == partial:
             return last
-        request = PlanRequest(snapshot.layout.tensors, partial, self._trainer.bound, snapshot.adapter)
+        unsent = self._trainer.unsent(snapshot) if partial else ()
+        request = PlanRequest(snapshot.layout.tensors, partial, self._trainer.bound, snapshot.adapter, unsent=unsent)
         try:
             planned = self._plan(request, snapshot)
         except UnexpectedTensor as error:

@@ -208,6 +208,10 @@ class TrainerPort(Protocol):
         outlast the deadline; then the slot is left unsealed."""
         ...
 
+    def unsent(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """List the names of the bound model's other tensors, beside a snapshot of a subset; none without a model."""
+        ...
+
     def prove_independent(self, names: Sequence[str], snapshot: Snapshot, engines: str) -> None:
         """Show that the bound model's text logits do not depend on tensors of a snapshot for which `engines` have no
         place. Blocks for a short forward. Raises UnexpectedTensor for those of which it cannot be shown."""

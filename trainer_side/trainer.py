@@ -26,7 +26,7 @@ from trainer_side.lora.layers.module_tree import inner_model
 from trainer_side.lora.model import LoraModel, ModeView
 from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import WithoutLora
-from trainer_side.names.naming import live_places
+from trainer_side.names.naming import CanonicalMap, live_places
 from trainer_side.names.parametrized import explain_unexpected
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
@@ -281,11 +281,22 @@ class TrainerSide:
         view = cast("Collected", snapshot).state
         return self._lora.doubts(view) if self._lora is not None and isinstance(view, ModeView) else ()
 
+    def unsent(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """List the names of the bound model's other tensors, beside a snapshot of a subset; none without a model.
+        What lies beside a policy is no part of what engines serve."""
+        known = self._known(snapshot)
+        came = {name for info in snapshot.layout.tensors for name in (info.name, *info.aliases)}
+        rest = () if known is None else [t.name for t in known.tensors if came.isdisjoint((t.name, *t.aliases))]
+        return tuple(name for name in rest if known is not None and name not in known.beside)
+
+    def _known(self, snapshot: Snapshot) -> CanonicalMap | None:
+        state = snapshot.state if isinstance(snapshot, Collected) else None
+        return state.known if isinstance(state, ModeView) else self._source.map
+
     def prove_independent(self, names: Sequence[str], snapshot: Snapshot, engines: str) -> None:
         """Show that the bound model's text logits do not depend on these tensors of a snapshot, for which `engines`
         have no place. Raises UnexpectedTensor for those on which they depend, or where nothing can be shown."""
-        state = snapshot.state if isinstance(snapshot, Collected) else None
-        known = state.known if isinstance(state, ModeView) else self._source.map
+        known = self._known(snapshot)
         if self._model is None or known is None:
             raise _has_no_place(names, engines, "no bound model, so that it cannot be shown", BIND_REMEDY)
         found = live_places(self._model, known, names)

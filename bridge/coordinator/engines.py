@@ -214,7 +214,7 @@ class Fleet:
 
     def bake(self, plan: int, request: PlanRequest, deadline: Deadline) -> dict[str, list[RankBake]]:
         """Have every rank plan a layout. Raises the first rank's IntegrityError for what does not fit."""
-        job = BakeJob(plan, request.tensors, request.partial, request.lora)
+        job = BakeJob(plan, request.tensors, request.partial, request.lora, request.unsent)
         found = self.run_all(job, RankBake, deadline)
         for engine, ranks in found.items():
             if request.lora is None or engine not in self.floors:

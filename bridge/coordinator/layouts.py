@@ -66,7 +66,7 @@ class Layouts:
         plan = self.weights if request.lora is None else self.lora
         if plan is None or plan.lora != request.lora:
             return None
-        return plan if manifest_agreement.serves(plan.tensors, plan.partial, request) else None
+        return plan if manifest_agreement.serves(plan.tensors, plan.partial, request, plan.unsent) else None
 
     def make(self, request: PlanRequest, versions: Versions, deadline: Deadline) -> AgreedPlan | Unproven:
         """Bake in every engine, agree on a manifest, create its arena, have the engines map it, and make the plan the
@@ -87,7 +87,7 @@ class Layouts:
                 return unproven
             manifest = manifest_agreement.agree(request, baked, unused)
             arena = Arena.create(manifest, name=self._name, directory=self._shm_dir, journal=self._journal)
-            plan = AgreedPlan(plan_id, request.tensors, request.partial, arena, request.lora, unused)
+            plan = AgreedPlan(plan_id, request.tensors, request.partial, arena, request.lora, unused, request.unsent)
             self._fleet.run_all(MapJob(plan_id, str(arena.path), manifest, tuple(self._plans)), RankDone, deadline)
             if plan.lora is None:
                 carried = self._carry(plan, versions.committed, deadline)

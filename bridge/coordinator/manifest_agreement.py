@@ -14,17 +14,22 @@ from bridge.protocol.coordinator_messages import PlanRequest
 from bridge.protocol.rank_jobs import RankBake
 
 
-def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest) -> bool:
+def serves(planned: tuple[TensorInfo, ...], partial: bool, request: PlanRequest, unsent: Sequence[str] = ()) -> bool:
     """Decide whether an existing plan can carry this request.
 
     The same announcement can, unless that plan was made for a subset and the whole model is meant now; so can a subset
     of it, when a subset is meant: in the same dtypes, or in floats for floats, which the snapshot converts. Any other
     dtype means something else, and only the engines know whether they can take that. A subset of quantised weights is
     asked about anew too: only the engines know which scales belong to which weights, and none may come without the
-    others.
+    others. So is one of a model that has tensors of which they were not told: they may tie these to others.
+
+    Args:
+        planned, partial, unsent: those of the request that the plan was made for.
     """
     if not request.partial:
         return planned == request.tensors and not partial
+    if not {info.name for info in planned}.union(unsent).issuperset(request.unsent):
+        return False
     if any(info.dtype in CODES for info in planned):
         return planned == request.tensors
     known = {info.name: info for info in planned}

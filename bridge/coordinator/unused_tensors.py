@@ -51,6 +51,7 @@ def find_unused(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -
     partners: dict[str, str] = {}
     proofs: dict[str, None] = {}
     for engine, ranks in baked.items():
+        _require_no_followers(engine, ranks)
         unread = _in_all([rank.unread for rank in ranks])
         if not unread:
             continue
@@ -138,6 +139,22 @@ def _refusal(engine: str, names: tuple[str, ...], request: PlanRequest, what: st
         remedy=remedy,
         names=names,
     )
+
+
+def _require_no_followers(engine: str, ranks: Sequence[RankBake]) -> None:
+    """Raise UnexpectedTensor where a subset would change a tensor that is none of it: the engine ties what the bound
+    model holds apart."""
+    found = {name: partner for rank in ranks for name, partner in rank.followers.items()}
+    if found:
+        raise UnexpectedTensor(
+            "an engine holds as one tensor what the trainer holds as two, and only one of them was sent",
+            where=f"{', '.join(f'{name} and {partner}' for name, partner in list(found.items())[:3])} -> {engine}",
+            expected="both in one push, with equal values",
+            got=f"{', '.join(list(found.values())[:3])} alone",
+            remedy="push the whole model once (without partial=True), or start the engine from a configuration that "
+            "does not tie them",
+            names=tuple(found),
+        )
 
 
 def _of_a_subset(engine: str, names: tuple[str, ...], request: PlanRequest) -> UnexpectedTensor:

@@ -15,7 +15,7 @@ from bridge.shm.arena import Arena, Seal
 @dataclass(frozen=True, eq=False)
 class AgreedPlan:
     """A layout that every engine has planned, with its arena; of the model's weights or (with `lora`) of an adapter.
-    `unused`: what of it engines have no place for."""
+    `unused`: what of it engines have no place for. `unsent`: names of what the trainer had besides."""
 
     id: int
     tensors: tuple[TensorInfo, ...]
@@ -23,6 +23,7 @@ class AgreedPlan:
     arena: Arena
     lora: LoraSpec | None = None
     unused: Unused = ALL_USED
+    unsent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

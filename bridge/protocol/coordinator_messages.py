@@ -95,13 +95,14 @@ class StatusRequest(Message, frozen=True):
 class PlanRequest(Message, frozen=True):
     """Announce a layout and have every engine plan it. `bound`: a model is bound, so names are canonical. With `lora`
     the tensors are an adapter's. `independent`: names of which the trainer has shown that its logits do not depend on
-    them."""
+    them. `unsent`: of a subset of a bound model, the names of its other tensors."""
 
     tensors: tuple[TensorInfo, ...]
     partial: bool
     bound: bool
     lora: LoraSpec | None = None
     independent: tuple[str, ...] = ()
+    unsent: tuple[str, ...] = ()
 
 
 class BeginRequest(Message, frozen=True):

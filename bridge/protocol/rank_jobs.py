@@ -23,13 +23,15 @@ Scores = tuple[tuple[float, ...], ...]
 class BakeJob(Message, frozen=True):
     """Trace the engine's loader on the announced tensors and keep the result under `plan`, an id of the sender's.
 
-    With `lora` the tensors are an adapter's, and the engine tells where it would put them.
+    With `lora` the tensors are an adapter's, and the engine tells where it would put them. `unsent`: names of tensors
+    that the trainer has besides.
     """
 
     plan: int
     tensors: tuple[TensorInfo, ...]
     partial: bool = False
     lora: LoraSpec | None = None
+    unsent: tuple[str, ...] = ()
 
 
 class MapJob(Message, frozen=True):
@@ -145,7 +147,8 @@ class RankBake(Message, frozen=True):
         dtypes: sent tensor -> dtype in which it lands, or of the values that are quantised here.
         read: source regions of tensors that this rank reads only in part (absent: whole).
         unread: names that this rank has no place for. `placeholders`: those of them where a module stands that holds
-            nothing. `partners`: those that this rank ties to what another tensor fills -> that tensor.
+            nothing. `partners`: those that this rank ties to what another tensor fills -> that tensor. `followers`: the
+            same, of the job's unsent names.
         coverage: proof that the plan writes every element of this rank once. It depends on nothing that a push
             changes, so it is computed with the plan and reported by every push through it.
         codes: dtypes of the codes that this rank makes of values.
@@ -156,6 +159,7 @@ class RankBake(Message, frozen=True):
     unread: tuple[str, ...] = ()
     placeholders: tuple[str, ...] = ()
     partners: dict[str, str] = {}
+    followers: dict[str, str] = {}
     read: dict[str, tuple[Region, ...]] = {}
     strategies: dict[str, int] = {}
     moves: int = 0

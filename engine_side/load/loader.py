@@ -102,7 +102,7 @@ class Loader:
     Args:
         host: the engine's rank half.
         tensors: the tensors that the trainer announced; baked at once, in the form of the engine's checkpoint.
-        partial: a subset of the model is meant; the rest stays untouched.
+        partial: a subset of the model is meant; the rest stays untouched. `unsent`: names of that rest, if known.
         unknown_allowed: names for which there is no place are no problem if nothing is missing: the caller decides.
         threads: how many threads copy and compare; torch's own thread count is left alone.
 
@@ -128,6 +128,7 @@ class Loader:
         tensors: Sequence[TensorInfo],
         *,
         partial: bool = False,
+        unsent: Sequence[str] = (),
         unknown_allowed: bool = False,
         threads: int = 1,
     ) -> None:
@@ -136,7 +137,9 @@ class Loader:
         self.announced = tuple(tensors)
         self.form: CheckpointForm = checkpoint_form(host, tensors, partial)
         with uncollected():
-            self.baked: Baked = bake(host, self.form.tensors, partial=partial, kept=self.form.kept.keys())
+            self.baked: Baked = bake(
+                host, self.form.tensors, partial=partial, unsent=unsent, kept=self.form.kept.keys()
+            )
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
         # A tensor that does not fit explains what is missing; an incomplete group says more about it than a hole does.
         holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
@@ -231,6 +234,7 @@ class Loader:
             unread=tuple(name for name in baked.unread if name not in added),
             placeholders=baked.standing.placeholders,
             partners=dict(baked.standing.partners),
+            followers=dict(baked.followers),
             read={name: regions for name, regions in baked.read.items() if name not in added},
             strategies=dict(Counter([choice.strategy.value for choice in choices.values()])),
             moves=len(baked.plan.moves),

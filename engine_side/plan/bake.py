@@ -104,6 +104,7 @@ class Baked:
         infos: the tensors that it was baked for.
         dtypes: sent tensor -> wire name of the dtype it lands in; absent when it lands in several.
         unread: names that this rank has no place for: another rank may. `standing`: what it has where they would go.
+        followers: names that were not sent, and change with a sent tensor to which this rank ties them -> that tensor.
         read: source regions of tensors that this rank reads only in part.
         computed: target -> the tensors that the engine's loader computes it from.
         problems: errors that make the plan unusable, most telling first. Empty in a sound plan.
@@ -119,6 +120,7 @@ class Baked:
     dtypes: dict[str, str]
     unread: tuple[str, ...]
     standing: Standing
+    followers: Mapping[str, str]
     read: dict[str, tuple[Region, ...]]
     computed: dict[str, tuple[str, ...]]
     problems: tuple[BridgeError, ...]
@@ -151,13 +153,19 @@ class Trace:
 
 
 def bake(
-    host: RankHost, infos: Sequence[TensorInfo], *, partial: bool = False, kept: AbstractSet[str] = frozenset()
+    host: RankHost,
+    infos: Sequence[TensorInfo],
+    *,
+    partial: bool = False,
+    unsent: Sequence[str] = (),
+    kept: AbstractSet[str] = frozenset(),
 ) -> Baked:
     """Trace the loader of `host` on the announced tensors. Once per plan; milliseconds, no weight memory.
 
     Args:
         infos: names, wire dtypes and global shapes of the tensors.
         partial: a subset of the model is meant: elements that nothing reaches are no problem.
+        unsent: names of what the trainer has besides.
         kept: those of `infos` that are the engine's own. A module that nothing else reaches is left alone; where
             several of them fill one place, the last does, as when the engine loads them.
 
@@ -186,8 +194,9 @@ def bake(
     unread = [i.name for i in wanted if i.name not in used and math.prod(i.shape) > 0]
     if not any(isinstance(problem, MissingTensor) for problem in problems):
         unread += _unplaced_aliases(host, wanted, found, placed)
-    places = found.targets.tensors
-    standing = find_standing(unread, found.skeleton, places, _filled(plan), used) if unread else Standing()
+    places, filled = found.targets.tensors, _filled(plan)
+    standing = find_standing(unread, found.skeleton, places, filled, used) if unread else Standing()
+    besides = find_standing(unsent, found.skeleton, places, filled, used) if unsent else Standing()
     return Baked(
         plan=plan,
         targets=found.targets,
@@ -195,6 +204,7 @@ def bake(
         dtypes=_landing_dtypes(plan),
         unread=tuple(unread),
         standing=standing,
+        followers=besides.partners,
         read=_partly_read(wanted, plan.moves, sources),
         computed=sources,
         problems=loader_errors.merge_names(problems),

@@ -176,7 +176,7 @@ class Rank:
         if job.lora is not None:
             return LoraLoader(self.host, job.tensors, job.lora)
         loader = self._weights_loader(job)
-        tied = () if loader.problems else tuple(loader.baked.standing.partners)
+        tied = () if loader.problems else (*loader.baked.standing.partners, *loader.baked.followers)
         # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
         if not tied or not self.host.untie(tied):
             return loader
@@ -185,7 +185,8 @@ class Rank:
 
     def _weights_loader(self, job: jobs.BakeJob) -> Loader:
         """Bake; what is to become of names without a place is decided by the coordinator, which knows all ranks."""
-        return Loader(self.host, job.tensors, partial=job.partial, unknown_allowed=True, threads=self._threads)
+        partial, unsent, threads = job.partial, job.unsent, self._threads
+        return Loader(self.host, job.tensors, partial=partial, unsent=unsent, unknown_allowed=True, threads=threads)
 
     def _map(self, job: jobs.MapJob) -> jobs.RankDone:
         planned = self._planned(job.plan, mapped=False)

@@ -241,6 +241,56 @@ def test_an_untied_head_has_to_equal_what_the_engine_ties_it_to(started: Open, n
     assert drift(rig.engine, model) < 1e-3
 
 
+def test_a_subset_changes_no_tensor_that_the_trainer_holds_apart(started: Open, never_unties: None) -> None:
+    model = tiny_qwen2(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    rig = started(tiny_qwen2(tied=True), model)
+
+    def push(*names: str) -> bridge.Receipt:
+        receipt: bridge.Receipt = rig.b.push([(n, p) for n, p in rig.named() if n in names], partial=True)
+        return receipt
+
+    rig.step()
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "lm_head.weight", "without partial=True"):
+        push("model.embed_tokens.weight")
+    push("model.norm.weight")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    assert rig.push().verified is True
+    rig.step()
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "lm_head.weight", "tie them in the trainer"):
+        push("model.embed_tokens.weight")
+
+
+def test_a_subset_of_another_model_is_planned_anew(started: Open, never_unties: None) -> None:
+    rig = started(tiny_qwen2(tied=True), tiny_qwen2(tied=True))
+    embedding = [("model.embed_tokens.weight", rig.model.model.embed_tokens.weight)]
+    assert rig.b.push(embedding, partial=True).verified is True
+    rig.b.bind(tiny_qwen2(tied=False))
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "lm_head.weight", "without partial=True"):
+        rig.b.push(embedding, partial=True)
+
+
+def test_a_subset_unties_what_the_trainer_holds_apart(started: Open) -> None:
+    model = tiny_qwen2(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    rig = started(model_with_ties(model), model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3)
+    receipt = rig.b.push([(n, p) for n, p in rig.named() if n == "model.embed_tokens.weight"], partial=True)
+    assert receipt.verified is True
+    assert drift(rig.engine, model) < 1e-3
+
+
+def model_with_ties(model: Any) -> Any:
+    """The same weights, with a head that is the embedding."""
+    made = tiny_qwen2(tied=True)
+    made.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("lm_head")}, strict=False)
+    return made
+
+
 @pytest.mark.parametrize("bound", [True, False])
 def test_a_wrong_namespace_is_refused(started: Open, bound: bool) -> None:
     rig = started(tiny_qwen2(), tiny_qwen2(), bound=bound)
