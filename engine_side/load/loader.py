@@ -350,7 +350,7 @@ class Loader:
         Raises NonFinite and IntegrityError as `QuantisedSlots.prepare`.
         """
         if self.codes is not None:
-            self.codes.prepare(slot, self.mapped.slots[slot], self._seal_of(slot))
+            self.codes.prepare(slot, self.mapped.slots[slot], self._seal_of)
 
     def _use_views(self, views: ArenaViews | None) -> None:
         former, self._views = self._views, views

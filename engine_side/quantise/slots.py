@@ -2,12 +2,12 @@
 
 A version is quantised once, when it is first loaded or compared with; what did not change in the arena is not
 quantised again. Version 0 is what the engine's checkpoint held: its codes are copied, not made anew, so that putting it
-back gives the engine's own bits whatever scheme made them.
+back gives the engine's own bits whatever scheme made them, and so does a later version for what is still as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -40,27 +40,48 @@ class QuantisedSlots:
         self.errors: list[dict[str, float]] = [{} for _ in range(slots)]
         """By slot, weight -> relative error of what its codes stand for against its values; none for version 0."""
         self._of: list[dict[str, bytes]] = [{} for _ in range(slots)]
-        """By slot, weight -> the digest of the values of which its codes were made."""
+        """By slot, weight -> the digest of the values for which its codes stand."""
         self._originals: set[int] = set()
 
-    def prepare(self, slot: int, values: Sequence[torch.Tensor], seal: Seal | None) -> None:
+    def prepare(self, slot: int, values: Sequence[torch.Tensor], seal_of: Callable[[int], Seal | None]) -> None:
         """Make the codes and scales of a slot fit its values. Called before a slot is loaded or compared with; blocks
-        for the weights that changed.
+        for the weights that changed. `seal_of` reads the seal of a slot.
 
         Raises NonFinite for values that have no codes; IntegrityError where a code is not the nearest to its value.
         """
+        for original in self._originals:
+            held = seal_of(original)
+            if held is not None and held.version == 0:
+                self._of[original] = {weight.name: self._digest(weight, held) for weight in self._weights}
+        seal = seal_of(slot)
         if seal is not None and seal.version == 0 and slot in self._originals:
             return
         self._originals.discard(slot)
         done = self._of[slot]
         for weight in self._weights:
-            at = self._index[weight.name]
-            digest = seal.digests[at * DIGEST_NBYTES : (at + 1) * DIGEST_NBYTES] if seal is not None else b""
+            digest = b"" if seal is None else self._digest(weight, seal)
             if digest and done.get(weight.name) == digest:
                 continue
             done.pop(weight.name, None)
-            self.errors[slot][weight.name] = _quantise(weight, values[at], self.made[slot])
+            alike = [k for k, known in enumerate(self._of) if digest and known.get(weight.name) == digest]
+            if alike:
+                self._take(weight, alike[0], slot)
+            else:
+                at = self._index[weight.name]
+                self.errors[slot][weight.name] = _quantise(weight, values[at], self.made[slot])
             done[weight.name] = digest
+
+    def _digest(self, weight: QuantisedWeight, seal: Seal) -> bytes:
+        at = self._index[weight.name] * DIGEST_NBYTES
+        return seal.digests[at : at + DIGEST_NBYTES]
+
+    def _take(self, weight: QuantisedWeight, source: int, slot: int) -> None:
+        """Take the codes of equal values from another slot, with their error, if they were made of values."""
+        for name in (weight.name, weight.scales):
+            self.made[slot][name].copy_(self.made[source][name])
+        self.errors[slot].pop(weight.name, None)
+        if weight.name in self.errors[source]:
+            self.errors[slot][weight.name] = self.errors[source][weight.name]
 
     def has_originals(self, slot: int) -> bool:
         """Tell if a slot holds the codes and scales of version 0."""

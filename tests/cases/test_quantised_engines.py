@@ -234,6 +234,47 @@ def test_a_subset_is_quantised_alone_and_the_rest_keeps_its_codes(
     assert same(engine, engines(new.folder))
 
 
+@pytest.mark.parametrize("layout", ["canonical", "packed"])
+@pytest.mark.parametrize("failed", [True, False])
+def test_what_a_subset_leaves_out_keeps_the_codes_of_the_engine_s_checkpoint(
+    families: Callable[..., Family],
+    engines: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+    failed: bool,
+) -> None:
+    """In bf16, what the codes stand for is rounded: codes made of that would be others."""
+    case = families("qwen2")
+    config = {"layout": layout, "dtype": "bf16"}
+    engine, untouched = engines(case.folder, **config), engines(case.folder, **config)
+    new = case.later[0]
+    with bridge.attach(engine) as b:
+        with monkeypatch.context() as patch:
+            if failed:
+                found = LevelResult("change", False, 1, (Failure("x", "a", "b"),))
+                patch.setattr(Verifier, "change", lambda *_: found)
+                with pytest.raises(bridge.PushAborted):
+                    b.push(new.values.items(), verify="weights")
+            else:
+                b.push(new.values.items(), verify="weights")
+                b.rollback()
+        pushed: set[str] = set()
+        for layer in (1, 0, 2):
+            part = f"model.layers.{layer}.self_attn.o_proj.weight"
+            pushed.add(part)
+            receipt = b.push([(part, new.values[part])], partial=True, verify="weights")
+            assert (receipt.verified, receipt.notes) == (True, ())
+            assert receipt.engines[0].quantised.keys() == pushed
+            if layout == "canonical":
+                before = storages(untouched)
+                moved = {name for name, t in storages(engine).items() if not torch.equal(t, before[name])}
+                assert moved == {name + end for name in pushed for end in ("", "_scale_inv")}
+        before = engines(case.folder, **config)
+        with bridge.attach(before) as other:
+            other.push([(name, new.values[name]) for name in pushed], partial=True, verify="weights")
+        assert same(engine, before)
+
+
 def rewrite(folder: Path, into: Path, change: Callable[[Tensors], Tensors], **config: Any) -> Path:
     """Copy a checkpoint with other tensors and other words in its `quantization_config`."""
     into.mkdir()
