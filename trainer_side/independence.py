@@ -31,7 +31,7 @@ def find_dependent(model: nn.Module, places: Mapping[str, Sequence[TensorPlace]]
     rows = canary.prompts(vocabulary_size(model), TOKENS)[:1]
 
     def examine(double: nn.Module, copying: ModelCopier) -> list[str]:
-        # what was not copied lies beside the policy: nothing in the copy refers to it
+        # what was not copied lies outside of what answers: nothing in the copy refers to it
         own = {name: [t for p in at if (t := _double(p, copying)) is not None] for name, at in places.items()}
         odd = [name for name, doubles in own.items() if not all(type(t) in _PLAIN for t in doubles)]
         plain = {name: doubles for name, doubles in own.items() if name not in odd}

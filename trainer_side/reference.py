@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from bridge.errors import ConfigError
 from bridge.model import canary
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+FORWARD_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError)
+"""What a foreign forward raises: the model's own code runs in it, and so may its hooks."""
 _ADVICE = 'push with verify="weights": read-back and probes need no forward of the trainer'
 _TRANSPARENT = ("_orig_mod", "module")
 """Wrappers that the forward can go around: a compiled one would compile anew, a data-parallel one would communicate.
@@ -193,7 +196,7 @@ def _leads_back(model: nn.Module, name: str, got: str) -> ConfigError:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Return the number of token ids that the model's input embedding has. Raises ConfigError without an embedding."""
-    size = _embedding_rows(_core(model))
+    size = _embedding_rows(_speaker(_core(model)))
     if size is None:
         raise ConfigError(
             "the model has no input embedding, so the canary has no prompts",
@@ -206,12 +209,17 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def _core(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers that add nothing to its forward, or the policy inside what adds to it."""
+    """Return the model inside wrappers that add nothing to its forward."""
     while True:
         inner = next((model._modules[n] for n in _TRANSPARENT if n in model._modules), None)
         if inner is None or len(model._modules) != 1 or model._parameters:
-            return policy_in(model) or model
+            return model
         model = inner
+
+
+def _speaker(model: nn.Module) -> nn.Module:
+    """Return the policy inside a model that adds to it, else the model."""
+    return policy_in(model) or model
 
 
 def _embedding(model: nn.Module) -> Any:
@@ -229,7 +237,7 @@ def _embedding_rows(model: nn.Module) -> int | None:
 
 
 def _check_ids(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
-    rows = _embedding_rows(model)
+    rows = _embedding_rows(_speaker(model))
     highest = max((max(prompt, default=0) for prompt in prompts), default=0)
     lowest = min((min(prompt, default=0) for prompt in prompts), default=0)
     if lowest < 0 or (rows is not None and highest >= rows):
@@ -244,25 +252,54 @@ def _check_ids(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
 
 def _input_device(model: nn.Module) -> torch.device:
     """Return the device of the input embedding, else of the first parameter: token ids have to lie there."""
-    weight = getattr(_embedding(model), "weight", None)
+    weight = getattr(_embedding(_speaker(model)), "weight", None)
     first = weight if isinstance(weight, torch.Tensor) else next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def forward_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Run one forward over prompts of one length; returns logits [rows, tokens, vocabulary]. Raises ConfigError for a
-    model that gives none."""
+    """Run one forward over prompts of one length; returns logits [rows, tokens, vocabulary]. Of a model around a policy
+    they are its own, where it gives any: it may add to those of the policy. Raises ConfigError for a model that gives
+    none."""
     ids = torch.tensor([list(row) for row in rows], dtype=torch.long, device=_input_device(model))
+    policy = policy_in(model)
+    if policy is not None:
+        logits = _logits_around(model, policy, ids)
+        if logits is not None:
+            return logits
+        model = policy
     try:
         logits = getattr(model(input_ids=ids), "logits", None)
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError) as error:
-        # The model's own code runs here, and so may its hooks.
+    except FORWARD_ERRORS as error:
         raise _not_a_language_model(model, f"{type(error).__name__}: {error}") from error
     if not isinstance(logits, torch.Tensor):
         raise _not_a_language_model(model, "an output without logits")
     if logits.dim() != 3 or tuple(logits.shape[:2]) != tuple(ids.shape) or logits.shape[2] <= int(ids.max()):
         raise _not_a_language_model(model, f"logits of shape {list(logits.shape)} for {list(ids.shape)} token ids")
     return logits
+
+
+def _logits_around(model: nn.Module, policy: nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
+    """Find logits in what a model around a policy answers, under whatever name; None for one that gives none, or cannot
+    be called with token ids alone."""
+    widths: list[int] = []
+
+    def note(_: nn.Module, __: Any, out: Any) -> None:
+        logits = getattr(out, "logits", None)
+        if isinstance(logits, torch.Tensor):
+            widths.append(logits.shape[-1])
+
+    hook = policy.register_forward_hook(note)
+    try:
+        out = model(input_ids=ids)
+    except FORWARD_ERRORS:
+        return None
+    finally:
+        hook.remove()
+    wanted = {(*ids.shape, width) for width in widths}
+    held = getattr(out, "logits", None)
+    found = [t for t in (held, *tree_leaves(out)) if isinstance(t, torch.Tensor) and tuple(t.shape) in wanted]
+    return found[0] if found else None
 
 
 def _not_a_language_model(model: nn.Module, got: str) -> ConfigError:

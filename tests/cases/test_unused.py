@@ -12,7 +12,7 @@ from torch import nn
 
 import bridge
 from bridge.errors import MissingTensor, UnexpectedTensor
-from tests.conftest import tiny_qwen2
+from tests.conftest import perturb, tiny_qwen2
 from tests.push.rig import Rig, drift, refused
 from tests.push.test_fleet_faults import FleetSession, bridge_over
 
@@ -431,6 +431,44 @@ def test_a_policy_inside_a_wrapper_with_a_value_head(started: Open, tied: bool, 
         assert receipt.engines[0].canary is not None
         assert drift(rig.engine, policy) < 1e-3
     assert bool(receipt.unused) is not inner
+
+
+class Around(nn.Module):
+    """Adds to what the policy inside answers."""
+
+    def __init__(self, policy: Any, how: str) -> None:
+        super().__init__()
+        self.policy, self.how = policy, how
+        self.prompt = nn.Parameter(torch.randn(4, 48, generator=torch.Generator().manual_seed(0)))
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 131))
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        if self.how == "prompt":
+            embedded = self.policy.get_input_embeddings()(input_ids)
+            embedded = torch.cat([self.prompt.expand(len(input_ids), -1, -1), embedded], dim=1)
+            out = self.policy(inputs_embeds=embedded)
+            out.logits = out.logits[:, len(self.prompt) :]
+            return out
+        logits = self.policy(input_ids=input_ids).logits
+        return (logits + self.bias, None) if self.how == "bias" else {"scores": logits * 3}
+
+
+@pytest.mark.parametrize("how", ["prompt", "bias"])
+def test_what_is_around_a_policy_and_changes_its_logits_is_not_unused(started: Open, how: str) -> None:
+    rig = started(tiny_qwen2(), Around(tiny_qwen2(), how))
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, f"{how} ->"):
+        rig.push()
+
+
+@pytest.mark.parametrize("how", ["prompt", "bias", "scale"])
+def test_what_is_around_a_policy_counts_in_the_canary(started: Open, how: str) -> None:
+    rig = started(tiny_qwen2(), Around(tiny_qwen2(), how))
+    perturb(rig.model.policy, seed=1)
+    with pytest.raises(bridge.PushAborted) as caught:
+        rig.b.push(rig.model.policy.named_parameters(), canary_limit=1e-4)
+    assert isinstance(caught.value.__cause__, bridge.CanaryMismatch)
+    rig.b.bind(rig.model.policy)
+    assert rig.b.push(rig.model.policy.named_parameters(), canary_limit=1e-4).verified is True
 
 
 def test_a_policy_must_come_whole(started: Open) -> None:

@@ -1,7 +1,8 @@
 """Find the policy inside a module that adds to it: a value head, a critic, a reward model beside it.
 
-An engine serves the policy alone, under the names of the policy's own checkpoint. Names and the canary's forward are
-therefore those of the module inside; what lies beside it keeps its names, and need not be pushed.
+An engine serves the policy alone, under the names of the policy's own checkpoint. Names are therefore those of the
+module inside; what lies beside it keeps its names, and need not be pushed. The canary's forward is that of the whole
+where it gives logits: what is around a policy may change them.
 """
 
 from __future__ import annotations
