@@ -76,7 +76,7 @@ class Scheme:
             want, have = values[at : at + len(rows)].double(), rows.double()
             error = (want - have * spread).abs_()
             off, total = off + float(error.square().sum()), total + float(want.square().sum())
-            steps = error / (spread * self._half_step(have))
+            steps = error / (spread * self._reach(have))
             worst = max(worst, float(steps.nan_to_num(math.inf, math.inf).max())) if steps.numel() else worst
         return math.sqrt(off / total) if total else math.sqrt(off), worst
 
@@ -134,6 +134,14 @@ class Scheme:
         if self.powers_of_two:  # anything above half of the peak, which may have been rounded down to that
             return codes * (1 + (codes * 2 <= self.peak).double() * _TIE)
         return self.peak * (1 + (codes - self.peak).sign() * _TIE)
+
+    def _reach(self, codes: torch.Tensor) -> torch.Tensor:
+        """How far from each code, in multiples of its scale, lie values to which it is the nearest. The outermost codes
+        stand for what lies beyond them as well: where a scale was rounded down, the largest value of its block does."""
+        form = torch.finfo(self.codes) if self.codes.is_floating_point else torch.iinfo(self.codes)
+        beyond = self.peak * (1 + torch.finfo(self.scales).eps / 2) - codes.abs()
+        half = self._half_step(codes)
+        return torch.where((codes == form.max) | (codes == form.min), torch.maximum(half, beyond), half)
 
     def _half_step(self, codes: torch.Tensor) -> torch.Tensor:
         """Half of the distance to the neighbouring code."""

@@ -433,6 +433,28 @@ def test_a_scheme_is_known_by_what_it_makes_and_by_nothing_else(
     assert not scheme.within(scheme.compare(weight, made, scales * 1.1)[1])
 
 
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_beyond_the_last_code_where_a_scale_was_rounded_down(tmp_path: Path, scales: torch.dtype) -> None:
+    """compressed-tensors: the largest value of a channel is 127.5 of its scales, which have the dtype of the model."""
+
+    def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made = (weight.abs().amax(dim=1, keepdim=True) / 127.5).to(scales)
+        return (weight / made.float()).round().clamp(-128, 127).to(torch.int8), made
+
+    generator = torch.Generator().manual_seed(3)
+    codes, spread = quantised(torch.randn(64, 32, generator=generator))
+    save_file({"a.weight": codes, "a.weight_scale": spread}, tmp_path / "model.safetensors")
+    _, scheme = CheckpointSchemes(tmp_path, {"quant_method": "compressed-tensors"}).scheme("a.weight")
+    weight = torch.randn(64, 32, generator=generator)
+    codes, spread = scheme.quantise(weight)
+    assert all(torch.equal(a, b) for a, b in zip((codes, spread), quantised(weight), strict=True))
+    assert scheme.within(scheme.compare(weight, codes, spread)[1])
+    for wrong in (1, 2):
+        off = torch.where(codes == 127, codes - wrong, codes)
+        assert not scheme.within(scheme.compare(weight, off, spread)[1])
+    assert not scheme.within(scheme.compare(weight * 1.02, codes, spread)[1])
+
+
 def test_a_trainer_may_change_from_codes_to_values_and_back(
     families: Callable[..., Family], engines: Callable[..., Engine]
 ) -> None:
