@@ -28,6 +28,7 @@ from trainer_side.lora.state import changed_meanwhile, require_still_forward
 from trainer_side.lora.without_lora import WithoutLora
 from trainer_side.names.naming import CanonicalMap, live_places
 from trainer_side.names.parametrized import explain_unexpected
+from trainer_side.names.policy import explain_around
 from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, rounded_logprobs, vocabulary_size
@@ -274,7 +275,12 @@ class TrainerSide:
 
     def explain(self, error: UnexpectedTensor) -> UnexpectedTensor:
         """Return the error with what the bound model knows of tensors for which engines have no place."""
-        return error if self._model is None else explain_unexpected(inner_model(self._model), error)
+        if self._model is None:
+            return error
+        inner = inner_model(self._model)
+        if self._lora is not None:
+            error = explain_around(self._model, inner, error)
+        return explain_unexpected(inner, error)
 
     def doubts(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Say which computed tensors were not compared with their layers, and why. Called after `reference`."""

@@ -212,6 +212,49 @@ def test_a_tensor_alone_leaves_the_others(name: str) -> None:
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in host.weights().items())
 
 
+class Halves(nn.Module):
+    """Its loader computes the two halves of one parameter of two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.zeros(2 * SIZE), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            half = self.decay.data[:SIZE] if name == "one_log" else self.decay.data[SIZE:]
+            half.copy_(-torch.exp(tensor))
+
+
+class HalvesHost(RecurrentHost):
+    def __init__(self) -> None:
+        self.model, self.fails = Halves(), ""
+        self.model.load_weights(toy.weights_of(self.infos, 0).items())
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return tuple(TensorInfo(name, "fp32", (SIZE,)) for name in ("one_log", "other_log"))
+
+    def skeleton(self) -> nn.Module:
+        with torch.device("meta"):
+            return Halves()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_half_of_a_computed_tensor_leaves_the_other(place: int) -> None:
+    host = HalvesHost()
+    info = host.infos[place]
+    loader = Loader(host, [info], partial=True).check()
+    loader.map(*toy.arena([info], 1, 2))
+    before = host.model.decay.detach().clone().view(2, SIZE)
+    for slot in (0, 1):
+        outcome = loader.apply(slot)
+        assert all(level.ok for level in Verifier(loader).run(RANK_LEVELS, slot, outcome=outcome))
+        halves = host.model.decay.detach().view(2, SIZE)
+        assert torch.equal(halves[place], -torch.exp(sent_in(loader, slot)[info.name]))
+        assert torch.equal(halves[1 - place], before[1 - place])
+    loader.close()
+
+
 def test_a_neighbour_of_a_computed_tensor_may_not_be_left_out() -> None:
     host = RecurrentHost()
     with pytest.raises(MissingTensor, match=r"mixer\.D"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 import bridge
 from bridge.errors import MissingTensor, UnexpectedTensor
+from engine_side.plan.unplaced import find_standing
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.rig import Rig, drift, refused
 from tests.push.test_fleet_faults import FleetSession, bridge_over
@@ -433,6 +436,23 @@ def test_a_policy_inside_a_wrapper_with_a_value_head(started: Open, tied: bool, 
     assert bool(receipt.unused) is not inner
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_policy_with_lora_inside_a_wrapper_is_what_to_bind(started: Open, outside: bool) -> None:
+    peft = pytest.importorskip("peft")
+    wrap = partial(peft.get_peft_model, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model: Any = wrap(WithValueHead(tiny_qwen2())) if outside else WithValueHead(wrap(tiny_qwen2()))
+    rig = started(tiny_qwen2(), model)
+    with rig.unmoved(then_push=False), refused(UnexpectedTensor, 5, "pretrained_model", "bind the policy") as caught:
+        rig.push(mode="merged")
+    path = re.search(r"b\.bind\(model\.([\w.]+)\)", caught.value.remedy)
+    assert path is not None
+    policy = model.get_submodule(path[1])
+    perturb(policy, seed=1)
+    rig.b.bind(policy)
+    assert rig.b.push(policy.named_parameters(), mode="merged").verified is True
+    assert drift(rig.engine, policy) < 1e-3
+
+
 class Around(nn.Module):
     """Adds to what the policy inside answers."""
 
@@ -504,6 +524,15 @@ def test_a_layer_for_speculation_is_unused(started: Open, shared: bool) -> None:
     assert {"model.layers.2.eh_proj.weight", "model.layers.2.embed_tokens.weight"} <= set(unused)
     assert all(name.startswith("model.layers.2.") for name in unused)
     assert drift(rig.engine, rig.model) < 1e-3
+
+
+def test_a_name_that_may_mean_two_tensors_is_tied_to_none() -> None:
+    made: Any = nn.ModuleDict({path: nn.ModuleDict({"out": nn.Linear(2, 2, bias=False)}) for path in ("a", "b")})
+    targets = dict(made.named_parameters())
+    filled = {"a.out.weight": "a.in.weight", "b.out.weight": "b.in.weight"}
+    names = ["out.weight", "model.a.out.weight"]
+    found = find_standing(names, made, targets, filled, frozenset(filled.values()))
+    assert found.partners == {"model.a.out.weight": "a.in.weight"}
 
 
 def test_buffers_that_no_checkpoint_holds_are_dropped(started: Open) -> None:

@@ -214,6 +214,7 @@ UNCAUSED: Mapping[str, tuple[str, ...]] = {
 FOLLOWED_BY: Mapping[str, str] = {
     "bridge/coordinator/base_weights_check.py: the engines serve merged weights, over which an adapter would act a second time": "tests/cases/test_packed_layers.py::test_no_adapter_over_merged_weights",
     "bridge/coordinator/coordinator.py: a bridge without engines has nobody to push to": "tests/push/test_bad_input.py::test_no_engine",
+    "bridge/coordinator/unused_tensors.py: an engine holds as one tensor what the trainer holds as two, and only one of them was sent": "tests/cases/test_unused.py::test_a_subset_changes_no_tensor_that_the_trainer_holds_apart",
     "bridge/coordinator/unused_tensors.py: an engine holds as one tensor what the trainer holds as two different ones": "tests/cases/test_unused.py::test_an_untied_head_has_to_equal_what_the_engine_ties_it_to",
     "bridge/daemon/actors.py: a daemon of that name runs already": "tests/ray/test_daemon.py::test_a_name_that_is_taken_or_unknown",
     "bridge/handles.py: {}": "tests/cases/test_remedies_engines.py::test_a_push_that_fails_midway",

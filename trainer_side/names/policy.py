@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from bridge.errors import UnexpectedTensor
+
 if TYPE_CHECKING:
     from trainer_side.names.naming import CanonicalMap
 
@@ -32,6 +34,20 @@ def policy_in(model: nn.Module) -> nn.Module | None:
         elif type(module).can_generate():
             found[id(module)] = module
     return next(iter(found.values())) if len(found) == 1 else None
+
+
+def explain_around(model: nn.Module, inner: nn.Module, error: UnexpectedTensor) -> UnexpectedTensor:
+    """Return the error with the policy to bind, where engines have no place for tensors of a model with LoRA that is
+    around a policy: its names are those of the whole.
+
+    Args:
+        inner: the bound model without the wrappers that only hold it.
+    """
+    policy = policy_in(inner)
+    path = next((path for path, module in model.named_modules() if module is policy), None)
+    if policy is None or path is None:
+        return error
+    return error.amended(remedy=f"bind the policy inside, and push its tensors: b.bind(model.{path})")
 
 
 def with_policy_below(known: CanonicalMap, prefix: str, beside: CanonicalMap | None) -> CanonicalMap | None:
