@@ -269,7 +269,6 @@ NOT_YET: frozenset[str] = frozenset(
         "engine_side/engines/common/server_checks.py: this server cannot see the shared memory of this process, through which weights travel",
         "engine_side/engines/common/server_discovery.py: this server wants an API key",
         "engine_side/engines/sglang/driver.py: the engine does not accept an argument",
-        "engine_side/engines/sglang/host.py: SGLang's constructor did not stay on the meta device",
         "engine_side/engines/sglang/in_process_channel.py: a call of the bridge blocks, and this thread runs the engine's event loop",
         "engine_side/engines/sglang/logprobs.py: a prompt does not fit the engine",
         "engine_side/engines/sglang/logprobs.py: the engine has no free row for a prompt",
