@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError, MissingTensor, ProtocolError, UnexpectedTensor
+from bridge.errors import ConfigError, ProtocolError, UnexpectedTensor
 from bridge.model.manifest import Manifest, TensorInfo, lay_out
-from bridge.model.regions import Region, dense
 from bridge.protocol.rank_jobs import RankBake
 from bridge.shm.arena import Seal
 from bridge.shm.memcpy import uncollected
 from engine_side.live.bindings import AttributeSnapshot, BoundModules, BoundTensors, Replaced
 from engine_side.live.forward_caches import ForwardCaches
-from engine_side.live.inplace import Outcome, TensorRegistry, find_registry, find_tensor
+from engine_side.live.inplace import Outcome, TensorRegistry, find_registry
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.computed_targets import ComputedTargets
 from engine_side.load.copies import (
@@ -36,15 +35,15 @@ from engine_side.load.copies import (
     compare_all,
     comparisons,
     copy_all,
-    make_pair,
 )
+from engine_side.load.explanation import explain_tensor
+from engine_side.load.live_pairs import live_constants, live_pairs
+from engine_side.load.rebuild import Rebuilder
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
 from engine_side.plan.bake import Baked, bake, bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
-from engine_side.plan.quant_groups import find_incomplete_groups
-from engine_side.plan.refusals import Feeders, listed, waiting_tensors, with_accepted_shape
-from engine_side.plan.strategies import ModuleStrategy, Strategy, StrategyTable, decide
-from engine_side.plan.twins import Role, Twin, graft, redo
+from engine_side.plan.refusals import explained_problems, split_packed_modules
+from engine_side.plan.strategies import ModuleStrategy, StrategyTable, decide
 from engine_side.protocol import RankHost
 from engine_side.quantise.checkpoint_form import CheckpointForm, checkpoint_form
 from engine_side.quantise.slots import QuantisedSlots
@@ -141,15 +140,7 @@ class Loader:
                 host, self.form.tensors, partial=partial, unsent=unsent, kept=self.form.kept.keys()
             )
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="weighbridge-load")
-        # A tensor that does not fit explains what is missing; an incomplete group says more about it than a hole does.
-        holes = [problem for problem in self.baked.problems if isinstance(problem, MissingTensor)]
-        others = [problem for problem in self.baked.problems if not isinstance(problem, MissingTensor)]
-        found: tuple[BridgeError, ...] = (
-            *with_accepted_shape(host, self.baked, others),
-            *find_incomplete_groups(self.baked, self.form.kept.keys()),
-            *waiting_tensors(host, self.baked),
-            *holes,
-        )
+        found = tuple(explained_problems(host, self.baked, self.form.kept.keys()))
         undecided = unknown_allowed and all(isinstance(problem, UnexpectedTensor) for problem in found)
         self.problems = () if undecided else found
         self.mapped = ArenaMap()
@@ -157,14 +148,16 @@ class Loader:
         self._seal_of: Callable[[int], Seal | None] = lambda _: None
         self.began_to_write = False
         """The last `apply` came as far as live storage, whether or not it ended."""
-        self._views: ArenaViews | None = None
         if self.problems:
             return
         with uncollected():
             self.decided: StrategyTable = decide(host, self.baked)
         self.computed = ComputedTargets(host, self.baked, self.decided)
         self.canonical = CanonicalTensors(self.baked, self.decided, self.computed, self.pool, self.threads)
-        self.problems = tuple(self._packed_in_part()) if partial else ()
+        self.rebuilder = Rebuilder(host, self.canonical)
+        if partial:
+            split = split_packed_modules(host, self.baked, self.decided, self.canonical.parts, self.form.sendable)
+            self.problems = tuple(split)
         self.rebuilt = [c for c in self.decided.choices.values() if not c.direct]
         self.feeds: dict[str, frozenset[int]] = {}
         template = self.decided.twins.template
@@ -185,34 +178,9 @@ class Loader:
         """Stop the threads and let go of the arena. Idempotent."""
         if not self.problems:
             self.canonical.map((), {})
+            self.rebuilder.use(None)
         self.mapped, self.codes = ArenaMap(), None
-        self._use_views(None)
         self.pool.shutdown(wait=True)
-
-    def _packed_in_part(self) -> Iterator[MissingTensor]:
-        """Find packed modules of a partial plan: they can only be rebuilt from all of their tensors."""
-        planned = {t.path for t in self.baked.plan.targets}
-        torn = [
-            (choice, target)
-            for choice in self.decided.choices.values()
-            for name, target, _ in self.canonical.parts(choice)
-            if not (choice.direct or choice.stored[name].identity)
-            and not (target in planned and target in self.canonical.whole)
-        ]
-        feeders = Feeders.of(self.host, self.baked) if torn else None
-        for choice, target in torn:
-            targets = [target for _, target, _ in self.canonical.parts(choice)]
-            unsent = [info.name for info in feeders.unsent(targets)] if feeders is not None else []
-            absent = self.form.sendable(unsent)
-            yield MissingTensor(
-                "a module whose storage is packed needs all of its tensors",
-                where=f"{target} -> {choice.path} ({choice.cls})",
-                expected="every tensor that feeds this module, or none",
-                got=f"strategy {choice.strategy.value}: {choice.reason}",
-                remedy=f"push {listed(absent) or 'the other tensors of this layer'} too, or all of "
-                "model.named_parameters()",
-                names=absent or (target,),
-            )
 
     # ---- what the driver asks ----------------------------------------------------------------------------------------
 
@@ -241,37 +209,8 @@ class Loader:
         )
 
     def explain(self, name: str) -> tuple[dict[str, str], ...]:
-        """Describe which way one canonical tensor takes: a row per move of it, or of the tensor that it is an alias of.
-
-        A row has tensor, parameter, source, dest, module, strategy and reason. No rows for a name that the plan lacks.
-        """
-        aliases = {alias: info.name for info in self.baked.infos for alias in info.aliases}
-        sent = aliases.get(name, name)
-        wanted = {sent, *(made for made, owner in self.form.owner.items() if owner == sent)}
-        return tuple(
-            {
-                "tensor": name if tensor == sent else tensor,
-                "parameter": f"{choice.path}.{attribute}",
-                "source": source,
-                "dest": dest,
-                "module": choice.cls,
-                "strategy": choice.strategy.value,
-                "reason": choice.reason,
-            }
-            for choice in self.decided.choices.values()
-            for attribute, target, role in self.canonical.parts(choice)
-            for tensor in wanted
-            for source, dest in self._ways(tensor, target, role)
-        )
-
-    def _ways(self, tensor: str, target: str, role: Role) -> Iterator[tuple[str, str]]:
-        """Describe (source, dest) of every way from a tensor to a target."""
-        if tensor in self.computed.sources.get(target, ()):
-            yield "all of it, through the engine's loader", _describe(dense(role.shape))
-            return
-        for move in self.canonical.moves.get(target, ()):
-            if move.tensor == tensor:
-                yield _describe(move.source), _describe(move.dest)
+        """Describe which way one canonical tensor takes, as `explain_tensor`."""
+        return explain_tensor(name, self.baked, self.form, self.canonical)
 
     def modules_below(self, replaced: Iterable[Replaced]) -> list[ModuleStrategy]:
         """List the modules of the plan that hang, or hung, below replaced ones."""
@@ -326,7 +265,7 @@ class Loader:
                 )
         index = {spec.name: k for k, spec in enumerate(manifest.tensors)}
         index.update({name: index[owner] for name, owner in self.form.owner.items()})
-        self._use_views(views)
+        self.rebuilder.use(views)
         self._seal_of = seal_of
         with uncollected():
             self.mapped = ArenaMap(manifest, [list(slot) for slot in slots], index)
@@ -344,18 +283,15 @@ class Loader:
         return QuantisedSlots(self.form, used, self.mapped.index, len(self.mapped.slots))
 
     def prepare(self, slot: int) -> None:
-        """Make the codes of a slot fit its values, where this engine's weights are quantised. Blocks for the weights
-        that changed. Called before a slot is loaded or compared with.
+        """Make what this rank derives from the values of a slot fit them: codes of quantised weights, values that the
+        engine's loader computes. Blocks for what changed. Called before a slot is loaded or compared with.
 
-        Raises NonFinite and IntegrityError as `QuantisedSlots.prepare`.
+        Raises NonFinite and IntegrityError as `QuantisedSlots.prepare`; ConfigError as `ComputedTargets.values`.
         """
         if self.codes is not None:
             self.codes.prepare(slot, self.mapped.slots[slot], self._seal_of)
-
-    def _use_views(self, views: ArenaViews | None) -> None:
-        former, self._views = self._views, views
-        if former is not None:
-            former.close()
+        if self.computed.sources:
+            self.computed.values(slot)
 
     def _bind_tensors(self) -> None:
         """Note where the live tensors hang and lie, and make the pairs of all slots anew."""
@@ -379,78 +315,33 @@ class Loader:
     def _compile(self, slot: int) -> None:
         """Make the pairs and constants that are written straight into live storage."""
         choices = [c for c in self.decided.choices.values() if c.direct]
-        pairs = [*self._pairs(choices, slot), *self._computed_pairs(choices, slot)]
-        self.mapped.direct[slot] = _DirectCopies(pairs, batches(pairs, self.threads), list(self.constants()))
+        pairs = live_pairs(self.canonical, choices, slot)
+        constants = list(live_constants(self.canonical))
+        self.mapped.direct[slot] = _DirectCopies(pairs, batches(pairs, self.threads), constants)
         self.mapped.readable.pop(slot, None)
 
-    def _pairs(self, choices: Iterable[ModuleStrategy], slot: int) -> Iterator[CopyPair]:
-        """Make a pair per move and live place; storage that two places share comes once."""
-        seen: set[tuple[int, str]] = set()
-        for choice in choices:
-            for name, target, _ in self.canonical.parts(choice):
-                stored, live = choice.stored[name], find_tensor(self.decided.live[choice.path], name)
-                moved = stored.readable and target not in self.computed.sources
-                if live is None or not moved or (live.data_ptr(), target) in seen:
-                    continue
-                seen.add((live.data_ptr(), target))
-                for move in self.canonical.moves.get(target, ()):
-                    tensor = self.mapped.index[move.tensor]
-                    sent = self.canonical.sent(move, slot)
-                    for at, of in stored.locate(move.dest, move.source) or ():
-                        made = make_pair(live, at, sent, of, tensor, target)
-                        if made is not None:
-                            yield made
-
-    def _computed_pairs(self, choices: Iterable[ModuleStrategy], slot: int) -> Iterator[CopyPair]:
-        """Make pairs of the computed targets: one for each tensor that a target is computed from, of the same views."""
-        values = self.computed.buffers(slot)
-        for choice in choices if values else ():
-            for name, target, _ in self.canonical.parts(choice):
-                stored, live = choice.stored[name], find_tensor(self.decided.live[choice.path], name)
-                if target not in values or live is None or not stored.readable:
-                    continue
-                whole = dense((values[target].numel(),))
-                for at, of in stored.locate(whole, whole) or ():
-                    for source in self.computed.sources[target]:
-                        made = make_pair(live, at, values[target], of, self.mapped.index[source], target)
-                        if made is not None:
-                            yield made
-
     def readable_pairs(self, slot: int) -> list[CopyPair]:
-        """Pairs of all tensors that can be read back, whatever the strategy, in the same order for every slot."""
+        """List the pairs of all tensors that can be read back, whatever the strategy; in one order for every slot."""
         return self._readable(slot).pairs
 
     def _readable(self, slot: int) -> _Readable:
         mapped = self.mapped
-        self.computed.values(slot)
         if slot not in mapped.readable:
             direct = mapped.direct.get(slot)
             known = () if direct is None else direct.pairs
             rest = self.decided.choices.values() if direct is None else self.rebuilt
-            mapped.readable[slot] = _Readable([*known, *self._pairs(rest, slot), *self._computed_pairs(rest, slot)])
+            mapped.readable[slot] = _Readable([*known, *live_pairs(self.canonical, rest, slot)])
         return mapped.readable[slot]
 
     def compare(self, slot: int) -> tuple[list[CopyPair], list[CopyPair]]:
         """Compare the tensors that hang in the live tree now with a slot, bit for bit: all readable pairs, and those
-        of them that differ. Blocks."""
+        of them that differ. Called after `prepare`. Blocks."""
         if not self._direct.in_place():
             self._rebind()
         readable = self._readable(slot)
         if readable.comparisons is None:
             readable.comparisons = comparisons(readable.pairs, self.threads)
         return readable.pairs, compare_all(self.pool, readable.comparisons)
-
-    def constants(self) -> Iterator[tuple[str, torch.Tensor, float]]:
-        """Yield (target, live view, value) of every fill that lies in readable storage."""
-        for choice in self.decided.choices.values():
-            for name, target, _ in self.canonical.parts(choice):
-                live, stored = find_tensor(self.decided.live[choice.path], name), choice.stored[name]
-                if live is None or target in self.computed.sources:
-                    continue
-                for fill in self.canonical.fills.get(target, ()):
-                    for at, _ in stored.locate(fill.dest, fill.dest) or ():
-                        view = live.detach().as_strided(at.shape, at.strides, live.storage_offset() + at.offset)
-                        yield target, view, fill.value
 
     def _rebind(self) -> None:
         """Make the views anew when a bound tensor lies elsewhere: the old ones would write into nowhere.
@@ -476,9 +367,8 @@ class Loader:
         """
         began = time.perf_counter()
         self.began_to_write = False
-        self.require_bound()
         self.prepare(slot)
-        self.computed.values(slot)
+        self.require_bound()
         self.began_to_write = True
         if not self._direct.in_place():
             self._rebind()
@@ -516,7 +406,7 @@ class Loader:
             if wanted is not None and wanted.isdisjoint(self.feeds[choice.path]):
                 continue
             with experiment_step("rebuilding a module", f"{choice.path} ({choice.cls})"):
-                found, nbytes = self._rebuild_one(choice, slot)
+                found, nbytes = self.rebuilder.rebuild(choice, slot)
             rebound += [f"{choice.path}.{name}" for name, what in found.items() if what is Outcome.REBOUND]
             created += [f"{choice.path}.{name}" for name, what in found.items() if what is Outcome.CREATED]
             written += nbytes
@@ -529,116 +419,3 @@ class Loader:
                 self.mapped.readable.clear()
         self.decided.twins.forget()
         return written
-
-    def _rebuild_one(self, choice: ModuleStrategy, slot: int) -> tuple[dict[str, Outcome], int]:
-        """Rebuild one module from a version: (name -> what happened to it, bytes written).
-
-        Redo runs post-load again, on the module's own storages, on copies, or on the arena's memory where that holds a
-        tensor whole. Other strategies bring over what post-load made on a twin.
-        """
-        live = self.decided.live[choice.path]
-        if choice.strategy not in (Strategy.REDO, Strategy.REPLACE):
-            twin, k = self.twin(choice, slot)
-            parameters = twin.modules[k].parameters(recurse=False)
-            names = twin.cluster.places[k]
-            nbytes = sum(t.numel() * t.element_size() for t in parameters)
-            return graft(twin.modules[k], twin.before[k], live, names), nbytes
-        views = {
-            name: shown
-            for name, stored in choice.stored.items()
-            if self._views is not None and not stored.readable
-            for shown in [self._views.view(self.canonical.in_one_piece(choice, name, slot))]
-            if shown is not None
-        }
-        values = {**self.canonical.values(choice, slot, reuse=True, without=views), **views}
-        views.clear()
-        nbytes = sum(v.numel() * v.element_size() for v in values.values())
-        try:
-            template, swap = self.decided.twins.template.get_submodule(choice.path), choice.strategy is Strategy.REPLACE
-            return redo(self.host, live, template, values, swap=swap), nbytes
-        finally:
-            values.clear()  # a view that is still referenced counts as kept by the step
-            if self._views is not None:
-                self._views.take_back()
-
-    # ---- twins -------------------------------------------------------------------------------------------------------
-
-    def twin(self, choice: ModuleStrategy, slot: int) -> tuple[Twin, int]:
-        """Make a twin of the module's cluster with the version in `slot`, post-loaded; and the module's index in it."""
-        decided = self.decided
-        cluster = decided.clusters[choice.path]
-        twin = decided.twins.take(decided.alike[choice.path], decided.live)
-        with torch.no_grad():
-            for role, into in enumerate(twin.by_role()):
-                self.canonical.fill_role(cluster, role, into, slot)
-        twin.post_load(self.host)
-        return twin, cluster.paths.index(choice.path)
-
-    # ---- read back ---------------------------------------------------------------------------------------------------
-
-    def read_back(self, into: ArenaSlot, slot: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Write the live weights into a writable slot (the tensors in manifest order), as version 0. Blocks.
-
-        Returns (the tensors whose values the live model no longer holds in canonical form (packed, cast, computed), or
-        holds in a dtype that the wire dtype cannot carry exactly; those that are quantised and were read from the
-        engine's checkpoint instead). This rank writes only the regions it reads. Raises ConfigError when a module was
-        replaced since the plan was made.
-
-        Args:
-            slot: the number of that slot.
-        """
-        self.require_bound()
-        pairs = self._live_pairs(into, slot)
-        lost = self._unreadable(pairs)
-        with torch.no_grad():
-            copy_all(self.pool, batches([pair.turned() for pair in pairs], self.threads))
-        stored = () if self.codes is None else self.codes.fill_originals(slot, lost)
-        for name, values in () if self.codes is None else self.codes.original_values(slot):
-            for move in self.baked.plan.moves:
-                if move.tensor == name:
-                    source, sent = move.source, into[self.mapped.index[name]]
-                    made = values.as_strided(source.shape, source.strides, source.offset)
-                    sent.as_strided(source.shape, source.strides, sent.storage_offset() + source.offset).copy_(made)
-        lost.difference_update(stored)
-        return tuple(spec.name for spec in self.mapped.manifest.tensors if spec.name in lost), stored
-
-    def keep_originals(self, slot: int) -> None:
-        """Take the codes of version 0, which `slot` holds the values of, from the live model that still serves it.
-
-        Called before the first load, in an engine that another one's version 0 is compared with: each keeps its own.
-        """
-        if self.codes is None or self.codes.has_originals(slot):
-            return
-        pairs = self._live_pairs(self.mapped.slots[slot], slot)
-        own = {tensor.untyped_storage().data_ptr() for tensor in self.codes.made[slot].values()}
-        turned = [pair.turned() for pair in pairs if pair.sent.untyped_storage().data_ptr() in own]
-        with torch.no_grad():
-            copy_all(self.pool, batches(turned, self.threads))
-        self.codes.fill_originals(slot, self._unreadable(pairs))
-
-    def _live_pairs(self, into: ArenaSlot, slot: int) -> list[CopyPair]:
-        """Pair the live model with `into` and with the codes of `slot`, which become those of version 0."""
-        mapped, extra = self.mapped, len(self.mapped.slots)
-        mapped.slots.append(into)
-        if self.codes is not None:
-            self.codes.made.append(self.codes.begin_originals(slot))
-        try:
-            return list(self._pairs(self.decided.choices.values(), extra))
-        finally:
-            mapped.slots.pop()
-            if self.codes is not None:
-                self.codes.made.pop()
-
-    def _unreadable(self, pairs: Sequence[CopyPair]) -> set[str]:
-        """Find the announced tensors that these pairs with the live model do not show whole."""
-        mapped, names = self.mapped, [spec.name for spec in self.mapped.manifest.tensors]
-        lost: set[str] = {name for sources in self.computed.sources.values() for name in sources}
-        lost |= {names[p.tensor] for p in pairs if torch.promote_types(p.live.dtype, p.sent.dtype) != p.sent.dtype}
-        covered = {(p.tensor, p.target) for p in pairs}
-        moved = {(mapped.index[m.tensor], m.target) for m in self.baked.plan.moves}
-        return lost | {names[tensor] for tensor, _ in moved - covered}
-
-
-def _describe(region: Region) -> str:
-    whole = "" if region != dense(region.shape, region.offset) else " dense"
-    return f"{list(region.shape)} at {region.offset} strides {list(region.strides)}{whole}"

@@ -59,7 +59,7 @@ class CanonicalTensors:
             self._parts[path] = [(name, cluster.targets[role], cluster.roles[role]) for name, role in names.items()]
         self._slots: Sequence[ArenaSlot] = ()
         self._made: Sequence[Mapping[str, torch.Tensor]] = ()
-        self._index: Mapping[str, int] = {}
+        self.index: Mapping[str, int] = {}
         self._blocks: dict[tuple[str, str, int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._written: Set[int] = frozenset()
         self._filled: set[tuple[int, str]] = set()
@@ -76,7 +76,7 @@ class CanonicalTensors:
             index: a tensor's place in a slot; for one that was made of another, the place of that other.
             made: per slot, what this rank made of the arena's tensors, to be read instead of them.
         """
-        self._slots, self._index, self._made = slots, index, made
+        self._slots, self.index, self._made = slots, index, made
         self._blocks.clear()
         self.computed.map(self.tensor)
 
@@ -109,7 +109,7 @@ class CanonicalTensors:
                 remedy=REPORT,
             )
         made = self._made[slot].get(name) if self._made else None
-        return self._slots[slot][self._index[name]] if made is None else made
+        return self._slots[slot][self.index[name]] if made is None else made
 
     def values(
         self, choice: ModuleStrategy, slot: int, *, reuse: bool = False, without: Container[str] = ()
@@ -209,7 +209,7 @@ class CanonicalTensors:
                 at = fill.dest
                 value.as_strided(at.shape, at.strides, value.storage_offset() + at.offset).fill_(fill.value)
             made = [
-                make_pair(value, move.dest, self.sent(move, slot), move.source, self._index[move.tensor], target)
+                make_pair(value, move.dest, self.sent(move, slot), move.source, self.index[move.tensor], target)
                 for move in self.moves.get(target, ())
             ]
             pairs = [pair for pair in made if pair is not None]

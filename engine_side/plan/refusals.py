@@ -1,5 +1,5 @@
 """Find out, once a push is refused, what its error should say: which shape the engine's loader takes for a name, which
-tensors it takes only together.
+tensors it takes only together, which ones a packed module lacks.
 
 No table of names: candidates come from the checkpoint that the engine was started from and from the sizes that its
 modules hold, and the engine's own loader confirms them. Each trial is one trace on a fresh skeleton; it writes nothing.
@@ -8,7 +8,8 @@ modules hold, and the engine's own loader confirms them. Each trial is one trace
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 
@@ -18,6 +19,9 @@ from bridge.model.regions import source_coverage
 from bridge.model.torch_dtypes import dtype_of
 from engine_side.plan.bake import Baked, Trace, stand_ins, trace
 from engine_side.plan.loader_errors import LoaderRaised
+from engine_side.plan.quant_groups import find_incomplete_groups
+from engine_side.plan.strategies import ModuleStrategy, StrategyTable
+from engine_side.plan.twins import Role
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import KnowsCheckpoint, RankHost
 
@@ -25,6 +29,21 @@ MAX_TRIALS = 48
 """Number of shapes that are tried for one tensor, and of partners that are tried alone."""
 SHOWN = 8
 """Number of tensors that a message spells out."""
+
+
+def explained_problems(host: RankHost, baked: Baked, kept: AbstractSet[str]) -> Iterator[BridgeError]:
+    """List the problems of a plan with what was found out about them, the one to raise first.
+
+    A tensor that does not fit explains what is missing; an incomplete group says more about it than a hole does.
+
+    Args:
+        kept: tensors that the engine keeps, and nobody needs to send.
+    """
+    yield from with_accepted_shape(host, baked, [p for p in baked.problems if not isinstance(p, MissingTensor)])
+    yield from find_incomplete_groups(baked, kept)
+    yield from waiting_tensors(host, baked)
+    yield from (problem for problem in baked.problems if isinstance(problem, MissingTensor))
+
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -86,6 +105,41 @@ def waiting_tensors(host: RankHost, baked: Baked) -> Iterator[MissingTensor]:
                 remedy=f"push {listed(partners)} together with {name}, or all of model.named_parameters()",
                 names=(name, *partners),
             )
+
+
+def split_packed_modules(
+    host: RankHost,
+    baked: Baked,
+    decided: StrategyTable,
+    parts: Callable[[ModuleStrategy], Sequence[tuple[str, str, Role]]],
+    sendable: Callable[[Sequence[str]], tuple[str, ...]],
+) -> Iterator[MissingTensor]:
+    """Report the packed modules that a partial push splits: they can only be rebuilt from all of their tensors.
+
+    Args:
+        parts: lists (attribute, target of the plan, form) of a module's canonical tensors.
+        sendable: leaves out, of names of the engine's checkpoint, what a trainer has not.
+    """
+    whole = {target.path for target in baked.plan.targets} - baked.coverage.holes.keys()
+    split = [
+        (choice, target)
+        for choice in decided.choices.values()
+        for name, target, _ in parts(choice)
+        if not (choice.direct or choice.stored[name].identity or target in whole)
+    ]
+    feeders = Feeders.of(host, baked) if split else None
+    for choice, target in split:
+        unsent = [] if feeders is None else feeders.unsent([target for _, target, _ in parts(choice)])
+        absent = sendable([info.name for info in unsent])
+        yield MissingTensor(
+            "a module whose storage is packed needs all of its tensors",
+            where=f"{target} -> {choice.path} ({choice.cls})",
+            expected="every tensor that feeds this module, or none",
+            got=f"strategy {choice.strategy.value}: {choice.reason}",
+            remedy=f"push {listed(absent) or 'the other tensors of this layer'} too, or all of "
+            "model.named_parameters()",
+            names=absent or (target,),
+        )
 
 
 def _fewest(host: RankHost, sent: Sequence[TensorInfo], name: str, candidates: Sequence[TensorInfo]) -> tuple[str, ...]:

@@ -277,7 +277,7 @@ class Verifier:
         """
         if not choice.probes:
             here, opaque = reachable(self.loader.decided.live[choice.path])
-            twin, k = self.loader.twin(choice, slot)
+            twin, k = self.loader.rebuilder.twin(choice, slot)
             return None if opaque else probes.state_deviation(here, twin.made_of_weights(k))
         for probe in choice.probes:
             seen, want = self._output(choice, probe), self._reference(choice, probe, slot)
@@ -296,7 +296,7 @@ class Verifier:
         """Compute (output, tolerance) of the arena's weights; None where the module cannot be called."""
         x, canonical = self._input(probe, choice), self.loader.canonical
         if probe.form == "twin":
-            twin, k = self.loader.twin(choice, slot)
+            twin, k = self.loader.rebuilder.twin(choice, slot)
             y = probes.call_module(self.loader.host, twin.modules[k], x)
             return None if y is None else (y, probes.twin_tolerance(y))
         blocks = canonical.blocks(choice, probe.weight, slot) if probe.form == "linear" else ()

@@ -23,6 +23,7 @@ from bridge.protocol.codec import ErrorInfo, pack, unpack
 from bridge.shm.arena import Arena
 from bridge.shm.mailbox import Mailbox
 from engine_side.live.bindings import AttributeSnapshot
+from engine_side.load import version_zero
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.loader import Loader
 from engine_side.plan.loader_errors import LOADER_ERRORS
@@ -269,7 +270,7 @@ class Rank:
     def _keep_originals(self, job: jobs.VerifyJob) -> None:
         planned = self._planned(job.plan)
         if self._own and isinstance(planned.part, Verifier) and planned.version(job.slot) == 0:
-            planned.part.loader.keep_originals(job.slot)
+            version_zero.keep_originals(planned.part.loader, job.slot)
 
     def _verify(self, job: jobs.VerifyJob) -> RankReport:
         started = time.perf_counter()
@@ -297,4 +298,4 @@ class Rank:
                 remedy=REPORT,
             )
         with Arena.open(planned.arena.path, planned.arena.manifest, writable=True) as arena:
-            return jobs.RankReadBack(*planned.loader.read_back(arena.tensors(job.slot), job.slot))
+            return jobs.RankReadBack(*version_zero.read_back(planned.loader, arena.tensors(job.slot), job.slot))

@@ -71,7 +71,8 @@ def test_a_part_of_a_packed_layer(rigs: Callable[..., Rig]) -> None:
     rig = rigs(layout="packed")
     rig.step()
     live = dict(rig.named())
-    with provoked(MissingTensor, f"{LOADER}: a module whose storage is packed needs all of its tensors") as caught:
+    key = f"{PLAN}/refusals.py: a module whose storage is packed needs all of its tensors"
+    with provoked(MissingTensor, key) as caught:
         rig.b.push([(Q, live[Q])], partial=True)
     partners = caught.value.names
     assert Q not in partners

@@ -14,6 +14,7 @@ from torch import nn
 from bridge.errors import ConfigError
 from engine_side.live.bindings import BoundModules
 from engine_side.load.loader import Loader
+from engine_side.load.version_zero import read_back
 from engine_side.verify.verify import Verifier
 from tests.engine_side import toy_engine as toy
 
@@ -81,7 +82,7 @@ def test_no_load_and_no_look_passes_a_replaced_module(fault: Fault, method: Any)
         with pytest.raises(ConfigError, match="replaced"):
             verifier.coverage()
         with pytest.raises(ConfigError, match="replaced"):
-            loader.read_back([torch.zeros_like(t) for t in loader.mapped.slots[0]])
+            read_back(loader, [torch.zeros_like(t) for t in loader.mapped.slots[0]])
         assert all(torch.equal(t, before[n]) for n, t in host.model.state_dict().items())
         results = {r.level: r for r in verifier.run(["attributes", "read-back"], 0)}
         assert not results["attributes"].ok

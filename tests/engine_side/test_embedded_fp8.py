@@ -24,6 +24,7 @@ from engine_side.embedded.quant import STORAGE
 from engine_side.embedded.runner import ModelRunner
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.loader import Loader
+from engine_side.load.version_zero import read_back
 from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 
@@ -143,7 +144,7 @@ def test_two_ranks_cover_codes_and_scales_together(
         assert not outcome.rebound
         assert loader.baked.dtypes[Q.replace("q_proj", "o_proj")] == "fp8_e4m3"
         regions += [(m.tensor, m.source) for m in loader.baked.plan.moves]
-        lost |= set(loader.read_back([into[s.name] for s in manifest.tensors])[0])
+        lost |= set(read_back(loader, [into[s.name] for s in manifest.tensors])[0])
         loader.close()
     assert source_coverage({n: t.numel() for n, t in slots[0].items()}, regions) == {}
     for name in into.keys() - lost:

@@ -13,6 +13,7 @@ from torch import nn
 from bridge.errors import MissingTensor, OutOfMemory, ProtocolError
 from bridge.model.manifest import TensorInfo, lay_out
 from engine_side.load.loader import Loader
+from engine_side.load.version_zero import read_back
 from engine_side.plan.strategies import Strategy
 from tests.engine_side import toy_engine as toy
 
@@ -156,7 +157,7 @@ def test_another_wire_dtype_is_cast(dtype: str) -> None:
     assert torch.equal(host.model.embed.weight, slot[0].float())
     assert set(loader.rank_bake().dtypes.values()) == {"fp32"}
     back = [torch.zeros_like(t) for t in slot]
-    lost, _ = loader.read_back(back)
+    lost, _ = read_back(loader, back)
     assert lost == () if dtype == "fp64" else len(lost) == len(slot)
     loader.close()
 
@@ -166,7 +167,7 @@ def test_read_back_returns_what_was_applied_or_says_that_it_cannot(method: Any) 
     with loaded(method=method) as (_, loader):
         loader.apply(1)
         into = [torch.zeros_like(t) for t in loader.mapped.slots[0]]
-        lost, _ = loader.read_back(into)
+        lost, _ = read_back(loader, into)
         names = [s.name for s in loader.mapped.manifest.tensors]
         for name, got, want in zip(names, into, loader.mapped.slots[1], strict=True):
             assert name in lost or torch.equal(got, want)
@@ -179,7 +180,7 @@ def test_computed_parameters_are_filled_by_the_engines_own_loader() -> None:
         loader.apply(0)
         sent = loader.mapped.slots[0][loader.mapped.index["decay.A"]]
         assert torch.equal(host.model.decay.A, -torch.exp(sent))
-        assert "decay.A" in loader.read_back([torch.zeros_like(t) for t in loader.mapped.slots[0]])[0]
+        assert "decay.A" in read_back(loader, [torch.zeros_like(t) for t in loader.mapped.slots[0]])[0]
 
 
 def test_partial_of_an_open_module_and_of_a_packed_one() -> None:

@@ -20,6 +20,7 @@ from engine_side.embedded.parallel import Parallel
 from engine_side.embedded.runner import ModelRunner
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.loader import Loader
+from engine_side.load.version_zero import read_back
 from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 
@@ -95,7 +96,7 @@ def test_two_ranks_cover_everything_together(family: str, layout: str, tmp_path:
             regions += [(m.tensor, m.source) for m in loader.baked.plan.moves]
             assert loader.baked.read
             assert loader.baked.coverage.complete
-            lost |= set(loader.read_back([into[s.name] for s in loader.mapped.manifest.tensors])[0])
+            lost |= set(read_back(loader, [into[s.name] for s in loader.mapped.manifest.tensors])[0])
     assert source_coverage(sizes, regions) == {}
     assert all(torch.equal(into[n], slots[1][n]) for n in into if n not in lost)
     assert bool(lost) == (layout == "packed")
