@@ -40,7 +40,8 @@ from engine_side.load.explanation import explain_tensor
 from engine_side.load.live_pairs import live_constants, live_pairs
 from engine_side.load.rebuild import Rebuilder
 from engine_side.load.sources import ArenaSlot, CanonicalTensors
-from engine_side.plan.bake import Baked, bake, bind, side_by_side
+from engine_side.plan.bake import Baked, bake
+from engine_side.plan.binding import bind, side_by_side
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.refusals import explained_problems, split_packed_modules
 from engine_side.plan.strategies import ModuleStrategy, StrategyTable, decide

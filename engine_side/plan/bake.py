@@ -1,97 +1,38 @@
 """Bake a plan: trace the engine's own loader once, to see where every element of a checkpoint goes.
 
 `bake` runs the loader of a meta skeleton on meta stand-ins of the announced tensors under a `Recorder`; the recorded
-moves are the plan, and interval arithmetic proves that each engine element is written exactly once. `bind` finds the
-live module of each skeleton module by path. Nothing here touches a live weight; both run once per plan.
+moves are the plan, and interval arithmetic proves that each engine element is written exactly once. Nothing here
+touches a live weight; it runs once per plan.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from bridge.errors import BridgeError, ConfigError, MissingTensor, OutOfMemory, UnexpectedTensor
+from bridge.errors import BridgeError, ConfigError, MissingTensor, UnexpectedTensor
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import (
     Coverage,
-    Fill,
     Move,
     RankPlan,
     Region,
-    TargetTensor,
     dense,
     dest_coverage,
-    follow,
     source_coverage,
 )
 from bridge.model.torch_dtypes import DTYPES, dtype_of
-from bridge.tracing.provenance import storage_key
-from bridge.tracing.recorder import Recorder
-from engine_side.live.inplace import twin_parameter, unregistered_tensors
-from engine_side.live.storage_layout import is_dense, whole_view_key
 from engine_side.plan import loader_errors
-from engine_side.plan.experiment_errors import experiment_step
+from engine_side.plan.targets import Targets
+from engine_side.plan.trace import Trace, offer_each, stand_ins, trace
 from engine_side.plan.unplaced import Standing, find_standing, target_paths
 from engine_side.protocol import NamesUnloaded, RankHost
-
-
-@dataclass(frozen=True)
-class TargetPlace:
-    """One name under which a skeleton module holds a target: `module` path, attribute `name`, the target's path."""
-
-    module: str
-    name: str
-    target: str
-
-    @property
-    def path(self) -> str:
-        return f"{self.module}.{self.name}" if self.module else self.name
-
-
-@dataclass(frozen=True)
-class Targets:
-    """All parameters and persistent buffers of a skeleton; ties by storage are one target with several places.
-
-    Attributes:
-        mirrors: places of non-persistent buffers and plain attributes that a constructor made as views of a whole
-            target. Where post-load gives the target other storage, its values go on being used here.
-    """
-
-    targets: tuple[TargetTensor, ...]
-    places: tuple[TargetPlace, ...]
-    tensors: Mapping[str, torch.Tensor]
-    mirrors: tuple[TargetPlace, ...] = ()
-
-    def with_buffers(self, buffers: Mapping[str, torch.Tensor]) -> Targets:
-        """Add non-persistent buffers as targets."""
-        if not buffers:
-            return self
-        wire = {dtype: name for name, dtype in DTYPES.items()}
-        return replace(
-            self,
-            targets=(
-                *self.targets,
-                *(
-                    TargetTensor(path, wire.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), True)
-                    for path, tensor in buffers.items()
-                ),
-            ),
-            places=(*self.places, *(TargetPlace(*_split(path), path) for path in buffers)),
-            tensors={**self.tensors, **buffers},
-        )
-
-    def of_module(self, *, mirrors: bool = False) -> dict[str, tuple[TargetPlace, ...]]:
-        """Group the places by module path, in the skeleton's order, with the mirrors at the end of each or without."""
-        out: dict[str, list[TargetPlace]] = {}
-        for place in (*self.places, *(self.mirrors if mirrors else ())):
-            out.setdefault(place.module, []).append(place)
-        return {path: tuple(places) for path, places in out.items()}
 
 
 @dataclass(frozen=True)
@@ -132,24 +73,6 @@ class Baked:
     def coverage(self) -> Coverage:
         """Holes and overlaps per target, empty in a sound plan."""
         return dest_coverage(self.plan)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The record of one run of a loader.
-
-    Attributes:
-        targets: with the non-persistent buffers that the loader has written, such as a weight plus one.
-        tainted: targets whose values cannot be followed -> why; these buffers among them.
-        beside: path of such a buffer -> the tensors that were copied into it on the way.
-    """
-
-    skeleton: nn.Module
-    targets: Targets
-    moves: tuple[Move, ...]
-    fills: tuple[Fill, ...]
-    tainted: Mapping[str, str]
-    beside: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def bake(
@@ -214,155 +137,11 @@ def bake(
     )
 
 
-def _split(path: str) -> tuple[str, str]:
-    module, _, name = path.rpartition(".")
-    return module, name
-
-
-def stand_ins(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
-    """Make a contiguous meta tensor of the wire dtype and global shape for each announced tensor, by name."""
-    return {i.name: torch.empty(i.shape, dtype=dtype_of(i.dtype), device="meta") for i in infos}
-
-
-def collect_targets(skeleton: nn.Module, shared: frozenset[int] = frozenset()) -> Targets:
-    """Collect the targets of a skeleton, in the order of its modules.
-
-    A tensor that is not on meta is replaced by a meta one, so that tracing cannot write it. Raises ConfigError for one
-    whose elements have gaps between them or share memory.
-
-    Args:
-        shared: addresses of storages that the live engine owns; skeleton tensors that lie there are left out.
-    """
-    targets: list[TargetTensor] = []
-    places: list[TargetPlace] = []
-    tensors: dict[str, torch.Tensor] = {}
-    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
-    wire = {dtype: name for name, dtype in DTYPES.items()}  # torch's own word for a dtype that only this engine uses
-    for module_path, module in skeleton.named_modules():
-        for name, tensor, buffer in own_tensors(module):
-            if tensor.device.type != "meta":
-                if tensor.untyped_storage().data_ptr() in shared:
-                    continue
-                tensor = twin_parameter(tensor, torch.empty_like(tensor, device="meta"))
-                registry = module._buffers if buffer else module._parameters
-                registry[name] = tensor
-            path = f"{module_path}.{name}" if module_path else name
-            if not is_dense(tensor):
-                raise ConfigError(
-                    "a parameter's elements do not fill one stretch of memory",
-                    where=path,
-                    expected="a dense tensor, in any order of its dimensions",
-                    got=f"shape {list(tensor.shape)}, strides {list(tensor.stride())}",
-                    remedy="give the module a parameter of its own: nn.Parameter(tensor.contiguous())",
-                    names=(path,),
-                )
-            key = (tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
-            first = seen.setdefault(key, path) if tensor.numel() else path
-            places.append(TargetPlace(module_path, name, first))
-            if first == path:
-                tensors[path] = tensor
-                targets.append(
-                    TargetTensor(path, wire.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), buffer)
-                )
-    return Targets(tuple(targets), tuple(places), tensors, tuple(_mirrors(skeleton, tensors)))
-
-
-def _mirrors(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[TargetPlace]:
-    """Find the places that view a whole target in the order of its memory, without being a parameter themselves."""
-    owners = {whole_view_key(tensor): path for path, tensor in tensors.items() if tensor.numel()}
-    for module_path, module in skeleton.named_modules():
-        for name, tensor in unregistered_tensors(module):
-            target = owners.get(whole_view_key(tensor))
-            if target is not None and is_dense(tensor):
-                yield TargetPlace(module_path, name, target)
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Yield (name, tensor, is a buffer) of the module's own parameters and persistent buffers."""
-    for name, param in module._parameters.items():
-        if param is not None:
-            yield name, param, False
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name, buffer, True
-
-
-def live_storages(model: nn.Module) -> frozenset[int]:
-    """List the addresses of all storages that a live model's parameters and buffers use."""
-    found = (*model.parameters(), *model.buffers())
-    return frozenset(t.untyped_storage().data_ptr() for t in found if t.device.type != "meta")
-
-
-def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:
-    """Run the loader once on a fresh skeleton. Raises LoaderRaised, which says at which tensor; OutOfMemory.
-
-    What a loader finds wrong with the whole, after the last tensor, is no error: coverage tells what is missing.
-    """
-    with experiment_step("building a skeleton", type(host.model).__name__):
-        skeleton = host.skeleton()
-        targets = collect_targets(skeleton, live_storages(host.model))
-        buffers = _buffers_beside(skeleton, targets)
-    recorder = Recorder(weights, targets.tensors)
-    with recorder:
-        try:
-            with experiment_step("tracing the engine's loader", type(host.model).__name__, memory_only=True):
-                host.load_weights(skeleton, recorder.feed(iter(weights.items())))
-        except OutOfMemory:
-            raise
-        except loader_errors.LOADER_ERRORS as error:
-            if not recorder.streamed:
-                raise loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights) from error
-    beside = dict(_written_beside(recorder, buffers))
-    return Trace(
-        skeleton,
-        targets.with_buffers({path: tensor for path, tensor in buffers.items() if path in beside}),
-        tuple(recorder.moves),
-        uncovered_fills(recorder),
-        {**recorder.tainted, **dict.fromkeys(beside, "a buffer that the loader sets beside a parameter")},
-        beside,
-    )
-
-
-def _written_beside(recorder: Recorder, buffers: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, frozenset[str]]]:
-    """Find the buffers into which a loader has put anything that came from a sent tensor, with the tensors known."""
-    for path, tensor in buffers.items():
-        if recorder.derived(tensor):
-            log = recorder.storages[storage_key(tensor)].log
-            yield path, frozenset(write.name for write in log if write.name is not None)
-
-
-def _buffers_beside(skeleton: nn.Module, targets: Targets) -> dict[str, torch.Tensor]:
-    """Collect the non-persistent buffers of a skeleton that share no storage with a target."""
-    held = {storage_key(tensor) for tensor in targets.tensors.values()}
-    return {
-        f"{path}.{name}" if path else name: tensor
-        for path, module in skeleton.named_modules()
-        for name, tensor in unregistered_tensors(module)
-        if name in module._buffers and tensor.is_meta and tensor.numel() and is_dense(tensor)
-        if storage_key(tensor) not in held
-    }
-
-
 def _sources_of(path: str, found: Trace, computed: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
     """Name the tensors that a target is computed from; where none is known, those of the others of its module."""
     known = computed[path].union(found.beside.get(path, ()), (m.tensor for m in found.moves if m.target == path))
     module = path.rpartition(".")[0]
     return tuple(sorted(known or {m.tensor for m in found.moves if m.target.rpartition(".")[0] == module}))
-
-
-def uncovered_fills(recorder: Recorder) -> tuple[Fill, ...]:
-    """Subtract from the fills what moves wrote over: clearing a parameter before copying into it is no double write."""
-    over: dict[str, list[Region]] = {}
-    for move in recorder.moves:
-        over.setdefault(move.target, []).append(move.dest)
-    out: list[Fill] = []
-    for fill in recorder.fills:
-        rest = [fill.dest]
-        for dest in over.get(fill.target, ()):
-            split = [(region, follow(region, region, dest, dest)) for region in rest]
-            rest = [out for region, hit in split for out in ([region] if hit is None else [o for o, _ in hit.outside])]
-        out.extend(Fill(fill.target, region, fill.value) for region in rest)
-    return tuple(out)
 
 
 def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...]) -> tuple[Trace, dict[str, loader_errors.LoaderRaised]]:
@@ -384,47 +163,6 @@ def _trace_around(host: RankHost, infos: tuple[TensorInfo, ...]) -> tuple[Trace,
                 ) from raised.error
             refused[raised.tensor] = raised
             refused.update(offer_each(host, {n: w for n, w in left.items() if n != raised.tensor}).refused)
-
-
-@dataclass(frozen=True)
-class Offered:
-    """The answer of a loader to each of some tensors: those of which elements went somewhere, and those at which it
-    raised. The others it swallowed."""
-
-    taken: frozenset[str]
-    refused: Mapping[str, loader_errors.LoaderRaised]
-
-
-def offer_each(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Offered:
-    """Find out which tensors the loader takes or refuses, however many: on one skeleton, it is called again after each
-    that it raises at, with those that it has not taken yet. Raises OutOfMemory."""
-    with experiment_step("building a skeleton", type(host.model).__name__):
-        skeleton = host.skeleton()
-        targets = collect_targets(skeleton, live_storages(host.model))
-    recorder = Recorder(weights, targets.tensors)
-    refused: dict[str, loader_errors.LoaderRaised] = {}
-    left, seen = dict(weights), 0
-    with recorder:
-        while left:
-            recorder.current = None
-            try:
-                with experiment_step("tracing the engine's loader", type(host.model).__name__, memory_only=True):
-                    host.load_weights(skeleton, recorder.feed(iter(list(left.items()))))
-                break
-            except OutOfMemory:
-                raise
-            except loader_errors.LOADER_ERRORS as error:
-                if recorder.streamed:
-                    break
-                raised = loader_errors.LoaderRaised(error, recorder.current, targets.tensors, weights)
-            finally:
-                for move in recorder.moves[seen:]:
-                    left.pop(move.tensor, None)
-                seen = len(recorder.moves)
-            if raised.tensor is None or left.pop(raised.tensor, None) is None:
-                break  # it fails for a reason that no tensor explains: the next trace says so
-            refused[raised.tensor] = raised
-    return Offered(frozenset(move.tensor for move in recorder.moves), refused)
 
 
 def _offer_aliases(
@@ -548,64 +286,3 @@ def _partly_read(
     sizes = {name: size for name, size in sizes.items() if shapes[name] not in regions[name]}  # read whole at once
     used = [(name, region) for name in sizes for region in regions[name]]
     return {name: tuple(regions[name]) for name in source_coverage(sizes, used)}
-
-
-# ---- binding -------------------------------------------------------------------------------------------------------
-
-
-def bind(skeleton: nn.Module, live: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
-    """Find the live module of every skeleton path, walking through any chain of `base_layer` wrappers at each hop.
-
-    Raises ConfigError, naming the path and the live class, where a hop is missing. Does not compare the names that the
-    modules hold: post-load may have taken some away.
-    """
-    return {path: find_live(skeleton, live, path) for path in paths}
-
-
-def find_live(skeleton: nn.Module, live: nn.Module, path: str) -> nn.Module:
-    """Find the live counterpart of the skeleton module at `path`, without its wrappers."""
-    here, there = skeleton, unwrap(live, skeleton)
-    walked: list[str] = []
-    for hop in path.split(".") if path else ():
-        here = here.get_submodule(hop)
-        child = there._modules.get(hop)
-        if child is None:
-            raise ConfigError(
-                "the live model has no such module",
-                where=path,
-                expected=f"{type(here).__name__} at {'.'.join([*walked, hop])}",
-                got=f"{type(there).__name__} with {', '.join(there._modules) or 'no children'}",
-                remedy="start the engine anew, and attach before anything exchanges its modules",
-            )
-        there = unwrap(child, here)
-        walked.append(hop)
-    return there
-
-
-def side_by_side(skeleton: nn.Module, live: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Walk two trees at once: (path, skeleton module, its live counterpart without wrappers), each live module once.
-
-    Modules that only one of the trees has are left out.
-    """
-    seen: set[int] = set()
-    todo = [("", skeleton, unwrap(live, skeleton))]
-    while todo:
-        path, here, there = todo.pop()
-        if id(there) in seen:
-            continue
-        seen.add(id(there))
-        yield path, here, there
-        for hop, child in here._modules.items():
-            found = there._modules.get(hop)
-            if child is not None and found is not None:
-                todo.append((f"{path}.{hop}" if path else hop, child, unwrap(found, child)))
-
-
-def unwrap(live: nn.Module, skeleton: nn.Module) -> nn.Module:
-    """Unwrap `live`; a skeleton module with a `base_layer` of its own is walked into by name instead."""
-    while "base_layer" not in skeleton._modules:
-        inner = live._modules.get("base_layer")
-        if inner is None:
-            return live
-        live = inner
-    return live

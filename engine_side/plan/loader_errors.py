@@ -30,7 +30,7 @@ from bridge.model.torch_dtypes import dtype_name
 from engine_side.protocol import RankHost
 
 if TYPE_CHECKING:
-    from engine_side.plan.bake import Trace
+    from engine_side.plan.trace import Trace
 
 LOADER_ERRORS = (
     ArithmeticError,

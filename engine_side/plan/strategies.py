@@ -27,10 +27,12 @@ from engine_side.live.forward_caches import ForwardCaches, names_set, tensors_se
 from engine_side.live.inplace import find_tensor
 from engine_side.live.storage_layout import Stored
 from engine_side.plan import probes
-from engine_side.plan.bake import Baked, TargetPlace, bind
+from engine_side.plan.bake import Baked
+from engine_side.plan.binding import bind
 from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.probes import Probe
+from engine_side.plan.targets import TargetPlace
 from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, require_tensor
 from engine_side.protocol import RankHost
 

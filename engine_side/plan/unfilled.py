@@ -15,8 +15,9 @@ import torch
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import RankPlan, dest_coverage
 from bridge.model.torch_dtypes import DTYPES
-from engine_side.plan import bake
 from engine_side.plan.loader_errors import LoaderRaised
+from engine_side.plan.targets import collect_targets, live_storages
+from engine_side.plan.trace import stand_ins, trace
 from engine_side.protocol import RankHost
 
 _WIRE = {dtype: name for name, dtype in DTYPES.items()}
@@ -26,7 +27,7 @@ def unloaded(host: RankHost, checkpoint: Path | None) -> frozenset[str]:
     """Find the paths of skeleton targets that nothing fills. Costs a trace of the loader or two; once per host."""
     if checkpoint is not None and (infos := checkpoint_tensors(checkpoint)):
         try:
-            found = bake.trace(host, bake.stand_ins(infos))
+            found = trace(host, stand_ins(infos))
         except LoaderRaised:
             pass  # the engine's own reader leaves out what its loader would not take
         else:
@@ -60,7 +61,7 @@ def _nameless(host: RankHost) -> Iterator[str]:
     One of each (class of the module, name) is tried for all.
     """
     skeleton = host.skeleton()
-    targets = bake.collect_targets(skeleton, bake.live_storages(host.model))
+    targets = collect_targets(skeleton, live_storages(host.model))
     kinds: dict[tuple[type, str], list[str]] = {}
     buffers = {target.path for target in targets.targets if target.buffer}
     for place in targets.places:
@@ -69,7 +70,7 @@ def _nameless(host: RankHost) -> Iterator[str]:
     for paths in kinds.values():
         path, like = paths[0], targets.tensors[paths[0]]
         try:
-            found = bake.trace(host, {path: torch.empty(like.shape, dtype=like.dtype, device="meta")})
+            found = trace(host, {path: torch.empty(like.shape, dtype=like.dtype, device="meta")})
         except LoaderRaised:
             yield from paths
         else:

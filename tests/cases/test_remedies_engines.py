@@ -106,7 +106,7 @@ class Spread(nn.Module):
 @pytest.mark.parametrize("lay", [lambda: torch.randn(4, 6)[:, ::2], lambda: torch.randn(4, 1).expand(4, 3)])
 def test_parameters_with_gaps(lay: Callable[[], torch.Tensor]) -> None:
     model, live = Spread(lambda: torch.randn(4, 3)), Spread(lay)
-    key = f"{PLAN}/bake.py: a parameter's elements do not fill one stretch of memory"
+    key = f"{PLAN}/targets.py: a parameter's elements do not fill one stretch of memory"
     with provoked(ConfigError, key, "contiguous"), bridge.attach(live) as b:
         b.push(model.named_parameters())
     live.weight = nn.Parameter(live.weight.detach().contiguous())

@@ -284,7 +284,7 @@ NOT_YET: frozenset[str] = frozenset(
         "engine_side/engines/vllm/server.py: this vLLM server was started without its development endpoints, through which a bridge pauses and updates",
         "engine_side/live/inplace.py: the storage of a live parameter cannot be swapped",
         "engine_side/plan/bake.py: the engine's own loader failed, and no tensor explains it",
-        "engine_side/plan/bake.py: the live model has no such module",
+        "engine_side/plan/binding.py: the live model has no such module",
         "engine_side/plan/loader_errors.py: a tensor was broadcast into a larger parameter",
         "engine_side/plan/loader_errors.py: the engine's loader does not know this tensor",
         "engine_side/plan/strategies.py: a live parameter is not what the engine's post-load makes of it",

@@ -11,7 +11,8 @@ from torch import nn
 
 from bridge.errors import ConfigError, DuplicateTensor, MissingTensor, ShapeMismatch, UnexpectedTensor
 from bridge.model.manifest import TensorInfo
-from engine_side.plan.bake import bake, bind
+from engine_side.plan.bake import bake
+from engine_side.plan.binding import bind
 from tests.engine_side import toy_engine as toy
 
 

@@ -26,8 +26,8 @@ from bridge.model.manifest import TensorInfo
 from bridge.model.torch_dtypes import dtype_name, dtype_of
 from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
 from engine_side.engines.sglang.slot_regions import SglangSlotLayout, read_layout
-from engine_side.plan import bake
 from engine_side.plan.loader_errors import LOADER_ERRORS, LoaderRaised
+from engine_side.plan.trace import stand_ins, trace
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import LoraView, RankHost
 
@@ -146,7 +146,7 @@ class SglangLoraSlots:
         shapes = {i.name.removesuffix(".weight"): (i.shape[0], i.shape[1]) for i in matrices}
         landed: dict[str, dict[str, None]] = {}
         with suppress(LoaderRaised):
-            for move in bake.trace(self._host, bake.stand_ins(infos)).moves if infos else ():
+            for move in trace(self._host, stand_ins(infos)).moves if infos else ():
                 module = move.tensor.removesuffix(".weight")
                 if module in shapes:
                     landed.setdefault(move.target, {})[module] = None

@@ -26,8 +26,8 @@ from bridge.model.regions import Fill, Move, Region
 from bridge.model.torch_dtypes import dtype_name
 from bridge.tracing.recorder import Recorder
 from engine_side.engines.common.published_state import lora_misfit, lora_not_loaded
-from engine_side.plan.bake import stand_ins, uncovered_fills
 from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan.trace import stand_ins, uncovered_fills
 from engine_side.protocol import LoraView
 
 _PEFT = "base_model.model."
