@@ -319,8 +319,8 @@ class Bridge:
             deadline=deadline,
             unused=agreed.planned.unused,
         )
-
-        require_equal_partners(agreed.planned, written.seal)
+        if agreed.planned.partners:
+            require_equal_partners(agreed.planned, written.seal)
         return written
 
     def _agree(self, snapshot: Snapshot, partial: bool) -> _Agreed:

@@ -101,13 +101,14 @@ class PushRunner:
         """Say where to bring the engines. `over_base`: an adapter's base was compared with them, bit for bit."""
         now = self._versions.committed
         kept = now.held_in(held.plan) if now is not None else None
+        references = self._versions.references.get(served.version, References()).for_load_of(held.plan)
         changed = differing_tensors(kept.seal, held.seal) if kept is not None else None
         return PushTarget(
             served=served,
             held=held,
             now=now,
             settings=settings,
-            references=self._versions.references.get(served.version, References()).for_load_of(held.plan),
+            references=references,
             changed=changed,
             previous=kept.slot if kept is not None else None,
             unmoved=changed == () and not held.plan.partial if held.plan.lora is None else over_base,

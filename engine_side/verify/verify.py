@@ -68,9 +68,8 @@ class Verifier:
             changed: manifest indices whose bits differ between the two; None when unknown, then all are compared.
         """
         out, loader = list[LevelResult](), self.loader
-        for each in (slot, previous):
-            if each is not None:
-                loader.prepare(each)
+        if outcome is None:  # a load has prepared its slot
+            loader.prepare(slot)
         self._proven.clear()
         if outcome is not None:
             self._moved.update(outcome.rebound, outcome.created)
@@ -246,6 +245,7 @@ class Verifier:
 
     def _unmoved_tensors(self, slot: int, previous: int, wanted: set[int]) -> list[int]:
         """Manifest indices of tensors that changed in the arena, of which no readable part changed in the engine."""
+        self.loader.prepare(previous)
         now, before = self.loader.readable_pairs(slot), self.loader.readable_pairs(previous)
         moved: set[int] = set()
         still: set[int] = set()

@@ -226,10 +226,10 @@ class Rank:
         if self._lost is not None:  # the load before this one lost attributes, and was aborted for it
             self._lost.put_back()
             self._lost = None
+        own = planned.version(job.slot) == 0
         self._loaded, self._own = None, False
         outcome = loader.apply(job.slot, job.changed)
-        self._loaded = (job.plan, job.slot)
-        self._own = planned.version(job.slot) == 0
+        self._loaded, self._own = (job.plan, job.slot), own
         started = time.perf_counter()
         wanted = set(job.settings.levels) - {"coverage"}  # answered with the bake
         levels = verifier.run(wanted, job.slot, outcome=outcome, previous=job.previous, changed=job.changed)
