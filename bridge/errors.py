@@ -16,7 +16,7 @@ the exit code that the command line uses for it. Errors cross process boundaries
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ SAME_MODEL = (
     "configuration"
 )
 """Remedy where trainer and engine hold models of different configurations."""
+BIND = "bind the model (b.bind(model)), so that live names become checkpoint names"
+"""Remedy where nobody knows what the trainer's names mean."""
 REPORT = "this is a fault of weighbridge: please report it"
 """Remedy where no action of a user leads to the error."""
 GATHER = (
@@ -39,6 +41,11 @@ GATHER = (
     "or FSDP.summon_full_params(model), or push tensor.full_tensor()"
 )
 """Remedy for a tensor whose values lie in other processes."""
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Join the first few names for a message; `names` of the error has all."""
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
 
 
 class BridgeError(Exception):

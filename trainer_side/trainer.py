@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from bridge.errors import SAME_MODEL, BridgeError, ConfigError, MissingTensor, UnexpectedTensor
+from bridge.errors import BIND, SAME_MODEL, BridgeError, ConfigError, MissingTensor, UnexpectedTensor, some_names
 from bridge.model import canary
 from bridge.model.declared_losses import Rounding
 from bridge.model.lora_format import LoraLimits
@@ -29,14 +29,14 @@ from trainer_side.lora.without_lora import WithoutLora
 from trainer_side.names.naming import CanonicalMap, live_places
 from trainer_side.names.parametrized import explain_unexpected
 from trainer_side.names.policy import explain_around
-from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, some_names, stream_pairs
+from trainer_side.names.tensor_checks import NamedTensors, read_pairs, require_plain, stream_pairs
 from trainer_side.names.tensor_layout import Collected, TensorLayout, WeightSource
 from trainer_side.reference import reference_logprobs, rounded_logprobs, vocabulary_size
 from trainer_side.shielded.layer_calls import LayerCalls
 from trainer_side.shielded.model_copy import ModelCopier
 from trainer_side.snapshot.snapshotter import Snapshotter
 
-BIND_REMEDY = "bind the model (b.bind(model)): what its logits do not depend on may stay unused"
+BIND_REMEDY = f"{BIND}; what its logits do not depend on may then stay unused"
 REBIND_REMEDY = "bind the model again after changing its modules"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from bridge.errors import DtypeMismatch, MissingTensor, UnsupportedLora
+from bridge.errors import DtypeMismatch, MissingTensor, UnsupportedLora, some_names
 from bridge.ports import Snapshot, TrainerPort
 from bridge.protocol.coordinator_messages import Compared
 
@@ -88,7 +88,7 @@ class BaseWeightsCheck:
         names = compared.differing
         against = UnsupportedLora(
             "the engines do not serve the base weights that this adapter was trained on",
-            where=", ".join(names[:3]) + (" ..." if len(names) > 3 else "") or "the engines' weights",
+            where=some_names(names) or "the engines' weights",
             expected="the bound model's base, bit for bit",
             got=f"{len(names)} of {len(snapshot.layout.tensors)} tensors differ"
             if compared.known

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bridge.errors import ConfigError, IntegrityError, MissingTensor, NotFound
+from bridge.errors import ConfigError, IntegrityError, MissingTensor, NotFound, some_names
 from bridge.protocol.codec import Count, ErrorInfo, Message
 from engine_side.embedded.attention import CachedAttention, Step
 from engine_side.embedded.config import EngineConfig, EngineLimits, ModelConfig
@@ -293,11 +293,10 @@ def load_checkpoint(model: CausalLM, folder: Path) -> None:
         raise error.amended(where=f"{folder}: {error.where}") from error
     missing = tuple(name for name in model.checkpoint_names() if name not in loaded)
     if missing:
-        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise MissingTensor(
             "the checkpoint lacks tensors of its own architecture",
             where=str(folder),
-            expected=some,
+            expected=some_names(missing),
             got=f"{len(missing)} missing",
             remedy="save the checkpoint again with save_pretrained, or download it anew",
             names=missing,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridge.errors import (
+    BIND,
     GATHER,
     SAME_MODEL,
     BridgeError,
@@ -48,7 +49,7 @@ LOADER_ERRORS = (
 MISFITS_EXPLAINED = 32
 """Number of tensors of a wrong shape or dtype, each of which takes a few traces to explain, before all are reported."""
 
-UNKNOWN_REMEDY = f"bind the model (b.bind(model)) so that live names become checkpoint names, or {SAME_MODEL}"
+UNKNOWN_REMEDY = f"{BIND}, or {SAME_MODEL}"
 
 MISSING_SHOWN = 8
 """Number of missing tensors that become an error of their own; `names` of the first lists all."""

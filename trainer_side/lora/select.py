@@ -8,11 +8,11 @@ from functools import cached_property
 
 import torch
 
-from bridge.errors import DuplicateTensor, MissingTensor, UnexpectedTensor
+from bridge.errors import DuplicateTensor, MissingTensor, UnexpectedTensor, some_names
 from bridge.model.same_bits import same_bits
 from trainer_side.lora.layers.module_tree import BaseTensor, LoraTree, TreeTensor
 from trainer_side.lora.modes import BakedMode, EffectiveTensor
-from trainer_side.names.tensor_checks import NameIndex, check_shape, require_plain, some_names, unknown_name
+from trainer_side.names.tensor_checks import NameIndex, check_shape, require_plain, unknown_name
 
 _CONTENTS = {
     "base": "every base tensor",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from bridge.errors import UnexpectedTensor
+from bridge.errors import UnexpectedTensor, some_names
 from trainer_side.names.naming import walk
 
 _HOP = "parametrizations"
@@ -31,9 +31,9 @@ def explain_unexpected(model: nn.Module, error: UnexpectedTensor) -> UnexpectedT
     )
     return UnexpectedTensor(
         "a layer computes its weight of other tensors, which are no checkpoint tensors",
-        where=", ".join(found[:3]) + (" ..." if len(found) > 3 else ""),
+        where=some_names(found),
         expected="weights that are parameters",
-        got=", ".join(error.names[:3]) + (" ..." if len(error.names) > 3 else ""),
+        got=some_names(error.names),
         remedy=way,
         names=error.names,
     )

@@ -214,11 +214,6 @@ def unknown_name(name: str, expected: str) -> UnexpectedTensor:
     )
 
 
-def some_names(names: Sequence[str]) -> str:
-    """Join the first few names for a message."""
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-
-
 def nothing_sent() -> MissingTensor:
     """Build the error for an empty push."""
     return MissingTensor(

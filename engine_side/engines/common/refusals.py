@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, some_names
 
 TRIED = {"vLLM": ((0, 32), (0, 33)), "SGLang": ((0, 5, 23), (0, 5, 24))}
 """Package -> the oldest version that was tried, and the next one, which was not. vLLM's hooks change from one minor
@@ -58,7 +58,7 @@ def require_apart(
     if shared:
         raise ConfigError(
             f"the trainer and the {engine} share storage",
-            where=f"{', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}",
+            where=some_names(shared),
             expected=f"an {engine} with weights of its own",
             got=f"{len(shared)} tensors at the same address on both sides",
             remedy=remedy,
