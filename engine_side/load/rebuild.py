@@ -7,8 +7,9 @@ import torch
 from engine_side.live.inplace import Outcome
 from engine_side.load.arena_views import ArenaViews
 from engine_side.load.sources import CanonicalTensors
+from engine_side.plan.post_load import graft, redo
 from engine_side.plan.strategies import ModuleStrategy, Strategy
-from engine_side.plan.twins import Twin, graft, redo
+from engine_side.plan.twins import Twin
 from engine_side.protocol import RankHost
 
 

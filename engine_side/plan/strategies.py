@@ -31,9 +31,10 @@ from engine_side.plan.bake import Baked
 from engine_side.plan.binding import bind
 from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan.post_load import graft, reachable, redo, require_tensor
 from engine_side.plan.probes import Probe
 from engine_side.plan.targets import TargetPlace
-from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of, graft, reachable, redo, require_tensor
+from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of
 from engine_side.protocol import RankHost
 
 

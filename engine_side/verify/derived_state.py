@@ -15,8 +15,9 @@ from engine_side.load.loader import Loader
 from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
+from engine_side.plan.post_load import reachable, require_tensor
 from engine_side.plan.strategies import ModuleStrategy
-from engine_side.plan.twins import materialise, reachable, require_tensor
+from engine_side.plan.twins import materialise
 
 
 class DerivedState:

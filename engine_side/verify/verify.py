@@ -25,9 +25,10 @@ from engine_side.live.inplace import find_tensor
 from engine_side.load.loader import Loader, LoadOutcome
 from engine_side.plan import probes
 from engine_side.plan.experiment_errors import experiment_step
+from engine_side.plan.post_load import reachable
 from engine_side.plan.probes import Probe
 from engine_side.plan.strategies import ModuleStrategy
-from engine_side.plan.twins import device_of, reachable
+from engine_side.plan.twins import device_of
 from engine_side.verify.derived_state import DerivedState
 
 SHOWN = 16

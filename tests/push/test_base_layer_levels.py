@@ -19,7 +19,7 @@ import bridge
 from engine_side.embedded.config import EngineConfig
 from engine_side.embedded.engine import Engine
 from engine_side.embedded.wrappers import unwrap
-from engine_side.plan.twins import reachable
+from engine_side.plan.post_load import reachable
 from tests.conftest import perturb
 from tests.engine_side import embedded_models as tiny
 from tests.push.lora_rig import wrap

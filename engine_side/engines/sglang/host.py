@@ -27,7 +27,7 @@ from engine_side.engines.sglang.logprobs import prompt_logprobs
 from engine_side.engines.sglang.lora_slots import SglangLoraSlots
 from engine_side.live.inplace import meta_twin
 from engine_side.plan.loader_errors import LOADER_ERRORS
-from engine_side.plan.twins import ModuleState
+from engine_side.plan.post_load import ModuleState
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import PromptBatch
 
