@@ -13,7 +13,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from bridge.errors import BridgeError, ConfigError, MissingTensor, UnexpectedTensor
@@ -27,11 +26,11 @@ from bridge.model.regions import (
     dest_coverage,
     source_coverage,
 )
-from bridge.model.torch_dtypes import DTYPES, dtype_of
+from bridge.model.torch_dtypes import DTYPES
 from engine_side.plan import loader_errors
 from engine_side.plan.targets import Targets
-from engine_side.plan.trace import Trace, offer_each, stand_ins, trace
-from engine_side.plan.unplaced import Standing, find_standing, target_paths
+from engine_side.plan.trace import Trace, offer_each, stand_in, stand_ins, trace
+from engine_side.plan.unplaced import Unplaced, find_unplaced, target_paths
 from engine_side.protocol import NamesUnloaded, RankHost
 
 
@@ -44,7 +43,7 @@ class Baked:
         targets: every place of the skeleton, also those that a partial plan leaves out.
         infos: the tensors that it was baked for.
         dtypes: sent tensor -> wire name of the dtype it lands in; absent when it lands in several.
-        unread: names that this rank has no place for: another rank may. `standing`: what it has where they would go.
+        unread: names that this rank has no place for: another rank may. `unplaced`: what it has where they would go.
         followers: names that were not sent, and change with a sent tensor to which this rank ties them -> that tensor.
         read: source regions of tensors that this rank reads only in part.
         computed: target -> the tensors that the engine's loader computes it from.
@@ -60,7 +59,7 @@ class Baked:
     infos: tuple[TensorInfo, ...]
     dtypes: dict[str, str]
     unread: tuple[str, ...]
-    standing: Standing
+    unplaced: Unplaced
     followers: Mapping[str, str]
     read: dict[str, tuple[Region, ...]]
     computed: dict[str, tuple[str, ...]]
@@ -118,15 +117,15 @@ def bake(
     if not any(isinstance(problem, MissingTensor) for problem in problems):
         unread += _unplaced_aliases(host, wanted, found, placed)
     places, filled = found.targets.tensors, _filled(plan)
-    standing = find_standing(unread, found.skeleton, places, filled, used) if unread else Standing()
-    besides = find_standing(unsent, found.skeleton, places, filled, used) if unsent else Standing()
+    unplaced = find_unplaced(unread, found.skeleton, places, filled, used) if unread else Unplaced()
+    besides = find_unplaced(unsent, found.skeleton, places, filled, used) if unsent else Unplaced()
     return Baked(
         plan=plan,
         targets=found.targets,
         infos=wanted,
         dtypes=_landing_dtypes(plan),
         unread=tuple(unread),
-        standing=standing,
+        unplaced=unplaced,
         followers=besides.partners,
         read=_partly_read(wanted, plan.moves, sources),
         computed=sources,
@@ -178,7 +177,7 @@ def _offer_aliases(
     for alias, info in aliases:
         if not open_elements:
             break
-        attempt = {**offered, alias: torch.empty(info.shape, dtype=dtype_of(info.dtype), device="meta")}
+        attempt = {**offered, alias: stand_in(info)}
         try:
             found = trace(host, attempt)
         except loader_errors.LoaderRaised:
@@ -203,7 +202,7 @@ def _unplaced_aliases(host: RankHost, infos: tuple[TensorInfo, ...], found: Trac
     paths = target_paths(found.skeleton, found.targets.tensors)
     for alias in [a for a, info in asked.items() if filled.get(paths.get(a, "")) == info.name]:
         del asked[alias]
-    weights = {a: torch.empty(info.shape, dtype=dtype_of(info.dtype), device="meta") for a, info in asked.items()}
+    weights = {a: stand_in(info) for a, info in asked.items()}
     taken = offer_each(host, weights).taken if weights else frozenset[str]()
     return [alias for alias in asked if alias not in taken]
 

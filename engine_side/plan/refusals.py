@@ -11,23 +11,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-import torch
+import msgspec
 
 from bridge.errors import BridgeError, MissingTensor, ShapeMismatch
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import source_coverage
-from bridge.model.torch_dtypes import dtype_of
 from engine_side.plan.bake import Baked
 from engine_side.plan.loader_errors import LoaderRaised
 from engine_side.plan.quant_groups import find_incomplete_groups
 from engine_side.plan.strategies import ModuleStrategy, StrategyTable
-from engine_side.plan.trace import Trace, stand_ins, trace
+from engine_side.plan.trace import Trace, stand_in, stand_ins, trace
 from engine_side.plan.twins import Role
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import KnowsCheckpoint, RankHost
 
 MAX_TRIALS = 48
-"""Number of shapes that are tried for one tensor, and of partners that are tried alone."""
+"""Number of shapes that are tried for one tensor, and of tensors that may have to come with one."""
 SHOWN = 8
 """Number of tensors that a message spells out."""
 
@@ -73,7 +72,7 @@ def _accepted_shape(host: RankHost, baked: Baked, info: TensorInfo) -> tuple[int
 
 def _takes_whole(host: RankHost, info: TensorInfo, shape: tuple[int, ...]) -> bool:
     try:
-        found = trace(host, {info.name: torch.empty(shape, dtype=dtype_of(info.dtype), device="meta")})
+        found = trace(host, {info.name: stand_in(msgspec.structs.replace(info, shape=shape))})
     except LoaderRaised:
         return False
     read = [(move.tensor, move.source) for move in found.moves]
@@ -91,20 +90,20 @@ def _sizes_of_incomplete_modules(baked: Baked) -> list[int]:
 
 
 def waiting_tensors(host: RankHost, baked: Baked) -> Iterator[MissingTensor]:
-    """Report the tensors of a partial push that the loader keeps back until their partners have come."""
+    """Report the tensors of a partial push that the loader keeps back until others have come."""
     if not baked.partial or not baked.unread or (feeders := Feeders.of(host, baked)) is None:
         return
     for name in baked.unread:
         reached = feeders.targets_of(name)
-        partners = _fewest(host, baked.infos, name, feeders.unsent(reached))
-        if partners:
+        others = _fewest(host, baked.infos, name, feeders.unsent(reached))
+        if others:
             yield MissingTensor(
                 "the engine's loader keeps this tensor back until the others of its layer have come",
                 where=f"{name} -> {', '.join(reached)}",
-                expected=f"{listed(partners)} in the same push",
-                got=f"{name} without {'it' if len(partners) == 1 else 'them'}",
-                remedy=f"push {listed(partners)} together with {name}, or all of model.named_parameters()",
-                names=(name, *partners),
+                expected=f"{listed(others)} in the same push",
+                got=f"{name} without {'it' if len(others) == 1 else 'them'}",
+                remedy=f"push {listed(others)} together with {name}, or all of model.named_parameters()",
+                names=(name, *others),
             )
 
 
@@ -144,14 +143,14 @@ def split_packed_modules(
 
 
 def _fewest(host: RankHost, sent: Sequence[TensorInfo], name: str, candidates: Sequence[TensorInfo]) -> tuple[str, ...]:
-    """Find one partner that is enough for the tensor to be taken; all candidates where none is."""
-    for partner in candidates[:MAX_TRIALS]:
+    """Find one other tensor that is enough for the tensor to be taken; all candidates where none is."""
+    for other in candidates[:MAX_TRIALS]:
         try:
-            found = trace(host, stand_ins((*sent, partner)))
+            found = trace(host, stand_ins((*sent, other)))
         except LoaderRaised:
             continue
         if any(move.tensor == name for move in found.moves):
-            return (partner.name,)
+            return (other.name,)
     return tuple(info.name for info in candidates)
 
 

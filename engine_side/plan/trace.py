@@ -43,9 +43,14 @@ class Trace:
     beside: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
+def stand_in(info: TensorInfo) -> torch.Tensor:
+    """Make a contiguous meta tensor of the wire dtype and global shape of an announced tensor."""
+    return torch.empty(info.shape, dtype=dtype_of(info.dtype), device="meta")
+
+
 def stand_ins(infos: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
-    """Make a contiguous meta tensor of the wire dtype and global shape for each announced tensor, by name."""
-    return {i.name: torch.empty(i.shape, dtype=dtype_of(i.dtype), device="meta") for i in infos}
+    """Make the stand-in of each announced tensor, by name."""
+    return {info.name: stand_in(info) for info in infos}
 
 
 def trace(host: RankHost, weights: Mapping[str, torch.Tensor]) -> Trace:

@@ -18,8 +18,8 @@ Segments = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What stands in a rank's module tree where names without a place would go.
+class Unplaced:
+    """What a rank has in its module tree where names without a place would go.
 
     Attributes:
         placeholders: the names at whose path a module stands that holds nothing and cannot be called.
@@ -30,13 +30,13 @@ class Standing:
     partners: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_standing(
+def find_unplaced(
     names: Sequence[str],
     skeleton: nn.Module,
     targets: Mapping[str, torch.Tensor],
     filled: Mapping[str, str],
     used: AbstractSet[str],
-) -> Standing:
+) -> Unplaced:
     """Find what stands in the skeleton where these names would go. Called once per plan, if there are such names.
 
     Args:
@@ -55,7 +55,7 @@ def find_standing(
             if len(found) == 1 and path not in index.denoted(_split(partner)):
                 partners[name] = partner
     placeholders = tuple(n for n in names if n not in partners and _has_placeholder(n, empty, occupied))
-    return Standing(placeholders, partners)
+    return Unplaced(placeholders, partners)
 
 
 class _PathIndex:

@@ -177,7 +177,7 @@ class Rank:
         if job.lora is not None:
             return LoraLoader(self.host, job.tensors, job.lora)
         loader = self._weights_loader(job)
-        tied = () if loader.problems else (*loader.baked.standing.partners, *loader.baked.followers)
+        tied = () if loader.problems else (*loader.baked.unplaced.partners, *loader.baked.followers)
         # what the trainer holds apart from a tensor that the engine ties it to; untying moves no value
         if not tied or not self.host.untie(tied):
             return loader
