@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 
 import bridge
 from bridge.model.receipt import Failure, LevelResult
+from bridge.shm.arena import DIGEST_NBYTES, Seal
 from engine_side.embedded.config import LAYOUTS, EngineConfig
 from engine_side.embedded.engine import Engine
+from engine_side.quantise.checkpoint_form import CheckpointForm, QuantisedWeight
 from engine_side.quantise.reproduce import CheckpointSchemes
 from engine_side.quantise.scheme import Scheme
+from engine_side.quantise.slots import QuantisedSlots
 from engine_side.verify.verify import Verifier
 from tests.engine_side import embedded_models as tiny
 from tests.push.rig import refused
@@ -453,6 +456,29 @@ def test_values_beyond_the_last_code_where_a_scale_was_rounded_down(tmp_path: Pa
         off = torch.where(codes == 127, codes - wrong, codes)
         assert not scheme.within(scheme.compare(weight, off, spread)[1])
     assert not scheme.within(scheme.compare(weight * 1.02, codes, spread)[1])
+
+
+def test_codes_that_were_found_wrong_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the values that come next are those for which the slot's codes stood before."""
+    one, other = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(3))
+    scheme = Scheme(torch.int8, torch.float32, (1, 8), (4, 1), 127.0)
+    codes, scales = scheme.quantise(one)
+    save_file({"a.weight": codes, "a.weight_scale": scales}, tmp_path / "model.safetensors")
+    schemes = CheckpointSchemes(tmp_path, {})
+    weight = QuantisedWeight(*schemes.scheme("a.weight"), "fp32")
+    form = CheckpointForm((), {"a.weight": weight}, {}, schemes)
+    slots = QuantisedSlots(form, frozenset({"a.weight", "a.weight_scale"}), {"a.weight": 0}, 2)
+
+    def prepare(values: torch.Tensor, mark: int) -> None:
+        slots.prepare(1, [values], lambda _: Seal(1, b"", bytes([mark]) * DIGEST_NBYTES))
+
+    prepare(one, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheme, "within", lambda *_: False)
+        with pytest.raises(bridge.IntegrityError, match="further from its values"):
+            prepare(other, 2)
+    prepare(one, 1)
+    assert torch.equal(slots.made[1]["a.weight"], codes)
 
 
 def test_a_trainer_may_change_from_codes_to_values_and_back(

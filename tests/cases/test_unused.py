@@ -535,6 +535,14 @@ def test_a_name_that_may_mean_two_tensors_is_tied_to_none() -> None:
     assert found.partners == {"model.a.out.weight": "a.in.weight"}
 
 
+def test_a_second_name_of_a_place_in_another_namespace_is_no_tie() -> None:
+    made: Any = nn.ModuleDict({"a": nn.ModuleDict({"out": nn.Linear(2, 2, bias=False)})})
+    filled = {"a.out.weight": "a.out.weight"}
+    targets = dict(made.named_parameters())
+    found = find_standing(["model.a.out.weight"], made, targets, filled, frozenset(filled))
+    assert not found.partners
+
+
 def test_buffers_that_no_checkpoint_holds_are_dropped(started: Open) -> None:
     rig = started(tiny_qwen2(), tiny_qwen2())
     assert dict(rig.model.named_buffers()), "the rotary embedding has some"
