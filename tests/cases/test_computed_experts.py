@@ -14,8 +14,10 @@ from torch import nn
 
 import bridge
 from bridge.errors import UnsupportedLora
+from bridge.model.levels import LEVELS_OF
 from tests.conftest import tiny_qwen3_moe
 from tests.push.lora_rig import LoraRig, stir, wrap
+from trainer_side.lora import layer_proof
 
 EXPERTS = {
     "target_modules": ["q_proj"],
@@ -74,6 +76,58 @@ def test_experts_that_no_token_reaches_are_listed(made: Callable[..., LoraRig]) 
     assert rig.serves(rig.truth())
 
 
+def scaled_twice(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A fault, as the forward of a LoRA layer."""
+    kept = dict(self.scaling)
+    self.scaling.update({name: 2 * scaling for name, scaling in kept.items()})
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        self.scaling.update(kept)
+
+
+def scaled_twice_when_wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return scaled_twice(self, *args, **kwargs) if self.wrong else type(self).forward(self, *args, **kwargs)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_compared_itself(made: Callable[..., LoraRig]) -> None:
+    rig = made()
+    layers = rig.model.base_model.model.model.layers
+    for layer in (layers[1].self_attn.q_proj, layers[1].mlp.experts):
+        assert rig.push(mode="merged").verified is True
+        layer.forward = MethodType(scaled_twice, layer)
+        with pytest.raises(UnsupportedLora, match="not what the layer computes"):
+            rig.push(mode="merged")
+        del layer.forward
+
+
+def test_experts_that_were_found_to_differ_leave_a_doubt(
+    made: Callable[..., LoraRig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until they agree, in pushes that cannot compare them too, though others of their structure were right."""
+    monkeypatch.setattr(layer_proof, "SHARE", 1e6)  # one more layer is compared in each push
+    rig = made()
+    layers = [layer.mlp.experts for layer in rig.model.base_model.model.model.layers]
+    for experts in layers:
+        experts.wrong = False
+        experts.forward = MethodType(scaled_twice_when_wrong, experts)
+    assert rig.push(mode="merged").verified is True
+    layers[1].wrong = True
+
+    def many() -> None:
+        for _ in range(20):
+            rig.push(mode="merged", verify=[*LEVELS_OF["weights"], "canary"], canary_limit=100)
+
+    with pytest.raises(UnsupportedLora, match="not what the layer computes"):
+        many()
+    receipt = rig.push(mode="merged", verify="weights")
+    assert receipt.verified == "partial"
+    assert any("layers.1.mlp.experts" in note for note in receipt.notes)
+    layers[1].wrong = False
+    assert rig.push(mode="merged").verified is True
+    assert rig.push(mode="merged", verify="weights").verified is True
+
+
 def test_experts_whose_adapters_act_otherwise_are_refused(made: Callable[..., LoraRig]) -> None:
     """A fresh adapter, whose B is zero, hides nothing: the comparison draws factors of its own."""
     rig = made()
@@ -81,18 +135,8 @@ def test_experts_whose_adapters_act_otherwise_are_refused(made: Callable[..., Lo
         for name, parameter in rig.model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The fault `scaled twice`."""
-        kept = dict(self.scaling)
-        self.scaling.update({name: 2 * scaling for name, scaling in kept.items()})
-        try:
-            return type(self).forward(self, *args, **kwargs)
-        finally:
-            self.scaling.update(kept)
-
     for layer in rig.model.base_model.model.model.layers:
-        layer.mlp.experts.forward = MethodType(forward, layer.mlp.experts)
+        layer.mlp.experts.forward = MethodType(scaled_twice, layer.mlp.experts)
     with pytest.raises(UnsupportedLora, match=r"not what the layer computes.*in the canary's forward") as caught:
         rig.push(mode="merged")
     assert ".mlp.experts." in caught.value.names[0]

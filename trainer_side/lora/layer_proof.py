@@ -60,9 +60,10 @@ class OpenLayer:
 class LayerProof:
     """Remembers which structures of layers were found right. One per bound model; used by one push at a time.
 
-    A structure is everything of a layer but its values: classes, quantisation state, storage, shape, adapters that act,
-    their scaling and whether they are merged. A packed weight that lies elsewhere than it did, or whose attributes have
-    changed, was packed anew: it is compared itself, whatever was pushed in between.
+    A structure is everything of a layer but its values: classes, forwards that were put on it, quantisation state,
+    storage, shape, adapters that act, their scaling and whether they are merged. A packed weight that lies elsewhere
+    than it did, or whose attributes have changed, was packed anew: it is compared itself, whatever was pushed in
+    between.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ class LayerProof:
         """Packed weight, by its clean name -> where it lay when it, or its structure, was compared."""
         self._wrong: set[str] = set()
         """Weights, by their clean names, that were found to differ: compared in each push until they agree."""
-        self._last: tuple[Sequence[EffectiveTensor], LoraState] | None = None
+        self._last: tuple[Sequence[EffectiveTensor], LoraState, Hashable] | None = None
         self._open: tuple[OpenLayer, ...] = ()
         """Layers of the last push."""
         self._turn = 0
@@ -96,7 +97,8 @@ class LayerProof:
         Returns the layers that only the model can call: to be compared in `settle`. Raises UnsupportedLora, naming
         layer and quantiser, for a difference; DeadlineExceeded.
         """
-        alike = self._last is not None and self._last[0] is computed and self._last[1] == began
+        forwards = tuple(_called(m) for one in computed for m in (*(w.module for w in one.place.wrappers), one.module))
+        alike = self._last is not None and self._last[0] is computed and self._last[1:] == (began, forwards)
         waiting = {layer.name for layer in self._open}
         due = self._credit_s > 0
         self._turn += 1 if due else 0
@@ -106,7 +108,7 @@ class LayerProof:
             if one.bias or (alike and not sampled and one.place.clean not in waiting and self._lies_where_it_did(one)):
                 continue
             found.append(self._look_at(LayerReading.of(one, began), deadline, sampled=sampled))
-        self._last = (computed, began)
+        self._last = (computed, began, forwards)
         self._open = tuple(layer for layer in found if layer is not None)
         return self._open
 
@@ -183,13 +185,20 @@ class LayerProof:
 
 def _structure(layer: LayerReading) -> Hashable:
     levels = tuple(
-        (type(lv.wrapper), lv.state, lv.names, lv.owned, lv.setting, lv.tokens, tuple(map(_form, lv.loras)))
+        (*_called(lv.wrapper), lv.state, lv.names, lv.owned, lv.setting, lv.tokens, tuple(map(_form, lv.loras)))
         for lv in layer.chain.levels
     )
     parameters, weight = layer.parameters, layer.parameters.weight
     held = (_words(weight), weight.dtype, weight.shape, weight.stride(), weight.device, tuple(sorted(vars(weight))))
     kind = (parameters.kind, parameters.transposed, parameters.bias is not None, layer.tensor.place.attribute)
-    return type(layer.chain.base), levels, held, kind, _words(parameters.quant_state), layer.tensor.copies
+    return _called(layer.chain.base), levels, held, kind, _words(parameters.quant_state), layer.tensor.copies
+
+
+def _called(module: nn.Module) -> tuple[type, object]:
+    """What computes when a module is called: its class, and the code of a forward that was put on it alone."""
+    forward = vars(module).get("forward")
+    function = getattr(forward, "__func__", forward)
+    return type(module), getattr(function, "__code__", type(function))
 
 
 def _form(lora: ActiveLora) -> Hashable:
