@@ -13,11 +13,17 @@ import torch
 from torch import nn
 
 import bridge
+from bridge.coordinator.unused_tensors import find_unused
 from bridge.errors import MissingTensor, UnexpectedTensor
+from bridge.model.manifest import TensorInfo
+from bridge.protocol.coordinator_messages import PlanRequest
+from bridge.protocol.rank_jobs import RankBake
 from engine_side.plan.unplaced import find_standing
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.rig import Rig, drift, refused
 from tests.push.test_fleet_faults import FleetSession, bridge_over
+from trainer_side.independence import find_dependent
+from trainer_side.names.naming import TensorPlace
 
 Open = Callable[..., Rig]
 
@@ -533,6 +539,34 @@ def test_a_name_that_may_mean_two_tensors_is_tied_to_none() -> None:
     names = ["out.weight", "model.a.out.weight"]
     found = find_standing(names, made, targets, filled, frozenset(filled.values()))
     assert found.partners == {"model.a.out.weight": "a.in.weight"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "allowed"), [("fp32", (2, 2), True), ("bf16", (3, 2), False), ("int8", (2, 2), False)]
+)
+def test_what_cannot_equal_the_tensor_that_an_engine_ties_it_to_is_refused(
+    dtype: str, shape: tuple[int, ...], allowed: bool
+) -> None:
+    request = PlanRequest((TensorInfo("a.weight", "bf16", (2, 2)), TensorInfo("b.weight", dtype, shape)), False, False)
+    bake = RankBake(b"", {}, unread=("b.weight",), partners={"b.weight": "a.weight"})
+    if allowed:
+        assert find_unused(request, {"engine": [bake]}).partners == {"b.weight": "a.weight"}
+        return
+    with pytest.raises(UnexpectedTensor, match=r"b\.weight"):
+        find_unused(request, {"engine": [bake]})
+
+
+def test_what_is_looked_at_has_to_be_plain() -> None:
+    """What hangs on a tensor of another class may reach the logits in ways of its own."""
+
+    class Marked(nn.Parameter):
+        pass
+
+    model = with_head()
+    places = {name: (TensorPlace(model.v_head[1], name.rpartition(".")[2]),) for name in HEAD[2:]}
+    assert find_dependent(model, places) == []
+    model.v_head[1].weight = Marked(torch.ones(1, 48))
+    assert find_dependent(model, places) == [HEAD[2]]
 
 
 def test_a_second_name_of_a_place_in_another_namespace_is_no_tie() -> None:
