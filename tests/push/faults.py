@@ -20,6 +20,7 @@ from engine_side.driver.service import EngineService
 from engine_side.engines.embedded import EmbeddedRankHost
 from engine_side.load.copies import CopyBatch
 from engine_side.load.loader import Loader, LoadOutcome
+from engine_side.load.rebuild import Rebuilder
 from tests.push.rig import Rig
 
 Patch = pytest.MonkeyPatch
@@ -204,7 +205,7 @@ class Breaker:
 
     def __init__(self, patch: Patch, k: int | None = None, *, always: bool = False) -> None:
         self.count, self.k, self.always, self.fired, self._loading = 0, k, always, False, False
-        apply, rebuild = Loader.apply, Loader._rebuild_one
+        apply, rebuild = Loader.apply, Rebuilder.rebuild
 
         def counted_apply(loader: Loader, slot: int, changed: Iterable[int] | None = None) -> LoadOutcome:
             self._loading, self.count = True, 0
@@ -221,15 +222,15 @@ class Breaker:
                 self.tick()
                 live.copy_(sent)
 
-        def counted_rebuild(loader: Loader, *args: Any) -> Any:
+        def counted_rebuild(rebuilder: Rebuilder, *args: Any) -> Any:
             self.tick()
-            out = rebuild(loader, *args)
+            out = rebuild(rebuilder, *args)
             self.tick()
             return out
 
         patch.setattr(Loader, "apply", counted_apply)
         patch.setattr(CopyBatch, "copy", counted_copy)
-        patch.setattr(Loader, "_rebuild_one", counted_rebuild)
+        patch.setattr(Rebuilder, "rebuild", counted_rebuild)
 
     def tick(self) -> None:
         if not self._loading:

@@ -14,6 +14,7 @@ from bridge.errors import TransportError
 from bridge.journal.ledger import Ledger
 from bridge.shm.arena import Arena
 from engine_side.engines.embedded import EmbeddedDriver
+from engine_side.load import version_zero
 from engine_side.load.loader import Loader
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.lora_rig import LoraRig
@@ -43,13 +44,13 @@ def test_a_retry_after_a_failed_plan_does_not_mix_versions(attached: Any, monkey
             parameter.mul_(1.1)
     b.push(layer, partial=True)
     before = engine.prompt_logprobs([[1, 2, 3, 4, 5]])
-    real = Loader.read_back
+    real = version_zero.read_back
 
-    def fails_once(self: Loader, into: Any) -> Any:
-        monkeypatch.setattr(Loader, "read_back", real)
+    def fails_once(*_: Any) -> Any:
+        monkeypatch.setattr(version_zero, "read_back", real)
         raise RuntimeError("read-back failed")
 
-    monkeypatch.setattr(Loader, "read_back", fails_once)
+    monkeypatch.setattr(version_zero, "read_back", fails_once)
     perturb(model)
     with pytest.raises(bridge.BridgeError):
         b.push(model.named_parameters())
