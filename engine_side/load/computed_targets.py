@@ -11,10 +11,11 @@ import xxhash
 
 from engine_side.live.inplace import find_tensor
 from engine_side.plan.bake import Baked
+from engine_side.plan.clusters import Role
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.post_load import require_tensor
 from engine_side.plan.strategies import StrategyTable
-from engine_side.plan.twins import Role, device_of, materialise
+from engine_side.plan.twins import device_of, materialise
 from engine_side.protocol import RankHost
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bridge.model.regions import Region, dense
 from engine_side.load.sources import CanonicalTensors
 from engine_side.plan.bake import Baked
-from engine_side.plan.twins import Role
+from engine_side.plan.clusters import Role
 from engine_side.quantise.checkpoint_form import CheckpointForm
 
 

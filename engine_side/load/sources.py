@@ -16,8 +16,9 @@ from engine_side.live.inplace import find_tensor
 from engine_side.load.computed_targets import ComputedTargets
 from engine_side.load.copies import batches, copy_all, make_pair
 from engine_side.plan.bake import Baked
+from engine_side.plan.clusters import Cluster, Role
 from engine_side.plan.strategies import ModuleStrategy, StrategyTable
-from engine_side.plan.twins import Cluster, Role, device_of
+from engine_side.plan.twins import device_of
 
 ArenaSlot = Sequence[torch.Tensor]
 """The tensors of one version in manifest order: views of the arena."""

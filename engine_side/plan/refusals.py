@@ -17,11 +17,11 @@ from bridge.errors import BridgeError, MissingTensor, ShapeMismatch
 from bridge.model.manifest import TensorInfo
 from bridge.model.regions import source_coverage
 from engine_side.plan.bake import Baked
+from engine_side.plan.clusters import Role
 from engine_side.plan.loader_errors import LoaderRaised
 from engine_side.plan.quant_groups import find_incomplete_groups
 from engine_side.plan.strategies import ModuleStrategy, StrategyTable
 from engine_side.plan.trace import Trace, stand_in, stand_ins, trace
-from engine_side.plan.twins import Role
 from engine_side.plan.unfilled import checkpoint_tensors
 from engine_side.protocol import KnowsCheckpoint, RankHost
 

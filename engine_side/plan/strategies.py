@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from bridge.errors import ConfigError
-from bridge.model.regions import Move, Region, dense
+from bridge.model.regions import Region, dense
 from engine_side.live import storage_layout
 from engine_side.live.forward_caches import ForwardCaches, names_set, tensors_set_since
 from engine_side.live.inplace import find_tensor
@@ -29,12 +29,12 @@ from engine_side.live.storage_layout import Stored
 from engine_side.plan import probes
 from engine_side.plan.bake import Baked
 from engine_side.plan.binding import bind
+from engine_side.plan.clusters import Cluster, Role, find_groups
 from engine_side.plan.experiment_errors import experiment_step, is_out_of_memory
 from engine_side.plan.loader_errors import LOADER_ERRORS
 from engine_side.plan.post_load import graft, reachable, redo, require_tensor
 from engine_side.plan.probes import Probe
-from engine_side.plan.targets import TargetPlace
-from engine_side.plan.twins import Cluster, Role, Twin, TwinSource, device_of
+from engine_side.plan.twins import Twin, TwinSource, device_of
 from engine_side.protocol import RankHost
 
 
@@ -108,7 +108,7 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
     serves a module, or when the engine's code fails in an experiment; OutOfMemory. All name module and class.
     """
     twins = TwinSource(host)
-    groups = _groups(twins.template, baked)
+    groups = find_groups(twins.template, baked)
     paths = [path for group in groups for cluster in group for path in cluster.paths]
     live = bind(twins.template, host.model, paths)
     decided = StrategyTable({}, {}, {}, live, (), twins)
@@ -132,75 +132,6 @@ def decide(host: RankHost, baked: Baked) -> StrategyTable:
                    if any(place.target not in baked.unloaded for place in places)}  # fmt: skip
         decided.derived = _derived(twins, found.keys() | holders)
     return decided
-
-
-def _clusters(template: nn.Module, baked: Baked) -> list[Cluster]:
-    """Group the modules of the plan that hold the same target, in the skeleton's order."""
-    wanted = {t.path for t in baked.plan.targets}
-    modules = {
-        path: places
-        for path, places in baked.targets.of_module(mirrors=True).items()
-        if any(place.target in wanted for place in places)
-    }
-    groups: dict[str, list[str]] = {}
-    holder: dict[str, str] = {}
-    for path, places in modules.items():
-        group = groups[path] = [path]
-        for place in places:
-            other = groups[holder.setdefault(place.target, path)]
-            if other is not group:
-                group.extend(other)
-                groups.update(dict.fromkeys(other, group))
-    order = {path: k for k, path in enumerate(modules)}
-    distinct = {id(group): sorted(group, key=order.__getitem__) for group in groups.values()}
-    return [_cluster(template, tuple(paths), modules) for paths in sorted(distinct.values(), key=lambda g: order[g[0]])]
-
-
-def _cluster(template: nn.Module, paths: tuple[str, ...], modules: Mapping[str, Sequence[TargetPlace]]) -> Cluster:
-    # forms are the template's: a loader that rebinds parameters has changed those of the skeleton that it filled
-    targets: dict[str, int] = {}
-    roles: list[Role] = []
-    places: list[dict[str, int]] = []
-    for path in paths:
-        places.append({})
-        for place in modules[path]:
-            if place.target not in targets:
-                owner, _, name = place.target.rpartition(".")  # a mirror may have another form
-                tensor = require_tensor(template.get_submodule(owner), name)
-                targets[place.target] = len(roles)
-                roles.append(Role(tuple(tensor.shape), tensor.stride(), tensor.dtype))
-            places[-1][place.name] = targets[place.target]
-    return Cluster(paths, tuple(targets), tuple(roles), tuple(places))
-
-
-def _groups(template: nn.Module, baked: Baked) -> list[list[Cluster]]:
-    """Group clusters that are alike in everything an experiment could see; one of them is tried for all."""
-    moves: dict[str, list[Move]] = {}
-    for move in baked.plan.moves:
-        moves.setdefault(move.target, []).append(move)
-    groups: dict[object, list[Cluster]] = {}
-    for cluster in _clusters(template, baked):
-        plan = tuple((m.source, m.dest) for target in cluster.targets for m in moves.get(target, ()))
-        shape = tuple(tuple(sorted(names.items())) for names in cluster.places)
-        marks = tuple(_marks(template.get_submodule(path)) for path in cluster.paths)
-        computed = tuple(target in baked.plan.computed for target in cluster.targets)
-        groups.setdefault((cluster.roles, shape, plan, marks, computed), []).append(cluster)
-    return list(groups.values())
-
-
-def _marks(module: nn.Module) -> object:
-    """Collect class, flags and numbers of a module and of the objects in its attributes. Strings only name places."""
-    owners: list[tuple[str, object]] = [("", module)]
-    for name, value in module.__dict__.items():
-        if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type)):
-            owners.append((name, value))
-    plain = (bool, int, float, torch.dtype, type(None))
-    return frozenset(
-        (owner, type(holder), name, type(value), value)
-        for owner, holder in owners
-        for name, value in (("", None), *vars(holder).items())
-        if isinstance(value, plain)
-    )
 
 
 class _Experiment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,52 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine_side.live.inplace import (
-    reflect,
-    twin_parameter,
-)
+from engine_side.live.inplace import reflect, twin_parameter
 from engine_side.live.storage_layout import ViewKey, whole_view_key
+from engine_side.plan.clusters import Cluster
 from engine_side.plan.experiment_errors import experiment_step
 from engine_side.plan.post_load import INTERNAL, ModuleState, reachable, require_tensor
 from engine_side.protocol import RankHost
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-@dataclass(frozen=True)
-class Role:
-    """The form of one canonical tensor of a cluster."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """View in this form a tensor that holds the same elements in the same order of memory."""
-        if tuple(tensor.shape) == self.shape and tensor.stride() == self.strides:
-            return tensor
-        return tensor.as_strided(self.shape, self.strides, tensor.storage_offset())
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Modules that share storage (mostly one), which experiments treat together.
-
-    Attributes:
-        paths: paths of the modules.
-        targets, roles: the plan's target of each canonical tensor, and its form.
-        places: for each module, attribute name -> index of its canonical tensor in `roles`.
-    """
-
-    paths: tuple[str, ...]
-    targets: tuple[str, ...]
-    roles: tuple[Role, ...]
-    places: tuple[Mapping[str, int], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the canonical tensors."""
-        return sum(math.prod(role.shape) * role.dtype.itemsize for role in self.roles)
 
 
 @dataclass
