@@ -86,6 +86,18 @@ def scaled_twice(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.scaling.update(kept)
 
 
+def test_a_layer_that_unmerges_when_called_is_compared_on_weights_of_its_own(
+    made: Callable[..., LoraRig],
+) -> None:
+    """PEFT does so in the next forward after `disable_adapter` of merged layers."""
+    rig = made({"target_modules": ["q_proj", "o_proj"]})
+    rig.model.merge_adapter()
+    with rig.model.disable_adapter():
+        before = {name: tensor.clone() for name, tensor in rig.model.state_dict().items()}
+        assert rig.push(mode="merged", verify="weights").verified is True
+        assert all(torch.equal(tensor, before[name]) for name, tensor in rig.model.state_dict().items())
+
+
 def scaled_twice_when_wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
     return scaled_twice(self, *args, **kwargs) if self.wrong else type(self).forward(self, *args, **kwargs)
 
