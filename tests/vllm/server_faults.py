@@ -32,10 +32,11 @@ def patch():
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from engine_side.load.loader import Loader
+    from engine_side.load.rebuild import Rebuilder
     from engine_side.verify.verify import Verifier
 
     switch = os.environ["WEIGHBRIDGE_TEST_FAULT"]
-    apply, rebuild, run = Loader.apply, Loader._rebuild_one, Verifier.run
+    apply, rebuild, run = Loader.apply, Rebuilder.rebuild, Verifier.run
     state = {"loading": False, "count": 0}
 
     def asked():
@@ -76,7 +77,7 @@ def patch():
         return execute(self, *args, **kwargs)
 
     WorkerWrapperBase.execute_model = slow
-    Loader.apply, Loader._rebuild_one, Verifier.run = counted_apply, faulty_rebuild, flipped
+    Loader.apply, Rebuilder.rebuild, Verifier.run = counted_apply, faulty_rebuild, flipped
 
 
 if "WEIGHBRIDGE_TEST_FAULT" in os.environ:
