@@ -18,7 +18,7 @@ from bridge.errors import MissingTensor, UnexpectedTensor
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import PlanRequest
 from bridge.protocol.rank_jobs import RankBake
-from engine_side.plan.unplaced import find_standing
+from engine_side.plan.unplaced import find_unplaced
 from tests.conftest import perturb, tiny_qwen2
 from tests.push.rig import Rig, drift, refused
 from tests.push.test_fleet_faults import FleetSession, bridge_over
@@ -537,7 +537,7 @@ def test_a_name_that_may_mean_two_tensors_is_tied_to_none() -> None:
     targets = dict(made.named_parameters())
     filled = {"a.out.weight": "a.in.weight", "b.out.weight": "b.in.weight"}
     names = ["out.weight", "model.a.out.weight"]
-    found = find_standing(names, made, targets, filled, frozenset(filled.values()))
+    found = find_unplaced(names, made, targets, filled, frozenset(filled.values()))
     assert found.partners == {"model.a.out.weight": "a.in.weight"}
 
 
@@ -573,7 +573,7 @@ def test_a_second_name_of_a_place_in_another_namespace_is_no_tie() -> None:
     made: Any = nn.ModuleDict({"a": nn.ModuleDict({"out": nn.Linear(2, 2, bias=False)})})
     filled = {"a.out.weight": "a.out.weight"}
     targets = dict(made.named_parameters())
-    found = find_standing(["model.a.out.weight"], made, targets, filled, frozenset(filled))
+    found = find_unplaced(["model.a.out.weight"], made, targets, filled, frozenset(filled))
     assert not found.partners
 
 
