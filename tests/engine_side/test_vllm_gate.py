@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bridge.errors import EngineQuarantined
 from bridge.protocol.deadline import Deadline
@@ -20,8 +21,12 @@ def settings() -> Any:
     return SimpleNamespace(
         weight_transfer_config=SimpleNamespace(backend=BACKEND),
         lora_config=None,
-        cache_config=SimpleNamespace(block_size=16, enable_prefix_caching=True, kv_offloading_size=None),
-        model_config=SimpleNamespace(model="none", max_model_len=64, quantization=None, get_vocab_size=lambda: 100),
+        cache_config=SimpleNamespace(
+            block_size=16, enable_prefix_caching=True, kv_offloading_size=None, cache_dtype="auto"
+        ),
+        model_config=SimpleNamespace(
+            model="none", max_model_len=64, quantization=None, dtype=torch.bfloat16, get_vocab_size=lambda: 100
+        ),
         parallel_config=SimpleNamespace(world_size=1, enable_eplb=False),
         load_config=SimpleNamespace(load_format="dummy"),
         speculative_config=None,
