@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
@@ -63,13 +63,24 @@ class ModuleState:
 
 
 def redo(
-    host: RankHost, module: nn.Module, template: nn.Module, values: Mapping[str, torch.Tensor], *, swap: bool = False
+    host: RankHost,
+    module: nn.Module,
+    template: nn.Module,
+    values: Mapping[str, torch.Tensor],
+    *,
+    swap: bool = False,
+    dropped: list[torch.Tensor] | None = None,
 ) -> dict[str, Outcome]:
     """Run a module's post-load again on canonical values, and bring the results into the storages that were there; with
     `swap`, leave them where the step put them.
 
     A value that already *is* the module's storage is left where it is. Returns the outcome by name. When the step
     raises, the former objects are back in place, with undefined values.
+
+    Args:
+        dropped: receives, zeroed, the memory of results that were copied and that nothing refers to any more. For an
+            experiment: a kernel that has noted such an address shows zeros as long as the list lives, and not by chance
+            the right values in freed memory.
     """
     former = {name: tensor for registry in (module._parameters, module._buffers) for name, tensor in registry.items()}
     mirrors = dict(unregistered_tensors(template))
@@ -86,6 +97,7 @@ def redo(
             _register(module, name, tensor)
         raise
     outcomes: dict[str, Outcome] = {}
+    copied: dict[int, torch.UntypedStorage] = {}
     for name, old in former.items():
         new = find_tensor(module, name)
         if new is None or new is old:
@@ -93,10 +105,22 @@ def redo(
         if old is not None:
             _register(module, name, old)
             outcomes[name] = copy_or_rebind_param(module, name, new, swap=swap)
+            if outcomes[name] is Outcome.COPIED:
+                copied.setdefault(new.untyped_storage()._cdata, new.untyped_storage())
         else:
             outcomes[name] = Outcome.CREATED
+        del new
+    if dropped is not None:
+        dropped += _zeroed_where_free(copied.values())
     added = {name for registry in (module._parameters, module._buffers) for name in registry} - former.keys()
     return outcomes | dict.fromkeys(added, Outcome.CREATED)
+
+
+def _zeroed_where_free(storages: Iterable[torch.UntypedStorage]) -> Iterator[torch.Tensor]:
+    """Zero each of these storages that no tensor has any more, and yield its bytes."""
+    for storage in storages:
+        if torch._C._storage_Use_Count(storage._cdata) == 1:
+            yield torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
 
 
 def _register(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:

@@ -283,9 +283,10 @@ class _Experiment:
         twin = self._loaded(old)
         before = [self._observe(k, module) for k, module in enumerate(twin.modules)]
         failed: dict[int, str] = {}
+        dropped: list[torch.Tensor] = []  # until all is observed: a kernel may read there
         for k, strategy in enumerate(plans):
             try:
-                self._write(twin, k, strategy, stored[k], new)
+                self._write(twin, k, strategy, stored[k], new, dropped)
             except LOADER_ERRORS as error:
                 if is_out_of_memory(error):
                     raise
@@ -300,9 +301,15 @@ class _Experiment:
         return failed
 
     def _write(
-        self, twin: Twin, k: int, strategy: Strategy, stored: Mapping[str, Stored], new: Sequence[torch.Tensor]
+        self,
+        twin: Twin,
+        k: int,
+        strategy: Strategy,
+        stored: Mapping[str, Stored],
+        new: Sequence[torch.Tensor],
+        dropped: list[torch.Tensor],
     ) -> None:
-        """Bring `new` into a post-loaded twin as a load would into the live module."""
+        """Bring `new` into a post-loaded twin as a load would into the live module. `dropped`: as `redo` takes it."""
         module, values = twin.modules[k], self._named(k, new)
         template = self.twins.template.get_submodule(twin.cluster.paths[k])
         if strategy in (Strategy.IN_PLACE, Strategy.PERMUTED):
@@ -310,7 +317,7 @@ class _Experiment:
                 live, new_value = stored[name].side_by_side(require_tensor(module, name), value)
                 live.copy_(new_value)
         elif strategy in (Strategy.REDO, Strategy.REPLACE):
-            redo(self.host, module, template, values, swap=strategy is Strategy.REPLACE)
+            redo(self.host, module, template, values, swap=strategy is Strategy.REPLACE, dropped=dropped)
         else:
             other = self._loaded(new)
             graft(other.modules[k], other.before[k], module, self.cluster.places[k])

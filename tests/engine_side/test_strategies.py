@@ -35,6 +35,7 @@ def chosen(method: Any, **options: Any) -> Any:
         (toy.Shuffled, Strategy.PERMUTED),
         (toy.Packed, Strategy.REDO),
         (toy.HiddenCopy, Strategy.REDO),
+        (toy.Noted, Strategy.REPLACE),
         (toy.Latched, Strategy.TWIN),
     ],
 )
