@@ -302,7 +302,7 @@ class EmptiesCaches(Protocol):
 
     @property
     def why_caches_go(self) -> str:
-        """What empties them, for the receipt."""
+        """Say what empties the caches, for the receipt."""
         ...
 
 
@@ -332,7 +332,7 @@ class DeclaresLosses(Protocol):
 
     @property
     def losses(self) -> DeclaredLosses:
-        """What the configuration says to be coarser; never measured."""
+        """List what the engine's configuration says to be coarser; never measured."""
         ...
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bridge.errors import SAME_MODEL, UnexpectedTensor
+from bridge.errors import BIND, SAME_MODEL, UnexpectedTensor, some_names
 from bridge.model.dtypes import FLOATS
 from bridge.model.manifest import TensorInfo
 from bridge.protocol.coordinator_messages import Planned, PlanRequest, Unproven
@@ -63,7 +63,7 @@ def find_unused(request: PlanRequest, baked: Mapping[str, Sequence[RankBake]]) -
         torn = tuple(_parts_of_used_modules(unread, infos, tied))
         if torn:
             what = "the engine has no place for a part of a module that it has"
-            raise _refusal(engine, torn, request, what, SAME_MODEL if request.bound else f"{_NAMES}, or {SAME_MODEL}")
+            raise _refusal(engine, torn, request, what, SAME_MODEL if request.bound else f"{BIND}, or {SAME_MODEL}")
         open_names = [name for name in unread if name not in proven]
         if open_names and not request.bound:
             raise _refusal(engine, tuple(open_names), request, "the engine has no place for these tensors", _BIND)
@@ -87,9 +87,7 @@ def unproven_of(unused: Unused, request: PlanRequest) -> Unproven | None:
 
 def require_equal_partners(planned: Planned, seal: Seal) -> None:
     """Raise UnexpectedTensor unless every tensor that an engine ties to another one has its bits in a sealed version.
-    Called at every push; compares digests."""
-    if not planned.partners:
-        return
+    Called at every push into engines that tie some; compares digests."""
     width, index = DIGEST_NBYTES, {spec.name: k for k, spec in enumerate(planned.manifest.tensors)}
     digest = {n: seal.digests[width * index[n] : width * (index[n] + 1)] for p in planned.partners.items() for n in p}
     torn = tuple(name for name, partner in planned.partners.items() if digest[name] != digest[partner])
@@ -105,8 +103,7 @@ def require_equal_partners(planned: Planned, seal: Seal) -> None:
         )
 
 
-_NAMES = "bind the model (b.bind(model)): live names then become checkpoint names"
-_BIND = f"{_NAMES}, and what its logits do not depend on may stay unused"
+_BIND = f"{BIND}; what its logits do not depend on may stay unused"
 
 
 def _alike(one: TensorInfo, other: TensorInfo) -> bool:
@@ -133,7 +130,7 @@ def _refusal(engine: str, names: tuple[str, ...], request: PlanRequest, what: st
     names = tuple(sorted(names))
     return UnexpectedTensor(
         what,
-        where=f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} -> {engine}",
+        where=f"{some_names(names)} -> {engine}",
         expected=_LEFT_OUT,
         got=f"{len(names)} unused of {len(request.tensors)} sent",
         remedy=remedy,

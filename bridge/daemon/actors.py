@@ -268,7 +268,7 @@ def find(name: str) -> tuple[RayPort, list[RayPort]]:
 
 
 def _ray_reports_it(name: str) -> bool:
-    """Whether Ray goes on reporting the TrainerActor of `name`, which was found to be gone, as alive: it takes a moment
+    """Tell if Ray goes on reporting the TrainerActor of `name`, which was found to be gone, as alive: it takes a moment
     to notice a killed one. Blocks for ANSWER_TIMEOUT_S at most."""
     return bool(_still_there([f"{name}:{_TRAINER}"], Deadline.after(ANSWER_TIMEOUT_S)))
 

@@ -25,7 +25,7 @@ _DEPTH = 4
 
 @dataclass(frozen=True)
 class ModuleState:
-    """What a module holds outside its parameters and persistent buffers.
+    """Holds what a module has outside its parameters and persistent buffers.
 
     Attributes:
         entries: attributes outside the registries: (owner attribute or "", name) -> value, one object deep.

@@ -155,7 +155,7 @@ def _fewest(host: RankHost, sent: Sequence[TensorInfo], name: str, candidates: S
 
 
 class Feeders:
-    """Which tensors of the engine's own checkpoint feed which of its parameters, as a complete load shows."""
+    """Tells which tensors of the engine's own checkpoint feed which of its parameters, as a complete load shows."""
 
     def __init__(self, baked: Baked, known: Mapping[str, TensorInfo], whole: Trace) -> None:
         self._sent = {info.name for info in baked.infos}

@@ -19,7 +19,7 @@ Segments = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Unplaced:
-    """What a rank has in its module tree where names without a place would go.
+    """Lists what a rank has in its module tree where names without a place would go.
 
     Attributes:
         placeholders: the names at whose path a module stands that holds nothing and cannot be called.

@@ -38,7 +38,7 @@ _REMEDY += "engine with a checkpoint that is not quantised or whose scales follo
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """How the checkpoint stores one weight: its codes, under the weight's own name, and the tensor of their scales."""
+    """Names the tensors of one stored weight: its codes, under the weight's own name, and their scales."""
 
     weight: TensorInfo
     scales: TensorInfo

@@ -130,21 +130,22 @@ class Scheme:
         return quotients.round_().clamp_(limits.min, limits.max).to(self.codes)
 
     def _before_rounding(self, codes: torch.Tensor) -> torch.Tensor:
-        """The multiples of its scale that the largest value of a block may have been, for its code's magnitude."""
+        """Compute, of its scale, the multiples that a block's largest value may have been, for its code's magnitude."""
         if self.powers_of_two:  # anything above half of the peak, which may have been rounded down to that
             return codes * (1 + (codes * 2 <= self.peak).double() * _TIE)
         return self.peak * (1 + (codes - self.peak).sign() * _TIE)
 
     def _reach(self, codes: torch.Tensor) -> torch.Tensor:
-        """How far from each code, in multiples of its scale, lie values to which it is the nearest. The outermost codes
-        stand for what lies beyond them as well: where a scale was rounded down, the largest value of its block does."""
+        """Compute how far from each code, in multiples of its scale, values lie to which it is the nearest. The
+        outermost codes stand for what lies beyond them as well: where a scale was rounded down, the largest value of
+        its block does."""
         form = torch.finfo(self.codes) if self.codes.is_floating_point else torch.iinfo(self.codes)
         beyond = self.peak * (1 + torch.finfo(self.scales).eps / 2) - codes.abs()
         half = self._half_step(codes)
         return torch.where((codes == form.max) | (codes == form.min), torch.maximum(half, beyond), half)
 
     def _half_step(self, codes: torch.Tensor) -> torch.Tensor:
-        """Half of the distance to the neighbouring code."""
+        """Compute half of the distance to the neighbouring code."""
         if not self.codes.is_floating_point:
             return torch.full_like(codes, 0.5)
         form = torch.finfo(self.codes)

@@ -22,7 +22,7 @@ Made = dict[str, torch.Tensor]
 
 
 class QuantisedSlots:
-    """What a rank adds to each slot of an arena. Used by one thread at a time.
+    """Makes what a rank adds to each slot of an arena. Used by one thread at a time.
 
     Args:
         form: which tensors are quantised, and which are kept.

@@ -171,7 +171,7 @@ def _draw_factors(layer: LayerReading) -> _Drawn:
 
 
 class _Product:
-    """What a linear layer or an embedding of the computed weight gives."""
+    """Computes what a linear layer or an embedding of the computed weight gives."""
 
     lent: Sequence[torch.Tensor] = ()
 
@@ -203,7 +203,7 @@ class _Product:
 
 
 class _Twin:
-    """What the layer inside all wrappers gives with the computed tensors as its own parameters."""
+    """Computes what the layer inside all wrappers gives with the computed tensors as its own parameters."""
 
     def __init__(self, layer: LayerReading, drawn: _Drawn) -> None:
         base, copier = layer.chain.base, ModelCopier()

@@ -195,7 +195,7 @@ def _structure(layer: LayerReading) -> Hashable:
 
 
 def _called(module: nn.Module) -> tuple[type, object]:
-    """What computes when a module is called: its class, and the code of a forward that was put on it alone."""
+    """Find what computes when a module is called: its class, and the code of a forward that was put on it alone."""
     forward = vars(module).get("forward")
     function = getattr(forward, "__func__", forward)
     return type(module), getattr(function, "__code__", type(function))
